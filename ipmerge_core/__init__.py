@@ -1,0 +1,67 @@
+"""IPMerge: compare and merge the weights of a vision-language model and its text siblings.
+
+The public names, each loaded from its own file on first use, so that importing the package does
+no work and the app can paint before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ipmerge_core.version import __version__
+
+if TYPE_CHECKING:
+    from ipmerge_core.analysis import Analysis, LayerRecord, analyse, iter_analysis
+    from ipmerge_core.merge import iter_merge, merge
+    from ipmerge_core.methods import METHODS
+    from ipmerge_core.pairing import ModelPair, open_pair
+    from ipmerge_core.plan import MergePlan, make_plan
+    from ipmerge_core.spectrum import Spectrum, svd
+
+_HOMES = {
+    "open_pair": "pairing",
+    "ModelPair": "pairing",
+    "svd": "spectrum",
+    "Spectrum": "spectrum",
+    "analyse": "analysis",
+    "iter_analysis": "analysis",
+    "Analysis": "analysis",
+    "LayerRecord": "analysis",
+    "METHODS": "methods",
+    "make_plan": "plan",
+    "MergePlan": "plan",
+    "merge": "merge",
+    "iter_merge": "merge",
+}
+
+__all__ = [
+    "open_pair",
+    "ModelPair",
+    "svd",
+    "Spectrum",
+    "analyse",
+    "iter_analysis",
+    "Analysis",
+    "LayerRecord",
+    "METHODS",
+    "make_plan",
+    "MergePlan",
+    "merge",
+    "iter_merge",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (a module attribute can be anything)
+    """Load a public name from its home on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ipmerge_core' has no attribute '{name}'")
+    value = getattr(import_module(f"ipmerge_core.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)

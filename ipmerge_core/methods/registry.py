@@ -1,0 +1,202 @@
+"""The registry of merge methods: one decorated pure function per method, one dict of them all.
+
+The decorator reads a function's keyword-only parameters (name, type, range, default, help) into a
+frozen `MergeMethod`. Sliders, the CLI, the README table, error messages and the contract tests are
+all made from `METHODS`, so a method is described once, in its own signature. No classes are made at
+run time and no tensor is touched here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ipmerge_core.errors import PlanError, ShapeError, UnknownMethodError
+
+Matrix: TypeAlias = Float[Tensor, "m n"]
+Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
+ParameterValue: TypeAlias = float | int | bool | str | None
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds, both included unless `low_open`, and one line of help for a parameter."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    help: str = ""
+    low_open: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        """Whether a finite number lies inside."""
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return (self.low < value if self.low_open else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        """Write the interval: `(0, 1]`, `[0, inf)`."""
+        left = "(" if self.low_open or math.isinf(self.low) else "["
+        right = ")" if math.isinf(self.high) else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+Coefficient: TypeAlias = Annotated[float, Range(help="weight of a task vector")]
+Gain: TypeAlias = Annotated[float, Range(low=0, help="gain on an additive update")]
+Fraction: TypeAlias = Annotated[float, Range(low=0, high=1)]
+Density: TypeAlias = Annotated[float, Range(low=0, high=1, low_open=True, help="fraction kept")]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword of a merge method, as a form field needs it."""
+
+    name: str
+    kind: Literal["float", "int", "bool", "choice"]
+    default: ParameterValue
+    bounds: Range = Range()  # noqa: RUF009 (frozen, hence safe to share)
+    choices: tuple[str, ...] = ()
+    optional: bool = False  # None is legal
+
+    def check(self, value: ParameterValue) -> None:
+        """Raise PlanError unless `value` is legal for this parameter."""
+        if value is None and self.optional:
+            return
+        legal = {
+            "choice": lambda: value in self.choices,
+            "bool": lambda: isinstance(value, bool),
+            "int": lambda: type(value) is int and value in self.bounds,
+            "float": lambda: not isinstance(value, bool) and value in self.bounds,
+        }[self.kind]()
+        if not legal:
+            raise PlanError(
+                f"{self.name.rstrip('_')} is {value!r}; expected {self.expectation}. "
+                f"The default is {self.default!r}."
+            )
+
+    @property
+    def expectation(self) -> str:
+        """What values are legal, in words."""
+        if self.kind == "choice":
+            return "one of " + ", ".join(self.choices)
+        if self.kind == "bool":
+            return "true or false"
+        noun = "a whole number" if self.kind == "int" else "a finite number"
+        return f"{noun} in {self.bounds}" + (" or none" if self.optional else "")
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A merge method and all that a form, a table or an error message says of it.
+
+    `gains` names the parameters in which the merged matrix is affine: a preview is exact for them.
+    `several_experts` says that `math` may be a list of matrices.
+    """
+
+    name: str
+    label: str
+    formula: str
+    source: str
+    function: Callable[..., Tensor]
+    parameters: tuple[Parameter, ...]
+    gains: tuple[str, ...] = ()
+    several_experts: bool = False
+
+    def __call__(self, base: Matrix, mllm: Matrix, math: Experts, **parameters: Any) -> Matrix:  # noqa: ANN401
+        """Merge matrices of one shape (m, n); the result is fp32, or fp64 for fp64 inputs.
+
+        Raises: ShapeError for unequal shapes, PlanError for an illegal parameter.
+        """
+        experts = [math] if isinstance(math, Tensor) else list(math)
+        for role, matrix in [("mllm", mllm), *(("math", expert) for expert in experts)]:
+            if matrix.shape != base.shape:
+                raise ShapeError(
+                    f"{self.label} got a {role} matrix of shape {tuple(matrix.shape)} and a base "
+                    f"of shape {tuple(base.shape)}; all must have one shape."
+                )
+        if len(experts) > 1 and not self.several_experts:
+            raise PlanError(f"{self.label} merges one expert at a time and got {len(experts)}.")
+        argument = experts if self.several_experts else experts[0]
+        merged: Tensor = self.function(base, mllm, argument, **self.complete(parameters))
+        return merged
+
+    def complete(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
+        """Return the given parameters, checked, with defaults for the rest.
+
+        Raises: PlanError naming the parameter, its value and what was expected.
+        """
+        known = {parameter.name: parameter for parameter in self.parameters}
+        unknown = sorted(set(parameters) - set(known))
+        if unknown:
+            raise PlanError(
+                f"{self.label} has no parameter '{unknown[0]}'. "
+                f"It has: {', '.join(known) or 'none'}."
+            )
+        for name, value in parameters.items():
+            known[name].check(value)
+        return {name: parameters.get(name, known[name].default) for name in known}
+
+
+METHODS: dict[str, MergeMethod] = {}
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+
+def merge_method(
+    *,
+    label: str,
+    source: str,
+    formula: str,
+    gains: tuple[str, ...] = (),
+    several_experts: bool = False,
+) -> Callable[[_Function], _Function]:
+    """Put a function into METHODS under its own name and return it unchanged."""
+
+    def register(function: _Function) -> _Function:
+        METHODS[function.__name__] = MergeMethod(
+            name=function.__name__,
+            label=label,
+            formula=formula,
+            source=source,
+            function=function,
+            parameters=_read_parameters(function),
+            gains=gains,
+            several_experts=several_experts,
+        )
+        return function
+
+    return register
+
+
+def find_method(name: str) -> MergeMethod:
+    """Return the method of that name. Raises: UnknownMethodError with the nearest name."""
+    if name not in METHODS:
+        raise UnknownMethodError(name, METHODS)
+    return METHODS[name]
+
+
+def _read_parameters(function: Callable[..., Tensor]) -> tuple[Parameter, ...]:
+    hints = get_type_hints(function, include_extras=True)
+    return tuple(
+        _read_parameter(name, hints[name], parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    )
+
+
+def _read_parameter(name: str, hint: Any, default: ParameterValue) -> Parameter:  # noqa: ANN401
+    optional = type(None) in get_args(hint)
+    if optional:
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    bounds = Range()
+    if get_origin(hint) is Annotated:
+        hint, bounds = get_args(hint)
+    if get_origin(hint) is Literal:
+        return Parameter(name, "choice", default, choices=get_args(hint), optional=optional)
+    kind: Literal["float", "int", "bool"] = hint.__name__
+    return Parameter(name, kind, default, bounds, optional=optional)
