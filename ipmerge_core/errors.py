@@ -61,9 +61,7 @@ class UnknownMethodError(PlanError):
         names = sorted(available)
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        super().__init__(
-            f"Unknown merge method '{name}'.{hint} Available: {', '.join(names)}."
-        )
+        super().__init__(f"Unknown merge method '{name}'.{hint} Available: {', '.join(names)}.")
 
 
 class RunError(IPMergeError):
