@@ -1,4 +1,4 @@
-"""Seeded tiny models on disk, made in milliseconds, and run-time checks of every shape annotation."""
+"""Seeded tiny models on disk, made in milliseconds, and run-time checks of shape annotations."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ def fine_tuned(weights: Weights, seed: int, scale: float = 0.004) -> Weights:
     """Add a small change with a strong shared direction and a random rest to every matrix."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.Generator().manual_seed(99)
-    tuned = {}
+    tuned = dict(weights)
     for name, weight in weights.items():
         if weight.ndim == 2 and ".layers." in name:
             right = torch.randn(weight.shape[1], generator=shared)
             right = right + 0.5 * torch.randn(weight.shape[1], generator=generator)
             left = torch.randn(weight.shape[0], generator=generator)
             noise = torch.randn(weight.shape, generator=generator)
-            weight = weight + scale * (0.5 * torch.outer(left, right) + 0.3 * noise)
-        tuned[name] = weight
+            change = 0.5 * torch.outer(left, right) + 0.3 * noise
+            tuned[name] = weight + scale * change
     return tuned
 
 

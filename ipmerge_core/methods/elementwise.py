@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ipmerge_core.methods.registry import Coefficient, Experts, Matrix, merge_method
+from ipmerge_core.methods.registry import AffineUpdate, Coefficient, Experts, Matrix, merge_method
 from ipmerge_core.spectrum import as_float
 
 
@@ -18,6 +18,7 @@ from ipmerge_core.spectrum import as_float
     formula="W = W0 + a_v dW_v + a_e sum_k dW_e,k",
     gains=("mllm_weight", "math_weight"),
     several_experts=True,
+    affine=lambda p: AffineUpdate(p["mllm_weight"] - 1.0, p["math_weight"], "select_only"),
 )
 def task_arithmetic(
     base: Matrix,

@@ -12,7 +12,17 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from jaxtyping import Float
 from torch import Tensor
@@ -90,12 +100,26 @@ class Parameter:
         return f"{noun} in {self.bounds}" + (" or none" if self.optional else "")
 
 
+class AffineUpdate(NamedTuple):
+    """The change U = W_merged - W_mllm as a sum of directions whose products an analysis holds.
+
+    Math:   U = mllm * dV + expert * sum_k X_k, where X_k is the expert's update called `direction`
+            in a `LayerRecord` ("select_only" is the expert's task vector itself).
+    """
+
+    mllm: float
+    expert: float
+    direction: str
+
+
 @dataclass(frozen=True)
 class MergeMethod:
     """A merge method and all that a form, a table or an error message says of it.
 
-    `gains` names the parameters in which the merged matrix is affine: a preview is exact for them.
-    `several_experts` says that `math` may be a list of matrices.
+    `gains` names the parameters that scale the change: with all experts' gains at 0 (and the
+    MLLM's at 1) the result is the MLLM. `several_experts` says that `math` may be a list of
+    matrices, `selective` that matrices are chosen by similarity. `affine` writes the change as an
+    `AffineUpdate`, which makes its preview exact; None where the change is not of that form.
     """
 
     name: str
@@ -106,6 +130,8 @@ class MergeMethod:
     parameters: tuple[Parameter, ...]
     gains: tuple[str, ...] = ()
     several_experts: bool = False
+    selective: bool = False
+    affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None
 
     def __call__(self, base: Matrix, mllm: Matrix, math: Experts, **parameters: Any) -> Matrix:  # noqa: ANN401
         """Merge matrices of one shape (m, n); the result is fp32, or fp64 for fp64 inputs.
@@ -154,6 +180,8 @@ def merge_method(
     formula: str,
     gains: tuple[str, ...] = (),
     several_experts: bool = False,
+    selective: bool = False,
+    affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Put a function into METHODS under its own name and return it unchanged."""
 
@@ -167,6 +195,8 @@ def merge_method(
             parameters=_read_parameters(function),
             gains=gains,
             several_experts=several_experts,
+            selective=selective,
+            affine=affine,
         )
         return function
 
