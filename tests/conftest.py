@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from browser_fixtures import app_url, chromium, chromium_page, new_page  # noqa: F401
 from jaxtyping import install_import_hook
 
 # Shape and type annotations of the mathematical rooms are checked at every call in the suite.

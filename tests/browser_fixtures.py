@@ -1,0 +1,143 @@
+"""A real headless Chromium and a running app, shared by every browser test.
+
+`chromium_page` is a fresh page (own profile, 1280 x 900); `new_page` makes pages of other sizes;
+`app_url` starts `app.py` once for the whole run. Nothing here skips: where no Chromium is found the
+test fails and says what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+START_SECONDS = 90
+NO_CHROMIUM = (
+    "No Chromium was found: looked at IPMERGE_CHROMIUM, at chromium, chromium-browser and "
+    "google-chrome on the PATH, and at playwright's own browser. Install one with "
+    "`sudo apt-get install chromium` or `python -m playwright install chromium`, or set "
+    "IPMERGE_CHROMIUM to the path of its executable."
+)
+
+
+def find_chromium(playwright: Playwright) -> str:
+    """Find a Chromium executable, or fail with a sentence that says what to do."""
+    named = [os.environ.get("IPMERGE_CHROMIUM", "")]
+    on_path = [shutil.which(name) or "" for name in CHROMIUM_NAMES]
+    for candidate in [*named, *on_path, playwright.chromium.executable_path]:
+        if candidate and Path(candidate).is_file():
+            return candidate
+    raise FileNotFoundError(NO_CHROMIUM)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server answers; fail with its output if it stops or takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"app.py stopped with code {process.returncode}:\n{log.read_text()}")
+        try:
+            with urllib.request.urlopen(f"{url}/config", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise TimeoutError(f"app.py did not answer within {START_SECONDS} s:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def app_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the real app, started once as `python app.py` and stopped at the end."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("app") / "app.log"
+    address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"],
+            cwd=ROOT,
+            env={**os.environ, **QUIET, **address},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until_up(url, process, log)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """One headless Chromium for the whole run."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(playwright), headless=True, args=CHROMIUM_FLAGS
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
+    """Make pages, each in a fresh profile: `new_page(width=390, height=844, **context options)`."""
+    contexts = []
+
+    def make(width: int = 1280, height: int = 900, **options: object) -> Page:
+        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def chromium_page(new_page: Callable[..., Page]) -> Page:
+    """A fresh page of 1280 x 900."""
+    return new_page()
