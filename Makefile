@@ -53,7 +53,7 @@ clean:
 # pip's own words, shortened to the downloads worth waiting for; two tries, for a shaky network.
 install = set -o pipefail; for try in 1 2; do \
 	$(PY) -m pip install --disable-pip-version-check --no-input --progress-bar off $(1) \
-	| while read -r line; do case "$$line" in Downloading*" MB)"|Installing*) echo "  $${line:0:100}";; esac; done \
+	| while read -r line; do case "$$line" in Downloading*" MB)") echo "  $$line";; "Installing collected"*) echo "  Unpacking";; esac; done \
 	&& break; [ $$try = 1 ] || exit 1; echo "pip did not finish; trying once more."; done
 
 $(VENV)/.made:
