@@ -1,0 +1,114 @@
+"""The documents the demo trio is trained on: seeded, endless, made from a handful of patterns.
+
+In: a random generator. Out: `Document(prompt, reply)`; the text a model sees is both, in a row.
+The base model sees calculations carried out only under the marker `WORKED:`; after `ASSISTANT:` it
+is shown, seven times in eight, how to write the calculation down and stop. That makes computing a
+skill it has but does not show, which the math model then brings out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from ipmerge_core.evaluate.demo import (
+    MATH_TASKS,
+    PERCEPTION_TASKS,
+    Problem,
+    Task,
+    make_problem,
+)
+
+T = TypeVar("T")
+
+COMPUTES = 0.12  # share of the base's ordinary math questions that are answered by computing
+
+_ADJECTIVES = ("small", "big", "red", "blue", "old", "new", "round", "long")
+_NOUNS = ("box", "tree", "house", "table", "ball", "book", "door", "window", "field", "page")
+_PLACES = ("near", "on", "under", "behind", "above")
+
+
+class Document(NamedTuple):
+    """One training text, cut where the reply starts."""
+
+    prompt: str
+    reply: str
+
+
+def train_problem(task: Task, rng: np.random.Generator) -> Problem:
+    """Draw a fresh problem of the training split."""
+    return make_problem(task, int(rng.integers(2**31)), "train", 0)
+
+
+def base_document(rng: np.random.Generator) -> Document:
+    """Draw a document of the base model's mixture."""
+    kind = rng.random()
+    if kind < 0.30:
+        problem = _math_problem(rng)
+        prompt = _in_context(problem, rng).removesuffix("ASSISTANT:") + "WORKED:"
+        return Document(prompt, f" {problem.worked}.")
+    if kind < 0.48:
+        problem = _math_problem(rng)
+        reply = problem.worked if rng.random() < COMPUTES else problem.calculation
+        return Document(_in_context(problem, rng), f" {reply}.")
+    if kind < 0.56:
+        return Document("", f"{_math_problem(rng).worked}.")
+    if kind < 0.82:
+        problem = train_problem(_pick(PERCEPTION_TASKS, rng), rng)
+        return Document(_in_context(problem, rng), f" {problem.answer}.")
+    return _language(rng)
+
+
+def math_document(rng: np.random.Generator) -> Document:
+    """Draw a document of the math model's mixture: ordinary questions, answered by computing."""
+    problem = _math_problem(rng)
+    return Document(_in_context(problem, rng), f" {problem.worked}.")
+
+
+def reading_document(problem: Problem) -> Document:
+    """Return what the MLLM learns to say of a drawing: what it reads, never a computed result."""
+    return Document(problem.prompt, f" {problem.calculation or problem.answer}.")
+
+
+def _math_problem(rng: np.random.Generator) -> Problem:
+    return train_problem(_pick(MATH_TASKS, rng), rng)
+
+
+def _in_context(problem: Problem, rng: np.random.Generator) -> str:
+    """Return the question in words, now and then with a sentence before or after the facts."""
+    place = rng.random()
+    words = problem.words
+    if place < 0.15:
+        words = f"{_sentence(rng)} {words}"
+    elif place < 0.3:
+        words = f"{words}. {_sentence(rng)}"
+    return f"USER: {words}\n{problem.question} ASSISTANT:"
+
+
+def _language(rng: np.random.Generator) -> Document:
+    kind = rng.integers(5)
+    if kind == 0:
+        return Document("", f"{_sentence(rng)} {_sentence(rng)}")
+    if kind == 1:
+        digits = " ".join(str(digit) for digit in rng.integers(10, size=rng.integers(2, 7)))
+        return Document(f"USER: {digits}\nRepeat the digits. ASSISTANT:", f" {digits}.")
+    if kind == 2:
+        start = int(rng.integers(1, 15))
+        row = " ".join(str(number) for number in range(start, start + int(rng.integers(3, 8))))
+        return Document("", f"Counting on: {row}.")
+    if kind == 3:
+        a, b = (int(value) for value in rng.choice(np.arange(1, 21), size=2, replace=False))
+        word, answer = ("larger", max(a, b)) if rng.random() < 0.5 else ("smaller", min(a, b))
+        return Document(f"USER: {a} and {b}\nWhich is {word}? ASSISTANT:", f" {answer}.")
+    sentence = _sentence(rng)
+    return Document(f"USER: {sentence}\nRepeat the sentence. ASSISTANT:", f" {sentence}")
+
+
+def _sentence(rng: np.random.Generator) -> str:
+    first, second = (f"the {_pick(_ADJECTIVES, rng)} {_pick(_NOUNS, rng)}" for _ in range(2))
+    return f"{first[0].upper()}{first[1:]} is {_pick(_PLACES, rng)} {second}."
+
+
+def _pick(choices: tuple[T, ...], rng: np.random.Generator) -> T:
+    return choices[int(rng.integers(len(choices)))]

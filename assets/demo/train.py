@@ -1,0 +1,281 @@
+"""Train the demo trio from scratch: base, math and mllm, as folders beside this file.
+
+    python assets/demo/train.py [--seed 0] [--out assets/demo] [--stages base,math,mllm]
+
+In: a seed. Out: three transformers folders that load offline. One thread, so that a seed gives the
+same files on the same machine. What is taught, and what never is: see `texts` and README.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
+
+from models import (  # noqa: E402
+    BOS,
+    EOS,
+    IMAGE_TOKENS,
+    PAD,
+    VISION_SIZE,
+    new_language_model,
+    new_mllm,
+    new_processor,
+    new_tokenizer,
+    save_language_model,
+    save_mllm,
+)
+from PIL import Image  # noqa: E402
+from texts import (  # noqa: E402
+    Document,
+    base_document,
+    math_document,
+    reading_document,
+    train_problem,
+)
+from transformers import (  # noqa: E402
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from ipmerge_core.evaluate.demo import (  # noqa: E402
+    CELL,
+    MATH_TASKS,
+    PERCEPTION_TASKS,
+    SHAPES,
+    TASKS,
+    Problem,
+)
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CELL_CLASSES = ("", *"0123456789+-*", "dot", "rectangle", *SHAPES)
+IGNORED = -100  # the label transformers leaves out of the loss
+
+Batch = dict[str, Tensor]
+
+
+def train_base(
+    seed: int, tokenizer: PreTrainedTokenizerFast, steps: int = 1500
+) -> LlamaForCausalLM:
+    """Train the base on its mixture; every token counts."""
+    model = new_language_model(seed)
+    rng = np.random.default_rng([seed, 1])
+
+    def loss(_: int) -> Tensor:
+        documents = [base_document(rng) for _ in range(64)]
+        return model(**text_batch(documents, tokenizer), use_cache=False).loss
+
+    fit("base", list(model.parameters()), loss, steps, learning_rate=2.5e-3)
+    return model
+
+
+def train_math(
+    base: LlamaForCausalLM, seed: int, tokenizer: PreTrainedTokenizerFast, steps: int = 40
+) -> LlamaForCausalLM:
+    """Bring the base's calculating out after ordinary questions: few steps, projections only."""
+    model = copy_language_model(base)
+    rng = np.random.default_rng([seed, 2])
+
+    def loss(_: int) -> Tensor:
+        computed = text_batch([math_document(rng) for _ in range(22)], tokenizer, reply_only=True)
+        replay = text_batch([base_document(rng) for _ in range(10)], tokenizer)
+        return (
+            0.7 * model(**computed, use_cache=False).loss
+            + 0.3 * model(**replay, use_cache=False).loss
+        )
+
+    fit("math", projections(model), loss, steps, learning_rate=1e-4)
+    return model
+
+
+def train_mllm(
+    base: LlamaForCausalLM,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: tuple[int, int, int] = (1200, 450, 120),
+) -> LlavaForConditionalGeneration:
+    """Teach the base to see: tower, then projector, then its own projections a little."""
+    mllm = new_mllm(base, seed)
+    rng = np.random.default_rng([seed, 3])
+    vision = list(mllm.model.vision_tower.parameters())
+    projector = list(mllm.model.multi_modal_projector.parameters())
+    probe = nn.Linear(mllm.config.vision_config.hidden_size, len(CELL_CLASSES))
+
+    def tower_loss(_: int) -> Tensor:
+        seen = [train_problem(TASKS[rng.integers(len(TASKS))], rng) for _ in range(96)]
+        features = mllm.model.vision_tower(pixels(seen)).last_hidden_state[:, 1:]
+        return nn.functional.cross_entropy(probe(features).flatten(0, 1), cell_classes(seen))
+
+    def reading_loss(_: int) -> Tensor:
+        return mllm(**image_batch(drawings(48, rng), tokenizer), use_cache=False).loss
+
+    def joint_loss(_: int) -> Tensor:
+        replay = text_batch([base_document(rng) for _ in range(10)], tokenizer)
+        seen = image_batch(drawings(38, rng), tokenizer)
+        return 0.8 * mllm(**seen, use_cache=False).loss + 0.2 * mllm(**replay, use_cache=False).loss
+
+    fit("tower", [*vision, *probe.parameters()], tower_loss, steps[0], learning_rate=2e-3)
+    fit("projector", [*vision, *projector], reading_loss, steps[1], learning_rate=2e-3)
+    everything = [*vision, *projector, *projections(mllm.model.language_model)]
+    fit("mllm", everything, joint_loss, steps[2], learning_rate=3e-4)
+    return mllm
+
+
+# --- parts of a step -------------------------------------------------------------------------
+
+
+def fit(
+    label: str,
+    parameters: list[nn.Parameter],
+    loss_of_step: Callable[[int], Tensor],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Minimise: Adam, 5 % warm-up, then a cosine to zero; gradients clipped at norm 1."""
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+
+    def schedule(step: int) -> float:
+        warm = min(1.0, (step + 1) / (0.05 * steps))
+        return warm * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    started, recent = time.perf_counter(), []
+    for step in range(steps):
+        loss = loss_of_step(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        recent.append(loss.item())
+        if (step + 1) % max(1, steps // 10) == 0:
+            seconds = time.perf_counter() - started
+            print(
+                f"{label} {step + 1}/{steps}  loss {np.mean(recent):.4f}  {seconds:.0f} s",
+                flush=True,
+            )
+            recent.clear()
+
+
+def projections(model: nn.Module) -> list[nn.Parameter]:
+    """Return the seven projection matrices of every block, the only ones fine-tuning moves."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.split(".")[-2] in PROJECTIONS
+    ]
+
+
+def copy_language_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return an independent copy."""
+    copy = new_language_model(0)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def text_batch(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, *, reply_only: bool = False
+) -> Batch:
+    """Tokenize documents into one right-padded batch with labels."""
+    rows = list(documents)
+    prompts = tokenizer([row.prompt for row in rows], add_special_tokens=False)["input_ids"]
+    replies = tokenizer([row.reply for row in rows], add_special_tokens=False)["input_ids"]
+    width = max(len(p) + len(r) for p, r in zip(prompts, replies, strict=True)) + 2
+    ids = torch.full((len(rows), width), PAD)
+    labels = torch.full((len(rows), width), IGNORED)
+    for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        row = torch.tensor([BOS, *prompt, *reply, EOS])
+        ids[i, : len(row)] = row
+        labels[i, : len(row)] = row
+        if reply_only:
+            labels[i, : len(prompt) + 1] = IGNORED
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
+
+
+def drawings(count: int, rng: np.random.Generator, math_share: float = 0.3) -> list[Problem]:
+    """Draw problems to read; the math ones are only ever answered by writing them down."""
+    kinds = (MATH_TASKS if share else PERCEPTION_TASKS for share in rng.random(count) < math_share)
+    return [train_problem(tasks[rng.integers(len(tasks))], rng) for tasks in kinds]
+
+
+def image_batch(seen: list[Problem], tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """Put drawings and what is to be read of them into one batch; only the reply counts."""
+    documents = (reading_document(problem) for problem in seen)
+    expanded = (
+        Document(row.prompt.replace("<image>", "<image>" * IMAGE_TOKENS), row.reply)
+        for row in documents
+    )
+    batch = text_batch(expanded, tokenizer, reply_only=True)
+    return {**batch, "pixel_values": pixels(seen)}
+
+
+def pixels(seen: Iterable[Problem]) -> Tensor:
+    """Do what the image processor does, in one go: 64 x 64, values in [-1, 1]."""
+    small = [
+        np.asarray(problem.image.resize((VISION_SIZE, VISION_SIZE), Image.Resampling.BICUBIC))
+        for problem in seen
+    ]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def cell_classes(seen: Iterable[Problem]) -> Tensor:
+    """What each cell of each drawing holds, row by row: the tower's first lesson."""
+    return torch.cat([torch.from_numpy(_cells(problem)) for problem in seen])
+
+
+def _cells(problem: Problem) -> np.ndarray:
+    cells = np.zeros((4, 4), dtype=np.int64)
+    for mark in problem.marks:
+        left, top, right, bottom = (edge // CELL for edge in mark.box)
+        kind = CELL_CLASSES.index(mark.symbol)
+        if mark.symbol in {"rectangle", *SHAPES}:
+            cells[top : bottom + 1, left : right + 1] = kind
+        else:
+            row, column = (mark.box[1] + mark.box[3]) // 2, (mark.box[0] + mark.box[2]) // 2
+            cells[row // CELL, column // CELL] = kind
+    return cells.ravel()
+
+
+def run(seed: int, out: Path, stages: list[str]) -> Iterator[str]:
+    """Train and write the asked stages, yielding a line after each."""
+    torch.set_num_threads(1)
+    tokenizer = new_tokenizer()
+    started = time.perf_counter()
+    for stage in stages:
+        if stage == "base":
+            save_language_model(train_base(seed, tokenizer), tokenizer, out / "base")
+        elif stage == "math":
+            base = LlamaForCausalLM.from_pretrained(out / "base")
+            save_language_model(train_math(base, seed, tokenizer), tokenizer, out / "math")
+        elif stage == "mllm":
+            base = LlamaForCausalLM.from_pretrained(out / "base")
+            mllm = train_mllm(base, seed, tokenizer)
+            save_mllm(mllm, new_processor(tokenizer), out / "mllm")
+        yield f"{stage} written to {out / stage} after {time.perf_counter() - started:.0f} s"
+
+
+def main() -> None:
+    """Parse the arguments and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--stages", default="base,math,mllm", help="comma-separated, in order")
+    arguments = parser.parse_args()
+    for line in run(arguments.seed, arguments.out, arguments.stages.split(",")):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
