@@ -30,6 +30,7 @@ ORDER = [
     {"analysis"},
     {"methods"},
     {"plan"},
+    {"card"},
     {"merge", "adapter"},
     {"inference"},
     {"evaluate", "drift"},
