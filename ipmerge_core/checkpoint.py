@@ -274,6 +274,18 @@ class Checkpoint:
         data = bytearray(self.read_bytes(name))
         return torch.frombuffer(data, dtype=DTYPES[spec.dtype]).reshape(spec.shape)
 
+    def read_matrix(self, name: str) -> Tensor:
+        """Read a float tensor for computing. Raises: CheckpointError if it holds NaN or infinity."""
+        tensor = self.read(name)
+        finite = torch.isfinite(tensor)
+        if not finite.all():
+            bad = int(tensor.numel() - finite.sum())
+            raise CheckpointError(
+                f"'{name}' of '{self.id}' holds {bad} NaN or infinite values of {tensor.numel()}. "
+                f"The file is damaged or the training diverged: use another copy."
+            )
+        return tensor
+
     def read_header(self, shard: str) -> bytes:
         """Read a shard's length prefix and header as they are."""
         length = int.from_bytes(self.files.read(shard, 0, 8), "little")

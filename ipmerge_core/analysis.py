@@ -1,0 +1,412 @@
+"""The driver that compares: every decoder matrix of a pair is decomposed once, small records stay.
+
+In: a `ModelPair`. Out: an `Analysis` with one `LayerRecord` per matrix and expert: similarities,
+norms, inner products, sampled spectra; no weights. Saved as a small JSON "pack" that Python and the
+browser read alike. Everything that a plan or a plot needs later is here, so that no slider ever
+asks for a decomposition. `iter_analysis` yields the records one by one and can be closed at any
+time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ipmerge_core import similarity as sim
+from ipmerge_core import spectrum
+from ipmerge_core.checkpoint import DTYPES, Checkpoint
+from ipmerge_core.errors import CheckpointError, PairingError, PlanError
+from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.version import __version__
+
+_FORMAT, _VERSION = "ipmerge-pack", 1
+_SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
+TEMPERATURE = 32.0  # softmax temperature of the direction weights; the public snapshot's constant
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one model came from and how to recognise its weights."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+
+    @property
+    def location(self) -> str:
+        """What opens exactly this model again."""
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The models of a pair. `base_mllm` is None where the MLLM shares the experts' base."""
+
+    mllm: Source
+    base: Source
+    base_mllm: Source | None
+    math: tuple[Source, ...]
+
+    def all(self) -> list[Source]:
+        """List the sources in the order of `ModelPair.roles`."""
+        own = [self.base_mllm] if self.base_mllm else []
+        return [self.mllm, self.base, *own, *self.math]
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Sources:
+        """Rebuild from JSON content."""
+        root = content["base_mllm"]
+        return cls(
+            mllm=Source(**content["mllm"]),
+            base=Source(**content["base"]),
+            base_mllm=Source(**root) if root else None,
+            math=tuple(Source(**expert) for expert in content["math"]),
+        )
+
+
+class Totals(NamedTuple):
+    """Sizes of the MLLM: parameters of the model, of its language part, of the matched matrices."""
+
+    model_parameters: int
+    llm_parameters: int
+    decoder_parameters: int
+    decoder_itemsize: int  # bytes per stored element
+    model_bytes: int
+
+
+class UpdateNorms(NamedTuple):
+    """Inner products of one named update X of one expert.
+
+    norm2 = ||X||^2, inner = <dV, X>, cross = <X, X_j> for the experts j before this one.
+    """
+
+    norm2: float
+    inner: float
+    cross: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What is known of one matrix and one expert. Norms are Frobenius, squared where named so.
+
+    `similarity` holds first, max and weighted; `updates` holds the products of four updates per
+    unit gain: "sum" and "max" (IP-Merging with gamma as the softmax gives it, and divided by its
+    maximum), "rescale_only" (rho dM) and "select_only" (dM). `index` counts from 1 and says which
+    singular values and angles were sampled. `noise_floor` is the singular value below which a
+    difference of weights in the stored dtype is rounding; None for fp32.
+    """
+
+    name: str
+    mllm_name: str
+    layer: int
+    module: str
+    expert: int
+    shape: tuple[int, int]
+    similarity: Mapping[str, float]
+    best_index: int
+    gap: float
+    rho: float
+    weight_norm2: float
+    base_norm2: float
+    mllm_norm2: float
+    math_norm2: float
+    inner: float
+    mllm_nuclear: float
+    math_nuclear: float
+    updates: Mapping[str, UpdateNorms]
+    chance: Mapping[str, float]
+    noise_floor: float | None
+    mllm_ranks: Mapping[str, float]
+    math_ranks: Mapping[str, float]
+    index: tuple[int, ...]
+    mllm_sigma: tuple[float, ...]
+    math_sigma: tuple[float, ...]
+    angles: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> LayerRecord:
+        """Rebuild from JSON content."""
+        tuples = ("shape", "index", "mllm_sigma", "math_sigma", "angles")
+        updates = {
+            name: UpdateNorms(norms["norm2"], norms["inner"], tuple(norms["cross"]))
+            for name, norms in content["updates"].items()
+        }
+        return cls(
+            **{
+                **content,
+                **{name: tuple(content[name]) for name in tuples},
+                "updates": updates,
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON content."""
+        return {
+            **asdict(self),
+            "updates": {name: norms._asdict() for name, norms in self.updates.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All records of a pair, with the sources they were made from."""
+
+    name: str
+    created: str
+    engine: str
+    sources: Sources
+    parameters: Mapping[str, float | int | None]
+    totals: Totals
+    records: tuple[LayerRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the pack's JSON content."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "engine": self.engine,
+            "created": self.created,
+            "name": self.name,
+            "sources": asdict(self.sources),
+            "parameters": dict(self.parameters),
+            "totals": self.totals._asdict(),
+            "records": [record.to_dict() for record in self.records],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Analysis:
+        """Rebuild an analysis from a pack's JSON content."""
+        if content["format"] != _FORMAT or content["version"] != _VERSION:
+            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+        return cls(
+            name=content["name"],
+            created=content["created"],
+            engine=content["engine"],
+            sources=Sources.from_dict(content["sources"]),
+            parameters=content["parameters"],
+            totals=Totals(**content["totals"]),
+            records=tuple(LayerRecord.from_dict(record) for record in content["records"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the pack; gzipped where the name ends in .gz, with the same bytes each time."""
+        text = json.dumps(self.to_dict(), separators=(",", ":")) + "\n"
+        data = text.encode()
+        Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Analysis:
+        """Read a pack that `save` wrote. Raises: PlanError when it is no pack."""
+        try:
+            data = Path(path).read_bytes()
+            content = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+            return cls.from_dict(json.loads(content))
+        except OSError as error:
+            raise PlanError(f"Cannot read the pack '{path}': {error.strerror or error}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            raise PlanError(
+                f"'{path}' is not a pack of this version ({type(error).__name__}: {error}). "
+                f"Make it again with `ipmerge analyse`."
+            ) from error
+
+
+def analyse(
+    pair: ModelPair,
+    *,
+    device: str = "cpu",
+    rank: int | None = None,
+    temperature: float = TEMPERATURE,
+    cache_dir: str | Path | None = None,
+) -> Analysis:
+    """Decompose every matched matrix once and keep what all later questions need.
+
+    Args:
+        pair: the models, opened by `open_pair`.
+        device: where the decompositions run, as torch names it.
+        rank: keep only the leading singular triplets; None keeps all.
+        temperature: of the softmax over directions, > 0.
+        cache_dir: a folder in which the pack is found again for the same weights and parameters.
+
+    Raises:
+        PairingError: an expert or the MLLM equals its base, so that there is nothing to compare.
+        CheckpointError: a matrix holds NaN or infinity.
+    """
+    cached = None if cache_dir is None else Path(cache_dir) / _cache_name(pair, rank, temperature)
+    if cached is not None and cached.exists():
+        return Analysis.load(cached)
+    records = tuple(iter_analysis(pair, device=device, rank=rank, temperature=temperature))
+    analysis = assemble(pair, records, rank=rank, temperature=temperature)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        analysis.save(cached)
+    return analysis
+
+
+def assemble(
+    pair: ModelPair,
+    records: tuple[LayerRecord, ...],
+    *,
+    rank: int | None = None,
+    temperature: float = TEMPERATURE,
+) -> Analysis:
+    """Make an Analysis of the records that `iter_analysis` yielded."""
+    _check_not_zero(pair, records)
+    sources, totals = describe(pair)
+    return Analysis(
+        name=pair.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        engine=__version__,
+        sources=sources,
+        parameters={"rank": rank, "temperature": temperature},
+        totals=totals,
+        records=records,
+    )
+
+
+def describe(pair: ModelPair) -> tuple[Sources, Totals]:
+    """Return where a pair's models come from and how large the MLLM is, from headers."""
+    sources = Sources(
+        mllm=_source(pair.mllm),
+        base=_source(pair.base),
+        base_mllm=None if pair.base_mllm is pair.base else _source(pair.base_mllm),
+        math=tuple(_source(expert) for expert in pair.math),
+    )
+    decoder = [pair.mllm.spec(matrix.mllm) for matrix in pair.matrices]
+    outside = sum(
+        pair.mllm.spec(name).numel
+        for name, reason in pair.kept.items()
+        if reason.startswith("outside")
+    )
+    totals = Totals(
+        model_parameters=pair.mllm.numel,
+        llm_parameters=pair.mllm.numel - outside,
+        decoder_parameters=sum(spec.numel for spec in decoder),
+        decoder_itemsize=DTYPES[decoder[0].dtype].itemsize,
+        model_bytes=pair.mllm.nbytes,
+    )
+    return sources, totals
+
+
+def _source(model: Checkpoint) -> Source:
+    local = model.files.revision is None
+    name = str(Path(model.id).expanduser().absolute()) if local else model.id
+    return Source(name, model.files.revision, model.fingerprint)
+
+
+def _cache_name(pair: ModelPair, rank: int | None, temperature: float) -> str:
+    fingerprints = [model.fingerprint for _, model in pair.roles()]
+    content = json.dumps([_VERSION, __version__, rank, temperature, fingerprints])
+    return hashlib.sha256(content.encode()).hexdigest()[:32] + ".json.gz"
+
+
+def _check_not_zero(pair: ModelPair, records: tuple[LayerRecord, ...]) -> None:
+    if not any(record.mllm_norm2 for record in records):
+        raise PairingError(
+            f"The decoder of the mllm '{pair.mllm.id}' equals its base '{pair.base_mllm.id}': "
+            f"there is no task vector to compare with. Give the base that it was trained from."
+        )
+    for number, expert in enumerate(pair.math):
+        if not any(record.math_norm2 for record in records if record.expert == number):
+            raise PairingError(
+                f"The math model '{expert.id}' equals the base '{pair.base.id}': its task vector "
+                f"is zero. Give a fine-tuned model as math, or its true parent as base."
+            )
+
+
+# --- one matrix ---
+
+
+def iter_analysis(
+    pair: ModelPair,
+    *,
+    device: str = "cpu",
+    rank: int | None = None,
+    temperature: float = TEMPERATURE,
+) -> Iterator[LayerRecord]:
+    """Yield one LayerRecord per matrix and expert, in order; `len(pair.matrices)` x experts.
+
+    Arguments and errors as for `analyse`.
+    """
+    if rank is not None and rank < 1:
+        raise PlanError(f"The rank is {rank}; expected a whole number >= 1, or none for all.")
+    if not temperature > 0:
+        raise PlanError(f"The temperature is {temperature}; expected a number > 0, such as 32.")
+    with torch.inference_mode():
+        for matrix in pair.matrices:
+            yield from _analyse_matrix(pair, matrix, torch.device(device), rank, temperature)
+
+
+class _Side(NamedTuple):
+    """One task vector with its spectrum and the numbers that every record repeats."""
+
+    task_vector: Tensor
+    spectrum: spectrum.Spectrum
+    norm2: float
+    ranks: dict[str, float]
+    nuclear: float
+
+
+def _side(tuned: Tensor, base: Tensor, rank: int | None) -> _Side:
+    change = spectrum.task_vector(tuned, base)
+    decomposed = spectrum.svd(change, rank=rank)
+    return _Side(
+        task_vector=change,
+        spectrum=decomposed,
+        norm2=_dot(change, change),
+        ranks={
+            "stable": float(spectrum.stable_rank(decomposed)),
+            "effective": float(spectrum.effective_rank(decomposed)),
+        },
+        nuclear=float(decomposed.S.double().sum()),
+    )
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product of two matrices, accumulated in fp64."""
+    return float(torch.dot(a.flatten().double(), b.flatten().double()))
+
+
+def _analyse_matrix(
+    pair: ModelPair,
+    matrix: MatrixMatch,
+    device: torch.device,
+    rank: int | None,
+    temperature: float,
+) -> Iterator[LayerRecord]:
+    stored = pair.mllm.read_matrix(matrix.mllm).to(device)
+    base = pair.base.read_matrix(matrix.name).to(device)
+    root = base
+    if pair.base_mllm is not pair.base:
+        root = pair.base_mllm.read_matrix(matrix.base_mllm).to(device)
+    mllm = _side(stored, root, rank)
+    weights = (_norm2(stored), _norm2(base))
+    floor = _noise_floor(stored, root)
+    earlier: list[dict[str, Tensor]] = []
+    for expert, model in enumerate(pair.math):
+        tuned = model.read_matrix(matrix.math[expert]).to(device)
+        math = _side(tuned, base, rank)
+        updates = _updates(mllm, math, temperature)
+        norms = {
+            name: UpdateNorms(
+                norm2=_dot(update, update),
+                inner=_dot(mllm.task_vector, update),
+                cross=tuple(_dot(update, other[name]) for other in earlier),
+            )
+            for name, update in updates.items()
+        }
+        earlier.append(updates)
+        yield _record(matrix, expert, mllm, math, norms, weights, floor)
+
+
+def _norm2(weight: Tensor) -> float:
+    as_float = spectrum.as_float(weight)
+    return _dot(as_float, as_float)
