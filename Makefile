@@ -12,8 +12,8 @@
 
 SHELL := /bin/bash
 VENV ?= .venv
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
-	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+suits = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(suits) && echo $$p && break; done)
 PY := $(VENV)/bin/python
 
 .PHONY: help app test lint demo bench clean
@@ -57,8 +57,9 @@ install = set -o pipefail; for try in 1 2; do \
 	&& break; [ $$try = 1 ] || exit 1; echo "pip did not finish; trying once more."; done
 
 $(VENV)/.made:
-	@[ -n "$(PYTHON)" ] || { echo "IPMerge needs Python 3.11 or newer with its venv module; none was found. Install it (on Debian or Ubuntu: apt-get install python3 python3-venv) or name one: make app PYTHON=/path/to/python3.12"; exit 1; }
-	@echo "Making the environment $(VENV) with $(PYTHON) ($$($(PYTHON) -V))"
+	@$(or $(PYTHON),false) $(suits) || { echo "IPMerge needs Python 3.11 or newer with its venv module; found: $(or $(PYTHON),none)."; \
+	echo "Install it (Debian or Ubuntu: apt-get install python3 python3-venv) or name one: make app PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Making the environment $(VENV) with $$($(PYTHON) -V)"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
