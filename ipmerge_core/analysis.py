@@ -12,8 +12,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor
 from ipmerge_core import similarity as sim
 from ipmerge_core import spectrum
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
-from ipmerge_core.errors import CheckpointError, PairingError, PlanError
+from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.pairing import MatrixMatch, ModelPair
 from ipmerge_core.version import __version__
 
@@ -46,6 +46,16 @@ class Source:
         """What opens exactly this model again."""
         return f"{self.id}@{self.revision}" if self.revision else self.id
 
+    def relative_to(self, folder: Path) -> Source:
+        """Name a model folder below `folder` relative to it."""
+        if self.revision or not Path(self.id).is_relative_to(folder):
+            return self
+        return replace(self, id=f"./{Path(self.id).relative_to(folder)}")
+
+    def resolved_in(self, folder: Path) -> Source:
+        """Undo `relative_to`, perhaps at another place."""
+        return replace(self, id=str(folder / self.id)) if self.id.startswith("./") else self
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -60,6 +70,23 @@ class Sources:
         """List the sources in the order of `ModelPair.roles`."""
         own = [self.base_mllm] if self.base_mllm else []
         return [self.mllm, self.base, *own, *self.math]
+
+    def relative_to(self, folder: Path) -> Sources:
+        """Name model folders below `folder` relative to it."""
+        return self._each(lambda source: source.relative_to(folder))
+
+    def resolved_in(self, folder: Path) -> Sources:
+        """Undo `relative_to`, perhaps at another place."""
+        return self._each(lambda source: source.resolved_in(folder))
+
+    def _each(self, change: Callable[[Source], Source]) -> Sources:
+        root = self.base_mllm
+        return Sources(
+            mllm=change(self.mllm),
+            base=change(self.base),
+            base_mllm=change(root) if root else None,
+            math=tuple(change(expert) for expert in self.math),
+        )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Sources:
@@ -198,8 +225,14 @@ class Analysis:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the pack; gzipped where the name ends in .gz, with the same bytes each time."""
-        text = json.dumps(self.to_dict(), separators=(",", ":")) + "\n"
+        """Write the pack; gzipped where the name ends in .gz, with the same bytes each time.
+
+        Model folders that lie below the pack's own folder are named relative to it (`./mllm`), so
+        that pack and models can move together.
+        """
+        folder = Path(path).absolute().parent
+        content = {**self.to_dict(), "sources": asdict(self.sources.relative_to(folder))}
+        text = json.dumps(content, separators=(",", ":")) + "\n"
         data = text.encode()
         Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
 
@@ -209,7 +242,9 @@ class Analysis:
         try:
             data = Path(path).read_bytes()
             content = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-            return cls.from_dict(json.loads(content))
+            analysis = cls.from_dict(json.loads(content))
+            folder = Path(path).absolute().parent
+            return replace(analysis, sources=analysis.sources.resolved_in(folder))
         except OSError as error:
             raise PlanError(f"Cannot read the pack '{path}': {error.strerror or error}.") from error
         except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
@@ -353,6 +388,7 @@ class _Side(NamedTuple):
     norm2: float
     ranks: dict[str, float]
     nuclear: float
+    truncated: bool  # the spectrum holds fewer triplets than the matrix has
 
 
 def _side(tuned: Tensor, base: Tensor, rank: int | None) -> _Side:
@@ -367,6 +403,7 @@ def _side(tuned: Tensor, base: Tensor, rank: int | None) -> _Side:
             "effective": float(spectrum.effective_rank(decomposed)),
         },
         nuclear=float(decomposed.S.double().sum()),
+        truncated=rank is not None and rank < min(change.shape),
     )
 
 
@@ -389,7 +426,7 @@ def _analyse_matrix(
         root = pair.base_mllm.read_matrix(matrix.base_mllm).to(device)
     mllm = _side(stored, root, rank)
     weights = (_norm2(stored), _norm2(base))
-    floor = _noise_floor(stored, root)
+    floor = spectrum.noise_floor(stored, root)
     earlier: list[dict[str, Tensor]] = []
     for expert, model in enumerate(pair.math):
         tuned = model.read_matrix(matrix.math[expert]).to(device)
@@ -410,3 +447,70 @@ def _analyse_matrix(
 def _norm2(weight: Tensor) -> float:
     as_float = spectrum.as_float(weight)
     return _dot(as_float, as_float)
+
+
+def _updates(mllm: _Side, math: _Side, temperature: float) -> dict[str, Tensor]:
+    """The expert's update per unit gain, as a matrix, under each name that a plan may ask for."""
+    rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
+    kept = math.spectrum.matrix() if math.truncated else math.task_vector
+    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
+    projected = {
+        norm: sim.projected_update(
+            kept, mllm.spectrum, sim.importance(angles, temperature, norm), rho
+        ).matrix()
+        for norm in ("sum", "max")
+    }
+    return {**projected, "rescale_only": rho * kept, "select_only": math.task_vector}
+
+
+def _record(
+    matrix: MatrixMatch,
+    expert: int,
+    mllm: _Side,
+    math: _Side,
+    updates: Mapping[str, UpdateNorms],
+    weights: tuple[float, float],
+    floor: float | None,
+) -> LayerRecord:
+    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
+    index = _sample(len(angles))
+    picked = [i - 1 for i in index]
+    return LayerRecord(
+        name=matrix.name,
+        mllm_name=matrix.mllm,
+        layer=matrix.layer,
+        module=matrix.module,
+        expert=expert,
+        shape=matrix.shape,
+        similarity=sim.similarities(angles, mllm.spectrum, math.spectrum),
+        best_index=int(angles.argmax()) + 1,
+        gap=float(spectrum.spectral_gap(mllm.spectrum)),
+        rho=float(sim.nuclear_ratio(mllm.spectrum, math.spectrum)),
+        weight_norm2=weights[0],
+        base_norm2=weights[1],
+        mllm_norm2=mllm.norm2,
+        math_norm2=math.norm2,
+        inner=_dot(mllm.task_vector, math.task_vector),
+        mllm_nuclear=mllm.nuclear,
+        math_nuclear=math.nuclear,
+        updates=updates,
+        chance={kind: sim.chance_level(matrix.shape[1], kind) for kind in ("first", "max")},
+        noise_floor=floor,
+        mllm_ranks=mllm.ranks,
+        math_ranks=math.ranks,
+        index=index,
+        mllm_sigma=_rounded(mllm.spectrum.S, picked),
+        math_sigma=_rounded(math.spectrum.S, picked),
+        angles=_rounded(angles, picked),
+    )
+
+
+def _sample(n: int) -> tuple[int, ...]:
+    """At most 48 indices from 1 to n, every one at the start, then evenly spaced in log."""
+    steps = torch.logspace(0, float(torch.log10(torch.tensor(float(n)))), _SAMPLES)
+    return tuple(sorted({min(n, max(1, round(float(step)))) for step in steps}))
+
+
+def _rounded(values: Tensor, picked: list[int]) -> tuple[float, ...]:
+    """Six significant digits: all that a plot shows, in half the bytes."""
+    return tuple(float(f"{float(values[i]):.6g}") for i in picked)

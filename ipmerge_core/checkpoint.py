@@ -275,7 +275,7 @@ class Checkpoint:
         return torch.frombuffer(data, dtype=DTYPES[spec.dtype]).reshape(spec.shape)
 
     def read_matrix(self, name: str) -> Tensor:
-        """Read a float tensor for computing. Raises: CheckpointError if it holds NaN or infinity."""
+        """Read a float tensor to compute with. Raises: CheckpointError for NaN or infinity."""
         tensor = self.read(name)
         finite = torch.isfinite(tensor)
         if not finite.all():

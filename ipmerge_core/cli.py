@@ -248,7 +248,9 @@ class _Progress:
         self.last = now
         left = (now - self.started) * (1 - fraction) / fraction if fraction else 0
         line = f"{self.verb} {fraction:4.0%}, {left:.0f} s left: {what}"
-        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr)
+        print(
+            f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr
+        )
 
     def close(self) -> None:
         if self.live and not self.quiet:

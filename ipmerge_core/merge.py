@@ -1,9 +1,9 @@
 """The driver that makes a model: read, apply the plan's method, write, one tensor at a time.
 
-In: a `MergePlan`. Out: a folder with the MLLM's files, names, order, shapes and dtypes, in which the
-selected matrices are replaced and every other byte is the MLLM's, plus a manifest `ipmerge.json` and
-a model card. `iter_merge` is a generator that yields a step per tensor: closing it stops the run and
-leaves what was finished for a resume.
+In: a `MergePlan`. Out: a folder with the MLLM's files, names, order, shapes and dtypes, in which
+the selected matrices are replaced and every other byte is the MLLM's, plus a manifest
+`ipmerge.json` and a model card. `iter_merge` is a generator that yields a step per tensor: closing
+it stops the run and leaves what was finished for a resume.
 """
 
 from __future__ import annotations
@@ -148,7 +148,11 @@ def estimate(plan: MergePlan, out: str | Path) -> Estimate:
 
 
 def merge_matrix(
-    plan: MergePlan, pair: ModelPair, matrix: MatrixMatch, experts: tuple[int, ...], device: Any
+    plan: MergePlan,
+    pair: ModelPair,
+    matrix: MatrixMatch,
+    experts: tuple[int, ...],
+    device: torch.device,
 ) -> Tensor:
     """Merge one matrix; (m, n) in fp32 or better, on `device`.
 

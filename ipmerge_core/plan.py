@@ -217,9 +217,7 @@ def _check_choice(threshold: float, similarity: str, overrides: Mapping[str, str
             f"choose a value there, such as the default 0.4."
         )
     if similarity not in SIMILARITIES:
-        raise PlanError(
-            f"Unknown similarity {similarity!r}. Available: {', '.join(SIMILARITIES)}."
-        )
+        raise PlanError(f"Unknown similarity {similarity!r}. Available: {', '.join(SIMILARITIES)}.")
     for name, override in overrides.items():
         if override not in ("merge", "keep"):
             raise PlanError(f"The override of '{name}' is {override!r}; expected merge or keep.")

@@ -45,7 +45,8 @@ def test_every_dtype_survives_reading(code: str, tmp_path: Path) -> None:
     values = torch.arange(6).reshape(2, 3)
     tensor = (values % 2 == 1) if dtype is torch.bool else values.to(dtype)
     folder = write_model(tmp_path / "m", {}, TEXT_CONFIG)
-    save_file({"a": tensor, "scalar": tensor[0, 0], "none": tensor[:0]}, folder / "model.safetensors")
+    parts = {"a": tensor, "scalar": tensor[0, 0].clone(), "none": tensor[:0].clone()}
+    save_file(parts, folder / "model.safetensors")
     model = Checkpoint.open(folder)
     assert model.spec("a").dtype == code
     for name in ("a", "scalar", "none"):
@@ -66,7 +67,9 @@ def test_a_sharded_model_is_the_same_model(tmp_path: Path) -> None:
     assert all(one.read_bytes(name) == many.read_bytes(name) for name in one.tensors)
 
 
-def test_the_fingerprint_knows_the_weights_and_not_the_place(own_trio: Trio, tmp_path: Path) -> None:
+def test_the_fingerprint_knows_the_weights_and_not_the_place(
+    own_trio: Trio, tmp_path: Path
+) -> None:
     before = Checkpoint.open(own_trio.base).fingerprint
     copy = tmp_path / "elsewhere"
     copy.mkdir()
@@ -87,7 +90,9 @@ def test_non_finite_values_are_counted(own_trio: Trio, weights_file: Path) -> No
     save_file(weights, weights_file)
     model = Checkpoint.open(own_trio.base)
     assert model.read("model.norm.weight").isnan().any()
-    with pytest.raises(CheckpointError, match=r"'model.norm.weight' .* 3 NaN or infinite values of 16"):
+    with pytest.raises(
+        CheckpointError, match="'model.norm.weight' .* 3 NaN or infinite"
+    ):
         model.read_matrix("model.norm.weight")
 
 
@@ -212,8 +217,7 @@ def test_one_file_of_another_name_is_taken(own_trio: Trio, weights_file: Path) -
 
 def test_one_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", text_weights(), TEXT_CONFIG, shards=2)
-    first = sorted(folder.glob("*.safetensors"))[0]
-    second = sorted(folder.glob("*.safetensors"))[1]
+    first, second = sorted(folder.glob("*.safetensors"))
     save_file(load_file(first) | load_file(second), second)
     with pytest.raises(CorruptShardError, match="each tensor must stand in one shard"):
         Checkpoint.open(folder)

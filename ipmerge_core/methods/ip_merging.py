@@ -1,0 +1,115 @@
+"""IP-Merging: identify, rescale and project an expert's task vector into the MLLM's subspace.
+
+In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
+fp64 inputs. Which matrices take part is the plan's decision (similarity >= S_alpha); this is what
+happens to one that does. Source: arXiv 2510.14387 and its public snapshot; where they leave a choice
+the docstring names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.methods.registry import (
+    AffineUpdate,
+    Experts,
+    Gain,
+    Matrix,
+    Range,
+    merge_method,
+)
+from ipmerge_core.similarity import (
+    corresponding_angles,
+    importance,
+    nuclear_ratio,
+    projected_update,
+)
+from ipmerge_core.spectrum import Spectrum, as_float, svd, task_vector
+
+Ablation = Literal["none", "rescale_only", "select_only"]
+Temperature = Annotated[float, Range(low=0, low_open=True, help="of the softmax over directions")]
+Count = Annotated[int, Range(low=1)]
+
+
+def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
+    """Name the direction an analysis holds; None where these parameters change the direction."""
+    gain = parameters["lambda_"]
+    if parameters["ablation"] != "none":
+        return AffineUpdate(0.0, gain, parameters["ablation"])
+    if parameters["projector"] != "softmax" or parameters["temperature"] != 32.0:
+        return None
+    return AffineUpdate(0.0, gain, parameters["gamma_norm"])
+
+
+@merge_method(
+    label="IP-Merging",
+    source="arXiv 2510.14387",
+    formula="W = W_v + lambda sum_k rho_k dW_e,k V_v diag(gamma_k^2) V_v^T",
+    gains=("lambda_",),
+    several_experts=True,
+    selective=True,
+    affine=_affine,
+)
+def ip_merging(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    lambda_: Gain = 1.0,
+    temperature: Temperature = 32.0,
+    gamma_norm: Literal["sum", "max"] = "sum",
+    projector: Literal["softmax", "top_k"] = "softmax",
+    top_k: Count = 64,
+    rank: Count | None = None,
+    ablation: Ablation = "none",
+) -> Matrix:
+    """Add every expert's rescaled task vector, projected on the MLLM's leading directions.
+
+    Math:   dV = W_v - W0 = U_V S_V V_V^T,  dM_k = W_e,k - W0,  s_i = |<v_M,i , v_V,i>|
+            rho = sum(S_V) / sum(S_M),  gamma = softmax(temperature * s)
+            P_k = rho dM_k V_V diag(gamma^2) V_V^T
+            W   = W_v + lambda sum_k P_k
+    Variants, by name: `gamma_norm="max"` divides gamma by its largest value, so that the
+            best-aligned direction passes in full; `projector="top_k"` lets the first `top_k`
+            directions of the MLLM pass in full and no others; `rank` keeps that many singular
+            triplets of both task vectors (the public snapshot: 1024); `ablation="rescale_only"`
+            adds rho dM_k unprojected, `"select_only"` dM_k itself.
+    Source: IP-Merging, arXiv 2510.14387. The absolute value is ours: a singular vector's sign is
+            arbitrary, and without it the result would depend on it.
+    """
+    experts = [math] if isinstance(math, Tensor) else math
+    V = task_vector(mllm, base)
+    merged = as_float(mllm)
+    vision = None if ablation == "select_only" else svd(V, rank=rank)
+    for expert in experts:
+        M = task_vector(expert, base)
+        if vision is None:
+            merged = merged + lambda_ * M
+            continue
+        decomposed = svd(M, rank=rank)
+        rho = nuclear_ratio(vision, decomposed)
+        kept = M if rank is None else decomposed.matrix()
+        if ablation == "rescale_only":
+            merged = merged + lambda_ * rho * kept
+            continue
+        gamma = _direction_weights(vision, decomposed, temperature, gamma_norm, projector, top_k)
+        merged = merged + lambda_ * projected_update(kept, vision, gamma, rho).matrix()
+    return merged
+
+
+def _direction_weights(
+    vision: Spectrum,
+    expert: Spectrum,
+    temperature: float,
+    gamma_norm: str,
+    projector: str,
+    top_k: int,
+) -> Tensor:
+    """Weight of each of the MLLM's right singular directions, before it is squared."""
+    if projector == "top_k":
+        return (torch.arange(len(vision.S), device=vision.S.device) < top_k).to(vision.S.dtype)
+    return importance(corresponding_angles(vision, expert), temperature, gamma_norm)
