@@ -106,7 +106,7 @@ def chance_level(n: int, kind: str, r: int | None = None) -> float:
 
 
 def nuclear_ratio(mllm: Spectrum, math: Spectrum) -> float:
-    """rho = sum S_mllm / sum S_math: brings the math task vector to the MLLM's strength.
+    """Return rho = sum S_mllm / sum S_math, which brings dM to the strength of dV.
 
     0 when the math task vector is zero, since there is nothing to bring.
     """
@@ -169,7 +169,7 @@ class Update:
         return float(((as_float(matrix) @ self.right.T).double() * self.left.double()).sum())
 
 
-def update_factors(
+def projected_update(
     math_task_vector: Float[Tensor, "m n"],
     mllm: Spectrum,
     gamma: Float[Tensor, " r"],
@@ -185,6 +185,7 @@ def update_factors(
 
     Math:   P = rho dM V_V diag(gamma^2) V_V^T = left right, with
             left (m, q) = rho dM V_K diag(gamma_K^2), right (q, n) = V_K^T.
+
     Args:
         math_task_vector: dM (m, n).
         mllm: spectrum of the MLLM's task vector, for V_V.
@@ -209,20 +210,8 @@ def update_factors(
     return Update(left * rho, mllm.Vh[order[:kept]].to(dM))
 
 
-def projected_update(
-    math_task_vector: Float[Tensor, "m n"],
-    mllm: Spectrum,
-    gamma: Float[Tensor, " r"],
-    rho: float,
-    *,
-    math: Spectrum | None = None,
-) -> Float[Tensor, "m n"]:
-    """Form P = rho dM V_V diag(gamma^2) V_V^T; arguments and bounds as in `update_factors`."""
-    return update_factors(math_task_vector, mllm, gamma, rho, math=math).matrix()
-
-
 def _apply(dM: Tensor, directions: Tensor, math: Spectrum | None) -> Tensor:
-    """dM @ directions^T, with dM truncated to the directions of `math` where given."""
+    """Return dM @ directions^T, with dM truncated to the directions of `math` where given."""
     if math is not None:
         basis = math.Vh.to(dM)
         directions = (directions @ basis.T) @ basis
@@ -230,7 +219,8 @@ def _apply(dM: Tensor, directions: Tensor, math: Spectrum | None) -> Tensor:
 
 
 def _is_meant(spectrum: Spectrum) -> Tensor:
-    return spectrum.S > max(_EPS * float(spectrum.S[0]), spectrum.error)
+    rounding = max(_EPS * float(spectrum.S[0]), spectrum.error)
+    return spectrum.S.gt(rounding)
 
 
 def _check_width(a: Spectrum, b: Spectrum) -> None:

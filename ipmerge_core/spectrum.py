@@ -34,6 +34,11 @@ class Spectrum:
     method: str = "exact"
     error: float = 0.0
 
+    def matrix(self) -> Float[Tensor, "m n"]:
+        """Multiply the factors together: A, truncated to the kept triplets."""
+        assert self.U is not None, "a spectrum without U cannot be multiplied out"
+        return (self.U * self.S) @ self.Vh
+
 
 def as_float(tensor: Tensor) -> Tensor:
     """Return the tensor in fp32; fp64 is kept."""
@@ -106,14 +111,14 @@ def _fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stable_rank(spectrum: Spectrum) -> float:
-    """sum S^2 / S_1^2: how many directions of the first one's strength; 0 for a zero matrix."""
+    """Return sum S^2 / S_1^2: how many directions as strong as the first; 0 for a zero matrix."""
     S = spectrum.S.double()
     top = float(S[0])
     return float((S / top).square().sum()) if top > 0 else 0.0
 
 
 def effective_rank(spectrum: Spectrum) -> float:
-    """exp of the entropy of p_i = S_i / sum S (Roy and Vetterli 2007); 0 for a zero matrix."""
+    """Return exp of the entropy of p_i = S_i / sum S (Roy, Vetterli 2007); 0 for a zero one."""
     S = spectrum.S.double()
     total = float(S.sum())
     if total <= 0:
@@ -163,4 +168,4 @@ def _spacing(weight: Tensor) -> Tensor:
     info = torch.finfo(weight.dtype)
     size = weight.float().abs().clamp(min=info.smallest_normal)
     exponent = torch.frexp(size).exponent - 1
-    return torch.ldexp(torch.tensor(info.eps, device=weight.device), exponent)
+    return torch.ldexp(torch.full_like(size, info.eps), exponent)
