@@ -169,7 +169,7 @@ class Update:
         return float(((as_float(matrix) @ self.right.T).double() * self.left.double()).sum())
 
 
-def projected_update(
+def update_factors(
     math_task_vector: Float[Tensor, "m n"],
     mllm: Spectrum,
     gamma: Float[Tensor, " r"],
@@ -208,6 +208,26 @@ def projected_update(
         if size * rest <= 0.5 * _EPS * float(left.double().norm()):
             break
     return Update(left * rho, mllm.Vh[order[:kept]].to(dM))
+
+
+def projected_update(
+    math_task_vector: Float[Tensor, "m n"],
+    mllm: Spectrum,
+    gamma: Float[Tensor, " r"],
+    rho: float,
+    *,
+    math: Spectrum | None = None,
+) -> Float[Tensor, "m n"]:
+    """Form P = rho dM V_V diag(gamma^2) V_V^T; arguments and bounds as in `update_factors`."""
+    return update_factors(math_task_vector, mllm, gamma, rho, math=math).matrix()
+
+
+def truncated(matrix: Float[Tensor, "m n"], spectrum: Spectrum) -> Float[Tensor, "m n"]:
+    """Return A V V^T: the matrix in the right directions that its spectrum kept; U not needed."""
+    _check_matrix(matrix, spectrum)
+    A = as_float(matrix)
+    basis = spectrum.Vh.to(A)
+    return (A @ basis.T) @ basis
 
 
 def _apply(dM: Tensor, directions: Tensor, math: Spectrum | None) -> Tensor:
