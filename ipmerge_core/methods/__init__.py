@@ -4,15 +4,42 @@ Each method is a pure function on matrices in the file of its family; `registry.
 one becomes an entry of `METHODS`. Importing the family files here is what registers them.
 """
 
-from ipmerge_core.methods.elementwise import task_arithmetic
+# The order here is the order of METHODS, in tables and in forms.
+# isort: off
 from ipmerge_core.methods.ip_merging import ip_merging
-from ipmerge_core.methods.registry import METHODS, MergeMethod, Parameter, find_method
+from ipmerge_core.methods.elementwise import layer_swap, linear, task_arithmetic
+from ipmerge_core.methods.election import sce, ties
+from ipmerge_core.methods.dropout import breadcrumbs, dare_linear, dare_ties, della
+from ipmerge_core.methods.geodesic import karcher, nuslerp, slerp
+
+# isort: on
+from ipmerge_core.methods.registry import (
+    METHODS,
+    AffineUpdate,
+    MergeMethod,
+    Parameter,
+    Statistic,
+    find_method,
+)
 
 __all__ = [
     "METHODS",
+    "AffineUpdate",
     "MergeMethod",
     "Parameter",
+    "Statistic",
+    "breadcrumbs",
+    "dare_linear",
+    "dare_ties",
+    "della",
     "find_method",
     "ip_merging",
+    "karcher",
+    "layer_swap",
+    "linear",
+    "nuslerp",
+    "sce",
+    "slerp",
     "task_arithmetic",
+    "ties",
 ]

@@ -1,15 +1,62 @@
-"""Merge methods that treat every element of a matrix by itself (or by its rank among the others).
+"""Merge methods that treat every element of a matrix by itself.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
-fp64 inputs. Sources are named at each function. No IO, no global random state.
+fp64 inputs. Everything is written as a change of W_v, so that an element which does not change is
+the MLLM's to the last bit. Sources are named at each function. No IO, no global random state.
 """
 
 from __future__ import annotations
 
+import re
+from typing import Annotated, TypeAlias
+
 from torch import Tensor
 
-from ipmerge_core.methods.registry import AffineUpdate, Coefficient, Experts, Matrix, merge_method
-from ipmerge_core.spectrum import as_float
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods.blocks import blockwise
+from ipmerge_core.methods.registry import (
+    AffineUpdate,
+    Coefficient,
+    Experts,
+    Fraction,
+    Matrix,
+    Range,
+    TensorName,
+    merge_method,
+)
+
+Kept: TypeAlias = Annotated[float, Range(low=0, high=1, help="weight kept on the MLLM")]
+Layer: TypeAlias = Annotated[int, Range(low=-1, help="the last layer left as it is")]
+
+
+def as_list(math: Experts) -> list[Tensor]:
+    """One expert or several, as a list."""
+    return [math] if isinstance(math, Tensor) else list(math)
+
+
+def add_to_base(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
+    """Compute W0 + scale * delta as a change of W_v, so that delta = dW_v gives W_v exactly."""
+    return mllm + (scale * delta - (mllm - base))
+
+
+@merge_method(
+    label="Weighted average",
+    source="BR2V, arXiv 2505.05464",
+    formula="W = a W_v + (1 - a) W_e",
+    affine=lambda p: AffineUpdate(p["alpha"] - 1.0, 1.0 - p["alpha"], "select_only"),
+)
+def linear(base: Matrix, mllm: Matrix, math: Matrix, *, alpha: Kept = 0.9) -> Matrix:
+    """Interpolate between the MLLM and the expert; the base takes no part.
+
+    Math:   W = a W_v + (1 - a) W_e, computed as W_v + (1 - a) (W_e - W_v).
+    Shapes: all (m, n). a = 1 gives W_v to the last bit.
+    Source: Bring Reason to Vision, arXiv 2505.05464, whose choice is a = 0.9.
+    """
+
+    def mix(W_v: Tensor, W_e: Tensor) -> Tensor:
+        return W_v.lerp(W_e, 1.0 - alpha)
+
+    return blockwise(mix, mllm, math)
 
 
 @merge_method(
@@ -31,12 +78,47 @@ def task_arithmetic(
     """Add the weighted task vectors of the MLLM and of every expert to the base.
 
     Math:   W = W0 + a_v (W_v - W0) + a_e sum_k (W_e,k - W0), written from W_v, so that
-            a_v = 1, a_e = 0 gives W_v to the last bit.
+            a_v = 1, a_e = 0 gives W_v to the last bit. With a_v + a_e = 1 the base cancels.
+    Shapes: all (m, n).
     Source: Task Arithmetic, arXiv 2212.04089; separate coefficients as in arXiv 2605.19523.
     """
-    W0, W_v = as_float(base), as_float(mllm)
-    experts = [math] if isinstance(math, Tensor) else math
-    merged = W_v + (mllm_weight - 1.0) * (W_v - W0)
-    for expert in experts:
-        merged = merged + math_weight * (as_float(expert) - W0)
-    return merged
+
+    def add(W0: Tensor, W_v: Tensor, *experts: Tensor) -> Tensor:
+        merged = W_v + (mllm_weight - 1.0) * (W_v - W0)
+        for W_e in experts:
+            merged.add_(W_e - W0, alpha=math_weight)
+        return merged
+
+    return blockwise(add, base, mllm, *as_list(math))
+
+
+@merge_method(
+    label="Layer swap",
+    source="arXiv 2410.01335; arXiv 2505.05464",
+    formula="W = W_v in layers 0..l, else a W_v + (1 - a) W_e",
+)
+def layer_swap(
+    base: Matrix,
+    mllm: Matrix,
+    math: Matrix,
+    *,
+    alpha: Fraction = 0.9,
+    last_kept_layer: Layer = 5,
+    tensor_name: TensorName = "",
+) -> Matrix:
+    """Leave the first layers as they are and average the others with the expert.
+
+    Math:   layer <= l: W = W_v; else W = a W_v + (1 - a) W_e. a = 0 swaps whole layers.
+    Shapes: all (m, n). A tensor outside the layers stays the MLLM's.
+    Raises: PlanError without a tensor name, for the layer is read from it.
+    Source: layer swapping, arXiv 2410.01335; averaging the later layers of an MLLM,
+            arXiv 2505.05464, whose code keeps layers 0 to 5.
+    """
+    if not tensor_name:
+        raise PlanError(
+            "Layer swap reads a matrix' layer from its name and got none; pass tensor_name, such "
+            "as 'model.layers.7.mlp.up_proj.weight'."
+        )
+    found = re.search(r"\blayers\.(\d+)\.", tensor_name)
+    kept = found is None or int(found[1]) <= last_kept_layer
+    return linear(base, mllm, math, alpha=1.0 if kept else alpha)

@@ -2,8 +2,8 @@
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
 fp64 inputs. Which matrices take part is the plan's decision (similarity >= S_alpha); this is what
-happens to one that does. Source: arXiv 2510.14387 and its public snapshot; where they leave a choice
-the docstring names it.
+happens to one that does. Source: arXiv 2510.14387 and its public snapshot; where they leave a
+choice the docstring names it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from ipmerge_core.similarity import (
     importance,
     nuclear_ratio,
     projected_update,
+    top_k_importance,
 )
-from ipmerge_core.spectrum import Spectrum, as_float, svd, task_vector
+from ipmerge_core.spectrum import as_float, svd, task_vector
 
 Ablation = Literal["none", "rescale_only", "select_only"]
 Temperature = Annotated[float, Range(low=0, low_open=True, help="of the softmax over directions")]
@@ -83,8 +84,8 @@ def ip_merging(
     """
     experts = [math] if isinstance(math, Tensor) else math
     V = task_vector(mllm, base)
-    merged = as_float(mllm)
     vision = None if ablation == "select_only" else svd(V, rank=rank)
+    merged = as_float(mllm)
     for expert in experts:
         M = task_vector(expert, base)
         if vision is None:
@@ -92,24 +93,16 @@ def ip_merging(
             continue
         decomposed = svd(M, rank=rank)
         rho = nuclear_ratio(vision, decomposed)
-        kept = M if rank is None else decomposed.matrix()
-        if ablation == "rescale_only":
-            merged = merged + lambda_ * rho * kept
+        kept = decomposed if rank is not None else None
+        if ablation == "rescale_only":  # a projection on its own directions is a truncation
+            P = projected_update(M, kept, torch.ones_like(kept.S), rho) if kept else rho * M
+            merged = merged + lambda_ * P
             continue
-        gamma = _direction_weights(vision, decomposed, temperature, gamma_norm, projector, top_k)
-        merged = merged + lambda_ * projected_update(kept, vision, gamma, rho).matrix()
+        angles = corresponding_angles(vision, decomposed)
+        gamma = (
+            top_k_importance(angles, top_k)
+            if projector == "top_k"
+            else importance(angles, temperature, gamma_norm)
+        )
+        merged = merged + lambda_ * projected_update(M, vision, gamma, rho, math=kept)
     return merged
-
-
-def _direction_weights(
-    vision: Spectrum,
-    expert: Spectrum,
-    temperature: float,
-    gamma_norm: str,
-    projector: str,
-    top_k: int,
-) -> Tensor:
-    """Weight of each of the MLLM's right singular directions, before it is squared."""
-    if projector == "top_k":
-        return (torch.arange(len(vision.S), device=vision.S.device) < top_k).to(vision.S.dtype)
-    return importance(corresponding_angles(vision, expert), temperature, gamma_norm)

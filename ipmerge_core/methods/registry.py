@@ -4,13 +4,18 @@ The decorator reads a function's keyword-only parameters (name, type, range, def
 frozen `MergeMethod`. Sliders, the CLI, the README table, error messages and the contract tests are
 all made from `METHODS`, so a method is described once, in its own signature. No classes are made at
 run time and no tensor is touched here.
+
+Some keywords are no form fields: what only a driver knows. Their annotation carries `Supplied`:
+`tensor_name` (randomness is keyed by it, and a layer swap reads the layer from it), `statistic` (a
+number of the whole model, see `Statistic`), and calibration data such as `mllm_gram`. Every method
+accepts `tensor_name`, whether it uses it or not; the others are legal where `inputs` lists them.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     Annotated,
@@ -63,13 +68,26 @@ Density: TypeAlias = Annotated[float, Range(low=0, high=1, low_open=True, help="
 
 
 @dataclass(frozen=True)
+class Supplied:
+    """Marks a keyword that the driver passes and no form shows."""
+
+    help: str
+
+
+TensorName: TypeAlias = Annotated[str, Supplied("the matrix' name; keys its random numbers")]
+WholeModel: TypeAlias = Annotated[
+    tuple[float, ...] | None, Supplied("what the method's Statistic found over all matrices")
+]
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One keyword of a merge method, as a form field needs it."""
 
     name: str
     kind: Literal["float", "int", "bool", "choice"]
     default: ParameterValue
-    bounds: Range = Range()  # noqa: RUF009 (frozen, hence safe to share)
+    bounds: Range = Range()
     choices: tuple[str, ...] = ()
     optional: bool = False  # None is legal
 
@@ -113,6 +131,38 @@ class AffineUpdate(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """Numbers of the whole model that a method takes as `statistic=` before it merges a matrix.
+
+    `measure(base, mllm, experts, previous, **parameters)` gives a vector per matrix; the vectors
+    are added over the matrices; `combine(total, previous, **parameters)` makes plain numbers of the
+    sum, fit for a plan file. With two `passes`, `previous` is what the first pass combined. Without
+    a statistic a method uses the matrix at hand.
+    """
+
+    measure: Callable[..., Tensor]
+    combine: Callable[..., tuple[float, ...]]
+    passes: int = 1
+
+    def over(
+        self,
+        matrices: Callable[[], Iterable[tuple[Matrix, Matrix, Sequence[Matrix]]]],
+        parameters: Mapping[str, ParameterValue],
+    ) -> tuple[float, ...]:
+        """Run all passes over (base, mllm, experts) of every matrix, read anew for each pass."""
+        found: tuple[float, ...] = ()
+        for _ in range(self.passes):
+            total: Tensor | None = None
+            for base, mllm, experts in matrices():
+                vector = self.measure(base, mllm, experts, found, **parameters)
+                total = vector if total is None else total + vector
+            if total is None:
+                raise PlanError("There is no matrix to measure: the plan merges none.")
+            found = self.combine(total, found, **parameters)
+        return found
+
+
+@dataclass(frozen=True)
 class MergeMethod:
     """A merge method and all that a form, a table or an error message says of it.
 
@@ -120,6 +170,8 @@ class MergeMethod:
     MLLM's at 1) the result is the MLLM. `several_experts` says that `math` may be a list of
     matrices, `selective` that matrices are chosen by similarity. `affine` writes the change as an
     `AffineUpdate`, which makes its preview exact; None where the change is not of that form.
+    `statistic` is a first pass over the whole model, `data` the calibration that it cannot do
+    without, `inputs` the keywords that a driver supplies.
     """
 
     name: str
@@ -132,6 +184,9 @@ class MergeMethod:
     several_experts: bool = False
     selective: bool = False
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None
+    statistic: Statistic | None = None
+    data: Literal["fisher", "gram"] | None = None
+    inputs: tuple[str, ...] = ()
 
     def __call__(self, base: Matrix, mllm: Matrix, math: Experts, **parameters: Any) -> Matrix:  # noqa: ANN401
         """Merge matrices of one shape (m, n); the result is fp32, or fp64 for fp64 inputs.
@@ -139,17 +194,28 @@ class MergeMethod:
         Raises: ShapeError for unequal shapes, PlanError for an illegal parameter.
         """
         experts = [math] if isinstance(math, Tensor) else list(math)
+        supplied = {name: parameters.pop(name) for name in self.inputs if name in parameters}
+        parameters.pop("tensor_name", None)  # legal for every method
         for role, matrix in [("mllm", mllm), *(("math", expert) for expert in experts)]:
             if matrix.shape != base.shape:
                 raise ShapeError(
                     f"{self.label} got a {role} matrix of shape {tuple(matrix.shape)} and a base "
                     f"of shape {tuple(base.shape)}; all must have one shape."
                 )
+        if not experts:
+            raise PlanError(f"{self.label} got no math matrix; it needs at least one expert.")
         if len(experts) > 1 and not self.several_experts:
             raise PlanError(f"{self.label} merges one expert at a time and got {len(experts)}.")
         argument = experts if self.several_experts else experts[0]
-        merged: Tensor = self.function(base, mllm, argument, **self.complete(parameters))
+        merged: Tensor = self.function(
+            base, mllm, argument, **self.complete(parameters), **supplied
+        )
         return merged
+
+    def needs_statistic(self, parameters: Mapping[str, ParameterValue]) -> bool:
+        """Whether a first pass over the whole model comes before the merge."""
+        scope = self.complete(parameters).get("scope")
+        return self.statistic is not None and scope == "model"
 
     def complete(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         """Return the given parameters, checked, with defaults for the rest.
@@ -165,7 +231,11 @@ class MergeMethod:
             )
         for name, value in parameters.items():
             known[name].check(value)
-        return {name: parameters.get(name, known[name].default) for name in known}
+        complete = {name: parameters.get(name, known[name].default) for name in known}
+        return {  # 1 is as good as 1.0, in plans and in signatures
+            name: float(value) if known[name].kind == "float" and value is not None else value
+            for name, value in complete.items()
+        }
 
 
 METHODS: dict[str, MergeMethod] = {}
@@ -182,6 +252,8 @@ def merge_method(
     several_experts: bool = False,
     selective: bool = False,
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None,
+    statistic: Statistic | None = None,
+    data: Literal["fisher", "gram"] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Put a function into METHODS under its own name and return it unchanged."""
 
@@ -197,6 +269,9 @@ def merge_method(
             several_experts=several_experts,
             selective=selective,
             affine=affine,
+            statistic=statistic,
+            data=data,
+            inputs=_read_inputs(function),
         )
         return function
 
@@ -215,8 +290,17 @@ def _read_parameters(function: Callable[..., Tensor]) -> tuple[Parameter, ...]:
     return tuple(
         _read_parameter(name, hints[name], parameter.default)
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not _is_supplied(hints[name])
     )
+
+
+def _read_inputs(function: Callable[..., Tensor]) -> tuple[str, ...]:
+    hints = get_type_hints(function, include_extras=True)
+    return tuple(name for name, hint in hints.items() if _is_supplied(hint))
+
+
+def _is_supplied(hint: Any) -> bool:  # noqa: ANN401
+    return get_origin(hint) is Annotated and isinstance(get_args(hint)[-1], Supplied)
 
 
 def _read_parameter(name: str, hint: Any, default: ParameterValue) -> Parameter:  # noqa: ANN401

@@ -1,0 +1,63 @@
+"""Whole matrices, one block that fits a CPU's cache at a time.
+
+An elementwise method is a dozen small operations; run on whole matrices each of them would read and
+write gigabytes. Run block by block they stay in cache, inputs are widened to fp32 only where they
+are used, and the result is the one large allocation. Sums of whole matrices are taken in fp64 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.spectrum import as_float
+
+_CPU_BLOCK = 1 << 17  # elements: a few fp32 temporaries of this size fit a second-level cache
+_DEVICE_BLOCK = 1 << 25
+
+
+def blocks(tensor: Tensor) -> Iterator[slice]:
+    """Slices that cover the flattened tensor in order."""
+    step = _CPU_BLOCK if tensor.device.type == "cpu" else _DEVICE_BLOCK
+    for start in range(0, tensor.numel(), step):
+        yield slice(start, min(start + step, tensor.numel()))
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return fp64 if one of the tensors is fp64, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def blockwise(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """Apply an elementwise function of equally shaped tensors; fp32 out, or fp64 for fp64 in.
+
+    >>> blockwise(lambda a, b: a + b, torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
+    tensor([2., 2.])
+    """
+    first = matrices[0]
+    dtype = result_dtype(*matrices)
+    flat = [matrix.reshape(-1) for matrix in matrices]
+    merged = torch.empty(first.numel(), dtype=dtype, device=first.device)
+    for block in blocks(first):
+        merged[block] = function(*(as_float(part[block]).to(dtype) for part in flat))
+    return merged.view(first.shape)
+
+
+def task_vector_of(tuned: Tensor, base: Tensor) -> Tensor:
+    """Compute dW = W - W0 in fp32 or better without widened copies of its inputs."""
+    return blockwise(torch.sub, tuned, base)
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """Compute <a, b> over all elements in fp64.
+
+    >>> inner(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]))
+    25.0
+    """
+    left, right = a.reshape(-1), b.reshape(-1)
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for block in blocks(left):
+        total += torch.dot(left[block].double(), right[block].double())
+    return float(total)

@@ -1,0 +1,166 @@
+"""Merge methods that walk along an arc instead of a chord: SLERP, NuSLERP and the Karcher mean.
+
+In: base, mllm and math matrices of one shape (m, n), seen as points around the origin (or around
+the base). Out: the merged matrix in fp32, or fp64 for fp64 inputs. Angles and norms are taken in
+fp64. Light fine-tunes of one base are so nearly parallel that on the weights themselves the arc is
+the chord; on task vectors it is not.
+"""
+
+from __future__ import annotations
+
+import math as mathematics
+from typing import Annotated, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
+from ipmerge_core.methods.elementwise import add_to_base, as_list
+from ipmerge_core.methods.registry import Experts, Fraction, Matrix, Range, merge_method
+
+Step: TypeAlias = Annotated[float, Range(low=0, high=1, help="0 is the MLLM, 1 the expert")]
+_NEARLY_PARALLEL = 0.9995  # |cos| above which SLERP of weights is a straight line (mergekit)
+_SMALLEST_SINE = 1e-4  # below it the arc's coefficients blow up near opposite directions
+_STEPS, _TOLERANCE = 10, 1e-5  # of the Karcher iteration (mergekit)
+
+
+def arc_coefficients(cosine: float, t: float) -> tuple[float, float]:
+    """Coefficients of the two ends at the fraction t of the arc between them."""
+    theta = mathematics.acos(max(-1.0, min(1.0, cosine)))
+    sine = mathematics.sin(theta)
+    return mathematics.sin((1 - t) * theta) / sine, mathematics.sin(t * theta) / sine
+
+
+@merge_method(
+    label="SLERP",
+    source="Shoemake 1985",
+    formula="W = (sin((1 - t) w) W_v + sin(t w) W_e) / sin w, w = angle(W_v, W_e)",
+)
+def slerp(base: Matrix, mllm: Matrix, math: Matrix, *, t: Step = 0.1) -> Matrix:
+    """Interpolate along the great circle from the MLLM to the expert; the base takes no part.
+
+    Math:   w = arccos(<W_v, W_e> / (|W_v| |W_e|)) over the flattened matrices;
+            W = (sin((1 - t) w) W_v + sin(t w) W_e) / sin w; a straight line if |cos w| > 0.9995.
+    Shapes: all (m, n). t = 0 gives W_v to the last bit.
+    Source: K. Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; as in mergekit,
+            whose "base model" is the end at t = 0.
+    """
+    norms = mathematics.sqrt(inner(mllm, mllm) * inner(math, math))
+    cosine = inner(mllm, math) / norms if norms > 0 else 1.0
+    nearly_parallel = abs(cosine) > _NEARLY_PARALLEL
+    a, b = (1 - t, t) if nearly_parallel else arc_coefficients(cosine, t)
+    return blockwise(lambda W_v, W_e: a * W_v + b * W_e, mllm, math)
+
+
+@merge_method(
+    label="NuSLERP",
+    source="mergekit, `nuslerp`",
+    formula="W = W0 + (sin((1 - t) w) dW_v + sin(t w) dW_e) / sin w, w = angle(dW_v, dW_e)",
+)
+def nuslerp(
+    base: Matrix,
+    mllm: Matrix,
+    math: Matrix,
+    *,
+    t: Step = 0.1,
+    of: Literal["task_vectors", "weights"] = "task_vectors",
+    per: Literal["tensor", "row", "column"] = "tensor",
+) -> Matrix:
+    """Interpolate along the arc between task vectors, of the whole matrix or slice by slice.
+
+    Math:   x = W_v - W0, y = W_e - W0 (or the weights themselves); w = angle(x, y);
+            W = W0 + (sin((1 - t) w) x + sin(t w) y) / sin w; a straight line if sin w < 1e-4.
+    Shapes: all (m, n). A row holds the n inputs of one output.
+    Source: mergekit's nuslerp. Its `nuslerp_flatten` is per "tensor"; without it, its
+            `nuslerp_row_wise` false is per "row" here and true is per "column", the reverse of its
+            documentation. The guard on sin w is ours: near-opposite slices would explode.
+    """
+    if of == "weights":
+        start, end = blockwise(torch.clone, mllm), blockwise(torch.clone, math)
+    else:
+        start, end = task_vector_of(mllm, base), task_vector_of(math, base)
+    if per == "tensor":
+        norms = mathematics.sqrt(inner(start, start) * inner(end, end))
+        cosine = inner(start, end) / norms if norms > 0 else 1.0
+        cosines = torch.tensor(cosine, dtype=torch.float64)
+    else:
+        cosines = _slice_cosines(start, end, dim=1 if per == "row" else 0)
+    angle = cosines.clamp(-1, 1).arccos()
+    straight = angle.sin() < _SMALLEST_SINE
+    sine = angle.sin().masked_fill(straight, 1)
+    a = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine).to(start)
+    b = torch.where(straight, t, (t * angle).sin() / sine).to(start)
+    moved = a * start + b * end
+    return moved if of == "weights" else blockwise(add_to_base, base, mllm, moved)
+
+
+def _slice_cosines(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Cosines between matching rows (dim 1) or columns (dim 0); 1 where one of them is zero."""
+    product = (a * b).sum(dim, keepdim=True, dtype=torch.float64)
+    squares = [(x * x).sum(dim, keepdim=True, dtype=torch.float64) for x in (a, b)]
+    norms = (squares[0] * squares[1]).sqrt()
+    return torch.where(norms > 0, product / norms.masked_fill(norms == 0, 1), 1.0)
+
+
+@merge_method(
+    label="Karcher mean",
+    source="Karcher 1977; mergekit, `karcher`",
+    formula="W = (sum_i a_i |W_i|) u, u the mean of the directions W_i / |W_i| on the sphere",
+    several_experts=True,
+)
+def karcher(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    alpha: Fraction | None = None,
+) -> Matrix:
+    """Average the directions of the matrices on the sphere and their norms on the line.
+
+    Math:   u_i = W_i / |W_i|; u minimises sum_i a_i angle(u, u_i)^2; from the normalised mean,
+            T = sum_i a_i (theta_i / sin theta_i) (u_i - cos(theta_i) u),
+            u <- cos|T| u + sin|T| T / |T| until |T| < 1e-5, at most 10 times;
+            W = (sum_i a_i |W_i|) u. All u lie in the span of the u_i, so the iteration runs on
+            coefficients and the inner products <u_i, u_j> alone.
+    Shapes: all (m, n). alpha is the MLLM's share, the rest is shared by the experts; none: equal.
+    Source: Karcher, Comm. Pure Appl. Math. 30, 1977; as in mergekit (equal shares).
+    """
+    matrices = [mllm, *as_list(math)]
+    count = len(matrices)
+    own = 1 / count if alpha is None else alpha
+    shares = torch.tensor([own] + [(1 - own) / (count - 1)] * (count - 1), dtype=torch.float64)
+    gram = torch.tensor([[inner(a, b) for b in matrices] for a in matrices], dtype=torch.float64)
+    norms = gram.diagonal().sqrt()
+    alive = norms > 0
+    safe = norms.masked_fill(~alive, 1)
+    direction = _mean_direction(gram / torch.outer(safe, safe), shares * alive)
+    length = float((shares * norms).sum())
+    coefficients = [float(value) for value in length * direction / safe]
+
+    def add(*parts: Tensor) -> Tensor:
+        total = coefficients[0] * parts[0]
+        for coefficient, part in zip(coefficients[1:], parts[1:], strict=True):
+            total.add_(part, alpha=coefficient)
+        return total
+
+    return blockwise(add, *matrices)
+
+
+def _mean_direction(cosines: Tensor, shares: Tensor) -> Tensor:
+    """Coefficients c of the Karcher mean u = sum_i c_i u_i, given <u_i, u_j>."""
+
+    def norm(c: Tensor) -> Tensor:
+        return (c @ cosines @ c).clamp(min=0).sqrt()
+
+    c = shares / norm(shares).clamp(min=1e-300)
+    for _ in range(_STEPS):
+        cosine = (cosines @ c).clamp(-1, 1)
+        angle = cosine.arccos()
+        pull = shares * torch.where(angle > 1e-12, angle / angle.sin().clamp(min=1e-12), 1.0)
+        tangent = pull - (pull * cosine).sum() * c
+        size = norm(tangent)
+        if size < _TOLERANCE:
+            break
+        c = size.cos() * c + size.sin() / size * tangent
+        c = c / norm(c)
+    return c

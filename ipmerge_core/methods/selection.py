@@ -1,0 +1,136 @@
+"""Exact selection by magnitude without sorting a matrix.
+
+In: values of any shape. Out: the same values with all but the k largest magnitudes set to zero, or
+the rank of every element in its row. Equal magnitudes are ordered by their place in the matrix, so
+exactly k survive. The threshold is found by Floyd and Rivest's sampling (1975): a sample brackets
+it, one pass counts what lies above, and only the few values inside the bracket are looked at
+closely. The answer does not depend on the sample, its speed does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ipmerge_core.methods.blocks import blocks
+
+_SMALL = 1 << 16  # below this a direct selection is as fast
+_SAMPLE = 1 << 15
+_FIRST_BITS = 16  # of the 31 bits of a magnitude in fp32; the rest is for the second pass
+
+
+def keep_largest_(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, "*shape"]:
+    """Zero, in place, all but the `count` largest magnitudes; of equal ones the first are kept.
+
+    >>> keep_largest_(torch.tensor([[0.5, -0.5], [2.0, 0.5]]), 2)
+    tensor([[0.5000, 0.0000],
+            [2.0000, 0.0000]])
+    """
+    flat = values.view(-1)
+    if count >= flat.numel():
+        return values
+    if count <= 0:
+        return values.zero_()
+    threshold, above = kth_largest(flat, count)
+    spare = count - above  # of the values equal to the threshold
+    for block in blocks(flat):
+        part = flat[block]
+        magnitude = part.abs()
+        equal = int((magnitude == threshold).sum())
+        if equal > spare:
+            part[(magnitude == threshold).nonzero().view(-1)[spare:]] = 0
+        spare = max(spare - equal, 0)
+        part.masked_fill_(magnitude < threshold, 0)
+    return values
+
+
+def kth_largest(flat: Float[Tensor, " size"], k: int) -> tuple[float, int]:
+    """Find the k-th largest magnitude, 1 <= k <= size, and how many are strictly larger."""
+    size = flat.numel()
+    if size > _SMALL:
+        low, high = _bracket(flat, k)
+        above, inside = _between(flat, low, high)
+        if above < k <= above + inside.numel():
+            return _direct(inside, k - above, above)
+    return _direct(flat.abs(), k, 0)
+
+
+def _direct(magnitudes: Tensor, k: int, above: int) -> tuple[float, int]:
+    threshold = magnitudes.kthvalue(magnitudes.numel() - k + 1).values
+    return float(threshold), above + int((magnitudes > threshold).sum())
+
+
+def _bracket(flat: Tensor, k: int) -> tuple[float, float]:
+    """Two magnitudes that very probably enclose the k-th largest."""
+    stride = max(flat.numel() // _SAMPLE, 1) | 1  # odd, so as not to walk down one column
+    sample = flat[::stride].abs().sort(descending=True).values
+    share = k / flat.numel()
+    middle = share * sample.numel()
+    margin = 5 * math.sqrt(sample.numel() * share * (1 - share)) + 5
+    first, last = int(middle - margin), int(middle + margin)
+    high = float(sample[first]) if first >= 0 else math.inf
+    low = float(sample[last]) if last < sample.numel() else 0.0
+    return low, high
+
+
+def _between(flat: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+    """Count the magnitudes above `high` and collect those in [low, high]."""
+    above, inside = 0, []
+    for block in blocks(flat):
+        magnitude = flat[block].abs()
+        larger = magnitude > high
+        above += int(larger.sum())
+        inside.append(magnitude[(magnitude >= low) & ~larger])
+    return above, torch.cat(inside)
+
+
+def ascending_ranks(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
+    """Rank of every magnitude in its row, 0 for the smallest; of equal ones the first is lower.
+
+    >>> ascending_ranks(torch.tensor([[0.5, -0.25, 0.125]]))
+    tensor([[2, 1, 0]])
+    """
+    magnitude = values.abs()
+    if magnitude.dtype == torch.float32:  # magnitude and place in one key: no stable sort needed
+        columns = torch.arange(values.shape[1], device=values.device)
+        key = (magnitude.view(torch.int32).long() << 32) | columns
+        order = key.sort(dim=1).values & 0xFFFFFFFF
+    else:
+        order = magnitude.argsort(dim=1, stable=True)
+    ranks = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)
+
+
+def magnitude_histogram(values: Float[Tensor, "m n"], prefix: int | None) -> Float[Tensor, " bins"]:
+    """Count magnitudes by the upper bits of their fp32 form, or by the lower ones below a prefix.
+
+    Non-negative floats are ordered as their bits are, so two such passes find a quantile over any
+    number of matrices exactly. Counts are fp64, to be added up.
+    """
+    low_bits = 31 - _FIRST_BITS
+    bins = 1 << (_FIRST_BITS if prefix is None else low_bits)
+    counts = torch.zeros(bins, dtype=torch.float64, device=values.device)
+    flat = values.view(-1)
+    for block in blocks(flat):
+        bits = flat[block].float().abs().view(torch.int32)
+        upper = bits >> low_bits
+        chosen = upper if prefix is None else bits[upper == prefix] & ((1 << low_bits) - 1)
+        counts += torch.bincount(chosen, minlength=bins)
+    return counts
+
+
+def bin_of_kth(counts: Float[Tensor, " bins"], k: int) -> tuple[int, int]:
+    """Find the bin that holds the k-th largest value, and how many values lie above that bin."""
+    from_above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_above, float(k)))
+    above = int(from_above[place - 1]) if place else 0
+    return counts.numel() - 1 - place, above
+
+
+def magnitude_of(prefix: int, rest: int) -> float:
+    """Make the fp32 magnitude whose bits are the given upper and lower ones."""
+    bits = torch.tensor((prefix << (31 - _FIRST_BITS)) | rest, dtype=torch.int32)
+    return float(bits.view(torch.float32))
