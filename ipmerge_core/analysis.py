@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from ipmerge_core.version import __version__
 
 _FORMAT, _VERSION = "ipmerge-pack", 1
 _SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
-TEMPERATURE = 32.0  # softmax temperature of the direction weights; the public snapshot's constant
+GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def analyse(
     *,
     device: str = "cpu",
     rank: int | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float = sim.TEMPERATURE,
     cache_dir: str | Path | None = None,
 ) -> Analysis:
     """Decompose every matched matrix once and keep what all later questions need.
@@ -291,7 +291,7 @@ def assemble(
     records: tuple[LayerRecord, ...],
     *,
     rank: int | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float = sim.TEMPERATURE,
 ) -> Analysis:
     """Make an Analysis of the records that `iter_analysis` yielded."""
     _check_not_zero(pair, records)
@@ -365,7 +365,7 @@ def iter_analysis(
     *,
     device: str = "cpu",
     rank: int | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float = sim.TEMPERATURE,
 ) -> Iterator[LayerRecord]:
     """Yield one LayerRecord per matrix and expert, in order; `len(pair.matrices)` x experts.
 
@@ -452,15 +452,22 @@ def _norm2(weight: Tensor) -> float:
 def _updates(mllm: _Side, math: _Side, temperature: float) -> dict[str, Tensor]:
     """The expert's update per unit gain, as a matrix, under each name that a plan may ask for."""
     rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
-    kept = math.spectrum.matrix() if math.truncated else math.task_vector
     angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
+    kept = math.spectrum if math.truncated else None
     projected = {
         norm: sim.projected_update(
-            kept, mllm.spectrum, sim.importance(angles, temperature, norm), rho
-        ).matrix()
-        for norm in ("sum", "max")
+            math.task_vector,
+            mllm.spectrum,
+            sim.importance(angles, temperature, norm),
+            rho,
+            math=kept,
+        )
+        for norm in GAMMA_NORMS
     }
-    return {**projected, "rescale_only": rho * kept, "select_only": math.task_vector}
+    rescaled = rho * math.task_vector
+    if kept is not None:  # a projection on its own directions is a truncation
+        rescaled = sim.projected_update(math.task_vector, kept, torch.ones_like(kept.S), rho)
+    return {**projected, "rescale_only": rescaled, "select_only": math.task_vector}
 
 
 def _record(
@@ -494,7 +501,9 @@ def _record(
         mllm_nuclear=mllm.nuclear,
         math_nuclear=math.nuclear,
         updates=updates,
-        chance={kind: sim.chance_level(matrix.shape[1], kind) for kind in ("first", "max")},
+        chance={
+            kind: sim.chance_level(matrix.shape[1], kind, len(angles)) for kind in ("first", "max")
+        },
         noise_floor=floor,
         mllm_ranks=mllm.ranks,
         math_ranks=math.ranks,

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from ipmerge_core.analysis import Analysis, LayerRecord, Sources, Totals, describe
 from ipmerge_core.errors import PlanError
-from ipmerge_core.methods import AffineUpdate, MergeMethod, find_method
-from ipmerge_core.methods.registry import ParameterValue
+from ipmerge_core.methods import MergeMethod, find_method
+from ipmerge_core.methods.registry import AffineUpdate, ParameterValue
 from ipmerge_core.pairing import MatrixMatch, ModelPair
 
 Override = Literal["merge", "keep"]
@@ -104,7 +104,14 @@ class MergePlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        content = {"format": _FORMAT, "version": _VERSION, "hash": self.hash, **asdict(self)}
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "hash": self.hash,
+            **asdict(self),
+            "totals": self.totals._asdict(),
+            "records": [record.to_dict() for record in self.records],
+        }
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

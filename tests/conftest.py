@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from beartype import BeartypeConf, beartype
 from browser_fixtures import app_url, chromium, chromium_page, new_page  # noqa: F401
 from jaxtyping import install_import_hook
 
+typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as in mypy
+
 # Shape and type annotations of the mathematical rooms are checked at every call in the suite.
 for _room in ("spectrum", "similarity", "methods"):
-    install_import_hook(f"ipmerge_core.{_room}", "beartype.beartype")
+    install_import_hook(f"ipmerge_core.{_room}", "conftest.typechecked")
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
