@@ -1,0 +1,117 @@
+"""The Explore tab: the layer map of the chosen pair, and the spectra of one matrix.
+
+In: the frame's pair dropdown and the session's `PlanChoice`. Out: that choice, updated once
+whenever a drag in the map ends. Dragging itself never reaches this file: the map previews in the
+browser.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from ipmerge_core.plots import spectra_figure, spectra_info
+from ipmerge_core.ui.layer_map import LayerMap, PlanChoice, read_cell, read_commit
+from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.packs import load_pack
+
+PRESETS: list[dict[str, Any]] = [
+    {
+        "label": "IP-Merging",
+        "source": "The paper's rule and update (arXiv 2510.14387). Its thresholds are not public; "
+        "0.4 is the default of the authors' public code.",
+        "plan": {"s": 0.4},
+    },
+    {
+        "label": "IP-Merging, public code",
+        "source": "As the authors' public code selects: the best corresponding angle reaches 0.4.",
+        "plan": {"s": 0.4, "similarity": "max"},
+    },
+    {
+        "label": "IP-Merging, γ max",
+        "source": "Ours: γ divided by its maximum, so that the best-aligned direction passes in "
+        "full; every matrix, λ 4.",
+        "plan": {"s": 0, "variant": "max", "lambda": 4},
+    },
+    {
+        "label": "Everything, rescaled",
+        "source": "Ours, an ablation: no selection and no projection, only the rescaling ρ.",
+        "plan": {"s": 0, "variant": "rescale_only"},
+    },
+    {
+        "label": "Task arithmetic",
+        "source": "Every matrix takes λ times the math task vector (arXiv 2212.04089).",
+        "plan": {"s": 0, "variant": "select_only"},
+    },
+    {
+        "label": "Nothing",
+        "source": "λ = 0: the merged model equals the multimodal model.",
+        "plan": {"s": 1, "lambda": 0},
+    },
+]
+
+
+class ExploreTab(NamedTuple):
+    """What the frame needs of this tab."""
+
+    layer_map: LayerMap
+    spectra: gr.Plot
+
+
+def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
+    """Lay out the tab inside the open `gr.Tab` and wire it to the pair and the session's choice."""
+    # layout
+    layer_map = LayerMap(map_content(pair.value) if pair.value else None)
+    spectra = gr.Plot(
+        label="Spectra of the chosen matrix", show_label=False, visible=False, elem_id="spectra"
+    )
+
+    # handlers
+    def open_pair(pack_id: str) -> tuple[dict[str, Any], PlanChoice, dict[str, Any]]:
+        return map_content(pack_id), PlanChoice(), gr.update(visible=False)
+
+    def keep_plan(pack_id: str, event: gr.EventData) -> PlanChoice:
+        return read_commit(event._data, load_pack(pack_id))
+
+    def draw_spectra(pack_id: str, event: gr.EventData) -> dict[str, Any]:
+        info = spectra_info(read_cell(event._data, load_pack(pack_id)))
+        dark = event._data.get("dark") is True
+        return gr.update(value=spectra_figure(info, dark=dark), visible=True)
+
+    # wiring
+    pair.input(
+        told(open_pair),
+        pair,
+        [layer_map, choice, spectra],
+        show_progress_on=[pair],
+        api_visibility="private",
+    )
+    layer_map.commit(
+        told(keep_plan),
+        pair,
+        choice,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    layer_map.cellselect(
+        told(draw_spectra),
+        pair,
+        spectra,
+        queue=False,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        api_visibility="private",
+    )
+    return ExploreTab(layer_map, spectra)
+
+
+def map_content(pack_id: str, choice: PlanChoice | None = None) -> dict[str, Any]:
+    """What the layer map draws: a pack, the plan to start from and the presets."""
+    return {
+        "id": pack_id,
+        "pack": load_pack(pack_id),
+        "plan": (choice or PlanChoice()).to_browser(),
+        "presets": PRESETS,
+    }

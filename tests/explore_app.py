@@ -1,0 +1,48 @@
+"""The Explore tab alone, over synthetic packs: a small app for browser tests and benchmarks.
+
+Run as a program it serves until it is stopped: `python tests/explore_app.py PORT HOME`, with packs
+in `HOME/packs`. It prints the session's choice as JSON under the map, so that tests see what Python
+has received.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+
+
+def write_packs(home: Path, packs: dict[str, object]) -> None:
+    """Put packs where the app looks for a user's own, as `<name>.pack.json.gz`."""
+    (home / "packs").mkdir(parents=True, exist_ok=True)
+    for name, pack in packs.items():
+        path = home / "packs" / f"{name}.pack.json.gz"
+        path.write_bytes(gzip.compress(json.dumps(pack).encode()))
+
+
+def serve(port: int) -> None:
+    """Serve the tab on the loopback interface until the process is stopped."""
+    from ipmerge_core.ui.explore import explore_tab, gr
+    from ipmerge_core.ui.layer_map import PlanChoice
+    from ipmerge_core.ui.packs import list_packs
+
+    packs = [(pack.label, pack.id) for pack in list_packs() if pack.id.startswith("packs-")]
+    with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
+        gr.Markdown("# IPMerge")
+        pair = gr.Dropdown(packs, value=packs[0][1], label="Pair", elem_id="pair")
+        choice = gr.State(PlanChoice())
+        with gr.Tabs(), gr.Tab("Explore"):
+            explore_tab(pair, choice)
+        received = gr.JSON(label="received", elem_id="received")
+        choice.change(lambda value: value.to_browser(), choice, received, show_progress="hidden")
+    app.launch(server_name="127.0.0.1", server_port=port, quiet=True, ssr_mode=False)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS.parent))
+    os.environ["IPMERGE_HOME"] = sys.argv[2]
+    serve(int(sys.argv[1]))

@@ -1,0 +1,147 @@
+"""Seeded packs of any depth and number of experts, without torch, for tests of the map.
+
+Every matrix is stood for by short random vectors (dV, dM_k, P_k), so that all inner products of a
+record belong together as those of real matrices do.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+MODULES = ("q", "k", "v", "o", "gate", "up", "down")
+PLACES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+VARIANTS = ("sum", "max", "rescale_only", "select_only")
+BASE_SIMILARITY = {"q": 0.36, "k": 0.4, "v": 0.3, "o": 0.28, "gate": 0.34, "up": 0.3, "down": 0.16}
+
+
+def shape_of(module: str, hidden: int, feed: int) -> tuple[int, int]:
+    """A Llama-like shape with grouped-query attention."""
+    if module in ("k", "v"):
+        return hidden // 4, hidden
+    if module in ("gate", "up"):
+        return feed, hidden
+    return (hidden, feed) if module == "down" else (hidden, hidden)
+
+
+def log_spaced(rank: int, points: int = 48) -> list[int]:
+    """1-based ranks, dense at the head."""
+    return sorted({round(x) for x in np.geomspace(1, rank, points)})
+
+
+def make_pack(
+    layers: int = 28, experts: int = 1, seed: int = 0, hidden: int = 3584, feed: int = 18944
+) -> dict[str, object]:
+    """Make a pack of `layers` blocks and `experts` math models."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for layer in range(layers):
+        for module in MODULES:
+            records += matrix_records(rng, layer, layers, module, experts, hidden, feed)
+    decoder = sum(np.prod(r["shape"]) for r in records if r["expert"] == 0)
+    source = {"revision": None, "fingerprint": "sha256:" + "0" * 64}
+    return {
+        "format": "ipmerge-pack",
+        "version": 1,
+        "engine": "0.1.0",
+        "created": "2026-11-24T00:00:00Z",
+        "name": f"synthetic {layers} layers",
+        "sources": {
+            "mllm": {"id": "synthetic/mllm", **source},
+            "base": {"id": "synthetic/base", **source},
+            "base_mllm": None,
+            "math": [{"id": f"synthetic/math-{k}", **source} for k in range(experts)],
+        },
+        "parameters": {"rank": None, "temperature": 32.0},
+        "totals": {
+            "model_parameters": int(decoder * 1.27),
+            "llm_parameters": int(decoder * 1.16),
+            "decoder_parameters": int(decoder),
+            "decoder_itemsize": 2,
+            "model_bytes": int(decoder * 1.27) * 2,
+        },
+        "records": records,
+    }
+
+
+def matrix_records(
+    rng: np.random.Generator,
+    layer: int,
+    layers: int,
+    module: str,
+    experts: int,
+    hidden: int,
+    feed: int,
+) -> list[dict[str, object]]:
+    """The records of one matrix, one for each expert."""
+    rows, columns = shape = shape_of(module, hidden, feed)
+    rank = min(shape)
+    weight = np.sqrt(rows * columns) * 0.02
+    vision = rng.normal(size=6) * weight * 0.0045
+    maths = [0.25 * vision + rng.normal(size=6) * weight * 0.003 for _ in range(experts)]
+    rhos = [float(1.2 + rng.random()) for _ in range(experts)]
+    directions = {
+        "sum": [0.12 * rho * (m + 0.4 * vision) for m, rho in zip(maths, rhos, strict=True)],
+        "max": [0.45 * rho * m for m, rho in zip(maths, rhos, strict=True)],
+        "rescale_only": [rho * m for m, rho in zip(maths, rhos, strict=True)],
+        "select_only": maths,
+    }
+    index = log_spaced(rank)
+    ranks = np.array(index)
+    depth = np.sin(np.pi * (layer + 1) / (layers + 1))
+    records = []
+    for k, math in enumerate(maths):
+        first = float(np.clip(BASE_SIMILARITY[module] * (0.5 + depth) + rng.normal() * 0.09, 0, 1))
+        best = float(np.clip(first + abs(rng.normal()) * 0.1, first, 1))
+        angles = np.clip(first * ranks**-0.6 + rng.normal(size=ranks.size) * 0.02, 0, 1)
+        sigma = float(np.linalg.norm(vision)) * 0.5 * ranks**-0.45
+        sigma_math = float(np.linalg.norm(math)) * 0.6 * ranks**-0.6
+        name = f"model.layers.{layer}.{PLACES[module]}.weight"
+        records.append(
+            {
+                "name": name,
+                "mllm_name": f"language_model.{name}",
+                "layer": layer,
+                "module": module,
+                "expert": k,
+                "shape": list(shape),
+                "similarity": {"first": first, "max": best, "weighted": first * 0.4},
+                "best_index": int(rng.integers(1, 6)),
+                "gap": float(sigma[0] - sigma[1]) / float(sigma[0]),
+                "rho": rhos[k],
+                "weight_norm2": weight**2,
+                "base_norm2": weight**2 * 0.999,
+                "mllm_norm2": float(vision @ vision),
+                "math_norm2": float(math @ math),
+                "inner": float(vision @ math),
+                "mllm_nuclear": float(sigma.sum()),
+                "math_nuclear": float(sigma_math.sum()),
+                "updates": {
+                    variant: {
+                        "norm2": float(found[k] @ found[k]),
+                        "inner": float(vision @ found[k]),
+                        "cross": [float(found[k] @ found[j]) for j in range(k)],
+                    }
+                    for variant, found in directions.items()
+                },
+                "chance": {"first": 0.8 / columns**0.5, "max": 3.2 / columns**0.5},
+                "noise_floor": float(sigma[-1]) * 1.5,
+                "mllm_ranks": {"stable": 8.1, "effective": 210.0},
+                "math_ranks": {"stable": 5.2, "effective": 96.0},
+                "index": index,
+                "mllm_sigma": [float(x) for x in sigma],
+                "math_sigma": [float(x) for x in sigma_math],
+                "angles": [float(x) for x in angles],
+            }
+        )
+    assert all(a < b for a, b in pairwise(index))
+    return records

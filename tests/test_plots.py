@@ -1,0 +1,51 @@
+"""Figures hold the records' numbers, all of them, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic_pack import make_pack
+
+from ipmerge_core.plots import SpectraInfo, spectra_figure, spectra_info
+
+RECORD = make_pack(layers=1)["records"][1]
+
+
+def test_spectra_info_holds_the_numbers_of_the_record():
+    assert spectra_info(RECORD) == SpectraInfo(
+        title="Layer 0, k",
+        ranks=tuple(RECORD["index"]),
+        mllm_sigma=tuple(RECORD["mllm_sigma"]),
+        math_sigma=tuple(RECORD["math_sigma"]),
+        angles=tuple(RECORD["angles"]),
+        noise_floor=RECORD["noise_floor"],
+        chance_first=RECORD["chance"]["first"],
+        chance_max=RECORD["chance"]["max"],
+        best_index=RECORD["best_index"],
+        best_angle=RECORD["similarity"]["max"],
+    )
+
+
+def test_the_spectra_figure_draws_both_task_vectors_and_their_angles():
+    info = spectra_info(RECORD)
+    figure = spectra_figure(info)
+    mllm, math, angles, best = figure.data
+    assert tuple(mllm.y) == info.mllm_sigma
+    assert tuple(math.y) == info.math_sigma
+    assert tuple(angles.y) == info.angles
+    assert (tuple(best.x), tuple(best.y)) == ((info.best_index,), (info.best_angle,))
+
+
+@pytest.mark.parametrize(("floor", "lines"), [(0.01, 2), (None, 1)])
+def test_the_noise_floor_is_drawn_where_the_dtype_has_one(floor, lines):
+    figure = spectra_figure(spectra_info({**RECORD, "noise_floor": floor}))
+    assert len(figure.layout.shapes) == lines
+
+
+def test_no_figure_has_a_layout_title_because_the_app_would_give_it_an_empty_margin():
+    assert "title" not in spectra_figure(spectra_info(RECORD)).to_plotly_json()["layout"]
+
+
+def test_a_dark_page_gets_light_text():
+    info = spectra_info(RECORD)
+    light, dark = (spectra_figure(info, dark=dark).layout.font.color for dark in (False, True))
+    assert light != dark
