@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ipmerge_core.version import __version__
 
 if TYPE_CHECKING:
-    from ipmerge_core.analysis import Analysis, LayerRecord, analyse, iter_analysis
-    from ipmerge_core.merge import iter_merge, merge
+    from ipmerge_core.analysis import analyse, iter_analysis
+    from ipmerge_core.merging import iter_merge, merge
     from ipmerge_core.methods import METHODS
     from ipmerge_core.pairing import ModelPair, open_pair
     from ipmerge_core.plan import MergePlan, make_plan
+    from ipmerge_core.records import Analysis, LayerRecord
     from ipmerge_core.spectrum import Spectrum, svd
 
 _HOMES = {
@@ -26,13 +27,13 @@ _HOMES = {
     "Spectrum": "spectrum",
     "analyse": "analysis",
     "iter_analysis": "analysis",
-    "Analysis": "analysis",
-    "LayerRecord": "analysis",
+    "Analysis": "records",
+    "LayerRecord": "records",
     "METHODS": "methods",
     "make_plan": "plan",
     "MergePlan": "plan",
-    "merge": "merge",
-    "iter_merge": "merge",
+    "merge": "merging",
+    "iter_merge": "merging",
 }
 
 __all__ = [

@@ -1,22 +1,19 @@
 """The driver that compares: every decoder matrix of a pair is decomposed once, small records stay.
 
 In: a `ModelPair`. Out: an `Analysis` with one `LayerRecord` per matrix and expert: similarities,
-norms, inner products, sampled spectra; no weights. Saved as a small JSON "pack" that Python and the
-browser read alike. Everything that a plan or a plot needs later is here, so that no slider ever
-asks for a decomposition. `iter_analysis` yields the records one by one and can be closed at any
-time.
+norms, inner products, sampled spectra; no weights. Everything that a plan or a plot needs later is
+there, so that no slider ever asks for a decomposition. `iter_analysis` yields the records one by
+one and can be closed at any time.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,232 +23,19 @@ from ipmerge_core import spectrum
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.records import (
+    VERSION,
+    Analysis,
+    LayerRecord,
+    Source,
+    Sources,
+    Totals,
+    UpdateNorms,
+)
 from ipmerge_core.version import __version__
 
-_FORMAT, _VERSION = "ipmerge-pack", 1
 _SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one model came from and how to recognise its weights."""
-
-    id: str
-    revision: str | None
-    fingerprint: str
-
-    @property
-    def location(self) -> str:
-        """What opens exactly this model again."""
-        return f"{self.id}@{self.revision}" if self.revision else self.id
-
-    def relative_to(self, folder: Path) -> Source:
-        """Name a model folder below `folder` relative to it."""
-        if self.revision or not Path(self.id).is_relative_to(folder):
-            return self
-        return replace(self, id=f"./{Path(self.id).relative_to(folder)}")
-
-    def resolved_in(self, folder: Path) -> Source:
-        """Undo `relative_to`, perhaps at another place."""
-        return replace(self, id=str(folder / self.id)) if self.id.startswith("./") else self
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The models of a pair. `base_mllm` is None where the MLLM shares the experts' base."""
-
-    mllm: Source
-    base: Source
-    base_mllm: Source | None
-    math: tuple[Source, ...]
-
-    def all(self) -> list[Source]:
-        """List the sources in the order of `ModelPair.roles`."""
-        own = [self.base_mllm] if self.base_mllm else []
-        return [self.mllm, self.base, *own, *self.math]
-
-    def relative_to(self, folder: Path) -> Sources:
-        """Name model folders below `folder` relative to it."""
-        return self._each(lambda source: source.relative_to(folder))
-
-    def resolved_in(self, folder: Path) -> Sources:
-        """Undo `relative_to`, perhaps at another place."""
-        return self._each(lambda source: source.resolved_in(folder))
-
-    def _each(self, change: Callable[[Source], Source]) -> Sources:
-        root = self.base_mllm
-        return Sources(
-            mllm=change(self.mllm),
-            base=change(self.base),
-            base_mllm=change(root) if root else None,
-            math=tuple(change(expert) for expert in self.math),
-        )
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Sources:
-        """Rebuild from JSON content."""
-        root = content["base_mllm"]
-        return cls(
-            mllm=Source(**content["mllm"]),
-            base=Source(**content["base"]),
-            base_mllm=Source(**root) if root else None,
-            math=tuple(Source(**expert) for expert in content["math"]),
-        )
-
-
-class Totals(NamedTuple):
-    """Sizes of the MLLM: parameters of the model, of its language part, of the matched matrices."""
-
-    model_parameters: int
-    llm_parameters: int
-    decoder_parameters: int
-    decoder_itemsize: int  # bytes per stored element
-    model_bytes: int
-
-
-class UpdateNorms(NamedTuple):
-    """Inner products of one named update X of one expert.
-
-    norm2 = ||X||^2, inner = <dV, X>, cross = <X, X_j> for the experts j before this one.
-    """
-
-    norm2: float
-    inner: float
-    cross: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What is known of one matrix and one expert. Norms are Frobenius, squared where named so.
-
-    `similarity` holds first, max and weighted; `updates` holds the products of four updates per
-    unit gain: "sum" and "max" (IP-Merging with gamma as the softmax gives it, and divided by its
-    maximum), "rescale_only" (rho dM) and "select_only" (dM). `index` counts from 1 and says which
-    singular values and angles were sampled. `noise_floor` is the singular value below which a
-    difference of weights in the stored dtype is rounding; None for fp32.
-    """
-
-    name: str
-    mllm_name: str
-    layer: int
-    module: str
-    expert: int
-    shape: tuple[int, int]
-    similarity: Mapping[str, float]
-    best_index: int
-    gap: float
-    rho: float
-    weight_norm2: float
-    base_norm2: float
-    mllm_norm2: float
-    math_norm2: float
-    inner: float
-    mllm_nuclear: float
-    math_nuclear: float
-    updates: Mapping[str, UpdateNorms]
-    chance: Mapping[str, float]
-    noise_floor: float | None
-    mllm_ranks: Mapping[str, float]
-    math_ranks: Mapping[str, float]
-    index: tuple[int, ...]
-    mllm_sigma: tuple[float, ...]
-    math_sigma: tuple[float, ...]
-    angles: tuple[float, ...]
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> LayerRecord:
-        """Rebuild from JSON content."""
-        tuples = ("shape", "index", "mllm_sigma", "math_sigma", "angles")
-        updates = {
-            name: UpdateNorms(norms["norm2"], norms["inner"], tuple(norms["cross"]))
-            for name, norms in content["updates"].items()
-        }
-        return cls(
-            **{
-                **content,
-                **{name: tuple(content[name]) for name in tuples},
-                "updates": updates,
-            }
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON content."""
-        return {
-            **asdict(self),
-            "updates": {name: norms._asdict() for name, norms in self.updates.items()},
-        }
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """All records of a pair, with the sources they were made from."""
-
-    name: str
-    created: str
-    engine: str
-    sources: Sources
-    parameters: Mapping[str, float | int | None]
-    totals: Totals
-    records: tuple[LayerRecord, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the pack's JSON content."""
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "engine": self.engine,
-            "created": self.created,
-            "name": self.name,
-            "sources": asdict(self.sources),
-            "parameters": dict(self.parameters),
-            "totals": self.totals._asdict(),
-            "records": [record.to_dict() for record in self.records],
-        }
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Analysis:
-        """Rebuild an analysis from a pack's JSON content."""
-        if content["format"] != _FORMAT or content["version"] != _VERSION:
-            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-        return cls(
-            name=content["name"],
-            created=content["created"],
-            engine=content["engine"],
-            sources=Sources.from_dict(content["sources"]),
-            parameters=content["parameters"],
-            totals=Totals(**content["totals"]),
-            records=tuple(LayerRecord.from_dict(record) for record in content["records"]),
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write the pack; gzipped where the name ends in .gz, with the same bytes each time.
-
-        Model folders that lie below the pack's own folder are named relative to it (`./mllm`), so
-        that pack and models can move together.
-        """
-        folder = Path(path).absolute().parent
-        content = {**self.to_dict(), "sources": asdict(self.sources.relative_to(folder))}
-        text = json.dumps(content, separators=(",", ":")) + "\n"
-        data = text.encode()
-        Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Analysis:
-        """Read a pack that `save` wrote. Raises: PlanError when it is no pack."""
-        try:
-            data = Path(path).read_bytes()
-            content = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-            analysis = cls.from_dict(json.loads(content))
-            folder = Path(path).absolute().parent
-            return replace(analysis, sources=analysis.sources.resolved_in(folder))
-        except OSError as error:
-            raise PlanError(f"Cannot read the pack '{path}': {error.strerror or error}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            raise PlanError(
-                f"'{path}' is not a pack of this version ({type(error).__name__}: {error}). "
-                f"Make it again with `ipmerge analyse`."
-            ) from error
 
 
 def analyse(
@@ -339,7 +123,7 @@ def _source(model: Checkpoint) -> Source:
 
 def _cache_name(pair: ModelPair, rank: int | None, temperature: float) -> str:
     fingerprints = [model.fingerprint for _, model in pair.roles()]
-    content = json.dumps([_VERSION, __version__, rank, temperature, fingerprints])
+    content = json.dumps([VERSION, __version__, rank, temperature, fingerprints])
     return hashlib.sha256(content.encode()).hexdigest()[:32] + ".json.gz"
 
 
@@ -454,7 +238,7 @@ def _updates(mllm: _Side, math: _Side, temperature: float) -> dict[str, Tensor]:
     rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
     angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
     kept = math.spectrum if math.truncated else None
-    projected = {
+    projected: dict[str, Tensor] = {
         norm: sim.projected_update(
             math.task_vector,
             mllm.spectrum,

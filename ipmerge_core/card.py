@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ipmerge_core.analysis import Source
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
 from ipmerge_core.plan import MergePlan
+from ipmerge_core.records import Source
 from ipmerge_core.version import __version__
 
 

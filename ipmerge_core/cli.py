@@ -22,7 +22,7 @@ from ipmerge_core.version import __version__
 
 if TYPE_CHECKING:
     from ipmerge_core.pairing import Finding, ModelPair
-    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.plan import MergePlan, Override
 
 _MARKS = {"ok": "ok     ", "warning": "WARNING", "refusal": "REFUSAL"}
 
@@ -82,8 +82,8 @@ def _analyse(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ipmerge_core.analysis import Analysis
     from ipmerge_core.plan import make_plan
+    from ipmerge_core.records import Analysis
 
     choice = _read_method_options(options)
     if options.pack:
@@ -97,7 +97,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from ipmerge_core.merge import MANIFEST, estimate, iter_merge
+    from ipmerge_core.merging import MANIFEST, estimate, iter_merge
     from ipmerge_core.plan import MergePlan
 
     plan = MergePlan.load(options.plan)
@@ -196,8 +196,10 @@ def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
         return text  # the method's own check names the parameter and what it expects
 
 
-def _read_overrides(options: argparse.Namespace) -> dict[str, str]:
-    return dict.fromkeys(options.force_merge, "merge") | dict.fromkeys(options.force_keep, "keep")
+def _read_overrides(options: argparse.Namespace) -> dict[str, Override]:
+    merged: dict[str, Override] = dict.fromkeys(options.force_merge, "merge")
+    kept: dict[str, Override] = dict.fromkeys(options.force_keep, "keep")
+    return merged | kept
 
 
 # --- printing ---

@@ -17,11 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ipmerge_core.analysis import Analysis, LayerRecord, Sources, Totals, describe
+from ipmerge_core.analysis import describe
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.registry import AffineUpdate, ParameterValue
 from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.records import Analysis, LayerRecord, Sources, Totals
 
 Override = Literal["merge", "keep"]
 SIMILARITIES = ("first", "max", "weighted")
@@ -338,7 +339,8 @@ def preview_of(plan: MergePlan) -> Preview:
     by_matrix: dict[str, list[LayerRecord]] = {}
     for record in plan.records:
         by_matrix.setdefault(record.name, []).append(record)
-    whole, layers = _Products(), {}
+    whole = _Products()
+    layers: dict[int, _Products] = {}
     for decision in plan.decisions:
         products = _matrix_products(by_matrix[decision.name], decision.experts, update)
         whole.add(products)

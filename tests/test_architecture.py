@@ -23,6 +23,7 @@ PACKAGE = ROOT / "ipmerge_core"
 # From the ground up. A room may import rooms of its own line and of the lines above it.
 ORDER = [
     {"errors", "version"},
+    {"records"},
     {"checkpoint", "writer"},
     {"pairing"},
     {"spectrum"},
@@ -31,7 +32,7 @@ ORDER = [
     {"methods"},
     {"plan"},
     {"card"},
-    {"merging", "card", "adapter"},
+    {"merging", "adapter"},
     {"inference"},
     {"evaluate", "drift"},
     {"search"},

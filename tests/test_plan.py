@@ -1,0 +1,181 @@
+"""A plan decides by one rule, says exactly what it will change, and survives the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ipmerge_core as ipm
+from ipmerge_core.errors import PlanError, UnknownMethodError
+from ipmerge_core.plan import MergePlan
+from ipmerge_core.records import Analysis
+
+FIRST = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def analysis(trio: Trio) -> Analysis:
+    return ipm.analyse(ipm.open_pair(trio.mllm, [trio.math, trio.math_2], trio.base))
+
+
+def selected(plan: MergePlan) -> set[tuple[str, int]]:
+    return {(decision.name, k) for decision in plan.decisions for k in decision.experts}
+
+
+@pytest.mark.parametrize("kind", ["first", "max", "weighted"])
+def test_a_matrix_merges_iff_its_similarity_reaches_the_threshold(
+    kind: str, analysis: Analysis
+) -> None:
+    plan = ipm.make_plan(analysis, similarity_threshold=0.7, similarity=kind)
+    expected = {(r.name, r.expert) for r in analysis.records if r.similarity[kind] >= 0.7}
+    assert selected(plan) == expected
+    assert 0 < len(expected) < len(analysis.records)
+
+
+def test_the_threshold_itself_is_included(analysis: Analysis) -> None:
+    value = analysis.records[0].similarity["first"]
+    assert (FIRST, 0) in selected(ipm.make_plan(analysis, similarity_threshold=value))
+    above = ipm.make_plan(analysis, similarity_threshold=min(1.0, value + 1e-9))
+    assert (FIRST, 0) not in selected(above)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(low=st.floats(0, 1), high=st.floats(0, 1))
+def test_raising_the_threshold_never_selects_more(
+    low: float, high: float, analysis: Analysis
+) -> None:
+    low, high = sorted((low, high))
+    fewer = selected(ipm.make_plan(analysis, similarity_threshold=high))
+    assert fewer <= selected(ipm.make_plan(analysis, similarity_threshold=low))
+
+
+def test_overrides_win_over_the_threshold(analysis: Analysis) -> None:
+    everything = ipm.make_plan(analysis, similarity_threshold=0, overrides={FIRST: "keep"})
+    assert len(everything.selected) == len(everything.decisions) - 1
+    nothing = ipm.make_plan(analysis, similarity_threshold=1, overrides={FIRST: "merge"})
+    assert [decision.name for decision in nothing.selected] == [FIRST]
+
+
+def test_the_change_grows_in_proportion_to_lambda(analysis: Analysis) -> None:
+    one = ipm.make_plan(analysis, lambda_=1).preview()
+    three = ipm.make_plan(analysis, lambda_=3).preview()
+    assert three.relative_change == pytest.approx(3 * one.relative_change)
+    assert three.keep < one.keep
+    assert three.absorb > one.absorb
+
+
+def test_nothing_selected_changes_nothing(analysis: Analysis) -> None:
+    preview = ipm.make_plan(analysis, similarity_threshold=1.0).preview()
+    assert preview.selected == ()
+    assert preview.parameters_touched == preview.bytes_rewritten == 0
+    assert preview.relative_change == 0
+    assert set(preview.layer_change.values()) == {0}
+    assert preview.keep == pytest.approx(1.0)
+    assert preview.absorb is None
+
+
+def test_the_preview_counts_parameters_and_bytes(analysis: Analysis) -> None:
+    preview = ipm.make_plan(analysis, similarity_threshold=0).preview()
+    assert preview.n_matrices == len(preview.selected) == 21
+    assert preview.parameters_touched == preview.decoder_parameters
+    assert preview.bytes_rewritten == 4 * preview.parameters_touched
+    assert preview.decoder_parameters < preview.llm_parameters
+
+
+def test_task_arithmetic_needs_no_decomposition(trio: Trio) -> None:
+    pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
+    plan = ipm.make_plan(pair, method="task_arithmetic", math_weight=0.5)
+    assert len(plan.selected) == 21
+    assert plan.similarity_threshold is None
+    with pytest.raises(PlanError, match="nothing to preview from"):
+        plan.preview()
+
+
+def test_selection_by_similarity_needs_an_analysis(trio: Trio) -> None:
+    with pytest.raises(PlanError, match="Analyse the pair first"):
+        ipm.make_plan(ipm.open_pair(trio.mllm, trio.math, trio.base))
+
+
+def test_a_plan_survives_the_disk(analysis: Analysis, tmp_path: Path) -> None:
+    plan = ipm.make_plan(
+        analysis, similarity_threshold=0.5, lambda_=2, gamma_norm="max", overrides={FIRST: "keep"}
+    )
+    plan.save(tmp_path / "plan.json")
+    again = MergePlan.load(tmp_path / "plan.json")
+    assert again == plan
+    assert again.preview() == plan.preview()
+
+
+def test_a_plan_holds_no_spectra(analysis: Analysis) -> None:
+    assert all(record.mllm_sigma == () for record in ipm.make_plan(analysis).records)
+
+
+def test_plans_that_do_the_same_have_one_hash(analysis: Analysis) -> None:
+    values = sorted(record.similarity["first"] for record in analysis.records)
+    low, high = values[10] + 1e-6, values[11] - 1e-6
+    one = ipm.make_plan(analysis, similarity_threshold=low)
+    assert one.hash == ipm.make_plan(analysis, similarity_threshold=high).hash
+    assert one.hash != ipm.make_plan(analysis, similarity_threshold=low, lambda_=2).hash
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"similarity_threshold": 1.2}, r"S_alpha\) is 1.2; similarities lie in \[0, 1\]"),
+        ({"similarity_threshold": -0.1}, "S_alpha"),
+        ({"similarity_threshold": float("nan")}, "S_alpha"),
+        ({"similarity_threshold": "high"}, "expected a number in"),
+        ({"lambda_": -1.0}, r"lambda is -1.0; expected a finite number in \[0, inf\)"),
+        ({"lambda_": float("inf")}, "lambda is inf"),
+        ({"similarity": "last"}, "Unknown similarity 'last'. Available: first, max, weighted"),
+        ({"overrides": {FIRST: "maybe"}}, "is 'maybe'; expected merge or keep"),
+        ({"overrides": {"model.nothing": "keep"}}, "'model.nothing', which is no decoder matrix"),
+        ({"gamma_norm": "mean"}, "gamma_norm is 'mean'; expected one of sum, max"),
+        ({"speed": 1}, "IP-Merging has no parameter 'speed'"),
+        ({"rank": 0}, "rank is 0; expected a whole number in"),
+        ({"method": "task_arithmetic", "lambda_": 2.0}, "Task arithmetic has no lambda"),
+        ({"method": "task_arithmetic", "math_weight": float("nan")}, "math_weight is nan"),
+    ],
+)
+def test_impossible_values_are_refused_in_one_sentence(
+    arguments: dict[str, object], words: str, analysis: Analysis
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        ipm.make_plan(analysis, **arguments)
+
+
+def test_a_misspelt_method_is_answered_with_the_nearest(analysis: Analysis) -> None:
+    with pytest.raises(UnknownMethodError, match="Did you mean 'ip_merging'"):
+        ipm.make_plan(analysis, method="ip_mergin")
+
+
+@pytest.mark.parametrize("parameters", [{"temperature": 8.0}, {"projector": "top_k"}])
+def test_directions_that_were_not_measured_are_not_previewed(
+    parameters: dict[str, object], analysis: Analysis
+) -> None:
+    with pytest.raises(PlanError, match="no exact preview"):
+        ipm.make_plan(analysis, **parameters).preview()
+
+
+def test_a_plan_that_was_tampered_with_is_refused(analysis: Analysis, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    ipm.make_plan(analysis).save(path)
+    content = json.loads(path.read_text())
+    content["parameters"]["lambda_"] = 7.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="its hash is .* and the file says"):
+        MergePlan.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "ipmerge-plan", "version": 99}'])
+def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match="is not a plan of this version"):
+        MergePlan.load(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="Cannot read the plan"):
+        MergePlan.load(tmp_path / "nowhere.json")
