@@ -1,0 +1,66 @@
+"""README's examples, run as they stand there: from two siblings to a merged model that answers."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import ipmerge_core as ipm
+from ipmerge_core import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_under(heading: str) -> str:
+    section = README.split(f"\n## {heading}\n", 1)[1]
+    found = re.search(r"```\w*\n(.*?)```", section, re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like the clone that README's reader stands in."""
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_example_makes_a_model(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec(code_under("In Python"), names)  # the reader's own session
+    assert "relative_change" in capsys.readouterr().out
+    plan = names["plan"]
+    assert isinstance(plan, ipm.MergePlan)
+    before = load_file(clone / "assets/demo/mllm/model.safetensors")
+    after = load_file(clone / "runs/merged/model.safetensors")
+    assert list(before) == list(after)
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert len(changed) == len(plan.selected) > 0
+
+
+def test_the_command_line_example_makes_the_same_model(
+    clone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (clone / "runs").mkdir()
+    for line in code_under("On the command line").splitlines():
+        command, *arguments = shlex.split(line)
+        assert command == "ipmerge"
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+    assert (clone / "runs/merged-by-command/ipmerge.json").exists()
+
+
+def test_a_merged_model_loads_and_answers(clone: Path) -> None:
+    from PIL import Image
+
+    from ipmerge_core.inference import answer
+
+    exec(code_under("In Python"), {})
+    picture = Image.new("RGB", (64, 64), "white")
+    for model in ("assets/demo/mllm", "runs/merged"):
+        assert isinstance(answer(model, "How many dots?", picture, max_new_tokens=4), str)
