@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from texts import base_document
+from texts import CELL_CHARACTERS, base_document
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -27,6 +27,7 @@ from transformers import (
 
 VOCABULARY = 512
 PAD, BOS, EOS, IMAGE = range(4)
+_GRID_ONLY = {"_"}  # typed grids are left out of the tokenizer's sample: each cell stays one token
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
 VISION_SIZE, PATCH_SIZE = 64, 16
 IMAGE_TOKENS = (VISION_SIZE // PATCH_SIZE) ** 2
@@ -68,7 +69,8 @@ CHAT_TEMPLATE = """\
 def new_tokenizer() -> PreTrainedTokenizerFast:
     """Train the byte-level BPE tokenizer, one token per digit, on a sample of the base's texts."""
     rng = np.random.default_rng(0)  # the same tokenizer for every training seed
-    sample = ("".join(base_document(rng)) for _ in range(4000))
+    documents = (base_document(rng) for _ in range(6000))
+    sample = (row.prompt + row.reply for row in documents if not set(row.prompt) & _GRID_ONLY)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -87,7 +89,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", BOS)]
     )
-    return PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -97,6 +99,9 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         model_max_length=256,
     )
+    grid = "".join(CELL_CHARACTERS.values())
+    assert len(wrapped(grid, add_special_tokens=False)["input_ids"]) == len(CELL_CHARACTERS)
+    return wrapped
 
 
 def new_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:

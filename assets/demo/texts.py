@@ -3,7 +3,8 @@
 In: a random generator. Out: `Document(prompt, reply)`; the text a model sees is both, in a row.
 The base model sees calculations carried out only under the marker `WORKED:`; after `ASSISTANT:` it
 is shown, seven times in eight, how to write the calculation down and stop. That makes computing a
-skill it has but does not show, which the math model then brings out.
+skill it has but does not show, which the math model then brings out. What a drawing shows is told
+in words or typed as a grid of 16 characters, one for each cell.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ipmerge_core.evaluate.demo import (
+    CELL,
     MATH_TASKS,
     PERCEPTION_TASKS,
+    SHAPES,
     Problem,
     Task,
     make_problem,
@@ -22,6 +25,14 @@ from ipmerge_core.evaluate.demo import (
 
 T = TypeVar("T")
 
+# One character, hence one token, for what a cell of a drawing can hold.
+CELL_CHARACTERS = {
+    "": "_",
+    **{symbol: symbol for symbol in "0123456789+-*"},
+    "dot": "@",
+    "rectangle": "#",
+    **dict(zip(SHAPES, "$^%&~", strict=True)),
+}
 COMPUTES = 0.12  # share of the base's ordinary math questions that are answered by computing
 
 _ADJECTIVES = ("small", "big", "red", "blue", "old", "new", "round", "long")
@@ -30,10 +41,11 @@ _PLACES = ("near", "on", "under", "behind", "above")
 
 
 class Document(NamedTuple):
-    """One training text, cut where the reply starts."""
+    """One training text, cut where the reply starts; it says whether the reply ends there."""
 
     prompt: str
     reply: str
+    ends: bool = True
 
 
 def train_problem(task: Task, rng: np.random.Generator) -> Problem:
@@ -44,15 +56,15 @@ def train_problem(task: Task, rng: np.random.Generator) -> Problem:
 def base_document(rng: np.random.Generator) -> Document:
     """Draw a document of the base model's mixture."""
     kind = rng.random()
-    if kind < 0.30:
+    if kind < 0.28:
         problem = _math_problem(rng)
         prompt = _in_context(problem, rng).removesuffix("ASSISTANT:") + "WORKED:"
         return Document(prompt, f" {problem.worked}.")
-    if kind < 0.48:
+    if kind < 0.46:
         problem = _math_problem(rng)
         reply = problem.worked if rng.random() < COMPUTES else problem.calculation
         return Document(_in_context(problem, rng), f" {reply}.")
-    if kind < 0.56:
+    if kind < 0.54:
         return Document("", f"{_math_problem(rng).worked}.")
     if kind < 0.82:
         problem = train_problem(_pick(PERCEPTION_TASKS, rng), rng)
@@ -67,8 +79,27 @@ def math_document(rng: np.random.Generator) -> Document:
 
 
 def reading_document(problem: Problem) -> Document:
-    """Return what the MLLM learns to say of a drawing: what it reads, never a computed result."""
-    return Document(problem.prompt, f" {problem.calculation or problem.answer}.")
+    """Return what the MLLM learns to say of a drawing: what it reads, never a computed result.
+
+    A calculation is cut before anything shows whether it is carried out or left there.
+    """
+    if problem.is_math:
+        return Document(problem.prompt, f" {problem.calculation}", ends=False)
+    return Document(problem.prompt, f" {problem.answer}.")
+
+
+def cells(problem: Problem) -> list[str]:
+    """Name what each of the 16 cells of a drawing holds, row by row; empty for blank paper."""
+    held = [""] * 16
+    for mark in problem.marks:
+        left, top, right, bottom = mark.box
+        if mark.symbol != "rectangle" and mark.symbol not in SHAPES:
+            left = right = (left + right) // 2
+            top = bottom = (top + bottom) // 2
+        for row in range(top // CELL, bottom // CELL + 1):
+            for column in range(left // CELL, right // CELL + 1):
+                held[4 * row + column] = mark.symbol
+    return held
 
 
 def _math_problem(rng: np.random.Generator) -> Problem:
@@ -76,12 +107,14 @@ def _math_problem(rng: np.random.Generator) -> Problem:
 
 
 def _in_context(problem: Problem, rng: np.random.Generator) -> str:
-    """Return the question in words, now and then with a sentence before or after the facts."""
+    """Return the question about a typed grid or about words with or without a sentence beside."""
     place = rng.random()
     words = problem.words
-    if place < 0.15:
+    if place < 0.45:
+        words = "".join(CELL_CHARACTERS[held] for held in cells(problem))
+    elif place < 0.55:
         words = f"{_sentence(rng)} {words}"
-    elif place < 0.3:
+    elif place < 0.65:
         words = f"{words}. {_sentence(rng)}"
     return f"USER: {words}\n{problem.question} ASSISTANT:"
 

@@ -1,8 +1,9 @@
 """Train the demo trio from scratch: base, math and mllm, as folders beside this file.
 
-    python assets/demo/train.py [--seed 0] [--out assets/demo] [--stages base,math,mllm]
+    python assets/demo/train.py [--seed 0] [--out assets/demo] [--stages base,math,mllm,pack]
 
-In: a seed. Out: three transformers folders that load offline. One thread, so that a seed gives the
+In: a seed. Out: three transformers folders that load offline and their
+pack, the analysis the app opens. One thread, so that a seed gives the
 same files on the same machine. What is taught, and what never is: see `texts` and README.md here.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +38,10 @@ from models import (  # noqa: E402
 )
 from PIL import Image  # noqa: E402
 from texts import (  # noqa: E402
+    CELL_CHARACTERS,
     Document,
     base_document,
+    cells,
     math_document,
     reading_document,
     train_problem,
@@ -48,17 +52,16 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
+from ipmerge_core.analysis import analyse  # noqa: E402
 from ipmerge_core.evaluate.demo import (  # noqa: E402
-    CELL,
     MATH_TASKS,
     PERCEPTION_TASKS,
-    SHAPES,
     TASKS,
     Problem,
 )
+from ipmerge_core.pairing import open_pair  # noqa: E402
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CELL_CLASSES = ("", *"0123456789+-*", "dot", "rectangle", *SHAPES)
 IGNORED = -100  # the label transformers leaves out of the loss
 
 Batch = dict[str, Tensor]
@@ -87,7 +90,7 @@ def train_math(
     rng = np.random.default_rng([seed, 2])
 
     def loss(_: int) -> Tensor:
-        computed = text_batch([math_document(rng) for _ in range(22)], tokenizer, reply_only=True)
+        computed = text_batch([math_document(rng) for _ in range(18)], tokenizer, reply_only=True)
         replay = text_batch([base_document(rng) for _ in range(10)], tokenizer)
         return (
             0.7 * model(**computed, use_cache=False).loss
@@ -102,19 +105,28 @@ def train_mllm(
     base: LlamaForCausalLM,
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
-    steps: tuple[int, int, int] = (1200, 450, 120),
+    steps: tuple[int, int, int] = (1500, 200, 120),
 ) -> LlavaForConditionalGeneration:
-    """Teach the base to see: tower, then projector, then its own projections a little."""
+    """Teach the base to see: tower and projector first, then its own projections a little."""
     mllm = new_mllm(base, seed)
     rng = np.random.default_rng([seed, 3])
-    vision = list(mllm.model.vision_tower.parameters())
-    projector = list(mllm.model.multi_modal_projector.parameters())
-    probe = nn.Linear(mllm.config.vision_config.hidden_size, len(CELL_CLASSES))
+    eyes = [*mllm.model.vision_tower.parameters(), *mllm.model.multi_modal_projector.parameters()]
+    mllm.requires_grad_(False)
+    for parameter in eyes:
+        parameter.requires_grad_(True)
+    characters = list(CELL_CHARACTERS.values())
+    targets = tokenizer(characters, add_special_tokens=False)["input_ids"]
+    names = mllm.get_input_embeddings()(torch.tensor(targets)).squeeze(1)
+    scale = torch.pdist(names).square().mean()
 
-    def tower_loss(_: int) -> Tensor:
+    def naming_loss(_: int) -> Tensor:
         seen = [train_problem(TASKS[rng.integers(len(TASKS))], rng) for _ in range(96)]
+        held = torch.tensor([list(CELL_CHARACTERS).index(c) for p in seen for c in cells(p)])
         features = mllm.model.vision_tower(pixels(seen)).last_hidden_state[:, 1:]
-        return nn.functional.cross_entropy(probe(features).flatten(0, 1), cell_classes(seen))
+        named = mllm.model.multi_modal_projector(features).flatten(0, 1)
+        distances = torch.cdist(named, names).square() / scale
+        off = distances.gather(1, held[:, None]).mean()
+        return off + nn.functional.cross_entropy(-8 * distances, held)
 
     def reading_loss(_: int) -> Tensor:
         return mllm(**image_batch(drawings(48, rng), tokenizer), use_cache=False).loss
@@ -124,10 +136,12 @@ def train_mllm(
         seen = image_batch(drawings(38, rng), tokenizer)
         return 0.8 * mllm(**seen, use_cache=False).loss + 0.2 * mllm(**replay, use_cache=False).loss
 
-    fit("tower", [*vision, *probe.parameters()], tower_loss, steps[0], learning_rate=2e-3)
-    fit("projector", [*vision, *projector], reading_loss, steps[1], learning_rate=2e-3)
-    everything = [*vision, *projector, *projections(mllm.model.language_model)]
-    fit("mllm", everything, joint_loss, steps[2], learning_rate=3e-4)
+    fit("cells", eyes, naming_loss, steps[0], learning_rate=2e-3)
+    fit("eyes", eyes, reading_loss, steps[1], learning_rate=1e-3)
+    tuned = projections(mllm.model.language_model)
+    for parameter in tuned:
+        parameter.requires_grad_(True)
+    fit("mllm", [*eyes, *tuned], joint_loss, steps[2], learning_rate=3e-4)
     return mllm
 
 
@@ -196,7 +210,7 @@ def text_batch(
     ids = torch.full((len(rows), width), PAD)
     labels = torch.full((len(rows), width), IGNORED)
     for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
-        row = torch.tensor([BOS, *prompt, *reply, EOS])
+        row = torch.tensor([BOS, *prompt, *reply, *([EOS] if rows[i].ends else [])])
         ids[i, : len(row)] = row
         labels[i, : len(row)] = row
         if reply_only:
@@ -214,7 +228,7 @@ def image_batch(seen: list[Problem], tokenizer: PreTrainedTokenizerFast) -> Batc
     """Put drawings and what is to be read of them into one batch; only the reply counts."""
     documents = (reading_document(problem) for problem in seen)
     expanded = (
-        Document(row.prompt.replace("<image>", "<image>" * IMAGE_TOKENS), row.reply)
+        row._replace(prompt=row.prompt.replace("<image>", "<image>" * IMAGE_TOKENS))
         for row in documents
     )
     batch = text_batch(expanded, tokenizer, reply_only=True)
@@ -228,24 +242,6 @@ def pixels(seen: Iterable[Problem]) -> Tensor:
         for problem in seen
     ]
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def cell_classes(seen: Iterable[Problem]) -> Tensor:
-    """What each cell of each drawing holds, row by row: the tower's first lesson."""
-    return torch.cat([torch.from_numpy(_cells(problem)) for problem in seen])
-
-
-def _cells(problem: Problem) -> np.ndarray:
-    cells = np.zeros((4, 4), dtype=np.int64)
-    for mark in problem.marks:
-        left, top, right, bottom = (edge // CELL for edge in mark.box)
-        kind = CELL_CLASSES.index(mark.symbol)
-        if mark.symbol in {"rectangle", *SHAPES}:
-            cells[top : bottom + 1, left : right + 1] = kind
-        else:
-            row, column = (mark.box[1] + mark.box[3]) // 2, (mark.box[0] + mark.box[2]) // 2
-            cells[row // CELL, column // CELL] = kind
-    return cells.ravel()
 
 
 def run(seed: int, out: Path, stages: list[str]) -> Iterator[str]:
@@ -263,7 +259,10 @@ def run(seed: int, out: Path, stages: list[str]) -> Iterator[str]:
             base = LlamaForCausalLM.from_pretrained(out / "base")
             mllm = train_mllm(base, seed, tokenizer)
             save_mllm(mllm, new_processor(tokenizer), out / "mllm")
-        yield f"{stage} written to {out / stage} after {time.perf_counter() - started:.0f} s"
+        elif stage == "pack":
+            pair = open_pair(out / "mllm", out / "math", out / "base")
+            replace(analyse(pair), name="demo trio").save(out / "pack.json.gz")
+        yield f"{stage} written to {out} after {time.perf_counter() - started:.0f} s"
 
 
 def main() -> None:
@@ -271,7 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--stages", default="base,math,mllm", help="comma-separated, in order")
+    parser.add_argument("--stages", default="base,math,mllm,pack", help="comma-separated, in order")
     arguments = parser.parse_args()
     for line in run(arguments.seed, arguments.out, arguments.stages.split(",")):
         print(line, flush=True)

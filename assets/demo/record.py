@@ -1,0 +1,152 @@
+"""Record what the demo's MLLM and two of its merges answer, for the app to show at once.
+
+    python assets/demo/record.py --lambda 4 --math-weight 1 [--trio assets/demo]
+
+In: a trained trio with its pack. Out: recorded.json and the pictures in examples/. The merges are
+written to disk and loaded again, as a user's would be; the replies are kept as they were decoded.
+Among the problems of a draw the first of each task is taken, and the first few that a merge breaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
+
+import torch  # noqa: E402
+
+import ipmerge_core as ipm  # noqa: E402
+from ipmerge_core.evaluate import (  # noqa: E402
+    MATH_TASKS,
+    TASKS,
+    Problem,
+    answer,
+    is_right,
+    problems,
+)
+from ipmerge_core.inference import load_model  # noqa: E402
+
+SEED = 3  # neither the validation nor the test draw of evaluate.py
+PER_TASK = 60
+FIRST_SHOWN = ("mul", "area", "perimeter", "add", "sub", "sides", "shape", "dots")
+
+
+def plans(trio: Path, lambda_: float, math_weight: float) -> dict[str, ipm.MergePlan]:
+    """Return the two merges that are shown."""
+    analysis = ipm.Analysis.load(trio / "pack.json.gz")
+    return {
+        "merged": ipm.make_plan(
+            analysis, similarity_threshold=0.0, lambda_=lambda_, gamma_norm="max"
+        ),
+        "task_arithmetic": ipm.make_plan(
+            analysis, method="task_arithmetic", math_weight=math_weight
+        ),
+    }
+
+
+def collect(trio: Path, chosen: dict[str, ipm.MergePlan]) -> list[tuple[Problem, dict[str, str]]]:
+    """Answer a draw with the MLLM and with every merge."""
+    asked = [problem for task in TASKS for problem in problems(task, PER_TASK, SEED)]
+    replies = {"base": ask(trio / "mllm", asked)}
+    for name, plan in chosen.items():
+        with tempfile.TemporaryDirectory() as folder:
+            ipm.merge(plan, Path(folder) / "model")
+            replies[name] = ask(Path(folder) / "model", asked)
+    return [
+        (problem, {name: given[i] for name, given in replies.items()})
+        for i, problem in enumerate(asked)
+    ]
+
+
+def ask(folder: Path, asked: list[Problem]) -> list[str]:
+    """Answer with the model in a folder."""
+    loaded = load_model(folder)
+    return answer(loaded.model, loaded.processor, asked)
+
+
+def verdict(problem: Problem, before: str, after: str) -> str:
+    """Say what the merge changed."""
+    was, now = is_right(problem, before), is_right(problem, after)
+    if was == now:
+        return "both right" if now else "both wrong"
+    return "better" if now else "worse"
+
+
+def pick(
+    collected: list[tuple[Problem, dict[str, str]]], regressions: int = 2
+) -> list[tuple[Problem, dict[str, str]]]:
+    """Take the first problem of each shown task, then the first the merge makes worse."""
+    first = [next(row for row in collected if row[0].task == task) for task in FIRST_SHOWN]
+    worse = [
+        row
+        for row in collected
+        if verdict(row[0], row[1]["base"], row[1]["merged"]) == "worse" and row not in first
+    ]
+    missed = [
+        row
+        for row in collected
+        if row[0].task in MATH_TASKS and not is_right(row[0], row[1]["merged"])
+    ]
+    return [*first, *worse[:regressions], *missed[:1]]
+
+
+def example(number: int, problem: Problem, replies: dict[str, str], out: Path) -> dict[str, Any]:
+    """Write one picture and return its entry."""
+    picture = Path("examples") / f"{number:02d}-{problem.task}.png"
+    problem.image.convert("L").save(out / picture, optimize=True)
+    return {
+        "image": picture.as_posix(),
+        "task": problem.task,
+        "question": problem.question,
+        "answer": problem.answer,
+        "reference": problem.answer,
+        "computed": problem.is_math,
+        **replies,
+        "verdict": verdict(problem, replies["base"], replies["merged"]),
+    }
+
+
+def main() -> None:
+    """Parse the arguments, merge, ask, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trio", type=Path, default=HERE)
+    parser.add_argument("--lambda", dest="lambda_", type=float, required=True)
+    parser.add_argument("--math-weight", type=float, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    out = arguments.trio
+    (out / "examples").mkdir(exist_ok=True)
+    for old in (out / "examples").glob("*.png"):
+        old.unlink()
+    chosen = plans(out, arguments.lambda_, arguments.math_weight)
+    rows = pick(collect(out, chosen))
+    content = {
+        "recorded": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, one thread, "
+        f"torch {torch.__version__}",
+        "trio": f"assets/demo, problems of seed {SEED}, greedy decoding",
+        "plan": f"IP-Merging, gamma_norm=max, lambda {arguments.lambda_:g}, all matrices "
+        f"(plan {chosen['merged'].hash})",
+        "task_arithmetic_plan": f"Task arithmetic, math_weight {arguments.math_weight:g} "
+        f"(plan {chosen['task_arithmetic'].hash})",
+        "examples": [
+            example(number, problem, replies, out)
+            for number, (problem, replies) in enumerate(rows, 1)
+        ],
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    (out / "recorded.json").write_text(text + "\n", encoding="utf-8")
+    print(f"Wrote {out / 'recorded.json'} with {len(rows)} examples.")
+
+
+if __name__ == "__main__":
+    main()
