@@ -10,6 +10,10 @@ from ipmerge_core.methods.ip_merging import ip_merging
 from ipmerge_core.methods.elementwise import layer_swap, linear, task_arithmetic
 from ipmerge_core.methods.election import sce, ties
 from ipmerge_core.methods.dropout import breadcrumbs, dare_linear, dare_ties, della
+from ipmerge_core.methods.data_aware import fisher, regmean
+from ipmerge_core.methods.wudi import wudi
+from ipmerge_core.methods.subspace import iso_c, iso_cts, knots_ties, tsv
+from ipmerge_core.methods.coefficients import metagpt, nan
 from ipmerge_core.methods.geodesic import karcher, nuslerp, slerp
 
 # isort: on
@@ -33,13 +37,22 @@ __all__ = [
     "dare_ties",
     "della",
     "find_method",
+    "fisher",
     "ip_merging",
+    "iso_c",
+    "iso_cts",
     "karcher",
+    "knots_ties",
     "layer_swap",
     "linear",
+    "metagpt",
+    "nan",
     "nuslerp",
+    "regmean",
     "sce",
     "slerp",
     "task_arithmetic",
     "ties",
+    "tsv",
+    "wudi",
 ]

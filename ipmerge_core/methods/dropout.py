@@ -74,8 +74,8 @@ def drop(
     for block in blocks(flat):
         part = flat[block]
         chance = keep.reshape(-1)[block] if isinstance(keep, Tensor) else keep
-        drawn = torch.from_numpy(uniforms(part.numel())).to(flat.device)
-        dropped = part * (drawn < chance)
+        bound = chance.cpu().numpy() if isinstance(chance, Tensor) else chance
+        dropped = part * torch.from_numpy(uniforms(part.numel()) < bound).to(flat.device)
         if rescale == "inverse_density":
             dropped /= chance
         elif rescale == "l1":

@@ -33,6 +33,7 @@ from ipmerge_core.methods.selection import (
     kth_largest,
     magnitude_histogram,
     magnitude_of,
+    zero_below_,
 )
 
 Election: TypeAlias = Literal["weighted", "majority"]
@@ -55,24 +56,28 @@ def agreeing_sum(
             N = sum of the d_i of sign g;  divided by the sum of their w_i if `normalize`.
     """
     weighted = [weight * vector for weight, vector in zip(weights, vectors, strict=True)]
-    voters = weighted if default_sign is None else vectors
-    vote = voters[0]
-    for voter in voters[1:]:
-        vote = vote + voter
-    tie_is_positive = default_sign is None or default_sign > 0
-    positive = vote >= 0 if tie_is_positive else vote > 0
-    agree = [torch.where(positive, voter > 0, voter < 0) for voter in voters]
-    if default_sign == 0:
-        agree = [part & (vote != 0) for part in agree]
-    total = torch.zeros_like(vote)
-    share = torch.zeros_like(vote)
-    for part, vector, weight in zip(agree, weighted, weights, strict=True):
-        total.add_(vector * part)
-        share.add_(part, alpha=weight)
+    voters = weighted if default_sign is None else list(vectors)
+    vote = _sum(voters)
+    elected = vote.sign()
+    tied = 1.0 if default_sign is None else default_sign
+    if tied:
+        elected.add_(1 - elected.abs(), alpha=tied)
+    total, share = torch.zeros_like(vote), torch.zeros_like(vote)
+    for voter, term, weight in zip(voters, weighted, weights, strict=True):
+        agree = voter.sign().mul_(elected).clamp_(min=0)  # 1 or 0; arithmetic is faster than masks
+        total.addcmul_(term, agree)
+        share.add_(agree, alpha=weight)
     if not normalize:
         return total
-    share = share.clamp(min=least_weight) if least_weight else share.masked_fill_(share == 0, 1)
+    share = share.clamp(min=least_weight) if least_weight else share.add_(share == 0)
     return total.div_(share)
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def majority_sign(vectors: Sequence[Tensor]) -> float:
@@ -80,7 +85,7 @@ def majority_sign(vectors: Sequence[Tensor]) -> float:
     flat = [vector.reshape(-1) for vector in vectors]
     votes = 0.0
     for block in blocks(flat[0]):
-        summed = sum((vector[block] for vector in flat[1:]), start=flat[0][block])
+        summed = _sum([vector[block] for vector in flat])
         votes += float(summed.sign().sum(dtype=torch.float64))
     return float((votes > 0) - (votes < 0))
 
@@ -139,7 +144,9 @@ def _trim_(vector: Tensor, density: float, threshold: float | None, *, official:
         if not official:
             return keep_largest_(vector, count)
         threshold = kth_largest(vector.view(-1), count)[0]
-    return vector.masked_fill_(vector.float().abs() < threshold, 0)
+    if vector.dtype == torch.float32:
+        return zero_below_(vector, threshold)
+    return vector.masked_fill_(vector.float().abs() < threshold, 0)  # thresholds are fp32
 
 
 @merge_method(
@@ -249,4 +256,5 @@ def sce(
 
 def _variance(*vectors: Tensor) -> Tensor:
     """Population variance over the models, position by position."""
-    return torch.stack(vectors).var(dim=0, unbiased=False)
+    mean = _sum(vectors) / len(vectors)
+    return _sum([(vector - mean).square() for vector in vectors]) / len(vectors)

@@ -130,6 +130,9 @@ class AffineUpdate(NamedTuple):
     direction: str
 
 
+Models: TypeAlias = tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Statistic:
     """Numbers of the whole model that a method takes as `statistic=` before it merges a matrix.
@@ -146,15 +149,20 @@ class Statistic:
 
     def over(
         self,
-        matrices: Callable[[], Iterable[tuple[Matrix, Matrix, Sequence[Matrix]]]],
+        matrices: Callable[
+            [], Iterable[tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]]
+        ],
         parameters: Mapping[str, ParameterValue],
     ) -> tuple[float, ...]:
-        """Run all passes over (base, mllm, experts) of every matrix, read anew for each pass."""
+        """Run all passes over (base, mllm, experts, inputs) of every matrix, read anew each time.
+
+        `inputs` are the calibration data of the matrix by keyword; empty for most methods.
+        """
         found: tuple[float, ...] = ()
         for _ in range(self.passes):
             total: Tensor | None = None
-            for base, mllm, experts in matrices():
-                vector = self.measure(base, mllm, experts, found, **parameters)
+            for base, mllm, experts, inputs in matrices():
+                vector = self.measure(base, mllm, experts, found, **parameters, **inputs)
                 total = vector if total is None else total + vector
             if total is None:
                 raise PlanError("There is no matrix to measure: the plan merges none.")

@@ -38,12 +38,21 @@ def keep_largest_(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, 
     spare = count - above  # of the values equal to the threshold
     for block in blocks(flat):
         part = flat[block]
-        magnitude = part.abs()
-        equal = int((magnitude == threshold).sum())
-        if equal > spare:
-            part[(magnitude == threshold).nonzero().view(-1)[spare:]] = 0
-        spare = max(spare - equal, 0)
-        part.masked_fill_(magnitude < threshold, 0)
+        if spare > 0:
+            equal = (part.abs() == threshold).nonzero().view(-1)
+            part[equal[spare:]] = 0
+            spare -= equal.numel()
+            zero_below_(part, threshold)
+        else:
+            torch.hardshrink(part, threshold, out=part)  # zeroes what equals it, too
+    return values
+
+
+def zero_below_(values: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*shape"]:
+    """Zero, in place, the magnitudes strictly below the threshold."""
+    if threshold > 0:
+        below = torch.nextafter(torch.tensor(threshold, dtype=values.dtype), torch.tensor(0.0))
+        torch.hardshrink(values, float(below), out=values)
     return values
 
 
@@ -60,7 +69,7 @@ def kth_largest(flat: Float[Tensor, " size"], k: int) -> tuple[float, int]:
 
 def _direct(magnitudes: Tensor, k: int, above: int) -> tuple[float, int]:
     threshold = magnitudes.kthvalue(magnitudes.numel() - k + 1).values
-    return float(threshold), above + int((magnitudes > threshold).sum())
+    return float(threshold), above + int((magnitudes > threshold).count_nonzero())
 
 
 def _bracket(flat: Tensor, k: int) -> tuple[float, float]:
@@ -81,9 +90,8 @@ def _between(flat: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     above, inside = 0, []
     for block in blocks(flat):
         magnitude = flat[block].abs()
-        larger = magnitude > high
-        above += int(larger.sum())
-        inside.append(magnitude[(magnitude >= low) & ~larger])
+        above += int((magnitude > high).count_nonzero())
+        inside.append(magnitude[(magnitude >= low).logical_and_(magnitude <= high)])
     return above, torch.cat(inside)
 
 
@@ -97,7 +105,11 @@ def ascending_ranks(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
     if magnitude.dtype == torch.float32:  # magnitude and place in one key: no stable sort needed
         columns = torch.arange(values.shape[1], device=values.device)
         key = (magnitude.view(torch.int32).long() << 32) | columns
-        order = key.sort(dim=1).values & 0xFFFFFFFF
+        if key.device.type == "cpu":
+            key.numpy().sort(axis=1)  # several times faster than torch's here
+        else:
+            key = key.sort(dim=1).values
+        order = key & 0xFFFFFFFF
     else:
         order = magnitude.argsort(dim=1, stable=True)
     ranks = torch.arange(values.shape[1], device=values.device).expand_as(order)

@@ -1,0 +1,155 @@
+"""Task arithmetic whose coefficients come from the models: MetaGPT and NAN.
+
+In: base, mllm and math matrices of one shape (m, n), and the norms of the whole model as
+`statistic`, which a first pass measures; without it, and with scope "tensor", the norms are those
+of the matrix at hand. Out: the merged matrix in fp32, or fp64 for fp64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
+from ipmerge_core.methods.elementwise import as_list
+from ipmerge_core.methods.registry import (
+    AffineUpdate,
+    Experts,
+    Matrix,
+    Statistic,
+    WholeModel,
+    merge_method,
+)
+
+Scope: TypeAlias = Literal["model", "tensor"]
+
+
+def squared_norms(
+    base: Tensor,
+    mllm: Tensor,
+    experts: Sequence[Tensor],
+    previous: tuple[float, ...] = (),
+    **parameters: Any,  # noqa: ANN401
+) -> Tensor:
+    """||x_i||^2 of the MLLM and of every expert, x a task vector, or weights for NAN on weights."""
+    of_weights = parameters.get("norm_of") == "weights"
+    vectors = [
+        matrix if of_weights else task_vector_of(matrix, base) for matrix in (mllm, *experts)
+    ]
+    return torch.tensor([inner(vector, vector) for vector in vectors], dtype=torch.float64)
+
+
+def metagpt_coefficients(
+    squares: Tensor,
+    previous: tuple[float, ...] = (),
+    **parameters: Any,  # noqa: ANN401
+) -> tuple[float, ...]:
+    """Coefficients proportional to the squared norms; equal where all are zero."""
+    total = float(squares.sum())
+    return tuple(float(s) / total if total > 0 else 1 / len(squares) for s in squares)
+
+
+def nan_coefficients(
+    squares: Tensor,
+    previous: tuple[float, ...] = (),
+    *,
+    global_scale: str = "T/2",
+    **parameters: Any,  # noqa: ANN401
+) -> tuple[float, ...]:
+    """Coefficients inversely proportional to the norms; models of norm zero share everything."""
+    norms = squares.sqrt()
+    inverse = norms.reciprocal() if bool((norms > 0).all()) else (norms == 0).double()
+    scale = len(squares) / 2 if global_scale == "T/2" else 1.0
+    shares = scale * inverse / inverse.sum()
+    return tuple(map(float, shares.tolist()))
+
+
+def _affine(parameters: Any) -> AffineUpdate | None:  # noqa: ANN401
+    """Exact for one expert once the whole model is measured; see `MergePlan`."""
+    found = parameters.get("statistic") or ()
+    if len(found) != 2 or parameters["scope"] != "model":
+        return None
+    return AffineUpdate(found[0] - 1.0, found[1], "select_only")
+
+
+def _combine(
+    base: Tensor, mllm: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float]
+) -> Tensor:
+    """W0 + sum_i a_i (W_i - W0), written from W_v; where the a_i sum to 1 the base cancels."""
+    rest = 1.0 - sum(coefficients)
+
+    def add(W0: Tensor, W_v: Tensor, *others: Tensor) -> Tensor:
+        merged = W_v + rest * (W0 - W_v) if abs(rest) > 1e-12 else W_v.clone()
+        for coefficient, W_e in zip(coefficients[1:], others, strict=True):
+            merged.add_(W_e - W_v, alpha=coefficient)
+        return merged
+
+    return blockwise(add, base, mllm, *experts)
+
+
+@merge_method(
+    label="MetaGPT",
+    source="arXiv 2406.11385",
+    formula="W = W0 + sum_i a_i dW_i, a_i = |dW_i|^2 / sum_j |dW_j|^2",
+    several_experts=True,
+    affine=_affine,
+    statistic=Statistic(squared_norms, metagpt_coefficients),
+)
+def metagpt(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    scope: Scope = "model",
+    statistic: WholeModel = None,
+) -> Matrix:
+    """Weigh every task vector by its share of the squared norm.
+
+    Math:   a_i = ||tau_i||^2 / sum_j ||tau_j||^2, norms over all merged matrices (or this one);
+            W = W0 + sum_i a_i tau_i. The a_i sum to 1, so the base cancels and the larger change
+            is favoured.
+    Shapes: all (m, n). If all task vectors are zero the a_i are equal.
+    Source: MetaGPT, arXiv 2406.11385 (orthogonal task vectors, locally linear loss).
+    """
+    experts = as_list(math)
+    whole = statistic if scope == "model" else None
+    found = whole or metagpt_coefficients(squared_norms(base, mllm, experts))
+    return _combine(base, mllm, experts, found)
+
+
+@merge_method(
+    label="NAN",
+    source="arXiv 2505.16148",
+    formula="W = W0 + g sum_i a_i dW_i, a_i = (1 / |W_i|) / sum_j (1 / |W_j|)",
+    several_experts=True,
+    affine=_affine,
+    statistic=Statistic(squared_norms, nan_coefficients),
+)
+def nan(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    norm_of: Literal["weights", "tau"] = "weights",
+    scope: Scope = "model",
+    global_scale: Literal["T/2", "1"] = "T/2",
+    statistic: WholeModel = None,
+) -> Matrix:
+    """Weigh every task vector by the inverse norm of its model.
+
+    Math:   a_i = (1 / ||x_i||) / sum_j (1 / ||x_j||), x_i the weights W_i, or the task vector with
+            norm_of "tau"; W = W0 + g sum_i a_i tau_i, g = T / 2 for T models, or 1.
+    Shapes: all (m, n). Models with x_i = 0 share the weight among themselves.
+    Source: NAN, arXiv 2505.16148. The paper's norm and scope are open to reading; on weights the
+            norms of siblings are nearly equal and two models are averaged, on task vectors the
+            smaller change is favoured.
+    """
+    experts = as_list(math)
+    whole = statistic if scope == "model" else None
+    found = whole or nan_coefficients(
+        squared_norms(base, mllm, experts, norm_of=norm_of), global_scale=global_scale
+    )
+    return _combine(base, mllm, experts, found)

@@ -1,0 +1,218 @@
+"""Merge methods that weigh models by what they see in data: Fisher merging and RegMean.
+
+In: matrices of one shape (m, n) and, per model, what a calibration run measured: the diagonal of
+the Fisher information (m, n), or the Gram matrix of the inputs (n, n). Out: the merged matrix in
+fp32, or fp64 for fp64 inputs. No data is touched here; without measurements the methods refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ipmerge_core.errors import PlanError, ShapeError
+from ipmerge_core.methods.blocks import blockwise, inner, result_dtype
+from ipmerge_core.methods.elementwise import as_list
+from ipmerge_core.methods.registry import (
+    Experts,
+    Fraction,
+    Matrix,
+    Range,
+    Statistic,
+    Supplied,
+    WholeModel,
+    merge_method,
+)
+
+Floor: TypeAlias = Annotated[float, Range(low=0, help="added to the Fisher information")]
+Gram: TypeAlias = Float[Tensor, "n n"]
+FisherInput: TypeAlias = Annotated[Matrix | None, Supplied("diagonal of the Fisher information")]
+FisherInputs: TypeAlias = Annotated[Experts | None, Supplied("the same, of every expert")]
+GramInput: TypeAlias = Annotated[Gram | None, Supplied("X^T X / tokens of the matrix' inputs")]
+GramInputs: TypeAlias = Annotated[
+    Gram | Sequence[Gram] | None, Supplied("the same, of every expert on its own data")
+]
+_NOTHING = 1e-30  # decides only where no model has any information and the floor is 0
+
+
+def shares(alpha: float, experts: int) -> list[float]:
+    """The MLLM's share alpha and what is left for every expert."""
+    return [alpha] + [(1 - alpha) / experts] * experts
+
+
+def _measured(
+    label: str,
+    what: str,
+    shape: tuple[int, ...],
+    mllm: Tensor | None,
+    math: Tensor | Sequence[Tensor] | None,
+    experts: int,
+) -> list[Tensor]:
+    """One measurement per model, all of the expected shape, or a refusal in words."""
+    if mllm is None or math is None:
+        missing = "the MLLM" if mllm is None else "the math model"
+        raise PlanError(
+            f"{label} needs the {what} of every model and got none of {missing}. Run a "
+            f"calibration on samples first, or choose a method that needs no data, such as "
+            f"task_arithmetic."
+        )
+    found = [mllm, *as_list(math)]
+    if len(found) != 1 + experts:
+        raise PlanError(
+            f"{label} got the {what} of {len(found) - 1} math models for {experts} of them; it "
+            f"needs one each."
+        )
+    for matrix in found:
+        if matrix.shape != shape:
+            raise ShapeError(
+                f"{label} got the {what} of shape {tuple(matrix.shape)}; expected {shape}. "
+                f"Calibrate the models that are merged."
+            )
+    return found
+
+
+def _measure_fisher(
+    base: Tensor,
+    mllm: Tensor,
+    experts: Sequence[Tensor],
+    previous: tuple[float, ...],
+    *,
+    mllm_fisher: Tensor,
+    math_fisher: Experts,
+    **parameters: Any,  # noqa: ANN401
+) -> Tensor:
+    found = [mllm_fisher, *as_list(math_fisher)]
+    return torch.tensor([inner(F, F) for F in found], dtype=torch.float64)
+
+
+def _combine_fisher(
+    total: Tensor,
+    previous: tuple[float, ...],
+    **parameters: Any,  # noqa: ANN401
+) -> tuple[float, ...]:
+    return tuple(float(square) ** 0.5 for square in total)
+
+
+@merge_method(
+    label="Fisher merging",
+    source="arXiv 2111.09832",
+    formula="W = sum_i c_i (F_i + floor) W_i / sum_i c_i (F_i + floor), elementwise",
+    several_experts=True,
+    statistic=Statistic(_measure_fisher, _combine_fisher),
+    data="fisher",
+)
+def fisher(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    alpha: Fraction = 0.5,
+    floor: Floor = 1e-6,
+    scope: Literal["model", "tensor", "none"] = "model",
+    mllm_fisher: FisherInput = None,
+    math_fisher: FisherInputs = None,
+    statistic: WholeModel = None,
+) -> Matrix:
+    """Average every element in proportion to how much each model's likelihood depends on it.
+
+    Math:   F_i = mean over samples of (d log p(y | x) / dW)^2, one sample at a time;
+            w_i = c_i (F_i + floor) / (||F_i|| + floor);  W = sum_i w_i W_i / sum_i w_i.
+            c is alpha for the MLLM, the rest shared by the experts. ||F_i|| is the norm over the
+            whole model (`statistic`), over this matrix, or 1 with scope "none".
+    Shapes: W, F (m, n). Where no model has information the result is the mean weighted by c.
+    Raises: PlanError without F, ShapeError for a wrong shape.
+    Source: Fisher-weighted averaging, arXiv 2111.09832. The floor is added for every model; the
+            authors' code takes a maximum with it, by default for the first model only.
+    """
+    experts = as_list(math)
+    label, what = "Fisher merging", "Fisher information"
+    found = _measured(label, what, tuple(mllm.shape), mllm_fisher, math_fisher, len(experts))
+    norms = [1.0] * len(found)
+    if scope != "none":
+        whole = statistic if scope == "model" else None
+        norms = [norm + floor for norm in whole or [inner(F, F) ** 0.5 for F in found]]
+    coefficients = shares(alpha, len(experts))
+    gains = [
+        share / norm if norm > 0 else share for share, norm in zip(coefficients, norms, strict=True)
+    ]
+
+    def average(W_v: Tensor, *rest: Tensor) -> Tensor:
+        others, information = rest[: len(experts)], rest[len(experts) :]
+        weights = [
+            gain * (F + floor) + _NOTHING * share
+            for gain, share, F in zip(gains, coefficients, information, strict=True)
+        ]
+        total, change = weights[0].clone(), torch.zeros_like(W_v)
+        for weight, W_e in zip(weights[1:], others, strict=True):
+            total += weight
+            change += weight * (W_e - W_v)
+        return W_v + change / total
+
+    return blockwise(average, mllm, *experts, *found)
+
+
+@merge_method(
+    label="RegMean",
+    source="arXiv 2212.09849",
+    formula="W^T = (sum_i c_i G_i)^-1 sum_i c_i G_i W_i^T, G_i = X_i^T X_i / tokens",
+    several_experts=True,
+    data="gram",
+)
+def regmean(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    off_diagonal: Fraction = 0.9,
+    alpha: Fraction = 0.5,
+    mllm_gram: GramInput = None,
+    math_gram: GramInputs = None,
+) -> Matrix:
+    """Find the matrix whose outputs are closest to every model's on that model's own inputs.
+
+    Math:   G_i = X_i^T X_i / tokens, off-diagonal entries times `off_diagonal`;
+            W^T = (sum_i c_i G_i)^-1 sum_i c_i G_i W_i^T, c = alpha for the MLLM, the rest shared by
+            the experts. Solved in fp64 by Cholesky for the change from the mean sum_i c_i W_i,
+            so that an input no model has seen gets the mean.
+    Shapes: W (m, n), G (n, n), m outputs, n inputs.
+    Raises: PlanError without G, ShapeError for a wrong shape.
+    Source: RegMean, arXiv 2212.09849, whose alpha is `off_diagonal` here.
+    """
+    experts = as_list(math)
+    n = mllm.shape[1]
+    grams = _measured("RegMean", "Gram matrix", (n, n), mllm_gram, math_gram, len(experts))
+    models = [matrix.double() for matrix in (mllm, *experts)]
+    coefficients = shares(alpha, len(experts))
+    mean = models[0].clone()
+    for share, model in zip(coefficients[1:], models[1:], strict=True):
+        mean += share * (model - models[0])
+    left = torch.zeros(n, n, dtype=torch.float64, device=mllm.device)
+    right = torch.zeros(n, mllm.shape[0], dtype=torch.float64, device=mllm.device)
+    for share, gram, model in zip(coefficients, grams, models, strict=True):
+        shrunk = gram.double() * off_diagonal
+        shrunk.diagonal().copy_(gram.diagonal())
+        left.add_(shrunk, alpha=share)
+        right.addmm_(shrunk, (model - mean).T, alpha=share)
+    change = _solve(left, right)
+    return (mean + change.T).to(result_dtype(base, mllm, *experts))
+
+
+def _solve(left: Tensor, right: Tensor) -> Tensor:
+    """Solve a symmetric positive semidefinite system; a jitter grows until Cholesky succeeds."""
+    scale = float(left.diagonal().mean())
+    if scale <= 0:
+        return torch.zeros_like(right)
+    for jitter in (0.0, 1e-10, 1e-8, 1e-6, 1e-4):
+        shifted = left.clone()
+        shifted.diagonal().add_(jitter * scale)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not int(failed) and float(factor.diagonal().min()) > 1e-8 * scale**0.5:
+            return torch.cholesky_solve(right, factor)
+    raise PlanError(
+        "RegMean's Gram matrices are not positive semidefinite, so they cannot come from inputs. "
+        "Run the calibration again."
+    )

@@ -1,0 +1,105 @@
+"""WUDI-Merging: the change of weights that disturbs every model least on its own directions.
+
+In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
+fp64 inputs. The gradient is written so that its cost does not grow with the number of models, and
+the steps are the authors' (Adam), which makes the result depend on the size of the task vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.methods.blocks import result_dtype
+from ipmerge_core.methods.elementwise import add_to_base, as_list
+from ipmerge_core.methods.registry import Experts, Gain, Matrix, Range, merge_method
+from ipmerge_core.methods.subspace import living_task_vectors
+from ipmerge_core.spectrum import as_float, svd
+
+Steps: TypeAlias = Annotated[int, Range(low=0, help="steps of Adam")]
+Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
+
+
+@merge_method(
+    label="WUDI-Merging",
+    source="arXiv 2503.08099",
+    formula="W = W0 + s argmin_X sum_i |(X - dW_i) dW_i^T|^2 / |dW_i|^2, from X = sum_i dW_i",
+    several_experts=True,
+)
+def wudi(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    iterations: Steps = 300,
+    learning_rate: Rate = 1e-5,
+    closed_form: bool = False,
+    scale: Gain = 1.0,
+) -> Matrix:
+    """Move the sum of the task vectors towards least interference with each of them.
+
+    Math:   L(X) = sum_i ||(X - tau_i) tau_i^T||_F^2 / ||tau_i||_F^2, from X = sum_i tau_i by
+            `iterations` of Adam; W = W0 + s X. With G = sum_i tau_i^T tau_i / ||tau_i||^2 and
+            C = sum_i tau_i tau_i^T tau_i / ||tau_i||^2 the gradient is 2 (X G - C).
+            closed_form: the minimum itself, X = C G^+ (RegMean with the Gram matrices tau^T tau).
+    Shapes: all (m, n). Zero task vectors are left out; one model alone is taken whole.
+    Source: WUDI-Merging, arXiv 2503.08099. An Adam step moves an element by at most about the
+            learning rate, so task vectors larger than iterations * rate do not converge; this is
+            what the authors ship, and the closed form is the named alternative.
+    """
+    experts = as_list(math)
+    dtype = result_dtype(base, mllm, *experts)
+    W0, W_v = as_float(base).to(dtype), as_float(mllm).to(dtype)
+    vectors = living_task_vectors(base, mllm, experts, [1.0] * (1 + len(experts)))
+    if len(vectors) < 2:
+        return add_to_base(W0, W_v, vectors[0] if vectors else torch.zeros_like(W0), scale)
+    units = [vector / torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
+    units = [unit.to(dtype) for unit in units]
+    if closed_form:
+        return add_to_base(W0, W_v, _minimum(vectors, units), scale)
+    start = torch.stack(vectors).sum(0)
+    return add_to_base(
+        W0, W_v, _adam(start, _gradient_of(vectors, units), iterations, learning_rate), scale
+    )
+
+
+def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """X -> 2 (X G - C), with G formed or applied as a product, whichever is less work."""
+    C = torch.zeros_like(vectors[0])
+    for vector, unit in zip(vectors, units, strict=True):
+        C.addmm_(vector @ unit.T, unit)
+    rows = torch.cat(list(units))  # G = rows^T rows
+    if 2 * rows.shape[0] < rows.shape[1]:
+        return lambda X: ((X @ rows.T) @ rows).sub_(C).mul_(2)
+    G = rows.T @ rows
+    return lambda X: (X @ G).sub_(C).mul_(2)
+
+
+def _adam(
+    X: Tensor, gradient_of: Callable[[Tensor], Tensor], iterations: int, learning_rate: float
+) -> Tensor:
+    """Run Adam with a constant rate; deterministic, no graph is recorded."""
+    first, second = torch.zeros_like(X), torch.zeros_like(X)
+    b1, b2 = _BETAS
+    for step in range(1, iterations + 1):
+        gradient = gradient_of(X)
+        first.lerp_(gradient, 1 - b1)
+        second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+        denominator = second.sqrt().div_((1 - b2**step) ** 0.5).add_(_EPSILON)
+        X.addcdiv_(first, denominator, value=-learning_rate / (1 - b1**step))
+    return X
+
+
+def _minimum(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Tensor:
+    """C G^+ = D (R^T)^+ with the stacked unit task vectors R and D = [tau_i u_i^T ..]."""
+    rows = torch.cat(list(units))
+    D = torch.cat([v.double() @ u.double().T for v, u in zip(vectors, units, strict=True)], dim=1)
+    found = svd(rows, dtype=torch.float64)
+    assert found.U is not None, "svd without U"
+    kept = max(rows.shape) * torch.finfo(rows.dtype).eps * found.S[0] < found.S
+    U, S, Vh = found.U[:, kept], found.S[kept], found.Vh[kept]
+    return ((D @ U) / S @ Vh).to(vectors[0])
