@@ -1,0 +1,414 @@
+"""Running a model: load a folder, stream its answer to an image and a question.
+
+In: a model folder in the transformers layout (an MLLM with its processor, or a text model with its
+tokenizer), a prompt, perhaps an image. Out: pieces of text as they are generated. Offline, no code
+from the model, safetensors only, and every weight must be where the model expects it. This is the
+door to transformers for chatting; it neither scores answers nor writes models.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ipmerge_core.errors import ModelLoadError, RunError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from ipmerge_core.checkpoint import Checkpoint
+
+LONGEST_PROMPT = 4000  # characters
+MOST_NEW_TOKENS = 2048
+MOST_PIXELS = 20_000_000
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+_QUEUE_SECONDS = 0.1  # how often a waiting reader looks whether the writer still lives
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. Temperature 0 takes the most likely token each time."""
+
+    temperature: float = 0.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense. Raises: RunError."""
+        if not 0 <= self.temperature <= 5:  # also refuses NaN
+            raise RunError(
+                f"The temperature is {self.temperature}; expected a number from 0 (always the "
+                f"most likely token) to 5."
+            )
+        if not 1 <= self.max_new_tokens <= MOST_NEW_TOKENS:
+            raise RunError(
+                f"The number of new tokens is {self.max_new_tokens}; expected a whole number from "
+                f"1 to {MOST_NEW_TOKENS}."
+            )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory with what turns text and images into its tokens."""
+
+    folder: Path
+    fingerprint: str
+    model: Any
+    processor: Any
+    sees: bool  # whether it takes images
+    nbytes: int
+
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401 (transformers shares no type that mypy can see)
+        """The tokenizer, inside the processor or by itself."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+class ModelCache:
+    """The models used last, by folder and content; the oldest leaves when the room is used up."""
+
+    def __init__(self, most_models: int = 2) -> None:
+        self.most_models = most_models
+        self._models: OrderedDict[tuple[Path, str, str], LoadedModel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, folder: str | Path, device: str = "cpu") -> LoadedModel:
+        """Return the model in `folder`, loading it if it is not here or has changed on disk.
+
+        Raises: as `load_model`.
+        """
+        from ipmerge_core.checkpoint import Checkpoint
+
+        with self._lock:
+            path = Path(folder).expanduser().resolve()
+            key = (path, Checkpoint.open(path).fingerprint, device)
+            if key not in self._models:
+                while len(self._models) >= self.most_models:
+                    self._models.popitem(last=False)
+                self._models[key] = load_model(path, device)
+            self._models.move_to_end(key)
+            return self._models[key]
+
+
+def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
+    """Load a model folder, whole and clean.
+
+    Args:
+        folder: a local folder with config.json, safetensors weights and a tokenizer or processor.
+        device: where to put it, as torch names it.
+
+    Raises:
+        CheckpointError: there is no such folder, or its files are damaged.
+        ModelLoadError: transformers cannot build the model, or a weight has no place or no value.
+    """
+    # Imported here, as transformers is: pictures and settings are checked before torch is loaded.
+    from ipmerge_core.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(Path(folder))
+    _refuse_code(checkpoint)
+    sees = _takes_images(checkpoint)
+    processor = _load_processor(checkpoint, sees)
+    model = _load_weights(checkpoint, sees)
+    return LoadedModel(
+        folder=Path(folder),
+        fingerprint=checkpoint.fingerprint,
+        model=model.to(device).eval(),
+        processor=processor,
+        sees=sees,
+        nbytes=checkpoint.nbytes,
+    )
+
+
+def stream_answer(
+    loaded: LoadedModel,
+    question: str,
+    image: Image | None = None,
+    settings: Settings | None = None,
+    cancelled: threading.Event | None = None,
+) -> Iterator[str]:
+    """Answer a question, piece by piece.
+
+    Closing the generator, or setting `cancelled`, stops the model at its next token. Sampling draws
+    from a generator of its own, so two answers at the same time do not disturb each other.
+
+    Raises:
+        RunError: nothing to answer, or the prompt is too long.
+        ModelLoadError: the model cannot take this input.
+    """
+    settings = settings or Settings()
+    inputs = encode_prompt(loaded, question, image).to(loaded.model.device)
+    cancelled = cancelled or threading.Event()
+    streamer = _new_streamer(loaded)
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            run = threads.submit(_generate, loaded, inputs, settings, streamer, cancelled)
+            yield from _pieces(streamer, run)
+            run.result()
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ModelLoadError(
+                f"'{loaded.folder.name}' stopped while answering "
+                f"({type(error).__name__}: {error}). A shorter question or smaller image may help."
+            ) from error
+        finally:
+            cancelled.set()
+
+
+def answer(
+    model: str | Path | LoadedModel,
+    question: str,
+    image: str | Path | Image | None = None,
+    *,
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> str:
+    """Return the whole answer at once; models and images may be given by their paths.
+
+    Raises: as `load_model`, `open_image` and `stream_answer`.
+    """
+    settings = Settings(temperature, max_new_tokens, seed)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    picture = open_image(image) if isinstance(image, str | Path) else image
+    return "".join(stream_answer(loaded, question, picture, settings)).strip()
+
+
+def open_image(file: str | Path | BinaryIO) -> Image:
+    """Open a picture that a stranger gave: PNG, JPEG or WebP of a bearable size, upright, RGB.
+
+    Raises: RunError when it is something else; nothing is decoded before its size is known.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = Path(file).name if isinstance(file, str | Path) else "picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=IMAGE_FORMATS) as picture:
+                width, height = picture.size
+                if width * height > MOST_PIXELS:
+                    raise RunError(
+                        f"The image '{name}' has {width} x {height} pixels; at most "
+                        f"{MOST_PIXELS / 1e6:.0f} million are taken. Make it smaller."
+                    )
+                picture.verify()
+            with Image.open(file, formats=IMAGE_FORMATS) as picture:  # verify() used it up
+                return ImageOps.exif_transpose(picture).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RunError(f"The image '{name}' is too large to open. Make it smaller.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise RunError(
+            f"'{name}' is not a readable image. Expected a PNG, JPEG or WebP file."
+        ) from error
+
+
+def encode_prompt(loaded: LoadedModel, question: str, image: Image | None) -> Any:  # noqa: ANN401
+    """Put the question into the model's own chat format and turn it into tensors.
+
+    Raises:
+        RunError: the question is empty or too long.
+        ModelLoadError: an image for a model that takes none.
+    """
+    question = question.strip()
+    if not question:
+        raise RunError("There is no question. Type one; an image alone is not enough.")
+    if len(question) > LONGEST_PROMPT:
+        raise RunError(
+            f"The question has {len(question)} characters; at most {LONGEST_PROMPT} are taken."
+        )
+    if image is not None and not loaded.sees:
+        raise ModelLoadError(
+            f"'{loaded.folder.name}' is a text model and takes no image. Ask it in words, or "
+            f"choose a vision-language model."
+        )
+    text = _prompt_text(loaded, question, with_image=image is not None)
+    if loaded.sees:
+        images = {} if image is None else {"images": [image.convert("RGB")]}
+        return loaded.processor(text=[text], return_tensors="pt", **images)
+    # A chat template writes the special tokens itself; without one the tokenizer has to.
+    special = loaded.tokenizer.chat_template is None
+    tokens = loaded.tokenizer([text], return_tensors="pt", add_special_tokens=special)
+    tokens.pop("token_type_ids", None)
+    return tokens
+
+
+# --- loading ---------------------------------------------------------------------------------
+
+
+def _refuse_code(checkpoint: Checkpoint) -> None:
+    if "auto_map" in checkpoint.config:
+        raise ModelLoadError(
+            f"'{checkpoint.id}' needs code of its own to run (its config.json has an auto_map). "
+            f"Code from model folders is never run; choose a model that transformers knows."
+        )
+
+
+def _takes_images(checkpoint: Checkpoint) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return checkpoint.config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def _load_processor(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
+    from transformers import AutoProcessor, AutoTokenizer
+
+    kind = AutoProcessor if sees else AutoTokenizer
+    try:
+        return kind.from_pretrained(checkpoint.id, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise _explain(checkpoint, "processor" if sees else "tokenizer", error) from error
+
+
+def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    try:
+        model, notes = kind.from_pretrained(
+            checkpoint.id,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        raise _explain(checkpoint, "model", error) from error
+    for what, sentence in (
+        ("missing_keys", "has no weight for"),
+        ("unexpected_keys", "has a weight that its architecture does not use:"),
+        ("mismatched_keys", "has a weight of the wrong shape:"),
+    ):
+        names = sorted(str(name) for name in notes.get(what) or [])
+        if names:
+            raise ModelLoadError(
+                f"'{checkpoint.id}' {sentence} '{names[0]}'"
+                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Its answers would be "
+                f"wrong, so it is not used. Are config.json and the weights of one model?"
+            )
+    return model
+
+
+def _explain(checkpoint: Checkpoint, what: str, error: Exception) -> ModelLoadError:
+    first = str(error).strip().split("\n")[0][:200]
+    if "torchvision" in str(error):
+        remedy = "Install torchvision, which this model's image processor needs."
+    elif isinstance(error, ImportError):
+        remedy = "Install the library that it names."
+    else:
+        remedy = "Is the folder complete, and does this version of transformers know the model?"
+    return ModelLoadError(
+        f"Cannot load the {what} of '{checkpoint.id}' ({type(error).__name__}: {first}). {remedy}"
+    )
+
+
+# --- prompting and generating ------------------------------------------------------------------
+
+
+def _prompt_text(loaded: LoadedModel, question: str, *, with_image: bool) -> str:
+    template = getattr(loaded.processor, "chat_template", None) or loaded.tokenizer.chat_template
+    if template:
+        content: Any = [{"type": "text", "text": question}]
+        if with_image:
+            content.insert(0, {"type": "image"})
+        elif not loaded.sees:
+            content = question  # templates of text models expect plain strings
+        text: str = loaded.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        begin = loaded.tokenizer.bos_token
+        # Processors add the first token again, and a model that sees it twice answers worse.
+        if loaded.sees and begin and text.startswith(begin) and _adds_bos(loaded.tokenizer):
+            text = text.removeprefix(begin)
+        return text
+    token = getattr(loaded.processor, "image_token", "<image>") if with_image else ""
+    return f"USER: {token}\n{question} ASSISTANT:" if token else f"USER: {question} ASSISTANT:"
+
+
+def _adds_bos(tokenizer: Any) -> bool:  # noqa: ANN401
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _new_streamer(loaded: LoadedModel) -> Any:  # noqa: ANN401
+    from transformers import TextIteratorStreamer
+
+    return TextIteratorStreamer(
+        loaded.tokenizer, skip_prompt=True, timeout=_QUEUE_SECONDS, skip_special_tokens=True
+    )
+
+
+def _pieces(streamer: Any, run: Future[None]) -> Iterator[str]:  # noqa: ANN401
+    """Take text from the streamer until it ends, or its writer has failed."""
+    while True:
+        try:
+            yield next(streamer)
+        except StopIteration:
+            return
+        except Empty:
+            if run.done():
+                return
+
+
+def _generate(
+    loaded: LoadedModel,
+    inputs: Any,  # noqa: ANN401
+    settings: Settings,
+    streamer: Any,  # noqa: ANN401
+    cancelled: threading.Event,
+) -> None:
+    """Run the model, in a thread of its own, and let the streamer pass on what it says."""
+    import torch
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    def stop(ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+        return torch.full((ids.shape[0],), cancelled.is_set(), device=ids.device)
+
+    noise = [_Sampler(settings)] if settings.temperature else []
+    with torch.inference_mode():
+        loaded.model.generate(
+            **inputs,
+            do_sample=False,  # sampling is the noise that _Sampler adds
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=_pad_token(loaded),
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            logits_processor=LogitsProcessorList(noise),
+        )
+
+
+class _Sampler:
+    """Exact sampling at a temperature by a seeded stream of its own.
+
+    Math:   argmax_i (logit_i / T + g_i), g_i = -log(-log u_i), draws i with probability
+            softmax(logits / T)_i (the Gumbel-max trick).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+
+        self.temperature = settings.temperature
+        self.random = torch.Generator().manual_seed(settings.seed)
+
+    def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        uniform = torch.rand(scores.shape, generator=self.random, dtype=torch.float64)
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
+        return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)
+
+
+def _pad_token(loaded: LoadedModel) -> int | None:
+    tokenizer = loaded.tokenizer
+    token: int | None = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if token is None else token

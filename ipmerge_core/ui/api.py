@@ -1,0 +1,188 @@
+"""The endpoints for programs: the same nouns as the app, typed, each argument checked again.
+
+In: plain JSON values. Out: plain JSON values; long work answers at once with a run's id and key.
+Use them with gradio_client: `Client(url).predict(pack="pack", api_name="/preview")`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from gradio.events import api
+
+from ipmerge_core.errors import RunError
+from ipmerge_core.jobs import JobStatus
+from ipmerge_core.ui.backend import Backend, Side
+from ipmerge_core.ui.choice import plan_of
+from ipmerge_core.ui.layer_map import PlanChoice, read_commit
+from ipmerge_core.ui.merge_tab import readiness
+from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.packs import list_packs, load_pack
+
+Json = dict[str, Any]
+LARGEST_IMAGE = 15_000_000  # bytes, before base64
+
+
+def add_endpoints(backend: Backend) -> None:
+    """Add every endpoint to the open Blocks."""
+    for make in (_packs, _plans, _runs, _answers):
+        for endpoint in make(backend):
+            api(
+                told(endpoint),
+                api_name=endpoint.__name__,
+                concurrency_id="models" if endpoint.__name__ == "answer_pair" else None,
+                concurrency_limit=1 if endpoint.__name__ == "answer_pair" else "default",
+            )
+
+
+def _packs(_: Backend) -> list[Callable[..., Any]]:
+    def packs() -> list[dict[str, str]]:
+        """List the analysed pairs by id and name."""
+        return [{"id": entry.id, "name": entry.label} for entry in list_packs()]
+
+    def pack(pack: str) -> Json:
+        """Return the whole analysis of a pair: one record per matrix and expert."""
+        return load_pack(pack)
+
+    return [packs, pack]
+
+
+def _plans(backend: Backend) -> list[Callable[..., Any]]:
+    def preview(
+        pack: str,
+        similarity_threshold: float = 0.4,
+        lambda_: float = 1.0,
+        similarity: str = "first",
+        variant: str = "sum",
+        overrides: dict[str, str] = {},  # noqa: B006 (never changed; the type is the endpoint's)
+    ) -> Json:
+        """Say exactly what a plan would change, without reading weights."""
+        choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
+        plan = plan_of(pack, choice)
+        return {"hash": plan.hash, **asdict_of(plan.preview())}
+
+    def plan_check(
+        pack: str,
+        similarity_threshold: float = 0.4,
+        lambda_: float = 1.0,
+        similarity: str = "first",
+        variant: str = "sum",
+        overrides: dict[str, str] = {},  # noqa: B006
+    ) -> Json:
+        """Check that a plan can be merged here: models, dtypes, distances, room on the disk."""
+        choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
+        found = readiness(backend, pack, choice)
+        return {
+            "ready": found.ready,
+            "suggested_folder": found.folder,
+            "findings": [finding._asdict() for finding in found.findings],
+        }
+
+    return [preview, plan_check]
+
+
+def _runs(backend: Backend) -> list[Callable[..., Any]]:
+    def merge_start(
+        pack: str,
+        folder: str,
+        similarity_threshold: float = 0.4,
+        lambda_: float = 1.0,
+        similarity: str = "first",
+        variant: str = "sum",
+        overrides: dict[str, str] = {},  # noqa: B006
+    ) -> dict[str, str]:
+        """Start merging into a new folder; answers at once with the run's id and its key."""
+        choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
+        started = backend.start_merge(plan_of(pack, choice), folder)
+        return {"job_id": started.id, "key": started.key}
+
+    def job_status(job_id: str) -> Json:
+        """Tell where a run stands."""
+        return _told_status(backend, backend.store.status(job_id))
+
+    def job_cancel(job_id: str, key: str) -> Json:
+        """Stop a run after its current tensor; what is finished is kept."""
+        return _told_status(backend, backend.store.cancel(job_id, key))
+
+    def job_resume(job_id: str, key: str) -> Json:
+        """Go on with a run that was cancelled, failed or interrupted."""
+        return _told_status(backend, backend.store.resume(job_id, key))
+
+    return [merge_start, job_status, job_cancel, job_resume]
+
+
+def _answers(backend: Backend) -> list[Callable[..., Any]]:
+    def answer_pair(
+        pack: str,
+        question: str,
+        image: str = "",
+        similarity_threshold: float = 0.4,
+        lambda_: float = 1.0,
+        similarity: str = "first",
+        variant: str = "sum",
+        temperature: float = 0.0,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+    ) -> Iterator[Json]:
+        """Answer with the base and the merged model; the image is the base64 text of a file."""
+        from ipmerge_core.inference import Settings, open_image
+
+        choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, {})
+        settings = Settings(temperature, max_new_tokens, seed)
+        picture = open_image(_decoded(image)) if image else None
+        for base, merged in backend.answer_both(pack, choice, question, picture, settings):
+            yield {"base": _told_side(base), "merged": _told_side(merged)}
+
+    return [answer_pair]
+
+
+def _choice(
+    pack: str,
+    similarity_threshold: float,
+    lambda_: float,
+    similarity: str,
+    variant: str,
+    overrides: dict[str, str],
+) -> PlanChoice:
+    """Check the five values as if the page had sent them. Raises: PlanError."""
+    values = {
+        "s": similarity_threshold,
+        "lambda": lambda_,
+        "similarity": similarity,
+        "variant": variant,
+        "overrides": overrides,
+    }
+    return read_commit(values, load_pack(pack))
+
+
+def asdict_of(preview: Any) -> Json:  # noqa: ANN401 (a Preview; plan is imported late)
+    """Return a preview as JSON values."""
+    values = asdict(preview)
+    layers = {str(layer): change for layer, change in preview.layer_change.items()}
+    return {**values, "selected": list(preview.selected), "layer_change": layers}
+
+
+def _told_status(backend: Backend, status: JobStatus) -> Json:
+    values = asdict(status)
+    arguments = {} if backend.hosted else dict(status.arguments)
+    return {**values, "arguments": arguments, "can_resume": status.can_resume}
+
+
+def _told_side(side: Side) -> Json:
+    return {"state": side.state, "text": side.text, "note": side.note}
+
+
+def _decoded(image: str) -> io.BytesIO:
+    """Decode a picture sent as base64, with or without a data address in front."""
+    _, _, data = image.rpartition(",")
+    if len(data) > LARGEST_IMAGE * 4 / 3 + 4:
+        raise RunError(f"The image is larger than {LARGEST_IMAGE / 1e6:.0f} MB. Make it smaller.")
+    try:
+        return io.BytesIO(base64.b64decode(data, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise RunError("The image is not base64 text of a PNG, JPEG or WebP file.") from error

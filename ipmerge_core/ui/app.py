@@ -1,0 +1,116 @@
+"""The frame: a heading, the pair, three tabs around one plan; and how it is served.
+
+In: the packs that are there. Out: a `gr.Blocks`, and a running server. Each tab is a file of its
+own; what they share is the chosen pair, the session's `PlanChoice` and one `Backend`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ipmerge_core.ui.api import add_endpoints
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.download import download_route
+from ipmerge_core.ui.explore import explore_tab
+from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.merge_tab import merge_tab
+from ipmerge_core.ui.packs import DEMO, ROOT, list_packs
+from ipmerge_core.ui.try_it import try_tab
+
+HEADING = """\
+# IPMerge
+Give a vision model a math model's skill by merging weights. Drag to see which layers take part.
+"""
+NO_PACKS = """\
+**No pair has been analysed yet.** Make a pack and reload this page:
+`ipmerge analyse --mllm A --math B --base Z -o {folder}/name.pack.json.gz`
+"""
+LARGEST_UPLOAD = "15mb"
+QUEUE = 32  # visitors who may wait
+SCRIPT = Path(__file__).with_name("page.js")
+STYLE = ROOT / "assets" / "style.css"
+
+
+def build_app(backend: Backend | None = None) -> gr.Blocks:
+    """Lay out the whole app; nothing runs and no model is loaded."""
+    backend = backend or Backend()
+    packs = list_packs()
+    gr.set_static_paths([DEMO / "examples"])
+    with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
+        with gr.Row(elem_id="top"):
+            gr.Markdown(HEADING, elem_id="heading")
+            pair = gr.Dropdown(
+                [(pack.label, pack.id) for pack in packs],
+                value=packs[0].id if packs else None,
+                label="Pair",
+                elem_id="pair",
+                interactive=bool(packs),
+            )
+        choice = gr.State(PlanChoice())
+        if not packs:
+            gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
+        else:
+            _add_tabs(app, backend, pair, choice)
+        add_endpoints(backend)
+    app.queue(max_size=QUEUE, default_concurrency_limit=4)
+    return app  # type: ignore[no-any-return]
+
+
+def _add_tabs(app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
+    with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
+        with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
+            explore_tab(pair, choice)
+        with gr.Tab("Try it", id="try", elem_id="tab-try"):
+            try_tab(backend, pair, choice)
+        with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
+            merge_tab(app, backend, pair, choice, tabs=tabs, tab=merge)
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's own base, calmer: bundled fonts only, one accent, softer corners."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=(gr.themes.LocalFont("IBM Plex Sans"), "ui-sans-serif", "system-ui", "sans-serif"),
+        font_mono=(gr.themes.LocalFont("IBM Plex Mono"), "ui-monospace", "monospace"),
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_border_width="1px",
+        block_shadow="none",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_500",
+        button_primary_background_fill_hover_dark="*primary_400",
+    )
+
+
+def launch(
+    host: str | None = None, port: int | None = None, *, block: bool = True
+) -> tuple[Any, str, str]:
+    """Build the app and serve it; prints the address.
+
+    Args:
+        host: the interface; 127.0.0.1 if not given here or by GRADIO_SERVER_NAME.
+        port: the first free one from 7860 on, if not given here or by GRADIO_SERVER_PORT.
+        block: wait until the server is stopped.
+    """
+    backend = Backend()
+    return build_app(backend).launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=not block,
+        theme=theme(),
+        css_paths=[STYLE],
+        js=SCRIPT.read_text(encoding="utf-8"),
+        footer_links=["api", "settings"],
+        ssr_mode=False,
+        run_history=False,  # pictures and questions are not kept in the visitor's browser
+        max_file_size=LARGEST_UPLOAD,
+        allowed_paths=[],
+        app_kwargs={"routes": [download_route(backend)]},
+    )

@@ -1,0 +1,277 @@
+"""What the tabs and the endpoints share: the runs, the models in memory, and who they belong to.
+
+In: a pair and a choice. Out: the folders of the model as it is and of the merged one, and both
+answers to a question, growing side by side. One `Backend` is made per app; nothing here is global,
+and no torch is loaded before it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ipmerge_core.errors import CheckpointError, IPMergeError, RunError
+from ipmerge_core.jobs import JobStore, Started, home_folder
+from ipmerge_core.ui.choice import plan_of
+from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.messages import is_hosted, sentence_of
+from ipmerge_core.ui.packs import load_pack, model_folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ipmerge_core.inference import LoadedModel, ModelCache, Settings
+    from ipmerge_core.plan import MergePlan
+
+SMALL_MODEL = 200_000_000  # bytes; up to here the chat merges by itself, in seconds
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+KEPT_PREVIEWS = 6  # merged models that the chat made, kept for the next question
+YIELD_EVERY = 0.1  # seconds
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Side:
+    """One of the two answers, as far as it has come."""
+
+    name: str
+    state: Literal["waiting", "answering", "finished", "stopped", "failed"] = "waiting"
+    text: str = ""
+    note: str = ""  # what it is doing, or why it failed
+    pieces: int = 0
+    seconds: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self.state in ("finished", "stopped", "failed")
+
+
+@dataclass
+class Backend:
+    """The runs, the previews and the models of one app."""
+
+    store: JobStore = field(default_factory=lambda: JobStore(home_folder() / "runs"))
+    hosted: bool = field(default_factory=is_hosted)
+    _models: Any = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _preview_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def models(self) -> ModelCache:
+        """The models in memory: one pair of them, and one more while plans are being tried."""
+        from ipmerge_core.inference import ModelCache
+
+        with self._lock:
+            if self._models is None:
+                self._models = ModelCache(most_models=3)
+            return self._models  # type: ignore[no-any-return]
+
+    def load(self, folder: Path) -> LoadedModel:
+        """Return the model in a folder, on the best device there is."""
+        import torch
+
+        return self.models.get(folder, "cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def packs_folder(self) -> Path:
+        """Where the user's own packs are looked for."""
+        return home_folder() / "packs"
+
+    def start_merge(self, plan: MergePlan, name: str) -> Started:
+        """Start a run that merges `plan` into a new folder.
+
+        Raises: CheckpointError when the folder is not empty, RunError when it may not be used.
+        """
+        from ipmerge_core.merging import iter_merge
+        from ipmerge_core.writer import check_output
+
+        out = check_output(self.output_folder(name))
+        title = f"Merge plan {plan.hash} into {out.name}"
+        return self.store.start(iter_merge, {"plan": plan, "out": str(out)}, title=title)
+
+    def output_folder(self, name: str) -> Path:
+        """Say where a merged model goes: a plain name lies in the models folder.
+
+        Raises: RunError for an empty name, or on a Space for anything but a plain name.
+        """
+        name = name.strip()
+        if _NAME.fullmatch(name):
+            return home_folder() / "models" / name
+        if self.hosted or not name:
+            raise RunError(
+                f"The output folder is called '{name[:80]}'; expected a plain name of letters, "
+                f"digits, dots, dashes and underscores."
+            )
+        path = Path(name).expanduser()
+        if not path.is_absolute():
+            raise RunError(
+                f"The output folder '{name[:80]}' is neither a plain name nor a full path. Give "
+                f"a name such as 'merged', or a path that starts at the root."
+            )
+        return path
+
+    def free_name(self, plan: MergePlan) -> str:
+        """Suggest a folder name that is not taken: the model's, the plan's hash, and a number."""
+        stem = f"{Path(plan.sources.mllm.id).name}-{plan.hash}"
+        names = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
+        return next((name for name in names if not self.output_folder(name).exists()), stem)
+
+    def base_folder(self, pack_id: str) -> Path:
+        """Return the folder of the pair's vision-language model. Raises: CheckpointError."""
+        source = load_pack(pack_id)["sources"]["mllm"]
+        folder = Path(model_folder(source["id"]))
+        if folder.is_dir():
+            return folder
+        return _from_hub_cache(source["id"], source["revision"])
+
+    def merged_folder(self, plan: MergePlan, progress: Progress) -> Path:
+        """Return the merged model of a plan: the one merged before, or for small models a new one.
+
+        Raises: RunError when the model is too large to merge on the side.
+        """
+        found = self.finished_merge(plan)
+        if found is not None:
+            return found
+        size = plan.totals.model_bytes
+        if size > SMALL_MODEL:
+            raise RunError(
+                f"Plan {plan.hash} has not been merged yet, and with {size / 1e9:.1f} GB the model "
+                f"is too large to merge while you wait. Start it in the Merge tab, then ask again."
+            )
+        with self._preview_lock:
+            return self._merge_preview(plan, progress)
+
+    def finished_merge(self, plan: MergePlan) -> Path | None:
+        """Return the folder of a finished run of this very plan, if it is still there."""
+        for status in self.store.all():
+            folder = Path(str(status.arguments.get("out", "")))
+            if status.state == "finished" and _plan_hash(folder) == plan.hash:
+                return folder
+        return None
+
+    def _merge_preview(self, plan: MergePlan, progress: Progress) -> Path:
+        from ipmerge_core.merging import iter_merge
+
+        previews = home_folder() / "previews"
+        out = previews / plan.digest[:32]
+        if _plan_hash(out) != plan.hash:
+            previews.mkdir(parents=True, exist_ok=True)
+            _remove_oldest(previews, keep=KEPT_PREVIEWS - 1)
+            for step in iter_merge(plan, out):
+                progress(f"merging plan {plan.hash[:4]}: {step.index} of {step.total}")
+        out.touch()
+        return out
+
+    def answer_both(
+        self,
+        pack_id: str,
+        choice: PlanChoice,
+        question: str,
+        image: Image | None,
+        settings: Settings,
+    ) -> Iterator[tuple[Side, Side]]:
+        """Answer with the model as it is and with the merged one, both at the same time.
+
+        Yields copies of both sides about ten times a second until both are over. Closing the
+        generator stops both models at their next token.
+        """
+        base, merged = Side("Base"), Side("Merged")
+        cancelled = threading.Event()
+
+        def find_base(_: Progress) -> Path:
+            return self.base_folder(pack_id)
+
+        def find_merged(progress: Progress) -> Path:
+            progress("reading the plan")
+            return self.merged_folder(plan_of(pack_id, choice), progress)
+
+        def work(side: Side, find: Callable[[Progress], Path]) -> None:
+            self._answer(side, find, question, image, settings, cancelled)
+
+        threads = [
+            threading.Thread(target=work, args=pair, daemon=True)
+            for pair in ((base, find_base), (merged, find_merged))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while not (base.is_over and merged.is_over):
+                yield replace(base), replace(merged)
+                time.sleep(YIELD_EVERY)
+            yield replace(base), replace(merged)
+        finally:
+            cancelled.set()
+            for thread in threads:
+                thread.join()
+
+    def _answer(
+        self,
+        side: Side,
+        find: Callable[[Progress], Path],
+        question: str,
+        image: Image | None,
+        settings: Settings,
+        cancelled: threading.Event,
+    ) -> None:
+        """Fill one side; whatever goes wrong is told there and leaves the other side alone."""
+        from ipmerge_core.inference import stream_answer
+
+        def progress(words: str) -> None:
+            side.note = words
+            if cancelled.is_set():
+                raise RunError("Stopped before the model was ready.")
+
+        try:
+            folder = find(progress)
+            progress("loading weights")
+            loaded = self.load(folder)
+            progress("thinking")
+            started = time.perf_counter()
+            for piece in stream_answer(loaded, question, image, settings, cancelled):
+                side.state, side.note = "answering", ""
+                side.text += piece
+                side.pieces += 1
+                side.seconds = time.perf_counter() - started
+            side.note = ""
+            side.state = "stopped" if cancelled.is_set() else "finished"
+        except IPMergeError as error:
+            side.note, side.state = sentence_of(error), "failed"
+        except Exception as error:  # noqa: BLE001 (a bug on one side must not take the other along)
+            side.note = f"Unexpected {type(error).__name__}: {error}"
+            side.state = "failed"
+
+
+def _from_hub_cache(source_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with contextlib.suppress(OSError, ValueError):
+        return Path(snapshot_download(source_id, revision=revision, local_files_only=True))
+    raise CheckpointError(
+        f"The model '{source_id}' is not on this machine. Download it first with "
+        f"`hf download {source_id}`, or look at the recorded answers."
+    )
+
+
+def _plan_hash(folder: Path) -> str | None:
+    """Read from a merged model's manifest which plan made it."""
+    try:
+        manifest = json.loads((folder / "ipmerge.json").read_text("utf-8"))
+        return str(manifest["plan"]["hash"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove_oldest(folder: Path, *, keep: int) -> None:
+    models = sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime)
+    for model in models[keep:]:
+        shutil.rmtree(model, ignore_errors=True)

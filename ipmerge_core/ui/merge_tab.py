@@ -1,0 +1,192 @@
+"""The Merge tab: check, confirm, run, result.
+
+In: the frame's pair and the session's `PlanChoice`. Out: a job that writes the merged model. The
+job outlives the tab: the browser keeps its id and key, and attaches to it again after a reload.
+What is true stands in the job's folder, never in this page.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gradio as gr
+
+from ipmerge_core.errors import IPMergeError
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.choice import plan_of
+from ipmerge_core.ui.download import download_link
+from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.merge_words import confirm_html, findings_html, progress_html, result_html
+from ipmerge_core.ui.messages import sentence_of, told
+
+if TYPE_CHECKING:
+    from ipmerge_core.pairing import Finding
+    from ipmerge_core.plan import MergePlan
+
+POLL_SECONDS = 0.5
+JOB_KEY = "ipmerge.job.v1"
+JOB_SECRET = "ipmerge-job"  # noqa: S105 (it only keeps the entry readable after a restart)
+READING = '<p class="waiting">Reading headers and a few small matrices …</p>'
+NO_RUN = '<p class="waiting">No run yet.</p>'
+FOLDER_HINT = "A name, or the path of a new folder"
+FOLDER_HINT_HOSTED = "A name"
+
+
+class Readiness(NamedTuple):
+    """What the check found: findings, what would change, and whether it may start."""
+
+    findings: list[Finding]
+    confirmation: str
+    folder: str
+    ready: bool
+
+
+def merge_tab(
+    app: gr.Blocks,
+    backend: Backend,
+    pair: gr.Dropdown,
+    choice: gr.State,
+    *,
+    tabs: gr.Tabs,
+    tab: gr.Tab,
+) -> None:
+    """Lay out the tab and wire it."""
+    # layout
+    with gr.Column(elem_id="merge-steps"):
+        with _card("1", "Check", "check"):
+            findings = gr.HTML(READING, elem_id="findings")
+        with _card("2", "Confirm", "confirm"):
+            confirmation = gr.HTML("", elem_id="confirmation")
+            with gr.Row(equal_height=True, elem_classes="start-row"):
+                folder = gr.Textbox(
+                    label="Output folder",
+                    info=FOLDER_HINT_HOSTED if backend.hosted else FOLDER_HINT,
+                    elem_id="output-folder",
+                    scale=3,
+                )
+                start = gr.Button(
+                    "Start merge", variant="primary", interactive=False, elem_id="start-merge"
+                )
+        with _card("3", "Run", "run"):
+            progress = gr.HTML(NO_RUN, elem_id="run-status")
+            with gr.Row(elem_classes="run-row"):
+                cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel-merge")
+                resume = gr.Button("Resume", visible=False, size="sm", elem_id="resume-merge")
+        with _card("4", "Result", "result"):
+            result = gr.HTML(
+                '<p class="waiting">Nothing has been merged yet.</p>', elem_id="result"
+            )
+            try_it = gr.Button("Try it", visible=False, size="sm", elem_id="try-merged")
+    job = gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
+    timer = gr.Timer(POLL_SECONDS, active=False)
+
+    # handlers
+    def check(pack_id: str, plan: PlanChoice) -> tuple[str, str, str, dict[str, Any]]:
+        found = readiness(backend, pack_id, plan)
+        words = findings_html(found.findings)
+        return words, found.confirmation, found.folder, gr.update(interactive=found.ready)
+
+    def begin(pack_id: str, plan: PlanChoice, name: str) -> dict[str, str]:
+        started = backend.start_merge(plan_of(pack_id, plan), name)
+        return started._asdict()
+
+    def stop(mine: dict[str, str]) -> None:
+        backend.store.cancel(mine["id"], mine["key"])
+
+    def go_on(mine: dict[str, str]) -> None:
+        backend.store.resume(mine["id"], mine["key"])
+
+    def watch(mine: dict[str, str] | None) -> list[Any]:
+        return watched(backend, mine or {})
+
+    # wiring
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    watching = [progress, cancel, resume, result, try_it, timer]
+    checked = [findings, confirmation, folder, start]
+    tab.select(lambda: READING, None, findings, queue=False, **quiet).then(
+        told(check), [pair, choice], checked, **quiet
+    )
+    start.click(told(begin), [pair, choice, folder], job, **quiet).success(
+        watch, job, watching, **quiet
+    )
+    cancel.click(told(stop), job, None, queue=False, **quiet).success(watch, job, watching, **quiet)
+    resume.click(told(go_on), job, None, queue=False, **quiet).success(
+        watch, job, watching, **quiet
+    )
+    timer.tick(watch, job, watching, queue=False, **quiet)
+    app.load(watch, job, watching, queue=False, **quiet)
+    try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **quiet)
+
+
+def readiness(backend: Backend, pack_id: str, choice: PlanChoice) -> Readiness:
+    """Check pair, plan and room before anything is written."""
+    from ipmerge_core.merging import estimate, reopen
+    from ipmerge_core.pairing import Finding
+
+    try:
+        plan = plan_of(pack_id, choice)
+        models = reopen(plan)
+        name = backend.free_name(plan)
+        need = estimate(plan, backend.output_folder(name))
+        found = [*models.check(), _room(need.nbytes_written, need.nbytes_free)]
+        words = confirm_html(plan, plan.preview(), need, models.kept)
+    except IPMergeError as error:
+        refusal = Finding("refusal", "This merge cannot be made.", sentence_of(error))
+        return Readiness([refusal], "", "", ready=False)
+    if not plan.selected:
+        found.append(_nothing_selected(plan))
+    ready = all(finding.level != "refusal" for finding in found)
+    return Readiness(found, words, name, ready)
+
+
+def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
+    """Return what the third and fourth card show of a run: progress, buttons, result, timer."""
+    hidden = gr.update(visible=False)
+    try:
+        status = backend.store.status(str(mine.get("id", "")))
+    except IPMergeError:
+        nothing = '<p class="waiting">Nothing has been merged yet.</p>'
+        return [NO_RUN, hidden, hidden, nothing, hidden, gr.Timer(active=False)]
+    owned = backend.store.holds_key(status.id, mine.get("key", ""))
+    finished = status.state == "finished"
+    result = '<p class="waiting">The run is not finished.</p>'
+    if finished:
+        link = download_link(status.id, mine.get("key", "")) if owned else None
+        result = result_html(str(status.arguments["out"]), link, show_path=not backend.hosted)
+    return [
+        progress_html(status),
+        gr.update(visible=owned and status.is_running, interactive=status.state == "running"),
+        gr.update(visible=owned and status.can_resume),
+        result,
+        gr.update(visible=finished),
+        gr.Timer(active=status.is_running),
+    ]
+
+
+def _card(number: str, title: str, name: str) -> gr.Column:
+    card = gr.Column(elem_classes="card", elem_id=f"step-{name}")
+    with card:
+        gr.HTML(f'<h2><span class="number">{number}</span> {title}</h2>')
+    return card
+
+
+def _room(nbytes: int, free: int) -> Finding:
+    from ipmerge_core.pairing import Finding
+    from ipmerge_core.ui.merge_words import size_words
+
+    words = f"The model takes {size_words(nbytes)} and {size_words(free)} are free."
+    if nbytes > free:
+        return Finding("refusal", "disk", words, "Free some space or choose another folder.")
+    return Finding("ok", "disk", words)
+
+
+def _nothing_selected(plan: MergePlan) -> Finding:
+    from ipmerge_core.pairing import Finding
+
+    return Finding(
+        "warning",
+        "plan",
+        f"No matrix reaches the similarity threshold {plan.similarity_threshold:g}: the merged "
+        f"model would equal the vision-language model.",
+        "Lower S_alpha in Explore.",
+    )

@@ -1,0 +1,153 @@
+"""What the Merge tab says: findings, what will change, how far a run is, what came out.
+
+In: findings, a plan with its preview and estimate, a job's status. Out: small pieces of HTML, with
+every name escaped. Pure; the tab decides when to show them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import TYPE_CHECKING
+
+from ipmerge_core.jobs import JobStatus
+
+if TYPE_CHECKING:
+    from ipmerge_core.merging import Estimate
+    from ipmerge_core.pairing import Finding
+    from ipmerge_core.plan import MergePlan, Preview
+
+SIGNS = {"ok": "✓", "warning": "!", "refusal": "✕"}
+COPY_SPEED = 300e6  # bytes per second, a slow disk
+ARITHMETIC_SPEED = 8e9  # operations per second, one core of a CPU
+SVD_OPERATIONS = 20  # times m n min(m, n), for a thin decomposition
+
+STATE_WORDS = {
+    "running": "running",
+    "cancelling": "stopping after this tensor",
+    "finished": "finished",
+    "cancelled": "cancelled; what is finished is kept",
+    "failed": "failed",
+    "interrupted": "interrupted; what is finished is kept",
+}
+
+
+def findings_html(findings: Iterable[Finding]) -> str:
+    """List the findings of the sibling check, each with a sign, a word and its remedy."""
+    rows = []
+    for finding in findings:
+        remedy = f" <em>{escape(finding.remedy)}</em>" if finding.remedy else ""
+        rows.append(
+            f'<li class="{finding.level}"><span class="sign" aria-label="{finding.level}">'
+            f"{SIGNS[finding.level]}</span><span><b>{escape(finding.subject)}</b> "
+            f"{escape(finding.message)}{remedy}</span></li>"
+        )
+    return f'<ul class="findings">{"".join(rows)}</ul>'
+
+
+def confirm_html(plan: MergePlan, preview: Preview, need: Estimate, kept: Mapping[str, str]) -> str:
+    """Say what changes, what stays, and what it takes."""
+    reasons = Counter(kept.values())
+    unselected = preview.n_matrices - len(preview.selected)
+    stays = [f"{unselected} decoder matrices that the plan does not select"] if unselected else []
+    stays += [f"{count} tensors {reason}" for reason, count in reasons.most_common()]
+    share = preview.parameters_touched / max(preview.llm_parameters, 1)
+    rows = {
+        "Plan": f"<code>{plan.hash}</code> {escape(plan.name)}",
+        "Changes": f"{len(preview.selected)} of {preview.n_matrices} decoder matrices, "
+        f"{count_words(preview.parameters_touched)} parameters ({share:.0%} of the language "
+        f"model); the decoder moves by {preview.relative_change:.2%} of its norm",
+        "Stays, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor and configs",
+        "Reads, writes": f"{size_words(need.nbytes_read)}, {size_words(need.nbytes_written)} "
+        f"({size_words(need.nbytes_free)} free)",
+        "Time": f"about {time_words(estimated_seconds(plan, need))} on one CPU core, estimated "
+        f"from the sizes",
+    }
+    cells = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows.items())
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def progress_html(status: JobStatus) -> str:
+    """Draw how far a run is: a bar, and the same in words."""
+    step = status.step
+    done, total = step.get("nbytes_done", 0), step.get("nbytes_total", 0)
+    share = done / total if total else 0.0
+    words = [f"<b>{STATE_WORDS[status.state].capitalize()}</b>"]
+    if step:
+        words.append(f"{step.get('index', 0)} of {step.get('total', 0)} tensors")
+        words.append(f"{size_words(done)} of {size_words(total)}")
+    elapsed = max(status.updated - status.started, 0.0)
+    if status.is_running and done and elapsed > 0.5:
+        words.append(f"{done / elapsed / 1e6:.0f} MB/s")
+        words.append(f"about {time_words((total - done) * elapsed / done)} left")
+    name = f"<code>{escape(str(step['tensor']))}</code>" if step else "starting"
+    error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
+    return (
+        f'<p class="run-title">{escape(status.title)}</p>'
+        f'<progress max="1" value="{share:.4f}" aria-label="{escape(status.title)}">'
+        f"{share:.0%}</progress>"
+        f'<p class="run-words">{" · ".join(words)}</p><p class="run-step">{name}</p>{error}'
+    )
+
+
+def result_html(out: str, link: str | None, *, show_path: bool) -> str:
+    """Say where the model is, and offer it as one file to whoever made it."""
+    path = (
+        f'<p>The model is in <code id="result-path">{escape(out)}</code></p>' if show_path else ""
+    )
+    download = (
+        f'<p><a class="download" href="{escape(link)}" download>Download as one zip file</a></p>'
+        if link
+        else "<p>Only the browser that started this run can download it.</p>"
+    )
+    return f"{path}{download}"
+
+
+def estimated_seconds(plan: MergePlan, need: Estimate) -> float:
+    """Estimate a merge's time: bytes at a slow disk's speed, decompositions at one core's."""
+    operations = 0.0
+    shapes: dict[str, tuple[int, int]] = {record.name: record.shape for record in plan.records}
+    for decision in plan.selected:
+        m, n = shapes[decision.name]
+        operations += SVD_OPERATIONS * m * n * min(m, n) * (1 + len(decision.experts))
+    return (need.nbytes_read + need.nbytes_written) / COPY_SPEED + operations / ARITHMETIC_SPEED
+
+
+def size_words(nbytes: float) -> str:
+    """Write a size in bytes with three digits at most.
+
+    >>> size_words(4_200_000), size_words(15.2e9)
+    ('4.2 MB', '15.2 GB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def count_words(count: float) -> str:
+    """Write a count with three digits at most.
+
+    >>> count_words(870_000), count_words(5.65e9)
+    ('870 thousand', '5.65 billion')
+    """
+    for unit, factor in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def time_words(seconds: float) -> str:
+    """Write a duration as people say it.
+
+    >>> time_words(0.4), time_words(75), time_words(4000)
+    ('1 second', '1 minute', '67 minutes')
+    """
+    if seconds < 60:
+        number, unit = max(1, round(seconds)), "second"
+    elif seconds < 2 * 3600:
+        number, unit = round(seconds / 60), "minute"
+    else:
+        number, unit = round(seconds / 3600), "hour"
+    return f"{number} {unit}{'' if number == 1 else 's'}"

@@ -1,0 +1,68 @@
+"""The one place where an error of the package becomes a message in the app.
+
+In: a handler, plain or a generator. Out: the same handler, whose `IPMergeError`s arrive as
+`gr.Error` with their own sentence. On a public Space the sentence loses the server's folders.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import gradio as gr
+
+from ipmerge_core.errors import IPMergeError
+from ipmerge_core.jobs import home_folder
+from ipmerge_core.ui.packs import ROOT
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_hosted() -> bool:
+    """Whether strangers use this app: it runs on a Space."""
+    return bool(os.environ.get("SPACE_ID"))
+
+
+def told(handler: Callable[P, R]) -> Callable[P, R]:
+    """Let a handler's errors reach the visitor in words."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def stepping(*args: P.args, **kwargs: P.kwargs) -> Any:  # noqa: ANN401
+            try:
+                yield from handler(*args, **kwargs)
+            except IPMergeError as error:
+                raise _as_message(error) from error
+
+        return stepping
+
+    @functools.wraps(handler)
+    def at_once(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return handler(*args, **kwargs)
+        except IPMergeError as error:
+            raise _as_message(error) from error
+
+    return at_once
+
+
+def sentence_of(error: BaseException) -> str:
+    """Return an error's sentence, fit for whoever reads it here."""
+    text = str(error)
+    if is_hosted():
+        for folder in _private_folders():
+            text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "")
+    return text
+
+
+def _as_message(error: IPMergeError) -> gr.Error:
+    return gr.Error(sentence_of(error), title="That did not work", print_exception=False)
+
+
+def _private_folders() -> Iterator[Path]:
+    yield from (home_folder(), ROOT, Path.home())

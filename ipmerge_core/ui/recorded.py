@@ -1,0 +1,95 @@
+"""Recorded answers: what both models said when somebody ran them, shown at once and labelled so.
+
+In: `recorded.json` beside the demo trio, and its pictures. Out: examples with a question, the right
+answer, both replies and when they were given under which plan. Runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from ipmerge_core.ui.packs import DEMO
+
+
+class Reference(NamedTuple):
+    """A question whose right answer is known. `computed`: only the stated result counts."""
+
+    question: str
+    image: str  # file name
+    answer: str
+    computed: bool
+
+
+class Example(NamedTuple):
+    """One recorded pair of answers."""
+
+    reference: Reference
+    image: Path
+    base: str
+    merged: str
+    plan: str  # hash and settings, in words
+    recorded: str  # date
+
+    @property
+    def outcome(self) -> str:
+        """Say what the merge did here: fixed, broken, both right or both wrong."""
+        right = (is_right(self.reference, self.base), is_right(self.reference, self.merged))
+        return {
+            (False, True): "fixed",
+            (True, False): "broken",
+            (True, True): "both right",
+            (False, False): "both wrong",
+        }[right]
+
+
+def is_right(reference: Reference, reply: str) -> bool:
+    """Whether a reply gives the answer, compared as the evaluation compares."""
+    from ipmerge_core.evaluate.scores import stated_result
+
+    if reference.computed:
+        return stated_result(reply.strip()) == reference.answer
+    return _bare(reply) == _bare(reference.answer)
+
+
+def differ(first: str, second: str) -> bool:
+    """Whether two replies give different answers: their results if both state one, else all."""
+    from ipmerge_core.evaluate.scores import stated_result
+
+    results = stated_result(first.strip()), stated_result(second.strip())
+    if None not in results:
+        return results[0] != results[1]
+    return _bare(first) != _bare(second)
+
+
+def recorded_examples(folder: Path = DEMO) -> list[Example]:
+    """Read the recorded answers; none where the file is missing."""
+    path = folder / "recorded.json"
+    return _read(path, path.stat().st_mtime_ns) if path.is_file() else []
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _modified: int) -> list[Example]:
+    content = json.loads(path.read_text("utf-8"))
+    return [
+        Example(
+            reference=Reference(
+                question=entry["question"],
+                image=Path(entry["image"]).name,
+                answer=entry["answer"],
+                computed=entry["computed"],
+            ),
+            image=path.parent / entry["image"],
+            base=entry["base"],
+            merged=entry["merged"],
+            plan=content["plan"],
+            recorded=content["recorded"],
+        )
+        for entry in content["examples"]
+    ]
+
+
+def _bare(text: str) -> str:
+    return text.strip().removesuffix(".").strip().lower()

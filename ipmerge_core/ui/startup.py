@@ -1,0 +1,32 @@
+"""Imports gradio in half its usual time, and without its side effects on source folders.
+
+Each gradio component class writes an editor stub (`.pyi`) beside its source file when the class is
+made. That takes half of gradio's import time, and for our own component it would leave a file in
+this package that type checkers then prefer. The stubs serve editors only, so none is written here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+
+def import_gradio() -> None:
+    """Import gradio once, with telemetry off and no stub files."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    getfile = inspect.getfile
+    inspect.getfile = _no_source_file  # type: ignore[assignment]
+    try:
+        import gradio.component_meta
+    finally:
+        inspect.getfile = getfile
+    gradio.component_meta.create_or_modify_pyi = _write_no_stub  # type: ignore[assignment]
+
+
+def _no_source_file(_: object) -> str:
+    """Answer as for a class typed at a prompt; gradio then writes no stub for it."""
+    raise OSError("no source file")
+
+
+def _write_no_stub(*_: object) -> None:
+    """Take the place of gradio's stub writer for component classes of our own."""

@@ -1,0 +1,157 @@
+"""One question with its two answers, and how a list of them is shown in two chats.
+
+In: plain values in gr.State. Out: messages, chips and sentences for the components of the Try it
+tab. Pure: no components here and no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ipmerge_core.ui.backend import Side
+from ipmerge_core.ui.latex import show_math
+from ipmerge_core.ui.recorded import Example, Reference, differ, is_right
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, its picture, and both answers as far as they have come."""
+
+    question: str
+    image: str | None
+    plan: str  # what the merged side stands for, in words
+    base: Side = field(default_factory=lambda: Side("Base"))
+    merged: Side = field(default_factory=lambda: Side("Merged"))
+    reference: Reference | None = None
+    recorded: str = ""  # the date, if nothing was run now
+
+    @property
+    def is_over(self) -> bool:
+        """Whether both answers are."""
+        return self.base.is_over and self.merged.is_over
+
+    def stopped(self) -> Turn:
+        """Return the turn with whatever was still growing marked as stopped."""
+        return replace(self, base=_stopped(self.base), merged=_stopped(self.merged))
+
+
+class View(NamedTuple):
+    """What the Try it tab shows of its turns."""
+
+    chat_base: list[Message]
+    chat_merged: list[Message]
+    verdict_base: str
+    verdict_merged: str
+    status: str
+    source: str
+
+
+def turn_of_example(example: Example) -> Turn:
+    """Show a recorded example as a finished turn."""
+    return Turn(
+        question=example.reference.question,
+        image=str(example.image),
+        plan=example.plan,
+        base=Side("Base", "finished", example.base),
+        merged=Side("Merged", "finished", example.merged),
+        reference=example.reference,
+        recorded=example.recorded,
+    )
+
+
+def _stopped(side: Side) -> Side:
+    return side if side.is_over else replace(side, state="stopped", note="")
+
+
+def view(turns: Sequence[Turn]) -> View:
+    """Lay out all turns."""
+    if not turns:
+        return View([], [], "", "", "", "")
+    last = turns[-1]
+    return View(
+        chat_base=_messages(turns, "base"),
+        chat_merged=_messages(turns, "merged"),
+        verdict_base=_verdict(last, last.base),
+        verdict_merged=_verdict(last, last.merged),
+        status=_status(last),
+        source=_source(last),
+    )
+
+
+def _messages(turns: Sequence[Turn], name: Literal["base", "merged"]) -> list[Message]:
+    messages: list[Message] = []
+    plan = turns[0].plan
+    for turn in turns:
+        if name == "merged" and turn.plan != plan:
+            messages.append({"role": "assistant", "content": f"*Plan changed: {turn.plan}*"})
+            plan = turn.plan
+        content: list[Any] = [turn.question]
+        if turn.image and Path(turn.image).is_file():
+            content.insert(0, {"path": turn.image, "alt_text": "The picture asked about"})
+        messages.append({"role": "user", "content": content})
+        side = turn.base if name == "base" else turn.merged
+        messages.append({"role": "assistant", "content": _answer(side)})
+    return messages
+
+
+def _answer(side: Side) -> str:
+    text = show_math(side.text, finished=side.is_over)
+    if side.state == "failed":
+        return f"{text}\n\n**No answer.** {show_math(side.note)}".strip()
+    if side.state == "stopped":
+        return f"{text} *(stopped)*".strip()
+    if not text:
+        return "*(an empty answer)*" if side.is_over else f"*{side.note or 'waiting'} …*"
+    return text
+
+
+def _verdict(turn: Turn, side: Side) -> str:
+    """A chip with a sign and a word, so that nothing depends on colour; then speed and length."""
+    parts = []
+    if turn.reference and side.state == "finished":
+        right = is_right(turn.reference, side.text)
+        sign, word, kind = ("✓", "right", "right") if right else ("✕", "wrong", "wrong")
+        parts.append(f'<span class="chip {kind}">{sign} {word}</span>')
+        parts.append(f"<span>expected {escape(turn.reference.answer)}</span>")
+    if side.pieces and side.seconds:
+        parts.append(f"<span>{side.pieces} pieces in {side.seconds:.1f} s</span>")
+    return "".join(parts)
+
+
+_WORDS = {
+    "waiting": "is getting ready",
+    "answering": "is answering",
+    "finished": "finished",
+    "stopped": "stopped",
+    "failed": "failed",
+}
+
+
+def _status(turn: Turn) -> str:
+    if turn.recorded:
+        return _compare(turn)
+    words = [f"{side.name} {_WORDS[side.state]}." for side in (turn.base, turn.merged)]
+    return " ".join([*words, _compare(turn)]).strip()
+
+
+def _compare(turn: Turn) -> str:
+    if turn.base.state != "finished" or turn.merged.state != "finished":
+        return ""
+    if not differ(turn.base.text, turn.merged.text):
+        return "Both give the same answer."
+    return "Answers differ."
+
+
+def _source(turn: Turn) -> str:
+    if turn.recorded:
+        return (
+            f'<span class="chip recorded">Recorded {escape(turn.recorded)}</span> '
+            f"<span>{escape(turn.plan)}. Nothing was run just now; Send asks both models.</span>"
+        )
+    return f'<span class="chip live">Live</span> <span>Merged with {escape(turn.plan)}.</span>'
