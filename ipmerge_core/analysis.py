@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,8 +38,40 @@ from ipmerge_core.records import (
 )
 from ipmerge_core.version import __version__
 
+_QUICK_RANK = 64  # leading directions of a quick analysis
+_PRINCIPAL = (1, 4, 16, 64)  # sizes of the leading subspaces that are compared
 _SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
+
+
+class Options(NamedTuple):
+    """How to analyse. Two analyses of one pair with equal options give equal records.
+
+    `rank` keeps the leading singular triplets only, None all of them. `temperature` is that of the
+    softmax over directions. `quick` looks for the leading 64 directions by a randomized method, in
+    a fraction of the time: its similarities of leading directions are good, its nuclear norms and
+    ranks are those of the leading part; packs made so say that they are approximate.
+    """
+
+    rank: int | None = None
+    temperature: float = sim.TEMPERATURE
+    quick: bool = False
+
+    def check(self) -> Options:
+        """Return the options. Raises: PlanError for a rank or temperature that makes no sense."""
+        if self.rank is not None and self.rank < 1:
+            raise PlanError(f"The rank is {self.rank}; expected a whole number >= 1, or none.")
+        if not 0 < self.temperature < inf:
+            raise PlanError(f"The temperature is {self.temperature}; expected a number > 0, as 32.")
+        return self
+
+    def decompose(self, change: Tensor, name: str) -> spectrum.Spectrum:
+        """Decompose one task vector; `name` keys the randomized method's numbers."""
+        if self.quick:
+            return spectrum.svd(
+                change, method="randomized", rank=self.rank or _QUICK_RANK, key=(0, name)
+            )
+        return spectrum.svd(change, rank=self.rank)
 
 
 def analyse(
@@ -44,6 +80,7 @@ def analyse(
     device: str = "cpu",
     rank: int | None = None,
     temperature: float = sim.TEMPERATURE,
+    quick: bool = False,
     cache_dir: str | Path | None = None,
 ) -> Analysis:
     """Decompose every matched matrix once and keep what all later questions need.
@@ -53,30 +90,31 @@ def analyse(
         device: where the decompositions run, as torch names it.
         rank: keep only the leading singular triplets; None keeps all.
         temperature: of the softmax over directions, > 0.
-        cache_dir: a folder in which the pack is found again for the same weights and parameters.
+        quick: an approximate preview from the leading directions, see `Options`.
+        cache_dir: a folder in which a finished pack is found again for the same weights and
+            options, and an interrupted analysis goes on.
 
     Raises:
         PairingError: an expert or the MLLM equals its base, so that there is nothing to compare.
         CheckpointError: a matrix holds NaN or infinity.
     """
-    cached = None if cache_dir is None else Path(cache_dir) / _cache_name(pair, rank, temperature)
-    if cached is not None and cached.exists():
-        return Analysis.load(cached)
-    records = tuple(iter_analysis(pair, device=device, rank=rank, temperature=temperature))
-    analysis = assemble(pair, records, rank=rank, temperature=temperature)
-    if cached is not None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        analysis.save(cached)
+    options = Options(rank, temperature, quick).check()
+    if cache_dir is None:
+        return assemble(pair, tuple(iter_analysis(pair, options, device=device)), options)
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pack = folder / (_identity(pair, options)[:32] + ".json.gz")
+    if pack.exists():
+        return Analysis.load(pack)
+    journal = pack.with_suffix(".journal")
+    records = tuple(iter_analysis(pair, options, device=device, journal=journal))
+    analysis = assemble(pair, records, options)
+    analysis.save(pack)
+    journal.unlink()
     return analysis
 
 
-def assemble(
-    pair: ModelPair,
-    records: tuple[LayerRecord, ...],
-    *,
-    rank: int | None = None,
-    temperature: float = sim.TEMPERATURE,
-) -> Analysis:
+def assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
     """Make an Analysis of the records that `iter_analysis` yielded."""
     _check_not_zero(pair, records)
     sources, totals = describe(pair)
@@ -85,7 +123,7 @@ def assemble(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         engine=__version__,
         sources=sources,
-        parameters={"rank": rank, "temperature": temperature},
+        parameters=options._asdict(),
         totals=totals,
         records=records,
     )
@@ -121,10 +159,11 @@ def _source(model: Checkpoint) -> Source:
     return Source(name, model.files.revision, model.fingerprint)
 
 
-def _cache_name(pair: ModelPair, rank: int | None, temperature: float) -> str:
+def _identity(pair: ModelPair, options: Options) -> str:
+    """SHA-256 of all that decides the records: weights, options, engine."""
     fingerprints = [model.fingerprint for _, model in pair.roles()]
-    content = json.dumps([VERSION, __version__, rank, temperature, fingerprints])
-    return hashlib.sha256(content.encode()).hexdigest()[:32] + ".json.gz"
+    content = json.dumps([VERSION, __version__, options, fingerprints])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _check_not_zero(pair: ModelPair, records: tuple[LayerRecord, ...]) -> None:
@@ -141,27 +180,119 @@ def _check_not_zero(pair: ModelPair, records: tuple[LayerRecord, ...]) -> None:
             )
 
 
-# --- one matrix ---
-
-
 def iter_analysis(
     pair: ModelPair,
+    options: Options | None = None,
     *,
     device: str = "cpu",
-    rank: int | None = None,
-    temperature: float = sim.TEMPERATURE,
+    journal: str | Path | None = None,
 ) -> Iterator[LayerRecord]:
     """Yield one LayerRecord per matrix and expert, in order; `len(pair.matrices)` x experts.
 
-    Arguments and errors as for `analyse`.
+    While one matrix is decomposed the next is read. What was found is appended to `journal`, a
+    file of JSON lines; given again for the same weights and options, its records come from there.
+    Errors as for `analyse`.
     """
-    if rank is not None and rank < 1:
-        raise PlanError(f"The rank is {rank}; expected a whole number >= 1, or none for all.")
-    if not temperature > 0:
-        raise PlanError(f"The temperature is {temperature}; expected a number > 0, such as 32.")
-    with torch.inference_mode():
+    options = (options or Options()).check()
+    done = _Journal(journal, _identity(pair, options)) if journal is not None else None
+    earlier = done.by_matrix() if done else {}
+    with torch.inference_mode(), ThreadPoolExecutor(max_workers=1) as reader:
+        open_matrices = [m for m in pair.matrices if len(earlier.get(m.name, ())) < len(pair.math)]
+        weights = _read_ahead(pair, open_matrices, reader)
         for matrix in pair.matrices:
-            yield from _analyse_matrix(pair, matrix, torch.device(device), rank, temperature)
+            if matrix not in open_matrices:
+                yield from earlier[matrix.name]
+                continue
+            for record in _analyse_on(device, matrix, next(weights), options):
+                if done:
+                    done.append(record)
+                yield record
+
+
+class _Journal:
+    """Records on disk as they are made, one JSON line each, after a line that says for what."""
+
+    def __init__(self, path: str | Path, identity: str) -> None:
+        self.path, self.records = Path(path), list[LayerRecord]()
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        if not lines or lines[0] != identity:
+            self.path.write_text(identity + "\n", encoding="utf-8")
+            return
+        for line in lines[1:]:
+            try:
+                self.records.append(LayerRecord.from_dict(json.loads(line)))
+            except ValueError:  # the line that a kill cut short
+                break
+        kept = [identity, *(json.dumps(record.to_dict()) for record in self.records)]
+        self.path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+    def append(self, record: LayerRecord) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.to_dict()) + "\n")
+
+    def by_matrix(self) -> dict[str, list[LayerRecord]]:
+        found: dict[str, list[LayerRecord]] = {}
+        for record in self.records:
+            found.setdefault(record.name, []).append(record)
+        return found
+
+
+# --- one matrix ---
+
+
+class _Weights(NamedTuple):
+    """One matrix of every model, as stored. `root` is the MLLM's base, often the same tensor."""
+
+    mllm: Tensor
+    root: Tensor
+    base: Tensor
+    math: tuple[Tensor, ...]
+
+    def to(self, device: str) -> _Weights:
+        base = self.base.to(device)
+        root = base if self.root is self.base else self.root.to(device)
+        return _Weights(self.mllm.to(device), root, base, tuple(W.to(device) for W in self.math))
+
+
+def _read_ahead(
+    pair: ModelPair, matrices: Iterable[MatrixMatch], reader: ThreadPoolExecutor
+) -> Iterator[_Weights]:
+    """Yield the weights of each matrix; the next is read while the caller works on this one."""
+    waiting: deque[Future[_Weights]] = deque()
+    for matrix in matrices:
+        waiting.append(reader.submit(_read, pair, matrix))
+        if len(waiting) > 1:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _read(pair: ModelPair, matrix: MatrixMatch) -> _Weights:
+    base = pair.base.read_matrix(matrix.name)
+    shared = pair.base_mllm is pair.base
+    return _Weights(
+        mllm=pair.mllm.read_matrix(matrix.mllm),
+        root=base if shared else pair.base_mllm.read_matrix(matrix.base_mllm),
+        base=base,
+        math=tuple(
+            model.read_matrix(name) for model, name in zip(pair.math, matrix.math, strict=True)
+        ),
+    )
+
+
+def _analyse_on(
+    device: str, matrix: MatrixMatch, weights: _Weights, options: Options
+) -> list[LayerRecord]:
+    """Analyse on the device; where its memory does not suffice, this one matrix on the CPU."""
+    try:
+        return list(_analyse_matrix(matrix, weights.to(device), options))
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            f"'{matrix.name}' {matrix.shape} does not fit the memory of {device}; it is "
+            f"decomposed on the CPU, which takes longer.",
+            stacklevel=3,
+        )
+    return list(_analyse_matrix(matrix, weights.to("cpu"), options))
 
 
 class _Side(NamedTuple):
@@ -175,9 +306,9 @@ class _Side(NamedTuple):
     truncated: bool  # the spectrum holds fewer triplets than the matrix has
 
 
-def _side(tuned: Tensor, base: Tensor, rank: int | None) -> _Side:
+def _side(tuned: Tensor, base: Tensor, options: Options, name: str) -> _Side:
     change = spectrum.task_vector(tuned, base)
-    decomposed = spectrum.svd(change, rank=rank)
+    decomposed = options.decompose(change, name)
     return _Side(
         task_vector=change,
         spectrum=decomposed,
@@ -185,9 +316,10 @@ def _side(tuned: Tensor, base: Tensor, rank: int | None) -> _Side:
         ranks={
             "stable": float(spectrum.stable_rank(decomposed)),
             "effective": float(spectrum.effective_rank(decomposed)),
+            "energy": float(spectrum.energy_rank(decomposed)),
         },
         nuclear=float(decomposed.S.double().sum()),
-        truncated=rank is not None and rank < min(change.shape),
+        truncated=len(decomposed.S) < min(change.shape),
     )
 
 
@@ -197,25 +329,15 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _analyse_matrix(
-    pair: ModelPair,
-    matrix: MatrixMatch,
-    device: torch.device,
-    rank: int | None,
-    temperature: float,
+    matrix: MatrixMatch, weights: _Weights, options: Options
 ) -> Iterator[LayerRecord]:
-    stored = pair.mllm.read_matrix(matrix.mllm).to(device)
-    base = pair.base.read_matrix(matrix.name).to(device)
-    root = base
-    if pair.base_mllm is not pair.base:
-        root = pair.base_mllm.read_matrix(matrix.base_mllm).to(device)
-    mllm = _side(stored, root, rank)
-    weights = (_norm2(stored), _norm2(base))
-    floor = spectrum.noise_floor(stored, root)
+    mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
+    norms2 = (_norm2(weights.mllm), _norm2(weights.base))
+    floor = spectrum.noise_floor(weights.mllm, weights.root)
     earlier: list[dict[str, Tensor]] = []
-    for expert, model in enumerate(pair.math):
-        tuned = model.read_matrix(matrix.math[expert]).to(device)
-        math = _side(tuned, base, rank)
-        updates = _updates(mllm, math, temperature)
+    for expert, tuned in enumerate(weights.math):
+        math = _side(tuned, weights.base, options, f"{matrix.name}|math {expert}")
+        updates = _updates(mllm, math, options.temperature)
         norms = {
             name: UpdateNorms(
                 norm2=_dot(update, update),
@@ -225,7 +347,7 @@ def _analyse_matrix(
             for name, update in updates.items()
         }
         earlier.append(updates)
-        yield _record(matrix, expert, mllm, math, norms, weights, floor)
+        yield _record(matrix, expert, mllm, math, norms, norms2, floor)
 
 
 def _norm2(weight: Tensor) -> float:
@@ -260,7 +382,7 @@ def _record(
     mllm: _Side,
     math: _Side,
     updates: Mapping[str, UpdateNorms],
-    weights: tuple[float, float],
+    norms2: tuple[float, float],
     floor: float | None,
 ) -> LayerRecord:
     angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
@@ -276,9 +398,10 @@ def _record(
         similarity=sim.similarities(angles, mllm.spectrum, math.spectrum),
         best_index=int(angles.argmax()) + 1,
         gap=float(spectrum.spectral_gap(mllm.spectrum)),
+        principal=_principal(mllm.spectrum, math.spectrum),
         rho=float(sim.nuclear_ratio(mllm.spectrum, math.spectrum)),
-        weight_norm2=weights[0],
-        base_norm2=weights[1],
+        weight_norm2=norms2[0],
+        base_norm2=norms2[1],
         mllm_norm2=mllm.norm2,
         math_norm2=math.norm2,
         inner=_dot(mllm.task_vector, math.task_vector),
@@ -296,6 +419,12 @@ def _record(
         math_sigma=_rounded(math.spectrum.S, picked),
         angles=_rounded(angles, picked),
     )
+
+
+def _principal(a: spectrum.Spectrum, b: spectrum.Spectrum) -> dict[str, float]:
+    """Mean cosine of the principal angles between leading subspaces, for each size that fits."""
+    sizes = [k for k in _PRINCIPAL if k <= min(len(a.S), len(b.S))]
+    return {str(k): float(sim.principal_cosines(a, b, k).double().mean()) for k in sizes}
 
 
 def _sample(n: int) -> tuple[int, ...]:

@@ -59,25 +59,29 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _analyse(options: argparse.Namespace) -> int:
-    from ipmerge_core.analysis import assemble, iter_analysis
+    from ipmerge_core.analysis import Options, assemble, iter_analysis
 
     pair = _open(options)
     _refuse_strangers(pair, options.force)
-    parameters = {"rank": options.rank, "temperature": options.temperature}
     _check_target(options.output)
-    steps = iter_analysis(pair, device=options.device, **parameters)
-    total = len(pair.matrices) * len(pair.math)
-    sizes = [m.shape[0] * m.shape[1] * min(m.shape) for m in pair.matrices for _ in pair.math]
-    progress = _Progress("analysing", sum(sizes), options.quiet)
-    records = []
-    for number, record in enumerate(steps, 1):
+    how = Options(options.rank, options.temperature, options.quick).check()
+    journal = Path(options.output + ".journal")
+    costs = [m.shape[0] * m.shape[1] * min(m.shape) for m in pair.matrices for _ in pair.math]
+    progress = _Progress("analysing", sum(costs), options.quiet)
+    records, done = [], 0
+    for cost, record in zip(
+        costs, iter_analysis(pair, how, device=options.device, journal=journal), strict=True
+    ):
         records.append(record)
-        progress.show(sum(sizes[:number]), f"{number}/{total} {record.name}")
+        done += cost
+        progress.show(done, f"{len(records)}/{len(costs)} {record.name}")
     progress.close()
-    analysis = assemble(pair, tuple(records), **parameters)
+    analysis = assemble(pair, tuple(records), how)
     analysis.save(options.output)
-    summary = {"pack": options.output, "records": total, "seconds": progress.seconds}
-    text = f"Wrote {options.output}: {total} records of {analysis.name}."
+    journal.unlink()
+    summary = {"pack": options.output, "records": len(records), "seconds": progress.seconds}
+    quality = ", approximate" if analysis.approximate else ""
+    text = f"Wrote {options.output}: {len(records)} records of {analysis.name}{quality}."
     return _print(options, summary, text)
 
 
@@ -286,6 +290,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(analyse)
     analyse.add_argument("--rank", type=int, help="keep only the leading singular triplets")
     analyse.add_argument("--temperature", type=float, default=32.0, help="of the direction weights")
+    analyse.add_argument(
+        "--quick", action="store_true", help="approximate, from the leading directions only"
+    )
     analyse.add_argument("--force", action="store_true", help="go on although the check refuses")
 
     plan = command("plan", _plan, "decide what merges; shows what changes")

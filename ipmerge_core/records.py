@@ -115,9 +115,11 @@ class LayerRecord:
 
     `similarity` holds first, max and weighted; `updates` holds the products of four updates per
     unit gain: "sum" and "max" (IP-Merging with gamma as the softmax gives it, and divided by its
-    maximum), "rescale_only" (rho dM) and "select_only" (dM). `index` counts from 1 and says which
-    singular values and angles were sampled. `noise_floor` is the singular value below which a
-    difference of weights in the stored dtype is rounding; None for fp32.
+    maximum), "rescale_only" (rho dM) and "select_only" (dM). `principal` is the mean cosine of the
+    principal angles between the leading k right directions of both, for k = "1", "4", "16", "64".
+    `index` counts from 1 and says which singular values and angles were sampled. `noise_floor` is
+    the singular value below which a difference of weights in the stored dtype is rounding; None
+    for fp32.
     """
 
     name: str
@@ -129,6 +131,7 @@ class LayerRecord:
     similarity: Mapping[str, float]
     best_index: int
     gap: float
+    principal: Mapping[str, float]
     rho: float
     weight_norm2: float
     base_norm2: float
@@ -179,9 +182,14 @@ class Analysis:
     created: str
     engine: str
     sources: Sources
-    parameters: Mapping[str, float | int | None]
+    parameters: Mapping[str, float | int | bool | None]
     totals: Totals
     records: tuple[LayerRecord, ...]
+
+    @property
+    def approximate(self) -> bool:
+        """Whether the records come from leading directions only, found by a quick analysis."""
+        return bool(self.parameters.get("quick"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the pack's JSON content."""

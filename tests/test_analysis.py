@@ -13,6 +13,8 @@ from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
+from ipmerge_core import spectrum
+from ipmerge_core.analysis import Options
 from ipmerge_core.errors import CheckpointError, PairingError, PlanError
 from ipmerge_core.records import Analysis
 
@@ -225,3 +227,81 @@ def test_the_mllm_may_have_its_own_base(trio: Trio, tmp_path: Path) -> None:
     record = ipm.analyse(pair).records[0]
     expected = fine_tuned(root_weights, 1)[record.name] - root_weights[record.name]
     assert record.mllm_norm2 == pytest.approx(float(expected.double().norm() ** 2), rel=1e-4)
+
+
+# --- interruptions, previews, and devices that are too small ---
+
+
+def test_an_interrupted_analysis_goes_on_where_it_was(
+    own_trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ipm.open_pair(own_trio.mllm, [own_trio.math, own_trio.math_2], own_trio.base)
+    whole = list(ipm.iter_analysis(pair))
+    steps = ipm.iter_analysis(pair, journal=tmp_path / "journal")
+    first = [next(steps) for _ in range(9)]
+    steps.close()
+    with (tmp_path / "journal").open("a") as journal:
+        journal.write('{"name": "torn')
+    read = []
+    original = type(pair.mllm).read_matrix
+    monkeypatch.setattr(
+        type(pair.mllm), "read_matrix", lambda self, name: read.append(name) or original(self, name)
+    )
+    again = list(ipm.iter_analysis(pair, journal=tmp_path / "journal"))
+    assert again[:9] == first
+    assert again == whole
+    finished = {record.name for record in first[:8]}  # both experts of four matrices
+    assert not finished & set(read)
+
+
+def test_a_journal_of_other_work_is_not_used(trio: Trio, tmp_path: Path) -> None:
+    pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
+    cut = Options(rank=2)
+    list(ipm.iter_analysis(pair, cut, journal=tmp_path / "journal"))
+    fresh = list(ipm.iter_analysis(pair, journal=tmp_path / "journal"))
+    assert fresh == list(ipm.iter_analysis(pair))
+
+
+def test_an_interrupted_cached_analysis_leaves_only_the_pack(
+    own_trio: Trio, tmp_path: Path
+) -> None:
+    pair = ipm.open_pair(own_trio.mllm, own_trio.math, own_trio.base)
+    ipm.analyse(pair, cache_dir=tmp_path)
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".json.gz")
+
+
+def test_a_quick_analysis_says_so_and_finds_the_leading_directions(trio: Trio) -> None:
+    pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
+    exact, quick = ipm.analyse(pair), ipm.analyse(pair, quick=True, rank=4)
+    assert quick.approximate
+    assert not exact.approximate
+    for truth, guess in zip(exact.records, quick.records, strict=True):
+        assert guess.similarity["first"] == pytest.approx(truth.similarity["first"], abs=1e-3)
+        assert guess.mllm_sigma[0] == pytest.approx(truth.mllm_sigma[0], rel=1e-3)
+
+
+def test_a_device_that_is_too_small_hands_the_matrix_to_the_cpu(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
+    expected = ipm.analyse(pair)
+    original, calls = spectrum.svd, []
+
+    def small(matrix: torch.Tensor, **options: object) -> spectrum.Spectrum:
+        calls.append(tuple(matrix.shape))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return original(matrix, **options)
+
+    monkeypatch.setattr(spectrum, "svd", small)
+    with pytest.warns(UserWarning, match="does not fit the memory of cpu; .* on the CPU"):
+        found = ipm.analyse(pair)
+    assert found.records == expected.records
+
+
+def test_principal_cosines_do_not_depend_on_the_order_of_directions(analysis: Analysis) -> None:
+    record = analysis.records[0]
+    assert record.principal["1"] == pytest.approx(record.similarity["first"], abs=1e-5)
+    assert set(record.principal) == {"1", "4", "16"}
+    assert record.principal["16"] == pytest.approx(1.0, abs=1e-4)  # both span the whole space
