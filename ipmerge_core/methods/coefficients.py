@@ -69,7 +69,7 @@ def nan_coefficients(
 
 def _affine(parameters: Any) -> AffineUpdate | None:  # noqa: ANN401
     """Exact for one expert once the whole model is measured; see `MergePlan`."""
-    found = parameters.get("statistic") or ()
+    found: Sequence[float] = parameters.get("statistic") or ()
     if len(found) != 2 or parameters["scope"] != "model":
         return None
     return AffineUpdate(found[0] - 1.0, found[1], "select_only")

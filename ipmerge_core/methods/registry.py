@@ -196,7 +196,13 @@ class MergeMethod:
     data: Literal["fisher", "gram"] | None = None
     inputs: tuple[str, ...] = ()
 
-    def __call__(self, base: Matrix, mllm: Matrix, math: Experts, **parameters: Any) -> Matrix:  # noqa: ANN401
+    def __call__(  # any shapes may come in; what does not fit is refused in words
+        self,
+        base: Tensor,
+        mllm: Tensor,
+        math: Tensor | Sequence[Tensor],
+        **parameters: Any,  # noqa: ANN401
+    ) -> Matrix:
         """Merge matrices of one shape (m, n); the result is fp32, or fp64 for fp64 inputs.
 
         Raises: ShapeError for unequal shapes, PlanError for an illegal parameter.
@@ -204,6 +210,11 @@ class MergeMethod:
         experts = [math] if isinstance(math, Tensor) else list(math)
         supplied = {name: parameters.pop(name) for name in self.inputs if name in parameters}
         parameters.pop("tensor_name", None)  # legal for every method
+        if base.ndim != 2:
+            raise ShapeError(
+                f"{self.label} merges matrices and got a base of shape {tuple(base.shape)}; a "
+                f"vector can be passed as one row."
+            )
         for role, matrix in [("mllm", mllm), *(("math", expert) for expert in experts)]:
             if matrix.shape != base.shape:
                 raise ShapeError(
