@@ -262,12 +262,10 @@ def test_a_journal_of_other_work_is_not_used(trio: Trio, tmp_path: Path) -> None
     assert fresh == list(ipm.iter_analysis(pair))
 
 
-def test_an_interrupted_cached_analysis_leaves_only_the_pack(
-    own_trio: Trio, tmp_path: Path
-) -> None:
+def test_a_finished_analysis_leaves_only_the_pack(own_trio: Trio, tmp_path: Path) -> None:
     pair = ipm.open_pair(own_trio.mllm, own_trio.math, own_trio.base)
-    ipm.analyse(pair, cache_dir=tmp_path)
-    (left,) = tmp_path.iterdir()
+    ipm.analyse(pair, cache_dir=tmp_path / "cache")
+    (left,) = (tmp_path / "cache").iterdir()
     assert left.name.endswith(".json.gz")
 
 
