@@ -66,7 +66,8 @@ def similarity_of(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum, kind: s
     if kind == "weighted":
         weights = a.S[: len(angles)].double() * b.S[: len(angles)].double()
         total = float(weights.sum())
-        return min(float(weights @ angles.double()) / total, 1.0) if total > 0 else 0.0
+        mean = float(weights @ angles.double()) / total if total > 0 else 0.0
+        return min(mean, 1.0)
     raise PlanError(f"Unknown similarity '{kind}'. Available: {', '.join(KINDS)}.")
 
 
@@ -83,7 +84,8 @@ def principal_cosines(a: Spectrum, b: Spectrum, k: int) -> Float[Tensor, " k"]:
         raise PlanError(
             f"k is {k}; expected 1 to {min(len(a.S), len(b.S))}, the directions both spectra have."
         )
-    return torch.linalg.svdvals(a.Vh[:k] @ b.Vh[:k].T).clamp(max=1.0)
+    cosines: Tensor = torch.linalg.svdvals(a.Vh[:k] @ b.Vh[:k].T)
+    return cosines.clamp(max=1.0)
 
 
 def chance_level(n: int, kind: str, r: int | None = None) -> float:
@@ -182,6 +184,7 @@ def update_factors(
     Directions are dropped only where all of them together change P by less than fp32 rounding:
     since ||dM V_D diag(gamma_D^2)||_F <= ||dM||_F max gamma_D^2, the set D is dropped when
     ||dM||_F max gamma_D^2 <= eps_fp32 / 2 ||dM V_K diag(gamma_K^2)||_F for the kept set K.
+    Directions in which dV is zero are arbitrary and never part of the projector.
 
     Math:   P = rho dM V_V diag(gamma^2) V_V^T = left right, with
             left (m, q) = rho dM V_K diag(gamma_K^2), right (q, n) = V_K^T.
@@ -195,7 +198,7 @@ def update_factors(
     """
     _check_matrix(math_task_vector, mllm)
     dM = as_float(math_task_vector)
-    strength = gamma.to(dM).square()
+    strength = gamma.to(dM).square() * _is_meant(mllm)[: len(gamma)]
     order = torch.argsort(strength, descending=True, stable=True)
     size = float(dM.double().norm())
     kept = 0
@@ -239,8 +242,8 @@ def _apply(dM: Tensor, directions: Tensor, math: Spectrum | None) -> Tensor:
 
 
 def _is_meant(spectrum: Spectrum) -> Tensor:
-    rounding = max(_EPS * float(spectrum.S[0]), spectrum.error)
-    return spectrum.S.gt(rounding)
+    """Which directions stand above the rounding of fp32 weights; the others are arbitrary."""
+    return spectrum.S.gt(_EPS * float(spectrum.S[0]))
 
 
 def _check_width(a: Spectrum, b: Spectrum) -> None:

@@ -7,6 +7,8 @@ returns them, `Vh` being V transposed. No IO, no global random state, no knowled
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ipmerge_core import engines
 from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 
-Method = Literal["auto", "exact", "gram", "randomized"]
 METHODS = ("auto", "exact", "gram", "randomized")
+TOLERANCE = 2e-6  # of randomized: residual relative to S_1^2; fp32 products resolve about 3e-7
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,15 @@ class Spectrum:
     """A thin, possibly truncated, singular value decomposition A = U diag(S) Vh.
 
     Shapes: U (m, r) or None where it was not asked for, S (r,) descending, Vh (r, n) with
-    orthonormal rows. `method` names the engine; `error` bounds the absolute error of every S.
+    orthonormal rows. `method` names the route that was taken; `error` (r,) bounds the absolute
+    error of each singular value.
     """
 
     U: Float[Tensor, "m r"] | None
     S: Float[Tensor, " r"]
     Vh: Float[Tensor, "r n"]
     method: str = "exact"
-    error: float = 0.0
+    error: Float[Tensor, " r"] | None = None
 
     def matrix(self) -> Float[Tensor, "m n"]:
         """Multiply the factors together: A, truncated to the kept triplets."""
@@ -64,31 +68,149 @@ def svd(
     method: str = "auto",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    vectors: Literal["both", "right"] = "both",
+    key: tuple[int, str] = (0, ""),
 ) -> Spectrum:
     """Decompose a matrix into A = U diag(S) Vh, signs fixed, strongest direction first.
 
-    The sign of a pair (u_i, v_i) is arbitrary; here the entry of v_i largest in magnitude is
-    positive. A zero matrix has S = 0 and unit vectors for directions.
+    The sign of a pair (u_i, v_i) is arbitrary; here the entry of v_i that is largest in magnitude
+    (the first of equals) is positive. Directions whose S is zero are arbitrary but orthonormal, so
+    a zero matrix has a spectrum too. The result depends on the arguments alone.
+
+    With p = min(m, n) and the times of one core relative to fp32 `torch.linalg.svd`, measured on
+    1024 to 2048 wide matrices (`benchmarks/bench_spectrum.py`):
+
+    method      answers                    error of S_i                      cost
+    exact       anything, to the last bit  about eps_64 S_1                  SVD in fp64, 2 to 3
+    gram        all values, all vectors    fp64: eps_64 S_1^2 / S_i          about 0.1 to 0.6
+                                           fp32: eps_32 S_c^2 / S_i, c > 1
+    randomized  the leading `rank`         residual_i / S_i                  0.02 to 0.05 for 8
+    auto        randomized where 4 rank + 64 < p, else gram; exact below p = 32
+
+    For an fp32 result, gram finds the leading c or so directions in fp64 and the rest in fp32, and
+    takes fp64 throughout where that could change sum S by 1e-4 of itself. Ask for
+    dtype=torch.float64 where the small end of the spectrum matters.
 
     Args:
         matrix: (m, n) in any float dtype.
-        method: the engine.
-        rank: keep the leading triplets only, at most min(m, n); None keeps all.
+        method: the route; `Spectrum.method` says which was taken.
+        rank: keep the leading triplets only, at most p; None keeps all.
         dtype: of the result, fp32 (default; fp64 for fp64 input) or fp64.
+        vectors: "right" leaves U out, which saves a product.
+        key: (seed, name) of the random start of randomized; no other state is used.
 
     Raises:
         CheckpointError: the matrix holds NaN or infinity.
-        PlanError: unknown method, or a rank below 1.
+        PlanError: unknown method or vectors, a rank below 1, or another dtype.
     """
+    if vectors not in ("both", "right"):
+        raise PlanError(f"vectors is '{vectors}'; expected both or right.")
+    work, dtype = _prepared(matrix, method, rank, dtype)
+    p = min(work.shape)
+    rank = p if rank is None else min(rank, p)
+    route = _route(method, p, rank)
+    left = vectors == "both"
+
+    def run(A: Tensor) -> engines.Factors:
+        if route == "exact":
+            return engines.exact(A)
+        if route == "gram":
+            wide = dtype == torch.float64
+            return engines.gram(A, left=left, right=True, fp64=wide, key=key)
+        tolerance = TOLERANCE if dtype == torch.float32 else 1e-11
+        return engines.randomized(A, rank, left=left, right=True, tolerance=tolerance, key=key)
+
+    found = _run(run, work)
+    assert found.right is not None
+    Vh = found.right[:rank]
+    sign = _signs(Vh)
+    U = None if found.left is None or not left else found.left[:, :rank] * sign
+    return Spectrum(
+        None if U is None else U.to(matrix.device, dtype),
+        found.values[:rank].to(matrix.device, dtype),
+        (Vh * sign[:, None]).to(matrix.device, dtype),
+        found.route,
+        found.error[:rank].to(matrix.device, dtype),
+    )
+
+
+def singular_values(
+    matrix: Float[Tensor, "m n"], *, method: str = "auto", dtype: torch.dtype | None = None
+) -> Float[Tensor, " p"]:
+    """All singular values and no vectors, in fp64, descending; their sum is the nuclear norm.
+
+    Error as `svd` by gram: with dtype fp32 (the default for fp32 input) the sum is right to 1e-4
+    by its bound and about 1e-7 as measured; with fp64 every value is right to eps_64 S_1^2 / S_i.
+    Costs the product A A^T and the eigenvalues of a (p, p) matrix, a third of what vectors cost.
+
+    Raises: as `svd`.
+    """
+    work, dtype = _prepared(matrix, method, None, dtype)
+    if method == "exact":
+        return engines.exact(work).values.to(matrix.device)
+    wide = dtype == torch.float64
+
+    def run(A: Tensor) -> engines.Factors:
+        return engines.gram(A, left=False, right=False, fp64=wide)
+
+    return _run(run, work).values.to(matrix.device)
+
+
+def _prepared(
+    matrix: Tensor, method: str, rank: int | None, dtype: torch.dtype | None
+) -> tuple[Tensor, torch.dtype]:
+    """Check the arguments; return the matrix in its working precision, and the result's dtype."""
     if method not in METHODS:
         raise PlanError(f"Unknown method '{method}' of svd. Available: {', '.join(METHODS)}.")
     if rank is not None and rank < 1:
         raise PlanError(f"The rank is {rank}; expected a whole number >= 1, or none for all.")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise PlanError(f"The dtype of a spectrum is {dtype}; expected torch.float32 or float64.")
+    if matrix.numel() == 0:
+        raise PlanError(f"The matrix has shape {tuple(matrix.shape)}; expected at least one entry.")
     check_finite(matrix)
-    U, S, Vh = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
-    U, Vh = _fix_signs(U, Vh)
-    dtype = dtype or as_float(matrix[:0]).dtype
-    return Spectrum(U[:, :rank].to(dtype), S[:rank].to(dtype), Vh[:rank].to(dtype))
+    work = as_float(matrix)
+    result = dtype or work.dtype
+    return (work.double() if result == torch.float64 else work), result
+
+
+def _route(method: str, p: int, rank: int) -> str:
+    """Name the route to take; a randomized one needs room for its basis."""
+    leading = 4 * rank + 64 < p
+    if method == "randomized" or (method == "auto" and leading):
+        return "randomized" if leading else "gram"
+    if method == "auto":
+        return "exact" if p < 32 else "gram"
+    return method
+
+
+def _run(run: Callable[[Tensor], engines.Factors], matrix: Tensor) -> engines.Factors:
+    """Run a route where the matrix lies; on the CPU when the device lacks memory or fp64."""
+    with engines.full_precision():
+        if matrix.device.type == "mps":  # has no fp64
+            return run(matrix.cpu())
+        try:
+            return run(matrix)
+        except torch.OutOfMemoryError:
+            shape = " x ".join(str(size) for size in matrix.shape)
+            need = working_bytes(*matrix.shape) / 1e9
+            warnings.warn(
+                f"{matrix.device} has too little free memory for a {shape} matrix (about "
+                f"{need:.1f} GB); decomposing it on the CPU, which is slower.",
+                stacklevel=3,
+            )
+        torch.cuda.empty_cache()
+        return run(matrix.cpu())
+
+
+def working_bytes(m: int, n: int) -> int:
+    """Estimate the memory that `svd` of an fp32 (m, n) matrix takes beside the matrix itself.
+
+    The Gram matrix in fp64 with the eigensolver's copies, 6 x 8 p^2, one fp64 strip of the matrix
+    and the long side's vectors in fp32.
+    """
+    p, q = min(m, n), max(m, n)
+    return 48 * p * p + 8 * p * min(q, 2048) + 8 * p * q
 
 
 def check_finite(matrix: Tensor) -> None:
@@ -101,10 +223,10 @@ def check_finite(matrix: Tensor) -> None:
         )
 
 
-def _fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    top = Vh.abs().argmax(dim=1, keepdim=True)
-    sign = torch.where(Vh.gather(1, top) < 0, -1.0, 1.0).to(Vh.dtype)
-    return U * sign.T, Vh * sign
+def _signs(Vh: Tensor) -> Tensor:
+    """+1 or -1 for each row, so that its entry of largest magnitude becomes positive."""
+    top = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+    return torch.where(top < 0, -1.0, 1.0).to(Vh)
 
 
 # --- numbers read off the values ---

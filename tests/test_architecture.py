@@ -26,6 +26,7 @@ ORDER = [
     {"records"},
     {"checkpoint", "writer"},
     {"pairing"},
+    {"engines"},
     {"spectrum"},
     {"similarity"},
     {"analysis"},
@@ -43,7 +44,7 @@ ORDER = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 REPORTS_BUGS = {"ui", "cli", "jobs", "app", "__main__"}  # where a program error meets a person
-PURE = {"errors", "spectrum", "similarity", "methods"}
+PURE = {"errors", "engines", "spectrum", "similarity", "methods"}
 IO_MODULES = {
     "io", "os", "pathlib", "shutil", "tempfile", "subprocess", "socket", "json", "gzip", "pickle",
     "safetensors", "huggingface_hub", "requests", "httpx", "urllib",

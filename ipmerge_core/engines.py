@@ -1,0 +1,352 @@
+"""The routes from a matrix to its singular values and vectors; `spectrum.svd` chooses among them.
+
+In: a finite matrix A (m, n), p = min(m, n). Out: `Factors` in the route's own precision, strongest
+first, signs not fixed, each value with an error bound. Three routes:
+
+    exact       LAPACK's or cuSOLVER's SVD in fp64: the definition, and the truth in the tests
+    gram        eigenvectors of A A^T or A^T A, whichever is smaller, accumulated in fp64
+    randomized  leading directions only, block Krylov from a start keyed by (seed, name)
+
+No global random state, no TF32, no IO.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Key = tuple[int, str]
+
+_EPS32 = torch.finfo(torch.float32).eps
+_EPS64 = torch.finfo(torch.float64).eps
+_DENSE = 384  # below this width a full fp64 eigensolver is the cheapest route to anything
+_STRIP = 2048  # columns turned to fp64 at a time, so that no fp64 copy of A is held
+_HEAD = 24  # leading directions looked for before an fp32 eigensolver is let loose on the rest
+_BLOCK = 8  # Krylov vectors per step: fewer waste a pass over A, more converge slower
+_NUCLEAR = 1e-4  # allowed bound on the relative error of sum S; measured errors are 100 x smaller
+
+
+class Factors(NamedTuple):
+    """A = left diag(values) right: (m, r), (r,), (r, n); `error` bounds |values - true|."""
+
+    left: Tensor | None
+    values: Tensor
+    right: Tensor | None
+    error: Tensor
+    route: str
+
+
+class _Eigen(NamedTuple):
+    """Eigenvalues, descending, error bounds on them, and eigenvectors as rows (maybe fewer)."""
+
+    values: Tensor
+    slack: Tensor
+    rows: Tensor | None
+    n_head: int  # leading rows of fp64 quality
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep fp32 products in fp32 inside: no TF32, no bf16 splitting; the setting is restored."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def exact(A: Tensor) -> Factors:
+    """SVD in fp64. Error a few eps_64 S_1 for every value; cost O(m n p), the largest constant."""
+    left, values, right = torch.linalg.svd(A.double(), full_matrices=False)
+    error = torch.full_like(values, _EPS64 * max(A.shape) ** 0.5) * values[0]
+    return Factors(left, values, right, error, "exact")
+
+
+# --- gram ---
+
+
+def gram(A: Tensor, *, left: bool, right: bool, fp64: bool, key: Key = (0, "")) -> Factors:
+    """Eigendecomposition of the smaller Gram matrix.
+
+    Math:   B = A or A^T with p rows, G = B B^T = X diag(S^2) X^T, long side = B^T X / S.
+    Error:  |dS_i| <= d / S_i where d bounds the eigenvalues' error. With `fp64` d is a few
+            eps_64 S_1^2. Without, the leading directions are found in fp64 and moved down to the
+            rest's level, fp32 eigh solves what remains, and d is a few eps_32 S_c^2 with S_c the
+            last of those; where that could change sum S by more than 1e-4 of itself, or make
+            the long side's vectors depend on each other, fp64 is used after all.
+    Cost:   2 m n p flops for G (half by symmetry), 4/3 p^3 for the values or about 9 p^3 with
+            vectors, 2 m n p for the long side. Memory 8 p^2 bytes, several times.
+    """
+    B = A if A.shape[0] < A.shape[1] else A.T  # a square's right side is the one asked for
+    scale = float(B.abs().max())
+    if scale == 0:
+        return _zero(A, left=left, right=right)
+    G = _gram_matrix(B, scale)
+    short_is_left = B is A
+    wants_long = right if short_is_left else left
+    eigen = _eigen(G, vectors=left or right, fp64=fp64, safe_tail=wants_long, key=key)
+    del G
+    squares = eigen.values.clamp(min=0)
+    values = squares.sqrt()
+    null = squares <= eigen.slack.where(eigen.slack < 1e-10 * squares[0], 0.0)
+    values = values.masked_fill(null, 0.0)
+    error = _error(values, eigen.slack) * scale
+    values = values * scale
+    if eigen.rows is None:
+        return Factors(None, values, None, error, "gram")
+    short = _completed(eigen.rows, len(values), key)
+    long = _long_side(B, short, values, eigen.n_head, key) if wants_long else None
+    pair = (short, long) if short_is_left else (long, short)
+    return Factors(
+        pair[0].T if left and pair[0] is not None else None,
+        values,
+        pair[1] if right else None,
+        error,
+        "gram",
+    )
+
+
+def _gram_matrix(B: Tensor, scale: float) -> Tensor:
+    """B B^T / scale^2 in fp64; only the lower triangle is multiplied, then mirrored."""
+    p = B.shape[0]
+    step = max(-(-p // 4), 128)
+    sums = [B.new_zeros(p - i, min(step, p - i), dtype=torch.float64) for i in range(0, p, step)]
+    for first in range(0, B.shape[1], _STRIP):
+        D = B[:, first : first + _STRIP].to(torch.float64).div_(scale)
+        for number, known in enumerate(sums):
+            i = number * step
+            known.add_(D[i:] @ D[i : i + step].T)
+    G = B.new_empty(p, p, dtype=torch.float64)
+    for number, block in enumerate(sums):
+        i = number * step
+        G[i : i + step, i:] = block.T
+        G[i:, i : i + step] = block
+    return G
+
+
+def _eigen(G: Tensor, *, vectors: bool, fp64: bool, safe_tail: bool, key: Key) -> _Eigen:
+    p = len(G)
+    if p < _DENSE:
+        return _dense(G, vectors=vectors)
+    trace = float(G.trace())
+    found = krylov(lambda rows: rows @ G, start(p, _BLOCK, key, G), _HEAD, 1e-11, 4 * _HEAD)
+    head = found.converged(1e-8)
+    if trace - float(head.values.sum()) <= p * _EPS64 * trace:
+        return _low_rank(head, p, trace)
+    mixed = None if fp64 else _mixed(G, head, vectors=vectors)
+    if mixed is not None and _is_good_enough(mixed, safe_tail=safe_tail and vectors):
+        return mixed
+    return _dense(G, vectors=vectors)
+
+
+def _dense(G: Tensor, *, vectors: bool) -> _Eigen:
+    if vectors:
+        values, columns = torch.linalg.eigh(G)
+        rows = columns.T.flip(0)
+    else:
+        values, rows = torch.linalg.eigvalsh(G), None
+    values = values.flip(0)
+    return _Eigen(values, _rounding64(values), rows, 0)
+
+
+def _low_rank(head: Krylov, p: int, trace: float) -> _Eigen:
+    """The head holds all of the trace: everything else is zero."""
+    values = head.values.new_zeros(p)
+    values[: len(head.values)] = head.values
+    slack = torch.full_like(values, p * _EPS64 * trace)
+    return _Eigen(values, slack, head.rows, len(head.values))
+
+
+def _mixed(G: Tensor, head: Krylov, *, vectors: bool) -> _Eigen | None:
+    """Solve in fp32 after moving the known head of the spectrum down to the level of the rest.
+
+    With head eigenpairs (l_i, x_i), i = 1..c, found to fp64 quality, G + X^T (M - L) X has the
+    same eigenvectors and, for M_i in (1, 1.5] l_c, a norm of 1.5 l_c instead of l_1: the
+    rounding of fp32 is then relative to the rest of the spectrum and not to its largest value.
+    None where the head was not the head: it missed copies of a multiple eigenvalue.
+    """
+    c = len(head.values)
+    if c == 0:
+        return None
+    steps = torch.arange(c, 0, -1, dtype=G.dtype, device=G.device) / (2 * c)
+    moved = 1 + steps
+    unit = head.values[-1]
+    lowered = (moved * unit - head.values)[:, None] * head.rows
+    small = torch.addmm(G, head.rows.T, lowered).div_(unit).to(torch.float32)
+    if vectors:
+        values, columns = torch.linalg.eigh(small)
+        known, rows = head.rows.to(columns), columns.T.flip(0)[c:]
+        rows = torch.cat([known, rows - (rows @ known.T) @ known])
+    else:
+        values, rows = torch.linalg.eigvalsh(small), None
+    values = values.flip(0)
+    if not torch.allclose(values[:c].double(), moved, rtol=0, atol=1e-4):
+        return None
+    rest = values[c:].double() * unit
+    # Errors measured against fp64 at widths 512 to 2048, in eps_32 S_c^2: below 3.5 with vectors;
+    # without, up to 36 at the strongest of the rest (0.8 sqrt p) and below 5 past the first eighth.
+    solver = 8 * unit + (0.0 if vectors else 1.5 * len(G) ** 0.5) * rest.clamp(min=0)
+    slack = torch.cat([_rounding64(head.values) + head.residuals, _EPS32 * solver])
+    return _Eigen(torch.cat([head.values, rest]), slack, rows, c)
+
+
+def _rounding64(values: Tensor) -> Tensor:
+    """Bound on what fp64 rounding does to eigenvalues, (r,)."""
+    return torch.full_like(values, 4 * _EPS64 * len(values) ** 0.5) * values[0]
+
+
+def _is_good_enough(eigen: _Eigen, *, safe_tail: bool) -> bool:
+    squares = eigen.values.clamp(min=0)
+    values = squares.sqrt()
+    if float(_error(values, eigen.slack).sum()) > _NUCLEAR * float(values.sum()):
+        return False
+    return not safe_tail or float(eigen.slack[-1]) <= 1e-3 * float(squares[-1])
+
+
+def _error(values: Tensor, slack: Tensor) -> Tensor:
+    """Bound on |S - S_true| where |S^2 - S_true^2| <= slack, both S >= 0."""
+    squares = values.square()
+    below = values - (squares - slack).clamp(min=0).sqrt()
+    above = slack / ((squares + slack).sqrt() + values).clamp(min=1e-300)
+    return torch.maximum(below, above)
+
+
+def _long_side(B: Tensor, short: Tensor, values: Tensor, n_head: int, key: Key) -> Tensor:
+    """Rows B^T x_i / S_i, unit length; arbitrary orthonormal rows where S_i is zero."""
+    n_real = int((values > 0).sum())
+    short = short.to(B.dtype) if short.dtype != torch.float64 else short
+    rows = short[:n_real] @ B.to(short.dtype)
+    head = rows[:n_head] / rows[:n_head].norm(dim=1, keepdim=True)
+    rest = rows[n_head:] - (rows[n_head:] @ head.T) @ head
+    rest = rest / rest.norm(dim=1, keepdim=True)
+    return _completed(torch.cat([head, rest]), len(values), key)
+
+
+def _completed(rows: Tensor, count: int, key: Key) -> Tensor:
+    """Add arbitrary orthonormal rows, orthogonal to the given ones, up to `count`."""
+    missing = count - len(rows)
+    if missing <= 0:
+        return rows
+    more = start(rows.shape[1], missing, key, rows)
+    for _ in range(2):
+        more = more - (more @ rows.T) @ rows
+        more = torch.linalg.qr(more.T).Q.T
+    return torch.cat([rows, more])
+
+
+def _zero(A: Tensor, *, left: bool, right: bool) -> Factors:
+    m, n = A.shape
+    p = min(m, n)
+    zeros = torch.zeros(p, dtype=torch.float64, device=A.device)
+
+    def unit(length: int) -> Tensor:
+        return torch.eye(p, length, dtype=A.dtype, device=A.device)
+
+    return Factors(unit(m).T if left else None, zeros, unit(n) if right else None, zeros, "gram")
+
+
+# --- leading directions ---
+
+
+class Krylov(NamedTuple):
+    """Leading eigenpairs of a symmetric operator: values (k,), rows (k, p), residual norms (k,)."""
+
+    values: Tensor
+    rows: Tensor
+    residuals: Tensor
+
+    def converged(self, tolerance: float) -> Krylov:
+        """Keep the leading pairs up to the first whose residual is above tolerance * largest."""
+        good = self.residuals <= tolerance * self.values[0]
+        count = int(good.long().cumprod(0).sum())
+        return Krylov(self.values[:count], self.rows[:count], self.residuals[:count])
+
+
+def randomized(
+    A: Tensor, rank: int, *, left: bool, right: bool, tolerance: float, key: Key
+) -> Factors:
+    """Leading `rank` triplets by block Krylov iteration on the smaller side; A is only multiplied.
+
+    Error:  |dS_i| <= r_i / S_i from the residual norm r_i = ||A A^T u_i - S_i^2 u_i||; that no
+            larger value was missed is as sure as a random start has a part in every direction.
+            Directions are right to about r_i / (distance of S_i^2 to its neighbours).
+    Cost:   4 m n flops per vector of the basis, at most 3 rank + 64 of them; it ends as soon as
+            every residual is below tolerance * S_1^2.
+    """
+    B = A if A.shape[0] < A.shape[1] else A.T
+    p = B.shape[0]
+    block = min(max(_BLOCK, rank // 8), 64)
+    found = krylov(
+        lambda rows: (rows @ B) @ B.T, start(p, block, key, A), rank, tolerance, 3 * rank + 64
+    )
+    long = found.rows @ B
+    values = long.norm(dim=1)
+    long = long / values.clamp(min=1e-300)[:, None]
+    eps = torch.finfo(A.dtype).eps
+    slack = found.residuals + 4 * eps * found.values[0]
+    pair = (found.rows, long) if B is A else (long, found.rows)
+    return Factors(
+        pair[0].T if left else None,
+        values.double(),
+        pair[1] if right else None,
+        _error(values.double(), slack),
+        "randomized",
+    )
+
+
+def krylov(
+    apply: Callable[[Tensor], Tensor],
+    first: Tensor,
+    count: int,
+    tolerance: float,
+    budget: int,
+) -> Krylov:
+    """Leading `count` eigenpairs of a symmetric positive operator given by its product with rows.
+
+    Rayleigh-Ritz on span{X, XG, XG^2, ...}, the basis kept orthonormal by projecting twice. The
+    residuals cost no product with G: the part of Q G outside the basis is the next block times R.
+    Stops when all residuals are below tolerance * largest value, or at `budget` basis vectors.
+    """
+    p, block = first.shape[1], len(first)
+    budget = min(max(budget, count + block), p - block)
+    basis = first.new_empty(budget + block, p)
+    images = torch.empty_like(basis)
+    basis[:block] = torch.linalg.qr(first.T).Q.T
+    size, next_check = block, count
+    while True:
+        last = slice(size - block, size)
+        images[last] = apply(basis[last])
+        fresh, R = _orthogonal_to(basis[:size], images[last])
+        full = size + block > budget
+        if size >= next_check or full:
+            T = (basis[:size] @ images[:size].T).double()
+            theta, Y = torch.linalg.eigh((T + T.T) / 2)
+            theta, Y = theta.flip(0)[:count], Y.flip(1)[:, :count]
+            residuals = (R.double() @ Y[last]).norm(dim=0)
+            if full or float(residuals.max()) <= tolerance * float(theta[0]):
+                return Krylov(theta, Y.T.to(basis) @ basis[:size], residuals)
+            next_check = int(1.4 * size)
+        basis[size : size + block] = fresh
+        size += block
+
+
+def _orthogonal_to(basis: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Split rows into a part in the basis and R^T times orthonormal rows; return those and R."""
+    rows = rows - (rows @ basis.T) @ basis
+    Q, R = torch.linalg.qr(rows.T)
+    again = Q.T - (Q.T @ basis.T) @ basis
+    Q, R2 = torch.linalg.qr(again.T)
+    return Q.T, R2 @ R
+
+
+def start(length: int, count: int, key: Key, like: Tensor) -> Tensor:
+    """Normal rows (count, length) that depend on (seed, name) only, not on device or order."""
+    digest = hashlib.sha256(f"{key[0]}:{key[1]}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(count, length, generator=generator, dtype=torch.float64).to(like)
