@@ -51,7 +51,7 @@ def confirm_html(plan: MergePlan, preview: Preview, need: Estimate, kept: Mappin
     reasons = Counter(kept.values())
     unselected = preview.n_matrices - len(preview.selected)
     stays = [f"{unselected} decoder matrices that the plan does not select"] if unselected else []
-    stays += [f"{count} tensors {reason}" for reason, count in reasons.most_common()]
+    stays += [f"{count} tensors ({reason})" for reason, count in reasons.most_common()]
     share = preview.parameters_touched / max(preview.llm_parameters, 1)
     rows = {
         "Plan": f"<code>{plan.hash}</code> {escape(plan.name)}",

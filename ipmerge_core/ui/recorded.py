@@ -14,6 +14,9 @@ from typing import NamedTuple
 from ipmerge_core.ui.packs import DEMO
 
 
+OUTCOMES = ("fixed", "broken", "both right", "both wrong")
+
+
 class Reference(NamedTuple):
     """A question whose right answer is known. `computed`: only the stated result counts."""
 
@@ -73,7 +76,7 @@ def recorded_examples(folder: Path = DEMO) -> list[Example]:
 @lru_cache(maxsize=4)
 def _read(path: Path, _modified: int) -> list[Example]:
     content = json.loads(path.read_text("utf-8"))
-    return [
+    examples = [
         Example(
             reference=Reference(
                 question=entry["question"],
@@ -89,6 +92,8 @@ def _read(path: Path, _modified: int) -> list[Example]:
         )
         for entry in content["examples"]
     ]
+    # What the merge changed comes first, for better and for worse.
+    return sorted(examples, key=lambda example: OUTCOMES.index(example.outcome))
 
 
 def _bare(text: str) -> str:

@@ -29,6 +29,12 @@ INTRODUCTION = (
 )
 SEND_HINT = "Ask about a picture: type a question, add an image, press Enter"
 LONGEST_ANSWER = 512
+OUTCOMES = {
+    "fixed": "✓ fixed",
+    "broken": "✕ broken",
+    "both right": "= both right",
+    "both wrong": "= both wrong",
+}
 
 
 class Controls(NamedTuple):
@@ -145,7 +151,7 @@ def _example_buttons(examples: list[Example]) -> list[gr.Button]:
     with gr.Row(elem_id="examples"):
         return [
             gr.Button(
-                f"{example.reference.question} {example.outcome}",
+                f"{example.reference.question}\n{OUTCOMES[example.outcome]}",
                 icon=example.image,
                 size="sm",
                 min_width=120,
@@ -158,7 +164,9 @@ def _example_buttons(examples: list[Example]) -> list[gr.Button]:
 
 def _answers(first: View) -> list[Any]:
     """Lay out the two chats with what belongs to them, in the order of `View`."""
-    source = gr.HTML(first.source, elem_id="answers-source", elem_classes="chips")
+    with gr.Row(elem_id="answers-line"):
+        source = gr.HTML(first.source, elem_id="answers-source", elem_classes="chips")
+        status = gr.HTML(first.status, elem_id="answers-status")
     with gr.Row(elem_id="chats"):
         with gr.Column(min_width=300):
             base = _chat("Base: the model as it is", "chat-base", first.chat_base)
@@ -168,7 +176,6 @@ def _answers(first: View) -> list[Any]:
             verdict_merged = gr.HTML(
                 first.verdict_merged, elem_id="verdict-merged", elem_classes="chips"
             )
-    status = gr.HTML(first.status, elem_id="answers-status")
     return [base, merged, verdict_base, verdict_merged, status, source]
 
 
