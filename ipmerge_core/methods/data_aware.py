@@ -29,13 +29,12 @@ from ipmerge_core.methods.registry import (
 )
 
 Floor: TypeAlias = Annotated[float, Range(low=0, help="added to the Fisher information")]
-Gram: TypeAlias = Float[Tensor, "n n"]
-FisherInput: TypeAlias = Annotated[Matrix | None, Supplied("diagonal of the Fisher information")]
-FisherInputs: TypeAlias = Annotated[Experts | None, Supplied("the same, of every expert")]
-GramInput: TypeAlias = Annotated[Gram | None, Supplied("X^T X / tokens of the matrix' inputs")]
-GramInputs: TypeAlias = Annotated[
-    Gram | Sequence[Gram] | None, Supplied("the same, of every expert on its own data")
-]
+Measured: TypeAlias = Float[Tensor, "_ _"]  # shapes are compared in `_measured`, in words
+MeasuredList: TypeAlias = Measured | Sequence[Measured]
+FisherInput: TypeAlias = Annotated[Measured | None, Supplied("diagonal of the Fisher information")]
+FisherInputs: TypeAlias = Annotated[MeasuredList | None, Supplied("the same, of every expert")]
+GramInput: TypeAlias = Annotated[Measured | None, Supplied("X^T X / tokens of the inputs")]
+GramInputs: TypeAlias = Annotated[MeasuredList | None, Supplied("the same, of every expert")]
 _NOTHING = 1e-30  # decides only where no model has any information and the floor is 0
 
 

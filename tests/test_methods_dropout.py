@@ -1,0 +1,199 @@
+"""DARE, DELLA and breadcrumbs against independent numbers, and their randomness."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_matrices import W0, W_E, W_V, close, f64, merged_by
+
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import METHODS, dropout, task_arithmetic
+from ipmerge_core.methods.dropout import crumbs, drop, generator_for, keep_chances
+
+WEIGHTS = {"mllm_weight": 0.8, "math_weight": 0.4}
+NAME = "model.layers.0.self_attn.q_proj.weight"
+MASKS = {"vlm": [1, 0, 1, 0, 1, 1], "expert": [0, 1, 1, 1, 1, 0]}
+
+
+@pytest.fixture
+def given_masks(monkeypatch):
+    """Uniforms that keep exactly what the masks keep."""
+
+    class Drawn:
+        def __init__(self, mask):
+            self.random = lambda size: 1.0 - np.array(mask, dtype=float)[:size]
+
+    monkeypatch.setattr(dropout, "generator_for", lambda seed, name, role: Drawn(MASKS[role]))
+
+
+def test_uniforms_are_keyed_by_seed_tensor_and_role():
+    drawn = generator_for(0, NAME, "vlm").random(6)
+    expected = [0.43790932, 0.03086863, 0.52143371, 0.01885556, 0.87593446, 0.92218374]
+    assert np.allclose(drawn, expected, atol=5e-9)
+    assert (drawn < 0.5).tolist() == [True, True, False, True, False, False]
+    expert = generator_for(0, NAME, "expert").random(6) < 0.5
+    assert expert.tolist() == [True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "rescale", "expected"),
+    [
+        (
+            "dare_linear",
+            "inverse_density",
+            [[7 / 6, -0.5833333333333333, 2.375], [5 / 3, 0.20833333333333334, 0.25]],
+        ),
+        (
+            "dare_linear",
+            "l1",
+            [
+                [1.0739130434782609, -0.7159090909090908, 2.2855237154150196],
+                [1.6136363636363638, 0.23651185770750988, 0.11086956521739122],
+            ],
+        ),
+        (
+            "dare_ties",
+            "inverse_density",
+            [[7 / 6, -0.5833333333333333, 2.375], [5 / 3, 0.125, 0.25]],
+        ),
+        (
+            "dare_ties",
+            "l1",
+            [
+                [1.0739130434782609, -0.7159090909090908, 2.2855237154150196],
+                [1.6136363636363638, 0.16477272727272727, 0.11086956521739122],
+            ],
+        ),
+    ],
+)
+@pytest.mark.usefixtures("given_masks")
+def test_dare_matches_its_numbers(name, rescale, expected):
+    assert close(merged_by(name, density=0.6, rescale=rescale, **WEIGHTS), expected)
+
+
+def test_dropping_without_rescaling_only_drops():
+    mask = np.array(MASKS["vlm"], dtype=float)
+    kept = drop(W_V - W0, 0.6, "none", lambda size: 1.0 - mask[:size])
+    assert close(kept, [[0.5, 0, 0.125], [0, 0.0625, 0.75]])
+
+
+def test_l1_rescaling_leaves_alone_what_has_no_mass():
+    zero = torch.zeros(2, 3)
+    assert torch.equal(drop(zero, 0.5, "l1", np.random.default_rng(0).random), zero)
+    lost = drop(torch.ones(1, 3), 0.5, "l1", np.ones)
+    assert torch.equal(lost, torch.zeros(1, 3))
+
+
+def test_dare_is_unbiased_and_keeps_the_asked_share():
+    generator = torch.Generator().manual_seed(0)
+    tau = torch.randn(500, 400, generator=generator)
+    kept = drop(tau, 0.3, "inverse_density", generator_for(7, "x", "vlm").random)
+    share = float(kept.count_nonzero()) / tau.numel()
+    assert abs(share - 0.3) < 0.004  # four standard errors
+    assert torch.allclose(kept[kept != 0], tau[kept != 0] / 0.3)
+    ratio = float((kept * tau).sum() / (tau * tau).sum())
+    assert abs(ratio - 1) < 0.02
+
+
+def test_what_a_lower_density_keeps_a_higher_one_keeps_too():
+    ones = torch.ones(100, 100)
+    masks = [
+        drop(ones, density, "none", generator_for(0, NAME, "vlm").random) > 0
+        for density in (0.2, 0.4, 0.9)
+    ]
+    assert (masks[0] <= masks[1]).all()
+    assert (masks[1] <= masks[2]).all()
+
+
+def test_masks_do_not_depend_on_block_size_but_on_seed_name_and_role(monkeypatch):
+    base = torch.zeros(40, 50)
+    ones = torch.ones(40, 50)
+
+    def merged(**parameters):
+        return METHODS["dare_linear"](base, ones, 2 * ones, math_weight=1, **parameters)
+
+    first = merged(tensor_name="a")
+    assert not torch.equal(first, merged(tensor_name="b"))
+    assert not torch.equal(first, merged(tensor_name="a", seed=1))
+    kinds = first.unique().tolist()
+    assert kinds == [0, 2, 4, 6]  # the two models drop independently
+    monkeypatch.setattr("ipmerge_core.methods.blocks._CPU_BLOCK", 77)
+    assert torch.equal(first, merged(tensor_name="a"))
+
+
+def test_density_one_is_task_arithmetic():
+    expected = task_arithmetic(W0, W_V, W_E, **WEIGHTS)
+    for name in ("dare_linear", "breadcrumbs"):
+        merged = merged_by(name, density=1, **WEIGHTS)
+        assert torch.allclose(merged, expected, rtol=0, atol=1e-12)
+
+
+def test_dropping_the_expert_only_leaves_the_mllm_whole():
+    merged = METHODS["dare_linear"](W0, W_V, W0, mllm_density=1, density=0.5)
+    assert torch.equal(merged, W_V)
+
+
+def test_della_keeps_by_rank_with_its_numbers():
+    q = keep_chances(W_V - W0, 0.6, 0.15)
+    assert close(q, [[0.75, 0.6, 0.45], [0.6, 0.45, 0.75]])
+    mask = np.array(MASKS["vlm"], dtype=float)
+    # A uniform of 0.9 drops at every q and one of 0 keeps.
+    uniforms = 0.9 * (1.0 - mask)
+    kept = drop(W_V - W0, q, "inverse_density", lambda size: uniforms[:size])
+    assert close(kept, [[2 / 3, 0, 0.2777777777777778], [0, 0.1388888888888889, 1]])
+    kept = drop(W_V - W0, q, "l1", lambda size: uniforms[:size])
+    expected = [
+        [0.717391304347826, 0, 0.1793478260869565],
+        [0, 0.08967391304347826, 1.076086956521739],
+    ]
+    assert close(kept, expected)
+
+
+def test_della_without_a_window_is_dare():
+    parameters = {**WEIGHTS, "density": 0.6, "seed": 3, "tensor_name": NAME}
+    plain = merged_by("della", epsilon=0, elect=False, scale=1, **parameters)
+    assert close(plain, merged_by("dare_linear", **parameters).tolist())
+    elected = merged_by("della", epsilon=0, normalize=False, scale=1, **parameters)
+    assert close(elected, merged_by("dare_ties", **parameters).tolist())
+
+
+def test_della_keeps_large_elements_more_often():
+    tau = torch.linspace(-1, 1, 400).repeat(500, 1)
+    kept = drop(tau, keep_chances(tau, 0.5, 0.3), "none", generator_for(0, "x", "vlm").random)
+    share = (kept != 0).double().mean(0)
+    assert abs(float(share[0]) - 0.8) < 0.08
+    assert abs(float(share[200]) - 0.2) < 0.08
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.15), (0.9, 0.15), (0.5, 0.5)])
+def test_della_refuses_chances_outside_the_open_unit_interval(density, epsilon):
+    with pytest.raises(PlanError, match="Choose a smaller epsilon"):
+        merged_by("della", density=density, epsilon=epsilon)
+
+
+def test_one_column_has_no_ranks():
+    assert torch.equal(keep_chances(torch.ones(4, 1), 0.5, 0.15), torch.full((4, 1), 0.5))
+
+
+def test_breadcrumbs_matches_its_numbers():
+    assert close(crumbs(W_V - W0, 0.5, 0.2, "tensor"), [[0.5, -0.25, 0], [-0.375, 0, 0]])
+    assert close(crumbs(W_E - W0, 0.5, 0.2, "tensor"), [[0, 0, 0.3125], [0.25, -0.1875, 0]])
+    merged = merged_by("breadcrumbs", density=0.5, gamma=0.2, **WEIGHTS)
+    assert close(merged, [[0.9, -1.2, 2.125], [1.3, 0.175, -0.75]])
+
+
+def test_breadcrumbs_keeps_what_is_asked_where_no_outlier_fits():
+    tau = f64([[0.5, -0.25, 0.125], [-0.375, 0.0625, 0.75]])
+    kept = crumbs(tau.clone(), 0.5, 0.01, "tensor")  # int(0.01 * 6) = 0 outliers
+    assert close(kept, [[0.5, 0, 0], [-0.375, 0, 0.75]])
+    kept = crumbs(tau.clone(), 0.9, 0.5, "tensor")  # more than there are: the smallest stay
+    assert int(kept.count_nonzero()) == int(0.9 * 6)
+    assert float(kept[1, 2]) == 0
+
+
+def test_breadcrumbs_can_rank_within_rows():
+    tau = f64([[0.5, -0.25, 0.125], [-0.375, 0.0625, 0.75]])
+    kept = crumbs(tau, 0.34, 0.34, "row")  # of three: one outlier, one kept
+    assert close(kept, [[0, -0.25, 0], [-0.375, 0, 0]])
+    assert merged_by("breadcrumbs", per="row").isfinite().all()
