@@ -6,7 +6,6 @@ import importlib
 import inspect
 import re
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -174,21 +173,3 @@ def test_tracked_text_links_only_to_known_hosts():
 def test_no_tracked_file_is_larger_than_the_hub_takes_without_lfs():
     large = [path.name for path in tracked() if path.is_file() and path.stat().st_size > 9_500_000]
     assert not large
-
-
-def test_the_python_example_in_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    example = code_block_after("In Python")
-    assert example.count("runs/merged") == 1
-    exec(compile(example.replace("runs/", f"{tmp_path}/"), "README.md", "exec"), {})
-    assert (tmp_path / "merged" / "config.json").is_file()
-
-
-def test_the_commands_in_readme_run(tmp_path):
-    for line in code_block_after("On the command line").splitlines():
-        command = line.replace("runs/", f"{tmp_path}/").split()
-        assert command[0] == "ipmerge"
-        command[0:1] = [sys.executable, "-m", "ipmerge_core"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert (tmp_path / "merged-by-command" / "config.json").is_file()
