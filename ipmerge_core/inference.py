@@ -98,6 +98,13 @@ class ModelCache:
             return self._models[key]
 
 
+def best_device() -> str:
+    """Name the device to load on: the GPU where torch sees one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
     """Load a model folder, whole and clean.
 

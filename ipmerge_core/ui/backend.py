@@ -78,9 +78,9 @@ class Backend:
 
     def load(self, folder: Path) -> LoadedModel:
         """Return the model in a folder, on the best device there is."""
-        import torch
+        from ipmerge_core.inference import best_device
 
-        return self.models.get(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        return self.models.get(folder, best_device())
 
     @property
     def packs_folder(self) -> Path:
