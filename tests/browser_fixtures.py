@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,24 +73,24 @@ def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"app.py stopped with code {process.returncode}:\n{log.read_text()}")
+            raise RuntimeError(
+                f"The server stopped with code {process.returncode}:\n{log.read_text()}"
+            )
         try:
             with urllib.request.urlopen(f"{url}/config", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise TimeoutError(f"app.py did not answer within {START_SECONDS} s:\n{log.read_text()}")
+    raise TimeoutError(f"The server did not answer within {START_SECONDS} s:\n{log.read_text()}")
 
 
-@pytest.fixture(scope="session")
-def app_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the real app, started once as `python app.py` and stopped at the end."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("app") / "app.log"
+@contextmanager
+def serving(log: Path, *command: str, port: int) -> Iterator[str]:
+    """Run a Python program of this repository as a server; yield its address, then stop it."""
     address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "app.py"],
+            [sys.executable, *command],
             cwd=ROOT,
             env={**os.environ, **QUIET, **address},
             stdout=output,
@@ -105,6 +106,15 @@ def app_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 process.wait(timeout=15)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="session")
+def app_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the real app, started once as `python app.py` and stopped at the end."""
+    log = tmp_path_factory.mktemp("app") / "app.log"
+    with serving(log, "app.py", port=free_port()) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The Explore tab alone, over synthetic packs: a small app for browser tests and benchmarks.
 
 Run as a program it serves until it is stopped: `python tests/explore_app.py PORT HOME`, with packs
-in `HOME/packs`. It prints the session's choice as JSON under the map, so that tests see what Python
+in `HOME/packs`. It prints the session's choice under the map, so that tests see what Python
 has received.
 """
 
@@ -36,9 +36,11 @@ def serve(port: int) -> None:
         pair = gr.Dropdown(packs, value=packs[0][1], label="Pair", elem_id="pair")
         choice = gr.State(PlanChoice())
         with gr.Tabs(), gr.Tab("Explore"):
-            explore_tab(pair, choice)
-        received = gr.JSON(label="received", elem_id="received")
-        choice.change(lambda value: value.to_browser(), choice, received, show_progress="hidden")
+            explore = explore_tab(pair, choice)
+        received = gr.Textbox(label="received", elem_id="received")
+        explore.committed.then(
+            lambda value: json.dumps(value.to_browser()), choice, received, show_progress="hidden"
+        )
     app.launch(server_name="127.0.0.1", server_port=port, quiet=True, ssr_mode=False)
 
 

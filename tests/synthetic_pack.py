@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from ipmerge_core.records import VERSION
+
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 PLACES = {
     "q": "self_attn.q_proj",
@@ -51,7 +53,7 @@ def make_pack(
     source = {"revision": None, "fingerprint": "sha256:" + "0" * 64}
     return {
         "format": "ipmerge-pack",
-        "version": 1,
+        "version": VERSION,
         "engine": "0.1.0",
         "created": "2026-11-24T00:00:00Z",
         "name": f"synthetic {layers} layers",
@@ -117,6 +119,7 @@ def matrix_records(
                 "similarity": {"first": first, "max": best, "weighted": first * 0.4},
                 "best_index": int(rng.integers(1, 6)),
                 "gap": float(sigma[0] - sigma[1]) / float(sigma[0]),
+                "principal": dict.fromkeys(("1", "4", "16", "64"), first * 0.8),
                 "rho": rhos[k],
                 "weight_norm2": weight**2,
                 "base_norm2": weight**2 * 0.999,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import gradio as gr
+from gradio.events import Dependency
 
 from ipmerge_core.plots import spectra_figure, spectra_info
 from ipmerge_core.ui.layer_map import LayerMap, PlanChoice, read_cell, read_commit
@@ -53,10 +54,16 @@ PRESETS: list[dict[str, Any]] = [
 
 
 class ExploreTab(NamedTuple):
-    """What the frame needs of this tab."""
+    """What the frame needs of this tab.
+
+    `committed` and `opened` are the events after which `choice` holds a new plan: chain on them
+    with `.then(...)`, because `choice.change` does not fire after events that bypass the queue.
+    """
 
     layer_map: LayerMap
     spectra: gr.Plot
+    committed: Dependency
+    opened: Dependency
 
 
 def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
@@ -80,19 +87,20 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
         return gr.update(value=spectra_figure(info, dark=dark), visible=True)
 
     # wiring
-    pair.input(
+    opened = pair.input(
         told(open_pair),
         pair,
         [layer_map, choice, spectra],
         show_progress_on=[pair],
         api_visibility="private",
     )
-    layer_map.commit(
+    committed = layer_map.commit(
         told(keep_plan),
         pair,
         choice,
         queue=False,
         show_progress="hidden",
+        trigger_mode="multiple",  # "once" drops events, "always_last" repeats an old one's data
         api_visibility="private",
     )
     layer_map.cellselect(
@@ -101,10 +109,10 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
         spectra,
         queue=False,
         show_progress="hidden",
-        trigger_mode="always_last",
+        trigger_mode="multiple",
         api_visibility="private",
     )
-    return ExploreTab(layer_map, spectra)
+    return ExploreTab(layer_map, spectra, committed, opened)
 
 
 def map_content(pack_id: str, choice: PlanChoice | None = None) -> dict[str, Any]:

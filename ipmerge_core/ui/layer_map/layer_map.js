@@ -53,8 +53,24 @@ function settle(words) {
   repaint();
   ghostGrid(map, map.result);
   setText(map.dom.status, (words ? words + " " : "") + map.dom.sum.textContent);
-  trigger("commit", { s: map.plan.s, lambda: map.plan.lambda, similarity: map.plan.similarity,
+  post("commit", { s: map.plan.s, lambda: map.plan.lambda, similarity: map.plan.similarity,
     variant: map.plan.variant, overrides: { ...map.plan.overrides } });
+}
+
+// Events leave at once, but never two of a kind within a short while: a held-down key would send
+// thirty a second. The last one always leaves.
+const waiting = {};
+
+function post(name, data) {
+  if (waiting[name]) { waiting[name].data = data; return; }
+  if (name === "commit") trigger("commit", data);
+  else trigger("cellselect", data);
+  waiting[name] = {};
+  setTimeout(() => {
+    const { data: last } = waiting[name];
+    waiting[name] = null;
+    if (last) post(name, last);
+  }, 150);
 }
 
 function travel(from, to, words) {
@@ -242,7 +258,7 @@ function choose(target) {
   markTargets(map);
   repaint();
   if (target && target.kind === "cell") {
-    trigger("cellselect", { name: target.cell.name, expert: expertInView(map, target.cell),
+    post("cellselect", { name: target.cell.name, expert: expertInView(map, target.cell),
       dark: document.body.classList.contains("dark") });
   }
 }

@@ -1,0 +1,316 @@
+"""The Explore tab in a real Chromium: its numbers, its drag, its keys, over synthetic packs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+from browser_fixtures import free_port, serving
+from explore_app import write_packs
+from playwright.sync_api import Page, expect
+from synthetic_pack import make_pack
+
+from ipmerge_core.analysis import Analysis
+from ipmerge_core.plan import Preview, make_plan
+from ipmerge_core.ui.layer_map import read_commit
+
+pytestmark = pytest.mark.browser
+
+SMALL = {"hidden": 128, "feed": 352}
+PACKS = {
+    "a": make_pack(28),
+    "b": make_pack(4, seed=3, **SMALL),
+    "c": make_pack(6, experts=2, seed=5, **SMALL),
+}
+PLANS = [
+    {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}},
+    {"s": 0.2, "lambda": 8, "similarity": "max", "variant": "max", "overrides": {}},
+    {"s": 0.05, "lambda": 0.125, "similarity": "weighted", "variant": "rescale_only"},
+    {"s": 0.0, "lambda": 32, "similarity": "first", "variant": "select_only"},
+    {
+        "s": 0.9,
+        "lambda": 2,
+        "similarity": "first",
+        "variant": "sum",
+        "overrides": {"model.layers.1.mlp.down_proj.weight": "merge"},
+    },
+]
+THRESHOLD = re.compile("similarity threshold")
+
+
+@pytest.fixture(scope="session")
+def explore_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a small app that shows the Explore tab over synthetic packs."""
+    home = tmp_path_factory.mktemp("explore")
+    write_packs(home, PACKS)
+    port = free_port()
+    with serving(home / "log", "tests/explore_app.py", str(port), str(home), port=port) as url:
+        yield url
+
+
+class Traffic:
+    """What a page asks of the network and what it complains about."""
+
+    def __init__(self, page: Page) -> None:
+        self.requests: list[tuple[str, str, str]] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda r: self.requests.append((r.method, r.url, r.post_data or "")))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None,
+        )
+
+    def queue_calls(self) -> list[str]:
+        """The bodies of event calls to the server."""
+        return [body for _, url, body in self.requests if "/gradio_api/" in url]
+
+    def commits(self) -> list[str]:
+        """The bodies of commits."""
+        return [body for body in self.queue_calls() if '"variant"' in body]
+
+
+def open_map(page: Page, url: str, query: str = "") -> Traffic:
+    """Open the app and wait until the map stands."""
+    traffic = Traffic(page)
+    page.goto(f"{url}/?{query}")
+    page.wait_for_selector("#layer-map [role=gridcell] button[aria-label]")
+    return traffic
+
+
+def plan_on_page(page: Page) -> dict[str, object]:
+    """The plan as the browser holds it."""
+    return page.evaluate("document.querySelector('.lm').parentNode.ipmerge.plan")
+
+
+def python_preview(pack: dict[str, object], plan: dict[str, object]) -> Preview:
+    """The same plan's preview in Python."""
+    choice = read_commit({"overrides": {}, **plan}, pack)
+    return make_plan(Analysis.from_dict(pack), **choice.arguments).preview()
+
+
+def sentence(preview: Preview, llm_parameters: int) -> str:
+    """The counting sentence that a preview stands for."""
+    share = 100 * preview.parameters_touched / llm_parameters
+    change = 100 * preview.relative_change
+    return (
+        f"{len(preview.selected)} of {preview.n_matrices} matrices merge · "
+        f"{count(preview.parameters_touched)} of {count(llm_parameters)} language-model "
+        f"parameters ({percent(share)}) · change {percent(change)} of ‖W‖"
+    )
+
+
+def count(number: int) -> str:
+    """Three digits and a unit."""
+    size, unit = next(
+        (size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= size
+    )
+    digits = 2 - math.floor(math.log10(number / size))
+    return f"{number / size:.{digits}f} {unit}"
+
+
+def percent(value: float) -> str:
+    """Percent with as many digits as the page gives it."""
+    return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %"
+
+
+def expect_summary(page: Page, pack: dict[str, object]) -> None:
+    """The sentence on the page says what Python says about the plan on the page."""
+    preview = python_preview(pack, plan_on_page(page))
+    llm_parameters = pack["totals"]["llm_parameters"]
+    expect(page.locator("#layer-map .sum")).to_contain_text(sentence(preview, llm_parameters))
+
+
+def received(page: Page, **values: object) -> None:
+    """Python has received a plan with these values."""
+    for key, value in values.items():
+        text = re.compile(re.escape(f'"{key}": {json.dumps(value)}'))
+        expect(page.locator("#received textarea")).to_have_value(text)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_first_paint_is_complete_quiet_offline_and_fits(
+    new_page: Callable[..., Page], explore_url: str, width: int, theme: str
+):
+    page = new_page(width=width)
+    traffic = open_map(page, explore_url, f"__theme={theme}")
+    expect(page.locator("#layer-map [role=gridcell]")).to_have_count(196)
+    expect_summary(page, PACKS["a"])
+    page.wait_for_load_state("load")
+    assert traffic.complaints == []
+    assert {url.split("/")[2] for _, url, _ in traffic.requests if url.startswith("http")} == {
+        explore_url.split("/")[2]
+    }
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    turned = page.locator("#layer-map .lm-grid-holder").get_attribute("data-turned")
+    assert turned == ("true" if width == 390 else "false")
+
+
+def test_a_drag_of_sixty_moves_asks_nothing_of_the_server_and_commits_once(
+    chromium_page: Page, explore_url: str
+):
+    traffic = open_map(chromium_page, explore_url)
+    chromium_page.wait_for_load_state("load")
+    box = chromium_page.get_by_role("slider", name=THRESHOLD).bounding_box()
+    x, y = box["x"] + 0.4 * box["width"], box["y"] + box["height"] / 2
+    chromium_page.mouse.move(x, y)
+    chromium_page.mouse.down()
+    traffic.requests.clear()
+    chromium_page.evaluate("document.querySelector('.lm').parentNode.ipmerge.paints.length = 0")
+    for step in range(60):
+        chromium_page.mouse.move(x - 3 * step, y)
+    assert traffic.queue_calls() == []
+    chromium_page.mouse.up()
+    expect(chromium_page.locator("#received textarea")).not_to_have_value("")
+    plan = plan_on_page(chromium_page)
+    assert plan["s"] < 0.3
+    received(chromium_page, s=plan["s"])
+    assert len(traffic.commits()) == 1
+    expect_summary(chromium_page, PACKS["a"])
+    paints = sorted(
+        chromium_page.evaluate("document.querySelector('.lm').parentNode.ipmerge.paints")
+    )
+    assert len(paints) >= 10
+    assert paints[int(0.95 * len(paints))] <= 16.0
+
+
+@pytest.mark.parametrize("name", sorted(PACKS))
+def test_the_browser_previews_what_python_previews(
+    chromium_page: Page, explore_url: str, name: str
+):
+    open_map(chromium_page, explore_url)
+    pack = PACKS[name]
+    previews = chromium_page.evaluate(
+        "([pack, plans]) => plans.map((plan) => window.ipmergePreview(JSON.parse(pack), plan))",
+        [json.dumps(pack), PLANS],
+    )
+    for plan, seen in zip(PLANS, previews, strict=True):
+        expected = python_preview(pack, plan)
+        assert tuple(seen["selected"]) == expected.selected
+        for field in ("n_matrices", "parameters_touched", "bytes_rewritten"):
+            assert seen[field] == getattr(expected, field)
+        for field in ("relative_change", "keep", "absorb"):
+            assert seen[field] == pytest.approx(getattr(expected, field), rel=1e-9)
+        changes = {int(layer): change for layer, change in seen["layer_change"].items()}
+        assert changes == pytest.approx(expected.layer_change, rel=1e-9)
+
+
+def test_everything_works_from_the_keyboard(chromium_page: Page, explore_url: str):
+    page = chromium_page
+    open_map(page, explore_url)
+    page.get_by_label("Preset").focus()
+    slider = page.get_by_role("slider", name=THRESHOLD)
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if slider.evaluate("node => node === document.activeElement"):
+            break
+    expect(slider).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    received(page, s=0.401)
+    page.keyboard.press("Shift+ArrowRight")
+    received(page, s=0.411)
+    expect_summary(page, PACKS["a"])
+    before = len(python_preview(PACKS["a"], plan_on_page(page)).selected)
+    page.keyboard.press("]")
+    expect(page.locator("#layer-map [role=status]")).to_contain_text(f"{before - 1} of 196")
+    page.keyboard.press("[")
+    expect(page.locator("#layer-map [role=status]")).to_contain_text(f"{before} of 196")
+    for _ in range(3):
+        page.keyboard.press("Control+z")
+    received(page, s=0.401)
+    page.keyboard.press("Control+y")
+    received(page, s=0.411)
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("Boolean(document.activeElement.closest('[role=grid]'))"):
+            break
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator("#layer-map .lm-detail h3")).to_have_text("Layer 1 · k")
+    page.keyboard.press("f")
+    received(page, **{"model.layers.1.self_attn.k_proj.weight": "merge"})
+    expect(page.get_by_role("button", name="Layer 1, k,")).to_have_accessible_name(
+        re.compile("always merged")
+    )
+    page.keyboard.press("Escape")
+    expect(page.locator("#layer-map .lm-detail h3")).to_have_count(0)
+
+
+def test_a_cell_is_chosen_by_click_compared_by_pin_and_not_by_hover(
+    chromium_page: Page, explore_url: str
+):
+    page = chromium_page
+    open_map(page, explore_url)
+    heading = page.locator("#layer-map .lm-detail h3")
+    page.get_by_role("button", name=re.compile("^Layer 12, k,")).click()
+    expect(heading).to_have_text("Layer 12 · k")
+    expect(page.locator("#spectra .js-plotly-plot")).to_be_visible(timeout=20_000)
+    page.get_by_role("button", name=re.compile("^Layer 3, up,")).hover()
+    expect(page.locator("#layer-map .lm-read")).to_contain_text("Layer 3, up")
+    expect(heading).to_have_text("Layer 12 · k")
+    page.get_by_role("button", name=re.compile("^Layer 3, up,")).click(modifiers=["Shift"])
+    expect(page.locator("#layer-map .lm-numbers thead")).to_contain_text("3 · up (pinned)")
+    page.keyboard.press("Escape")
+    expect(heading).to_have_count(0)
+    expect(page.locator("#layer-map .pinned")).to_have_count(0)
+
+
+def test_the_histogram_can_be_dragged_and_a_cancelled_touch_commits_what_is_seen(
+    chromium_page: Page, explore_url: str
+):
+    page = chromium_page
+    traffic = open_map(page, explore_url)
+    plot = page.locator("#layer-map .lm-hist")
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 40, steps=10)
+    plot.dispatch_event("pointercancel", {"pointerId": 1})
+    expect(page.locator("#layer-map .lm")).not_to_have_attribute("data-dragging", "1")
+    page.mouse.up()
+    received(page, s=plan_on_page(page)["s"])
+    assert len(traffic.commits()) == 1
+
+
+def test_dead_ends_are_explained(chromium_page: Page, explore_url: str):
+    page = chromium_page
+    open_map(page, explore_url)
+    number = page.get_by_label("S alpha as a number")
+    summary = page.locator("#layer-map .sum")
+    number.fill("1")
+    number.press("Enter")
+    expect(summary).to_contain_text("Nothing merges above")
+    expect(summary).to_contain_text("equals the multimodal model")
+    number.fill("0")
+    number.press("Enter")
+    expect(summary).to_contain_text("Every matrix merges: no selection step is left")
+    number.fill("9")
+    number.press("Enter")
+    expect(page.locator("#layer-map [role=status]")).to_contain_text("must be a number from 0 to 1")
+    expect(number).to_have_value("0.000")
+
+
+def test_a_preset_sets_the_plan_and_says_where_it_comes_from(chromium_page: Page, explore_url: str):
+    page = chromium_page
+    open_map(page, explore_url)
+    page.get_by_label("Preset").select_option(label="Task arithmetic")
+    received(page, variant="select_only")
+    expect(page.locator("#layer-map .lm-source")).to_contain_text("2212.04089")
+    page.get_by_role("slider", name="gain on the update").press("ArrowRight")
+    expect(page.get_by_label("Preset").locator("option:checked")).to_have_text(
+        "Task arithmetic, edited"
+    )
+
+
+def test_another_pair_replaces_the_map(chromium_page: Page, explore_url: str):
+    page = chromium_page
+    open_map(page, explore_url)
+    page.get_by_role("combobox", name="Pair").click()
+    page.get_by_role("option", name="4 layers").click()
+    expect(page.locator("#layer-map [role=gridcell]")).to_have_count(28)
+    expect_summary(page, PACKS["b"])
