@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
+from ipmerge_core.files import Files, find_files
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,14 +36,17 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 _HEADER_LIMIT = 100 * 2**20  # the safetensors library's own limit
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -67,117 +69,6 @@ class TensorSpec:
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
-
-
-class Files(Protocol):
-    """Where a model's files lie: the local disk or the hub."""
-
-    id: str
-    revision: str | None  # the commit, on the hub
-
-    def names(self) -> list[str]:
-        """List the files at the top of the model folder."""
-        ...
-
-    def size(self, name: str) -> int:
-        """Size of one file in bytes."""
-        ...
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Read the bytes [start, stop) of one file."""
-        ...
-
-
-class LocalFiles:
-    """A model folder on disk."""
-
-    def __init__(self, folder: Path) -> None:
-        self.id = str(folder)
-        self.revision: str | None = None  # a folder has none
-        self.folder = folder
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def names(self) -> list[str]:
-        """List the regular files in the folder, sorted."""
-        return sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
-
-    def size(self, name: str) -> int:
-        """Size of one file in bytes."""
-        return (self.folder / name).stat().st_size
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Read the bytes [start, stop) with positioned reads, so that no page stays mapped."""
-        descriptor = self._open(name)
-        stop = os.fstat(descriptor).st_size if stop is None else stop
-        pieces = bytearray()
-        while len(pieces) < stop - start:
-            piece = os.pread(descriptor, stop - start - len(pieces), start + len(pieces))
-            if not piece:
-                raise CorruptShardError(
-                    f"'{self.folder / name}' ended at byte {start + len(pieces)} while bytes up to "
-                    f"{stop} were expected. Was it changed during the run? Copy it again."
-                )
-            pieces += piece
-        return bytes(pieces)
-
-    def _open(self, name: str) -> int:
-        with self._lock:
-            if name not in self._descriptors:
-                self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
-            return self._descriptors[name]
-
-    def __del__(self) -> None:
-        """Close what was opened."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-
-class HubFiles:
-    """A model repository on the Hugging Face hub, read by HTTP ranges at one pinned commit."""
-
-    def __init__(self, hub_id: str) -> None:
-        from httpx import HTTPError
-        from huggingface_hub import HfApi, HfFileSystem
-
-        self.id, _, revision = hub_id.partition("@")
-        try:
-            info = HfApi().model_info(self.id, revision=revision or None, files_metadata=True)
-        except (OSError, ValueError, HTTPError) as error:
-            raise CheckpointError(_explain_hub_error(hub_id, error)) from error
-        self.revision = info.sha
-        self._sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        self._system = HfFileSystem()
-
-    def names(self) -> list[str]:
-        """List the files at the top of the repository, sorted."""
-        return sorted(name for name in self._sizes if "/" not in name)
-
-    def size(self, name: str) -> int:
-        """Size of one file in bytes, from the hub's metadata."""
-        return self._sizes[name]
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Read the bytes [start, stop) by a range request."""
-        data: bytes = self._system.cat_file(
-            f"{self.id}@{self.revision}/{name}", start=start, end=stop
-        )
-        return data
-
-
-def _explain_hub_error(hub_id: str, error: Exception) -> str:
-    """Turn what huggingface_hub raised into one sentence with a remedy."""
-    kind = type(error).__name__
-    if "Gated" in kind:
-        remedy = "The repository is gated: accept its terms on the hub and log in with `hf`."
-    elif "NotFound" in kind:
-        remedy = (
-            "Is the name spelled right, and is it public? A local folder must exist: "
-            f"{Path(hub_id).resolve()} does not."
-        )
-    else:
-        remedy = "The hub could not be reached: check the connection, or give a local folder."
-    return f"Cannot open '{hub_id}' ({kind}). {remedy}"
 
 
 class Checkpoint:
@@ -209,15 +100,7 @@ class Checkpoint:
             CheckpointError: there is no such model, or it holds no safetensors weights.
             CorruptShardError: a header contradicts its file.
         """
-        folder = Path(source).expanduser()
-        if folder.is_dir():
-            return cls(LocalFiles(folder))
-        if isinstance(source, str) and _HUB_ID.fullmatch(source) and not folder.exists():
-            return cls(HubFiles(source))
-        raise CheckpointError(
-            f"There is no model folder '{source}'. Expected a folder with config.json and "
-            f"safetensors files, or a hub id such as 'org/name'."
-        )
+        return cls(find_files(source))
 
     @property
     def id(self) -> str:
@@ -254,42 +137,92 @@ class Checkpoint:
         return digest.hexdigest()
 
     def spec(self, name: str) -> TensorSpec:
-        """Return what the header says of a tensor. Raises: MissingTensorError."""
-        if name not in self.tensors:
+        """Return what the header says of a tensor, or of rows of one: `name[start:stop]`.
+
+        Rows lie together on disk, so that a part of a fused matrix is read like a tensor of its
+        own. Raises: MissingTensorError.
+        """
+        if name in self.tensors:
+            return self.tensors[name]
+        stored, rows = split_address(name)
+        whole = self.tensors.get(stored)
+        if rows is None or whole is None or rows.stop > whole.shape[0]:
             raise MissingTensorError(
                 f"'{self.id}' has no tensor '{name}' among its {len(self.tensors)} tensors."
             )
-        return self.tensors[name]
+        row = whole.nbytes // whole.shape[0]
+        start, stop = whole.start + rows.start * row, whole.start + rows.stop * row
+        shape = (rows.stop - rows.start, *whole.shape[1:])
+        return TensorSpec(name, whole.dtype, shape, whole.shard, start, stop)
 
-    def read_bytes(self, name: str) -> bytes:
+    def read_bytes(self, name: str) -> bytearray:
         """Read a tensor's stored bytes, undecoded."""
         spec = self.spec(name)
         return self.files.read(spec.shard, spec.start, spec.stop)
 
+    def iter_bytes(self, name: str, step: int = 1 << 20) -> Iterator[bytearray]:
+        """Read a tensor's stored bytes piece by piece."""
+        spec = self.spec(name)
+        for start in range(spec.start, spec.stop, step):
+            yield self.files.read(spec.shard, start, min(start + step, spec.stop))
+
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype, on the CPU."""
         spec = self.spec(name)
-        if spec.numel == 0:
-            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-        data = bytearray(self.read_bytes(name))
-        return torch.frombuffer(data, dtype=DTYPES[spec.dtype]).reshape(spec.shape)
+        return as_tensor(self.read_bytes(name), spec.dtype).reshape(spec.shape)
 
     def read_matrix(self, name: str) -> Tensor:
         """Read a float tensor to compute with. Raises: CheckpointError for NaN or infinity."""
-        tensor = self.read(name)
-        finite = torch.isfinite(tensor)
-        if not finite.all():
-            bad = int(tensor.numel() - finite.sum())
-            raise CheckpointError(
-                f"'{name}' of '{self.id}' holds {bad} NaN or infinite values of {tensor.numel()}. "
-                f"The file is damaged or the training diverged: use another copy."
-            )
-        return tensor
+        spec = self.spec(name)
+        data = self.read_bytes(name)
+        self.refuse_non_finite(name, count_non_finite(data, spec.dtype))
+        return as_tensor(data, spec.dtype).reshape(spec.shape)
 
-    def read_header(self, shard: str) -> bytes:
+    def refuse_non_finite(self, name: str, bad: int) -> None:
+        """Raise CheckpointError if a tensor holds `bad` > 0 values that are no numbers."""
+        if bad:
+            raise CheckpointError(
+                f"'{name}' of '{self.id}' holds {bad} NaN or infinite values of "
+                f"{self.spec(name).numel}. The file is damaged or the training diverged: use "
+                f"another copy."
+            )
+
+    def read_header(self, shard: str) -> bytearray:
         """Read a shard's length prefix and header as they are."""
         length = int.from_bytes(self.files.read(shard, 0, 8), "little")
         return self.files.read(shard, 0, 8 + length)
+
+
+def split_address(address: str) -> tuple[str, range | None]:
+    """Split `name[start:stop]` into a stored tensor's name and rows; None stands for all rows.
+
+    >>> split_address("model.layers.0.self_attn.qkv_proj.weight[64:96]")
+    ('model.layers.0.self_attn.qkv_proj.weight', range(64, 96))
+    >>> split_address("lm_head.weight")
+    ('lm_head.weight', None)
+    """
+    found = _ROWS.fullmatch(address)
+    if found is None:
+        return address, None
+    return found["name"], range(int(found["start"]), int(found["stop"]))
+
+
+def as_tensor(data: bytearray, dtype: str) -> Tensor:
+    """Look at stored bytes as a flat tensor; the memory is shared."""
+    if not data:
+        return torch.empty(0, dtype=DTYPES[dtype])
+    return torch.frombuffer(data, dtype=DTYPES[dtype])
+
+
+def count_non_finite(data: bytearray, dtype: str) -> int:
+    """Count NaN and infinite values among stored bytes; 0 for other dtypes than floats."""
+    if dtype not in FLOAT_DTYPES or not data:
+        return 0
+    values = as_tensor(data, dtype)
+    low, high = torch.aminmax(values)  # one pass; NaN wins
+    if torch.isfinite(low) and torch.isfinite(high):
+        return 0
+    return int(values.numel() - torch.isfinite(values).sum())
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

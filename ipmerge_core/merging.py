@@ -2,37 +2,66 @@
 
 In: a `MergePlan`. Out: a folder with the MLLM's files, names, order, shapes and dtypes, in which
 the selected matrices are replaced and every other byte is the MLLM's, plus a manifest
-`ipmerge.json` and a model card. `iter_merge` is a generator that yields a step per tensor: closing
-it stops the run and leaves what was finished for a resume.
+`ipmerge.json` and a model card. Reading goes on ahead and writing behind, within a memory budget;
+under `torchrun` or `accelerate launch` the tensors are shared out. `iter_merge` is a generator that
+yields a step per tensor: closing it stops the run and leaves what was finished for a resume.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ipmerge_core.card import write_card
-from ipmerge_core.checkpoint import DTYPES, Checkpoint, TensorSpec, tensor_bytes
-from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, RunError
-from ipmerge_core.methods import find_method
-from ipmerge_core.pairing import MatrixMatch, ModelPair, open_pair
+from ipmerge_core.checkpoint import (
+    Checkpoint,
+    TensorSpec,
+    as_tensor,
+    count_non_finite,
+)
+from ipmerge_core.costs import Estimate, check_space, estimate_pair, merging_cost
+from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, PlanError, RunError
+from ipmerge_core.methods import MergeMethod, find_method
+from ipmerge_core.methods.blocks import blocks
+from ipmerge_core.methods.registry import Models
+from ipmerge_core.pairing import ModelPair, open_pair
+from ipmerge_core.pipeline import Load, WriteBehind, read_ahead
 from ipmerge_core.plan import MergePlan
+from ipmerge_core.ranks import Ranks, share_out
 from ipmerge_core.version import __version__
-from ipmerge_core.writer import CheckpointWriter, check_output, in_file_order, layout_bytes
+from ipmerge_core.work import (
+    Inputs,
+    Part,
+    Work,
+    chosen,
+    held,
+    held_by,
+    on_one_base,
+    parts,
+    read_inputs,
+    work_of,
+)
+from ipmerge_core.writer import CheckpointWriter, check_output, in_file_order, tidy_finished
 
 MANIFEST = "ipmerge.json"
+_BUDGET = 1 << 26  # bytes read ahead, and bytes waiting to be written, unless one tensor needs more
+
+Action: TypeAlias = Literal["merged", "copied", "resumed"]
+Documents: TypeAlias = Callable[[], dict[str, str]]
 
 
-class MergeStep(NamedTuple):
+@dataclass(frozen=True)
+class MergeStep:
     """One tensor is finished. Sizes in bytes."""
 
     tensor: str
@@ -40,18 +69,14 @@ class MergeStep(NamedTuple):
     total: int
     nbytes_done: int
     nbytes_total: int
-    action: Literal["merged", "copied", "resumed"]
+    action: Action
 
 
-class Estimate(NamedTuple):
-    """What a merge will need, before it starts. Sizes in bytes."""
+class Piece(NamedTuple):
+    """A part that has been read: bytes to copy, or inputs to merge."""
 
-    nbytes_read: int
-    nbytes_written: int
-    nbytes_free: int
-    n_merged: int
-    n_copied: int
-    largest_matrix: int  # working memory is a few times this size
+    part: Part
+    content: bytearray | Inputs
 
 
 def merge(
@@ -71,7 +96,8 @@ def iter_merge(
 
     Selected matrices are read in their stored dtype, merged in fp32 (fp64 where stored so) and cast
     once, to nearest even. Everything else is copied as bytes. Two runs of one plan give the same
-    bytes on one device type.
+    bytes on one device type, by however many processes. Started by `torchrun` or `accelerate
+    launch`, each process merges its share and yields the steps of that.
 
     Args:
         plan: what to do; its sources are opened again and compared by fingerprint.
@@ -80,30 +106,33 @@ def iter_merge(
         resume: go on with an unfinished run of the same plan.
 
     Raises:
-        CheckpointError: `out` is not empty, or a source cannot be read.
+        CheckpointError: `out` is not empty, or a source cannot be used.
         PairingError: a source is not the one the plan was made for.
-        RunError: the target cannot be written, or another run is writing there.
+        PlanError: the method needs data that nobody gave.
+        RunError: the target cannot be written, another run is writing there, a source could not
+            be read to the end, or another process of this run failed.
     """
+    method = find_method(plan.method)
+    _refuse_data(method)
+    if resume and tidy_finished(out, plan.digest):
+        yield from _steps_of_finished(out)
+        return
     out = check_output(out)
     pair = reopen(plan)
-    _check_space(pair, out)
+    check_space(pair, out)
     started = time.perf_counter()
-    writer = CheckpointWriter(pair.mllm, out, plan.digest, resume=resume)
-    with writer, torch.inference_mode():
+    with Ranks() as ranks, ExitStack() as stack:
+        writer = CheckpointWriter(pair.mllm, out, plan.digest, resume=resume, rank=ranks.rank)
+        writer.done = ranks.led(lambda: stack.enter_context(writer).done)
+        if ranks.rank:
+            stack.enter_context(writer)
+        run = _Run(plan, pair, method, writer, ranks, torch.device(ranks.device(device)))
+        failure: IPMergeError | None = None
         try:
-            actions: dict[str, str] = {}
-            for step in _write_tensors(plan, pair, writer, torch.device(device)):
-                actions[step.tensor] = step.action
-                yield step
-        except RunError:  # the target failed, not the input: finished tensors are worth keeping
-            raise
-        except IPMergeError:
-            writer.discard()
-            raise
-        manifest = _manifest(plan, pair, writer.done, device, time.perf_counter() - started)
-        writer.finish(
-            {MANIFEST: json.dumps(manifest, indent=1) + "\n", "README.md": write_card(plan)}
-        )
+            yield from run.steps()
+        except IPMergeError as error:
+            failure = error
+        run.conclude(failure, lambda: _documents(run, time.perf_counter() - started))
 
 
 def reopen(plan: MergePlan) -> ModelPair:
@@ -130,101 +159,187 @@ def reopen(plan: MergePlan) -> ModelPair:
 
 
 def estimate(plan: MergePlan, out: str | Path) -> Estimate:
-    """Work out bytes and memory from headers alone. Raises: as `iter_merge`, before any work."""
-    out, pair = check_output(out), reopen(plan)
-    by_name = {matrix.name: matrix for matrix in pair.matrices}
-    chosen = [by_name[decision.name] for decision in plan.selected]
-    experts = sum(len(decision.experts) for decision in plan.selected)
-    itemsize = plan.totals.decoder_itemsize
-    touched = sum(decision.numel * itemsize for decision in plan.selected)
-    return Estimate(
-        nbytes_read=pair.mllm.nbytes + touched * (1 + experts // max(len(chosen), 1)),
-        nbytes_written=layout_bytes(pair.mllm),
-        nbytes_free=shutil.disk_usage(_existing_parent(out)).free,
-        n_merged=len(chosen),
-        n_copied=len(pair.mllm.tensors) - len(chosen),
-        largest_matrix=4 * max((d.numel for d in plan.selected), default=0),
-    )
+    """Work out bytes, memory and time from headers alone. Raises: as `iter_merge`, before work."""
+    return estimate_pair(plan, reopen(plan), check_output(out))
 
 
-def merge_matrix(
-    plan: MergePlan,
-    pair: ModelPair,
-    matrix: MatrixMatch,
-    experts: tuple[int, ...],
-    device: torch.device,
-) -> Tensor:
-    """Merge one matrix; (m, n) in fp32 or better, on `device`.
-
-    An expert whose base is not the MLLM's base is first moved to it: W_e - W0 + W0_mllm. Then one
-    base serves both, and no method needs to know.
-    """
-    root = pair.base_mllm.read_matrix(matrix.base_mllm).to(device)
-    mllm = pair.mllm.read_matrix(matrix.mllm).to(device)
-    base = root
-    if pair.base_mllm is not pair.base:
-        base = pair.base.read_matrix(matrix.name).to(device)
-    tuned = [pair.math[k].read_matrix(matrix.math[k]).to(device) for k in experts]
-    if base is not root:
-        tuned = [(expert.float() - base.float()) + root.float() for expert in tuned]
-    return find_method(plan.method)(root, mllm, tuned, **plan.parameters)
+def _refuse_data(method: MergeMethod) -> None:
+    if method.data is not None:
+        what = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
+        raise PlanError(
+            f"{method.label} needs {what[method.data]} of every model, measured on calibration "
+            f"samples, and a plan holds none. Call `METHODS['{method.name}']` on tensors with "
+            f"your own measurements, or choose a method that needs no data."
+        )
 
 
-def _write_tensors(
-    plan: MergePlan, pair: ModelPair, writer: CheckpointWriter, device: torch.device
-) -> Iterator[MergeStep]:
-    by_name = {matrix.name: matrix for matrix in pair.matrices}
-    work = {by_name[d.name].mllm: (by_name[d.name], d.experts) for d in plan.selected}
-    specs = in_file_order(pair.mllm)
-    nbytes_done, nbytes_total = 0, pair.mllm.nbytes
-    for index, spec in enumerate(specs, 1):
-        action: Literal["merged", "copied", "resumed"] = "resumed"
-        if spec.name not in writer.done:
-            if spec.name in work:
-                merged = merge_matrix(plan, pair, *work[spec.name], device)
-                writer.write(spec.name, _stored(merged, spec, pair.mllm))
-                action = "merged"
-            else:
-                writer.write(spec.name, pair.mllm.read_bytes(spec.name))
-                action = "copied"
-        nbytes_done += spec.nbytes
-        yield MergeStep(spec.name, index, len(specs), nbytes_done, nbytes_total, action)
+@dataclass
+class _Run:
+    """One process' share of a merge, between an entered writer and the finished folder."""
+
+    plan: MergePlan
+    pair: ModelPair
+    method: MergeMethod
+    writer: CheckpointWriter
+    ranks: Ranks
+    device: torch.device
+
+    def steps(self) -> Iterator[MergeStep]:
+        """Merge and write this process' tensors, yielding after each, and read them back."""
+        work = work_of(self.plan, self.pair)
+        specs = self._mine(in_file_order(self.pair.mllm), work)
+        count = _Count(len(specs), sum(spec.nbytes for spec in specs))
+        todo = [spec for spec in specs if spec.name not in self.writer.done]
+        for spec in specs:
+            if spec.name in self.writer.done:
+                yield count.step(spec, "resumed")
+        cut = [part for spec in todo for part in parts(spec, work.get(spec.name, []))]
+        budget = max([_BUDGET, *(held(self.pair, part) for part in cut)])
+        statistic = self._statistic() if any(part.matrix for part in cut) else None
+        with WriteBehind[MergeStep | None](budget) as behind:
+            with closing(read_ahead(self._loads(cut), budget)) as pieces:
+                for part, content in pieces:
+                    data = self._merged(part, content, statistic)
+                    action: Action = "merged" if part.spec.name in work else "copied"
+                    job = partial(self._write, part, data, count, action)
+                    del content
+                    yield from filter(None, behind.submit(len(data), job))
+                    del data, job
+            yield from filter(None, behind.drain())
+        self.writer.audit([spec.name for spec in specs])
+
+    def conclude(self, failure: IPMergeError | None, documents: Documents) -> None:
+        """Finish the folder if all processes did their share; else raise what went wrong.
+
+        What the target or a source's disk did is worth a resume; a source that is itself at fault
+        is not, and nothing of it stays.
+        """
+        said = None if failure is None else (str(failure), isinstance(failure, RunError))
+        reports = self.ranks.gather((said, self.writer.done))
+
+        def finish() -> None:
+            for rank, (trouble, done) in enumerate(reports):
+                self.writer.done |= done
+                if trouble is not None and not trouble[1]:
+                    self.writer.discard()
+                if trouble is not None:
+                    raise failure or RunError(f"Process {rank}: {trouble[0]}")
+            self.writer.finish(documents())
+
+        self.ranks.led(finish)
+        if failure is not None:
+            raise failure
+
+    def _mine(self, specs: list[TensorSpec], work: Work) -> list[TensorSpec]:
+        """Choose this process' tensors: merged and copied ones are shared out each by cost."""
+        mine: list[TensorSpec] = []
+        for merged in (True, False):
+            group = [spec for spec in specs if (spec.name in work) == merged]
+            costs = [merging_cost(spec.shape) if merged else spec.nbytes for spec in group]
+            owners = share_out(costs, self.ranks.size)
+            mine += [s for s, owner in zip(group, owners, strict=True) if owner == self.ranks.rank]
+        return sorted(mine, key=lambda spec: (spec.shard, spec.start, spec.stop))
+
+    def _loads(self, cut: Sequence[Part]) -> Iterator[Load[Piece]]:
+        for part in cut:
+            yield Load(held(self.pair, part), partial(self._read, part))
+
+    def _read(self, part: Part) -> Piece:
+        if part.matrix is not None:
+            return Piece(part, read_inputs(self.pair, part.matrix, part.experts))
+        spec, mllm = part.spec, self.pair.mllm
+        data = mllm.files.read(spec.shard, spec.start + part.start, spec.start + part.stop)
+        mllm.refuse_non_finite(spec.name, count_non_finite(data, spec.dtype))
+        return Piece(part, data)
+
+    def _merged(
+        self, part: Part, content: bytearray | Inputs, statistic: tuple[float, ...] | None
+    ) -> bytearray:
+        if isinstance(content, bytearray):
+            return content
+        assert part.matrix is not None
+        supplied: dict[str, Any] = {"tensor_name": part.matrix.name}
+        if statistic is not None:
+            supplied["statistic"] = statistic
+        base, mllm, experts = on_one_base(content, self.device)
+        with torch.no_grad():
+            merged = self.method(base, mllm, experts, **self.plan.parameters, **supplied)
+        return _stored(merged, part, self.pair.mllm)
+
+    def _write(
+        self, part: Part, data: bytearray, count: _Count, action: Action
+    ) -> MergeStep | None:
+        self.writer.write_piece(part.spec.name, part.start, data)
+        return count.step(part.spec, action) if part.stop == part.spec.nbytes else None
+
+    def _statistic(self) -> tuple[float, ...] | None:
+        """Make the method's first passes over the whole model, in every process alike."""
+        statistic = self.method.statistic
+        if statistic is None or not self.method.needs_statistic(self.plan.parameters):
+            return None
+
+        def matrices() -> Iterator[Models]:
+            loads = (
+                Load(held_by(self.pair, *matrix), partial(read_inputs, self.pair, *matrix))
+                for matrix in chosen(self.plan, self.pair)
+            )
+            for inputs in read_ahead(loads, _BUDGET):
+                yield *on_one_base(inputs, self.device), {}
+
+        with torch.no_grad():
+            return statistic.over(matrices, self.plan.parameters)
 
 
-def _stored(merged: Tensor, spec: TensorSpec, mllm: Checkpoint) -> bytes:
+class _Count:
+    """Counts finished tensors into steps."""
+
+    def __init__(self, total: int, nbytes_total: int) -> None:
+        self.total, self.nbytes_total = total, nbytes_total
+        self.index = self.nbytes_done = 0
+
+    def step(self, spec: TensorSpec, action: Action) -> MergeStep:
+        self.index += 1
+        self.nbytes_done += spec.nbytes
+        return MergeStep(
+            spec.name, self.index, self.total, self.nbytes_done, self.nbytes_total, action
+        )
+
+
+def _stored(merged: Tensor, part: Part, mllm: Checkpoint) -> bytearray:
     """Cast a merged matrix to its stored dtype, once, and refuse what does not fit it."""
-    cast = merged.to(DTYPES[spec.dtype])
-    if not torch.isfinite(cast).all():
+    spec = part.spec
+    data = bytearray(part.stop - part.start)
+    values, target = merged.detach().cpu().reshape(-1), as_tensor(data, spec.dtype)
+    for block in blocks(values):
+        target[block] = values[block]
+    if count_non_finite(data, spec.dtype):
         raise CheckpointError(
             f"The merged '{spec.name}' of '{mllm.id}' does not fit {spec.dtype}: some values are "
             f"infinite or NaN. Use smaller gains."
         )
-    return tensor_bytes(cast)
+    return data
 
 
-def _check_space(pair: ModelPair, out: Path) -> None:
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        return  # a resume: its files already take their place
-    need, free = layout_bytes(pair.mllm), shutil.disk_usage(_existing_parent(out)).free
-    if need > free:
-        raise RunError(
-            f"The merged model needs {need / 1e9:.2f} GB at '{out.parent}' and {free / 1e9:.2f} GB "
-            f"are free. Free some space or choose another output folder."
-        )
+def _steps_of_finished(out: str | Path) -> Iterator[MergeStep]:
+    """Report a run that was killed after its last rename: everything is there."""
+    specs = in_file_order(Checkpoint.open(out))
+    count = _Count(len(specs), sum(spec.nbytes for spec in specs))
+    for spec in specs:
+        yield count.step(spec, "resumed")
 
 
-def _existing_parent(out: Path) -> Path:
-    return next(folder for folder in (out, *out.parents) if folder.exists())
+def _documents(run: _Run, seconds: float) -> dict[str, str]:
+    manifest = json.dumps(_manifest(run, seconds), indent=1)
+    return {MANIFEST: manifest + "\n", "README.md": write_card(run.plan)}
 
 
-def _manifest(
-    plan: MergePlan, pair: ModelPair, done: Mapping[str, str], device: str, seconds: float
-) -> dict[str, Any]:
-    experts = {d.name: list(d.experts) for d in plan.selected}
-    merged = {
-        matrix.mllm: experts[matrix.name] for matrix in pair.matrices if matrix.name in experts
-    }
+def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
+    plan, pair, done = run.plan, run.pair, run.writer.done
+    merged: dict[str, dict[str, Any]] = {}
+    for name, found in work_of(plan, pair).items():
+        whole = len(found) == 1 and found[0][0].mllm == name
+        experts = list(found[0][1]) if whole else {m.mllm: list(e) for m, e in found}
+        merged[name] = {"action": "merged", "experts": experts}
     return {
         "format": "ipmerge-manifest",
         "version": 1,
@@ -240,17 +355,19 @@ def _manifest(
         },
         "sources": asdict(plan.sources),
         "versions": {"torch": torch.__version__},
-        "device": device,
+        "device": str(run.device),
+        "processes": run.ranks.size,
         "seconds": round(seconds, 3),
         "nbytes": pair.mllm.nbytes,
-        "n_merged": len(merged),
+        "n_merged": len(plan.selected),
+        "audit": {
+            "tensors": len(done),
+            "equal_to_the_mllm": len(done) - len(merged),
+            "checked": "names, shapes, dtypes, offsets, finite values, and every hash read back",
+        },
         "tensors": {
             name: {"sha256": done[name]}
-            | (
-                {"action": "merged", "experts": merged[name]}
-                if name in merged
-                else {"action": "copied", "reason": pair.kept.get(name, "not selected")}
-            )
+            | merged.get(name, {"action": "copied", "reason": pair.kept.get(name, "not selected")})
             for name in pair.mllm.tensors
         },
     }

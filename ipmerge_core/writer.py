@@ -1,10 +1,11 @@
 """Writes a merged model next to nobody's data: sparse shards, a journal, one rename at the end.
 
 In: the checkpoint whose layout is kept (names, order, shapes, dtypes, shard files) and the bytes of
-one tensor at a time, in any order. Out: a folder that appears under its final name only when it is
-whole. Until then all lies in `OUT.partial`, whose shard files carry a suffix no loader accepts, and
-a journal line with a SHA-256 follows each tensor, so that a run killed at any moment goes on where
-it was. Nothing that existed before is ever overwritten or deleted.
+its tensors. Out: a folder that appears under its final name only when it is whole. Until then all
+lies in `OUT.partial`, whose shard files carry a suffix no loader accepts, and a journal line with a
+SHA-256 follows each tensor, so that a run killed at any moment goes on where it was. Nothing that
+existed before is overwritten or deleted. Data is left to the system's own flushing, as `cp` does:
+after a power cut the hashes in the journal and the manifest tell what reached the disk.
 """
 
 from __future__ import annotations
@@ -14,62 +15,74 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
-from ipmerge_core.checkpoint import Checkpoint, TensorSpec
+from ipmerge_core.checkpoint import Checkpoint, TensorSpec, count_non_finite
 from ipmerge_core.errors import CheckpointError, RunError
+from ipmerge_core.files import LocalFiles
 
 _PARTIAL = ".partial"
 _RUN = "run.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
-_NOT_COPIED = (*_WEIGHTS, ".gguf", ".tflite", ".ot", ".py")
+_NOT_COPIED = (*_WEIGHTS, ".gguf", ".tflite", ".ot")
 _REPLACED = {"README.md", "ipmerge.json", ".gitattributes"}
+_COPY_STEP = 1 << 20
+
+
+class Place(NamedTuple):
+    """The folders of a run: the result's final name, the run's own folder, and the model in it."""
+
+    out: Path
+    run: Path
+    model: Path
+
+
+def place_of(out: str | Path) -> Place:
+    """Name the folders that a run for `out` uses."""
+    final = Path(out).expanduser().absolute()
+    run = final.with_name(final.name + _PARTIAL)
+    return Place(final, run, run / "model")
 
 
 class CheckpointWriter:
     """Writes tensors into the layout of `source` at `out`; use as a context manager.
+
+    Several processes may write one model: the leader (`rank` 0) makes the folder and finishes it,
+    the others join while the leader is inside its `with` block.
 
     Args:
         source: the checkpoint whose files, names, order and dtypes the result keeps.
         out: the folder to make; it must not exist, or be empty.
         run: what identifies the work (plan and sources); only the same work is resumed.
         resume: go on with an unfinished run of the same work, else start it anew.
+        rank: the number of this process among those that write.
 
     Raises:
         CheckpointError: `out` exists and is not empty.
-        RunError: another process is writing there, or an unfinished run of other work lies there.
+        RunError: another run is writing there, or an unfinished run of other work lies there.
     """
 
-    def __init__(self, source: Checkpoint, out: str | Path, run: str, *, resume: bool) -> None:
-        self.source, self.run = source, run
-        self.out = check_output(out)
-        self.folder = self.out.with_name(self.out.name + _PARTIAL)
+    def __init__(
+        self, source: Checkpoint, out: str | Path, run: str, *, resume: bool, rank: int = 0
+    ) -> None:
+        self.source, self.run, self.rank = source, run, rank
+        self.place = place_of(check_output(out))
         self._resume = resume
         self._descriptors: dict[str, int] = {}
+        self._open_tensor: tuple[str, hashlib._Hash] | None = None
         self.done: dict[str, str] = {}  # tensor name -> sha256 of its bytes
 
     def __enter__(self) -> Self:
         """Take the folder, and find what an earlier run of the same work has finished."""
-        with _explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.folder / "lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise RunError(
-                    f"Another run is writing '{self.out}' right now. Wait for it, cancel it, or "
-                    f"choose another output folder."
-                ) from error
-            try:
-                self._take_over()
-                self._journal = (self.folder / "journal.jsonl").open("a", encoding="utf-8")
-            except BaseException:
-                self._lock.release()
-                raise
+        with explained(self.place.run):
+            if self.rank == 0:
+                self._lead()
+            self._journal = self._journal_path(self.rank).open("a", encoding="utf-8")
         return self
 
     def __exit__(
@@ -83,92 +96,197 @@ class CheckpointWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        self._lock.release()
+        if self.rank == 0:
+            self._lock.release()
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | bytearray) -> None:
         """Write one tensor's bytes in its place, then its line in the journal."""
-        spec = self.source.spec(name)
-        if len(data) != spec.nbytes:
-            raise AssertionError(f"{name}: {len(data)} bytes for a place of {spec.nbytes}")
-        with _explained(self.folder):
-            _write_at(self._shard(spec.shard), spec.start, data)
-            digest = hashlib.sha256(data).hexdigest()
-            self._journal.write(json.dumps({"tensor": name, "sha256": digest}) + "\n")
-            self._journal.flush()
-        self.done[name] = digest
+        self.write_piece(name, 0, data)
 
-    def finish(self, documents: dict[str, str]) -> None:
-        """Copy the model's other files, add `documents`, and give the folder its final name."""
+    def write_piece(self, name: str, offset: int, data: bytes | bytearray) -> None:
+        """Write bytes of a tensor from `offset` on; the pieces of one tensor come in order.
+
+        The last piece is followed by the tensor's line in the journal.
+        """
+        spec = self.source.spec(name)
+        if offset == 0:
+            self._open_tensor = name, hashlib.sha256()
+        assert self._open_tensor is not None
+        expected, digest = self._open_tensor
+        assert name == expected, f"{name}: a piece while {expected} is being written"
+        assert offset + len(data) <= spec.nbytes, f"{name}: a piece beyond its place"
+        with explained(self.place.run):
+            _write_at(self._shard(spec.shard), spec.start + offset, data)
+            digest.update(data)
+            if offset + len(data) == spec.nbytes:
+                entry = {"tensor": name, "sha256": digest.hexdigest()}
+                self._journal.write(json.dumps(entry) + "\n")
+                self._journal.flush()
+                self.done[name] = entry["sha256"]
+
+    def audit(self, names: Iterable[str]) -> None:
+        """Read written tensors back from the disk and compare them with what was written.
+
+        Raises: RunError naming the first that differs, or that holds NaN or infinity.
+        """
+        for name in names:
+            spec = self.source.spec(name)
+            digest, bad = self._digest(spec)
+            if digest != self.done[name] or bad:
+                what = f"holds {bad} NaN or infinite values" if bad else "differs"
+                raise RunError(
+                    f"'{name}' {what} when read back from '{self.place.run}'. The disk does not "
+                    f"keep what is written, or another program changed it. Check the disk, delete "
+                    f"that folder and run again."
+                )
+
+    def finish(self, documents: Mapping[str, str]) -> None:
+        """Copy the model's other files, add `documents`, check the whole, give it its final name.
+
+        Raises: RunError when the headers on disk are not those of the source.
+        """
         missing = [name for name in self.source.tensors if name not in self.done]
-        if missing:
-            raise AssertionError(f"{len(missing)} tensors were never written: {missing[:3]}")
-        with _explained(self.folder):
-            for shard in self.source.shards:
-                os.fsync(self._shard(shard))
+        assert not missing, f"{len(missing)} tensors were never written: {missing[:3]}"
+        model = self.place.model
+        with explained(self.place.run):
             for name in files_to_copy(self.source):
-                (self.folder / name).write_bytes(self.source.files.read(name))
-            for name, text in documents.items():
-                (self.folder / name).write_text(text, encoding="utf-8")
+                self._copy_file(name)
             for shard in self.source.shards:
-                (self.folder / (shard + _PARTIAL)).replace(self.folder / shard)
-            for name in (_RUN, "journal.jsonl", "lock"):
-                (self.folder / name).unlink(missing_ok=True)
-            self.folder.replace(self.out)
+                self._shard(shard)  # a shard without tensors has a header too
+            self._audit_headers()
+            for name, text in documents.items():
+                (model / name).write_text(text, encoding="utf-8")
+            for shard in self.source.shards:
+                (model / (shard + _PARTIAL)).replace(model / shard)
+            model.replace(self.place.out)
+            shutil.rmtree(self.place.run)
 
     def discard(self) -> None:
         """Remove the partial folder: for errors after which no resume makes sense."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.place.run)
+
+    def _lead(self) -> None:
+        run = self.place.run
+        run.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(run / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(
+                f"Another run is writing '{self.place.out}' right now. Wait for it, cancel it, or "
+                f"choose another output folder."
+            ) from error
+        try:
+            check_output(self.place.out)  # again, now that nobody else can finish it
+            self._take_over()
+            self.place.model.mkdir(exist_ok=True)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _take_over(self) -> None:
-        record = self.folder / _RUN
+        run = self.place.run
+        record = run / _RUN
         if record.exists():
-            found = json.loads(record.read_text(encoding="utf-8")).get("run")
+            found = _recorded_run(record)
             if found != self.run and self._resume:
                 raise RunError(
-                    f"'{self.folder}' holds an unfinished merge of another plan ({str(found)[:8]}; "
+                    f"'{run}' holds an unfinished merge of another plan ({str(found)[:8]}; "
                     f"this one is {self.run[:8]}). Finish it with its own plan, delete that "
                     f"folder, or choose another output folder."
                 )
             if self._resume:
+                self._undo_renames()
                 self.done = self._verified()
                 return
-            for stale in self.folder.iterdir():
-                if stale.name == "journal.jsonl" or stale.name.endswith(_PARTIAL):
-                    stale.unlink()
-        elif any(entry.name != "lock" for entry in self.folder.iterdir()):
+            shutil.rmtree(self.place.model, ignore_errors=True)
+            for journal in self._journals():
+                journal.unlink()
+        elif any(entry.name != "lock" for entry in run.iterdir()):
             raise CheckpointError(
-                f"'{self.folder}' exists and was not made by a merge. Choose another output folder."
+                f"'{run}' exists and was not made by a merge. Choose another output folder."
             )
-        record.write_text(json.dumps({"run": self.run}), encoding="utf-8")
+        fresh = run / (_RUN + ".new")  # a kill leaves the record whole or absent
+        fresh.write_text(json.dumps({"run": self.run}), encoding="utf-8")
+        fresh.replace(record)
+
+    def _undo_renames(self) -> None:
+        """Give shards that a killed run had already renamed their partial names back."""
+        for shard in self.source.shards:
+            final = self.place.model / shard
+            if final.exists():
+                final.replace(self.place.model / (shard + _PARTIAL))
 
     def _verified(self) -> dict[str, str]:
-        """Return the journal's tensors whose bytes on disk still have the recorded hash."""
+        """Return the journals' tensors whose bytes on disk still have the recorded hash."""
         done: dict[str, str] = {}
-        journal = self.folder / "journal.jsonl"
-        lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the line that a kill cut short
-                continue
+        for entry in _journal_entries(self._journals()):
             spec = self.source.spec(entry["tensor"])
-            if (self.folder / (spec.shard + _PARTIAL)).exists():
-                data = os.pread(self._shard(spec.shard), spec.nbytes, spec.start)
-                if hashlib.sha256(data).hexdigest() == entry["sha256"]:
-                    done[spec.name] = entry["sha256"]
+            started = (self.place.model / (spec.shard + _PARTIAL)).exists()
+            if started and self._digest(spec)[0] == entry["sha256"]:
+                done[spec.name] = entry["sha256"]
         return done
+
+    def _digest(self, spec: TensorSpec) -> tuple[str, int]:
+        """Hash a tensor's bytes on disk, and count its values that are no numbers."""
+        descriptor, digest, bad = self._shard(spec.shard), hashlib.sha256(), 0
+        for start in range(spec.start, spec.stop, _COPY_STEP):
+            piece = bytearray(min(_COPY_STEP, spec.stop - start))
+            got = os.preadv(descriptor, [piece], start)
+            digest.update(memoryview(piece)[:got])
+            bad += count_non_finite(piece, spec.dtype)
+        return digest.hexdigest(), bad
+
+    def _audit_headers(self) -> None:
+        """Open the result as a checkpoint, partial names and all, and compare what it says."""
+        written = Checkpoint(_PartialFiles(self.place.model))
+        if written.tensors != self.source.tensors or written.shards != self.source.shards:
+            raise RunError(
+                f"The headers in '{self.place.run}' are not those of '{self.source.id}'. Delete "
+                f"that folder and run again."
+            )
+
+    def _copy_file(self, name: str) -> None:
+        size = self.source.files.size(name)
+        with (self.place.model / name).open("wb") as target:
+            for start in range(0, size, _COPY_STEP):
+                target.write(self.source.files.read(name, start, min(start + _COPY_STEP, size)))
+
+    def _journal_path(self, rank: int) -> Path:
+        return self.place.run / f"journal-{rank}.jsonl"
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.place.run.glob("journal-*.jsonl"))
 
     def _shard(self, shard: str) -> int:
         """Open a shard file, made with its header and full length on first use."""
         if shard not in self._descriptors:
-            path = self.folder / (shard + _PARTIAL)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            path = self.place.model / (shard + _PARTIAL)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            descriptor = os.open(path, flags, 0o644)
             self._descriptors[shard] = descriptor
-            size = self.source.files.size(shard)
-            if os.fstat(descriptor).st_size != size:
-                os.truncate(descriptor, size)
-                _write_at(descriptor, 0, self.source.read_header(shard))
+            os.truncate(descriptor, self.source.files.size(shard))
+            _write_at(descriptor, 0, self.source.read_header(shard))
         return self._descriptors[shard]
+
+
+class _PartialFiles(LocalFiles):
+    """A model folder whose shards still carry the partial suffix."""
+
+    def names(self) -> list[str]:
+        """List the files under the names they will have."""
+        return sorted(name.removesuffix(_PARTIAL) for name in super().names())
+
+    def size(self, name: str) -> int:
+        """Size of one file in bytes."""
+        return super().size(self._stored(name))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Read the bytes [start, stop)."""
+        return super().read(self._stored(name), start, stop)
+
+    def _stored(self, name: str) -> str:
+        return name + _PARTIAL if (self.folder / (name + _PARTIAL)).exists() else name
 
 
 def check_output(out: str | Path) -> Path:
@@ -178,28 +296,78 @@ def check_output(out: str | Path) -> Path:
         raise CheckpointError(
             f"The output folder '{path}' exists and is not empty. Choose another, or empty it."
         )
-    if path.exists() and not path.is_dir():
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise CheckpointError(f"The output '{path}' is a file. Give the name of a new folder.")
     return path
 
 
+def tidy_finished(out: str | Path, run: str) -> bool:
+    """Whether `out` is the complete result of this run, killed just before it tidied up.
+
+    The rename that completes a model and the removal of the run's own folder are two steps; this
+    does the second one.
+    """
+    place = place_of(out)
+    record = place.run / _RUN
+    if not record.exists() or place.model.exists() or not place.out.is_dir():
+        return False
+    if _recorded_run(record) != run:
+        return False
+    with explained(place.run):
+        shutil.rmtree(place.run)
+    return True
+
+
 def files_to_copy(source: Checkpoint) -> list[str]:
-    """List the files that a merged model takes over as they are: all but weights, code and card."""
+    """List the files that a merged model takes over as they are: all but weights and model card.
+
+    Python files come along only where the config points to them (`auto_map`): without them such a
+    model cannot be loaded by those who trust it. They are copied, never run.
+    """
+    skipped = _NOT_COPIED if "auto_map" in source.config else (*_NOT_COPIED, ".py")
     return [
         name
         for name in source.files.names()
-        if not name.endswith(_NOT_COPIED) and name not in _REPLACED
+        if not name.endswith(skipped) and name not in _REPLACED
     ]
 
 
-def _write_at(descriptor: int, offset: int, data: bytes) -> None:
+def layout_bytes(source: Checkpoint) -> int:
+    """Bytes that a merged model will take on disk."""
+    shards = sum(source.files.size(shard) for shard in source.shards)
+    return shards + sum(source.files.size(name) for name in files_to_copy(source))
+
+
+def in_file_order(source: Checkpoint) -> list[TensorSpec]:
+    """List the tensors shard by shard, in the order of their data: the cheapest to read."""
+    return sorted(source.tensors.values(), key=lambda spec: (spec.shard, spec.start, spec.stop))
+
+
+def _write_at(descriptor: int, offset: int, data: bytes | bytearray) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
 
 
-class _explained:  # noqa: N801 (reads as a word at its use)
+def _recorded_run(record: Path) -> str | None:
+    try:
+        run: str | None = json.loads(record.read_text(encoding="utf-8")).get("run")
+    except (ValueError, AttributeError):
+        return None
+    return run
+
+
+def _journal_entries(journals: Iterable[Path]) -> Iterable[dict[str, str]]:
+    for journal in journals:
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:  # the line that a kill cut short
+                continue
+
+
+class explained:  # noqa: N801 (reads as a word at its use)
     """Turns what the file system says into one sentence that keeps the finished work."""
 
     def __init__(self, folder: Path) -> None:
@@ -227,14 +395,3 @@ class _explained:  # noqa: N801 (reads as a word at its use)
             f"Cannot write to '{self.folder}': {reason}, then run the same command again; "
             f"finished tensors are kept."
         ) from error
-
-
-def layout_bytes(source: Checkpoint) -> int:
-    """Bytes that a merged model will take on disk."""
-    shards = sum(source.files.size(shard) for shard in source.shards)
-    return shards + sum(source.files.size(name) for name in files_to_copy(source))
-
-
-def in_file_order(source: Checkpoint) -> list[TensorSpec]:
-    """List the tensors shard by shard, in the order of their data: the cheapest to read."""
-    return sorted(source.tensors.values(), key=lambda spec: (spec.shard, spec.start))

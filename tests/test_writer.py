@@ -42,7 +42,7 @@ def test_an_unfinished_run_leaves_no_model_and_is_resumed(trio: Trio, tmp_path: 
         write_some(writer, names[:5])
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError):
-        Checkpoint.open(tmp_path / "out.partial")
+        Checkpoint.open(tmp_path / "out.partial" / "model")
     with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
         assert sorted(writer.done) == sorted(names[:5])
         write_some(writer, names[5:])
@@ -55,11 +55,11 @@ def test_damaged_data_and_a_torn_journal_line_are_written_again(trio: Trio, tmp_
     names = list(source.tensors)
     with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
         write_some(writer, names[:3])
-    shard = tmp_path / "out.partial" / "model.safetensors.partial"
+    shard = tmp_path / "out.partial" / "model" / "model.safetensors.partial"
     data = bytearray(shard.read_bytes())
     data[source.spec(names[1]).start] ^= 1
     shard.write_bytes(data)
-    with (tmp_path / "out.partial" / "journal.jsonl").open("a") as journal:
+    with (tmp_path / "out.partial" / "journal-0.jsonl").open("a") as journal:
         journal.write('{"tensor": "mod')
     with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
         assert sorted(writer.done) == sorted([names[0], names[2]])

@@ -1,0 +1,131 @@
+"""What a merge will take, worked out from headers before the first byte: disk, memory, time.
+
+In: a plan and its pair. Out: an `Estimate` that also names the cheaper way where there is one. The
+rates are those of an ordinary machine and are named below; times are rough and say so.
+"""
+
+from __future__ import annotations
+
+import shutil
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from ipmerge_core.errors import RunError
+from ipmerge_core.methods import find_method
+from ipmerge_core.pairing import ModelPair
+from ipmerge_core.plan import MergePlan
+from ipmerge_core.work import Chosen, chosen, input_sizes, work_of
+from ipmerge_core.writer import layout_bytes, place_of
+
+# Methods that decompose or iterate on whole matrices; all others do a few operations per element.
+DECOMPOSING = frozenset({"ip_merging", "wudi", "tsv", "iso_c", "iso_cts", "knots_ties", "regmean"})
+DISK_RATE, HUB_RATE = 300e6, 50e6  # bytes per second
+ELEMENT_RATE = 300e6  # elements per second that an elementwise method merges on one CPU core
+SVD_RATE = 8e9 / 20  # m n min(m, n) per second on one core: 20 operations each at 8 GFLOP/s
+
+
+class Estimate(NamedTuple):
+    """What a merge will need, before it starts. Sizes in bytes, time in seconds."""
+
+    nbytes_read: int
+    nbytes_written: int
+    nbytes_free: int
+    n_merged: int
+    n_copied: int
+    largest_matrix: int  # of one merged matrix in fp32; working memory is a few times this size
+    nbytes_memory: int = 0  # peak, beside the interpreter
+    nbytes_fetched: int = 0  # of what is read, over the network
+    nbytes_whole: int = 0  # of the repositories, if they were downloaded whole
+    seconds: float = 0.0  # rough, on one CPU core
+    advice: str = ""
+
+
+def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path) -> Estimate:
+    """Work out bytes, memory and time of a plan's merge."""
+    merged = chosen(plan, pair)
+    held = [input_sizes(pair, matrix, experts) for matrix, experts in merged]
+    outside = pair.mllm.nbytes - sum(pair.mllm.spec(matrix.mllm).nbytes for matrix, _ in merged)
+    largest = 4 * max((prod(matrix.shape) for matrix, _ in merged), default=0)
+    remote = {role: model for role, model in pair.roles() if model.files.revision is not None}
+    need = Estimate(
+        nbytes_read=outside + sum(sum(sizes) for sizes in held),
+        nbytes_written=layout_bytes(pair.mllm),
+        nbytes_free=shutil.disk_usage(existing_parent(out)).free,
+        n_merged=len(merged),
+        n_copied=len(pair.mllm.tensors) - len(work_of(plan, pair)),
+        largest_matrix=largest,
+        nbytes_memory=2 * max((sum(sizes) for sizes in held), default=0) + 3 * largest + (1 << 28),
+        nbytes_fetched=_fetched(pair, held, outside),
+        nbytes_whole=sum(model.nbytes for model in remote.values()),
+    )
+    seconds = _seconds(plan, need, merged)
+    return need._replace(seconds=seconds, advice=_advice(plan, pair, need, seconds))
+
+
+def merging_cost(shape: tuple[int, ...]) -> float:
+    """Relative cost of merging one matrix, by which processes share them: m n min(m, n)."""
+    return float(prod(shape) * min(shape, default=0))
+
+
+def check_space(pair: ModelPair, out: Path) -> None:
+    """Refuse before the first byte when the result does not fit. Raises: RunError."""
+    if place_of(out).run.exists():
+        return  # a resume: its files already take their place
+    need, free = layout_bytes(pair.mllm), shutil.disk_usage(existing_parent(out)).free
+    if need > free:
+        raise RunError(
+            f"The merged model needs {need / 1e9:.2f} GB at '{out.parent}' and {free / 1e9:.2f} GB "
+            f"are free. Free some space or choose another output folder."
+        )
+
+
+def existing_parent(out: Path) -> Path:
+    """Return the nearest folder above (or at) `out` that exists."""
+    return next(folder for folder in (out, *out.parents) if folder.exists())
+
+
+def _fetched(pair: ModelPair, held: list[list[int]], outside: int) -> int:
+    """Bytes that come over the network: of the hub models, only the tensors that are needed."""
+    mllm, own, base, math = (sum(sizes[i] for sizes in held) for i in range(4))
+    hub = {role: model.files.revision is not None for role, model in pair.roles()}
+    experts_on_hub = any(value for role, value in hub.items() if role.startswith("math"))
+    return (
+        (outside + mllm) * hub["mllm"]
+        + base * hub["base"]
+        + own * hub.get("base of the mllm", False)
+        + math * experts_on_hub
+    )
+
+
+def _seconds(plan: MergePlan, need: Estimate, merged: list[Chosen]) -> float:
+    moved = (need.nbytes_read + need.nbytes_written) / DISK_RATE + need.nbytes_fetched / HUB_RATE
+    if plan.method in DECOMPOSING:
+        work = sum(merging_cost(matrix.shape) * (1 + len(experts)) for matrix, experts in merged)
+        return moved + work / SVD_RATE
+    return moved + sum(prod(matrix.shape) for matrix, _ in merged) / ELEMENT_RATE
+
+
+def _advice(plan: MergePlan, pair: ModelPair, need: Estimate, seconds: float) -> str:
+    """Name the cheaper way, where there is one."""
+    if need.nbytes_written > need.nbytes_free:
+        return (
+            f"The result needs {need.nbytes_written / 1e9:.1f} GB and {need.nbytes_free / 1e9:.1f} "
+            f"GB are free. Save the plan and run `ipmerge merge plan.json -o FOLDER` on a machine "
+            f"with more room."
+        )
+    if need.nbytes_fetched:
+        return (
+            f"Reading by ranges fetches {need.nbytes_fetched / 1e9:.1f} GB and keeps nothing but "
+            f"the result; downloading the repositories whole would take "
+            f"{need.nbytes_whole / 1e9:.1f} GB of disk first, and pays off from the second merge "
+            f"of this pair on."
+        )
+    if plan.method in DECOMPOSING and seconds > 1800 and need.n_merged:
+        label = find_method(plan.method).label
+        return (
+            f"{label} decomposes every selected matrix: with `--device cuda`, or under `torchrun "
+            f"--nproc_per_node N -m ipmerge_core merge` on several devices, it is many times "
+            f"faster."
+        )
+    return ""

@@ -1,0 +1,245 @@
+"""Where a model's files lie: a folder on disk, or a repository on the hub at one pinned commit.
+
+In: a path or a hub id `org/name[@revision]`. Out: names, sizes, and the bytes of any range, by
+positioned reads: nothing stays mapped, nothing more is fetched than was asked for. What the disk or
+the network says is turned into one sentence here. Knows nothing of the formats inside the files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_READ_STEP = 1 << 30  # Linux reads at most 2 GiB at once
+
+
+class Files(Protocol):
+    """A model's files, wherever they are."""
+
+    id: str
+    revision: str | None  # the commit, on the hub
+
+    def names(self) -> list[str]:
+        """List the files at the top of the model folder, sorted."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Size of one file in bytes."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Read the bytes [start, stop) of one file."""
+        ...
+
+
+class LocalFiles:
+    """A model folder on disk; with `id` and `revision` where it is a hub model's local copy."""
+
+    def __init__(self, folder: Path, id: str | None = None, revision: str | None = None) -> None:  # noqa: A002
+        self.id, self.revision = id or str(folder), revision
+        self.folder = folder
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """List the regular files in the folder, sorted."""
+        try:
+            return sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
+        except OSError as error:
+            raise _unreadable(self.folder, error) from error
+
+    def size(self, name: str) -> int:
+        """Size of one file in bytes."""
+        try:
+            return (self.folder / name).stat().st_size
+        except OSError as error:
+            raise _unreadable(self.folder / name, error) from error
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Read the bytes [start, stop) with positioned reads, so that no page stays mapped."""
+        try:
+            descriptor = self._open(name)
+            stop = os.fstat(descriptor).st_size if stop is None else stop
+            data = bytearray(stop - start)
+            done = _read_into(descriptor, data, start)
+        except OSError as error:
+            raise _unreadable(self.folder / name, error) from error
+        if done < len(data):
+            raise CorruptShardError(
+                f"'{self.folder / name}' ended at byte {start + done} while bytes up to {stop} "
+                f"were expected. Was it changed during the run? Copy it again."
+            )
+        return data
+
+    def _open(self, name: str) -> int:
+        with self._lock:
+            if name not in self._descriptors:
+                self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
+            return self._descriptors[name]
+
+    def __del__(self) -> None:
+        """Close what was opened."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+class RemoteFiles:
+    """A model folder on any file system that fsspec knows, read by ranges; used for the hub."""
+
+    def __init__(self, id: str, revision: str, system: AbstractFileSystem, folder: str) -> None:  # noqa: A002
+        self.id = id
+        self.revision: str | None = revision
+        self._system, self._folder = system, folder
+        entries = self._ask(lambda: system.ls(folder, detail=True))
+        self._sizes = {
+            entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0)
+            for entry in entries
+            if entry["type"] == "file"
+        }
+
+    def names(self) -> list[str]:
+        """List the files at the top of the repository, sorted."""
+        return sorted(self._sizes)
+
+    def size(self, name: str) -> int:
+        """Size of one file in bytes, from the listing."""
+        return self._sizes[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Read the bytes [start, stop) by one range request."""
+        stop = self._sizes[name] if stop is None else stop
+        if stop <= start:
+            return bytearray()
+        data: bytearray = self._ask(lambda: self._range(f"{self._folder}/{name}", start, stop))
+        if len(data) != stop - start:
+            raise RunError(
+                f"'{name}' of '{self.id}' gave {len(data)} bytes where {stop - start} were asked "
+                f"for. Run the same command again; finished tensors are kept."
+            )
+        return data
+
+    def _range(self, path: str, start: int, stop: int) -> bytearray:
+        with self._system.open(path, "rb", cache_type="none") as file:
+            file.seek(start)
+            return bytearray(file.read(stop - start))
+
+    def _ask(self, request: Any) -> Any:  # noqa: ANN401
+        """Carry out one request and explain what goes wrong with it."""
+        from httpx import HTTPError
+
+        try:
+            return request()
+        except (OSError, HTTPError) as error:
+            raise RunError(
+                f"Reading '{self.id}' failed ({type(error).__name__}: {_first_line(error)}). Check "
+                f"the connection and run the same command again; finished tensors are kept."
+            ) from error
+
+
+def find_files(source: str | Path) -> Files:
+    """Return the files of a folder, or of a hub id if there is no such folder.
+
+    Raises: CheckpointError when there is neither, or the hub refuses.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return LocalFiles(folder)
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not folder.exists():
+        return open_hub(source)
+    raise CheckpointError(
+        f"There is no model folder '{source}'. Expected a folder with config.json and "
+        f"safetensors files, or a hub id such as 'org/name'."
+    )
+
+
+def open_hub(hub_id: str) -> Files:
+    """Pin a hub model to a commit; no file is downloaded.
+
+    Without a connection (or with HF_HUB_OFFLINE=1) a copy in the local hub cache serves.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import HfApi, HfFileSystem
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        sha = HfApi().model_info(name, revision=revision or None).sha
+    except (OSError, ValueError, HTTPError) as error:
+        cached = None if _is_answer(error) else _cached_copy(name, revision)
+        if cached is None:
+            raise CheckpointError(_explain_hub_error(hub_id, error)) from error
+        return cached
+    assert sha is not None
+    return RemoteFiles(name, sha, HfFileSystem(), f"{name}@{sha}")
+
+
+def _cached_copy(name: str, revision: str) -> LocalFiles | None:
+    """Find the model in the hub's own cache on this disk."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(name, revision=revision or None, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return LocalFiles(Path(folder), id=name, revision=Path(folder).name)
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether the hub itself answered, so that no cached copy should stand in."""
+    return any(word in type(error).__name__ for word in ("Gated", "RepositoryNotFound", "Revision"))
+
+
+def _explain_hub_error(hub_id: str, error: Exception) -> str:
+    """Turn what huggingface_hub raised into one sentence with a remedy."""
+    kind = type(error).__name__
+    if "Gated" in kind:
+        remedy = (
+            "The repository is gated: accept its terms on its page, then log in with "
+            "`hf auth login`."
+        )
+    elif "Revision" in kind:
+        remedy = "The repository exists, this revision does not: give a branch, a tag or a commit."
+    elif "NotFound" in kind:
+        remedy = (
+            "Is the name spelled right, and is it public? A local folder must exist: "
+            f"{Path(hub_id).resolve()} does not."
+        )
+    elif "Offline" in kind:
+        remedy = (
+            "HF_HUB_OFFLINE is set and the hub's cache on this disk has no copy: unset it, or "
+            "give a local folder."
+        )
+    else:
+        remedy = "The hub could not be reached: check the connection, or give a local folder."
+    return f"Cannot open '{hub_id}' ({kind}). {remedy}"
+
+
+def _read_into(descriptor: int, data: bytearray, start: int) -> int:
+    """Fill `data` from a file position; return how many bytes there were."""
+    done = 0
+    with memoryview(data) as view:
+        while done < len(data):
+            got = os.preadv(descriptor, [view[done : done + _READ_STEP]], start + done)
+            if not got:
+                break
+            done += got
+    return done
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"Cannot read '{path}': {error.strerror or error}. Was it moved, or its disk unmounted? "
+        f"Put it back and run the same command again; finished tensors are kept."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

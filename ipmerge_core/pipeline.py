@@ -1,0 +1,112 @@
+"""One thread reads ahead of a loop and one writes behind it, both within a memory budget.
+
+In: functions that read or write, each with the bytes it holds. Out: what they return, in order, so
+that no result depends on timing. An error in a thread appears in the loop. Leaving early stops the
+reading after the load under way and lets the writing finish. Knows neither tensors nor files.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Generic, NamedTuple, TypeVar
+
+_T = TypeVar("_T")
+
+
+class Load(NamedTuple, Generic[_T]):
+    """A piece of reading. `nbytes` is the memory that its result holds."""
+
+    nbytes: int
+    read: Callable[[], _T]
+
+
+def read_ahead(loads: Iterable[Load[_T]], budget: int) -> Generator[_T]:
+    """Yield the results of loads, carried out in order in a thread while they fit the budget.
+
+    The result in the caller's hands counts until it asks for the next one. A load larger than the
+    budget is carried out alone.
+
+    >>> list(read_ahead([Load(8, lambda: "a"), Load(8, lambda: "b")], budget=8))
+    ['a', 'b']
+    """
+    upcoming = iter(loads)
+    load = next(upcoming, None)
+    waiting: deque[tuple[int, Future[_T]]] = deque()
+    held = 0
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        try:
+            while load or waiting:
+                while load and (not waiting or held + load.nbytes <= budget):
+                    waiting.append((load.nbytes, thread.submit(load.read)))
+                    held += load.nbytes
+                    load = next(upcoming, None)
+                nbytes, future = waiting.popleft()
+                result = future.result()
+                del future
+                yield result
+                del result
+                held -= nbytes
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+class WriteBehind(AbstractContextManager["WriteBehind[_T]"], Generic[_T]):
+    """Carries out jobs in a thread, in order; `submit` waits while they hold more than the budget.
+
+    After a job has failed no later one is carried out.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._held = budget, 0
+        self._waiting: deque[tuple[int, Future[_T]]] = deque()
+        self._broken = False
+        self._thread = ThreadPoolExecutor(1, "write-behind")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finish the jobs that wait."""
+        self._thread.shutdown()
+
+    def submit(self, nbytes: int, job: Callable[[], _T]) -> Iterator[_T]:
+        """Add a job that holds `nbytes`; return the results of those that have ended by now.
+
+        Raises: what an earlier job raised.
+        """
+        ended = []
+        while self._waiting and self._held + nbytes > self._budget:
+            ended.append(self._next())
+        self._held += nbytes
+        self._waiting.append((nbytes, self._thread.submit(self._guarded, job)))
+        while self._waiting[0][1].done():
+            ended.append(self._next())
+            if not self._waiting:
+                break
+        return iter(ended)
+
+    def drain(self) -> Iterator[_T]:
+        """Wait for all jobs and yield their results. Raises: what a job raised."""
+        while self._waiting:
+            yield self._next()
+
+    def _next(self) -> _T:
+        nbytes, future = self._waiting.popleft()
+        result = future.result()
+        self._held -= nbytes
+        return result
+
+    def _guarded(self, job: Callable[[], _T]) -> _T:
+        if self._broken:
+            raise CancelledError
+        self._broken = True  # stays so if the job raises
+        result = job()
+        self._broken = False
+        return result

@@ -1,0 +1,123 @@
+"""What a plan asks of each stored tensor: parts to merge in place, and pieces to copy between.
+
+In: a plan, a pair, and what a header says of a tensor. Out: the parts in the order of their bytes,
+and the inputs of one matrix, read from every model that takes part. A fused tensor holds several
+matrices; a large one is copied in pieces, so that memory does not grow with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.checkpoint import TensorSpec, split_address
+from ipmerge_core.methods.blocks import blockwise
+from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.plan import MergePlan
+
+Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
+Work: TypeAlias = dict[str, list[Chosen]]  # by the MLLM's stored tensor
+_PIECE = 1 << 22  # bytes of a tensor that is copied, at a time
+
+
+class Part(NamedTuple):
+    """Bytes [start, stop) of one tensor's data, and the matrix that they are if it is merged."""
+
+    spec: TensorSpec
+    start: int
+    stop: int
+    matrix: MatrixMatch | None = None
+    experts: tuple[int, ...] = ()
+
+
+class Inputs(NamedTuple):
+    """What a method needs for one matrix, in the stored dtypes, on the CPU."""
+
+    base: Tensor
+    mllm: Tensor
+    experts: list[Tensor]
+    own_base: Tensor | None = None  # the MLLM's, where it is another than the experts'
+
+
+def read_inputs(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> Inputs:
+    """Read one matrix of every model that takes part. Raises: CheckpointError for NaN."""
+    return Inputs(
+        base=pair.base.read_matrix(matrix.name),
+        mllm=pair.mllm.read_matrix(matrix.mllm),
+        experts=[pair.math[k].read_matrix(matrix.math[k]) for k in experts],
+        own_base=None
+        if pair.base_mllm is pair.base
+        else pair.base_mllm.read_matrix(matrix.base_mllm),
+    )
+
+
+def on_one_base(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Move the inputs to the device, and experts of another base to the MLLM's.
+
+    Math:   W_e' = (W_e - W0) + W0_mllm. Then one base serves both, and no method needs to know.
+    """
+    base, mllm = inputs.base.to(device), inputs.mllm.to(device)
+    experts = [expert.to(device) for expert in inputs.experts]
+    if inputs.own_base is None:
+        return base, mllm, experts
+    root = inputs.own_base.to(device)
+    moved = [blockwise(lambda e, b, r: (e - b) + r, expert, base, root) for expert in experts]
+    return root, mllm, moved
+
+
+def chosen(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
+    """List what the plan merges, with the experts for each matrix."""
+    by_name = {matrix.name: matrix for matrix in pair.matrices}
+    return [(by_name[decision.name], decision.experts) for decision in plan.selected]
+
+
+def work_of(plan: MergePlan, pair: ModelPair) -> Work:
+    """Group what the plan merges by the MLLM's stored tensor: a fused one holds several."""
+    work: Work = {}
+    for matrix, experts in chosen(plan, pair):
+        work.setdefault(split_address(matrix.mllm)[0], []).append((matrix, experts))
+    return work
+
+
+def parts(spec: TensorSpec, merged: list[Chosen]) -> list[Part]:
+    """Cut a tensor into what is merged, in place, and pieces of bounded size to copy between."""
+    row = spec.nbytes // spec.shape[0] if merged else 1
+    parts: list[Part] = []
+    position = 0
+    found = [(split_address(m.mllm)[1] or range(spec.shape[0]), m, e) for m, e in merged]
+    for rows, matrix, experts in sorted(found, key=lambda entry: entry[0].start):
+        parts += _copies(spec, position, rows.start * row)
+        position = rows.stop * row
+        parts.append(Part(spec, rows.start * row, position, matrix, experts))
+    parts += _copies(spec, position, spec.nbytes)
+    return parts or [Part(spec, 0, 0)]  # a tensor without elements
+
+
+def _copies(spec: TensorSpec, start: int, stop: int) -> list[Part]:
+    return [Part(spec, at, min(at + _PIECE, stop)) for at in range(start, stop, _PIECE)]
+
+
+def held(pair: ModelPair, part: Part) -> int:
+    """Bytes that a part takes while it is read."""
+    if part.matrix is None:
+        return part.stop - part.start
+    return held_by(pair, part.matrix, part.experts)
+
+
+def held_by(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> int:
+    """Bytes that the inputs of one matrix take in the stored dtypes."""
+    return sum(input_sizes(pair, matrix, experts))
+
+
+def input_sizes(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> list[int]:
+    """Bytes of one matrix in the MLLM, in its own base if that is another, in the base, experts."""
+    own = 0 if pair.base_mllm is pair.base else pair.base_mllm.spec(matrix.base_mllm).nbytes
+    return [
+        pair.mllm.spec(matrix.mllm).nbytes,
+        own,
+        pair.base.spec(matrix.name).nbytes,
+        sum(pair.math[k].spec(matrix.math[k]).nbytes for k in experts),
+    ]
