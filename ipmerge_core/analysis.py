@@ -12,20 +12,17 @@ import hashlib
 import json
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from math import inf
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ipmerge_core import similarity as sim
-from ipmerge_core import spectrum
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
-from ipmerge_core.errors import PairingError, PlanError
+from ipmerge_core.comparison import Options, Weights, compare
+from ipmerge_core.errors import PairingError
 from ipmerge_core.pairing import MatrixMatch, ModelPair
 from ipmerge_core.records import (
     VERSION,
@@ -34,44 +31,8 @@ from ipmerge_core.records import (
     Source,
     Sources,
     Totals,
-    UpdateNorms,
 )
 from ipmerge_core.version import __version__
-
-_QUICK_RANK = 64  # leading directions of a quick analysis
-_PRINCIPAL = (1, 4, 16, 64)  # sizes of the leading subspaces that are compared
-_SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
-GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
-
-
-class Options(NamedTuple):
-    """How to analyse. Two analyses of one pair with equal options give equal records.
-
-    `rank` keeps the leading singular triplets only, None all of them. `temperature` is that of the
-    softmax over directions. `quick` looks for the leading 64 directions by a randomized method, in
-    a fraction of the time: its similarities of leading directions are good, its nuclear norms and
-    ranks are those of the leading part; packs made so say that they are approximate.
-    """
-
-    rank: int | None = None
-    temperature: float = sim.TEMPERATURE
-    quick: bool = False
-
-    def check(self) -> Options:
-        """Return the options. Raises: PlanError for a rank or temperature that makes no sense."""
-        if self.rank is not None and self.rank < 1:
-            raise PlanError(f"The rank is {self.rank}; expected a whole number >= 1, or none.")
-        if not 0 < self.temperature < inf:
-            raise PlanError(f"The temperature is {self.temperature}; expected a number > 0, as 32.")
-        return self
-
-    def decompose(self, change: Tensor, name: str) -> spectrum.Spectrum:
-        """Decompose one task vector; `name` keys the randomized method's numbers."""
-        if self.quick:
-            return spectrum.svd(
-                change, method="randomized", rank=self.rank or _QUICK_RANK, key=(0, name)
-            )
-        return spectrum.svd(change, rank=self.rank)
 
 
 def analyse(
@@ -237,28 +198,11 @@ class _Journal:
         return found
 
 
-# --- one matrix ---
-
-
-class _Weights(NamedTuple):
-    """One matrix of every model, as stored. `root` is the MLLM's base, often the same tensor."""
-
-    mllm: Tensor
-    root: Tensor
-    base: Tensor
-    math: tuple[Tensor, ...]
-
-    def to(self, device: str) -> _Weights:
-        base = self.base.to(device)
-        root = base if self.root is self.base else self.root.to(device)
-        return _Weights(self.mllm.to(device), root, base, tuple(W.to(device) for W in self.math))
-
-
 def _read_ahead(
     pair: ModelPair, matrices: Iterable[MatrixMatch], reader: ThreadPoolExecutor
-) -> Iterator[_Weights]:
+) -> Iterator[Weights]:
     """Yield the weights of each matrix; the next is read while the caller works on this one."""
-    waiting: deque[Future[_Weights]] = deque()
+    waiting: deque[Future[Weights]] = deque()
     for matrix in matrices:
         waiting.append(reader.submit(_read, pair, matrix))
         if len(waiting) > 1:
@@ -267,10 +211,10 @@ def _read_ahead(
         yield waiting.popleft().result()
 
 
-def _read(pair: ModelPair, matrix: MatrixMatch) -> _Weights:
+def _read(pair: ModelPair, matrix: MatrixMatch) -> Weights:
     base = pair.base.read_matrix(matrix.name)
     shared = pair.base_mllm is pair.base
-    return _Weights(
+    return Weights(
         mllm=pair.mllm.read_matrix(matrix.mllm),
         root=base if shared else pair.base_mllm.read_matrix(matrix.base_mllm),
         base=base,
@@ -281,158 +225,15 @@ def _read(pair: ModelPair, matrix: MatrixMatch) -> _Weights:
 
 
 def _analyse_on(
-    device: str, matrix: MatrixMatch, weights: _Weights, options: Options
+    device: str, matrix: MatrixMatch, weights: Weights, options: Options
 ) -> list[LayerRecord]:
     """Analyse on the device; where its memory does not suffice, this one matrix on the CPU."""
     try:
-        return list(_analyse_matrix(matrix, weights.to(device), options))
+        return list(compare(matrix, weights.to(device), options))
     except torch.OutOfMemoryError:
         warnings.warn(
             f"'{matrix.name}' {matrix.shape} does not fit the memory of {device}; it is "
             f"decomposed on the CPU, which takes longer.",
             stacklevel=3,
         )
-    return list(_analyse_matrix(matrix, weights.to("cpu"), options))
-
-
-class _Side(NamedTuple):
-    """One task vector with its spectrum and the numbers that every record repeats."""
-
-    task_vector: Tensor
-    spectrum: spectrum.Spectrum
-    norm2: float
-    ranks: dict[str, float]
-    nuclear: float
-    truncated: bool  # the spectrum holds fewer triplets than the matrix has
-
-
-def _side(tuned: Tensor, base: Tensor, options: Options, name: str) -> _Side:
-    change = spectrum.task_vector(tuned, base)
-    decomposed = options.decompose(change, name)
-    return _Side(
-        task_vector=change,
-        spectrum=decomposed,
-        norm2=_dot(change, change),
-        ranks={
-            "stable": float(spectrum.stable_rank(decomposed)),
-            "effective": float(spectrum.effective_rank(decomposed)),
-            "energy": float(spectrum.energy_rank(decomposed)),
-        },
-        nuclear=float(decomposed.S.double().sum()),
-        truncated=len(decomposed.S) < min(change.shape),
-    )
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """Inner product of two matrices, accumulated in fp64."""
-    return float(torch.dot(a.flatten().double(), b.flatten().double()))
-
-
-def _analyse_matrix(
-    matrix: MatrixMatch, weights: _Weights, options: Options
-) -> Iterator[LayerRecord]:
-    mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
-    norms2 = (_norm2(weights.mllm), _norm2(weights.base))
-    floor = spectrum.noise_floor(weights.mllm, weights.root)
-    earlier: list[dict[str, Tensor]] = []
-    for expert, tuned in enumerate(weights.math):
-        math = _side(tuned, weights.base, options, f"{matrix.name}|math {expert}")
-        updates = _updates(mllm, math, options.temperature)
-        norms = {
-            name: UpdateNorms(
-                norm2=_dot(update, update),
-                inner=_dot(mllm.task_vector, update),
-                cross=tuple(_dot(update, other[name]) for other in earlier),
-            )
-            for name, update in updates.items()
-        }
-        earlier.append(updates)
-        yield _record(matrix, expert, mllm, math, norms, norms2, floor)
-
-
-def _norm2(weight: Tensor) -> float:
-    as_float = spectrum.as_float(weight)
-    return _dot(as_float, as_float)
-
-
-def _updates(mllm: _Side, math: _Side, temperature: float) -> dict[str, Tensor]:
-    """The expert's update per unit gain, as a matrix, under each name that a plan may ask for."""
-    rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
-    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
-    kept = math.spectrum if math.truncated else None
-    projected: dict[str, Tensor] = {
-        norm: sim.projected_update(
-            math.task_vector,
-            mllm.spectrum,
-            sim.importance(angles, temperature, norm),
-            rho,
-            math=kept,
-        )
-        for norm in GAMMA_NORMS
-    }
-    rescaled = rho * math.task_vector
-    if kept is not None:  # a projection on its own directions is a truncation
-        rescaled = sim.projected_update(math.task_vector, kept, torch.ones_like(kept.S), rho)
-    return {**projected, "rescale_only": rescaled, "select_only": math.task_vector}
-
-
-def _record(
-    matrix: MatrixMatch,
-    expert: int,
-    mllm: _Side,
-    math: _Side,
-    updates: Mapping[str, UpdateNorms],
-    norms2: tuple[float, float],
-    floor: float | None,
-) -> LayerRecord:
-    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
-    index = _sample(len(angles))
-    picked = [i - 1 for i in index]
-    return LayerRecord(
-        name=matrix.name,
-        mllm_name=matrix.mllm,
-        layer=matrix.layer,
-        module=matrix.module,
-        expert=expert,
-        shape=matrix.shape,
-        similarity=sim.similarities(angles, mllm.spectrum, math.spectrum),
-        best_index=int(angles.argmax()) + 1,
-        gap=float(spectrum.spectral_gap(mllm.spectrum)),
-        principal=_principal(mllm.spectrum, math.spectrum),
-        rho=float(sim.nuclear_ratio(mllm.spectrum, math.spectrum)),
-        weight_norm2=norms2[0],
-        base_norm2=norms2[1],
-        mllm_norm2=mllm.norm2,
-        math_norm2=math.norm2,
-        inner=_dot(mllm.task_vector, math.task_vector),
-        mllm_nuclear=mllm.nuclear,
-        math_nuclear=math.nuclear,
-        updates=updates,
-        chance={
-            kind: sim.chance_level(matrix.shape[1], kind, len(angles)) for kind in ("first", "max")
-        },
-        noise_floor=floor,
-        mllm_ranks=mllm.ranks,
-        math_ranks=math.ranks,
-        index=index,
-        mllm_sigma=_rounded(mllm.spectrum.S, picked),
-        math_sigma=_rounded(math.spectrum.S, picked),
-        angles=_rounded(angles, picked),
-    )
-
-
-def _principal(a: spectrum.Spectrum, b: spectrum.Spectrum) -> dict[str, float]:
-    """Mean cosine of the principal angles between leading subspaces, for each size that fits."""
-    sizes = [k for k in _PRINCIPAL if k <= min(len(a.S), len(b.S))]
-    return {str(k): float(sim.principal_cosines(a, b, k).double().mean()) for k in sizes}
-
-
-def _sample(n: int) -> tuple[int, ...]:
-    """At most 48 indices from 1 to n, every one at the start, then evenly spaced in log."""
-    steps = torch.logspace(0, float(torch.log10(torch.tensor(float(n)))), _SAMPLES)
-    return tuple(sorted({min(n, max(1, round(float(step)))) for step in steps}))
-
-
-def _rounded(values: Tensor, picked: list[int]) -> tuple[float, ...]:
-    """Six significant digits: all that a plot shows, in half the bytes."""
-    return tuple(float(f"{float(values[i]):.6g}") for i in picked)
+    return list(compare(matrix, weights.to("cpu"), options))

@@ -59,7 +59,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _analyse(options: argparse.Namespace) -> int:
-    from ipmerge_core.analysis import Options, assemble, iter_analysis
+    from ipmerge_core.analysis import assemble, iter_analysis
+    from ipmerge_core.comparison import Options
 
     pair = _open(options)
     _refuse_strangers(pair, options.force)

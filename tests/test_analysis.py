@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
 from ipmerge_core import spectrum
-from ipmerge_core.analysis import Options
+from ipmerge_core.comparison import Options
 from ipmerge_core.errors import CheckpointError, PairingError, PlanError
 from ipmerge_core.records import Analysis
 

@@ -46,7 +46,7 @@ ORDER = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 REPORTS_BUGS = {"ui", "cli", "jobs", "app", "__main__"}  # where a program error meets a person
-PURE = {"errors", "engines", "spectrum", "similarity", "methods"}
+PURE = {"errors", "engines", "spectrum", "similarity", "comparison", "methods"}
 IO_MODULES = {
     "io", "os", "pathlib", "shutil", "tempfile", "subprocess", "socket", "json", "gzip", "pickle",
     "safetensors", "huggingface_hub", "requests", "httpx", "urllib",

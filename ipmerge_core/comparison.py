@@ -1,0 +1,253 @@
+"""One matrix of every model: decomposed once, reduced to a few numbers.
+
+In: the weights of one matrix in the MLLM, its base, the experts' base and every expert. Out: one
+`LayerRecord` per expert with all that plans and plots ever ask. The updates of IP-Merging are never
+formed: their norms and inner products are sums over the MLLM's directions. No IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import inf
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ipmerge_core import similarity as sim
+from ipmerge_core import spectrum
+from ipmerge_core.errors import PlanError
+from ipmerge_core.pairing import MatrixMatch
+from ipmerge_core.records import LayerRecord, UpdateNorms
+
+GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
+_QUICK_RANK = 64  # leading directions of a quick analysis
+_PRINCIPAL = (1, 4, 16, 64)  # sizes of the leading subspaces that are compared
+_SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
+
+
+class Options(NamedTuple):
+    """How to analyse. Two analyses of one pair with equal options give equal records.
+
+    `rank` keeps the leading singular triplets only, None all of them. `temperature` is that of the
+    softmax over directions. `quick` looks for the leading 64 directions by a randomized method, in
+    a fraction of the time: its similarities of leading directions are good, its nuclear norms and
+    ranks are those of the leading part; packs made so say that they are approximate.
+    """
+
+    rank: int | None = None
+    temperature: float = sim.TEMPERATURE
+    quick: bool = False
+
+    def check(self) -> Options:
+        """Return the options. Raises: PlanError for a rank or temperature that makes no sense."""
+        if self.rank is not None and self.rank < 1:
+            raise PlanError(f"The rank is {self.rank}; expected a whole number >= 1, or none.")
+        if not 0 < self.temperature < inf:
+            raise PlanError(f"The temperature is {self.temperature}; expected a number > 0, as 32.")
+        return self
+
+    def decompose(self, change: Tensor, name: str) -> spectrum.Spectrum:
+        """Decompose one task vector; `name` keys the randomized method's numbers."""
+        if self.quick:
+            rank = self.rank or _QUICK_RANK
+            return spectrum.svd(change, method="randomized", rank=rank, key=(0, name))
+        return spectrum.svd(change, rank=self.rank, key=(0, name))
+
+
+class Weights(NamedTuple):
+    """One matrix of every model, as stored. `root` is the MLLM's base, often the same tensor."""
+
+    mllm: Tensor
+    root: Tensor
+    base: Tensor
+    math: tuple[Tensor, ...]
+
+    def to(self, device: str) -> Weights:
+        """Return the same on another device."""
+        base = self.base.to(device)
+        root = base if self.root is self.base else self.root.to(device)
+        return Weights(self.mllm.to(device), root, base, tuple(W.to(device) for W in self.math))
+
+
+class _Side(NamedTuple):
+    """One task vector with its spectrum and the numbers that every record repeats."""
+
+    task_vector: Tensor
+    spectrum: spectrum.Spectrum
+    norm2: float
+    ranks: dict[str, float]
+    nuclear: float
+
+    @property
+    def kept(self) -> Tensor:
+        """The task vector, or what of it lies in the kept directions of a truncated spectrum."""
+        Vh = self.spectrum.Vh
+        if len(Vh) == min(self.task_vector.shape):
+            return self.task_vector
+        return (self.task_vector @ Vh.T) @ Vh
+
+
+def _side(tuned: Tensor, base: Tensor, options: Options, name: str) -> _Side:
+    change = spectrum.task_vector(tuned, base)
+    decomposed = options.decompose(change, name)
+    return _Side(
+        task_vector=change,
+        spectrum=decomposed,
+        norm2=_dot(change, change),
+        ranks={
+            "stable": float(spectrum.stable_rank(decomposed)),
+            "effective": float(spectrum.effective_rank(decomposed)),
+            "energy": float(spectrum.energy_rank(decomposed)),
+        },
+        nuclear=float(decomposed.S.double().sum()),
+    )
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product of two matrices, accumulated in fp64."""
+    return float((a * b).sum(dtype=torch.float64))
+
+
+def compare(matrix: MatrixMatch, weights: Weights, options: Options) -> Iterator[LayerRecord]:
+    """Yield the record of each expert for one matrix; see `LayerRecord` for every number."""
+    mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
+    norms2 = (_norm2(weights.mllm), _norm2(weights.base))
+    floor = spectrum.noise_floor(weights.mllm, weights.root)
+    earlier: list[_Expert] = []
+    for expert, tuned in enumerate(weights.math):
+        math = _side(tuned, weights.base, options, f"{matrix.name}|math {expert}")
+        found = _expert(mllm, math, options)
+        norms = _update_norms(mllm, found, earlier)
+        earlier.append(found)
+        yield _record(matrix, expert, mllm, math, norms, norms2, floor)
+
+
+def _norm2(weight: Tensor) -> float:
+    as_float = spectrum.as_float(weight)
+    return _dot(as_float, as_float)
+
+
+class _Expert(NamedTuple):
+    """What the products of an expert's updates are made of, without forming the updates.
+
+    Projected updates are P = T diag(strength) V_V^T with T = dM V_V (m, r) and strength =
+    rho gamma^2; V_V has orthonormal columns, so products of updates are sums over columns of T.
+    """
+
+    through: Tensor
+    strengths: dict[str, Tensor]
+    unprojected: dict[str, Tensor]
+
+
+def _expert(mllm: _Side, math: _Side, options: Options) -> _Expert:
+    rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
+    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
+    kept = math.kept
+    return _Expert(
+        through=kept @ mllm.spectrum.Vh[: len(angles)].T,
+        strengths={
+            norm: rho * sim.importance(angles, options.temperature, norm).double().square()
+            for norm in GAMMA_NORMS
+        },
+        unprojected={"rescale_only": rho * kept, "select_only": math.task_vector},
+    )
+
+
+def _update_norms(mllm: _Side, expert: _Expert, earlier: list[_Expert]) -> dict[str, UpdateNorms]:
+    """Inner products of every named update with itself, dV, and the earlier experts' updates."""
+    assert mllm.spectrum.U is not None
+    r = expert.through.shape[1]
+    vision = mllm.spectrum.U[:, :r] * mllm.spectrum.S[:r]  # dV V_V
+    columns = {
+        "norm2": _column_products(expert.through, expert.through),
+        "inner": _column_products(vision, expert.through),
+    }
+    crossed = [_column_products(expert.through, other.through) for other in earlier]
+    projected = {
+        name: UpdateNorms(
+            norm2=float((strength.square() * columns["norm2"]).sum()),
+            inner=float((strength * columns["inner"]).sum()),
+            cross=tuple(
+                float((strength * other.strengths[name] * column).sum())
+                for other, column in zip(earlier, crossed, strict=True)
+            ),
+        )
+        for name, strength in expert.strengths.items()
+    }
+    plain = {
+        name: UpdateNorms(
+            norm2=_dot(update, update),
+            inner=_dot(mllm.task_vector, update),
+            cross=tuple(_dot(update, other.unprojected[name]) for other in earlier),
+        )
+        for name, update in expert.unprojected.items()
+    }
+    return {**projected, **plain}
+
+
+def _column_products(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> for each column i, accumulated in fp64."""
+    return (a * b).sum(0, dtype=torch.float64)
+
+
+def _record(
+    matrix: MatrixMatch,
+    expert: int,
+    mllm: _Side,
+    math: _Side,
+    updates: Mapping[str, UpdateNorms],
+    norms2: tuple[float, float],
+    floor: float | None,
+) -> LayerRecord:
+    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
+    index = _sample(len(angles))
+    picked = [i - 1 for i in index]
+    return LayerRecord(
+        name=matrix.name,
+        mllm_name=matrix.mllm,
+        layer=matrix.layer,
+        module=matrix.module,
+        expert=expert,
+        shape=matrix.shape,
+        similarity=sim.similarities(angles, mllm.spectrum, math.spectrum),
+        best_index=int(angles.argmax()) + 1,
+        gap=float(spectrum.spectral_gap(mllm.spectrum)),
+        principal=_principal(mllm.spectrum, math.spectrum),
+        rho=float(sim.nuclear_ratio(mllm.spectrum, math.spectrum)),
+        weight_norm2=norms2[0],
+        base_norm2=norms2[1],
+        mllm_norm2=mllm.norm2,
+        math_norm2=math.norm2,
+        inner=_dot(mllm.task_vector, math.task_vector),
+        mllm_nuclear=mllm.nuclear,
+        math_nuclear=math.nuclear,
+        updates=updates,
+        chance={
+            kind: sim.chance_level(matrix.shape[1], kind, len(angles)) for kind in ("first", "max")
+        },
+        noise_floor=floor,
+        mllm_ranks=mllm.ranks,
+        math_ranks=math.ranks,
+        index=index,
+        mllm_sigma=_rounded(mllm.spectrum.S, picked),
+        math_sigma=_rounded(math.spectrum.S, picked),
+        angles=_rounded(angles, picked),
+    )
+
+
+def _principal(a: spectrum.Spectrum, b: spectrum.Spectrum) -> dict[str, float]:
+    """Mean cosine of the principal angles between leading subspaces, for each size that fits."""
+    sizes = [k for k in _PRINCIPAL if k <= min(len(a.S), len(b.S))]
+    return {str(k): float(sim.principal_cosines(a, b, k).double().mean()) for k in sizes}
+
+
+def _sample(n: int) -> tuple[int, ...]:
+    """At most 48 indices from 1 to n, every one at the start, then evenly spaced in log."""
+    steps = torch.logspace(0, float(torch.log10(torch.tensor(float(n)))), _SAMPLES)
+    return tuple(sorted({min(n, max(1, round(float(step)))) for step in steps}))
+
+
+def _rounded(values: Tensor, picked: list[int]) -> tuple[float, ...]:
+    """Six significant digits: all that a plot shows, in half the bytes."""
+    return tuple(float(f"{float(values[i]):.6g}") for i in picked)
