@@ -40,6 +40,16 @@ class Factors(NamedTuple):
     error: Tensor
     route: str
 
+    def leading(self, rank: int) -> Factors:
+        """Keep the first `rank` triplets."""
+        return Factors(
+            None if self.left is None else self.left[:, :rank],
+            self.values[:rank],
+            None if self.right is None else self.right[:rank],
+            self.error[:rank],
+            self.route,
+        )
+
 
 class _Eigen(NamedTuple):
     """Eigenvalues, descending, error bounds on them, and eigenvectors as rows (maybe fewer)."""
@@ -118,7 +128,7 @@ def _gram_matrix(B: Tensor, scale: float) -> Tensor:
     step = max(-(-p // 4), 128)
     sums = [B.new_zeros(p - i, min(step, p - i), dtype=torch.float64) for i in range(0, p, step)]
     for first in range(0, B.shape[1], _STRIP):
-        D = B[:, first : first + _STRIP].to(torch.float64).div_(scale)
+        D = B[:, first : first + _STRIP].to(torch.float64) / scale
         for number, known in enumerate(sums):
             i = number * step
             known.add_(D[i:] @ D[i : i + step].T)
@@ -152,7 +162,7 @@ def _dense(G: Tensor, *, vectors: bool) -> _Eigen:
     else:
         values, rows = torch.linalg.eigvalsh(G), None
     values = values.flip(0)
-    return _Eigen(values, _rounding64(values), rows, 0)
+    return _Eigen(values, _rounding64(values, len(G)), rows, 0)
 
 
 def _low_rank(head: Krylov, p: int, trace: float) -> _Eigen:
@@ -192,13 +202,13 @@ def _mixed(G: Tensor, head: Krylov, *, vectors: bool) -> _Eigen | None:
     # Errors measured against fp64 at widths 512 to 2048, in eps_32 S_c^2: below 3.5 with vectors;
     # without, up to 36 at the strongest of the rest (0.8 sqrt p) and below 5 past the first eighth.
     solver = 8 * unit + (0.0 if vectors else 1.5 * len(G) ** 0.5) * rest.clamp(min=0)
-    slack = torch.cat([_rounding64(head.values) + head.residuals, _EPS32 * solver])
+    slack = torch.cat([_rounding64(head.values, len(G)) + head.residuals, _EPS32 * solver])
     return _Eigen(torch.cat([head.values, rest]), slack, rows, c)
 
 
-def _rounding64(values: Tensor) -> Tensor:
-    """Bound on what fp64 rounding does to eigenvalues, (r,)."""
-    return torch.full_like(values, 4 * _EPS64 * len(values) ** 0.5) * values[0]
+def _rounding64(values: Tensor, p: int) -> Tensor:
+    """Bound on what fp64 rounding does to eigenvalues of a (p, p) matrix, (r,)."""
+    return torch.full_like(values, 4 * _EPS64 * p**0.5) * values[0]
 
 
 def _is_good_enough(eigen: _Eigen, *, safe_tail: bool) -> bool:
@@ -277,7 +287,9 @@ def randomized(
             larger value was missed is as sure as a random start has a part in every direction.
             Directions are right to about r_i / (distance of S_i^2 to its neighbours).
     Cost:   4 m n flops per vector of the basis, at most 3 rank + 64 of them; it ends as soon as
-            every residual is below tolerance * S_1^2.
+            every residual is below tolerance * S_1^2. A Krylov space holds no more copies of one
+            singular value than its block has vectors, so ties that fill a block are solved by
+            `gram` instead.
     """
     B = A if A.shape[0] < A.shape[1] else A.T
     p = B.shape[0]
@@ -285,6 +297,9 @@ def randomized(
     found = krylov(
         lambda rows: (rows @ B) @ B.T, start(p, block, key, A), rank, tolerance, 3 * rank + 64
     )
+    if _may_hide_copies(found.values, block):
+        whole = gram(A, left=left, right=right, fp64=A.dtype == torch.float64, key=key)
+        return whole.leading(rank)
     long = found.rows @ B
     values = long.norm(dim=1)
     long = long / values.clamp(min=1e-300)[:, None]
@@ -298,6 +313,14 @@ def randomized(
         _error(values.double(), slack),
         "randomized",
     )
+
+
+def _may_hide_copies(squares: Tensor, block: int) -> bool:
+    """Whether some value but the last is found `block` times: it may be there more often."""
+    if len(squares) <= block:
+        return False
+    ties = squares[:-block] - squares[block - 1 : -1] <= 1e-5 * squares[:-block]
+    return bool((ties & (squares[:-block] > 1e-10 * squares[0])).any())
 
 
 def krylov(

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -68,7 +67,7 @@ def svd(
     method: str = "auto",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
-    vectors: Literal["both", "right"] = "both",
+    vectors: str = "both",
     key: tuple[int, str] = (0, ""),
 ) -> Spectrum:
     """Decompose a matrix into A = U diag(S) Vh, signs fixed, strongest direction first.
@@ -122,15 +121,16 @@ def svd(
 
     found = _run(run, work)
     assert found.right is not None
-    Vh = found.right[:rank]
+    order = found.values.argsort(descending=True, stable=True)[:rank]  # rounding can swap ties
+    Vh = found.right[order]
     sign = _signs(Vh)
-    U = None if found.left is None or not left else found.left[:, :rank] * sign
+    U = None if found.left is None or not left else found.left[:, order] * sign
     return Spectrum(
         None if U is None else U.to(matrix.device, dtype),
-        found.values[:rank].to(matrix.device, dtype),
+        found.values[order].to(matrix.device, dtype),
         (Vh * sign[:, None]).to(matrix.device, dtype),
         found.route,
-        found.error[:rank].to(matrix.device, dtype),
+        found.error[order].to(matrix.device, dtype),
     )
 
 
@@ -187,7 +187,7 @@ def _route(method: str, p: int, rank: int) -> str:
 def _run(run: Callable[[Tensor], engines.Factors], matrix: Tensor) -> engines.Factors:
     """Run a route where the matrix lies; on the CPU when the device lacks memory or fp64."""
     with engines.full_precision():
-        if matrix.device.type == "mps":  # has no fp64
+        if not _has_fp64(matrix.device):
             return run(matrix.cpu())
         try:
             return run(matrix)
@@ -201,6 +201,10 @@ def _run(run: Callable[[Tensor], engines.Factors], matrix: Tensor) -> engines.Fa
             )
         torch.cuda.empty_cache()
         return run(matrix.cpu())
+
+
+def _has_fp64(device: torch.device) -> bool:
+    return device.type != "mps"
 
 
 def working_bytes(m: int, n: int) -> int:
