@@ -182,6 +182,8 @@ def _read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         "lambda_": options.lambda_,
         "similarity": options.similarity,
     }
+    for name in ("include", "exclude", "layer_gains"):
+        chosen[name] = getattr(options, name)
     for assignment in options.set:
         name, equals, text = assignment.partition("=")
         if not equals:
@@ -347,6 +349,16 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lambda", dest="lambda_", type=float, default=1.0)
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], help="a method's parameter"
+    )
+    parser.add_argument("--include", metavar="REGEX", help="merge only matrices it finds")
+    parser.add_argument("--exclude", metavar="REGEX", help="keep the matrices it finds")
+    parser.add_argument(
+        "--layer-gains",
+        type=float,
+        nargs="+",
+        default=(),
+        metavar="FACTOR",
+        help="factors on the gain from the first layer to the last, interpolated",
     )
     for option, words in (("--force-merge", "merge"), ("--force-keep", "keep")):
         parser.add_argument(

@@ -51,9 +51,14 @@ from ipmerge_core.work import (
     read_inputs,
     work_of,
 )
-from ipmerge_core.writer import CheckpointWriter, check_output, in_file_order, tidy_finished
+from ipmerge_core.writer import (
+    MANIFEST,
+    CheckpointWriter,
+    check_output,
+    in_file_order,
+    tidy_finished,
+)
 
-MANIFEST = "ipmerge.json"
 _BUDGET = 1 << 26  # bytes read ahead, and bytes waiting to be written, unless one tensor needs more
 
 Action: TypeAlias = Literal["merged", "copied", "resumed"]
@@ -77,6 +82,9 @@ class Piece(NamedTuple):
 
     part: Part
     content: bytearray | Inputs
+
+
+__all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate", "iter_merge", "merge", "reopen"]
 
 
 def merge(
@@ -263,7 +271,8 @@ class _Run:
             supplied["statistic"] = statistic
         base, mllm, experts = on_one_base(content, self.device)
         with torch.no_grad():
-            merged = self.method(base, mllm, experts, **self.plan.parameters, **supplied)
+            parameters = self.plan.parameters_for(part.matrix.layer)
+            merged = self.method(base, mllm, experts, **parameters, **supplied)
         return _stored(merged, part, self.pair.mllm)
 
     def _write(
@@ -352,6 +361,9 @@ def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
             "similarity": plan.similarity,
             "similarity_threshold": plan.similarity_threshold,
             "overrides": dict(plan.overrides),
+            "include": plan.include,
+            "exclude": plan.exclude,
+            "layer_gains": list(plan.layer_gains),
         },
         "sources": asdict(plan.sources),
         "versions": {"torch": torch.__version__},

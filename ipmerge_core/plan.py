@@ -2,8 +2,8 @@
 
 In: an `Analysis` (or a bare `ModelPair` for methods that need no similarity), a threshold and
 gains. Out: a `MergePlan`, one small JSON file that repeats the merge anywhere, and its `preview()`,
-which is arithmetic on the analysis' inner products: exact, without reading a weight. The browser
-does the same arithmetic while a slider moves. Nothing is written here but plan files.
+which is arithmetic on the analysis' inner products: exact, without reading a weight. Nothing is
+written here but plan files.
 """
 
 from __future__ import annotations
@@ -11,55 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
 
 from ipmerge_core.analysis import describe
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.registry import AffineUpdate, ParameterValue
 from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.preview import Decision, Preview, preview
 from ipmerge_core.records import Analysis, LayerRecord, Sources, Totals
 
 Override = Literal["merge", "keep"]
 SIMILARITIES = ("first", "max", "weighted")
 _FORMAT, _VERSION = "ipmerge-plan", 1
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What happens to one matrix: the experts (by index) that are merged into it, none for kept."""
-
-    name: str
-    layer: int
-    module: str
-    numel: int
-    experts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a plan will change. Fractions are in [0, 1], angles are given as cosines in [-1, 1].
-
-    `relative_change` is ||W_merged - W_mllm||_F / ||W_mllm||_F over all decoder matrices, and
-    `layer_change` the same per layer. `keep` is the cosine between the merged and the MLLM's task
-    vector, `absorb` the one between the merged task vector and the experts' update. Both are None
-    where one of the two is zero. They are geometry, not accuracy.
-    """
-
-    selected: tuple[str, ...]
-    n_matrices: int
-    parameters_touched: int
-    decoder_parameters: int
-    llm_parameters: int
-    bytes_rewritten: int
-    relative_change: float
-    layer_change: dict[int, float]
-    keep: float | None
-    absorb: float | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +43,9 @@ class MergePlan:
     similarity: str | None
     similarity_threshold: float | None
     overrides: Mapping[str, Override]
+    include: str | None
+    exclude: str | None
+    layer_gains: tuple[float, ...]
     sources: Sources
     totals: Totals
     decisions: tuple[Decision, ...]
@@ -82,7 +56,8 @@ class MergePlan:
         """SHA-256 of all that decides the merged bytes."""
         fingerprints = [source.fingerprint for source in self.sources.all()]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
-        content = [self.method, dict(sorted(self.parameters.items())), chosen, fingerprints]
+        parameters = dict(sorted(self.parameters.items()))
+        content = [self.method, parameters, list(self.layer_gains), chosen, fingerprints]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -101,11 +76,41 @@ class MergePlan:
         Raises: PlanError when the method's change is not affine in directions that the analysis
             holds, or the plan was made without an analysis.
         """
-        return preview_of(self)
+        if not self.records:
+            raise PlanError(
+                "This plan was made from a bare pair, so there is nothing to preview from. Analyse "
+                "the pair and make the plan from the analysis."
+            )
+        return preview(self.decisions, self.records, self._update_of, self.totals)
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        content = {
+    def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
+        """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
+        if not self.layer_gains:
+            return dict(self.parameters)
+        gain = find_method(self.method).gains[-1]
+        scale = self._schedule()[layer]
+        return {**self.parameters, gain: cast("float", self.parameters[gain]) * scale}
+
+    def _schedule(self) -> dict[int, float]:
+        """Interpolate `layer_gains`, anchors spread evenly from the first layer to the last."""
+        layers = sorted({decision.layer for decision in self.decisions})
+        places = np.linspace(0, len(self.layer_gains) - 1, num=len(layers))
+        scales = np.interp(places, range(len(self.layer_gains)), self.layer_gains)
+        return dict(zip(layers, scales.tolist(), strict=True))
+
+    def _update_of(self, layer: int) -> AffineUpdate:
+        method = find_method(self.method)
+        update = method.affine(self.parameters_for(layer)) if method.affine else None
+        if update is None or update.direction not in self.records[0].updates:
+            raise PlanError(
+                f"{method.label} with these parameters has no exact preview: its change is not a "
+                f"multiple of a direction that the analysis measured. The merge itself works."
+            )
+        return update
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan's JSON content."""
+        return {
             "format": _FORMAT,
             "version": _VERSION,
             "hash": self.hash,
@@ -113,7 +118,10 @@ class MergePlan:
             "totals": self.totals._asdict(),
             "records": [record.to_dict() for record in self.records],
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> MergePlan:
@@ -141,6 +149,9 @@ class MergePlan:
             similarity=content["similarity"],
             similarity_threshold=content["similarity_threshold"],
             overrides=content["overrides"],
+            include=content["include"],
+            exclude=content["exclude"],
+            layer_gains=tuple(content["layer_gains"]),
             sources=Sources.from_dict(content["sources"]),
             totals=Totals(**content["totals"]),
             decisions=tuple(
@@ -161,6 +172,10 @@ def make_plan(
     lambda_: float = 1.0,
     similarity: str = "first",
     overrides: Mapping[str, Override] | None = None,
+    *,
+    include: str | None = None,
+    exclude: str | None = None,
+    layer_gains: Sequence[float] = (),
     **parameters: ParameterValue,
 ) -> MergePlan:
     """Decide what merges.
@@ -171,7 +186,11 @@ def make_plan(
         similarity_threshold: S_alpha in [0, 1]; a matrix merges iff its similarity reaches it.
         lambda_: gain >= 0 on the update, for the methods that have one.
         similarity: "first", "max" or "weighted".
-        overrides: per matrix name "merge" or "keep", whatever its similarity.
+        overrides: per matrix name "merge" or "keep", whatever else is said of it.
+        include: a regular expression; only matrices whose name it finds are merged.
+        exclude: a regular expression; matrices whose name it finds are kept.
+        layer_gains: factors on the method's gain from the first layer to the last, evenly spread
+            and interpolated: (0, 1) fades the update in.
         **parameters: the method's own parameters; the rest take their defaults.
 
     Raises:
@@ -193,10 +212,12 @@ def make_plan(
             f"{chosen.label} selects matrices by similarity. Analyse the pair first and make the "
             f"plan from the analysis."
         )
+    scope = _Scope(overrides, _compile("include", include), _compile("exclude", exclude))
+    threshold = similarity_threshold if chosen.selective else None
     decisions = (
-        _decide(source, chosen, similarity, similarity_threshold, overrides)
+        _decide(source, similarity, threshold, scope)
         if isinstance(source, Analysis)
-        else _take_all(source.matrices, len(source.math), overrides)
+        else _take_all(source.matrices, len(source.math), scope)
     )
     _check_overrides(overrides, decisions)
     sources, totals = (
@@ -207,13 +228,50 @@ def make_plan(
         method=method,
         parameters=complete,
         similarity=similarity if chosen.selective else None,
-        similarity_threshold=similarity_threshold if chosen.selective else None,
+        similarity_threshold=threshold,
         overrides=overrides,
+        include=include,
+        exclude=exclude,
+        layer_gains=_check_layer_gains(chosen, layer_gains),
         sources=sources,
         totals=totals,
         decisions=tuple(decisions),
         records=_without_spectra(source.records) if isinstance(source, Analysis) else (),
     )
+
+
+class _Scope(NamedTuple):
+    """What may merge at all: an override says so, or the name is included and not excluded."""
+
+    overrides: Mapping[str, str]
+    include: re.Pattern[str] | None
+    exclude: re.Pattern[str] | None
+
+    def allows(self, name: str, wanted: bool) -> bool:
+        if name in self.overrides:
+            return self.overrides[name] == "merge"
+        if self.include and not self.include.search(name):
+            return False
+        return wanted and not (self.exclude and self.exclude.search(name))
+
+
+def _compile(role: str, pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise PlanError(
+            f"The {role} pattern {pattern!r} is no regular expression: {error}. "
+            f"Expected one such as 'mlp' or 'layers\\.(0|1)\\.'."
+        ) from error
+
+
+def _check_layer_gains(method: MergeMethod, factors: Sequence[float]) -> tuple[float, ...]:
+    if factors and not method.gains:
+        raise PlanError(f"{method.label} has no gain that could differ from layer to layer.")
+    wrong = [f for f in factors if not isinstance(f, int | float) or not 0 <= f < math.inf]
+    if wrong:
+        raise PlanError(f"A layer gain is {wrong[0]!r}; expected finite numbers >= 0, as 0, 1.")
+    return tuple(float(factor) for factor in factors)
 
 
 def _check_choice(threshold: float, similarity: str, overrides: Mapping[str, str]) -> None:
@@ -241,21 +299,12 @@ def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]
 
 
 def _decide(
-    analysis: Analysis,
-    method: MergeMethod,
-    similarity: str,
-    threshold: float,
-    overrides: Mapping[str, str],
+    analysis: Analysis, similarity: str, threshold: float | None, scope: _Scope
 ) -> list[Decision]:
-    """Apply the rule "merges iff similarity >= S_alpha, unless overridden" per expert."""
-
-    def merges(record: LayerRecord) -> bool:
-        if record.name in overrides:
-            return overrides[record.name] == "merge"
-        return not method.selective or record.similarity[similarity] >= threshold
-
+    """Apply the rule "merges iff similarity >= S_alpha", inside the scope, per expert."""
     decisions: dict[str, Decision] = {}
     for record in analysis.records:
+        reaches = threshold is None or record.similarity[similarity] >= threshold
         before = decisions.get(record.name)
         experts = before.experts if before else ()
         decisions[record.name] = Decision(
@@ -263,21 +312,19 @@ def _decide(
             layer=record.layer,
             module=record.module,
             numel=math.prod(record.shape),
-            experts=(*experts, record.expert) if merges(record) else experts,
+            experts=(*experts, record.expert) if scope.allows(record.name, reaches) else experts,
         )
     return list(decisions.values())
 
 
-def _take_all(
-    matrices: Iterable[MatrixMatch], n_experts: int, overrides: Mapping[str, str]
-) -> list[Decision]:
+def _take_all(matrices: Iterable[MatrixMatch], n_experts: int, scope: _Scope) -> list[Decision]:
     return [
         Decision(
             name=matrix.name,
             layer=matrix.layer,
             module=matrix.module,
             numel=math.prod(matrix.shape),
-            experts=() if overrides.get(matrix.name) == "keep" else tuple(range(n_experts)),
+            experts=tuple(range(n_experts)) if scope.allows(matrix.name, True) else (),
         )
         for matrix in matrices
     ]
@@ -287,109 +334,3 @@ def _without_spectra(records: Iterable[LayerRecord]) -> tuple[LayerRecord, ...]:
     return tuple(
         replace(record, index=(), mllm_sigma=(), math_sigma=(), angles=()) for record in records
     )
-
-
-# --- preview ---
-
-
-@dataclass
-class _Products:
-    """Running sums of inner products between dV, the update U and the experts' direction X."""
-
-    weight: float = 0.0  # ||W_mllm||^2
-    vv: float = 0.0
-    vu: float = 0.0
-    uu: float = 0.0
-    vx: float = 0.0
-    ux: float = 0.0
-    xx: float = 0.0
-
-    def add(self, other: _Products) -> None:
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    @property
-    def change(self) -> float:
-        return math.sqrt(max(self.uu, 0.0) / self.weight) if self.weight else 0.0
-
-    @property
-    def keep(self) -> float | None:
-        return _cosine(self.vv + self.vu, self.vv, self.vv + 2 * self.vu + self.uu)
-
-    @property
-    def absorb(self) -> float | None:
-        return _cosine(self.vx + self.ux, self.xx, self.vv + 2 * self.vu + self.uu)
-
-
-def _cosine(product: float, norm2_a: float, norm2_b: float) -> float | None:
-    if norm2_a <= 0 or norm2_b <= 0:
-        return None
-    return max(-1.0, min(1.0, product / math.sqrt(norm2_a * norm2_b)))
-
-
-def preview_of(plan: MergePlan) -> Preview:
-    """Sum the records' inner products over the plan's decisions.
-
-    Math:   per matrix, with selected experts E: X = sum_E P_k, U = a dV + b X (`AffineUpdate`), so
-            ||U||^2 = a^2 ||dV||^2 + 2 a b <dV, X> + b^2 ||X||^2,
-            change = sqrt(sum ||U||^2 / sum ||W_mllm||^2), keep = cos(dV, dV + U),
-            absorb = cos(X, dV + U), sums over matrices.
-    """
-    update = _affine_update(plan)
-    by_matrix: dict[str, list[LayerRecord]] = {}
-    for record in plan.records:
-        by_matrix.setdefault(record.name, []).append(record)
-    whole = _Products()
-    layers: dict[int, _Products] = {}
-    for decision in plan.decisions:
-        products = _matrix_products(by_matrix[decision.name], decision.experts, update)
-        whole.add(products)
-        layers.setdefault(decision.layer, _Products()).add(products)
-    touched = sum(decision.numel for decision in plan.selected)
-    return Preview(
-        selected=tuple(decision.name for decision in plan.selected),
-        n_matrices=len(plan.decisions),
-        parameters_touched=touched,
-        decoder_parameters=plan.totals.decoder_parameters,
-        llm_parameters=plan.totals.llm_parameters,
-        bytes_rewritten=touched * plan.totals.decoder_itemsize,
-        relative_change=whole.change,
-        layer_change={layer: products.change for layer, products in sorted(layers.items())},
-        keep=whole.keep,
-        absorb=whole.absorb,
-    )
-
-
-def _affine_update(plan: MergePlan) -> AffineUpdate:
-    method = find_method(plan.method)
-    if not plan.records:
-        raise PlanError(
-            "This plan was made from a bare pair, so there is nothing to preview from. Analyse "
-            "the pair and make the plan from the analysis."
-        )
-    update = method.affine(plan.parameters) if method.affine else None
-    if update is None or update.direction not in plan.records[0].updates:
-        raise PlanError(
-            f"{method.label} with these parameters has no exact preview: its change is not a "
-            f"multiple of a direction that the analysis measured. The merge itself works."
-        )
-    return update
-
-
-def _matrix_products(
-    records: list[LayerRecord], experts: tuple[int, ...], update: AffineUpdate
-) -> _Products:
-    first = records[0]
-    products = _Products(weight=first.weight_norm2, vv=first.mllm_norm2)
-    if not experts:
-        return products
-    a, b = update.mllm, update.expert
-    for expert in experts:
-        norms = records[expert].updates[update.direction]
-        products.vx += norms.inner
-        crossed = sum(norms.cross[other] for other in experts if other < expert)
-        products.xx += norms.norm2 + 2 * crossed
-    products.vu = a * products.vv + b * products.vx
-    products.ux = a * products.vx + b * products.xx
-    products.uu = a * products.vu + b * products.ux
-    return products

@@ -33,6 +33,7 @@ ORDER = [
     {"comparison"},
     {"analysis"},
     {"methods"},
+    {"preview"},
     {"plan"},
     {"work", "costs", "card"},
     {"merging", "adapter"},

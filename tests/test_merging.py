@@ -23,6 +23,7 @@ PLANS = [
     {"similarity_threshold": 0.8, "lambda_": 0.5, "ablation": "rescale_only"},
     {"similarity_threshold": 0.0, "lambda_": 1.0, "ablation": "select_only"},
     {"method": "task_arithmetic", "mllm_weight": 0.9, "math_weight": 0.6},
+    {"similarity_threshold": 0.0, "layer_gains": (0.0, 2.0), "exclude": "mlp"},
 ]
 
 

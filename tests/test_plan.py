@@ -179,3 +179,49 @@ def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
         MergePlan.load(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="Cannot read the plan"):
         MergePlan.load(tmp_path / "nowhere.json")
+
+
+# --- scopes ---
+
+
+def test_include_and_exclude_choose_matrices_by_name(analysis: Analysis) -> None:
+    plan = ipm.make_plan(
+        analysis, similarity_threshold=0, include=r"mlp", exclude=r"layers\.1\.|up_proj"
+    )
+    names = {decision.name for decision in plan.selected}
+    assert names == {
+        f"model.layers.{layer}.mlp.{module}_proj.weight"
+        for layer in (0, 2)
+        for module in ("gate", "down")
+    }
+    assert MergePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_an_override_wins_over_the_scope(analysis: Analysis) -> None:
+    plan = ipm.make_plan(analysis, exclude=".", overrides={FIRST: "merge"})
+    assert [decision.name for decision in plan.selected] == [FIRST]
+
+
+def test_a_pattern_that_is_none_is_refused(analysis: Analysis) -> None:
+    with pytest.raises(PlanError, match="The include pattern '\\(' is no regular expression"):
+        ipm.make_plan(analysis, include="(")
+
+
+def test_layer_gains_fade_the_update_in(analysis: Analysis) -> None:
+    flat = ipm.make_plan(analysis, similarity_threshold=0).preview().layer_change
+    plan = ipm.make_plan(analysis, similarity_threshold=0, layer_gains=(0, 1))
+    faded = plan.preview().layer_change
+    for layer, factor in {0: 0.0, 1: 0.5, 2: 1.0}.items():
+        assert faded[layer] == pytest.approx(factor * flat[layer])
+    assert plan.parameters_for(1)["lambda_"] == 0.5
+
+
+@pytest.mark.parametrize("factors", [(-1.0,), (float("nan"), 1.0), ("x",)])
+def test_impossible_layer_gains_are_refused(factors: tuple, analysis: Analysis) -> None:
+    with pytest.raises(PlanError, match="A layer gain is"):
+        ipm.make_plan(analysis, layer_gains=factors)
+
+
+def test_a_method_without_a_gain_takes_no_layer_gains(analysis: Analysis) -> None:
+    with pytest.raises(PlanError, match="no gain that could differ"):
+        ipm.make_plan(analysis, method="karcher", layer_gains=(0, 1))
