@@ -24,7 +24,7 @@ Key = tuple[int, str]
 
 _EPS32 = torch.finfo(torch.float32).eps
 _EPS64 = torch.finfo(torch.float64).eps
-_DENSE = 384  # below this width a full fp64 eigensolver is the cheapest route to anything
+_DENSE = 768  # below this width a full fp64 eigensolver costs no more than the mixed route
 _STRIP = 2048  # columns turned to fp64 at a time, so that no fp64 copy of A is held
 _HEAD = 24  # leading directions looked for before an fp32 eigensolver is let loose on the rest
 _BLOCK = 8  # Krylov vectors per step: fewer waste a pass over A, more converge slower

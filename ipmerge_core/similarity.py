@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -119,7 +118,7 @@ def nuclear_ratio(mllm: Spectrum, math: Spectrum) -> float:
 def importance(
     angles: Float[Tensor, " r"],
     temperature: float = TEMPERATURE,
-    gamma_norm: Literal["sum", "max"] = "sum",
+    gamma_norm: str = "sum",
 ) -> Float[Tensor, " r"]:
     """Weight of each direction in the projection.
 
@@ -203,7 +202,7 @@ def update_factors(
     size = float(dM.double().norm())
     kept = 0
     left = dM.new_empty(dM.shape[0], 0)
-    while kept < len(order):
+    while True:
         more = order[kept : max(2 * kept, 32)]
         left = torch.cat([left, _apply(dM, mllm.Vh[more].to(dM), math) * strength[more]], dim=1)
         kept += len(more)

@@ -9,9 +9,15 @@ from torch import Tensor
 from ipmerge_core import engines
 from ipmerge_core.engines import Factors
 
-WIDTH = 400  # wide enough for the mixed-precision route
+WIDTH = 400
 SHAPES = [(WIDTH, WIDTH), (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH)]
 KEY = (0, "test")
+
+
+@pytest.fixture(autouse=True)
+def mixed_precision_from_256(monkeypatch):
+    """Let small matrices take the routes of large ones."""
+    monkeypatch.setattr(engines, "_DENSE", 256)
 
 
 def planted(m: int, n: int, *, rank: int = 12, noise: float = 1e-3, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engines import planted
+from test_engines import mixed_precision_from_256, planted  # noqa: F401
 
 from ipmerge_core import engines
 from ipmerge_core import spectrum as sp
