@@ -12,9 +12,11 @@ import hashlib
 import json
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from ipmerge_core.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.comparison import Options, Weights, compare
 from ipmerge_core.errors import PairingError
 from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.pipeline import Load, read_ahead
 from ipmerge_core.records import (
     VERSION,
     Analysis,
@@ -33,6 +36,8 @@ from ipmerge_core.records import (
     Totals,
 )
 from ipmerge_core.version import __version__
+
+_STREAMS = 3  # decompositions at once on a GPU: enough to fill the gaps of an eigensolver
 
 
 def analyse(
@@ -150,65 +155,102 @@ def iter_analysis(
 ) -> Iterator[LayerRecord]:
     """Yield one LayerRecord per matrix and expert, in order; `len(pair.matrices)` x experts.
 
-    While one matrix is decomposed the next is read. What was found is appended to `journal`, a
-    file of JSON lines; given again for the same weights and options, its records come from there.
-    Errors as for `analyse`.
+    While some matrices are decomposed the next one is read. What was found is appended to
+    `journal`, a file of JSON lines; given again for the same weights and options, its records come
+    from there. Errors as for `analyse`.
     """
     options = (options or Options()).check()
     done = _Journal(journal, _identity(pair, options)) if journal is not None else None
-    earlier = done.by_matrix() if done else {}
-    with torch.inference_mode(), ThreadPoolExecutor(max_workers=1) as reader:
-        open_matrices = [m for m in pair.matrices if len(earlier.get(m.name, ())) < len(pair.math)]
-        weights = _read_ahead(pair, open_matrices, reader)
+    found = done.records if done else {}
+    waiting = [matrix for matrix in pair.matrices if matrix.name not in found]
+    with closing(_analyse_each(pair, waiting, device, options)) as fresh:
         for matrix in pair.matrices:
-            if matrix not in open_matrices:
-                yield from earlier[matrix.name]
+            if matrix.name in found:
+                yield from found[matrix.name]
                 continue
-            for record in _analyse_on(device, matrix, next(weights), options):
-                if done:
-                    done.append(record)
-                yield record
+            records = next(fresh)
+            if done:
+                done.append(records)
+            yield from records
 
 
 class _Journal:
-    """Records on disk as they are made, one JSON line each, after a line that says for what."""
+    """Records on disk as they are made: a line that says for what, then a JSON line per matrix."""
 
     def __init__(self, path: str | Path, identity: str) -> None:
-        self.path, self.records = Path(path), list[LayerRecord]()
+        self.path, self.records = Path(path), dict[str, list[LayerRecord]]()
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        if not lines or lines[0] != identity:
-            self.path.write_text(identity + "\n", encoding="utf-8")
-            return
-        for line in lines[1:]:
+        whole = [identity]
+        for line in lines[1:] if lines[:1] == [identity] else []:
             try:
-                self.records.append(LayerRecord.from_dict(json.loads(line)))
+                records = [LayerRecord.from_dict(entry) for entry in json.loads(line)]
             except ValueError:  # the line that a kill cut short
                 break
-        kept = [identity, *(json.dumps(record.to_dict()) for record in self.records)]
-        self.path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            self.records[records[0].name] = records
+            whole.append(line)
+        self.path.write_text("\n".join(whole) + "\n", encoding="utf-8")
 
-    def append(self, record: LayerRecord) -> None:
+    def append(self, records: list[LayerRecord]) -> None:
+        line = json.dumps([record.to_dict() for record in records])
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.to_dict()) + "\n")
-
-    def by_matrix(self) -> dict[str, list[LayerRecord]]:
-        found: dict[str, list[LayerRecord]] = {}
-        for record in self.records:
-            found.setdefault(record.name, []).append(record)
-        return found
+            file.write(line + "\n")
 
 
-def _read_ahead(
-    pair: ModelPair, matrices: Iterable[MatrixMatch], reader: ThreadPoolExecutor
-) -> Iterator[Weights]:
-    """Yield the weights of each matrix; the next is read while the caller works on this one."""
-    waiting: deque[Future[Weights]] = deque()
-    for matrix in matrices:
-        waiting.append(reader.submit(_read, pair, matrix))
-        if len(waiting) > 1:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+# --- the pipeline: read, decompose, in order ---
+
+
+def _analyse_each(
+    pair: ModelPair, matrices: Sequence[MatrixMatch], device: str, options: Options
+) -> Generator[list[LayerRecord]]:
+    """Yield each matrix' records in order; some are decomposed at once, the next is read ahead."""
+    workers = _workers(device, max((_working_set(pair, m) for m in matrices), default=0))
+    if workers == 0:
+        device, workers = "cpu", 1
+    loads = [Load(_stored_bytes(pair, matrix), partial(_read, pair, matrix)) for matrix in matrices]
+    ahead = 2 * max((load.nbytes for load in loads), default=0)  # the one in hand and the next
+    running: deque[Future[list[LayerRecord]]] = deque()
+    with (
+        closing(read_ahead(loads, ahead)) as weights,
+        ThreadPoolExecutor(workers, "decompose") as pool,
+    ):
+        try:
+            for matrix in matrices:
+                running.append(pool.submit(_analyse_on, device, matrix, next(weights), options))
+                if len(running) > workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _workers(device: str, working_set: int) -> int:
+    """How many matrices are decomposed at once: as many streams as a GPU's free memory holds.
+
+    One on a CPU, where a decomposition uses the threads it is given. 0 where a GPU cannot hold even
+    the largest matrix, which is said in a warning.
+    """
+    if torch.device(device).type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    workers = min(_STREAMS, free // max(working_set, 1))
+    if workers == 0:
+        warnings.warn(
+            f"The largest matrix needs about {working_set / 1e9:.1f} GB and {device} has "
+            f"{free / 1e9:.1f} GB free: the analysis runs on the CPU, which takes longer.",
+            stacklevel=4,
+        )
+    return int(workers)
+
+
+def _working_set(pair: ModelPair, matrix: MatrixMatch) -> int:
+    """Bytes that one matrix' decomposition takes: weights and factors in fp32, Grams in fp64."""
+    m, n = matrix.shape
+    return 4 * m * n * (4 + 3 * len(pair.math)) + 8 * 4 * min(m, n) ** 2
+
+
+def _stored_bytes(pair: ModelPair, matrix: MatrixMatch) -> int:
+    return pair.mllm.spec(matrix.mllm).nbytes * (2 + len(pair.math))
 
 
 def _read(pair: ModelPair, matrix: MatrixMatch) -> Weights:
@@ -228,12 +270,22 @@ def _analyse_on(
     device: str, matrix: MatrixMatch, weights: Weights, options: Options
 ) -> list[LayerRecord]:
     """Analyse on the device; where its memory does not suffice, this one matrix on the CPU."""
-    try:
-        return list(compare(matrix, weights.to(device), options))
-    except torch.OutOfMemoryError:
-        warnings.warn(
-            f"'{matrix.name}' {matrix.shape} does not fit the memory of {device}; it is "
-            f"decomposed on the CPU, which takes longer.",
-            stacklevel=3,
-        )
-    return list(compare(matrix, weights.to("cpu"), options))
+    with torch.inference_mode():
+        try:
+            with _stream(device):
+                return list(compare(matrix, weights.to(device), options))
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                f"'{matrix.name}' {matrix.shape} does not fit the memory of {device}; it is "
+                f"decomposed on the CPU, which takes longer.",
+                stacklevel=1,
+            )
+        return list(compare(matrix, weights.to("cpu"), options))
+
+
+def _stream(device: str) -> AbstractContextManager[object]:
+    """A stream of its own on a GPU, so that decompositions overlap; nothing on a CPU."""
+    if torch.device(device).type != "cuda":
+        return nullcontext()
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(stream)

@@ -13,6 +13,7 @@ from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
+from ipmerge_core import analysis as analysis_room
 from ipmerge_core import spectrum
 from ipmerge_core.comparison import Options
 from ipmerge_core.errors import CheckpointError, PairingError, PlanError
@@ -296,6 +297,28 @@ def test_a_device_that_is_too_small_hands_the_matrix_to_the_cpu(
     with pytest.warns(UserWarning, match="does not fit the memory of cpu; .* on the CPU"):
         found = ipm.analyse(pair)
     assert found.records == expected.records
+
+
+def test_records_do_not_depend_on_how_many_matrices_run_at_once(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ipm.open_pair(trio.mllm, [trio.math, trio.math_2], trio.base)
+    one = list(ipm.iter_analysis(pair))
+    monkeypatch.setattr(analysis_room, "_workers", lambda *_: 3)
+    assert list(ipm.iter_analysis(pair)) == one
+
+
+@pytest.mark.parametrize(("free", "workers"), [(10**9, 3), (25 * 10**6, 2), (10**6, 0)])
+def test_a_gpu_runs_as_many_matrices_at_once_as_its_memory_holds(
+    free: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    if workers:
+        assert analysis_room._workers("cuda", working_set=10**7) == workers
+    else:
+        with pytest.warns(UserWarning, match="the analysis runs on the CPU"):
+            assert analysis_room._workers("cuda", working_set=10**7) == 0
+    assert analysis_room._workers("cpu", working_set=10**12) == 1
 
 
 def test_principal_cosines_do_not_depend_on_the_order_of_directions(analysis: Analysis) -> None:
