@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ipmerge_core.spectrum import as_float
 
-_CPU_BLOCK = 1 << 17  # elements: a few fp32 temporaries of this size fit a second-level cache
+_CPU_BLOCK = 1 << 16  # elements: a few fp32 temporaries of this size fit a second-level cache
 _DEVICE_BLOCK = 1 << 25
 
 
-def blocks(tensor: Tensor) -> Iterator[slice]:
+def blocks(tensor: Tensor | TaskVector) -> Iterator[slice]:
     """Slices that cover the flattened tensor in order."""
     step = _CPU_BLOCK if tensor.device.type == "cpu" else _DEVICE_BLOCK
     for start in range(0, tensor.numel(), step):
@@ -48,6 +48,27 @@ def blockwise(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
 def task_vector_of(tuned: Tensor, base: Tensor) -> Tensor:
     """Compute dW = W - W0 in fp32 or better without widened copies of its inputs."""
     return blockwise(torch.sub, tuned, base)
+
+
+class TaskVector:
+    """dW = W - W0 of flattened matrices, computed slice by slice where it is used, never stored.
+
+    >>> TaskVector(torch.ones(2, 3), torch.zeros(2, 3))[1:3]
+    tensor([1., 1.])
+    """
+
+    def __init__(self, tuned: Tensor, base: Tensor) -> None:
+        self.tuned, self.base = tuned.reshape(-1), base.reshape(-1)
+        self.dtype = result_dtype(tuned, base)
+        self.device = tuned.device
+
+    def numel(self) -> int:
+        """Count the elements."""
+        return self.tuned.numel()
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Compute a slice, in fp32 or better."""
+        return as_float(self.tuned[part]).to(self.dtype) - as_float(self.base[part]).to(self.dtype)
 
 
 def inner(a: Tensor, b: Tensor) -> float:

@@ -30,7 +30,7 @@ from ipmerge_core.methods.registry import (
     TensorName,
     merge_method,
 )
-from ipmerge_core.methods.selection import ascending_ranks, keep_largest_
+from ipmerge_core.methods.selection import Trim, ascending_ranks
 
 Rescale: TypeAlias = Literal["inverse_density", "l1", "none"]
 Seed: TypeAlias = Annotated[int, Range(low=0, high=2**63 - 1, help="of the random drops")]
@@ -281,8 +281,11 @@ def crumbs(vector: Tensor, density: float, gamma: float, per: Literal["tensor", 
     if per == "row":
         ranks = ascending_ranks(vector)
         return vector * ((ranks >= first) & (ranks < first + kept))
-    outliers = keep_largest_(vector.clone(), size - kept - first)
-    return keep_largest_(vector, size - first) - outliers
+    outliers, crumbs_and_outliers = (
+        Trim(vector.view(-1), size - kept - first),
+        Trim(vector.view(-1), size - first),
+    )
+    return blockwise(lambda block: crumbs_and_outliers(block) - outliers(block), vector)
 
 
 @merge_method(

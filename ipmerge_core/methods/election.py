@@ -7,13 +7,13 @@ fp32, or fp64 for fp64 inputs. Where public code differs from a paper, both beha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ipmerge_core.methods.blocks import blocks, blockwise, inner, task_vector_of
+from ipmerge_core.methods.blocks import TaskVector, blocks, blockwise, inner, task_vector_of
 from ipmerge_core.methods.elementwise import add_to_base, as_list
 from ipmerge_core.methods.registry import (
     Coefficient,
@@ -28,16 +28,17 @@ from ipmerge_core.methods.registry import (
     merge_method,
 )
 from ipmerge_core.methods.selection import (
+    Trim,
     bin_of_kth,
     keep_largest_,
     kth_largest,
     magnitude_histogram,
     magnitude_of,
-    zero_below_,
+    zero_below,
 )
 
 Election: TypeAlias = Literal["weighted", "majority"]
-Trim: TypeAlias = Literal["exact", "official"]
+TrimKind: TypeAlias = Literal["exact", "official"]
 Share: TypeAlias = Annotated[float, Range(low=0, high=1, help="fraction of positions kept")]
 
 
@@ -55,20 +56,27 @@ def agreeing_sum(
             g = sign(sum_i tau_i), zero counting as `default_sign` (majority, if that is given);
             N = sum of the d_i of sign g;  divided by the sum of their w_i if `normalize`.
     """
-    weighted = [weight * vector for weight, vector in zip(weights, vectors, strict=True)]
-    voters = weighted if default_sign is None else list(vectors)
-    vote = _sum(voters)
-    elected = vote.sign()
-    tied = 1.0 if default_sign is None else default_sign
-    if tied:
-        elected.add_(1 - elected.abs(), alpha=tied)
-    total, share = torch.zeros_like(vote), torch.zeros_like(vote)
-    for voter, term, weight in zip(voters, weighted, weights, strict=True):
-        agree = voter.sign().mul_(elected).clamp_(min=0)  # 1 or 0; arithmetic is faster than masks
-        total.addcmul_(term, agree)
-        share.add_(agree, alpha=weight)
+    if default_sign is None:
+        voters = [weight * vector for weight, vector in zip(weights, vectors, strict=True)]
+        factors = [1.0] * len(voters)
+        vote = _sum(voters)
+        elected = torch.copysign(torch.ones((), dtype=vote.dtype, device=vote.device), vote)
+    else:
+        voters, factors = list(vectors), list(weights)
+        elected = _sum(voters).sign()
+        if default_sign:
+            elected += default_sign * (elected == 0)
+    # Arithmetic on whole blocks: several times faster than masks and `where` on a CPU.
+    agreeing = [(voter * elected).clamp_(min=0) for voter in voters]
+    total = factors[0] * agreeing[0]
+    for factor, part in zip(factors[1:], agreeing[1:], strict=True):
+        total.add_(part, alpha=factor)
+    total *= elected
     if not normalize:
         return total
+    share = torch.zeros_like(total)
+    for weight, part in zip(weights, agreeing, strict=True):
+        share.add_(part.sign(), alpha=weight)
     share = share.clamp(min=least_weight) if least_weight else share.add_(share == 0)
     return total.div_(share)
 
@@ -137,16 +145,18 @@ def _count(size: int, density: float, *, official: bool) -> int:
     return min(max(1, int(density * size)) + official, size)
 
 
-def _trim_(vector: Tensor, density: float, threshold: float | None, *, official: bool) -> Tensor:
+def _trim_of(
+    source: TaskVector, density: float, threshold: float | None, *, official: bool
+) -> Callable[[Tensor], Tensor]:
     """Zero all but the largest magnitudes: by this matrix' density or by a threshold."""
     if threshold is None:
-        count = _count(vector.numel(), density, official=official)
+        count = _count(source.numel(), density, official=official)
         if not official:
-            return keep_largest_(vector, count)
-        threshold = kth_largest(vector.view(-1), count)[0]
-    if vector.dtype == torch.float32:
-        return zero_below_(vector, threshold)
-    return vector.masked_fill_(vector.float().abs() < threshold, 0)  # thresholds are fp32
+            return Trim(source, count)
+        threshold = kth_largest(source, count)[0]
+    elif source.dtype == torch.float64:  # measured thresholds are fp32
+        return lambda block: block.masked_fill(block.float().abs() < threshold, 0)
+    return lambda block: zero_below(block, threshold)
 
 
 @merge_method(
@@ -168,7 +178,7 @@ def ties(
     math_density: Density | None = None,
     normalize: bool = False,
     election: Election = "weighted",
-    trim: Trim = "exact",
+    trim: TrimKind = "exact",
     scope: Literal["tensor", "model"] = "tensor",
     scale: Gain = 1.0,
     statistic: WholeModel = None,
@@ -194,18 +204,30 @@ def ties(
         len(tuned) - 1,
     )
     thresholds = statistic if scope == "model" and statistic else [None] * len(tuned)
-    trimmed = [
-        _trim_(task_vector_of(matrix, base), share, threshold, official=trim == "official")
+    trims = [
+        _trim_of(TaskVector(matrix, base), share, threshold, official=trim == "official")
         for matrix, share, threshold in zip(tuned, densities, thresholds, strict=True)
     ]
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
-    tied = majority_sign(trimmed) if election == "majority" else None
 
-    def merge(W0: Tensor, W_v: Tensor, *vectors: Tensor) -> Tensor:
+    def merge(W0: Tensor, *matrices: Tensor) -> Tensor:
+        vectors = [cut(W - W0) for cut, W in zip(trims, matrices, strict=True)]
+        delta = agreeing_sum(vectors, weights, normalize=normalize)
+        return add_to_base(W0, matrices[0], delta, scale)
+
+    if election == "weighted":
+        return blockwise(merge, base, *tuned)
+    trimmed = [
+        blockwise(lambda W0, W, cut=cut: cut(W - W0), base, matrix)
+        for cut, matrix in zip(trims, tuned, strict=True)
+    ]
+    tied = majority_sign(trimmed)
+
+    def merge_by_majority(W0: Tensor, W_v: Tensor, *vectors: Tensor) -> Tensor:
         delta = agreeing_sum(vectors, weights, normalize=normalize, default_sign=tied)
         return add_to_base(W0, W_v, delta, scale)
 
-    return blockwise(merge, base, mllm, *trimmed)
+    return blockwise(merge_by_majority, base, mllm, *trimmed)
 
 
 @merge_method(

@@ -10,16 +10,47 @@ closely. The answer does not depend on the sample, its speed does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ipmerge_core.methods.blocks import blocks
+from ipmerge_core.methods.blocks import TaskVector, blocks
 
 _SMALL = 1 << 16  # below this a direct selection is as fast
 _SAMPLE = 1 << 15
 _FIRST_BITS = 16  # of the 31 bits of a magnitude in fp32; the rest is for the second pass
+
+
+class Trim:
+    """Zero all but the `count` largest magnitudes of a tensor that comes by in blocks, in order.
+
+    Of magnitudes equal to the smallest that is kept the first are kept, so exactly `count` remain.
+    """
+
+    def __init__(self, source: Tensor | TaskVector, count: int) -> None:
+        self.keeps_all = count >= source.numel()
+        self.threshold, self.spare = math.inf, 0
+        if 0 < count < source.numel():
+            self.threshold, above = kth_largest(source, count)
+            self.spare = count - above  # of the values equal to the threshold
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """Trim the next block into a new tensor."""
+        if self.keeps_all:
+            return block
+        if self.spare <= 0:
+            return torch.hardshrink(block, self.threshold)  # zeroes what equals it, too
+        trimmed = zero_below(block, self.threshold)
+        values, count, places = _searchable(block.abs())
+        equal = int(count(values == self.threshold))
+        if equal > self.spare:
+            trimmed[torch.as_tensor(places(values == self.threshold)[self.spare :])] = 0
+        self.spare -= equal
+        return trimmed
 
 
 def keep_largest_(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, "*shape"]:
@@ -30,41 +61,28 @@ def keep_largest_(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, 
             [2.0000, 0.0000]])
     """
     flat = values.view(-1)
-    if count >= flat.numel():
-        return values
-    if count <= 0:
-        return values.zero_()
-    threshold, above = kth_largest(flat, count)
-    spare = count - above  # of the values equal to the threshold
+    trim = Trim(flat, count)
     for block in blocks(flat):
-        part = flat[block]
-        if spare > 0:
-            equal = (part.abs() == threshold).nonzero().view(-1)
-            part[equal[spare:]] = 0
-            spare -= equal.numel()
-            zero_below_(part, threshold)
-        else:
-            torch.hardshrink(part, threshold, out=part)  # zeroes what equals it, too
+        flat[block] = trim(flat[block])
     return values
 
 
-def zero_below_(values: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*shape"]:
-    """Zero, in place, the magnitudes strictly below the threshold."""
-    if threshold > 0:
-        below = torch.nextafter(torch.tensor(threshold, dtype=values.dtype), torch.tensor(0.0))
-        torch.hardshrink(values, float(below), out=values)
-    return values
+def zero_below(values: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*shape"]:
+    """Zero the magnitudes strictly below the threshold, in a new tensor."""
+    if threshold <= 0:
+        return values.clone()
+    below = torch.nextafter(torch.tensor(threshold, dtype=values.dtype), torch.tensor(0.0))
+    return torch.hardshrink(values, float(below))
 
 
-def kth_largest(flat: Float[Tensor, " size"], k: int) -> tuple[float, int]:
-    """Find the k-th largest magnitude, 1 <= k <= size, and how many are strictly larger."""
-    size = flat.numel()
-    if size > _SMALL:
-        low, high = _bracket(flat, k)
-        above, inside = _between(flat, low, high)
+def kth_largest(source: Tensor | TaskVector, k: int) -> tuple[float, int]:
+    """Find the k-th largest magnitude of a flat tensor, and how many are strictly larger."""
+    if source.numel() > _SMALL:
+        low, high = _bracket(source, k)
+        above, inside = _between(source, low, high)
         if above < k <= above + inside.numel():
             return _direct(inside, k - above, above)
-    return _direct(flat.abs(), k, 0)
+    return _direct(source[:].abs(), k, 0)
 
 
 def _direct(magnitudes: Tensor, k: int, above: int) -> tuple[float, int]:
@@ -72,11 +90,11 @@ def _direct(magnitudes: Tensor, k: int, above: int) -> tuple[float, int]:
     return float(threshold), above + int((magnitudes > threshold).count_nonzero())
 
 
-def _bracket(flat: Tensor, k: int) -> tuple[float, float]:
+def _bracket(source: Tensor | TaskVector, k: int) -> tuple[float, float]:
     """Two magnitudes that very probably enclose the k-th largest."""
-    stride = max(flat.numel() // _SAMPLE, 1) | 1  # odd, so as not to walk down one column
-    sample = flat[::stride].abs().sort(descending=True).values
-    share = k / flat.numel()
+    stride = max(source.numel() // _SAMPLE, 1) | 1  # odd, so as not to walk down one column
+    sample = source[::stride].abs().sort(descending=True).values
+    share = k / source.numel()
     middle = share * sample.numel()
     margin = 5 * math.sqrt(sample.numel() * share * (1 - share)) + 5
     first, last = int(middle - margin), int(middle + margin)
@@ -85,14 +103,21 @@ def _bracket(flat: Tensor, k: int) -> tuple[float, float]:
     return low, high
 
 
-def _between(flat: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+def _between(source: Tensor | TaskVector, low: float, high: float) -> tuple[int, Tensor]:
     """Count the magnitudes above `high` and collect those in [low, high]."""
     above, inside = 0, []
-    for block in blocks(flat):
-        magnitude = flat[block].abs()
-        above += int((magnitude > high).count_nonzero())
-        inside.append(magnitude[(magnitude >= low).logical_and_(magnitude <= high)])
+    for block in blocks(source):
+        values, count, places = _searchable(source[block].abs())
+        above += int(count(values > high))
+        inside.append(torch.as_tensor(values[places((values >= low) & (values <= high))]))
     return above, torch.cat(inside)
+
+
+def _searchable(values: Tensor) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    """Values, counter and finder of truths: numpy's on a CPU, where they are ten times faster."""
+    if values.device.type == "cpu":
+        return values.numpy(), np.count_nonzero, np.flatnonzero
+    return values, torch.count_nonzero, lambda mask: mask.nonzero().view(-1)
 
 
 def ascending_ranks(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
