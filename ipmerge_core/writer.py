@@ -27,10 +27,11 @@ from ipmerge_core.errors import CheckpointError, RunError
 from ipmerge_core.files import LocalFiles
 
 _PARTIAL = ".partial"
-_RUN = "run.json"
+_RUN, _NEW_RUN = "run.json", "run.json.new"
+MANIFEST = "ipmerge.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
 _NOT_COPIED = (*_WEIGHTS, ".gguf", ".tflite", ".ot")
-_REPLACED = {"README.md", "ipmerge.json", ".gitattributes"}
+_REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
 
 
@@ -159,11 +160,11 @@ class CheckpointWriter:
             for shard in self.source.shards:
                 (model / (shard + _PARTIAL)).replace(model / shard)
             model.replace(self.place.out)
-            shutil.rmtree(self.place.run)
+            _remove(self.place)
 
     def discard(self) -> None:
         """Remove the partial folder: for errors after which no resume makes sense."""
-        shutil.rmtree(self.place.run)
+        _remove(self.place)
 
     def _lead(self) -> None:
         run = self.place.run
@@ -202,11 +203,11 @@ class CheckpointWriter:
             shutil.rmtree(self.place.model, ignore_errors=True)
             for journal in self._journals():
                 journal.unlink()
-        elif any(entry.name != "lock" for entry in run.iterdir()):
+        elif any(entry.name not in ("lock", _NEW_RUN) for entry in run.iterdir()):
             raise CheckpointError(
                 f"'{run}' exists and was not made by a merge. Choose another output folder."
             )
-        fresh = run / (_RUN + ".new")  # a kill leaves the record whole or absent
+        fresh = run / _NEW_RUN  # a kill leaves the record whole or absent
         fresh.write_text(json.dumps({"run": self.run}), encoding="utf-8")
         fresh.replace(record)
 
@@ -308,13 +309,13 @@ def tidy_finished(out: str | Path, run: str) -> bool:
     does the second one.
     """
     place = place_of(out)
-    record = place.run / _RUN
-    if not record.exists() or place.model.exists() or not place.out.is_dir():
+    manifest = place.out / MANIFEST
+    if not place.run.is_dir() or place.model.exists() or not manifest.is_file():
         return False
-    if _recorded_run(record) != run:
+    if json.loads(manifest.read_text(encoding="utf-8"))["plan"]["hash"] != run[:8]:
         return False
     with explained(place.run):
-        shutil.rmtree(place.run)
+        _remove(place)
     return True
 
 
@@ -341,6 +342,15 @@ def layout_bytes(source: Checkpoint) -> int:
 def in_file_order(source: Checkpoint) -> list[TensorSpec]:
     """List the tensors shard by shard, in the order of their data: the cheapest to read."""
     return sorted(source.tensors.values(), key=lambda spec: (spec.shard, spec.start, spec.stop))
+
+
+def _remove(place: Place) -> None:
+    """Remove a run's folder, its record last, so that a kill in between can be told."""
+    if place.model.exists():
+        shutil.rmtree(place.model)
+    for entry in sorted(place.run.iterdir(), key=lambda path: path.name == _RUN):
+        entry.unlink()
+    place.run.rmdir()
 
 
 def _write_at(descriptor: int, offset: int, data: bytes | bytearray) -> None:
