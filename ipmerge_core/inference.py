@@ -152,11 +152,12 @@ def stream_answer(
     """
     settings = settings or Settings()
     inputs = encode_prompt(loaded, question, image).to(loaded.model.device)
-    cancelled = cancelled or threading.Event()
+    closed = threading.Event()
+    stops = [closed, *([cancelled] if cancelled else [])]
     streamer = _new_streamer(loaded)
     with ThreadPoolExecutor(1) as threads:
         try:
-            run = threads.submit(_generate, loaded, inputs, settings, streamer, cancelled)
+            run = threads.submit(_generate, loaded, inputs, settings, streamer, stops)
             yield from _pieces(streamer, run)
             run.result()
         except (RuntimeError, ValueError, IndexError) as error:
@@ -165,7 +166,7 @@ def stream_answer(
                 f"({type(error).__name__}: {error}). A shorter question or smaller image may help."
             ) from error
         finally:
-            cancelled.set()
+            closed.set()
 
 
 def answer(
@@ -369,14 +370,15 @@ def _generate(
     inputs: Any,  # noqa: ANN401
     settings: Settings,
     streamer: Any,  # noqa: ANN401
-    cancelled: threading.Event,
+    stops: list[threading.Event],
 ) -> None:
     """Run the model, in a thread of its own, and let the streamer pass on what it says."""
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     def stop(ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-        return torch.full((ids.shape[0],), cancelled.is_set(), device=ids.device)
+        stopped = any(event.is_set() for event in stops)
+        return torch.full((ids.shape[0],), stopped, device=ids.device)
 
     noise = [_Sampler(settings)] if settings.temperature else []
     with torch.inference_mode():

@@ -20,6 +20,7 @@ import re
 import secrets
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -88,7 +89,6 @@ class JobStore:
     def __init__(self, folder: Path, *, most_running: int = 2) -> None:
         self.folder = folder
         self.most_running = most_running
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(
         self,
@@ -130,7 +130,6 @@ class JobStore:
     def status(self, job: str) -> JobStatus:
         """Tell where a job stands. Raises: RunError for an unknown id."""
         folder = self._folder(job)
-        self._reap(job)
         for _ in range(2):  # a process may end between reading its status and trying its lock
             status = _read_status(folder)
             if not status.is_running or _is_locked(folder):
@@ -201,7 +200,7 @@ class JobStore:
             _lock(lock)
             _write_status(folder, status)
             paths = os.pathsep.join(path for path in sys.path if path)
-            self._children[job] = subprocess.Popen(  # noqa: S603 (our own interpreter and code)
+            child = subprocess.Popen(  # noqa: S603 (our own interpreter and code)
                 [sys.executable, "-c", _START, str(folder)],
                 env={**os.environ, "PYTHONPATH": paths},
                 stdin=subprocess.DEVNULL,
@@ -210,11 +209,8 @@ class JobStore:
                 pass_fds=[lock.fileno()],
                 start_new_session=True,
             )
-
-    def _reap(self, job: str) -> None:
-        child = self._children.get(job)
-        if child is not None and child.poll() is not None:
-            del self._children[job]
+        # Somebody has to take note of its end, or it stays behind as a zombie.
+        threading.Thread(target=child.wait, daemon=True).start()
 
 
 # --- in the job's own process ----------------------------------------------------------------

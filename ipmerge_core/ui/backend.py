@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ipmerge_core.errors import CheckpointError, IPMergeError, RunError
 from ipmerge_core.jobs import JobStore, Started, home_folder
-from ipmerge_core.ui.choice import plan_of
+from ipmerge_core.ui.choice import analysis_of, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.messages import is_hosted, sentence_of
-from ipmerge_core.ui.packs import load_pack, model_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,11 +127,9 @@ class Backend:
 
     def base_folder(self, pack_id: str) -> Path:
         """Return the folder of the pair's vision-language model. Raises: CheckpointError."""
-        source = load_pack(pack_id)["sources"]["mllm"]
-        folder = Path(model_folder(source["id"]))
-        if folder.is_dir():
-            return folder
-        return _from_hub_cache(source["id"], source["revision"])
+        source = analysis_of(pack_id).sources.mllm
+        folder = Path(source.id)
+        return folder if folder.is_dir() else _from_hub_cache(source.id, source.revision)
 
     def merged_folder(self, plan: MergePlan, progress: Progress) -> Path:
         """Return the merged model of a plan: the one merged before, or for small models a new one.

@@ -7,16 +7,16 @@ where the values arrive.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ipmerge_core.records import Analysis
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.packs import find_pack, model_folder
+from ipmerge_core.ui.packs import find_pack
 
 if TYPE_CHECKING:
     from ipmerge_core.plan import MergePlan
-    from ipmerge_core.records import Analysis, Source
 
 VARIANT_WORDS = {
     "sum": "IP-Merging",
@@ -30,8 +30,7 @@ def plan_of(pack_id: str, choice: PlanChoice) -> MergePlan:
     """Make the plan that a choice stands for. Raises: PlanError."""
     from ipmerge_core.plan import make_plan
 
-    modified = find_pack(pack_id).path.stat().st_mtime_ns
-    return make_plan(_analysis(pack_id, modified), **choice.arguments)
+    return make_plan(analysis_of(pack_id), **choice.arguments)
 
 
 def describe_choice(choice: PlanChoice) -> str:
@@ -50,23 +49,12 @@ def describe_choice(choice: PlanChoice) -> str:
     return ", ".join(words)
 
 
+def analysis_of(pack_id: str) -> Analysis:
+    """Return a pair's analysis, read once per version of its file. Raises: PlanError."""
+    path = find_pack(pack_id).path
+    return _load(path, path.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=4)
-def _analysis(pack_id: str, _modified: int) -> Analysis:
-    """Load a pack's analysis with its bundled models found wherever the app was started."""
-    from ipmerge_core.records import Analysis
-
-    def here(source: Source) -> Source:
-        return replace(source, id=model_folder(source.id))
-
-    analysis = Analysis.load(find_pack(pack_id).path)
-    sources = analysis.sources
-    return replace(
-        analysis,
-        sources=replace(
-            sources,
-            mllm=here(sources.mllm),
-            base=here(sources.base),
-            base_mllm=here(sources.base_mllm) if sources.base_mllm else None,
-            math=tuple(here(expert) for expert in sources.math),
-        ),
-    )
+def _load(path: Path, _modified: int) -> Analysis:
+    return Analysis.load(path)

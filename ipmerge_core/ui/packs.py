@@ -72,9 +72,3 @@ def _read(path: Path, _modified: int) -> dict[str, Any]:
             f"again with `ipmerge analyse`."
         ) from error
     return dict(content)
-
-
-def model_folder(source_id: str) -> str:
-    """Say where a model lies: `assets/demo/mllm` means a folder of this project."""
-    beside = ROOT / source_id
-    return str(beside) if not Path(source_id).is_absolute() and beside.is_dir() else source_id

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from ipmerge_core.ui.packs import DEMO
 
-
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 
 

@@ -29,6 +29,9 @@ INTRODUCTION = (
 )
 SEND_HINT = "Ask about a picture: type a question, add an image, press Enter"
 LONGEST_ANSWER = 512
+EMPTY_PROMPT: dict[str, Any] = {"text": "", "files": []}
+KEEP_NEWEST = """(value) => value && value.files && value.files.length > 1
+  ? { ...value, files: value.files.slice(-1) } : value"""
 OUTCOMES = {
     "fixed": "✓ fixed",
     "broken": "✕ broken",
@@ -65,7 +68,7 @@ def try_tab(backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
         label="Question",
         show_label=False,
         file_types=["image"],
-        file_count="single",
+        file_count="multiple",  # "single" takes no new picture before the old one is removed
         sources=["upload"],
         max_plain_text_length=100_000,
         elem_id="prompt",
@@ -113,14 +116,14 @@ def try_tab(backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
         kept = before[:-1] if before and before[-1].recorded else before
         return [_prompt_value(turn), *_shown([*kept, turn])]
 
-    def clear_all(before: list[Turn]) -> list[Any]:
-        return [before, gr.update(visible=bool(before)), *_shown([])]
+    def clear_all(typed: dict[str, Any], before: list[Turn]) -> list[Any]:
+        return [(typed, before), gr.update(visible=True), EMPTY_PROMPT, *_shown([])]
 
-    def restore(kept: list[Turn]) -> list[Any]:
-        return [gr.update(visible=False), *_shown(kept)]
+    def restore(kept: tuple[dict[str, Any], list[Turn]]) -> list[Any]:
+        return [gr.update(visible=False), kept[0], *_shown(kept[1])]
 
     # wiring
-    kept = gr.State([])
+    kept = gr.State((EMPTY_PROMPT, []))
     settings = [pair, choice, temperature, longest, seed]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     shared: dict[str, Any] = {**quiet, "concurrency_id": "models", "concurrency_limit": 1}
@@ -129,8 +132,10 @@ def try_tab(backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
         again.click(told(ask_again), [turns, *settings], controls.outputs, **shared),
     ]
     stop.click(stop_both, turns, controls.outputs, cancels=running, queue=False, **quiet)
-    clear.click(clear_all, turns, [kept, undo, *controls.outputs], queue=False, **quiet)
-    undo.click(restore, kept, [undo, *controls.outputs], queue=False, **quiet)
+    cleared = [kept, undo, prompt, *controls.outputs]
+    clear.click(clear_all, [prompt, turns], cleared, cancels=running, queue=False, **quiet)
+    undo.click(restore, kept, [undo, prompt, *controls.outputs], queue=False, **quiet)
+    prompt.change(None, prompt, prompt, js=KEEP_NEWEST, api_visibility="private")
     for number, button in enumerate(buttons):
         button.click(
             _with_number(show_example, number),

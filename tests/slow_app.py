@@ -1,0 +1,22 @@
+"""The real app over the demo trio, with slowed merges and answers.
+
+Run as a program it serves until it is stopped: `python tests/slow_app.py HOME`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    os.environ["IPMERGE_HOME"] = sys.argv[1]
+    import slow_steps
+
+    from ipmerge_core import inference, merging
+    from ipmerge_core.ui.app import launch
+
+    inference.stream_answer = slow_steps.slow_answer
+    merging.iter_merge = slow_steps.slow_merge
+    launch()

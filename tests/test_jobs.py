@@ -1,0 +1,268 @@
+"""Jobs: a run in a process of its own, watched, cancelled, resumed, and found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import pytest
+
+from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.jobs import JobStatus, JobStore, Started, home_folder, run_job
+
+WAIT = 30  # seconds that a process may take to do what a test waits for
+
+
+class Step(NamedTuple):
+    """What the drivers below yield."""
+
+    index: int
+    total: int
+
+
+def count(folder: str, total: int, seconds: float = 0.0) -> Iterator[Step]:
+    """Make one file per step, skipping those that an earlier run has made."""
+    for index in range(1, total + 1):
+        path = Path(folder) / str(index)
+        if path.exists():
+            continue
+        time.sleep(seconds)
+        path.touch()
+        yield Step(index, total)
+
+
+def refuse(reason: str) -> Iterator[Step]:
+    """Fail as a driver does when the input is at fault."""
+    yield Step(1, 2)
+    raise PlanError(reason)
+
+
+def break_down() -> Iterator[Step]:
+    """Fail as a program does when it has a bug."""
+    yield Step(1, 2)
+    raise ZeroDivisionError("by design")
+
+
+class Recipe:
+    """An argument that travels as a file."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.words)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        return cls(Path(path).read_text())
+
+
+def cook(recipe: Recipe, out: str) -> Iterator[Step]:
+    """Write down what arrived."""
+    Path(out).write_text(recipe.words)
+    yield Step(1, 1)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> JobStore:
+    return JobStore(tmp_path / "runs")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "made").mkdir()
+    return tmp_path / "made"
+
+
+def wait_for(store: JobStore, job: str, reached: Callable[[JobStatus], bool]) -> JobStatus:
+    deadline = time.monotonic() + WAIT
+    while not reached(store.status(job)):
+        assert time.monotonic() < deadline, store.status(job)
+        time.sleep(0.02)
+    return store.status(job)
+
+
+def wait_until_over(store: JobStore, job: str) -> JobStatus:
+    return wait_for(store, job, lambda status: not status.is_running)
+
+
+def start_slow(store: JobStore, folder: Path, total: int = 400) -> Started:
+    """Start a run of 20 seconds and wait until it has begun."""
+    arguments = {"folder": str(folder), "total": total, "seconds": 0.05}
+    started = store.start(count, arguments, title="slow")
+    wait_for(store, started.id, lambda status: bool(status.step))
+    return started
+
+
+def test_a_job_runs_to_its_end_and_tells_its_last_step(store, folder):
+    started = store.start(count, {"folder": str(folder), "total": 5}, title="count to five")
+    status = wait_until_over(store, started.id)
+    assert (status.state, status.title) == ("finished", "count to five")
+    assert status.step == {"index": 5, "total": 5}
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_start_returns_before_the_work_is_done(store, folder):
+    begun = time.monotonic()
+    started = store.start(
+        count, {"folder": str(folder), "total": 400, "seconds": 0.05}, title="slow"
+    )
+    assert time.monotonic() - begun < 2
+    assert store.status(started.id).state == "running"
+    store.cancel(started.id, started.key)
+    wait_until_over(store, started.id)
+
+
+def test_ids_and_keys_cannot_be_guessed(store, folder):
+    jobs = [store.start(count, {"folder": str(folder), "total": 1}, title="x") for _ in range(2)]
+    assert all(len(job.id) == 32 and len(job.key) >= 32 for job in jobs)
+    assert jobs[0].id != jobs[1].id
+    stored = (store.folder / jobs[0].id / "job.json").read_text()
+    assert jobs[0].key not in stored
+    for job in jobs:
+        wait_until_over(store, job.id)
+
+
+def test_cancel_stops_after_a_step_and_keeps_what_is_finished(store, folder):
+    started = start_slow(store, folder)
+    assert store.cancel(started.id, started.key).state in ("cancelling", "cancelled")
+    status = wait_until_over(store, started.id)
+    assert status.state == "cancelled"
+    assert 0 < len(list(folder.iterdir())) < 400
+
+
+def test_resume_goes_on_where_cancel_stopped(store, folder):
+    started = start_slow(store, folder, total=40)
+    store.cancel(started.id, started.key)
+    wait_until_over(store, started.id)
+    made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert store.resume(started.id, started.key).is_running
+    assert wait_until_over(store, started.id).state == "finished"
+    assert len(list(folder.iterdir())) == 40
+    assert all((folder / name).stat().st_mtime_ns == when for name, when in made.items())
+
+
+def test_only_the_key_cancels_and_resumes(store, folder):
+    started = start_slow(store, folder)
+    with pytest.raises(RunError, match="Only the browser that started this run"):
+        store.cancel(started.id, "guess")
+    assert store.status(started.id).state == "running"
+    store.cancel(started.id, started.key)
+    wait_until_over(store, started.id)
+    with pytest.raises(RunError, match="Only the browser"):
+        store.resume(started.id, "guess")
+    assert not store.holds_key(started.id, "")
+
+
+def test_another_store_on_the_same_folder_sees_the_job(store, folder):
+    started = start_slow(store, folder)
+    other = JobStore(store.folder)
+    assert other.status(started.id).state == "running"
+    assert [status.id for status in other.all()] == [started.id]
+    other.cancel(started.id, started.key)
+    assert wait_until_over(other, started.id).state == "cancelled"
+
+
+def test_a_killed_process_is_noticed_and_can_be_resumed(store, folder):
+    started = start_slow(store, folder, total=60)
+    journal = (store.folder / started.id / "journal.jsonl").read_text().splitlines()
+    os.kill(json.loads(journal[0])["process"], signal.SIGKILL)
+    status = wait_until_over(store, started.id)
+    assert (status.state, status.can_resume) == ("interrupted", True)
+    store.resume(started.id, started.key)
+    assert wait_until_over(store, started.id).state == "finished"
+
+
+def test_an_error_of_the_package_is_told_in_its_own_words(store):
+    started = store.start(refuse, {"reason": "The plan is empty."}, title="refuse")
+    status = wait_until_over(store, started.id)
+    assert (status.state, status.error) == ("failed", "The plan is empty.")
+
+
+def test_a_bug_is_reported_and_its_traceback_is_in_the_log(store):
+    started = store.start(break_down, {}, title="break")
+    status = wait_until_over(store, started.id)
+    assert status.state == "failed"
+    assert "Unexpected ZeroDivisionError" in status.error
+    assert "Traceback" in (store.folder / started.id / "log.txt").read_text()
+
+
+def test_objects_with_save_and_load_travel_as_files(store, tmp_path):
+    out = tmp_path / "out.txt"
+    started = store.start(cook, {"recipe": Recipe("salt"), "out": str(out)}, title="cook")
+    assert wait_until_over(store, started.id).state == "finished"
+    assert out.read_text() == "salt"
+    assert store.status(started.id).arguments == {"out": str(out)}
+
+
+def test_the_journal_tells_what_happened_in_order(store, folder):
+    started = start_slow(store, folder, total=30)
+    store.cancel(started.id, started.key)
+    wait_until_over(store, started.id)
+    store.resume(started.id, started.key)
+    wait_until_over(store, started.id)
+    lines = (store.folder / started.id / "journal.jsonl").read_text().splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert [event for event in events if event != "step"] == [
+        "started", "cancelled", "started", "finished",
+    ]  # fmt: skip
+
+
+def test_too_many_runs_are_refused_by_name(tmp_path, folder):
+    store = JobStore(tmp_path / "runs", most_running=1)
+    started = start_slow(store, folder)
+    with pytest.raises(RunError, match=r"1 runs are in progress and at most 1 may be.*slow"):
+        store.start(count, {"folder": str(folder), "total": 1}, title="second")
+    store.cancel(started.id, started.key)
+    wait_until_over(store, started.id)
+
+
+@pytest.mark.parametrize("job", ["", "../../etc", "0" * 32, "g" * 32, "0" * 31])
+def test_an_unknown_id_is_refused(store, job):
+    with pytest.raises(RunError, match="There is no run with the id"):
+        store.status(job)
+
+
+def test_a_finished_job_cannot_be_resumed(store, folder):
+    started = store.start(count, {"folder": str(folder), "total": 1}, title="one")
+    wait_until_over(store, started.id)
+    with pytest.raises(RunError, match="is finished; there is nothing to resume"):
+        store.resume(started.id, started.key)
+    assert store.cancel(started.id, started.key).state == "finished"
+
+
+def test_the_home_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "own"))
+    assert home_folder() == tmp_path / "own"
+    monkeypatch.delenv("IPMERGE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert home_folder() == tmp_path / "cache" / "ipmerge"
+
+
+def job_folder(tmp_path: Path, target: str, arguments: dict[str, object]) -> Path:
+    """Lay out a job by hand, to run it in this process."""
+    content = {"target": target, "title": "t", "arguments": arguments, "files": {}, "key": ""}
+    (tmp_path / "job.json").write_text(json.dumps(content))
+    status = {"id": "0" * 32, "title": "t", "state": "running", "arguments": arguments}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    return tmp_path
+
+
+def test_run_job_tells_success_and_failure_by_its_exit_code(tmp_path, folder, capsys):
+    arguments = {"folder": str(folder), "total": 3}
+    job = job_folder(tmp_path, f"{__name__}:count", arguments)
+    assert run_job(job) == 0
+    assert json.loads((job / "status.json").read_text())["state"] == "finished"
+    (job / "cancel").touch()
+    arguments["total"] = 6
+    assert run_job(job_folder(tmp_path, f"{__name__}:count", arguments)) == 0
+    assert json.loads((job / "status.json").read_text())["state"] == "cancelled"
+    (job / "cancel").unlink()
+    assert run_job(job_folder(tmp_path, f"{__name__}:refuse", {"reason": "No."})) == 1
+    assert run_job(job_folder(tmp_path, f"{__name__}:break_down", {})) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
