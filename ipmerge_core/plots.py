@@ -49,58 +49,55 @@ def spectra_info(record: Mapping[str, Any]) -> SpectraInfo:
     )
 
 
-def spectra_figure(info: SpectraInfo, *, dark: bool = False) -> go.Figure:
-    """Draw singular values (logarithmic or linear, by button) and corresponding angles."""
+def spectra_figure(info: SpectraInfo, *, dark: bool = False, narrow: bool = False) -> go.Figure:
+    """Draw singular values (logarithmic or linear, by button) and corresponding angles.
+
+    Args:
+        info: what `spectra_info` collected.
+        dark: light ink, for a dark page.
+        narrow: one panel below the other, for a phone.
+    """
+    titles = (f"{info.title}: singular values", "corresponding angles sᵢ = |⟨vᵢ, vᵢ′⟩|")
+    rows, columns = (2, 1) if narrow else (1, 2)
     figure = make_subplots(
-        cols=2,
-        horizontal_spacing=0.09,
-        subplot_titles=(
-            f"{info.title}: singular values of the task vectors",
-            "corresponding angles sᵢ = |⟨vᵢ, vᵢ′⟩|",
-        ),
+        rows, columns, horizontal_spacing=0.08, vertical_spacing=0.16, subplot_titles=titles
     )
-    figure.add_traces(_sigma_traces(info) + _angle_traces(info), rows=1, cols=[1, 1, 2, 2])
-    if info.noise_floor:
-        figure.add_hline(
-            info.noise_floor,
-            col=1,
-            line={"dash": "dot", "width": 1, "color": INK[dark]},
-            annotation={"text": "rounding of the stored dtype", "font_size": 11},
-        )
-    figure.add_hline(
-        info.chance_max,
-        col=2,
-        line={"dash": "dot", "width": 1, "color": INK[dark]},
-        annotation={"text": "chance level of the best", "font_size": 11},
-    )
-    figure.update_xaxes(type="log", title_text="rank i", dtick=1, gridcolor=RULE[dark])
+    figure.add_traces(_sigma_traces(info, dark), rows=1, cols=1)
+    figure.add_traces(_angle_traces(info, dark), rows=rows, cols=columns)
+    figure.update_xaxes(type="log", title={"text": "rank i", "standoff": 4}, gridcolor=RULE[dark])
+    figure.update_xaxes(tickvals=[1, 10, 100, 1000, 10_000], showline=True, linecolor=RULE[dark])
     figure.update_yaxes(gridcolor=RULE[dark], zerolinecolor=RULE[dark])
-    figure.update_yaxes(type="log", exponentformat="power", col=1)
-    figure.update_yaxes(range=[0, 1], col=2)
-    figure.update_layout(updatemenus=[_scale_buttons(dark)], **_frame(dark))
+    figure.update_yaxes(type="log", dtick=1, exponentformat="power", row=1, col=1)
+    figure.update_yaxes(range=[0, 1.02], row=rows, col=columns)
+    figure.update_annotations(font_size=14)
+    figure.update_layout(updatemenus=[_scale_buttons(dark)], **_frame(dark, narrow))
     return figure
 
 
-def _sigma_traces(info: SpectraInfo) -> list[go.Scatter]:
-    styles = {"MLLM": (MLLM, "solid"), "math": (MATH, "dash")}
-    values = {"MLLM": info.mllm_sigma, "math": info.math_sigma}
-    return [
+def _sigma_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
+    lines = [
         go.Scatter(
             x=info.ranks,
-            y=values[name],
+            y=values,
             name=f"{name} task vector",
             line={"color": color, "dash": dash, "width": 2},
             hovertemplate="σ at rank %{x}: %{y:.4g}",
         )
-        for name, (color, dash) in styles.items()
+        for name, values, color, dash in (
+            ("MLLM", info.mllm_sigma, MLLM, "solid"),
+            ("math", info.math_sigma, MATH, "dash"),
+        )
     ]
+    if info.noise_floor is None:
+        return lines
+    return [*lines, _level(info, info.noise_floor, "rounding of the stored dtype", dark)]
 
 
-def _angle_traces(info: SpectraInfo) -> list[go.Scatter]:
+def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
     curve = go.Scatter(
         x=info.ranks,
         y=info.angles,
-        name="angle",
+        name="angles",
         mode="lines+markers",
         line={"color": ANGLE, "width": 1.5},
         marker={"size": 4},
@@ -114,7 +111,19 @@ def _angle_traces(info: SpectraInfo) -> list[go.Scatter]:
         marker={"symbol": "diamond-open", "size": 11, "color": ANGLE, "line_width": 2},
         hovertemplate="best: s at rank %{x}: %{y:.3f}",
     )
-    return [curve, best]
+    return [curve, best, _level(info, info.chance_max, "chance level of the best", dark)]
+
+
+def _level(info: SpectraInfo, value: float, name: str, dark: bool) -> go.Scatter:
+    """A horizontal line as a trace: it stays right when the axis changes to linear."""
+    return go.Scatter(
+        x=[info.ranks[0], info.ranks[-1]],
+        y=[value, value],
+        name=name,
+        mode="lines",
+        line={"color": INK[dark], "dash": "dot", "width": 1.2},
+        hovertemplate=name + ": %{y:.4g}",
+    )
 
 
 def _scale_buttons(dark: bool) -> dict[str, Any]:
@@ -128,23 +137,35 @@ def _scale_buttons(dark: bool) -> dict[str, Any]:
         "buttons": buttons,
         "x": 0,
         "xanchor": "left",
-        "y": -0.2,
+        "y": 0,
         "yanchor": "top",
+        "pad": {"t": 44},
         "showactive": False,
         "bgcolor": "rgba(0,0,0,0)",
+        "bordercolor": RULE[dark],
         "font": {"color": INK[dark], "size": 12},
     }
 
 
-def _frame(dark: bool) -> dict[str, Any]:
+def _frame(dark: bool, narrow: bool) -> dict[str, Any]:
     """The common look: transparent, no layout title (gr.Plot gives one 100 px of margin)."""
     return {
         "template": None,
-        "height": 340,
-        "margin": {"l": 56, "r": 16, "t": 36, "b": 76},
+        "height": 760 if narrow else 340,
+        "margin": {"l": 52, "r": 12, "t": 36, "b": 230 if narrow else 84},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": INK[dark], "size": 13},
-        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.2, "yanchor": "top"},
-        "hovermode": "x",
+        "font": {
+            "color": INK[dark],
+            "size": 12.5,
+            "family": "IBM Plex Sans, system-ui, sans-serif",
+        },
+        "legend": {
+            "orientation": "h",
+            "x": 0 if narrow else 1,
+            "xanchor": "left" if narrow else "right",
+            "y": -0.19 if narrow else -0.2,
+            "yanchor": "top",
+        },
+        "hovermode": "closest",
     }

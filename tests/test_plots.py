@@ -28,17 +28,26 @@ def test_spectra_info_holds_the_numbers_of_the_record():
 def test_the_spectra_figure_draws_both_task_vectors_and_their_angles():
     info = spectra_info(RECORD)
     figure = spectra_figure(info)
-    mllm, math, angles, best = figure.data
+    mllm, math, floor, angles, best, chance = figure.data
+    assert set(floor.y) == {info.noise_floor}
+    assert set(chance.y) == {info.chance_max}
     assert tuple(mllm.y) == info.mllm_sigma
     assert tuple(math.y) == info.math_sigma
     assert tuple(angles.y) == info.angles
     assert (tuple(best.x), tuple(best.y)) == ((info.best_index,), (info.best_angle,))
 
 
-@pytest.mark.parametrize(("floor", "lines"), [(0.01, 2), (None, 1)])
-def test_the_noise_floor_is_drawn_where_the_dtype_has_one(floor, lines):
+@pytest.mark.parametrize(("floor", "drawn"), [(0.01, True), (None, False)])
+def test_the_noise_floor_is_drawn_where_the_dtype_has_one(floor, drawn):
     figure = spectra_figure(spectra_info({**RECORD, "noise_floor": floor}))
-    assert len(figure.layout.shapes) == lines
+    assert ("rounding of the stored dtype" in {trace.name for trace in figure.data}) == drawn
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_phone_gets_one_panel_below_the_other(narrow):
+    layout = spectra_figure(spectra_info(RECORD), narrow=narrow).layout
+    below = layout.yaxis2.domain[1] < layout.yaxis.domain[0]
+    assert below == narrow
 
 
 def test_no_figure_has_a_layout_title_because_the_app_would_give_it_an_empty_margin():

@@ -14,7 +14,7 @@ import gradio as gr
 from ipmerge_core.ui.api import add_endpoints
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.download import download_route
-from ipmerge_core.ui.explore import explore_tab
+from ipmerge_core.ui.explore import explore_tab, start_choice
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_tab import merge_tab
 from ipmerge_core.ui.packs import DEMO, ROOT, list_packs
@@ -49,7 +49,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                 elem_id="pair",
                 interactive=bool(packs),
             )
-        choice = gr.State(PlanChoice())
+        choice = gr.State(start_choice(packs[0].id) if packs else PlanChoice())
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:

@@ -7,6 +7,7 @@ browser.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -76,15 +77,15 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
 
     # handlers
     def open_pair(pack_id: str) -> tuple[dict[str, Any], PlanChoice, dict[str, Any]]:
-        return map_content(pack_id), PlanChoice(), gr.update(visible=False)
+        return map_content(pack_id), start_choice(pack_id), gr.update(visible=False)
 
     def keep_plan(pack_id: str, event: gr.EventData) -> PlanChoice:
         return read_commit(event._data, load_pack(pack_id))
 
     def draw_spectra(pack_id: str, event: gr.EventData) -> dict[str, Any]:
         info = spectra_info(read_cell(event._data, load_pack(pack_id)))
-        dark = event._data.get("dark") is True
-        return gr.update(value=spectra_figure(info, dark=dark), visible=True)
+        look = {key: event._data.get(key) is True for key in ("dark", "narrow")}
+        return gr.update(value=spectra_figure(info, **look), visible=True)
 
     # wiring
     opened = pair.input(
@@ -115,11 +116,30 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
     return ExploreTab(layer_map, spectra, committed, opened)
 
 
+def start_choice(pack_id: str) -> PlanChoice:
+    """The plan a pair opens with: the usual one, or one that selects where that selects nothing."""
+    values = sorted(record["similarity"]["first"] for record in load_pack(pack_id)["records"])
+    if values[-1] >= PlanChoice().similarity_threshold:
+        return PlanChoice()
+    return PlanChoice(similarity_threshold=math.floor(1000 * values[2 * len(values) // 3]) / 1000)
+
+
 def map_content(pack_id: str, choice: PlanChoice | None = None) -> dict[str, Any]:
     """What the layer map draws: a pack, the plan to start from and the presets."""
+    start = start_choice(pack_id)
+    presets = PRESETS if start == PlanChoice() else [_third(start), *PRESETS]
     return {
         "id": pack_id,
         "pack": load_pack(pack_id),
-        "plan": (choice or PlanChoice()).to_browser(),
-        "presets": PRESETS,
+        "plan": (choice or start).to_browser(),
+        "presets": presets,
+    }
+
+
+def _third(choice: PlanChoice) -> dict[str, Any]:
+    return {
+        "label": "Most alike third",
+        "source": "Ours: the third of the matrices with the highest first angle, because none of "
+        "this pair reaches the usual threshold 0.4.",
+        "plan": choice.to_browser(),
     }

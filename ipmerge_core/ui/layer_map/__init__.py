@@ -20,7 +20,15 @@ import gradio as gr
 from ipmerge_core.errors import PlanError
 
 HERE = Path(__file__).parent
-SCRIPTS = ("preview", "scales", "grid", "charts", "detail", "layer_map")  # in order of use
+SCRIPTS = (
+    "preview",
+    "scales",
+    "grid",
+    "charts",
+    "spectra",
+    "detail",
+    "layer_map",
+)  # in order of use
 ELEM_ID = "layer-map"
 SIMILARITIES = ("first", "max", "weighted")
 VARIANTS: Mapping[str, Mapping[str, str]] = MappingProxyType(

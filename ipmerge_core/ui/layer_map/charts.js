@@ -1,4 +1,4 @@
-// Layer map 4/7, the two dials: the histogram of similarities over the threshold slider, and the
+// Layer map 4/8, the two dials: the histogram of similarities over the threshold slider, and the
 // keep / absorb curves over the lambda slider. Axes are fixed while something is being dragged.
 
 const INSET = 10;  // half a slider thumb, so that a line stands exactly over the thumb
@@ -9,7 +9,7 @@ function plotWidth(map, svg) {
 }
 
 function buildHistogram(map) {
-  const svg = map.dom.hist, width = plotWidth(map, svg), height = 92;
+  const svg = map.dom.hist, width = plotWidth(map, svg), height = svg.clientHeight || 92;
   const bins = new Array(BINS).fill(0);
   for (const cell of map.index.cells) {
     for (const record of map.expert >= 0 ? [cell.experts[map.expert]] : cell.experts) {
@@ -19,7 +19,7 @@ function buildHistogram(map) {
   const top = Math.max(...bins), [low, high] = map.domain, step = width / BINS;
   const bars = () => bins.map((n, i) => n && shape("rect", {
     x: (INSET + i * step + 0.5).toFixed(2), width: Math.max(1, step - 1).toFixed(2),
-    y: (height - 3 - (n / top) * (height - 26)).toFixed(2), height: (3 + (n / top) * (height - 26)).toFixed(2),
+    y: (height - 3 - (n / top) * (height - 22)).toFixed(2), height: (3 + (n / top) * (height - 22)).toFixed(2),
     rx: 1.5, fill: rgb(((i + 0.5) / BINS - low) / (high - low)),
   })).filter(Boolean);
   svg.setAttribute("viewBox", `0 0 ${width + 2 * INSET} ${height}`);
@@ -35,8 +35,10 @@ function buildHistogram(map) {
       shape("g", { class: "lm-dim" }, ...bars()),
       shape("g", { class: "lm-hatch" }, ...bars().map((bar) => fill(bar, { fill: `url(#${map.id}h)` }, [])))),
     shape("g", { "clip-path": `url(#${map.id}t)`, class: "lm-lit" }, ...bars()),
-    ...chanceMark(map, width, height), line);
-  map.hist = { width, height, kept, taken, line };
+    ...chanceMark(map, width, height),
+    shape("text", { x: INSET + width, y: 12, class: "lm-note", "text-anchor": "end" }, `similarity of ${map.index.cells.length} matrices`),
+    line);
+  map.hist = { width, kept, taken, line };
 }
 
 function hatch(id) {
@@ -55,30 +57,30 @@ function chanceMark(map, width, height) {
 }
 
 function paintHistogram(map) {
-  const { width, height, kept, taken, line } = map.hist, x = INSET + map.plan.s * width;
+  const { width, kept, taken, line } = map.hist, x = INSET + map.plan.s * width;
   kept.setAttribute("width", x);
   taken.setAttribute("x", x);
   taken.setAttribute("width", width + 2 * INSET - x);
   line.setAttribute("transform", `translate(${x} 0)`);
-  return height;
 }
 
 function buildCurve(map) {
-  const svg = map.dom.curve, width = plotWidth(map, svg), height = 92;
+  const svg = map.dom.curve, width = plotWidth(map, svg), height = svg.clientHeight || 92;
   svg.setAttribute("viewBox", `0 0 ${width + 2 * INSET} ${height}`);
   const y = (value) => height - 4 - ((value - map.curveLow) / (1 - map.curveLow)) * (height - 12);
   const x = (position) => INSET + (position / LAMBDA_STEPS) * width;
   const rules = [...new Set([map.curveLow, 0, 0.5, 1])].map((value) => shape("line", {
     x1: INSET, x2: INSET + width, y1: y(value), y2: y(value), class: value === 0 ? "lm-zero" : "lm-rule" }));
   const labels = [[1, "1"], [map.curveLow, fixed(map.curveLow, map.curveLow ? 2 : 0)]].map(([value, text]) =>
-    shape("text", { x: INSET + width, y: y(value) + (value === 1 ? 10 : -3), class: "lm-note", "text-anchor": "end" }, text));
+    shape("text", { x: INSET + width, y: y(value) + (value === 1 ? 11 : -3), class: "lm-note", "text-anchor": "end" }, text));
+  labels.push(shape("text", { x: INSET, y: height - 8, class: "lm-note" }, "cosines: geometry, not accuracy"));
   const keep = shape("path", { class: "lm-keep" }), absorb = shape("path", { class: "lm-absorb" });
   const line = shape("g", { class: "lm-line" },
     shape("line", { x1: 0, x2: 0, y1: 4, y2: height }), shape("path", { d: "M-5 0H5L0 7Z" }));
   const dots = [shape("circle", { r: 4, class: "lm-keep-dot" }), shape("circle", { r: 4, class: "lm-absorb-dot" })];
   const paper = shape("line", { x1: x(lambdaPosition(1)), x2: x(lambdaPosition(1)), y1: 4, y2: height, class: "lm-paper" },
     shape("title", {}, "λ = 1, the update as the paper writes it"));
-  svg.replaceChildren(...rules, ...labels, paper, keep, absorb, line, ...dots);
+  svg.replaceChildren(...rules, paper, keep, absorb, ...labels, line, ...dots);
   map.curve = { x, y, keep, absorb, line, dots, width };
 }
 
@@ -120,28 +122,4 @@ function buildTicks(holder, ticks) {
     tick.style.left = `calc(${INSET}px + (100% - ${2 * INSET}px) * ${at})`;
     return tick;
   }));
-}
-
-// A small line chart for the detail panel: several series over a log-spaced index.
-function smallChart({ series, log, top, caption, marks = [] }) {
-  const width = 260, height = 86, left = 4, bottom = 12;
-  const xs = series[0].index.map((i) => Math.log(i)), last = Math.max(xs[xs.length - 1], 1e-9);
-  const flat = series.flatMap((s) => s.values).filter((v) => !log || v > 0);
-  const low = log ? Math.log(Math.min(...flat)) : 0, high = log ? Math.log(Math.max(...flat)) : top;
-  const y = (v) => height - bottom - ((Math.max(log ? Math.log(Math.max(v, 1e-30)) : v, low) - low) / (high - low || 1)) * (height - bottom - 6);
-  const x = (i) => left + (xs[i] / last) * (width - 2 * left);
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, class: "lm-small", role: "img", "aria-label": caption });
-  svg.append(shape("line", { x1: left, x2: width - left, y1: height - bottom, y2: height - bottom, class: "lm-rule" }));
-  for (const { value, text } of marks) {
-    if (!Number.isFinite(value) || (log && (Math.log(value) < low || Math.log(value) > high))) continue;
-    svg.append(shape("line", { x1: left, x2: width - left, y1: y(value), y2: y(value), class: "lm-mark" }),
-      shape("text", { x: width - left, y: y(value) - 3, "text-anchor": "end", class: "lm-note" }, text));
-  }
-  for (const s of series) {
-    svg.append(shape("path", { class: s.style, d: s.values.map((v, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`).join("") }));
-  }
-  const count = series[0].index;
-  svg.append(shape("text", { x: left, y: height - 2, class: "lm-note" }, "1"),
-    shape("text", { x: width - left, y: height - 2, class: "lm-note", "text-anchor": "end" }, `rank ${count[count.length - 1]}`));
-  return svg;
 }

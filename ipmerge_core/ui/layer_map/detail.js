@@ -1,15 +1,37 @@
-// Layer map 5/7, the detail panel: the numbers of one matrix (or of two, when one is pinned), or of
+// Layer map 6/8, the detail panel: the numbers of one matrix (or of two, when one is pinned), or of
 // a whole layer or module, the three override buttons, and "Why?" answered from the live values.
 
 function buildDetail(map) {
   const { dom, target } = map;
   map.live = [];  // functions that refresh text while a plan is being dragged
   if (!target) {
-    dom.detail.replaceChildren(
-      node("p", { class: "lm-hint" }, "Choose a matrix in the map, or press Enter on one, to see its numbers, spectra and angles. Row and column heads choose a whole module or layer. Shift and click pins a second matrix beside the first."));
+    dom.detail.replaceChildren(...nothingChosen(map));
     return;
   }
   dom.detail.replaceChildren(...(target.kind === "cell" ? cellDetail(map, target.cell) : groupDetail(map, target)));
+}
+
+// Before a choice: how to choose, which matrices stand at the edge, and how steep the edge is.
+function nothingChosen(map) {
+  const edge = (label, pick) => node("tr", {}, node("th", { scope: "row" }, label),
+    liveText(map, "td", {}, () => {
+      const entry = pick(flipValues(map.index, map.plan));
+      return entry ? `layer ${entry.cell.layer} · ${entry.cell.module}, ${fixed(entry.value)}` : "–";
+    }));
+  const within = (width) => () => {
+    const near = flipValues(map.index, map.plan).filter(({ value }) => Math.abs(value - map.plan.s) < width);
+    return `${near.filter(({ value }) => value < map.plan.s).length} join below, ${near.filter(({ value }) => value >= map.plan.s).length} leave above`;
+  };
+  return [
+    node("p", { class: "lm-hint" }, "Choose a matrix in the map, or press Enter on one, for its numbers, spectra and angles. Heads of rows and columns choose a whole module or layer. Shift and click pins a second matrix."),
+    node("h3", { class: "lm-minor" }, "At the threshold"),
+    node("table", { class: "lm-numbers" }, node("tbody", {},
+      edge("next to join", (values) => values.find(({ value }) => value < map.plan.s)),
+      edge("next to leave", (values) => values.filter(({ value }) => value >= map.plan.s).pop()),
+      node("tr", {}, node("th", { scope: "row" }, "within 0.01"), liveText(map, "td", {}, within(0.01))),
+      node("tr", {}, node("th", { scope: "row" }, "within 0.05"), liveText(map, "td", {}, within(0.05))))),
+    node("p", { class: "lm-hint" }, "Keys: [ and ] step to the next matrix that flips, F merges the chosen one always, K keeps it, A lets the threshold decide, Ctrl+Z undoes."),
+  ];
 }
 
 function paintDetail(map, result) {
@@ -39,10 +61,8 @@ function cellDetail(map, cell) {
     node("div", { class: "lm-detail-head" }, node("h3", {}, `Layer ${cell.layer} · ${cell.module}`), state),
     node("p", { class: "lm-name" }, cell.name),
     verdict,
-    overrideButtons(map, [cell]),
-    whyBlock(map, cell, record),
+    whyBlock(map, cell, record, overrideButtons(map, [cell])),
     numbersTable(map, shownCells),
-    ...spectraCharts(record),
     node("p", { class: "lm-acts" }, actionButton("cell-csv", "Numbers as CSV"),
       shownCells.length > 1 ? actionButton("unpin", "Unpin") : actionButton("pin", "Pin to compare")),
   ];
@@ -77,7 +97,7 @@ function rankOf(map, cell) {
   return 1 + map.index.cells.filter((other) => shownSimilarity(map, other) > value).length;
 }
 
-function whyBlock(map, cell, record) {
+function whyBlock(map, cell, record, buttons) {
   const text = node("div", { class: "lm-why", id: map.id + "why", hidden: "" });
   const button = node("button", { type: "button", class: "lm-quiet", "data-act": "why", "aria-expanded": "false",
     "aria-controls": text.id }, "Why?");
@@ -87,7 +107,7 @@ function whyBlock(map, cell, record) {
     (Number.isFinite(chance) ? ` Two unrelated matrices of this size reach about ${fixed(chance, 2)}.` : "")),
   Number.isFinite(record.gap) && record.gap < 0.05 ? node("p", {}, `The first two singular values differ by only ${percent(record.gap)}, so which direction counts as the first is nearly a coin toss here.`) : null,
   actionButton("show-flip", "Show me the flip"));
-  return node("div", { class: "lm-whybox" }, button, text);
+  return node("div", { class: "lm-whybox" }, node("div", { class: "lm-acts" }, buttons, button), text);
 }
 
 function whyText(map, cell) {
@@ -112,6 +132,11 @@ function numbersTable(map, cells) {
   const ratio = (a, b) => percent(Math.sqrt(a / b));
   for (const measure of MEASURES) row(MEASURE_LABELS[measure], (c, r) => fixed(r.similarity[measure]));
   row("best angle at rank", (c, r) => String(r.best_index ?? "–"));
+  if (cells.every((cell) => cell.experts[0].principal)) {
+    for (const top of Object.keys(cells[0].experts[0].principal)) {
+      row(`subspaces of the first ${top}`, (c, r) => fixed(r.principal[top]), "mean cosine of the principal angles between the leading right directions");
+    }
+  }
   row("change if merged", (c, r) => () => percent(cellChange(c, [r.expert], map.plan)), "‖λP‖ / ‖W‖ at the current λ");
   row("MLLM moved by", (c, r) => ratio(r.mllm_norm2, r.base_norm2), "‖W_mllm − W₀‖ / ‖W₀‖");
   row("math moved by", (c, r) => ratio(r.math_norm2, r.base_norm2), "‖W_math − W₀‖ / ‖W₀‖");
@@ -124,21 +149,6 @@ function numbersTable(map, cells) {
   const heads = cells.length > 1
     ? [node("thead", {}, node("tr", {}, node("td"), ...cells.map((c, i) => node("th", { scope: "col" }, `${c.layer} · ${c.module}${i ? " (pinned)" : ""}`))))] : [];
   return node("table", { class: "lm-numbers" }, ...heads, body);
-}
-
-function spectraCharts(record) {
-  if (!record.index?.length) return [];
-  const index = record.index;
-  return [
-    node("p", { class: "lm-small-title" }, "singular values, log  ", node("b", { class: "k-mllm" }, "MLLM"), "  ", node("b", { class: "k-math" }, "math")),
-    smallChart({ log: true, caption: "Singular values of both task vectors", series: [
-      { index, values: record.mllm_sigma, style: "lm-keep" }, { index, values: record.math_sigma, style: "lm-absorb" }],
-    marks: [{ value: record.noise_floor, text: "rounding" }] }),
-    node("p", { class: "lm-small-title" }, "corresponding angles sᵢ"),
-    smallChart({ log: false, top: 1, caption: "Cosines of corresponding singular vectors", series: [
-      { index, values: record.angles, style: "lm-angle" }],
-    marks: [{ value: record.chance?.max, text: "chance of the best" }] }),
-  ];
 }
 
 function cellsOf(map, target) {

@@ -1,4 +1,4 @@
-// Layer map 3/7, the picture: a grid of modules by layers with one button per matrix.
+// Layer map 3/8, the picture: a grid of modules by layers with one button per matrix.
 // Colour tells the similarity; frame and full colour against hatch and dimmed tell what merges.
 // Wide pages lay layers out as columns, in bands when there are many; narrow pages turn the grid.
 
@@ -54,7 +54,7 @@ function buildTurned(map, table) {
   table.append(node("colgroup", {}, node("col", { class: "lm-heads" }),
     ...modules.map(() => node("col")), node("col", { class: "lm-bars-col" })));
   const head = addRow(map, table, null, modules.map((module) => ({ kind: "module", module })));
-  head.append(node("td", { class: "lm-bars-name", "aria-hidden": "true" }, "Δ"));
+  head.append(node("td", { class: "lm-bars-name", "aria-hidden": "true" }, node("span", { class: "lm-bars-top" })));
   const svg = shape("svg", { viewBox: `0 0 100 ${layers.length}`, preserveAspectRatio: "none", "aria-hidden": "true" });
   layers.forEach((layer, i) => {
     const row = addRow(map, table, { kind: "layer", layer }, modules.map((module) => ({ kind: "cell", layer, module })));

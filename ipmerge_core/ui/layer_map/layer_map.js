@@ -1,4 +1,4 @@
-// Layer map 7/7, the component: state, events and painting. Runs once per mount, in a scope where
+// Layer map 8/8, the component: state, events and painting. Runs once per mount, in a scope where
 // Gradio gives `element`, `trigger`, `props` and `watch`; the standalone report gives the same four.
 // Nothing here talks to the server except trigger('commit') and trigger('cellselect').
 
@@ -9,9 +9,9 @@ const map = {
   past: [], future: [], target: null, pinned: null, expert: -1, dragging: false, frame: 0,
   preset: null, paints: [], live: [],
   dom: {
-    root: find(".lm"), sum: find(".sum"), grid: find(".lm-grid-holder"), detail: find(".lm-detail"),
+    root: find(".lm"), sum: find(".sum"), grid: find(".lm-grid-holder"), detail: find(".lm-detail"), spectra: find(".lm-spectra"),
     hist: find(".lm-hist"), curve: find(".lm-curve"), read: find(".lm-read"), status: find(".lm-status"),
-    source: find(".lm-source"), foot: find(".lm-foot"),
+    source: find(".lm-source"), count: find(".lm-count"), foot: find(".lm-foot"),
     keep: find("[data-out=keep]"), absorb: find("[data-out=absorb]"),
     low: find("[data-out=low]"), high: find("[data-out=high]"),
     range: { s: find("[data-range=s]"), lambda: find("[data-range=lambda]") },
@@ -154,6 +154,7 @@ function paintSentence(result) {
   ];
   if (n === result.n_matrices) parts.push(node("em", {}, " Every matrix merges: no selection step is left."));
   else if (n && map.plan.lambda === 0) parts.push(node("em", {}, " λ is 0, so the merged model equals the multimodal model."));
+  setText(map.dom.count, `${n} of ${result.n_matrices}`);
   const drift = map.dragging ? driftWords() : null;
   sum.replaceChildren(...parts, ...(drift ? [drift] : []));
 }
@@ -197,13 +198,13 @@ function layOut() {
   map.width = width;
   map.narrow = width > 0 && width < 620;
   map.dom.root.dataset.narrow = String(map.narrow);
-  map.dom.root.dataset.wide = String(width >= 940 && map.index.layers.length <= 36);
+  const columns = map.index.layers.length;
+  map.dom.root.dataset.shape = width < 900 ? "stacked" : columns <= 9 ? "few" : columns <= 36 ? "many" : "banded";
+  map.dom.root.style.setProperty("--map-width", `${52 + 118 * columns}px`);
   buildGrid(map);
   rebuildColours();
   rescale();
-  buildDetail(map);
-  markTargets(map);
-  repaint();
+  showChosen();
   ghostGrid(map, previewOf(map.index, map.committed));
 }
 
@@ -254,18 +255,21 @@ function paintPreset() {
 
 function choose(target) {
   map.target = target;
-  buildDetail(map);
-  markTargets(map);
-  repaint();
+  showChosen();
   if (target && target.kind === "cell") {
     post("cellselect", { name: target.cell.name, expert: expertInView(map, target.cell),
-      dark: document.body.classList.contains("dark") });
+      dark: document.body.classList.contains("dark"), narrow: map.narrow });
   }
 }
 
 function pin(cell) {
   map.pinned = map.pinned === cell ? null : cell;
+  showChosen();
+}
+
+function showChosen() {
   buildDetail(map);
+  buildSpectra(map);
   markTargets(map);
   repaint();
 }
@@ -347,11 +351,11 @@ element.addEventListener("input", ({ target }) => {
 element.addEventListener("change", ({ target }) => {
   if (target.dataset.range) { setPlan({ [target.dataset.range]: valueOf(target) }); commit(); }
   else if (target.dataset.number) numberDone(target);
-  else if (target.dataset.pick === "expert") { map.expert = Number(target.value); rebuildColours(); buildDetail(map); repaint(); ghostGrid(map, map.result); }
+  else if (target.dataset.pick === "expert") { map.expert = Number(target.value); rebuildColours(); showChosen(); ghostGrid(map, map.result); }
   else if (target.dataset.pick === "preset") {
     const preset = map.presets[Number(target.value)];
     if (preset) { map.plan = presetPlan(preset); commit(preset.label + "."); }
-  } else if (target.dataset.pick) { setPlan({ [target.dataset.pick]: target.value }); commit(); buildDetail(map); repaint(); }
+  } else if (target.dataset.pick) { setPlan({ [target.dataset.pick]: target.value }); commit(); showChosen(); }
 });
 
 element.addEventListener("dblclick", ({ target }) => {
@@ -362,6 +366,8 @@ element.addEventListener("dblclick", ({ target }) => {
 });
 
 element.addEventListener("click", (event) => {
+  const panel = event.target.closest(".lm-panel");
+  if (panel) { choose({ kind: "cell", cell: panel.cell }); return; }
   const button = event.target.closest("button");
   if (!button || !element.contains(button)) return;
   if (button.dataset.act && actions[button.dataset.act]) { actions[button.dataset.act](button); return; }
