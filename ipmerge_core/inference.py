@@ -286,6 +286,7 @@ def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         raise _explain(checkpoint, "model", error) from error
@@ -294,7 +295,7 @@ def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
         ("unexpected_keys", "has a weight that its architecture does not use:"),
         ("mismatched_keys", "has a weight of the wrong shape:"),
     ):
-        names = sorted(str(name) for name in notes.get(what) or [])
+        names = sorted(_weight_name(note) for note in notes.get(what) or [])
         if names:
             raise ModelLoadError(
                 f"'{checkpoint.id}' {sentence} '{names[0]}'"
@@ -302,6 +303,11 @@ def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
                 f"wrong, so it is not used. Are config.json and the weights of one model?"
             )
     return model
+
+
+def _weight_name(note: str | tuple[object, ...]) -> str:
+    """A mismatch is reported with its two shapes, everything else by name alone."""
+    return note if isinstance(note, str) else str(note[0])
 
 
 def _explain(checkpoint: Checkpoint, what: str, error: Exception) -> ModelLoadError:

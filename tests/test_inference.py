@@ -1,0 +1,343 @@
+"""Running models: the demo trio answers, bad folders and bad pictures get one sentence."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ipmerge_core.errors import CheckpointError, ModelLoadError, RunError
+from ipmerge_core.evaluate import answer as answer_in_batches
+from ipmerge_core.evaluate import problems
+from ipmerge_core.inference import (
+    LoadedModel,
+    ModelCache,
+    Settings,
+    answer,
+    encode_prompt,
+    load_model,
+    open_image,
+    stream_answer,
+)
+
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+
+
+@pytest.fixture(scope="module")
+def mllm() -> LoadedModel:
+    return load_model(DEMO / "mllm")
+
+
+@pytest.fixture(scope="module")
+def math() -> LoadedModel:
+    return load_model(DEMO / "math")
+
+
+@pytest.fixture
+def own_mllm(tmp_path: Path) -> Path:
+    """A copy of the demo MLLM that the test may damage."""
+    return Path(shutil.copytree(DEMO / "mllm", tmp_path / "mllm"))
+
+
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_weights(folder: Path, **change: torch.Tensor | None) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in change.items():
+        if tensor is None:
+            del weights[name]
+        else:
+            weights[name] = tensor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def test_a_vision_model_answers_as_the_evaluation_measures_it(mllm):
+    asked = problems("sides", 2, seed=5) + problems("shape", 2, seed=5)
+    expected = answer_in_batches(mllm.model, mllm.processor, asked)
+    assert [answer(mllm, problem.question, problem.image) for problem in asked] == expected
+
+
+def test_a_text_model_answers_as_the_evaluation_measures_it(math):
+    asked = problems("area", 3, seed=5)
+    expected = answer_in_batches(math.model, math.processor, asked)
+    assert [answer(math, f"{p.words}\n{p.question}") for p in asked] == expected
+
+
+def test_a_vision_model_answers_without_a_picture(mllm):
+    assert answer(mllm, "What shape is this?")
+
+
+def test_models_and_pictures_may_be_given_by_path(tmp_path):
+    problem = problems("shape", 1, seed=2)[0]
+    problem.image.save(tmp_path / "shape.png")
+    assert answer(str(DEMO / "mllm"), problem.question, tmp_path / "shape.png") == answer(
+        DEMO / "mllm", problem.question, problem.image
+    )
+
+
+def test_the_pieces_of_a_stream_make_the_whole_answer(mllm):
+    problem = problems("sides", 1, seed=1)[0]
+    pieces = list(stream_answer(mllm, problem.question, problem.image))
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == answer(mllm, problem.question, problem.image)
+
+
+def test_the_longest_answer_is_kept_to(mllm):
+    problem = problems("sides", 1, seed=1)[0]
+    whole = answer(mllm, problem.question, problem.image)
+    short = answer(mllm, problem.question, problem.image, max_new_tokens=2)
+    assert short
+    assert whole.startswith(short)
+    assert len(short) < len(whole)
+
+
+def test_sampling_repeats_for_a_seed_and_varies_between_seeds(mllm):
+    problem = problems("written", 1, seed=1)[0]
+
+    def sampled(seed: int) -> str:
+        return answer(mllm, problem.question, problem.image, temperature=2.0, seed=seed)
+
+    before = torch.get_rng_state()
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(6)}) > 1
+    assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
+
+
+def test_sampling_at_a_tiny_temperature_is_greedy(mllm):
+    problem = problems("sides", 1, seed=1)[0]
+    cold = answer(mllm, problem.question, problem.image, temperature=1e-4, seed=3)
+    assert cold == answer(mllm, problem.question, problem.image)
+
+
+def test_two_answers_at_once_do_not_disturb_each_other(mllm, math):
+    problem = problems("area", 1, seed=4)[0]
+    settings = Settings(temperature=1.0, seed=9)
+    alone = "".join(stream_answer(mllm, problem.question, problem.image, settings))
+    streams = [
+        stream_answer(mllm, problem.question, problem.image, settings),
+        stream_answer(math, problem.words, None, settings),
+    ]
+    together = ["", ""]
+    for pieces in itertools.zip_longest(*streams, fillvalue=""):
+        together = [text + piece for text, piece in zip(together, pieces, strict=True)]
+    assert together[0] == alone
+
+
+def test_the_caller_s_event_stops_the_model_and_is_not_set_by_us(mllm):
+    cancelled = threading.Event()
+    list(stream_answer(mllm, "What shape is this?", None, None, cancelled))
+    assert not cancelled.is_set()
+    cancelled.set()
+    assert "".join(stream_answer(mllm, "Name the sides.", None, None, cancelled)).strip() != (
+        answer(mllm, "Name the sides.")
+    )
+
+
+def test_closing_the_stream_stops_the_model(mllm):
+    before = threading.active_count()
+    stream = stream_answer(mllm, "What is written here?", None, Settings(max_new_tokens=200))
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+
+
+def test_a_prompt_starts_with_one_begin_token(mllm, math):
+    for loaded, image in ((mllm, Image.new("RGB", (64, 64))), (math, None)):
+        ids = encode_prompt(loaded, "Hello?", image)["input_ids"][0].tolist()
+        assert ids.count(loaded.tokenizer.bos_token_id) == 1
+
+
+def test_a_model_without_a_chat_template_gets_a_plain_prompt(own_mllm):
+    (own_mllm / "chat_template.jinja").unlink()
+    loaded = load_model(own_mllm)
+    prompt = encode_prompt(loaded, "Name it.", Image.new("RGB", (64, 64)))
+    text = loaded.tokenizer.decode(prompt["input_ids"][0])
+    assert text.startswith("<s>")
+    assert text.endswith("Name it. ASSISTANT:")
+    assert "<image>" in text
+
+
+# --- what cannot be asked --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", ["", "  \n "])
+def test_no_question_gets_a_sentence(mllm, question):
+    with pytest.raises(RunError, match="There is no question"):
+        answer(mllm, question)
+
+
+def test_a_question_that_is_too_long_is_refused_with_its_length(mllm):
+    with pytest.raises(RunError, match="4001 characters; at most 4000"):
+        answer(mllm, "a" * 4001)
+
+
+def test_a_text_model_refuses_a_picture(math):
+    with pytest.raises(ModelLoadError, match="'math' is a text model and takes no image"):
+        answer(math, "What is this?", Image.new("RGB", (8, 8)))
+
+
+def test_a_failure_inside_the_model_is_told(mllm, monkeypatch):
+    def fail(**_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(mllm.model, "generate", fail)
+    with pytest.raises(ModelLoadError, match="stopped while answering.*out of memory"):
+        answer(mllm, "What shape is this?")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"max_new_tokens": 0}, "new tokens is 0"),
+        ({"max_new_tokens": 10_000}, "new tokens is 10000"),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_the_value(values, words):
+    with pytest.raises(RunError, match=words):
+        Settings(**values)
+
+
+# --- folders that cannot be used -------------------------------------------------------------
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no model folder"):
+        load_model(tmp_path / "nothing")
+
+
+def test_a_missing_weight_is_named(own_mllm):
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    change_weights(own_mllm, **{name: None})
+    with pytest.raises(ModelLoadError, match=r"has no weight for '.*q_proj"):
+        load_model(own_mllm)
+
+
+def test_a_weight_without_a_place_is_named(own_mllm):
+    change_weights(own_mllm, stray=torch.zeros(2))
+    with pytest.raises(ModelLoadError, match="does not use: 'stray'"):
+        load_model(own_mllm)
+
+
+def test_a_weight_of_another_shape_is_refused(own_mllm):
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    change_weights(own_mllm, **{name: torch.zeros(3, 3)})
+    with pytest.raises(ModelLoadError, match="q_proj"):
+        load_model(own_mllm)
+
+
+def test_code_in_a_model_folder_is_never_run(own_mllm):
+    change_json(own_mllm / "config.json", auto_map={"AutoModel": "model.py--Model"})
+    with pytest.raises(ModelLoadError, match="needs code of its own"):
+        load_model(own_mllm)
+
+
+def test_an_unknown_architecture_is_told(own_mllm):
+    change_json(own_mllm / "config.json", model_type="nobody_knows_this")
+    with pytest.raises(ModelLoadError, match="Cannot load"):
+        load_model(own_mllm)
+
+
+def test_a_missing_processor_is_told(own_mllm):
+    (own_mllm / "processor_config.json").unlink()
+    (own_mllm / "tokenizer.json").unlink()
+    with pytest.raises(ModelLoadError, match="Cannot load the processor"):
+        load_model(own_mllm)
+
+
+def test_a_processor_that_needs_torchvision_says_so(monkeypatch):
+    import transformers
+
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("FancyImageProcessor requires the torchvision library\nbut it is missing")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fail)
+    with pytest.raises(ModelLoadError, match="Install torchvision"):
+        load_model(DEMO / "mllm")
+
+
+# --- the cache -------------------------------------------------------------------------------
+
+
+def test_the_cache_keeps_a_model_until_others_need_the_room():
+    cache = ModelCache(most_models=2)
+    base, math = cache.get(DEMO / "base"), cache.get(DEMO / "math")
+    assert cache.get(str(DEMO / "base")) is base
+    cache.get(DEMO / "mllm")  # the math model was used longest ago and leaves
+    assert cache.get(DEMO / "base") is base
+    assert cache.get(DEMO / "math") is not math
+
+
+def test_a_model_that_changed_on_disk_is_loaded_again(own_mllm):
+    cache = ModelCache()
+    before = cache.get(own_mllm)
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    weights = load_file(own_mllm / "model.safetensors")
+    change_weights(own_mllm, **{name: weights[name] + 1})
+    assert cache.get(own_mllm) is not before
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_usual_pictures_open_as_rgb(tmp_path, form):
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "x.dat", form)
+    picture = open_image(tmp_path / "x.dat")
+    assert (picture.mode, picture.size) == ("RGB", (20, 10))
+
+
+def test_a_picture_with_transparency_opens_as_rgb(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "x.png")
+    assert open_image(tmp_path / "x.png").mode == "RGB"
+
+
+def test_a_picture_lying_on_its_side_is_put_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    Image.new("RGB", (20, 10)).save(tmp_path / "x.jpg", exif=exif)
+    assert open_image(tmp_path / "x.jpg").size == (10, 20)
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF"])
+def test_other_formats_are_refused(tmp_path, form):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", form)
+    with pytest.raises(RunError, match=r"'x.png' is not a readable image. Expected a PNG"):
+        open_image(tmp_path / "x.png")
+
+
+def test_text_and_truncated_pictures_are_refused(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, "PNG")
+    (tmp_path / "half.png").write_bytes(whole.getvalue()[:200])
+    (tmp_path / "empty.png").touch()
+    for name in ("text.png", "half.png", "empty.png", "missing.png"):
+        with pytest.raises(RunError, match=f"'{name}' is not a readable image"):
+            open_image(tmp_path / name)
+
+
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (5000, 5000)).save(tmp_path / "large.png")
+    with pytest.raises(RunError, match="5000 x 5000 pixels; at most 20 million"):
+        open_image(tmp_path / "large.png")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(RunError, match="too large to open"):
+        open_image(tmp_path / "bomb.png")
