@@ -1,0 +1,130 @@
+"""Every merge method on the demo trio: accuracy, seconds, memory, change per layer.
+
+    python benchmarks/bench_methods.py [--n 300] [--methods ties,tsv]
+
+Each method merges the trio into a folder with its default parameters, in a process of its own, as
+`ipmerge merge` does; the folder is then loaded and asked the test draw of the demo problems.
+Intervals are 95 % Wilson intervals over all tasks of a kind. Seconds are those of the merge alone,
+memory is the process' peak over that of a process that only imports torch. Defaults are defaults:
+the table compares what a user gets first, not what tuning could reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package, when it is not installed
+
+from report import machine, table
+
+import ipmerge_core as ipm
+from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.errors import PlanError
+from ipmerge_core.evaluate import MATH_TASKS, PERCEPTION_TASKS, Score, answer, is_right, problems
+from ipmerge_core.inference import load_model
+from ipmerge_core.pairing import ModelPair
+from ipmerge_core.plan import MergePlan
+from ipmerge_core.records import Analysis
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "assets" / "demo"
+TEST_SEED = 2
+HEAD = ("method", "image+math, %", "perception, %", "seconds", "MB", "change per layer, %")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=300, help="test problems of each task")
+    parser.add_argument("--methods", default=",".join(ipm.METHODS), help="comma-separated")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{machine()}; {arguments.n} problems of each task\n")
+    pair = ipm.open_pair(DEMO / "mllm", DEMO / "math", DEMO / "base")
+    analysis = Analysis.load(DEMO / "pack.json.gz")
+    rows = [["none (the MLLM)", *scores(DEMO / "mllm", arguments.n), "", "", ""]]
+    refused = []
+    with tempfile.TemporaryDirectory() as folder:
+        idle = peak_of(["-c", "import torch"])[1]
+        for name in arguments.methods.split(","):
+            out = Path(folder) / name
+            try:
+                plan = plan_for(name, pair, analysis)
+            except PlanError as error:
+                refused.append(f"* `{name}`: {error}")
+                continue
+            seconds, peak = merge(plan, out)
+            change = " ".join(f"{100 * share:.2f}" for share in change_per_layer(pair, out))
+            memory = f"{(peak - idle) / 1e6:.0f}"
+            rows.append([name, *scores(out, arguments.n), f"{seconds:.2f}", memory, change])
+    print(table(HEAD, rows))
+    if refused:
+        print("\nNot in the table:\n\n" + "\n".join(refused))
+
+
+def plan_for(name: str, pair: ModelPair, analysis: Analysis) -> MergePlan:
+    """Make a plan with the method's defaults, on all matrices."""
+    if ipm.METHODS[name].data is not None:
+        raise PlanError("needs calibration data")
+    if ipm.METHODS[name].selective:
+        return ipm.make_plan(analysis, name, similarity_threshold=0.0)
+    return ipm.make_plan(pair, name)
+
+
+def merge(plan: MergePlan, out: Path) -> tuple[float, int]:
+    """Merge in a process of its own; return the merge's seconds and the process' peak bytes."""
+    path = out.with_suffix(".plan.json")
+    plan.save(path)
+    command = ["-m", "ipmerge_core", "merge", str(path), "-o", str(out), "--quiet"]
+    code, peak = peak_of(command)
+    if code:
+        raise SystemExit(f"the merge of {plan.method} failed")
+    manifest = json.loads((out / "ipmerge.json").read_text())
+    return float(manifest["seconds"]), peak
+
+
+def peak_of(command: list[str]) -> tuple[int, int]:
+    """Run Python with these arguments; return its exit code and its peak resident bytes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+
+
+def scores(folder: Path, n: int) -> list[str]:
+    """Ask a model the test draw; return image+math and perception."""
+    loaded = load_model(folder)
+    cells = []
+    for tasks in (MATH_TASKS, PERCEPTION_TASKS):
+        asked = [problem for task in tasks for problem in problems(task, n, TEST_SEED, "test")]
+        replies = answer(loaded.model, loaded.processor, asked)
+        right = sum(is_right(p, reply) for p, reply in zip(asked, replies, strict=True))
+        cells.append(str(Score(right, len(asked))))
+    return cells
+
+
+def change_per_layer(pair: ModelPair, out: Path) -> list[float]:
+    """Measure ||W_merged - W_mllm|| / ||W_mllm|| over the matrices of each layer."""
+    merged = Checkpoint.open(out)
+    sums: dict[int, list[float]] = {}
+    for matrix in pair.matrices:
+        before = pair.mllm.read(matrix.mllm).double()
+        after = merged.read(matrix.mllm).double()
+        layer = sums.setdefault(matrix.layer, [0.0, 0.0])
+        layer[0] += float((after - before).square().sum())
+        layer[1] += float(before.square().sum())
+    return [(change / norm) ** 0.5 for change, norm in sums.values()]
+
+
+if __name__ == "__main__":
+    main()
