@@ -25,7 +25,10 @@ ORDER = [
     {"errors", "version"},
     {"pipeline", "ranks", "files"},
     {"checkpoint", "writer"},
+    {"catalogue", "decoders"},
+    {"siblings"},
     {"pairing"},
+    {"measurements"},
     {"engines"},
     {"spectrum"},
     {"similarity"},
@@ -39,6 +42,7 @@ ORDER = [
     {"merging", "adapter"},
     {"inference"},
     {"evaluate", "drift"},
+    {"samples", "passes", "calibration"},
     {"search"},
     {"plots", "jobs"},
     {"ipmerge_core"},  # the facade itself, as `import ipmerge_core`

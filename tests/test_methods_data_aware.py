@@ -100,6 +100,15 @@ def test_regmean_matches_its_numbers(parameters, expected):
     assert close(merged_by("regmean", **parameters, **GRAMS), expected, 1e-9)
 
 
+def test_diagonals_stand_for_grams_without_products():
+    diagonals = {name: gram.diagonal() for name, gram in GRAMS.items()}
+    merged = merged_by("regmean", **diagonals)
+    assert close(merged, merged_by("regmean", off_diagonal=0, **GRAMS).tolist())
+    mixed = {"mllm_gram": GRAMS["mllm_gram"], "math_gram": diagonals["math_gram"]}
+    full = {"mllm_gram": GRAMS["mllm_gram"], "math_gram": torch.diag(diagonals["math_gram"])}
+    assert close(merged_by("regmean", **mixed), merged_by("regmean", **full).tolist())
+
+
 def test_equal_grams_give_the_plain_mean():
     gram = GRAMS["mllm_gram"]
     merged = merged_by("regmean", mllm_gram=gram, math_gram=gram)

@@ -29,7 +29,7 @@ from ipmerge_core.methods.registry import (
 )
 
 Floor: TypeAlias = Annotated[float, Range(low=0, help="added to the Fisher information")]
-Measured: TypeAlias = Float[Tensor, "_ _"]  # shapes are compared in `_measured`, in words
+Measured: TypeAlias = Float[Tensor, "..."]  # shapes are compared in `_measured`, in words
 MeasuredList: TypeAlias = Measured | Sequence[Measured]
 FisherInput: TypeAlias = Annotated[Measured | None, Supplied("diagonal of the Fisher information")]
 FisherInputs: TypeAlias = Annotated[MeasuredList | None, Supplied("the same, of every expert")]
@@ -46,7 +46,7 @@ def shares(alpha: float, experts: int) -> list[float]:
 def _measured(
     label: str,
     what: str,
-    shape: tuple[int, ...],
+    shapes: Sequence[tuple[int, ...]],
     mllm: Tensor | None,
     math: Tensor | Sequence[Tensor] | None,
     experts: int,
@@ -66,9 +66,10 @@ def _measured(
             f"needs one each."
         )
     for matrix in found:
-        if matrix.shape != shape:
+        if matrix.shape not in shapes:
             raise ShapeError(
-                f"{label} got the {what} of shape {tuple(matrix.shape)}; expected {shape}. "
+                f"{label} got the {what} of shape {tuple(matrix.shape)}; expected "
+                f"{shapes[0]}. "
                 f"Calibrate the models that are merged."
             )
     return found
@@ -129,7 +130,7 @@ def fisher(
     """
     experts = as_list(math)
     label, what = "Fisher merging", "Fisher information"
-    found = _measured(label, what, tuple(mllm.shape), mllm_fisher, math_fisher, len(experts))
+    found = _measured(label, what, [tuple(mllm.shape)], mllm_fisher, math_fisher, len(experts))
     norms = [1.0] * len(found)
     if scope != "none":
         whole = statistic if scope == "model" else None
@@ -177,27 +178,42 @@ def regmean(
             W^T = (sum_i c_i G_i)^-1 sum_i c_i G_i W_i^T, c = alpha for the MLLM, the rest shared by
             the experts. Solved in fp64 by Cholesky for the change from the mean sum_i c_i W_i,
             so that an input no model has seen gets the mean.
-    Shapes: W (m, n), G (n, n), m outputs, n inputs.
+    Shapes: W (m, n), G (n, n), m outputs, n inputs; or (n,), its diagonal, where n is large.
     Raises: PlanError without G, ShapeError for a wrong shape.
     Source: RegMean, arXiv 2212.09849, whose alpha is `off_diagonal` here.
     """
     experts = as_list(math)
     n = mllm.shape[1]
-    grams = _measured("RegMean", "Gram matrix", (n, n), mllm_gram, math_gram, len(experts))
+    grams = _measured("RegMean", "Gram matrix", [(n, n), (n,)], mllm_gram, math_gram, len(experts))
     models = [matrix.double() for matrix in (mllm, *experts)]
     coefficients = shares(alpha, len(experts))
     mean = models[0].clone()
     for share, model in zip(coefficients[1:], models[1:], strict=True):
         mean += share * (model - models[0])
-    left = torch.zeros(n, n, dtype=torch.float64, device=mllm.device)
-    right = torch.zeros(n, mllm.shape[0], dtype=torch.float64, device=mllm.device)
+    if off_diagonal == 0 or all(gram.ndim == 1 for gram in grams):
+        change = _solve_diagonal(coefficients, grams, models, mean)
+    else:
+        left = torch.zeros(n, n, dtype=torch.float64, device=mllm.device)
+        right = torch.zeros(n, mllm.shape[0], dtype=torch.float64, device=mllm.device)
+        for share, gram, model in zip(coefficients, grams, models, strict=True):
+            shrunk = torch.diag(gram.double()) if gram.ndim == 1 else gram.double() * off_diagonal
+            shrunk.diagonal().copy_(gram if gram.ndim == 1 else gram.diagonal())
+            left.add_(shrunk, alpha=share)
+            right.addmm_(shrunk, (model - mean).T, alpha=share)
+        change = _solve(left, right).T
+    return (mean + change).to(result_dtype(base, mllm, *experts))
+
+
+def _solve_diagonal(
+    coefficients: Sequence[float], grams: Sequence[Tensor], models: Sequence[Tensor], mean: Tensor
+) -> Tensor:
+    """Weighted mean of every column, for inputs whose products are taken as zero."""
+    total, change = torch.zeros_like(mean[0]), torch.zeros_like(mean)
     for share, gram, model in zip(coefficients, grams, models, strict=True):
-        shrunk = gram.double() * off_diagonal
-        shrunk.diagonal().copy_(gram.diagonal())
-        left.add_(shrunk, alpha=share)
-        right.addmm_(shrunk, (model - mean).T, alpha=share)
-    change = _solve(left, right)
-    return (mean + change.T).to(result_dtype(base, mllm, *experts))
+        weight = share * (gram if gram.ndim == 1 else gram.diagonal()).double()
+        total += weight
+        change += weight * (model - mean)
+    return change / total.masked_fill(total <= 0, 1)
 
 
 def _solve(left: Tensor, right: Tensor) -> Tensor:

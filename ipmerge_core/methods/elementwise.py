@@ -8,6 +8,7 @@ the MLLM's to the last bit. Sources are named at each function. No IO, no global
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, TypeAlias
 
 from torch import Tensor
@@ -29,7 +30,7 @@ Kept: TypeAlias = Annotated[float, Range(low=0, high=1, help="weight kept on the
 Layer: TypeAlias = Annotated[int, Range(low=-1, help="the last layer left as it is")]
 
 
-def as_list(math: Experts) -> list[Tensor]:
+def as_list(math: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """One expert or several, as a list."""
     return [math] if isinstance(math, Tensor) else list(math)
 

@@ -1,0 +1,161 @@
+"""What a calibration measured, on disk: one number matrix per decoder matrix and model.
+
+In: a folder that `calibration` wrote: `calibration.json` and safetensors files. Out: the inputs of
+a data-aware merge method for one matrix at a time (`mllm_gram=...`, `math_gram=[...]`), so memory
+does not grow with the model. Matrices that read one input (q, k, v; gate, up) share one Gram
+matrix. Runs no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ipmerge_core.errors import CheckpointError, PairingError
+from ipmerge_core.pairing import ModelPair
+
+Kind: TypeAlias = Literal["gram", "fisher"]
+RECORD = "calibration.json"
+_FORMAT, _VERSION = "ipmerge-calibration", 1
+_WORDS = {"gram": "Gram matrices", "fisher": "Fisher information"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's share: which weights, on how many samples and tokens, in which files.
+
+    `places` gives the file and the stored name for every decoder matrix, `norm` the Frobenius norm
+    of all that was measured.
+    """
+
+    role: str
+    id: str
+    fingerprint: str
+    samples: int
+    tokens: int
+    norm: float
+    places: dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """A finished calibration of an MLLM and its experts."""
+
+    folder: Path
+    kind: Kind
+    settings: dict[str, Any]
+    models: tuple[Measured, ...]  # the MLLM first, then the experts in their order
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Measurements:
+        """Read the record of a calibration; no measurement is read yet.
+
+        Raises: CheckpointError when there is none, or it is not of this version.
+        """
+        folder = Path(folder).expanduser()
+        try:
+            content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            if (content["format"], content["version"]) != (_FORMAT, _VERSION):
+                raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+            models = tuple(
+                Measured(**{**entry, "places": _pairs(entry["places"])})
+                for entry in content["models"]
+            )
+            return cls(folder, content["kind"], content["settings"], models)
+        except OSError as error:
+            raise CheckpointError(
+                f"There is no finished calibration in '{folder}': cannot read {RECORD} "
+                f"({error.strerror}). Make one with `ipmerge calibrate`."
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"'{folder / RECORD}' is not a calibration of this version "
+                f"({type(error).__name__}: {error}). Make it again with `ipmerge calibrate`."
+            ) from error
+
+    def save(self) -> None:
+        """Write the record; the calibration counts as finished from then on."""
+        models = [asdict(model) for model in self.models]
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "kind": self.kind,
+            "settings": self.settings,
+            "models": models,
+        }
+        target = self.folder / RECORD
+        part = target.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(target)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the record: which models, which samples, which settings."""
+        return hashlib.sha256((self.folder / RECORD).read_bytes()).hexdigest()
+
+    def check(self, pair: ModelPair, kind: Kind) -> None:
+        """Make sure that this is what was asked for, measured on these models.
+
+        Raises: PairingError when it is of another kind or of other weights.
+        """
+        if self.kind != kind:
+            raise PairingError(
+                f"'{self.folder}' holds {_WORDS[self.kind]}; the method needs {_WORDS[kind]}. "
+                f"Calibrate again with --kind {kind}."
+            )
+        wanted = [pair.mllm, *pair.math]
+        if len(self.models) != len(wanted):
+            raise PairingError(
+                f"'{self.folder}' was measured on {len(self.models) - 1} math models and "
+                f"{len(wanted) - 1} are merged. Calibrate these models together."
+            )
+        for measured, model in zip(self.models, wanted, strict=True):
+            if measured.fingerprint != model.fingerprint:
+                raise PairingError(
+                    f"'{self.folder}' was measured on other weights than '{model.id}' has now "
+                    f"(fingerprint {measured.fingerprint[:8]}, now {model.fingerprint[:8]}). "
+                    f"Calibrate again."
+                )
+
+    def inputs(self, name: str, experts: Sequence[int]) -> dict[str, Any]:
+        """Read what a method needs for one matrix, by keyword, for these experts.
+
+        Raises: CheckpointError when the matrix was not measured or a file is damaged.
+        """
+        return {
+            f"mllm_{self.kind}": self._read(self.models[0], name),
+            f"math_{self.kind}": [self._read(self.models[1 + k], name) for k in experts],
+        }
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """Norm of each model's measurement, over all matrices: Fisher merging's statistic."""
+        return tuple(model.norm for model in self.models)
+
+    def _read(self, model: Measured, name: str) -> Tensor:
+        if name not in model.places:
+            raise CheckpointError(
+                f"The calibration '{self.folder}' holds nothing for '{name}' of the {model.role} "
+                f"model. Calibrate again with all matrices."
+            )
+        file, stored = model.places[name]
+        try:
+            with safe_open(self.folder / file, framework="pt") as content:
+                tensor: Tensor = content.get_tensor(stored)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"Cannot read '{stored}' from '{self.folder / file}' ({error}). The file is "
+                f"missing or damaged; calibrate again."
+            ) from error
+
+
+def _pairs(places: dict[str, list[str]]) -> dict[str, tuple[str, str]]:
+    return {name: (file, stored) for name, (file, stored) in places.items()}

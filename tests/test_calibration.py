@@ -1,0 +1,325 @@
+"""Calibration on the demo trio: what is measured, in groups, with resumes, and used in a merge."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipmerge_core.calibration import calibrate, estimate, iter_calibration
+from ipmerge_core.errors import CheckpointError, ModelLoadError, PairingError, PlanError, RunError
+from ipmerge_core.inference import load_model
+from ipmerge_core.measurements import Measurements
+from ipmerge_core.methods import METHODS
+from ipmerge_core.pairing import open_pair
+from ipmerge_core.passes import Passes, Settings, encode_sample, find_module
+from ipmerge_core.samples import Sample, load_samples
+
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+GRAM, FISHER = Settings("gram"), Settings("fisher")
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+DOWN = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return open_pair(DEMO / "mllm", DEMO / "math", DEMO / "base")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return load_samples("demo", 3, sees=True), load_samples("demo", 4, sees=False)
+
+
+@pytest.fixture(scope="module")
+def grams(pair, samples, tmp_path_factory):
+    return calibrate(pair, tmp_path_factory.mktemp("grams") / "out", GRAM, *samples)
+
+
+@pytest.fixture(scope="module")
+def information(pair, samples, tmp_path_factory):
+    out = tmp_path_factory.mktemp("information") / "out"
+    return calibrate(pair, out, replace(FISHER, estimator="empirical"), *samples)
+
+
+def inputs_of(folder, module, samples):
+    """What a layer reads, from full forward passes."""
+    loaded = load_model(folder)
+    seen = []
+    layer = dict(loaded.model.named_modules())[module]
+    layer.register_forward_pre_hook(lambda _, x: seen.append(x[0][0].double()))
+    with torch.no_grad():
+        for sample in samples:
+            loaded.model(**encode_sample(loaded, sample)[0])
+    return torch.cat(seen)
+
+
+def test_grams_are_means_over_the_tokens_of_all_samples(grams, samples):
+    for name, module in [
+        (QUERY, "model.language_model.layers.1.self_attn.q_proj"),
+        (DOWN, "model.language_model.layers.2.mlp.down_proj"),
+    ]:
+        x = inputs_of(DEMO / "mllm", module, samples[0])
+        measured = grams.inputs(name, [0])["mllm_gram"]
+        assert torch.allclose(measured.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        assert grams.models[0].tokens == len(x)
+    x = inputs_of(DEMO / "math", "model.layers.2.mlp.down_proj", samples[1])
+    (measured,) = grams.inputs(DOWN, [0])["math_gram"]
+    assert torch.allclose(measured.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_that_read_one_input_share_one_gram(grams):
+    query = grams.inputs(QUERY, [0])["mllm_gram"]
+    for other in ("k_proj", "v_proj"):
+        same = grams.inputs(QUERY.replace("q_proj", other), [0])["mllm_gram"]
+        assert torch.equal(query, same)
+    stored = set(grams.models[0].places.values())
+    assert len(grams.models[0].places) == 4 * 7
+    assert len(stored) == 4 * 4
+
+
+def test_fisher_is_the_mean_of_squared_gradients_one_sample_at_a_time(information, samples):
+    loaded = load_model(DEMO / "math")
+    weight = loaded.model.model.layers[1].self_attn.q_proj.weight
+    total = torch.zeros_like(weight)
+    for sample in samples[1]:
+        inputs, answer = encode_sample(loaded, sample)
+        labels = inputs["input_ids"].clone()
+        labels[0, :-answer] = -100
+        loss = loaded.model(**inputs, labels=labels).loss
+        total += torch.autograd.grad(loss, weight)[0] ** 2
+    (measured,) = information.inputs(QUERY, [0])["math_fisher"]
+    assert torch.allclose(measured, total.detach() / len(samples[1]), rtol=1e-3, atol=1e-12)
+    norm2 = 0.0
+    for name in information.models[1].places:
+        norm2 += float(information.inputs(name, [0])["math_fisher"][0].double().square().sum())
+    assert information.norms[1] == pytest.approx(norm2**0.5)
+
+
+def test_sampled_fisher_draws_answers_by_a_stream_of_its_own(pair, samples, tmp_path):
+    few = samples[0][:1], samples[1][:2]
+    first = calibrate(pair, tmp_path / "a", FISHER, *few)
+    torch.manual_seed(5)
+    again = calibrate(pair, tmp_path / "b", FISHER, *few)
+    other = calibrate(pair, tmp_path / "c", replace(FISHER, seed=1), *few)
+    found = [m.inputs(QUERY, [0])["math_fisher"][0] for m in (first, again, other)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_small_budgets_measure_in_groups_to_the_same_numbers(pair, samples, tmp_path, grams):
+    tight = replace(GRAM, memory=700_000)
+    steps = list(iter_calibration(pair, tmp_path / "out", tight, *samples))
+    assert steps[0].groups > 2
+    assert steps[-1].done == steps[-1].total == steps[0].groups * 7
+    measured = Measurements.open(tmp_path / "out")
+    for name in (QUERY, DOWN):
+        one, other = measured.inputs(name, [0]), grams.inputs(name, [0])
+        assert torch.equal(one["mllm_gram"], other["mllm_gram"])
+    assert measured.norms == pytest.approx(grams.norms)
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_files(pair, samples, tmp_path):
+    tight = replace(GRAM, memory=700_000)
+    whole = calibrate(pair, tmp_path / "whole", tight, *samples)
+    run = iter_calibration(pair, tmp_path / "cut", tight, *samples)
+    for _ in range(8):
+        next(run)
+    run.close()
+    with pytest.raises(CheckpointError, match="no finished calibration"):
+        Measurements.open(tmp_path / "cut")
+    steps = list(iter_calibration(pair, tmp_path / "cut", tight, *samples))
+    assert [step.action for step in steps[:2]] == ["resumed", "resumed"]
+    assert steps[-1].done == steps[-1].total
+    cut = Measurements.open(tmp_path / "cut")
+    assert cut.models == whole.models
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
+
+
+def test_a_folder_with_anything_else_is_left_alone(pair, samples, tmp_path, grams):
+    with pytest.raises(RunError, match="a finished calibration"):
+        calibrate(pair, grams.folder, GRAM, *samples)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="something else"):
+        calibrate(pair, tmp_path, GRAM, *samples)
+
+
+def test_image_tokens_can_be_left_out(pair, samples, grams, tmp_path):
+    text_only = calibrate(pair, tmp_path / "out", replace(GRAM, image_tokens=False), *samples)
+    missing = grams.models[0].tokens - text_only.models[0].tokens
+    assert missing == 16 * len(samples[0])
+    assert text_only.models[1].tokens == grams.models[1].tokens
+
+
+def test_wide_grams_can_be_kept_as_diagonals(pair, samples, grams, tmp_path):
+    narrow = calibrate(pair, tmp_path / "out", replace(GRAM, wide="diagonal"), *samples)
+    kept = narrow.inputs(DOWN, [0])["mllm_gram"]
+    full = grams.inputs(DOWN, [0])["mllm_gram"]
+    assert torch.allclose(kept, full.diagonal(), rtol=1e-4, atol=1e-6)
+    matrix = next(m for m in pair.matrices if m.name == DOWN)
+    merged = METHODS["regmean"](*read(pair, matrix), **narrow.inputs(DOWN, [0]))
+    assert merged.isfinite().all()
+
+
+def read(pair, matrix):
+    models = (pair.base, matrix.name), (pair.mllm, matrix.mllm), (pair.math[0], matrix.math[0])
+    return [model.read_matrix(name) for model, name in models]
+
+
+def test_measurements_are_what_the_methods_ask_for(pair, grams, information):
+    for matrix in pair.matrices[:7]:
+        base, mllm, math = read(pair, matrix)
+        merged = METHODS["regmean"](base, mllm, math, **grams.inputs(matrix.name, [0]))
+        x = grams.inputs(matrix.name, [0])
+        loss = [
+            sum(
+                float((((W - own).double() @ G.double()) * (W - own).double()).sum())
+                for own, G in ((mllm, x["mllm_gram"]), (math, x["math_gram"][0]))
+            )
+            for W in (merged, (mllm + math) / 2)
+        ]
+        assert loss[0] < loss[1]  # closer to both models on their own inputs than the mean
+        data = information.inputs(matrix.name, [0])
+        fisher = METHODS["fisher"]
+        merged = fisher(base, mllm, math, floor=1e-12, statistic=information.norms, **data)
+        low, high = torch.minimum(mllm, math), torch.maximum(mllm, math)
+        assert (merged >= low - 1e-6).all()
+        assert (merged <= high + 1e-6).all()
+
+
+def test_measurements_of_other_models_or_another_kind_are_refused(pair, grams):
+    grams.check(pair, "gram")
+    with pytest.raises(PairingError, match="--kind fisher"):
+        grams.check(pair, "fisher")
+    with pytest.raises(PairingError, match="measured on other weights"):
+        grams.check(open_pair(DEMO / "mllm", DEMO / "base", DEMO / "base"), "gram")
+    twice = open_pair(DEMO / "mllm", [DEMO / "math", DEMO / "math"], DEMO / "base")
+    with pytest.raises(PairingError, match="1 math models and 2 are merged"):
+        grams.check(twice, "gram")
+
+
+def test_damaged_and_foreign_records_are_refused_in_words(pair, grams, tmp_path):
+    record = json.loads((grams.folder / "calibration.json").read_text())
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "calibration.json").write_text(json.dumps(record))
+    damaged = Measurements.open(folder)
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        damaged.inputs(QUERY, [0])
+    with pytest.raises(CheckpointError, match="holds nothing for 'lm_head"):
+        grams.inputs("lm_head.weight", [0])
+    (folder / "calibration.json").write_text(json.dumps(record | {"version": 9}))
+    with pytest.raises(CheckpointError, match="not a calibration of this version"):
+        Measurements.open(folder)
+
+
+def test_the_estimate_says_memory_disk_and_passes(pair, tmp_path):
+    cost = estimate(pair, tmp_path / "new", GRAM, 3, 4)
+    hidden, feed = 128, 352
+    per_layer = 4 * (3 * hidden**2 + feed**2)
+    assert cost.nbytes_held == 4 * per_layer
+    assert cost.nbytes_written == 2 * 4 * per_layer
+    assert cost.passes == 7
+    tight = estimate(pair, tmp_path / "new", replace(GRAM, memory=per_layer), 3, 4)
+    assert tight.nbytes_held <= per_layer
+    assert tight.passes == 4 * 7
+    assert cost.nbytes_free > 0
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_runs(
+    pair, samples, tmp_path, monkeypatch
+):
+    full = namedtuple("Usage", "free")(10)
+    monkeypatch.setattr("ipmerge_core.calibration.shutil.disk_usage", lambda _: full)
+    with pytest.raises(RunError, match="Free some space"):
+        calibrate(pair, tmp_path / "out", GRAM, *samples)
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_without_answers_or_none_at_all_are_refused(pair, samples, tmp_path):
+    silent = [Sample("What is 2+2?", "")]
+    with pytest.raises(PlanError, match=r"Sample 1 for the math models has no answer"):
+        calibrate(pair, tmp_path / "out", FISHER, samples[0], silent)
+    with pytest.raises(PlanError, match="no calibration samples for the MLLM"):
+        calibrate(pair, tmp_path / "out", GRAM, [], samples[1])
+    with pytest.raises(ModelLoadError, match="is a text model and takes no image"):
+        calibrate(pair, tmp_path / "out", GRAM, samples[0], samples[0])
+
+
+def test_modules_are_found_by_name_and_numbers(pair):
+    loaded = load_model(DEMO / "mllm")
+    matrix = pair.matrices[0]
+    module = find_module(loaded, pair.mllm, matrix.mllm)
+    assert torch.equal(module.weight, pair.mllm.read_matrix(matrix.mllm))
+    with pytest.raises(ModelLoadError, match="no layer of its own"):
+        find_module(load_model(DEMO / "math"), pair.mllm, matrix.mllm)
+    with pytest.raises(ModelLoadError, match="store several matrices as one"):
+        find_module(loaded, pair.mllm, "model.layers.0.self_attn.qkv_proj.weight[0:4]")
+
+
+def test_a_group_stops_the_forward_pass_where_it_ends(pair, samples):
+    loaded = load_model(DEMO / "math")
+    layer = loaded.model.model.layers[0].self_attn.q_proj
+    reached = []
+    loaded.model.model.layers[3].register_forward_pre_hook(lambda *_: reached.append(1))
+    passes = Passes(loaded, [layer], [(128, 128)], GRAM, "math")
+    passes.add(0, samples[1][0])
+    assert not reached
+    assert passes.tokens > 0
+    assert not layer._forward_pre_hooks
+
+
+# --- samples ---
+
+
+def test_samples_come_from_a_jsonl_file(tmp_path):
+    lines = [
+        {"question": "What is 2+3?", "answer": "5"},
+        {"question": "What is drawn?", "answer": "a dot", "image": "dot.png"},
+        {"question": "No answer here"},
+    ]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n\n".join(json.dumps(line) for line in lines))
+    found = load_samples(path, 10, sees=False)
+    assert found[0] == Sample("What is 2+3?", "5")
+    assert found[1].picture == tmp_path / "dot.png"
+    assert found[2].answer == ""
+    assert len(load_samples(path, 2, sees=True)) == 2
+    with pytest.raises(RunError, match=r"dot\.png"):
+        assert found[1].image
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no samples"),
+        ("not json", "Line 1 of"),
+        ('{"answer": "5"}', "KeyError: 'question'"),
+        ('{"question": 5}', "must be texts"),
+        ("[1]", "is no sample"),
+    ],
+)
+def test_lines_that_are_no_samples_are_named(tmp_path, content, message):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(content)
+    with pytest.raises(RunError, match=message):
+        load_samples(path, 10, sees=False)
+
+
+def test_missing_files_and_silly_counts_are_refused(tmp_path):
+    with pytest.raises(RunError, match="Give a jsonl file, or the word demo"):
+        load_samples(tmp_path / "none.jsonl", 10, sees=False)
+    with pytest.raises(RunError, match="expected 1 or more"):
+        load_samples("demo", 0, sees=False)
+
+
+def test_demo_samples_are_drawn_for_eyes_and_told_in_words_otherwise():
+    seen, told = load_samples("demo", 12, sees=True), load_samples("demo", 12, sees=False)
+    assert len(seen) == len(told) == 12
+    assert all(sample.image is not None for sample in seen)
+    assert all(sample.image is None and sample.answer for sample in told)
