@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ipmerge_core.version import __version__
 
 if TYPE_CHECKING:
+    from ipmerge_core.adapter import export_adapter
+    from ipmerge_core.adapter import export_adapter
     from ipmerge_core.analysis import analyse, iter_analysis
     from ipmerge_core.merging import iter_merge, merge
     from ipmerge_core.methods import METHODS
@@ -34,6 +36,8 @@ _HOMES = {
     "MergePlan": "plan",
     "merge": "merging",
     "iter_merge": "merging",
+    "export_adapter": "adapter",
+    "export_adapter": "adapter",
 }
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "MergePlan",
     "merge",
     "iter_merge",
+    "export_adapter",
     "__version__",
 ]
 

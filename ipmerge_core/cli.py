@@ -1,4 +1,4 @@
-"""The command line: `ipmerge check | analyse | plan | merge | chat | app`.
+"""The command line: `ipmerge check | analyse | plan | merge | adapter | chat | app`.
 
 Parses arguments, calls the package, prints. Results go to stdout (as JSON with --json), progress
 and errors to stderr. Exit codes: 0 done, 2 the input is at fault (one sentence, no traceback), 1 a
@@ -123,6 +123,48 @@ def _merge(options: argparse.Namespace) -> int:
     manifest = json.loads((Path(options.output) / MANIFEST).read_text(encoding="utf-8"))
     text = f"Wrote {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
     return _print(options, {"model": options.output, "hash": plan.hash}, text)
+
+
+def _adapter(options: argparse.Namespace) -> int:
+    from ipmerge_core.adapter import REPORT, iter_adapter
+    from ipmerge_core.plan import MergePlan
+
+    plan = MergePlan.load(options.plan)
+    limits = {"tolerance": options.tolerance, "max_rank": options.max_rank}
+    progress = None
+    for step in iter_adapter(plan, options.output, device=options.device, **limits):
+        progress = progress or _Progress("factorising", step.total, options.quiet)
+        progress.show(step.index, f"{step.index}/{step.total} rank {step.rank} {step.tensor}")
+    assert progress is not None
+    progress.close()
+    report = json.loads((Path(options.output) / REPORT).read_text(encoding="utf-8"))
+    ranks = [matrix["rank"] for matrix in report["matrices"].values()]
+    text = (
+        f"Wrote {options.output}: {len(ranks)} matrices, rank {min(ranks)} to {max(ranks)}, "
+        f"{report['nbytes'] / 1e6:.1f} MB, plan {plan.hash}. Load it with PEFT on the MLLM."
+    )
+    return _print(options, {"adapter": options.output, **report}, text)
+
+
+def _adapter(options: argparse.Namespace) -> int:
+    from ipmerge_core.adapter import REPORT, iter_adapter
+    from ipmerge_core.plan import MergePlan
+
+    plan = MergePlan.load(options.plan)
+    progress = _Progress("exporting", 1, options.quiet)
+    for step in iter_adapter(
+        plan,
+        options.output,
+        tolerance=options.tolerance,
+        max_rank=options.max_rank,
+        device=options.device,
+    ):
+        progress.total = step.total
+        progress.show(step.index, f"{step.index}/{step.total} rank {step.rank} {step.module}")
+    progress.close()
+    report = json.loads((Path(options.output) / REPORT).read_text(encoding="utf-8"))
+    text = f"Wrote {options.output}: a LoRA adapter of plan {plan.hash}."
+    return _print(options, report, text)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -315,6 +357,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--dry-run", action="store_true", help="only say what it would take")
     _add_device(merge)
+
+    adapter = command("adapter", _adapter, "write an IP-Merging plan's change as a LoRA adapter")
+    adapter.add_argument("plan", help="plan.json")
+    adapter.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the new adapter")
+    adapter.add_argument("--tolerance", type=float, default=1e-3, help="relative residual allowed")
+    adapter.add_argument("--max-rank", type=int, default=64, help="directions per matrix, at most")
+    _add_device(adapter)
+
+    adapter = command("adapter", _adapter, "export a plan of IP-Merging as a LoRA adapter")
+    adapter.add_argument("plan", help="plan.json")
+    adapter.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the adapter")
+    adapter.add_argument("--max-rank", type=int, default=64, help="directions kept at most")
+    adapter.add_argument("--tolerance", type=float, default=1e-3, help="relative residual")
+    _add_device(adapter)
 
     chat = command("chat", _chat, "ask one model, or two side by side")
     chat.add_argument("model", help="a model folder")

@@ -16,6 +16,7 @@ import ipmerge_core as ipm
 from ipmerge_core import adapter
 from ipmerge_core.adapter import export_adapter, iter_adapter, module_name, truncated
 from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, PlanError
 from ipmerge_core.plan import MergePlan, make_plan
 from ipmerge_core.similarity import Update
@@ -139,6 +140,19 @@ def test_a_matrix_that_needs_more_directions_is_cut_loudly(plan_of, tmp_path):
     assert worst["rank"] == 1 < worst["needed"]
     assert 1e-3 < worst["residual"] < 1
     assert report["largest_residual"] >= worst["residual"]
+
+
+def test_the_command_writes_the_same_adapter(plan_of, tmp_path, capsys):
+    plan = plan_of()
+    plan.save(tmp_path / "plan.json")
+    out = tmp_path / "adapter"
+    assert main(["adapter", str(tmp_path / "plan.json"), "-o", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["plan"]["hash"] == plan.hash
+    assert report["adapter"] == str(out)
+    ipm.export_adapter(plan, tmp_path / "again")
+    files = [folder / "adapter_model.safetensors" for folder in (out, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 # --- PEFT ---
