@@ -13,7 +13,6 @@ from ipmerge_core.version import __version__
 
 if TYPE_CHECKING:
     from ipmerge_core.adapter import export_adapter
-    from ipmerge_core.adapter import export_adapter
     from ipmerge_core.analysis import analyse, iter_analysis
     from ipmerge_core.merging import iter_merge, merge
     from ipmerge_core.methods import METHODS
@@ -36,7 +35,6 @@ _HOMES = {
     "MergePlan": "plan",
     "merge": "merging",
     "iter_merge": "merging",
-    "export_adapter": "adapter",
     "export_adapter": "adapter",
 }
 

@@ -146,27 +146,6 @@ def _adapter(options: argparse.Namespace) -> int:
     return _print(options, {"adapter": options.output, **report}, text)
 
 
-def _adapter(options: argparse.Namespace) -> int:
-    from ipmerge_core.adapter import REPORT, iter_adapter
-    from ipmerge_core.plan import MergePlan
-
-    plan = MergePlan.load(options.plan)
-    progress = _Progress("exporting", 1, options.quiet)
-    for step in iter_adapter(
-        plan,
-        options.output,
-        tolerance=options.tolerance,
-        max_rank=options.max_rank,
-        device=options.device,
-    ):
-        progress.total = step.total
-        progress.show(step.index, f"{step.index}/{step.total} rank {step.rank} {step.module}")
-    progress.close()
-    report = json.loads((Path(options.output) / REPORT).read_text(encoding="utf-8"))
-    text = f"Wrote {options.output}: a LoRA adapter of plan {plan.hash}."
-    return _print(options, report, text)
-
-
 def _chat(options: argparse.Namespace) -> int:
     from ipmerge_core.inference import answer
 
@@ -363,13 +342,6 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the new adapter")
     adapter.add_argument("--tolerance", type=float, default=1e-3, help="relative residual allowed")
     adapter.add_argument("--max-rank", type=int, default=64, help="directions per matrix, at most")
-    _add_device(adapter)
-
-    adapter = command("adapter", _adapter, "export a plan of IP-Merging as a LoRA adapter")
-    adapter.add_argument("plan", help="plan.json")
-    adapter.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the adapter")
-    adapter.add_argument("--max-rank", type=int, default=64, help="directions kept at most")
-    adapter.add_argument("--tolerance", type=float, default=1e-3, help="relative residual")
     _add_device(adapter)
 
     chat = command("chat", _chat, "ask one model, or two side by side")
