@@ -13,18 +13,30 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, PairingError
-from ipmerge_core.pairing import ModelPair
 
 Kind: TypeAlias = Literal["gram", "fisher"]
 RECORD = "calibration.json"
 _FORMAT, _VERSION = "ipmerge-calibration", 1
 _WORDS = {"gram": "Gram matrices", "fisher": "Fisher information"}
+
+
+class Identified(Protocol):
+    """A model as far as it matters here: a checkpoint, or a source in a plan."""
+
+    @property
+    def id(self) -> str:
+        """Folder or hub id."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of its weights."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +112,8 @@ class Measurements:
         """SHA-256 of the record: which models, which samples, which settings."""
         return hashlib.sha256((self.folder / RECORD).read_bytes()).hexdigest()
 
-    def check(self, pair: ModelPair, kind: Kind) -> None:
-        """Make sure that this is what was asked for, measured on these models.
+    def check(self, models: Sequence[Identified], kind: Kind) -> None:
+        """Make sure that this is what was asked for, measured on these: the MLLM, the experts.
 
         Raises: PairingError when it is of another kind or of other weights.
         """
@@ -110,13 +122,12 @@ class Measurements:
                 f"'{self.folder}' holds {_WORDS[self.kind]}; the method needs {_WORDS[kind]}. "
                 f"Calibrate again with --kind {kind}."
             )
-        wanted = [pair.mllm, *pair.math]
-        if len(self.models) != len(wanted):
+        if len(self.models) != len(models):
             raise PairingError(
                 f"'{self.folder}' was measured on {len(self.models) - 1} math models and "
-                f"{len(wanted) - 1} are merged. Calibrate these models together."
+                f"{len(models) - 1} are merged. Calibrate these models together."
             )
-        for measured, model in zip(self.models, wanted, strict=True):
+        for measured, model in zip(self.models, models, strict=True):
             if measured.fingerprint != model.fingerprint:
                 raise PairingError(
                     f"'{self.folder}' was measured on other weights than '{model.id}' has now "
@@ -124,14 +135,16 @@ class Measurements:
                     f"Calibrate again."
                 )
 
-    def inputs(self, name: str, experts: Sequence[int]) -> dict[str, Any]:
+    def inputs(
+        self, name: str, experts: Sequence[int], device: torch.device | None = None
+    ) -> dict[str, Any]:
         """Read what a method needs for one matrix, by keyword, for these experts.
 
         Raises: CheckpointError when the matrix was not measured or a file is damaged.
         """
         return {
-            f"mllm_{self.kind}": self._read(self.models[0], name),
-            f"math_{self.kind}": [self._read(self.models[1 + k], name) for k in experts],
+            f"mllm_{self.kind}": self._read(self.models[0], name).to(device),
+            f"math_{self.kind}": [self._read(self.models[1 + k], name).to(device) for k in experts],
         }
 
     @property

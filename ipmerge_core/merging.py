@@ -31,6 +31,7 @@ from ipmerge_core.checkpoint import (
 )
 from ipmerge_core.costs import Estimate, check_space, estimate_pair, merging_cost
 from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, PlanError, RunError
+from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.registry import Models
@@ -116,12 +117,12 @@ def iter_merge(
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
         PairingError: a source is not the one the plan was made for.
-        PlanError: the method needs data that nobody gave.
+        PlanError: the plan's calibration has changed.
         RunError: the target cannot be written, another run is writing there, a source could not
             be read to the end, or another process of this run failed.
     """
     method = find_method(plan.method)
-    _refuse_data(method)
+    measurements = _open_measurements(plan)
     if resume and tidy_finished(out, plan.digest):
         yield from _steps_of_finished(out)
         return
@@ -134,7 +135,8 @@ def iter_merge(
         writer.done = ranks.led(lambda: stack.enter_context(writer).done)
         if ranks.rank:
             stack.enter_context(writer)
-        run = _Run(plan, pair, method, writer, ranks, torch.device(ranks.device(device)))
+        target = torch.device(ranks.device(device))
+        run = _Run(plan, pair, method, writer, ranks, target, measurements)
         failure: IPMergeError | None = None
         try:
             yield from run.steps()
@@ -171,14 +173,17 @@ def estimate(plan: MergePlan, out: str | Path) -> Estimate:
     return estimate_pair(plan, reopen(plan), check_output(out))
 
 
-def _refuse_data(method: MergeMethod) -> None:
-    if method.data is not None:
-        what = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
+def _open_measurements(plan: MergePlan) -> Measurements | None:
+    """Open the calibration that the plan was made with, and make sure that it is the same."""
+    if plan.calibration is None:
+        return None
+    found = Measurements.open(plan.calibration.folder)
+    if found.digest != plan.calibration.digest:
         raise PlanError(
-            f"{method.label} needs {what[method.data]} of every model, measured on calibration "
-            f"samples, and a plan holds none. Call `METHODS['{method.name}']` on tensors with "
-            f"your own measurements, or choose a method that needs no data."
+            f"The calibration in '{found.folder}' is another than when the plan was made. Make a "
+            f"new plan with it."
         )
+    return found
 
 
 @dataclass
@@ -191,6 +196,7 @@ class _Run:
     writer: CheckpointWriter
     ranks: Ranks
     device: torch.device
+    measurements: Measurements | None
 
     def steps(self) -> Iterator[MergeStep]:
         """Merge and write this process' tensors, yielding after each, and read them back."""
@@ -269,6 +275,8 @@ class _Run:
         supplied: dict[str, Any] = {"tensor_name": part.matrix.name}
         if statistic is not None:
             supplied["statistic"] = statistic
+        if self.measurements is not None:
+            supplied |= self.measurements.inputs(part.matrix.name, part.experts, self.device)
         base, mllm, experts = on_one_base(content, self.device)
         with torch.no_grad():
             parameters = self.plan.parameters_for(part.matrix.layer)
@@ -286,6 +294,8 @@ class _Run:
         statistic = self.method.statistic
         if statistic is None or not self.method.needs_statistic(self.plan.parameters):
             return None
+        if self.measurements is not None:
+            return self.measurements.norms
 
         def matrices() -> Iterator[Models]:
             loads = (

@@ -22,6 +22,7 @@ import numpy as np
 
 from ipmerge_core.analysis import describe
 from ipmerge_core.errors import PlanError
+from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.registry import AffineUpdate, ParameterValue
 from ipmerge_core.pairing import MatrixMatch, ModelPair
@@ -31,6 +32,14 @@ from ipmerge_core.records import Analysis, LayerRecord, Sources, Totals
 Override = Literal["merge", "keep"]
 SIMILARITIES = ("first", "max", "weighted")
 _FORMAT, _VERSION = "ipmerge-plan", 1
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A finished calibration: its folder, and the hash of its record."""
+
+    folder: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class MergePlan:
     totals: Totals
     decisions: tuple[Decision, ...]
     records: tuple[LayerRecord, ...] = ()  # without spectra; empty for a plan from a ModelPair
+    calibration: Calibrated | None = None  # for the methods that need data
 
     @cached_property
     def digest(self) -> str:
@@ -57,7 +67,8 @@ class MergePlan:
         fingerprints = [source.fingerprint for source in self.sources.all()]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
         parameters = dict(sorted(self.parameters.items()))
-        content = [self.method, parameters, list(self.layer_gains), chosen, fingerprints]
+        data = [self.calibration.digest] if self.calibration else []
+        content = [self.method, parameters, list(self.layer_gains), chosen, fingerprints, *data]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -159,6 +170,7 @@ class MergePlan:
                 for entry in content["decisions"]
             ),
             records=tuple(LayerRecord.from_dict(entry) for entry in content["records"]),
+            calibration=Calibrated(**data) if (data := content.get("calibration")) else None,
         )
         if plan.hash != content["hash"]:
             raise ValueError(f"its hash is {plan.hash} and the file says {content['hash']}")
@@ -176,6 +188,7 @@ def make_plan(
     include: str | None = None,
     exclude: str | None = None,
     layer_gains: Sequence[float] = (),
+    calibration: str | Path | None = None,
     **parameters: ParameterValue,
 ) -> MergePlan:
     """Decide what merges.
@@ -191,10 +204,13 @@ def make_plan(
         exclude: a regular expression; matrices whose name it finds are kept.
         layer_gains: factors on the method's gain from the first layer to the last, evenly spread
             and interpolated: (0, 1) fades the update in.
+        calibration: a folder that `calibrate` made, for the methods that need data.
         **parameters: the method's own parameters; the rest take their defaults.
 
     Raises:
         PlanError: a value is out of range, a name unknown, or the source does not suffice.
+        CheckpointError: there is no finished calibration in that folder.
+        PairingError: the calibration was made on other models.
     """
     chosen = find_method(method)
     overrides = dict(overrides or {})
@@ -237,7 +253,27 @@ def make_plan(
         totals=totals,
         decisions=tuple(decisions),
         records=_without_spectra(source.records) if isinstance(source, Analysis) else (),
+        calibration=_open_calibration(chosen, calibration, sources),
     )
+
+
+def _open_calibration(
+    method: MergeMethod, folder: str | Path | None, sources: Sources
+) -> Calibrated | None:
+    if method.data is None:
+        if folder is not None:
+            raise PlanError(f"{method.label} needs no data; leave the calibration out.")
+        return None
+    if folder is None:
+        what = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
+        raise PlanError(
+            f"{method.label} needs {what[method.data]} of every model, measured on samples. Make "
+            f"them with `ipmerge calibrate --kind {method.data}` and name the folder as the "
+            f"calibration, or choose a method that needs no data."
+        )
+    found = Measurements.open(folder)
+    found.check([sources.mllm, *sources.math], method.data)
+    return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
 
 
 class _Scope(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 import torch
 
 from ipmerge_core.calibration import calibrate, estimate, iter_calibration
+from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import CheckpointError, ModelLoadError, PairingError, PlanError, RunError
 from ipmerge_core.inference import load_model
 from ipmerge_core.measurements import Measurements
+from ipmerge_core.merging import merge
 from ipmerge_core.methods import METHODS
 from ipmerge_core.pairing import open_pair
 from ipmerge_core.passes import Passes, Settings, encode_sample, find_module
+from ipmerge_core.plan import MergePlan, make_plan
 from ipmerge_core.samples import Sample, load_samples
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -193,14 +197,49 @@ def test_measurements_are_what_the_methods_ask_for(pair, grams, information):
 
 
 def test_measurements_of_other_models_or_another_kind_are_refused(pair, grams):
-    grams.check(pair, "gram")
+    mllm, math = pair.mllm, pair.math[0]
+    grams.check([mllm, math], "gram")
     with pytest.raises(PairingError, match="--kind fisher"):
-        grams.check(pair, "fisher")
+        grams.check([mllm, math], "fisher")
     with pytest.raises(PairingError, match="measured on other weights"):
-        grams.check(open_pair(DEMO / "mllm", DEMO / "base", DEMO / "base"), "gram")
-    twice = open_pair(DEMO / "mllm", [DEMO / "math", DEMO / "math"], DEMO / "base")
+        grams.check([mllm, pair.base], "gram")
     with pytest.raises(PairingError, match="1 math models and 2 are merged"):
-        grams.check(twice, "gram")
+        grams.check([mllm, math, math], "gram")
+
+
+@pytest.mark.parametrize(("method", "kind"), [("regmean", "grams"), ("fisher", "information")])
+def test_a_plan_with_a_calibration_merges_the_whole_model(method, kind, pair, tmp_path, request):
+    measured = request.getfixturevalue(kind)
+    plan = make_plan(pair, method, calibration=measured.folder, exclude="mlp")
+    plan.save(tmp_path / "plan.json")
+    plan = MergePlan.load(tmp_path / "plan.json")
+    merge(plan, tmp_path / "out")
+    merged = Checkpoint.open(tmp_path / "out")
+    matrix = next(m for m in pair.matrices if m.name == QUERY)
+    statistic = {"statistic": measured.norms} if method == "fisher" else {}
+    data = measured.inputs(QUERY, [0])
+    expected = METHODS[method](*read(pair, matrix), **statistic, **data)
+    assert torch.equal(merged.read_matrix(matrix.mllm), expected)
+    kept = next(m for m in pair.matrices if m.name == DOWN)
+    assert torch.equal(merged.read_matrix(kept.mllm), pair.mllm.read_matrix(kept.mllm))
+
+
+def test_a_plan_asks_for_the_calibration_that_its_method_needs(pair, grams, tmp_path):
+    with pytest.raises(PlanError, match="ipmerge calibrate --kind gram"):
+        make_plan(pair, "regmean")
+    with pytest.raises(PlanError, match="needs no data; leave the calibration out"):
+        make_plan(pair, "linear", calibration=grams.folder)
+    with pytest.raises(PairingError, match="the method needs Fisher information"):
+        make_plan(pair, "fisher", calibration=grams.folder)
+    copy = tmp_path / "copy"
+    shutil.copytree(grams.folder, copy)
+    plan = make_plan(pair, "regmean", calibration=copy)
+    assert plan.hash == make_plan(pair, "regmean", calibration=grams.folder).hash
+    record = json.loads((copy / "calibration.json").read_text())
+    record["settings"]["seed"] = 1
+    (copy / "calibration.json").write_text(json.dumps(record))
+    with pytest.raises(PlanError, match="is another than when the plan was made"):
+        merge(plan, tmp_path / "out")
 
 
 def test_damaged_and_foreign_records_are_refused_in_words(pair, grams, tmp_path):
