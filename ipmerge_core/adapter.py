@@ -151,11 +151,11 @@ def update_of(
     Math:   P_k = rho_k dM_k V_V diag(gamma_k^2) V_V^T; factors of several experts side by side.
     """
     rank = parameters["rank"]
-    vision = svd(task_vector(mllm, base), rank=rank)
+    vision = svd(task_vector(mllm, base), rank=rank, vectors="right")
     updates = []
     for expert in experts:
         M = task_vector(expert, base)
-        decomposed = svd(M, rank=rank)
+        decomposed = svd(M, rank=rank, vectors="right")
         angles = corresponding_angles(vision, decomposed)
         gamma = (
             top_k_importance(angles, parameters["top_k"])

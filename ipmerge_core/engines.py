@@ -13,8 +13,8 @@ No global random state, no TF32, no IO.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,15 +60,32 @@ class _Eigen(NamedTuple):
     n_head: int  # leading rows of fp64 quality
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Keep fp32 products in fp32 inside: no TF32, no bf16 splitting; the setting is restored."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class _FullPrecision:
+    """Keeps fp32 products in fp32 (no TF32, no bf16 splitting) while any thread is inside.
+
+    The setting is torch's and global: the first to enter saves it, the last to leave restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = "highest"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_float32_matmul_precision(self._before)
+
+
+full_precision = _FullPrecision()
 
 
 def exact(A: Tensor) -> Factors:

@@ -186,7 +186,7 @@ def _route(method: str, p: int, rank: int) -> str:
 
 def _run(run: Callable[[Tensor], engines.Factors], matrix: Tensor) -> engines.Factors:
     """Run a route where the matrix lies; on the CPU when the device lacks memory or fp64."""
-    with engines.full_precision():
+    with engines.full_precision:
         if not _has_fp64(matrix.device):
             return run(matrix.cpu())
         try:

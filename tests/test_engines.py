@@ -158,7 +158,9 @@ def test_products_run_in_full_precision_and_the_setting_comes_back():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with engines.full_precision():
+        with engines.full_precision:
+            with engines.full_precision:  # as another thread would
+                assert torch.get_float32_matmul_precision() == "highest"
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
