@@ -126,7 +126,7 @@ def test_a_hole_is_refused_by_name(trio: Trio, tmp_path: Path) -> None:
     weights = text_weights()
     del weights["model.layers.1.mlp.up_proj.weight"]
     holed = write_model(tmp_path / "holed", weights, TEXT_CONFIG)
-    with pytest.raises(PairingError, match="Layer 1 of .*base' has a up_proj matrix and .*holed'"):
+    with pytest.raises(PairingError, match="Layer 1 of .*base' has 'mlp.up_proj.weight' and .*holed'"):
         open_pair(trio.mllm, holed, trio.base)
 
 
