@@ -86,6 +86,33 @@ def _analyse(options: argparse.Namespace) -> int:
     return _print(options, summary, text)
 
 
+def _calibrate(options: argparse.Namespace) -> int:
+    from ipmerge_core.calibration import estimate, iter_calibration
+    from ipmerge_core.passes import Settings
+    from ipmerge_core.samples import load_samples
+
+    pair = _open(options)
+    how = Settings(options.kind, options.estimator, options.image_tokens, options.wide)
+    seen = load_samples(options.mllm_samples, options.limit, sees=True)
+    told = load_samples(options.math_samples, options.limit, sees=False)
+    if options.dry_run:
+        need = estimate(pair, options.output, how, len(seen), len(told))
+        text = (
+            f"{need.passes} passes, {need.nbytes_model / 1e9:.3f} GB for the largest model and "
+            f"{need.nbytes_held / 1e9:.3f} GB for sums in memory, {need.nbytes_written / 1e9:.3f} "
+            f"GB written ({need.nbytes_free / 1e9:.1f} GB free). Nothing was written."
+        )
+        return _print(options, need._asdict(), text)
+    progress = None
+    for step in iter_calibration(pair, options.output, how, seen, told, device=options.device):
+        progress = progress or _Progress("calibrating", step.total, options.quiet)
+        progress.show(step.done, f"{step.role}, layers {step.group + 1}/{step.groups}")
+    assert progress is not None
+    progress.close()
+    text = f"Wrote {options.output}. Use it with `ipmerge plan --calibration {options.output}`."
+    return _print(options, {"calibration": options.output, "kind": options.kind}, text)
+
+
 def _plan(options: argparse.Namespace) -> int:
     from ipmerge_core.plan import make_plan
     from ipmerge_core.records import Analysis
@@ -203,7 +230,7 @@ def _read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         "lambda_": options.lambda_,
         "similarity": options.similarity,
     }
-    for name in ("include", "exclude", "layer_gains"):
+    for name in ("include", "exclude", "layer_gains", "calibration"):
         chosen[name] = getattr(options, name)
     for assignment in options.set:
         name, equals, text = assignment.partition("=")
@@ -319,6 +346,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     analyse.add_argument("--force", action="store_true", help="go on although the check refuses")
 
+    calibrate = command("calibrate", _calibrate, "measure the models on samples, for a method")
+    _add_models(calibrate)
+    _add_calibration(calibrate)
+    _add_device(calibrate)
+
     plan = command("plan", _plan, "decide what merges; shows what changes")
     plan.add_argument("pack", nargs="?", help="the pack, or name the models instead")
     _add_models(plan)
@@ -370,6 +402,20 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1")
 
 
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", choices=("gram", "fisher"), required=True)
+    for role in ("mllm", "math"):
+        parser.add_argument(f"--{role}-samples", default="demo", help="a jsonl file, or demo")
+    parser.add_argument("--limit", type=int, default=500, help="samples of each, at most")
+    parser.add_argument("--estimator", choices=("sampled", "empirical"), default="sampled")
+    parser.add_argument("--wide", choices=("full", "diagonal"), default="full")
+    parser.add_argument(
+        "--image-tokens", action=argparse.BooleanOptionalAction, default=True, help="count them"
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    parser.add_argument("--dry-run", action="store_true", help="only say what it would take")
+
+
 def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="ip_merging")
     parser.add_argument("--similarity-threshold", type=float, default=0.4, metavar="S_ALPHA")
@@ -378,6 +424,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], help="a method's parameter"
     )
+    parser.add_argument("--calibration", metavar="FOLDER", help="for the methods that need data")
     parser.add_argument("--include", metavar="REGEX", help="merge only matrices it finds")
     parser.add_argument("--exclude", metavar="REGEX", help="keep the matrices it finds")
     parser.add_argument(

@@ -13,6 +13,7 @@ import torch
 
 from ipmerge_core.calibration import calibrate, estimate, iter_calibration
 from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, ModelLoadError, PairingError, PlanError, RunError
 from ipmerge_core.inference import load_model
 from ipmerge_core.measurements import Measurements
@@ -222,6 +223,21 @@ def test_a_plan_with_a_calibration_merges_the_whole_model(method, kind, pair, tm
     assert torch.equal(merged.read_matrix(matrix.mllm), expected)
     kept = next(m for m in pair.matrices if m.name == DOWN)
     assert torch.equal(merged.read_matrix(kept.mllm), pair.mllm.read_matrix(kept.mllm))
+
+
+def test_the_command_line_calibrates_plans_and_merges(tmp_path, capsys):
+    models = [f"--{role}={DEMO / role}" for role in ("mllm", "math", "base")]
+    folder, plan, out = (str(tmp_path / name) for name in ("measured", "plan.json", "out"))
+    measure = ["calibrate", *models, "--kind", "gram", "--limit", "2", "-o", folder]
+    assert main([*measure, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passes"] == 4
+    assert not Path(folder).exists()
+    assert main([*measure, "--quiet"]) == 0
+    assert "ipmerge plan --calibration" in capsys.readouterr().out
+    assert main(["plan", *models, "--method=regmean", "--calibration", folder, "-o", plan]) == 0
+    assert main(["merge", plan, "-o", out, "--quiet"]) == 0
+    assert main([*measure]) == 2
+    assert "already holds a finished calibration" in capsys.readouterr().err
 
 
 def test_a_plan_asks_for_the_calibration_that_its_method_needs(pair, grams, tmp_path):
