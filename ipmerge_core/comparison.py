@@ -51,8 +51,10 @@ class Options(NamedTuple):
         """Decompose one task vector; `name` keys the randomized method's numbers."""
         if self.quick:
             rank = self.rank or _QUICK_RANK
-            return spectrum.svd(change, method="randomized", rank=rank, key=(0, name))
-        return spectrum.svd(change, rank=self.rank, key=(0, name))
+            return spectrum.svd(
+                change, method="randomized", rank=rank, vectors="right", key=(0, name)
+            )
+        return spectrum.svd(change, rank=self.rank, vectors="right", key=(0, name))
 
 
 class Weights(NamedTuple):
@@ -156,9 +158,8 @@ def _expert(mllm: _Side, math: _Side, options: Options) -> _Expert:
 
 def _update_norms(mllm: _Side, expert: _Expert, earlier: list[_Expert]) -> dict[str, UpdateNorms]:
     """Inner products of every named update with itself, dV, and the earlier experts' updates."""
-    assert mllm.spectrum.U is not None
     r = expert.through.shape[1]
-    vision = mllm.spectrum.U[:, :r] * mllm.spectrum.S[:r]  # dV V_V
+    vision = mllm.task_vector @ mllm.spectrum.Vh[:r].T  # dV V_V
     columns = {
         "norm2": _column_products(expert.through, expert.through),
         "inner": _column_products(vision, expert.through),

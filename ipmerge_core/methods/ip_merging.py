@@ -84,14 +84,14 @@ def ip_merging(
     """
     experts = [math] if isinstance(math, Tensor) else math
     V = task_vector(mllm, base)
-    vision = None if ablation == "select_only" else svd(V, rank=rank)
+    vision = None if ablation == "select_only" else svd(V, rank=rank, vectors="right")
     merged = as_float(mllm)
     for expert in experts:
         M = task_vector(expert, base)
         if vision is None:
             merged = merged + lambda_ * M
             continue
-        decomposed = svd(M, rank=rank)
+        decomposed = svd(M, rank=rank, vectors="right")
         rho = nuclear_ratio(vision, decomposed)
         kept = decomposed if rank is not None else None
         if ablation == "rescale_only":  # a projection on its own directions is a truncation
