@@ -9,11 +9,11 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import method_tables
 import pytest
 import yaml
 
 import ipmerge_core
-from ipmerge_core.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,25 +73,11 @@ def test_readme_tree_draws_every_room_and_nothing_else():
     assert not sorted((top | rooms) - drawn), "add these to the tree in README"
 
 
-def methods_table() -> str:
-    """README's table, made from METHODS."""
-    rows = [
-        "| name | method | formula | parameters and defaults | source |",
-        "|---|---|---|---|---|",
-    ]
-    for name, method in METHODS.items():
-        parameters = ", ".join(f"`{p.name}={_shown(p.default)}`" for p in method.parameters)
-        formula = method.formula.replace("|", "\\|")
-        rows.append(f"| `{name}` | {method.label} | `{formula}` | {parameters} | {method.source} |")
-    return "\n".join(rows)
-
-
-def _shown(default: object) -> str:
-    return f"{default:g}" if isinstance(default, float) else str(default)
-
-
-def test_readme_methods_table_is_made_from_the_registry():
-    assert methods_table() in BODY, f"paste this table into README:\n\n{methods_table()}\n"
+def test_the_methods_tables_are_made_from_the_registry():
+    again = "run `python tests/method_tables.py` and read what changed"
+    assert f"\n{method_tables.readme_table()}\n" in BODY, again
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert page == method_tables.methods_page(), again
 
 
 @pytest.mark.parametrize("name", ipmerge_core.__all__)
