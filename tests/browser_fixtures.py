@@ -1,7 +1,8 @@
 """A real headless Chromium and a running app, shared by every browser test.
 
 `chromium_page` is a fresh page (own profile, 1280 x 900); `new_page` makes pages of other sizes;
-`app_url` starts `app.py` once for the whole run. Nothing here skips: where no Chromium is found the
+`app_url` starts `app.py` once for the whole run, `explore_url` the Explore tab over packs of the
+tests' own. Nothing here skips: where no Chromium is found the
 test fails and says what to do.
 """
 
@@ -114,6 +115,18 @@ def app_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the real app, started once as `python app.py` and stopped at the end."""
     log = tmp_path_factory.mktemp("app") / "app.log"
     with serving(log, "app.py", port=free_port()) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def explore_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a small app that shows the Explore tab over synthetic packs."""
+    from explore_app import write_packs
+    from explore_page import PACKS
+
+    home, port = tmp_path_factory.mktemp("explore"), free_port()
+    write_packs(home, PACKS)
+    with serving(home / "log", "tests/explore_app.py", str(port), str(home), port=port) as url:
         yield url
 
 

@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 import pytest
 from beartype import BeartypeConf, beartype
-from browser_fixtures import app_url, chromium, chromium_page, new_page  # noqa: F401
+from browser_fixtures import (  # noqa: F401
+    app_url,
+    chromium,
+    chromium_page,
+    explore_url,
+    new_page,
+)
 from jaxtyping import install_import_hook
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as in mypy

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-from browser_fixtures import free_port, serving
-from explore_app import write_packs
+from explore_page import (
+    COMPONENT,
+    PACKS,
+    expect_summary,
+    open_map,
+    plan_on_page,
+    python_preview,
+    received,
+)
 from playwright.sync_api import Page, expect
-from synthetic_pack import make_pack
-
-from ipmerge_core.analysis import Analysis
-from ipmerge_core.plan import Preview, make_plan
-from ipmerge_core.ui.layer_map import read_commit
 
 pytestmark = pytest.mark.browser
 
-SMALL = {"hidden": 128, "feed": 352}
-PACKS = {
-    "a": make_pack(28),
-    "b": make_pack(4, seed=3, **SMALL),
-    "c": make_pack(6, experts=2, seed=5, **SMALL),
-}
 PLANS = [
     {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}},
     {"s": 0.2, "lambda": 8, "similarity": "max", "variant": "max", "overrides": {}},
@@ -39,96 +34,6 @@ PLANS = [
     },
 ]
 THRESHOLD = re.compile("similarity threshold")
-
-
-@pytest.fixture(scope="session")
-def explore_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a small app that shows the Explore tab over synthetic packs."""
-    home = tmp_path_factory.mktemp("explore")
-    write_packs(home, PACKS)
-    port = free_port()
-    with serving(home / "log", "tests/explore_app.py", str(port), str(home), port=port) as url:
-        yield url
-
-
-class Traffic:
-    """What a page asks of the network and what it complains about."""
-
-    def __init__(self, page: Page) -> None:
-        self.requests: list[tuple[str, str, str]] = []
-        self.complaints: list[str] = []
-        page.on("request", lambda r: self.requests.append((r.method, r.url, r.post_data or "")))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on(
-            "console",
-            lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None,
-        )
-
-    def queue_calls(self) -> list[str]:
-        """The bodies of event calls to the server."""
-        return [body for _, url, body in self.requests if "/gradio_api/" in url]
-
-    def commits(self) -> list[str]:
-        """The bodies of commits."""
-        return [body for body in self.queue_calls() if '"variant"' in body]
-
-
-def open_map(page: Page, url: str, query: str = "") -> Traffic:
-    """Open the app and wait until the map stands."""
-    traffic = Traffic(page)
-    page.goto(f"{url}/?{query}")
-    page.wait_for_selector("#layer-map [role=gridcell] button[aria-label]")
-    return traffic
-
-
-def plan_on_page(page: Page) -> dict[str, object]:
-    """The plan as the browser holds it."""
-    return page.evaluate("document.querySelector('.lm').parentNode.ipmerge.plan")
-
-
-def python_preview(pack: dict[str, object], plan: dict[str, object]) -> Preview:
-    """The same plan's preview in Python."""
-    choice = read_commit({"overrides": {}, **plan}, pack)
-    return make_plan(Analysis.from_dict(pack), **choice.arguments).preview()
-
-
-def sentence(preview: Preview, llm_parameters: int) -> str:
-    """The counting sentence that a preview stands for."""
-    share = 100 * preview.parameters_touched / llm_parameters
-    change = 100 * preview.relative_change
-    return (
-        f"{len(preview.selected)} of {preview.n_matrices} matrices merge · "
-        f"{count(preview.parameters_touched)} of {count(llm_parameters)} language-model "
-        f"parameters ({percent(share)}) · change {percent(change)} of ‖W‖"
-    )
-
-
-def count(number: int) -> str:
-    """Three digits and a unit."""
-    size, unit = next(
-        (size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= size
-    )
-    digits = 2 - math.floor(math.log10(number / size))
-    return f"{number / size:.{digits}f} {unit}"
-
-
-def percent(value: float) -> str:
-    """Percent with as many digits as the page gives it."""
-    return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %"
-
-
-def expect_summary(page: Page, pack: dict[str, object]) -> None:
-    """The sentence on the page says what Python says about the plan on the page."""
-    preview = python_preview(pack, plan_on_page(page))
-    llm_parameters = pack["totals"]["llm_parameters"]
-    expect(page.locator("#layer-map .sum")).to_contain_text(sentence(preview, llm_parameters))
-
-
-def received(page: Page, **values: object) -> None:
-    """Python has received a plan with these values."""
-    for key, value in values.items():
-        text = re.compile(re.escape(f'"{key}": {json.dumps(value)}'))
-        expect(page.locator("#received textarea")).to_have_value(text)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -160,7 +65,7 @@ def test_a_drag_of_sixty_moves_asks_nothing_of_the_server_and_commits_once(
     chromium_page.mouse.move(x, y)
     chromium_page.mouse.down()
     traffic.requests.clear()
-    chromium_page.evaluate("document.querySelector('.lm').parentNode.ipmerge.paints.length = 0")
+    chromium_page.evaluate(f"{COMPONENT}.paints.length = 0")
     for step in range(60):
         chromium_page.mouse.move(x - 3 * step, y)
     assert traffic.queue_calls() == []
@@ -171,9 +76,7 @@ def test_a_drag_of_sixty_moves_asks_nothing_of_the_server_and_commits_once(
     received(chromium_page, s=plan["s"])
     assert len(traffic.commits()) == 1
     expect_summary(chromium_page, PACKS["a"])
-    paints = sorted(
-        chromium_page.evaluate("document.querySelector('.lm').parentNode.ipmerge.paints")
-    )
+    paints = sorted(chromium_page.evaluate(f"{COMPONENT}.paints"))
     assert len(paints) >= 10
     assert paints[int(0.95 * len(paints))] <= 16.0
 
@@ -231,14 +134,14 @@ def test_everything_works_from_the_keyboard(chromium_page: Page, explore_url: st
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    expect(page.locator("#layer-map .lm-detail h3")).to_have_text("Layer 1 · k")
+    expect(page.locator("#layer-map .lm-detail-head h2")).to_have_text("Layer 1 · k")
     page.keyboard.press("f")
     received(page, **{"model.layers.1.self_attn.k_proj.weight": "merge"})
     expect(page.get_by_role("button", name="Layer 1, k,")).to_have_accessible_name(
         re.compile("always merged")
     )
     page.keyboard.press("Escape")
-    expect(page.locator("#layer-map .lm-detail h3")).to_have_count(0)
+    expect(page.locator("#layer-map .lm-detail-head h2")).to_have_count(0)
 
 
 def test_a_cell_is_chosen_by_click_compared_by_pin_and_not_by_hover(
@@ -246,7 +149,7 @@ def test_a_cell_is_chosen_by_click_compared_by_pin_and_not_by_hover(
 ):
     page = chromium_page
     open_map(page, explore_url)
-    heading = page.locator("#layer-map .lm-detail h3")
+    heading = page.locator("#layer-map .lm-detail-head h2")
     page.get_by_role("button", name=re.compile("^Layer 12, k,")).click()
     expect(heading).to_have_text("Layer 12 · k")
     expect(page.locator("#spectra .js-plotly-plot")).to_be_visible(timeout=20_000)

@@ -8,15 +8,23 @@ browser.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.events import Dependency
 
+from ipmerge_core.errors import PlanError
 from ipmerge_core.plots import spectra_figure, spectra_info
-from ipmerge_core.ui.layer_map import LayerMap, PlanChoice, read_cell, read_commit
+from ipmerge_core.ui.layer_map import (
+    LayerMap,
+    PlanChoice,
+    read_cell,
+    read_commit,
+    report,
+)
 from ipmerge_core.ui.messages import told
-from ipmerge_core.ui.packs import load_pack
+from ipmerge_core.ui.packs import find_pack, load_pack
 
 PRESETS: list[dict[str, Any]] = [
     {
@@ -70,7 +78,9 @@ class ExploreTab(NamedTuple):
 def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
     """Lay out the tab inside the open `gr.Tab` and wire it to the pair and the session's choice."""
     # layout
-    layer_map = LayerMap(map_content(pair.value) if pair.value else None)
+    layer_map = LayerMap(
+        map_content(pair.value) if pair.value else None, server_functions=[report_file]
+    )
     spectra = gr.Plot(
         label="Spectra of the chosen matrix", show_label=False, visible=False, elem_id="spectra"
     )
@@ -78,6 +88,10 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
     # handlers
     def open_pair(pack_id: str) -> tuple[dict[str, Any], PlanChoice, dict[str, Any]]:
         return map_content(pack_id), start_choice(pack_id), gr.update(visible=False)
+
+    def follow_link(event: gr.EventData) -> tuple[Any, ...]:
+        pack_id = find_pack(str(event._data.get("pack"))).id
+        return gr.update(value=pack_id), *open_pair(pack_id)
 
     def keep_plan(pack_id: str, event: gr.EventData) -> PlanChoice:
         return read_commit(event._data, load_pack(pack_id))
@@ -93,6 +107,13 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
         pair,
         [layer_map, choice, spectra],
         show_progress_on=[pair],
+        api_visibility="private",
+    )
+    layer_map.packselect(
+        told(follow_link),
+        None,
+        [pair, layer_map, choice, spectra],
+        show_progress="hidden",
         api_visibility="private",
     )
     committed = layer_map.commit(
@@ -130,10 +151,26 @@ def map_content(pack_id: str, choice: PlanChoice | None = None) -> dict[str, Any
     presets = PRESETS if start == PlanChoice() else [_third(start), *PRESETS]
     return {
         "id": pack_id,
+        "home": space_page(),
         "pack": load_pack(pack_id),
         "plan": (choice or start).to_browser(),
         "presets": presets,
     }
+
+
+def report_file(asked: object) -> str:
+    """The HTML report of `[pack id, plan]`, as the browser asks for it. Raises: PlanError."""
+    if not isinstance(asked, list) or len(asked) != 2:
+        raise PlanError("A report is made of a pair and a plan; the page sent something else.")
+    pack_id = str(asked[0])
+    choice = read_commit(asked[1], load_pack(pack_id))
+    return report({**map_content(pack_id, choice), "home": ""})
+
+
+def space_page() -> str:
+    """The page of the Space that serves this app: the frame around us does not show our address."""
+    space = os.environ.get("SPACE_ID", "")
+    return f"https://huggingface.co/spaces/{space}" if space else ""
 
 
 def _third(choice: PlanChoice) -> dict[str, Any]:

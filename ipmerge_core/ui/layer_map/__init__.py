@@ -1,15 +1,19 @@
 """The layer map: one `gr.HTML` component with its own JavaScript, drawn from an analysis pack.
 
-In: `{"pack": ..., "plan": ..., "presets": [...]}`, plain JSON. Out: two browser events, `commit`
-when a plan has been chosen (once per drag, never during it) and `cellselect` when a matrix has.
-The browser computes every preview itself; Python sees only the finished plan, and treats it as
-text from a stranger: `read_commit` and `read_cell` check it against the pack.
+In: `{"id": ..., "pack": ..., "plan": ..., "presets": [...]}`, plain JSON. Out: browser events:
+`commit` when a plan has been chosen (once per drag, never during it), `cellselect` when a matrix
+has, `packselect` when the page's address names another pair; `report` is the same component as one
+HTML file that needs no server. The browser computes every preview itself; Python sees only the
+finished plan, and treats it as text from a stranger: `read_commit` and `read_cell` check it against
+the pack.
 """
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +31,10 @@ SCRIPTS = (
     "charts",
     "spectra",
     "detail",
+    "link",
+    "takeaway",
     "layer_map",
+    "events",
 )  # in order of use
 ELEM_ID = "layer-map"
 SIMILARITIES = ("first", "max", "weighted")
@@ -139,10 +146,34 @@ def scripts() -> str:
     return "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
 
 
-class LayerMap(gr.HTML):
-    """The map of a pack, with its sliders, previews and details; see the module's docstring."""
+def report(content: Mapping[str, Any]) -> str:
+    """Make one HTML file of the component and its content, for anyone, without a server."""
+    parts = {
+        "TITLE": html.escape(f"IPMerge: {content['pack']['name']}"),
+        "STYLE": "#ipmerge {" + (HERE / "style.css").read_text(encoding="utf-8") + "}",
+        "TEMPLATE": (HERE / "template.html").read_text(encoding="utf-8"),
+        "CONTENT": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
+        "SCRIPT": scripts(),
+    }
+    page = (HERE / "report.html").read_text(encoding="utf-8")
+    return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], page)
 
-    def __init__(self, value: Mapping[str, Any] | None = None, elem_id: str = ELEM_ID) -> None:
+
+class LayerMap(gr.HTML):
+    """The map of a pack, with its sliders, previews and details; see the module's docstring.
+
+    Args:
+        value: the content, see `ipmerge_core.ui.explore.map_content`.
+        elem_id: the id of the component's element.
+        server_functions: `report(pack_id, plan)`, if the page shall offer the HTML report.
+    """
+
+    def __init__(
+        self,
+        value: Mapping[str, Any] | None = None,
+        elem_id: str = ELEM_ID,
+        server_functions: list[Callable[..., Any]] | None = None,
+    ) -> None:
         super().__init__(
             value=value,
             html_template=(HERE / "template.html").read_text(encoding="utf-8"),
@@ -150,6 +181,7 @@ class LayerMap(gr.HTML):
             js_on_load=scripts(),
             apply_default_css=False,
             elem_id=elem_id,
+            server_functions=server_functions,
         )
 
     def postprocess(self, value: object) -> str | None:

@@ -1,4 +1,4 @@
-// Layer map 4/8, the two dials: the histogram of similarities over the threshold slider, and the
+// Layer map 4/10, the two dials: the histogram of similarities over the threshold slider, and the
 // keep / absorb curves over the lambda slider. Axes are fixed while something is being dragged.
 
 const INSET = 10;  // half a slider thumb, so that a line stands exactly over the thumb

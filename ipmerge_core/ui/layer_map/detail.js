@@ -1,4 +1,4 @@
-// Layer map 6/8, the detail panel: the numbers of one matrix (or of two, when one is pinned), or of
+// Layer map 6/10, the detail panel: the numbers of one matrix (or of two, when one is pinned), or of
 // a whole layer or module, the three override buttons, and "Why?" answered from the live values.
 
 function buildDetail(map) {
@@ -24,7 +24,7 @@ function nothingChosen(map) {
   };
   return [
     node("p", { class: "lm-hint" }, "Choose a matrix in the map, or press Enter on one, for its numbers, spectra and angles. Heads of rows and columns choose a whole module or layer. Shift and click pins a second matrix."),
-    node("h3", { class: "lm-minor" }, "At the threshold"),
+    node("h2", { class: "lm-minor" }, "At the threshold"),
     node("table", { class: "lm-numbers" }, node("tbody", {},
       edge("next to join", (values) => values.find(({ value }) => value < map.plan.s)),
       edge("next to leave", (values) => values.filter(({ value }) => value >= map.plan.s).pop()),
@@ -58,7 +58,7 @@ function cellDetail(map, cell) {
   const state = liveText(map, "span", { class: "lm-chip" }, (result) => (merges(map, result, cell) ? "merges" : "kept"));
   map.live.push((result) => { state.dataset.on = merges(map, result, cell) ? "1" : "0"; });
   return [
-    node("div", { class: "lm-detail-head" }, node("h3", {}, `Layer ${cell.layer} · ${cell.module}`), state),
+    node("div", { class: "lm-detail-head" }, node("h2", {}, `Layer ${cell.layer} · ${cell.module}`), state),
     node("p", { class: "lm-name" }, cell.name),
     verdict,
     whyBlock(map, cell, record, overrideButtons(map, [cell])),
@@ -174,7 +174,7 @@ function groupDetail(map, target) {
         return experts.length ? percent(cellChange(cell, experts, map.plan)) : "kept";
       })));
   }
-  return [node("div", { class: "lm-detail-head" }, node("h3", {}, name)), merging, overrideButtons(map, cells),
+  return [node("div", { class: "lm-detail-head" }, node("h2", {}, name)), merging, overrideButtons(map, cells),
     node("table", { class: "lm-numbers" }, node("thead", {}, node("tr", {}, node("td"),
       node("th", { scope: "col" }, "similarity"), node("th", { scope: "col" }, "change"))), body)];
 }

@@ -1,4 +1,4 @@
-// Layer map 3/8, the picture: a grid of modules by layers with one button per matrix.
+// Layer map 3/10, the picture: a grid of modules by layers with one button per matrix.
 // Colour tells the similarity; frame and full colour against hatch and dimmed tell what merges.
 // Wide pages lay layers out as columns, in bands when there are many; narrow pages turn the grid.
 

@@ -1,4 +1,4 @@
-// Layer map 8/8, the component: state, events and painting. Runs once per mount, in a scope where
+// Layer map 9/10, the component: state, plan and painting. Runs once per mount, in a scope where
 // Gradio gives `element`, `trigger`, `props` and `watch`; the standalone report gives the same four.
 // Nothing here talks to the server except trigger('commit') and trigger('cellselect').
 
@@ -7,12 +7,12 @@ const find = (selector) => element.querySelector(selector);
 const map = {
   id: element.id || "ipmerge", pack: null, index: null, plan: null, committed: null,
   past: [], future: [], target: null, pinned: null, expert: -1, dragging: false, frame: 0,
-  preset: null, paints: [], live: [],
+  preset: null, paints: [], live: [], packId: "", home: "", sort: null,
   dom: {
     root: find(".lm"), sum: find(".sum"), grid: find(".lm-grid-holder"), detail: find(".lm-detail"), spectra: find(".lm-spectra"),
     hist: find(".lm-hist"), curve: find(".lm-curve"), read: find(".lm-read"), status: find(".lm-status"),
-    source: find(".lm-source"), count: find(".lm-count"), foot: find(".lm-foot"),
-    keep: find("[data-out=keep]"), absorb: find("[data-out=absorb]"),
+    source: find(".lm-source"), table: find(".lm-table-holder"), link: find(".lm-link"), count: find(".lm-count"),
+    note: find(".lm-note-line"), keep: find("[data-out=keep]"), absorb: find("[data-out=absorb]"),
     low: find("[data-out=low]"), high: find("[data-out=high]"),
     range: { s: find("[data-range=s]"), lambda: find("[data-range=lambda]") },
     number: { s: find("[data-number=s]"), lambda: find("[data-number=lambda]") },
@@ -52,6 +52,9 @@ function settle(words) {
   rescale();
   repaint();
   ghostGrid(map, map.result);
+  buildTable(map);
+  rememberLink(map);
+  setText(map.dom.note, "");
   setText(map.dom.status, (words ? words + " " : "") + map.dom.sum.textContent);
   post("commit", { s: map.plan.s, lambda: map.plan.lambda, similarity: map.plan.similarity,
     variant: map.plan.variant, overrides: { ...map.plan.overrides } });
@@ -177,18 +180,37 @@ function driftWords() {
 
 // --- building ---
 
+// The content that Python sent: a pack and a plan; on the first one, the address may say another.
 function open(value) {
   const content = typeof value === "string" && value ? JSON.parse(value) : value;
   if (!content || !content.pack) { map.index = null; map.dom.root.hidden = true; return; }
   map.dom.root.hidden = false;
   Object.assign(map, { pack: content.pack, index: indexPack(content.pack), presets: content.presets || [],
-    past: [], future: [], target: null, pinned: null, expert: -1 });
-  const problems = [];
-  map.plan = cleanPlan(content.plan || {}, map.index, problems);
+    packId: content.id || "", home: content.home || "", past: [], future: [], target: null, pinned: null, expert: -1, preset: null });
+  map.plan = cleanPlan(content.plan || {}, map.index);
   map.committed = { ...map.plan, overrides: { ...map.plan.overrides } };
+  const first = !map.linkRead, link = first ? readLink(window.location.search, map) : null;
+  const elsewhere = link?.pack && link.pack !== map.packId && link.pack !== map.linkAsked;
+  map.linkRead = !elsewhere;
+  const words = link && !elsewhere ? followLink(link) : "";
   buildPicks();
   layOut();
-  setText(map.dom.status, problems.length ? `Some values were not usable and took their defaults: ${problems.join("; ")}.` : "");
+  setText(map.dom.status, words);
+  if (link && !elsewhere && link.plan) { settle(words); if (map.target) choose(map.target); }
+  else if (!first) rememberLink(map);
+  setText(map.dom.note, words);
+  if (elsewhere) {
+    map.linkAsked = link.pack;
+    trigger("packselect", { pack: link.pack });
+  }
+}
+
+// Take over what a link says; returns what to tell about it.
+function followLink({ pack, plan, cell, problems }) {
+  if (pack && pack !== map.packId) return "The link names a pair that is not here, so this one is shown as it starts.";
+  if (plan) map.plan = plan;
+  if (cell) map.target = { kind: "cell", cell };
+  return problems.length ? `Some of the link was not usable and took its default: ${problems.join("; ")}.` : "";
 }
 
 // Everything that depends on the width; also after a resize or a turn of the phone.
@@ -250,195 +272,3 @@ function paintPreset() {
   edited.hidden = exact >= 0;
   setText(map.dom.source, base ? base.source : "");
 }
-
-// --- choosing ---
-
-function choose(target) {
-  map.target = target;
-  showChosen();
-  if (target && target.kind === "cell") {
-    post("cellselect", { name: target.cell.name, expert: expertInView(map, target.cell),
-      dark: document.body.classList.contains("dark"), narrow: map.narrow });
-  }
-}
-
-function pin(cell) {
-  map.pinned = map.pinned === cell ? null : cell;
-  showChosen();
-}
-
-function showChosen() {
-  buildDetail(map);
-  buildSpectra(map);
-  markTargets(map);
-  repaint();
-}
-
-function readOut(target) {
-  const text = !target ? "" : target.kind === "cell"
-    ? `${title(target.cell)}: similarity ${fixed(shownSimilarity(map, target.cell))}, ${map.buttons[target.cell.position].dataset.on === "1" ? "merges" : "kept"}, change if merged ${percent(cellChange(target.cell, [expertInView(map, target.cell)], map.plan))}`
-    : target.kind === "layer" ? `Layer ${target.layer}: predicted change ${percent(map.result.layer_change[target.layer])}` : `All ${target.module} matrices`;
-  setText(map.dom.read, text || " ");
-}
-
-// --- events: one listener of each kind on the element, so that a rebuilt part needs none ---
-
-const actions = {
-  undo, redo,
-  reset: () => { map.plan = presetPlan(map.presets[0] || { plan: {} }); commit("Reset."); },
-  "flip-on": () => flip(1),
-  "flip-back": () => flip(-1),
-  override: (button) => setOverride(cellsOf(map, map.target), button.dataset.value),
-  pin: () => pin(map.target.cell),
-  unpin: () => pin(map.pinned),
-  why: (button) => {
-    const text = find("#" + CSS.escape(button.getAttribute("aria-controls")));
-    text.hidden = !text.hidden;
-    button.setAttribute("aria-expanded", String(!text.hidden));
-  },
-  "show-flip": () => showFlip(map.target.cell),
-  "cell-csv": () => saveCellNumbers(map.target.cell),
-};
-
-// Move the threshold to where this matrix flips and back, so that the eye can follow.
-function showFlip(cell) {
-  const home = map.plan.s, away = Math.min(1, shownSimilarity(map, cell) + (shownSimilarity(map, cell) >= home ? 0.001 : 0));
-  const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches, start = performance.now();
-  startDrag();
-  const step = (now) => {
-    if (!map.dragging) return;
-    const t = Math.min(1, (now - start) / 2400);
-    const there = still ? (t < 1 ? 1 : 0) : Math.sin(Math.PI * t) ** 0.5;
-    setPlan({ s: t >= 1 ? home : home + (away - home) * there });
-    if (t < 1) requestAnimationFrame(step);
-    else commit();
-  };
-  requestAnimationFrame(step);
-}
-
-function saveCellNumbers(cell) {
-  const rows = [["expert", "index", "mllm_sigma", "math_sigma", "angle"]];
-  for (const record of cell.experts) {
-    record.index.forEach((i, at) => rows.push([record.expert, i, record.mllm_sigma[at], record.math_sigma[at], record.angles[at]]));
-  }
-  saveText(`${cell.name}.csv`, rows.map((row) => row.join(",")).join("\n") + "\n", "text/csv");
-}
-
-function saveText(name, text, type) {
-  const link = node("a", { download: name, href: URL.createObjectURL(new Blob([text], { type })) });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}
-
-// A number field: what cannot be used is put back, with a sentence.
-function numberDone(input) {
-  const name = input.dataset.number, usable = input.value !== "" && input.validity.valid;
-  if (!usable) {
-    const [label, low, high] = name === "s" ? ["S_α", 0, 1] : ["λ", 0, LAMBDA_MAX];
-    input.value = name === "s" ? fixed(map.plan.s) : lambdaText(map.plan.lambda);
-    setText(map.dom.status, `${label} must be a number from ${low} to ${high}; it is still ${input.value}.`);
-  }
-  commit();
-}
-
-const valueOf = (input) => (input.dataset.range === "lambda" ? lambdaAt(Number(input.value)) : Number(input.value));
-
-element.addEventListener("input", ({ target }) => {
-  if (target.dataset.range) { startDrag(); setPlan({ [target.dataset.range]: valueOf(target) }); }
-  else if (target.dataset.number && target.value !== "" && target.validity.valid) { startDrag(); setPlan({ [target.dataset.number]: Number(target.value) }); }
-});
-
-element.addEventListener("change", ({ target }) => {
-  if (target.dataset.range) { setPlan({ [target.dataset.range]: valueOf(target) }); commit(); }
-  else if (target.dataset.number) numberDone(target);
-  else if (target.dataset.pick === "expert") { map.expert = Number(target.value); rebuildColours(); showChosen(); ghostGrid(map, map.result); }
-  else if (target.dataset.pick === "preset") {
-    const preset = map.presets[Number(target.value)];
-    if (preset) { map.plan = presetPlan(preset); commit(preset.label + "."); }
-  } else if (target.dataset.pick) { setPlan({ [target.dataset.pick]: target.value }); commit(); showChosen(); }
-});
-
-element.addEventListener("dblclick", ({ target }) => {
-  const name = target.dataset.range;
-  if (!name) return;
-  setPlan({ [name]: presetPlan(map.presets[map.preset || 0] || { plan: {} })[name] });
-  commit();
-});
-
-element.addEventListener("click", (event) => {
-  const panel = event.target.closest(".lm-panel");
-  if (panel) { choose({ kind: "cell", cell: panel.cell }); return; }
-  const button = event.target.closest("button");
-  if (!button || !element.contains(button)) return;
-  if (button.dataset.act && actions[button.dataset.act]) { actions[button.dataset.act](button); return; }
-  if (!button.target) return;
-  const at = locate(map, button);
-  if (at) roving(map, ...at);
-  if (event.shiftKey && button.target.kind === "cell" && map.target?.kind === "cell" && map.target.cell !== button.target.cell) pin(button.target.cell);
-  else choose(button.target);
-});
-
-element.addEventListener("pointerover", ({ target }) => { const button = target.closest?.("button"); if (button?.target) readOut(button.target); });
-element.addEventListener("focusin", ({ target }) => { if (target.target) readOut(target.target); });
-
-element.addEventListener("keydown", (event) => {
-  const { target, key } = event, typing = target.matches("input[type=number], select, textarea");
-  if (!map.index) return;
-  const used = keyPressed(event, target, key, typing);
-  if (used) { event.preventDefault(); event.stopPropagation(); }
-});
-
-function keyPressed(event, target, key, typing) {
-  const command = event.ctrlKey || event.metaKey, letter = key.toLowerCase();
-  if (command && !typing && (letter === "z" || letter === "y")) { (letter === "y" || event.shiftKey ? redo : undo)(); return true; }
-  if (command && !(target.target && (key === "Home" || key === "End"))) return false;
-  if (key === "Escape" && (map.target || map.pinned)) { map.pinned = null; choose(null); return true; }
-  if (typing) return false;
-  if (key === "[") { flip(-1); return true; }
-  if (key === "]") { flip(1); return true; }
-  if (target.dataset.range === "s" && event.shiftKey && /^Arrow/.test(key)) {
-    setPlan({ s: map.plan.s + (key === "ArrowRight" || key === "ArrowUp" ? 0.01 : -0.01) });
-    commit();
-    return true;
-  }
-  if (!target.target) return false;
-  const override = { f: "merge", k: "keep", a: "" }[letter];
-  if (override !== undefined) { setOverride(cellsOf(map, target.target), override); return true; }
-  return gridKey(map, event);
-}
-
-// The two plots are handles as well: press and move anywhere on them.
-function plotHandle(svg, name, convert) {
-  const move = (event) => {
-    const box = svg.getBoundingClientRect();
-    setPlan({ [name]: convert(Math.max(0, Math.min(1, (event.clientX - box.left - INSET) / (box.width - 2 * INSET)))) });
-  };
-  svg.addEventListener("pointerdown", (event) => {
-    if (event.button || !map.index) return;
-    svg.setPointerCapture(event.pointerId);
-    startDrag();
-    move(event);
-  });
-  svg.addEventListener("pointermove", (event) => { if (svg.hasPointerCapture(event.pointerId)) move(event); });
-  for (const end of ["pointerup", "pointercancel"]) {
-    svg.addEventListener(end, (event) => { if (svg.hasPointerCapture(event.pointerId)) { svg.releasePointerCapture(event.pointerId); commit(); } });
-  }
-}
-plotHandle(map.dom.hist, "s", (t) => Math.round(t * 1000) / 1000);
-plotHandle(map.dom.curve, "lambda", (t) => lambdaAt(Math.round(t * LAMBDA_STEPS)));
-
-// --- start ---
-
-map.dom.sum.id = map.id + "sum";
-for (const name of ["s", "lambda"]) {
-  const range = map.dom.range[name];
-  range.id = map.id + name;
-  find(`[data-for=${name}]`).setAttribute("for", range.id);
-  range.setAttribute("aria-describedby", map.dom.sum.id);
-}
-element.ipmerge = map;
-open(props.value);
-watch("value", () => open(props.value));
-new ResizeObserver(() => {
-  if (map.index && map.dom.root.clientWidth && map.dom.root.clientWidth !== map.width) layOut();
-}).observe(map.dom.root);

@@ -1,4 +1,4 @@
-// Layer map 1/8, the arithmetic: pack + plan -> what a merge would change. Pure, no DOM.
+// Layer map 1/10, the arithmetic: pack + plan -> what a merge would change. Pure, no DOM.
 // Exact, because the update is affine in lambda: with U = lambda * sum of the selected P_k,
 //   ||U||^2 = lambda^2 (sum ||P_k||^2 + 2 sum_{j<k} <P_j, P_k>),   <dV, U> = lambda * sum <dV, P_k>.
 // ipmerge_core/plan.py does the same sums in Python; a test holds the two together.

@@ -1,4 +1,4 @@
-// Layer map 2/8, scales and words: colours, the lambda axis, numbers as text, small DOM helpers.
+// Layer map 2/10, scales and words: colours, the lambda axis, numbers as text, small DOM helpers.
 
 const SVG = "http://www.w3.org/2000/svg";
 // Cividis, designed for colour-vision deficiency (Nunez, Anderton, Renslow 2018), ten even steps.

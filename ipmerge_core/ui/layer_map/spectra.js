@@ -1,4 +1,4 @@
-// Layer map 5/8, spectra of the chosen matrix from the samples in the pack: singular values and
+// Layer map 5/10, spectra of the chosen matrix from the samples in the pack: singular values and
 // corresponding angles (a pinned matrix in thin lines beside them), and the same singular values
 // for every layer of its module, one small panel under each column of the map.
 
