@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-MLLM, MATH, ANGLE = "#0072B2", "#D55E00", "#009E73"
+# The Okabe-Ito colours, lighter on a dark page; the layer map uses the same.
+MLLM = {False: "#0072b2", True: "#4aa8e0"}
+MATH = {False: "#d55e00", True: "#f08a3c"}
+ANGLE = {False: "#009e73", True: "#2fc79b"}
 INK = {False: "#1b2330", True: "#e8eaf0"}
 RULE = {False: "rgba(27,35,48,0.14)", True: "rgba(232,234,240,0.18)"}
 
@@ -84,8 +87,8 @@ def _sigma_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
             hovertemplate="σ at rank %{x}: %{y:.4g}",
         )
         for name, values, color, dash in (
-            ("MLLM", info.mllm_sigma, MLLM, "solid"),
-            ("math", info.math_sigma, MATH, "dash"),
+            ("MLLM", info.mllm_sigma, MLLM[dark], "solid"),
+            ("math", info.math_sigma, MATH[dark], "dash"),
         )
     ]
     if info.noise_floor is None:
@@ -99,7 +102,7 @@ def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
         y=info.angles,
         name="angles",
         mode="lines+markers",
-        line={"color": ANGLE, "width": 1.5},
+        line={"color": ANGLE[dark], "width": 1.5},
         marker={"size": 4},
         hovertemplate="s at rank %{x}: %{y:.3f}",
     )
@@ -108,7 +111,7 @@ def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
         y=[info.best_angle],
         name="best angle",
         mode="markers",
-        marker={"symbol": "diamond-open", "size": 11, "color": ANGLE, "line_width": 2},
+        marker={"symbol": "diamond-open", "size": 11, "color": ANGLE[dark], "line_width": 2},
         hovertemplate="best: s at rank %{x}: %{y:.3f}",
     )
     return [curve, best, _level(info, info.chance_max, "chance level of the best", dark)]
