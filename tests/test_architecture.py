@@ -38,6 +38,7 @@ ORDER = [
     {"methods"},
     {"preview"},
     {"plan"},
+    {"recipes"},
     {"work", "costs", "card"},
     {"merging", "adapter"},
     {"inference"},

@@ -234,3 +234,21 @@ def test_ctrl_c_keeps_the_finished_work_and_says_so(pack: str, tmp_path: Path) -
     assert "run the same command again to go on" in done.stderr
     assert not out.exists()
     assert cli.main(["merge", plan, "-o", str(out)]) == 0
+
+
+def test_a_plan_goes_out_as_a_recipe_and_comes_in_again(
+    trio: Trio, tmp_path: Path, capsys: Output
+) -> None:
+    plan, recipe, again = (str(tmp_path / name) for name in ("p.json", "r.yaml", "q.json"))
+    choice = ["--method", "ties", "--set", "density=0.5", "-o", plan]
+    assert cli.main(["plan", *models(trio), *choice]) == 0
+    assert cli.main(["recipe", plan, "-o", recipe]) == 0
+    assert cli.main(["plan", "--recipe", recipe, "-o", again]) == 0
+    capsys.readouterr()
+    merged = [tmp_path / "one", tmp_path / "two"]
+    for path, out in zip((plan, again), merged, strict=True):
+        assert cli.main(["merge", path, "-o", str(out)]) == 0
+    capsys.readouterr()
+    files = [(out / "model.safetensors").read_bytes() for out in merged]
+    assert files[0] == files[1]
+    fails(["plan", "--recipe", str(tmp_path / "none"), "-o", again], "Cannot read the", capsys)

@@ -1,0 +1,31 @@
+"""The command line: `ipmerge check | analyse | calibrate | plan | recipe | merge | ...`.
+
+Parses arguments (`parser`), calls the package (`commands`), prints (`printing`). Results go to
+stdout, as JSON with --json; progress and errors to stderr. Exit codes: 0 done, 2 the input is at
+fault (one sentence, no traceback), 1 a bug, 130 interrupted (finished work is kept). Nothing heavy
+is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ipmerge_core.cli.parser import make_parser
+from ipmerge_core.errors import IPMergeError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy core spin, 25 x slower
+    options = make_parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except IPMergeError as error:
+        print(f"ipmerge: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nipmerge: interrupted; run the same command again to go on.", file=sys.stderr)
+        return 130
+    return code

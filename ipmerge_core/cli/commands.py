@@ -1,0 +1,196 @@
+"""One function per command: read the options, call the package, print; the exit code comes back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipmerge_core.cli.printing import (
+    Progress,
+    finding_line,
+    plan_sentence,
+    preview_of,
+    print_result,
+)
+from ipmerge_core.cli.reading import (
+    check_target,
+    open_models,
+    read_method_options,
+    read_overrides,
+    read_recipe,
+    refuse_strangers,
+)
+
+if TYPE_CHECKING:
+    from ipmerge_core.pairing import ModelPair
+
+
+def check(options: argparse.Namespace) -> int:
+    """Say whether the models are siblings: exit code 2 for a refusal, 1 for strict warnings."""
+    findings = open_models(options).check()
+    if options.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(finding_line(finding))
+    levels = {finding.level for finding in findings}
+    if "refusal" in levels:
+        return 2
+    return 1 if options.strict and "warning" in levels else 0
+
+
+def analyse(options: argparse.Namespace) -> int:
+    """Write a pack; an interrupted analysis goes on."""
+    from ipmerge_core.analysis import assemble, iter_analysis
+    from ipmerge_core.comparison import Options
+
+    pair = open_models(options)
+    refuse_strangers(pair, options.force)
+    check_target(options.output)
+    how = Options(options.rank, options.temperature, options.quick).check()
+    journal = Path(options.output + ".journal")
+    costs = [m.shape[0] * m.shape[1] * min(m.shape) for m in pair.matrices for _ in pair.math]
+    progress = Progress("analysing", sum(costs), options.quiet)
+    records, done = [], 0
+    for cost, record in zip(
+        costs, iter_analysis(pair, how, device=options.device, journal=journal), strict=True
+    ):
+        records.append(record)
+        done += cost
+        progress.show(done, f"{len(records)}/{len(costs)} {record.name}")
+    progress.close()
+    analysis = assemble(pair, tuple(records), how)
+    analysis.save(options.output)
+    journal.unlink()
+    summary = {"pack": options.output, "records": len(records), "seconds": progress.seconds}
+    quality = ", approximate" if analysis.approximate else ""
+    text = f"Wrote {options.output}: {len(records)} records of {analysis.name}{quality}."
+    return print_result(options, summary, text)
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Measure the models on samples, into a folder that plans can name."""
+    from ipmerge_core.calibration import estimate, iter_calibration
+    from ipmerge_core.passes import Settings
+    from ipmerge_core.samples import load_samples
+
+    pair = open_models(options)
+    how = Settings(options.kind, options.estimator, options.image_tokens, options.wide)
+    seen = load_samples(options.mllm_samples, options.limit, sees=True)
+    told = load_samples(options.math_samples, options.limit, sees=False)
+    if options.dry_run:
+        need = estimate(pair, options.output, how, len(seen), len(told))
+        text = (
+            f"{need.passes} passes, {need.nbytes_model / 1e9:.3f} GB for the largest model and "
+            f"{need.nbytes_held / 1e9:.3f} GB for sums in memory, {need.nbytes_written / 1e9:.3f} "
+            f"GB written ({need.nbytes_free / 1e9:.1f} GB free). Nothing was written."
+        )
+        return print_result(options, need._asdict(), text)
+    progress = None
+    for step in iter_calibration(pair, options.output, how, seen, told, device=options.device):
+        progress = progress or Progress("calibrating", step.total, options.quiet)
+        progress.show(step.done, f"{step.role}, layers {step.group + 1}/{step.groups}")
+    assert progress is not None
+    progress.close()
+    text = f"Wrote {options.output}. Use it with `ipmerge plan --calibration {options.output}`."
+    return print_result(options, {"calibration": options.output, "kind": options.kind}, text)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Write a plan and say what it changes."""
+    from ipmerge_core.plan import make_plan
+    from ipmerge_core.records import Analysis
+
+    source: Analysis | ModelPair
+    if options.recipe:
+        source, choice = read_recipe(options)
+    else:
+        choice = read_method_options(options)
+        source = Analysis.load(options.pack) if options.pack else open_models(options)
+    made = make_plan(source, overrides=read_overrides(options), **choice)
+    made.save(options.output)
+    text = f"Wrote {options.output}: plan {made.hash}, {plan_sentence(made)}"
+    return print_result(
+        options, {"plan": options.output, "hash": made.hash, **preview_of(made)}, text
+    )
+
+
+def recipe(options: argparse.Namespace) -> int:
+    """Write a plan as a recipe for mergekit."""
+    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.recipes import export_recipe
+
+    check_target(options.output)
+    text = export_recipe(MergePlan.load(options.plan))
+    Path(options.output).write_text(text, encoding="utf-8")
+    return print_result(options, {"recipe": options.output}, f"Wrote {options.output}.")
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Carry out a plan, or with --dry-run only say what it would take."""
+    from ipmerge_core.merging import MANIFEST, estimate, iter_merge
+    from ipmerge_core.plan import MergePlan
+
+    plan = MergePlan.load(options.plan)
+    if options.dry_run:
+        need = estimate(plan, options.output)
+        text = (
+            f"Plan {plan.hash}, {plan_sentence(plan)}\nReads {need.nbytes_read / 1e9:.3f} GB, "
+            f"writes {need.nbytes_written / 1e9:.3f} GB to '{options.output}' "
+            f"({need.nbytes_free / 1e9:.1f} GB free). Nothing was written."
+        )
+        return print_result(options, need._asdict(), text)
+    progress = None
+    for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):
+        progress = progress or Progress("merging", step.nbytes_total, options.quiet)
+        progress.show(step.nbytes_done, f"{step.index}/{step.total} {step.action} {step.tensor}")
+    assert progress is not None
+    progress.close()
+    manifest = json.loads((Path(options.output) / MANIFEST).read_text(encoding="utf-8"))
+    text = f"Wrote {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
+    return print_result(options, {"model": options.output, "hash": plan.hash}, text)
+
+
+def adapter(options: argparse.Namespace) -> int:
+    """Write the change of an IP-Merging plan as a LoRA adapter."""
+    from ipmerge_core.adapter import REPORT, iter_adapter
+    from ipmerge_core.plan import MergePlan
+
+    plan = MergePlan.load(options.plan)
+    limits = {"tolerance": options.tolerance, "max_rank": options.max_rank}
+    progress = None
+    for step in iter_adapter(plan, options.output, device=options.device, **limits):
+        progress = progress or Progress("factorising", step.total, options.quiet)
+        progress.show(step.index, f"{step.index}/{step.total} rank {step.rank} {step.tensor}")
+    assert progress is not None
+    progress.close()
+    report = json.loads((Path(options.output) / REPORT).read_text(encoding="utf-8"))
+    ranks = [matrix["rank"] for matrix in report["matrices"].values()]
+    text = (
+        f"Wrote {options.output}: {len(ranks)} matrices, rank {min(ranks)} to {max(ranks)}, "
+        f"{report['nbytes'] / 1e6:.1f} MB, plan {plan.hash}. Load it with PEFT on the MLLM."
+    )
+    return print_result(options, {"adapter": options.output, **report}, text)
+
+
+def chat(options: argparse.Namespace) -> int:
+    """Ask one model, or two, and print the answers."""
+    from ipmerge_core.inference import answer
+
+    models = [options.model, *([options.compare] if options.compare else [])]
+    answers = {
+        model: answer(model, options.prompt, options.image, max_new_tokens=options.max_new_tokens)
+        for model in models
+    }
+    text = "\n\n".join(f"{model}:\n{reply}" for model, reply in answers.items())
+    return print_result(options, answers, text)
+
+
+def app(options: argparse.Namespace) -> int:
+    """Serve the app until it is stopped."""
+    from ipmerge_core.ui.app import launch
+
+    launch(host=options.host, port=options.port)
+    return 0

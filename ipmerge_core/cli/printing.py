@@ -1,0 +1,79 @@
+"""What the commands print: findings, plans, results, and one line of progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ipmerge_core.errors import PlanError
+
+if TYPE_CHECKING:
+    from ipmerge_core.pairing import Finding
+    from ipmerge_core.plan import MergePlan
+
+_MARKS = {"ok": "ok     ", "warning": "WARNING", "refusal": "REFUSAL"}
+
+
+def finding_line(finding: Finding) -> str:
+    """Write one finding of the check."""
+    remedy = f" {finding.remedy}" if finding.remedy else ""
+    return f"{_MARKS[finding.level]}  {finding.subject}: {finding.message}{remedy}"
+
+
+def preview_of(plan: MergePlan) -> dict[str, Any]:
+    """Return what the plan changes, or why that cannot be said."""
+    try:
+        return asdict(plan.preview())
+    except PlanError as error:
+        return {"selected": [d.name for d in plan.selected], "preview": str(error)}
+
+
+def plan_sentence(plan: MergePlan) -> str:
+    """Say in one sentence what a plan does."""
+    chosen = f"{len(plan.selected)} of {len(plan.decisions)} matrices merge"
+    preview = preview_of(plan)
+    if "relative_change" in preview:
+        return f"{chosen}, the decoder changes by {preview['relative_change']:.3%} of its norm."
+    return f"{chosen}."
+
+
+def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  # noqa: ANN401
+    """Print the result as text or JSON and return the exit code for success."""
+    print(json.dumps(content, indent=1) if options.json else text)
+    return 0
+
+
+class Progress:
+    """One line on stderr: percent, what is done, time left; by cost, not by count."""
+
+    def __init__(self, verb: str, total: int, quiet: bool) -> None:
+        self.verb, self.total, self.quiet = verb, max(total, 1), quiet
+        self.live = sys.stderr.isatty()
+        self.started = time.monotonic()
+        self.last = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return round(time.monotonic() - self.started, 3)
+
+    def show(self, done: int, what: str) -> None:
+        """Show how much of the total is done, at most ten times a second."""
+        now, fraction = time.monotonic(), done / self.total
+        if self.quiet or (now - self.last < (0.1 if self.live else 5) and fraction < 1):
+            return
+        self.last = now
+        left = (now - self.started) * (1 - fraction) / fraction if fraction else 0
+        line = f"{self.verb} {fraction:4.0%}, {left:.0f} s left: {what}"
+        print(
+            f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr
+        )
+
+    def close(self) -> None:
+        """End the line."""
+        if self.live and not self.quiet:
+            print(file=sys.stderr)

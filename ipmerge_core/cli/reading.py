@@ -1,0 +1,95 @@
+"""From the words of the command line to models, methods and values."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipmerge_core.errors import PlanError
+
+if TYPE_CHECKING:
+    from ipmerge_core.pairing import ModelPair
+    from ipmerge_core.plan import Override
+
+
+def open_models(options: argparse.Namespace) -> ModelPair:
+    """Open the models that the options name."""
+    from ipmerge_core.pairing import open_pair
+
+    if not (options.mllm and options.math and options.base):
+        raise PlanError("Name the models: --mllm A --math B --base Z (several --math are allowed).")
+    return open_pair(options.mllm, options.math, options.base, base_mllm=options.base_mllm)
+
+
+def refuse_strangers(pair: ModelPair, force: bool) -> None:
+    """Raise PairingError for the first refusal of the sibling check, unless forced."""
+    from ipmerge_core.errors import PairingError
+
+    refusals = [finding for finding in pair.check() if finding.level == "refusal"]
+    if refusals and not force:
+        first = refusals[0]
+        raise PairingError(
+            f"{first.subject}: {first.message} {first.remedy} (--force analyses anyway.)"
+        )
+
+
+def check_target(path: str) -> None:
+    """Make sure that the folder of an output file exists, before any work."""
+    folder = Path(path).expanduser().absolute().parent
+    if not folder.is_dir():
+        raise PlanError(f"Cannot write '{path}': there is no folder '{folder}'. Make it first.")
+
+
+def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of make_plan that the options give."""
+    from ipmerge_core.methods import find_method
+
+    kinds = {parameter.name: parameter.kind for parameter in find_method(options.method).parameters}
+    chosen: dict[str, Any] = {
+        "method": options.method,
+        "similarity_threshold": options.similarity_threshold,
+        "lambda_": options.lambda_,
+        "similarity": options.similarity,
+    }
+    for name in ("include", "exclude", "layer_gains", "calibration"):
+        chosen[name] = getattr(options, name)
+    for assignment in options.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise PlanError(f"--set {assignment}: expected NAME=VALUE, such as math_weight=0.5.")
+        chosen[name] = _parse_value(text, kinds.get(name, "float"))
+    return chosen
+
+
+def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
+    if kind == "choice":
+        return text
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    try:
+        return int(text) if kind == "int" else float(text)
+    except ValueError:
+        return text  # the method's own check names the parameter and what it expects
+
+
+def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:
+    """Return the models and the arguments of make_plan that a mergekit recipe gives."""
+    from ipmerge_core.pairing import open_pair
+    from ipmerge_core.recipes import import_recipe
+
+    try:
+        recipe = import_recipe(Path(options.recipe).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"Cannot read the recipe '{options.recipe}': {error.strerror}.") from error
+    base = recipe.base or options.base
+    if not base:
+        raise PlanError("The recipe names no base. Say which model they descend from: --base Z.")
+    return open_pair(recipe.mllm, recipe.math, base), recipe.arguments
+
+
+def read_overrides(options: argparse.Namespace) -> dict[str, Override]:
+    """Return the matrices that are forced to merge or to stay."""
+    merged: dict[str, Override] = dict.fromkeys(options.force_merge, "merge")
+    kept: dict[str, Override] = dict.fromkeys(options.force_keep, "keep")
+    return merged | kept
