@@ -239,7 +239,7 @@ def _read_json(files: Files, name: str) -> dict[str, Any]:
         )
     try:
         content = json.loads(files.read(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{name}' of '{files.id}' is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"'{name}' of '{files.id}' is not a JSON object.")
@@ -253,7 +253,7 @@ def _list_shards(files: Files) -> list[str]:
         weight_map = _read_json(files, INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"'{INDEX}' of '{files.id}' has no weight_map.")
-        return _check_shard_names(files, sorted(set(weight_map.values())))
+        return sorted(set(_check_shard_names(files, list(weight_map.values()))))
     if WEIGHTS in names:
         return [WEIGHTS]
     found = [name for name in names if name.endswith(".safetensors")]
@@ -275,13 +275,14 @@ def _list_shards(files: Files) -> list[str]:
 
 
 def _check_shard_names(files: Files, shards: list[Any]) -> list[str]:
+    there = set(files.names())
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
             raise CheckpointError(
                 f"'{INDEX}' of '{files.id}' names the shard {shard!r}; "
                 f"only bare file names are allowed."
             )
-        if shard not in files.names():
+        if shard not in there:
             raise MissingTensorError(
                 f"'{files.id}' lacks the shard '{shard}' that its index names. "
                 f"Was the download complete?"

@@ -80,6 +80,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         """Take the folder, and find what an earlier run of the same work has finished."""
+        self._headers = {shard: self.source.read_header(shard) for shard in self.source.shards}
         with explained(self.place.run):
             if self.rank == 0:
                 self._lead()
@@ -267,7 +268,7 @@ class CheckpointWriter:
             descriptor = os.open(path, flags, 0o644)
             self._descriptors[shard] = descriptor
             os.truncate(descriptor, self.source.files.size(shard))
-            _write_at(descriptor, 0, self.source.read_header(shard))
+            _write_at(descriptor, 0, self._headers[shard])
         return self._descriptors[shard]
 
 

@@ -1,0 +1,226 @@
+"""Models are read by ranges from wherever they lie, and what goes wrong is said in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fsspec
+import httpx
+import huggingface_hub
+import pytest
+from conftest import Trio
+from huggingface_hub import errors as hub_errors
+
+import ipmerge_core as ipm
+from ipmerge_core import files
+from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.errors import CheckpointError, RunError
+from ipmerge_core.files import LocalFiles, RemoteFiles, open_hub
+from ipmerge_core.merging import estimate
+from ipmerge_core.plan import MergePlan
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Counting:
+    """A local fsspec file system that counts the bytes that are asked of it."""
+
+    def __init__(self) -> None:
+        self.system = fsspec.filesystem("file")
+        self.nbytes = 0
+
+    def ls(self, folder: str, detail: bool) -> list[dict[str, object]]:
+        return self.system.ls(folder, detail=detail)
+
+    def open(self, path: str, mode: str, **_: object) -> object:
+        counter, file = self, self.system.open(path, mode)
+        read = file.read
+
+        def counted(length: int) -> bytes:
+            counter.nbytes += length
+            return read(length)
+
+        file.read = counted
+        return file
+
+
+@pytest.fixture
+def hub(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Counting:
+    """Stand in for the hub: `org/base`, `org/mllm`, `org/math` at one commit."""
+    system = Counting()
+
+    class Api:
+        def model_info(self, name: str, revision: str | None = None) -> object:
+            assert revision in (None, "main", SHA)
+            return type("Info", (), {"sha": SHA})
+
+    def files_of(name: str, sha: str, _: object, folder: str) -> RemoteFiles:
+        assert folder == f"{name}@{sha}"
+        return RemoteFiles(name, sha, system, str(getattr(trio, name.partition("/")[2])))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", object)
+    monkeypatch.setattr(files, "RemoteFiles", files_of)
+    return system
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    class Api:
+        def model_info(self, name: str, revision: str | None = None) -> object:
+            raise error
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+
+
+def response(code: int) -> httpx.Response:
+    return httpx.Response(code, request=httpx.Request("GET", "https://huggingface.co/api"))
+
+
+def test_a_hub_model_is_pinned_to_its_commit(hub: Counting) -> None:
+    model = Checkpoint.open("org/base@main")
+    assert model.id == "org/base"
+    assert model.files.revision == SHA
+    plan = ipm.make_plan(ipm.open_pair("org/mllm", "org/math", "org/base"), method="linear")
+    assert plan.sources.mllm.location == f"org/mllm@{SHA}"
+    assert plan.sources.mllm.revision == SHA
+
+
+def test_opening_and_checking_a_hub_pair_fetches_headers_and_a_few_rows(
+    hub: Counting, trio: Trio
+) -> None:
+    pair = ipm.open_pair("org/mllm", "org/math", "org/base")
+    headers = sum(
+        len(model.read_header(shard)) + 8 for _, model in pair.roles() for shard in model.shards
+    )
+    configs = sum((folder / "config.json").stat().st_size for folder in trio[:3])
+    assert hub.nbytes <= 2 * headers + configs
+    before = hub.nbytes
+    findings = pair.check()
+    assert {finding.level for finding in findings} == {"ok"}
+    sampled = 3 * 2 * 8 * 16 * 4 * 2  # three k_proj of (8, 16) in fp32, twice, of two siblings
+    assert hub.nbytes - before <= sampled
+
+
+def test_a_merge_from_the_hub_fetches_what_is_needed_and_equals_the_local_one(
+    hub: Counting, trio: Trio, tmp_path: Path
+) -> None:
+    local = ipm.make_plan(ipm.open_pair(trio.mllm, trio.math, trio.base), method="task_arithmetic")
+    ipm.merge(local, tmp_path / "local")
+    pair = ipm.open_pair("org/mllm", "org/math", "org/base")
+    plan = ipm.make_plan(pair, method="task_arithmetic")
+    plan.save(tmp_path / "plan.json")
+    before = hub.nbytes
+    ipm.merge(MergePlan.load(tmp_path / "plan.json"), tmp_path / "out")
+    decoder = sum(pair.mllm.spec(matrix.mllm).nbytes for matrix in pair.matrices)
+    headers = 4 * sum(len(model.read_header(model.shards[0])) for _, model in pair.roles())
+    assert hub.nbytes - before <= pair.mllm.nbytes + 2 * decoder + headers + 2000
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    sources = json.loads((tmp_path / "out" / "ipmerge.json").read_text())["sources"]
+    assert sources["base"] == {"id": "org/base", "revision": SHA,
+                               "fingerprint": pair.base.fingerprint}  # fmt: skip
+
+
+def test_the_estimate_names_the_cheaper_way(
+    hub: Counting, trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ipm.open_pair("org/mllm", "org/math", "org/base")
+    plan = ipm.make_plan(pair, method="task_arithmetic")
+    need = estimate(plan, tmp_path / "out")
+    decoder = sum(pair.mllm.spec(matrix.mllm).nbytes for matrix in pair.matrices)
+    assert need.nbytes_fetched == need.nbytes_read == pair.mllm.nbytes + 2 * decoder
+    assert need.nbytes_whole == sum(model.nbytes for _, model in pair.roles())
+    assert "Reading by ranges fetches" in need.advice
+    assert need.seconds > 0
+    assert need.nbytes_memory > need.largest_matrix
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    assert "on a machine with more room" in estimate(plan, tmp_path / "out").advice
+    with pytest.raises(RunError, match="needs .* GB .* are free"):
+        ipm.merge(plan, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lost_connection_can_be_resumed(
+    hub: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ipm.make_plan(ipm.open_pair("org/mllm", "org/math", "org/base"), method="linear")
+    opened, reads = hub.open, 0
+
+    def failing_later(path: str, mode: str, **options: object) -> object:
+        nonlocal reads
+        reads += 1
+        if reads > 60:
+            raise httpx.ConnectError("gone")
+        return opened(path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "open", failing_later)
+        with pytest.raises(RunError, match="Reading 'org/.*' failed .ConnectError: gone"):
+            ipm.merge(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert any(step.action == "resumed" for step in ipm.iter_merge(plan, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            hub_errors.GatedRepoError("403", response=response(403)),
+            "GatedRepoError.*accept its terms",
+        ),
+        (
+            hub_errors.RepositoryNotFoundError("404", response=response(404)),
+            "NotFoundError.*spelled right",
+        ),
+        (
+            hub_errors.RevisionNotFoundError("404", response=response(404)),
+            "this revision does not: give a branch, a tag or a commit",
+        ),
+        (hub_errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set .* no copy"),
+        (httpx.ConnectError("no route"), "could not be reached: check the connection"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence_with_a_remedy(
+    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, error)
+    monkeypatch.setattr(files, "_cached_copy", lambda *_: None)
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint.open("org/model")
+
+
+def test_without_a_connection_the_local_cache_serves(
+    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "snapshots" / SHA
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(trio.base)
+    failing(monkeypatch, httpx.ConnectError("no route"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    found = open_hub("org/base")
+    assert isinstance(found, LocalFiles)
+    assert (found.id, found.revision) == ("org/base", SHA)
+    assert Checkpoint(found).tensors == Checkpoint.open(trio.base).tensors
+
+
+def test_a_folder_that_vanishes_is_named(own_trio: Trio) -> None:
+    found = LocalFiles(own_trio.base)
+    own_trio.base.rename(own_trio.base.with_name("moved"))
+    for ask in (found.names, lambda: found.size("config.json"), lambda: found.read("config.json")):
+        with pytest.raises(RunError, match="Was it moved, or its disk unmounted"):
+            ask()
+
+
+def test_a_short_answer_is_noticed(trio: Trio) -> None:
+    class Short(Counting):
+        def open(self, path: str, mode: str, **_: object) -> object:
+            file = self.system.open(path, mode)
+            read = file.read
+            file.read = lambda length: read(length - 1)
+            return file
+
+    found = RemoteFiles("org/base", SHA, Short(), str(trio.base))
+    assert found.read("config.json", 5, 5) == b""
+    with pytest.raises(RunError, match="gave 9 bytes where 10 were asked for"):
+        found.read("config.json", 0, 10)
