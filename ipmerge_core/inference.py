@@ -105,6 +105,19 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def import_libraries() -> None:
+    """Import what running a model needs; the first time takes seconds, afterwards nothing."""
+    from transformers import (  # noqa: F401 (imported for the sake of it)
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+        TextIteratorStreamer,
+    )
+
+    from ipmerge_core.checkpoint import Checkpoint  # noqa: F401
+
+
 def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
     """Load a model folder, whole and clean.
 

@@ -50,6 +50,12 @@ def ask(page: Page, question: str) -> None:
     box.press("Enter")
 
 
+def clear(page: Page) -> None:
+    page.locator("#clear").click()
+    expect(answers(page, "#chat-base")).to_have_count(0)
+    expect(page.get_by_role("textbox", name="Question")).to_have_value("")
+
+
 def wait_until_finished(page: Page) -> None:
     status = page.locator("#answers-status")
     expect(status).to_contain_text("Base finished. Merged finished.", timeout=LOADING)
@@ -78,7 +84,7 @@ def test_an_example_that_the_merge_broke_is_shown_as_plainly(page):
 
 def test_a_picture_and_a_question_are_answered_by_both_sides(page):
     picture = recorded_examples()[0].image
-    page.locator("#clear").click()
+    clear(page)
     page.locator("#prompt input[type=file]").set_input_files(picture)
     expect(page.locator("#prompt img")).to_be_visible()
     ask(page, "What is the perimeter?")
@@ -96,6 +102,7 @@ def test_both_sides_grow_together_and_stop_keeps_what_is_there(page):
         expect(answers(page, side).last).to_contain_text("word5", timeout=LOADING)
     page.get_by_role("button", name="Stop both").click()
     expect(page.locator("#answers-status")).to_contain_text("Base stopped. Merged stopped.")
+    expect(page.get_by_role("button", name="Stop both")).to_be_disabled()
     texts = [answers(page, side).last.inner_text() for side in SIDES]
     page.wait_for_timeout(600)
     assert texts == [answers(page, side).last.inner_text() for side in SIDES]
@@ -103,23 +110,21 @@ def test_both_sides_grow_together_and_stop_keeps_what_is_there(page):
         assert "word5" in text
         assert "word399" not in text
         assert "(stopped)" in text
-    expect(page.get_by_role("button", name="Stop both")).to_be_disabled()
 
 
 def test_ask_again_replaces_the_last_answer(page):
-    ask(page, "Say: once")
-    wait_until_finished(page)
+    recorded = page.locator("#answers-source")
+    expect(recorded).to_contain_text("Recorded")
     before = answers(page, "#chat-base").count()
     page.locator("#retry").click()
-    expect(page.locator("#answers-status")).to_contain_text("answering")
+    expect(recorded).to_contain_text("Live", timeout=LOADING)
     wait_until_finished(page)
     assert answers(page, "#chat-base").count() == before
 
 
 def test_clear_can_be_undone(page):
     shown = answers(page, "#chat-base").count()
-    page.locator("#clear").click()
-    expect(answers(page, "#chat-base")).to_have_count(0)
+    clear(page)
     page.locator("#undo-clear").click()
     expect(answers(page, "#chat-base")).to_have_count(shown)
 
@@ -138,10 +143,11 @@ FORMULAS = {
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_formulas_render_and_money_and_code_stay(page, text):
-    page.locator("#clear").click()
+    clear(page)
     ask(page, f"Say: {text}")
     wait_until_finished(page)
     answer = answers(page, "#chat-merged").last
+    assert "Say:" not in answer.inner_text()
     expect(answer.locator(".katex")).to_have_count(FORMULAS[text])
     expect(answer.locator(".katex-error")).to_have_count(0)
     if FORMULAS[text] == 0:
@@ -165,8 +171,10 @@ def test_text_from_a_model_is_never_markup(page):
 def test_what_is_no_image_is_refused_and_the_question_kept(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_text("this is no picture")
-    page.locator("#clear").click()
-    page.locator("#prompt input[type=file]").set_input_files(broken)
+    clear(page)
+    with page.expect_response("**/upload**"):
+        page.locator("#prompt input[type=file]").set_input_files(broken)
+    expect(page.locator("#prompt img")).to_be_attached()
     ask(page, "What is this?")
     expect(page.get_by_test_id("toast-body")).to_contain_text(
         "'broken.png' is not a readable image. Expected a PNG, JPEG or WebP file.",
@@ -178,7 +186,7 @@ def test_what_is_no_image_is_refused_and_the_question_kept(page, tmp_path):
 
 def test_a_picture_without_a_question_gets_a_sentence(page, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "grey.png")
-    page.locator("#clear").click()
+    clear(page)
     page.locator("#prompt input[type=file]").set_input_files(tmp_path / "grey.png")
     expect(page.locator("#prompt img")).to_be_visible()
     ask(page, "")

@@ -16,13 +16,15 @@ from typing import Any
 from gradio.events import api
 
 from ipmerge_core.errors import RunError
+from ipmerge_core.inference import Settings, open_image
 from ipmerge_core.jobs import JobStatus
-from ipmerge_core.ui.backend import Backend, Side
+from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.choice import plan_of
 from ipmerge_core.ui.layer_map import PlanChoice, read_commit
 from ipmerge_core.ui.merge_tab import readiness
 from ipmerge_core.ui.messages import told
 from ipmerge_core.ui.packs import list_packs, load_pack
+from ipmerge_core.ui.sides import Question, Side, answer_both
 
 Json = dict[str, Any]
 LARGEST_IMAGE = 15_000_000  # bytes, before base64
@@ -130,12 +132,11 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         seed: int = 0,
     ) -> Iterator[Json]:
         """Answer with the base and the merged model; the image is the base64 text of a file."""
-        from ipmerge_core.inference import Settings, open_image
-
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, {})
         settings = Settings(temperature, max_new_tokens, seed)
         picture = open_image(_decoded(image)) if image else None
-        for base, merged in backend.answer_both(pack, choice, question, picture, settings):
+        asked = Question(pack, choice, question, picture, settings)
+        for base, merged in answer_both(backend, asked):
             yield {"base": _told_side(base), "merged": _told_side(merged)}
 
     return [answer_pair]

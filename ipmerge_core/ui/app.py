@@ -16,7 +16,7 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.download import download_route
 from ipmerge_core.ui.explore import explore_tab, start_choice
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merge_tab import merge_tab
+from ipmerge_core.ui.merge_tab import merge_tab, remembered_job
 from ipmerge_core.ui.packs import DEMO, ROOT, list_packs
 from ipmerge_core.ui.try_it import try_tab
 
@@ -60,13 +60,15 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
 
 
 def _add_tabs(app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
+    job = remembered_job()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
             explore_tab(pair, choice)
-        with gr.Tab("Try it", id="try", elem_id="tab-try"):
+        with gr.Tab("Try it", id="try", elem_id="tab-try") as asking:
             try_tab(backend, pair, choice)
+        asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
-            merge_tab(app, backend, pair, choice, tabs=tabs, tab=merge)
+            merge_tab(app, backend, pair, choice, job=job, tabs=tabs, tab=merge)
 
 
 def theme() -> gr.themes.Base:

@@ -1,8 +1,8 @@
 """What the tabs and the endpoints share: the runs, the models in memory, and who they belong to.
 
-In: a pair and a choice. Out: the folders of the model as it is and of the merged one, and both
-answers to a question, growing side by side. One `Backend` is made per app; nothing here is global,
-and no torch is loaded before it is needed.
+In: a pair and a choice. Out: the folders of the model as it is and of the merged one, and these
+models in memory. One `Backend` is made per app; nothing here is global, and no torch is loaded
+before it is needed.
 """
 
 from __future__ import annotations
@@ -12,47 +12,25 @@ import json
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import CheckpointError, IPMergeError, RunError
+from ipmerge_core.errors import CheckpointError, RunError
 from ipmerge_core.jobs import JobStore, Started, home_folder
-from ipmerge_core.ui.choice import analysis_of, plan_of
-from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import is_hosted, sentence_of
+from ipmerge_core.ui.choice import analysis_of
+from ipmerge_core.ui.messages import is_hosted
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ipmerge_core.inference import LoadedModel, ModelCache, Settings
+    from ipmerge_core.inference import LoadedModel, ModelCache
     from ipmerge_core.plan import MergePlan
 
 SMALL_MODEL = 200_000_000  # bytes; up to here the chat merges by itself, in seconds
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 KEPT_PREVIEWS = 6  # merged models that the chat made, kept for the next question
-YIELD_EVERY = 0.1  # seconds
 
 Progress = Callable[[str], None]
-
-
-@dataclass
-class Side:
-    """One of the two answers, as far as it has come."""
-
-    name: str
-    state: Literal["waiting", "answering", "finished", "stopped", "failed"] = "waiting"
-    text: str = ""
-    note: str = ""  # what it is doing, or why it failed
-    pieces: int = 0
-    seconds: float = 0.0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more will come."""
-        return self.state in ("finished", "stopped", "failed")
 
 
 @dataclass
@@ -74,6 +52,17 @@ class Backend:
             if self._models is None:
                 self._models = ModelCache(most_models=3)
             return self._models  # type: ignore[no-any-return]
+
+    def import_libraries(self) -> None:
+        """Import torch and transformers, one thread at a time: they do not like to be raced."""
+        from ipmerge_core.inference import import_libraries
+
+        with self._lock:
+            import_libraries()
+
+    def warm_up(self) -> None:
+        """Do so in the background, for a visitor who is about to ask something."""
+        threading.Thread(target=self.import_libraries, daemon=True).start()
 
     def load(self, folder: Path) -> LoadedModel:
         """Return the model in a folder, on the best device there is."""
@@ -168,84 +157,6 @@ class Backend:
                 progress(f"merging plan {plan.hash[:4]}: {step.index} of {step.total}")
         out.touch()
         return out
-
-    def answer_both(
-        self,
-        pack_id: str,
-        choice: PlanChoice,
-        question: str,
-        image: Image | None,
-        settings: Settings,
-    ) -> Iterator[tuple[Side, Side]]:
-        """Answer with the model as it is and with the merged one, both at the same time.
-
-        Yields copies of both sides about ten times a second until both are over. Closing the
-        generator stops both models at their next token.
-        """
-        base, merged = Side("Base"), Side("Merged")
-        cancelled = threading.Event()
-
-        def find_base(_: Progress) -> Path:
-            return self.base_folder(pack_id)
-
-        def find_merged(progress: Progress) -> Path:
-            progress("reading the plan")
-            return self.merged_folder(plan_of(pack_id, choice), progress)
-
-        def work(side: Side, find: Callable[[Progress], Path]) -> None:
-            self._answer(side, find, question, image, settings, cancelled)
-
-        threads = [
-            threading.Thread(target=work, args=pair, daemon=True)
-            for pair in ((base, find_base), (merged, find_merged))
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            while not (base.is_over and merged.is_over):
-                yield replace(base), replace(merged)
-                time.sleep(YIELD_EVERY)
-            yield replace(base), replace(merged)
-        finally:
-            cancelled.set()
-            for thread in threads:
-                thread.join()
-
-    def _answer(
-        self,
-        side: Side,
-        find: Callable[[Progress], Path],
-        question: str,
-        image: Image | None,
-        settings: Settings,
-        cancelled: threading.Event,
-    ) -> None:
-        """Fill one side; whatever goes wrong is told there and leaves the other side alone."""
-        from ipmerge_core.inference import stream_answer
-
-        def progress(words: str) -> None:
-            side.note = words
-            if cancelled.is_set():
-                raise RunError("Stopped before the model was ready.")
-
-        try:
-            folder = find(progress)
-            progress("loading weights")
-            loaded = self.load(folder)
-            progress("thinking")
-            started = time.perf_counter()
-            for piece in stream_answer(loaded, question, image, settings, cancelled):
-                side.state, side.note = "answering", ""
-                side.text += piece
-                side.pieces += 1
-                side.seconds = time.perf_counter() - started
-            side.note = ""
-            side.state = "stopped" if cancelled.is_set() else "finished"
-        except IPMergeError as error:
-            side.note, side.state = sentence_of(error), "failed"
-        except Exception as error:  # noqa: BLE001 (a bug on one side must not take the other along)
-            side.note = f"Unexpected {type(error).__name__}: {error}"
-            side.state = "failed"
 
 
 def _from_hub_cache(source_id: str, revision: str | None) -> Path:

@@ -30,6 +30,7 @@ _OPENING = re.compile(r"\$\$|\\\[|\\\(|\\begin\{|\\boxed\{|\\[A-Za-z]*\Z")
 # A dollar pair is a formula only if it hugs its content and no digit follows: "$5 and $6" is money.
 _DOLLARS = re.compile(r"(?<![\\$\w])\$(?![\s$])([^$\n]*?)(?<![\s\\])\$(?![\d$])")
 _HALF_DOLLARS = re.compile(r"(?<![\\$\w])\$[A-Za-z\\({][^$\n]{0,80}\Z")
+_ALONE = re.compile(r"\\([()\[\]])")
 _STAR = re.compile(r"(?<=[\w)])\*(?=[\w(])")
 
 
@@ -83,7 +84,8 @@ def _prose(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return _STAR.sub(r"\\*", text).replace("![", "! [")
+    text = _STAR.sub(r"\\*", text.replace("<", "&lt;").replace("![", "! ["))
+    return _ALONE.sub(r"&#92;\1", text)  # Markdown would eat the backslash
 
 
 def _closing_brace(text: str, start: int) -> int:

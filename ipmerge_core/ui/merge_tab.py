@@ -47,6 +47,7 @@ def merge_tab(
     pair: gr.Dropdown,
     choice: gr.State,
     *,
+    job: gr.BrowserState,
     tabs: gr.Tabs,
     tab: gr.Tab,
 ) -> None:
@@ -77,7 +78,6 @@ def merge_tab(
                 '<p class="waiting">Nothing has been merged yet.</p>', elem_id="result"
             )
             try_it = gr.Button("Try it", visible=False, size="sm", elem_id="try-merged")
-    job = gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
     timer = gr.Timer(POLL_SECONDS, active=False)
 
     # handlers
@@ -103,6 +103,7 @@ def merge_tab(
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     watching = [progress, cancel, resume, result, try_it, timer]
     checked = [findings, confirmation, folder, start]
+    tab.select(watch, job, watching, queue=False, **quiet)
     tab.select(lambda: READING, None, findings, queue=False, **quiet).then(
         told(check), [pair, choice], checked, **quiet
     )
@@ -116,6 +117,14 @@ def merge_tab(
     timer.tick(watch, job, watching, queue=False, **quiet)
     app.load(watch, job, watching, queue=False, **quiet)
     try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **quiet)
+
+
+def remembered_job() -> gr.BrowserState:
+    """Make the place in the browser where the run's id and key are kept.
+
+    It must stand outside all tabs: a tab's contents are not there before it is opened.
+    """
+    return gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
 
 
 def readiness(backend: Backend, pack_id: str, choice: PlanChoice) -> Readiness:

@@ -16,7 +16,8 @@ from ipmerge_core.jobs import JobStatus
 if TYPE_CHECKING:
     from ipmerge_core.merging import Estimate
     from ipmerge_core.pairing import Finding
-    from ipmerge_core.plan import MergePlan, Preview
+    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.preview import Preview
 
 SIGNS = {"ok": "✓", "warning": "!", "refusal": "✕"}
 COPY_SPEED = 300e6  # bytes per second, a slow disk

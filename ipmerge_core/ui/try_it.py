@@ -9,29 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Event
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ipmerge_core.errors import RunError
+from ipmerge_core.inference import Settings, open_image
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.choice import describe_choice
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.messages import told
 from ipmerge_core.ui.recorded import Example, Reference, recorded_examples
+from ipmerge_core.ui.sides import Question, Turnstile, answer_both
 from ipmerge_core.ui.turns import Turn, View, turn_of_example, view
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 INTRODUCTION = (
     "One question, two answers: the vision-language model as it is, and merged with your plan. "
     "Each question is asked afresh."
 )
-SEND_HINT = "Ask about a picture: type a question, add an image, press Enter"
+SEND_HINT = "Type a question and add an image; the newest image counts"
 LONGEST_ANSWER = 512
 EMPTY_PROMPT: dict[str, Any] = {"text": "", "files": []}
-KEEP_NEWEST = """(value) => value && value.files && value.files.length > 1
-  ? { ...value, files: value.files.slice(-1) } : value"""
 OUTCOMES = {
     "fixed": "✓ fixed",
     "broken": "✕ broken",
@@ -40,26 +45,127 @@ OUTCOMES = {
 }
 
 
-class Controls(NamedTuple):
-    """The components that handlers write to."""
+class Parts(NamedTuple):
+    """The components of the tab that handlers read or write."""
 
     turns: gr.State
     prompt: gr.MultimodalTextbox
+    numbers: list[Any]  # temperature, longest answer, seed
     stop: gr.Button
-    view: list[gr.Blocks]
+    again: gr.Button
+    clear: gr.Button
+    undo: gr.Button
+    examples: list[gr.Button]
+    view: list[Any]
 
     @property
     def outputs(self) -> list[Any]:
-        """What every handler of a turn returns, in order."""
-        return [self.turns, *self.view, self.stop]
+        """What every handler of a turn returns, in order; see `_shown`."""
+        return [self.turns, *self.view, self.stop, self.again, self.clear, *self.examples]
 
 
 def try_tab(backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
     """Lay out the tab inside the open `gr.Tab` and wire it."""
-    examples = recorded_examples()
-    first = [turn_of_example(examples[0])] if examples else []
+    parts = _layout(recorded_examples())
+    _wire_questions(backend, parts, [pair, choice])
+    _wire_the_rest(parts)
 
-    # layout
+
+# --- wiring ----------------------------------------------------------------------------------
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> None:
+    """Wire Send, Ask again and Stop."""
+    doors = Turnstile()
+
+    def check(typed: dict[str, Any], *numbers: float) -> None:
+        _, image = _read_prompt(typed)
+        _read_settings(*numbers)
+        _open(image)
+
+    def ask(
+        typed: dict[str, Any],
+        before: list[Turn],
+        pack_id: str,
+        plan: PlanChoice,
+        temperature: float,
+        longest: float,
+        seed: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        text, image = _read_prompt(typed)
+        turn = Turn(text, image, describe_choice(plan), reference=_known(text, image))
+        settings = _read_settings(temperature, longest, seed)
+        question = Question(pack_id, plan, text, _open(image), settings)
+        yield from _run(backend, doors.enter(_visitor(request)), before, turn, question)
+
+    def check_again(before: list[Turn]) -> None:
+        if not before:
+            raise RunError("There is nothing to ask again. Type a question first.")
+
+    def ask_again(
+        before: list[Turn],
+        pack_id: str,
+        plan: PlanChoice,
+        temperature: float,
+        longest: float,
+        seed: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        last = before[-1]
+        turn = Turn(last.question, last.image, describe_choice(plan), reference=last.reference)
+        settings = _read_settings(temperature, longest, seed)
+        question = Question(pack_id, plan, last.question, _open(last.image), settings)
+        yield from _run(backend, doors.enter(_visitor(request)), before[:-1], turn, question)
+
+    def stop_both(request: gr.Request) -> None:
+        doors.stop(_visitor(request))
+
+    inputs = [parts.turns, *plan_parts, *parts.numbers]
+    models: dict[str, Any] = {**QUIET, "concurrency_id": "models", "concurrency_limit": 1}
+    # Checks have no outputs: a refusal then shows its message and leaves the answers in sight.
+    parts.prompt.submit(told(check), [parts.prompt, *parts.numbers], None, **QUIET).success(
+        told(ask), [parts.prompt, *inputs], parts.outputs, **models
+    )
+    parts.again.click(told(check_again), parts.turns, None, **QUIET).success(
+        told(ask_again), inputs, parts.outputs, **models
+    )
+    parts.stop.click(stop_both, None, None, queue=False, **QUIET)
+
+
+def _wire_the_rest(parts: Parts) -> None:
+    """Wire the examples, Clear and its undo."""
+    examples = recorded_examples()
+
+    def show_example(number: int, before: list[Turn]) -> list[Any]:
+        turn = turn_of_example(examples[number])
+        kept = before[:-1] if before and before[-1].recorded else before
+        return [_prompt_value(turn), *_shown([*kept, turn])]
+
+    def clear_all(typed: dict[str, Any], before: list[Turn]) -> list[Any]:
+        return [(typed, before), gr.update(visible=True), EMPTY_PROMPT, *_shown([])]
+
+    def restore(kept: tuple[dict[str, Any], list[Turn]]) -> list[Any]:
+        return [gr.update(visible=False), kept[0], *_shown(kept[1])]
+
+    kept = gr.State((EMPTY_PROMPT, []))
+    cleared = [kept, parts.undo, parts.prompt, *parts.outputs]
+    parts.clear.click(clear_all, [parts.prompt, parts.turns], cleared, queue=False, **QUIET)
+    parts.undo.click(
+        restore, kept, [parts.undo, parts.prompt, *parts.outputs], queue=False, **QUIET
+    )
+    for number, button in enumerate(parts.examples):
+        show = partial(show_example, number)
+        button.click(show, parts.turns, [parts.prompt, *parts.outputs], queue=False, **QUIET)
+
+
+# --- layout ----------------------------------------------------------------------------------
+
+
+def _layout(examples: list[Example]) -> Parts:
+    first = [turn_of_example(examples[0])] if examples else []
     gr.Markdown(INTRODUCTION, elem_classes="lead")
     buttons = _example_buttons(examples)
     prompt = gr.MultimodalTextbox(
@@ -79,74 +185,15 @@ def try_tab(backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
         clear = gr.Button("Clear", size="sm", elem_id="clear")
         undo = gr.Button("Undo clear", size="sm", visible=False, elem_id="undo-clear")
     with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
-        temperature = gr.Slider(
-            0, 2, value=0, step=0.05, label="Temperature", info="0: the most likely token"
-        )
-        longest = gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Longest answer in tokens")
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-    turns = gr.State(first)
-    controls = Controls(turns, prompt, stop, _answers(view(first)))
-
-    # handlers
-    def ask(
-        typed: dict[str, Any],
-        before: list[Turn],
-        pack_id: str,
-        plan: PlanChoice,
-        *numbers: float,
-    ) -> Iterator[list[Any]]:
-        question, image = _read_prompt(typed)
-        turn = Turn(question, image, describe_choice(plan), reference=_known(question, image))
-        yield from _run(backend, before, turn, pack_id, plan, numbers)
-
-    def ask_again(
-        before: list[Turn], pack_id: str, plan: PlanChoice, *numbers: float
-    ) -> Iterator[list[Any]]:
-        if not before:
-            raise RunError("There is nothing to ask again. Type a question first.")
-        last = before[-1]
-        turn = Turn(last.question, last.image, describe_choice(plan), reference=last.reference)
-        yield from _run(backend, before[:-1], turn, pack_id, plan, numbers)
-
-    def stop_both(before: list[Turn]) -> list[Any]:
-        return _shown([*before[:-1], before[-1].stopped()] if before else [])
-
-    def show_example(number: int, before: list[Turn]) -> list[Any]:
-        turn = turn_of_example(examples[number])
-        kept = before[:-1] if before and before[-1].recorded else before
-        return [_prompt_value(turn), *_shown([*kept, turn])]
-
-    def clear_all(typed: dict[str, Any], before: list[Turn]) -> list[Any]:
-        return [(typed, before), gr.update(visible=True), EMPTY_PROMPT, *_shown([])]
-
-    def restore(kept: tuple[dict[str, Any], list[Turn]]) -> list[Any]:
-        return [gr.update(visible=False), kept[0], *_shown(kept[1])]
-
-    # wiring
-    kept = gr.State((EMPTY_PROMPT, []))
-    settings = [pair, choice, temperature, longest, seed]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    shared: dict[str, Any] = {**quiet, "concurrency_id": "models", "concurrency_limit": 1}
-    running: list[Any] = [
-        prompt.submit(told(ask), [prompt, turns, *settings], controls.outputs, **shared),
-        again.click(told(ask_again), [turns, *settings], controls.outputs, **shared),
-    ]
-    stop.click(stop_both, turns, controls.outputs, cancels=running, queue=False, **quiet)
-    cleared = [kept, undo, prompt, *controls.outputs]
-    clear.click(clear_all, [prompt, turns], cleared, cancels=running, queue=False, **quiet)
-    undo.click(restore, kept, [undo, prompt, *controls.outputs], queue=False, **quiet)
-    prompt.change(None, prompt, prompt, js=KEEP_NEWEST, api_visibility="private")
-    for number, button in enumerate(buttons):
-        button.click(
-            _with_number(show_example, number),
-            turns,
-            [prompt, *controls.outputs],
-            queue=False,
-            **quiet,
-        )
-
-
-# --- layout ----------------------------------------------------------------------------------
+        numbers = [
+            gr.Slider(
+                0, 2, value=0, step=0.05, label="Temperature", info="0: the most likely token"
+            ),
+            gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Longest answer in tokens"),
+            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
+        ]
+    turns, shown = gr.State(first), _answers(view(first))
+    return Parts(turns, prompt, numbers, stop, again, clear, undo, buttons, shown)
 
 
 def _example_buttons(examples: list[Example]) -> list[gr.Button]:
@@ -203,39 +250,44 @@ def _chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
 
 
 def _run(
-    backend: Backend,
-    before: list[Turn],
-    turn: Turn,
-    pack_id: str,
-    plan: PlanChoice,
-    numbers: tuple[float, ...],
+    backend: Backend, stop: Event, before: list[Turn], turn: Turn, asked: Question
 ) -> Iterator[list[Any]]:
     """Ask both models and yield the whole view about ten times a second."""
     yield _shown([*before, turn])  # at once: torch may still have to be loaded
-    from ipmerge_core.inference import Settings, open_image
-
-    temperature, longest, seed = numbers
-    settings = Settings(float(temperature), int(longest), int(seed))
-    image = open_image(turn.image) if turn.image else None
-    for base, merged in backend.answer_both(pack_id, plan, turn.question, image, settings):
+    for base, merged in answer_both(backend, asked, stop):
         yield _shown([*before, replace(turn, base=base, merged=merged)])
 
 
 def _shown(turns: list[Turn]) -> list[Any]:
+    """Return the values of `Parts.outputs`: while answers grow, only Stop can be pressed."""
     running = bool(turns) and not turns[-1].is_over
-    return [turns, *view(turns), gr.update(interactive=running)]
+    idle = [gr.update(interactive=not running)] * (len(recorded_examples()) + 2)
+    return [turns, *view(turns), gr.update(interactive=running), *idle]
+
+
+def _open(image: str | None) -> Image | None:
+    return open_image(image) if image else None
+
+
+def _read_settings(
+    temperature: float | None, longest: float | None, seed: float | None
+) -> Settings:
+    """Check the three settings; an emptied field counts as 0. Raises: RunError."""
+    return Settings(float(temperature or 0), int(longest or 0), int(seed or 0))
+
+
+def _visitor(request: gr.Request) -> str:
+    return str(request.session_hash)
 
 
 def _read_prompt(typed: dict[str, Any]) -> tuple[str, str | None]:
-    """Take question and picture from the prompt box. Raises: RunError with what is missing."""
+    """Take question and newest picture from the prompt. Raises: RunError with what is missing."""
     question, files = (typed.get("text") or "").strip(), typed.get("files") or []
     if not question and not files:
         raise RunError("There is nothing to ask yet. Type a question; a picture may go with it.")
     if not question:
         raise RunError("A picture came without a question. Type what you want to know about it.")
-    if len(files) > 1:
-        raise RunError(f"{len(files)} files were given; both models take one picture at a time.")
-    return question, str(files[0]) if files else None
+    return question, str(files[-1]) if files else None
 
 
 def _prompt_value(turn: Turn) -> dict[str, Any]:
@@ -249,7 +301,3 @@ def _known(question: str, image: str | None) -> Reference | None:
         if image and question == reference.question and Path(image).name == reference.image:
             return reference
     return None
-
-
-def _with_number(handler: Any, number: int) -> Any:  # noqa: ANN401
-    return told(lambda turns: handler(number, turns))

@@ -7,14 +7,14 @@ tab. Pure: no components here and no models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ipmerge_core.ui.backend import Side
 from ipmerge_core.ui.latex import show_math
 from ipmerge_core.ui.recorded import Example, Reference, differ, is_right
+from ipmerge_core.ui.sides import Side
 
 Message = dict[str, Any]
 
@@ -35,10 +35,6 @@ class Turn:
     def is_over(self) -> bool:
         """Whether both answers are."""
         return self.base.is_over and self.merged.is_over
-
-    def stopped(self) -> Turn:
-        """Return the turn with whatever was still growing marked as stopped."""
-        return replace(self, base=_stopped(self.base), merged=_stopped(self.merged))
 
 
 class View(NamedTuple):
@@ -65,10 +61,6 @@ def turn_of_example(example: Example) -> Turn:
     )
 
 
-def _stopped(side: Side) -> Side:
-    return side if side.is_over else replace(side, state="stopped", note="")
-
-
 def view(turns: Sequence[Turn]) -> View:
     """Lay out all turns."""
     if not turns:
@@ -91,7 +83,7 @@ def _messages(turns: Sequence[Turn], name: Literal["base", "merged"]) -> list[Me
         if name == "merged" and turn.plan != plan:
             messages.append({"role": "assistant", "content": f"*Plan changed: {turn.plan}*"})
             plan = turn.plan
-        content: list[Any] = [turn.question]
+        content: list[Any] = [show_math(turn.question)]
         if turn.image and Path(turn.image).is_file():
             content.insert(0, {"path": turn.image, "alt_text": "The picture asked about"})
         messages.append({"role": "user", "content": content})
