@@ -37,7 +37,7 @@ from ipmerge_core.similarity import (
 )
 from ipmerge_core.spectrum import svd, task_vector
 from ipmerge_core.version import __version__
-from ipmerge_core.work import on_one_base, read_inputs, work_of
+from ipmerge_core.work import on_one_base, work_of
 from ipmerge_core.writer import check_output, explained
 
 RESIDUAL = 1e-3  # Frobenius norm of what is left out, relative to the update's
@@ -123,7 +123,7 @@ def iter_adapter(
         height = pair.mllm.spec(tensor).shape[0]
         whole: list[Update] = []
         for matrix, experts in matrices:
-            inputs = on_one_base(read_inputs(pair, matrix, experts), torch.device(device))
+            inputs = on_one_base(pair.read(matrix, experts), torch.device(device))
             with torch.no_grad():
                 update = update_of(*inputs, _per_unit_gain(plan, matrix.layer))
             rows = split_address(matrix.mllm)[1] or range(height)

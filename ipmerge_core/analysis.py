@@ -23,9 +23,9 @@ import torch
 
 from ipmerge_core import similarity as sim
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
-from ipmerge_core.comparison import Options, Weights, compare
+from ipmerge_core.comparison import Options, compare
 from ipmerge_core.errors import PairingError
-from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair
 from ipmerge_core.pipeline import Load, read_ahead
 from ipmerge_core.records import (
     VERSION,
@@ -206,7 +206,7 @@ def _analyse_each(
     workers = _workers(device, max((_working_set(pair, m) for m in matrices), default=0))
     if workers == 0:
         device, workers = "cpu", 1
-    loads = [Load(_stored_bytes(pair, matrix), partial(_read, pair, matrix)) for matrix in matrices]
+    loads = [Load(_stored_bytes(pair, matrix), partial(pair.read, matrix)) for matrix in matrices]
     ahead = 2 * max((load.nbytes for load in loads), default=0)  # the one in hand and the next
     running: deque[Future[list[LayerRecord]]] = deque()
     with (
@@ -253,21 +253,8 @@ def _stored_bytes(pair: ModelPair, matrix: MatrixMatch) -> int:
     return pair.mllm.spec(matrix.mllm).nbytes * (2 + len(pair.math))
 
 
-def _read(pair: ModelPair, matrix: MatrixMatch) -> Weights:
-    base = pair.base.read_matrix(matrix.name)
-    shared = pair.base_mllm is pair.base
-    return Weights(
-        mllm=pair.mllm.read_matrix(matrix.mllm),
-        root=base if shared else pair.base_mllm.read_matrix(matrix.base_mllm),
-        base=base,
-        math=tuple(
-            model.read_matrix(name) for model, name in zip(pair.math, matrix.math, strict=True)
-        ),
-    )
-
-
 def _analyse_on(
-    device: str, matrix: MatrixMatch, weights: Weights, options: Options
+    device: str, matrix: MatrixMatch, weights: MatrixWeights, options: Options
 ) -> list[LayerRecord]:
     """Analyse on the device; where its memory does not suffice, this one matrix on the CPU."""
     with torch.inference_mode():

@@ -17,7 +17,7 @@ from torch import Tensor
 from ipmerge_core import similarity as sim
 from ipmerge_core import spectrum
 from ipmerge_core.errors import PlanError
-from ipmerge_core.pairing import MatrixMatch
+from ipmerge_core.pairing import MatrixMatch, MatrixWeights
 from ipmerge_core.records import LayerRecord, UpdateNorms
 
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
@@ -55,21 +55,6 @@ class Options(NamedTuple):
                 change, method="randomized", rank=rank, vectors="right", key=(0, name)
             )
         return spectrum.svd(change, rank=self.rank, vectors="right", key=(0, name))
-
-
-class Weights(NamedTuple):
-    """One matrix of every model, as stored. `root` is the MLLM's base, often the same tensor."""
-
-    mllm: Tensor
-    root: Tensor
-    base: Tensor
-    math: tuple[Tensor, ...]
-
-    def to(self, device: str) -> Weights:
-        """Return the same on another device."""
-        base = self.base.to(device)
-        root = base if self.root is self.base else self.root.to(device)
-        return Weights(self.mllm.to(device), root, base, tuple(W.to(device) for W in self.math))
 
 
 class _Side(NamedTuple):
@@ -111,7 +96,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum(dtype=torch.float64))
 
 
-def compare(matrix: MatrixMatch, weights: Weights, options: Options) -> Iterator[LayerRecord]:
+def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> Iterator[LayerRecord]:
     """Yield the record of each expert for one matrix; see `LayerRecord` for every number."""
     mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))

@@ -35,13 +35,12 @@ from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.registry import Models
-from ipmerge_core.pairing import ModelPair, open_pair
+from ipmerge_core.pairing import MatrixWeights, ModelPair, open_pair
 from ipmerge_core.pipeline import Load, WriteBehind, read_ahead
 from ipmerge_core.plan import MergePlan
 from ipmerge_core.ranks import Ranks, share_out
 from ipmerge_core.version import __version__
 from ipmerge_core.work import (
-    Inputs,
     Part,
     Work,
     chosen,
@@ -49,7 +48,6 @@ from ipmerge_core.work import (
     held_by,
     on_one_base,
     parts,
-    read_inputs,
     work_of,
 )
 from ipmerge_core.writer import (
@@ -82,7 +80,7 @@ class Piece(NamedTuple):
     """A part that has been read: bytes to copy, or inputs to merge."""
 
     part: Part
-    content: bytearray | Inputs
+    content: bytearray | MatrixWeights
 
 
 __all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate", "iter_merge", "merge", "reopen"]
@@ -260,14 +258,14 @@ class _Run:
 
     def _read(self, part: Part) -> Piece:
         if part.matrix is not None:
-            return Piece(part, read_inputs(self.pair, part.matrix, part.experts))
+            return Piece(part, self.pair.read(part.matrix, part.experts))
         spec, mllm = part.spec, self.pair.mllm
         data = mllm.files.read(spec.shard, spec.start + part.start, spec.start + part.stop)
         mllm.refuse_non_finite(spec.name, count_non_finite(data, spec.dtype))
         return Piece(part, data)
 
     def _merged(
-        self, part: Part, content: bytearray | Inputs, statistic: tuple[float, ...] | None
+        self, part: Part, content: bytearray | MatrixWeights, statistic: tuple[float, ...] | None
     ) -> bytearray:
         if isinstance(content, bytearray):
             return content
@@ -299,7 +297,7 @@ class _Run:
 
         def matrices() -> Iterator[Models]:
             loads = (
-                Load(held_by(self.pair, *matrix), partial(read_inputs, self.pair, *matrix))
+                Load(held_by(self.pair, *matrix), partial(self.pair.read, *matrix))
                 for matrix in chosen(self.plan, self.pair)
             )
             for inputs in read_ahead(loads, _BUDGET):

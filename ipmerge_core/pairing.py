@@ -15,6 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from ipmerge_core.checkpoint import Checkpoint, TensorSpec, split_address
 from ipmerge_core.decoders import (
@@ -29,7 +33,15 @@ from ipmerge_core.siblings import Finding, Member, check_siblings
 
 Source = str | Path | Checkpoint
 
-__all__ = ["MODULES", "Finding", "MatrixMatch", "ModelPair", "open_pair", "text_config"]
+__all__ = [
+    "MODULES",
+    "Finding",
+    "MatrixMatch",
+    "MatrixWeights",
+    "ModelPair",
+    "open_pair",
+    "text_config",
+]
 
 VOCABULARY = "vocabulary: rows belong to the MLLM's own tokens"
 OUTSIDE = "outside the language model"
@@ -52,6 +64,25 @@ class MatrixMatch:
     mllm: str
     base_mllm: str
     math: tuple[str, ...]
+
+
+class MatrixWeights(NamedTuple):
+    """One matrix of every model that takes part, in the stored dtypes.
+
+    `root` is the MLLM's own base: the very tensor `base` where both descend from one.
+    """
+
+    base: Tensor
+    root: Tensor
+    mllm: Tensor
+    math: tuple[Tensor, ...]
+
+    def to(self, device: str | torch.device) -> MatrixWeights:
+        """Return the same on another device."""
+        base = self.base.to(device)
+        root = base if self.root is self.base else self.root.to(device)
+        experts = tuple(expert.to(device) for expert in self.math)
+        return MatrixWeights(base, root, self.mllm.to(device), experts)
 
 
 class ModelPair:
@@ -90,6 +121,21 @@ class ModelPair:
         pair with a refusal is possible only when it is forced.
         """
         return [self._tensor_finding(), *check_siblings(list(self._members()), self._sample())]
+
+    def read(self, matrix: MatrixMatch, experts: Sequence[int] | None = None) -> MatrixWeights:
+        """Read one matrix of every model, or of some experts only, by index.
+
+        Raises: CheckpointError where a matrix holds NaN or infinity.
+        """
+        chosen = range(len(self.math)) if experts is None else experts
+        base = self.base.read_matrix(matrix.name)
+        shared = self.base_mllm is self.base
+        return MatrixWeights(
+            base=base,
+            root=base if shared else self.base_mllm.read_matrix(matrix.base_mllm),
+            mllm=self.mllm.read_matrix(matrix.mllm),
+            math=tuple(self.math[k].read_matrix(matrix.math[k]) for k in chosen),
+        )
 
     def roles(self) -> Iterator[tuple[str, Checkpoint]]:
         """Name each model: mllm, base, math (or math 1, math 2, ...), and base of the mllm."""

@@ -1,8 +1,8 @@
 """What a plan asks of each stored tensor: parts to merge in place, and pieces to copy between.
 
 In: a plan, a pair, and what a header says of a tensor. Out: the parts in the order of their bytes,
-and the inputs of one matrix, read from every model that takes part. A fused tensor holds several
-matrices; a large one is copied in pieces, so that memory does not grow with it.
+and one matrix of every model on one base. A fused tensor holds several matrices; a large one is
+copied in pieces, so that memory does not grow with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ipmerge_core.checkpoint import TensorSpec, split_address
 from ipmerge_core.methods.blocks import blockwise
-from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair
 from ipmerge_core.plan import MergePlan
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
@@ -33,37 +33,16 @@ class Part(NamedTuple):
     experts: tuple[int, ...] = ()
 
 
-class Inputs(NamedTuple):
-    """What a method needs for one matrix, in the stored dtypes, on the CPU."""
-
-    base: Tensor
-    mllm: Tensor
-    experts: list[Tensor]
-    own_base: Tensor | None = None  # the MLLM's, where it is another than the experts'
-
-
-def read_inputs(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> Inputs:
-    """Read one matrix of every model that takes part. Raises: CheckpointError for NaN."""
-    return Inputs(
-        base=pair.base.read_matrix(matrix.name),
-        mllm=pair.mllm.read_matrix(matrix.mllm),
-        experts=[pair.math[k].read_matrix(matrix.math[k]) for k in experts],
-        own_base=None
-        if pair.base_mllm is pair.base
-        else pair.base_mllm.read_matrix(matrix.base_mllm),
-    )
-
-
-def on_one_base(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Move the inputs to the device, and experts of another base to the MLLM's.
+def on_one_base(
+    weights: MatrixWeights, device: torch.device
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Move weights to the device, and experts of another base to the MLLM's: base, mllm, experts.
 
     Math:   W_e' = (W_e - W0) + W0_mllm. Then one base serves both, and no method needs to know.
     """
-    base, mllm = inputs.base.to(device), inputs.mllm.to(device)
-    experts = [expert.to(device) for expert in inputs.experts]
-    if inputs.own_base is None:
-        return base, mllm, experts
-    root = inputs.own_base.to(device)
+    base, root, mllm, experts = weights.to(device)
+    if root is base:
+        return base, mllm, list(experts)
     moved = [blockwise(lambda e, b, r: (e - b) + r, expert, base, root) for expert in experts]
     return root, mllm, moved
 
