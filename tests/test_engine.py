@@ -286,15 +286,6 @@ def test_a_statistic_of_the_whole_model_reaches_the_method(trio: Trio, tmp_path:
         torch.testing.assert_close(merged.read(matrix.mllm), expected)
 
 
-def test_a_method_that_needs_data_is_refused_before_the_first_byte(
-    trio: Trio, tmp_path: Path
-) -> None:
-    plan = ipm.make_plan(ipm.open_pair(trio.mllm, trio.math, trio.base), method="regmean")
-    with pytest.raises(PlanError, match="RegMean needs the Gram matrices.*a plan holds none"):
-        ipm.merge(plan, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
 # --- the two threads ---
 
 
