@@ -19,7 +19,7 @@ from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write
 import ipmerge_core as ipm
 from ipmerge_core import writer as writing
 from ipmerge_core.checkpoint import Checkpoint
-from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
+from ipmerge_core.errors import CheckpointError, IPMergeError, RunError
 from ipmerge_core.merging import iter_merge
 from ipmerge_core.pipeline import Load, WriteBehind, read_ahead
 from ipmerge_core.plan import MergePlan
