@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -19,11 +20,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from report import machine, table
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: what a parent holds counts as its child's peak
 
 ROOT = Path(__file__).parents[1]
 HIDDEN, FEED, VOCABULARY = 2048, 5504, 32000
@@ -45,9 +47,15 @@ def main() -> None:
     parser.add_argument("--folder", default="bench-merge", help="scratch space, about 10 GB")
     parser.add_argument("--layers", type=int, default=12, help="12 make 0.74 B parameters")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--flat", type=int, nargs="*", default=[2, 36], help="layers to compare")
+    parser.add_argument("--flat", type=int, nargs="*", default=[3, 38], help="layers to compare")
     parser.add_argument("--skip", nargs="*", default=[], help="speed, flat, equal, ranks")
+    parser.add_argument("--write", nargs=6, help="only write a trio: folder, sizes, dtype")
     options = parser.parse_args()
+    if options.write:
+        trio, layers, hidden, feed, vocabulary, dtype = options.write
+        write_trio(Path(trio), int(layers), int(hidden), int(feed), int(vocabulary), dtype)
+        return
+    print(machine())
     folder = Path(options.folder).absolute()
     folder.mkdir(parents=True)
     try:
@@ -65,7 +73,7 @@ def main() -> None:
 
 def speed(folder: Path, options: argparse.Namespace) -> None:
     """Print wall time and memory of both tools, and the floor."""
-    trio = write_trio(folder / "trio", options.layers)
+    trio = written(folder / "trio", options.layers)
     size = (trio / "base" / "model.safetensors").stat().st_size
     ours: dict[str, list[Cost]] = {}
     theirs: dict[str, list[Cost]] = {}
@@ -81,15 +89,16 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
     bare = run([sys.executable, "-c", "import torch, ipmerge_core.merging"])
     least = min(floors)
     print(f"\nBase and two fine-tunes of {size / 1e9:.2f} GB, minimum of {options.repeat}.\n")
-    print("| method | tool | wall s | cpu s | peak RSS GB | wall / mergekit | RSS / mergekit |")
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     for method in GAINS:
         own = best(ours[method])
         other = best(theirs[method]) if theirs else None
-        ratios = f"{own.wall / other.wall:.3f} | {own.rss / other.rss:.3f}" if other else "- | -"
-        print(f"| {method} | IPMerge | {shown(own)} | {ratios} |")
+        ratios = [f"{own.wall / other.wall:.3f}", f"{own.rss / other.rss:.3f}"] if other else []
+        rows.append([method, "IPMerge", *shown(own), *(ratios or ["-", "-"])])
         if other:
-            print(f"| {method} | mergekit | {shown(other)} | 1 | 1 |")
+            rows.append([method, "mergekit 0.1.5", *shown(other), "1", "1"])
+    head = ["method", "tool", "wall s", "cpu s", "peak RSS GB", "wall ratio", "RSS ratio"]
+    print(table(head, rows))
     own = best(ours["task_arithmetic"])
     print(
         f"\nFloor, `cat` of the inputs and `cp` of the output: {least:.2f} s; task arithmetic "
@@ -102,45 +111,55 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
 
 def flatness(folder: Path, options: argparse.Namespace) -> None:
     """Print the peak memory of task arithmetic for models of different size."""
-    print("\n| model GB | peak RSS GB |\n|---|---|")
-    peaks = []
+    rows, peaks = [], []
     for layers in options.flat:
-        trio = write_trio(folder / f"flat{layers}", layers)
+        trio = written(folder / f"flat{layers}", layers)
         size = (trio / "base" / "model.safetensors").stat().st_size
         peaks.append(merge(trio, folder, "task_arithmetic").rss)
-        print(f"| {size / 1e9:.2f} | {peaks[-1] / 1e9:.3f} |")
+        rows.append([f"{size / 1e9:.2f}", f"{peaks[-1] / 1e9:.3f}"])
         shutil.rmtree(trio)
     if peaks:
+        print("\n" + table(["model GB", "peak RSS GB"], rows))
         print(f"\nLargest over smallest: {max(peaks) / min(peaks):.3f}.")
 
 
 def equality(folder: Path, options: argparse.Namespace) -> None:
-    """Print how far the two outputs are apart, in units of the last place of bf16."""
-    trio = write_trio(folder / "equal", 1)
-    print("\n| method | elements that differ | largest difference in bf16 ulp |\n|---|---|---|")
+    """Print how far the two outputs are apart, in units of the last place of bf16.
+
+    On fp32 models: differences of bf16 weights have many equal magnitudes, among which every tool
+    trims others. The unit is that of the larger of the result and the base, since a result near
+    zero is a difference of two larger numbers.
+    """
+    from safetensors import safe_open
+
+    trio = written(folder / "equal", 1, dtype="float32")
+    rows = []
     for method in GAINS:
         merge(trio, folder, method, keep=True)
         mergekit(options.mergekit, trio, folder, method, dtype="float32", keep=True)
-        apart, largest, total = 0, 0, 0
+        apart, largest, total = 0, 0.0, 0
         with (
+            safe_open(trio / "base" / "model.safetensors", "pt") as base,
             safe_open(folder / "out-ours" / "model.safetensors", "pt") as own,
             safe_open(next((folder / "out-mergekit").glob("*.safetensors")), "pt") as other,
         ):
             for name in own.keys():  # noqa: SIM118 (a file, not a dict)
                 if "_proj" in name:
-                    steps = ulps(own.get_tensor(name), other.get_tensor(name))
-                    apart += int((steps > 0).sum())
-                    largest = max(largest, int(steps.max()))
+                    steps = ulps(*(file.get_tensor(name) for file in (own, other, base)))
+                    apart += int((steps > 1).sum())
+                    largest = max(largest, float(steps.max()))
                     total += steps.numel()
-        print(f"| {method} | {apart / total:.4%} | {largest} |")
+        rows.append([method, f"{apart} of {total}", f"{largest:.3f}"])
         shutil.rmtree(folder / "out-ours")
         shutil.rmtree(folder / "out-mergekit")
+    head = ["method", "elements more than one bf16 ulp apart", "largest difference in bf16 ulp"]
+    print("\n" + table(head, rows))
     shutil.rmtree(trio)
 
 
 def processes(folder: Path, options: argparse.Namespace) -> None:
     """Print two processes against one on a merge that decomposes matrices."""
-    trio = write_trio(folder / "ranks", 4, hidden=1024, feed=2752, vocabulary=1000)
+    trio = written(folder / "ranks", 4, hidden=1024, feed=2752, vocabulary=1000)
     walls: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(options.repeat):
         for count in walls:
@@ -183,15 +202,15 @@ def mergekit(
     """Merge with mergekit, from a configuration with the same gains."""
     out, config = folder / "out-mergekit", folder / "mergekit.yml"
     density = ", density: 0.5" if method == "ties" else ""
-    mllm, math = GAINS[method]
+    mllm, expert = GAINS[method]
     scale = (
         "  normalize: false\n  int8_mask: false\n" if method == "ties" else "  normalize: false\n"
     )
     config.write_text(
         f"merge_method: {method}\nbase_model: {trio / 'base'}\nmodels:\n"
         f"- model: {trio / 'mllm'}\n  parameters: {{weight: {mllm}{density}}}\n"
-        f"- model: {trio / 'math'}\n  parameters: {{weight: {math}{density}}}\n"
-        f"parameters:\n{scale}dtype: {dtype}\nout_dtype: bfloat16\n"
+        f"- model: {trio / 'math'}\n  parameters: {{weight: {expert}{density}}}\n"
+        f"parameters:\n{scale}dtype: {dtype}\nout_dtype: {dtype}\n"
     )
     cost = run([tool, str(config), str(out), "--no-copy-tokenizer"], threads=None)
     if not keep:
@@ -237,27 +256,42 @@ def best(costs: list[Cost]) -> Cost:
     return Cost(min(c.wall for c in costs), min(c.cpu for c in costs), max(c.rss for c in costs))
 
 
-def shown(cost: Cost) -> str:
+def shown(cost: Cost) -> list[str]:
     """Three cells of the table."""
-    return f"{cost.wall:.1f} | {cost.cpu:.1f} | {cost.rss / 1e9:.2f}"
+    return [f"{cost.wall:.1f}", f"{cost.cpu:.1f}", f"{cost.rss / 1e9:.2f}"]
 
 
-def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Steps between two bf16 tensors on the line of all bf16 numbers."""
-    lines = []
-    for tensor in (a, b):
-        bits = tensor.view(torch.int16).to(torch.int32)
-        lines.append(torch.where(bits < 0, -(bits & 0x7FFF), bits))
-    return (lines[0] - lines[1]).abs()
+def ulps(own: torch.Tensor, other: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Difference of two results in units of the last of bf16's eight significant bits."""
+    largest = own.abs().maximum(other.float().abs()).maximum(base.abs())
+    unit = 2.0 ** (largest.log2().floor() - 7)
+    return ((own - other.float()).abs() / unit).nan_to_num(0.0)
 
 
 # --- the models ---
 
 
-def write_trio(
-    folder: Path, layers: int, hidden: int = HIDDEN, feed: int = FEED, vocabulary: int = VOCABULARY
+def written(
+    folder: Path,
+    layers: int,
+    hidden: int = HIDDEN,
+    feed: int = FEED,
+    vocabulary: int = VOCABULARY,
+    dtype: str = "bfloat16",
 ) -> Path:
+    """Write a trio in a process of its own."""
+    sizes = [str(size) for size in (layers, hidden, feed, vocabulary)]
+    run([sys.executable, __file__, "--write", str(folder), *sizes, dtype])
+    return folder
+
+
+def write_trio(
+    folder: Path, layers: int, hidden: int, feed: int, vocabulary: int, dtype: str
+) -> None:
     """Write base, mllm and math: the same random base with different noise on every matrix."""
+    import torch
+    from safetensors.torch import save_file
+
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(layers):
         block = f"model.layers.{layer}."
@@ -274,19 +308,19 @@ def write_trio(
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": feed, "num_hidden_layers": layers, "num_attention_heads": 16,
         "num_key_value_heads": 16, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "rope_theta": 10000.0, "hidden_act": "silu", "torch_dtype": dtype,
         "max_position_embeddings": 2048, "tie_word_embeddings": False,
     }  # fmt: skip
     generator = torch.Generator().manual_seed(1)
-    pool = torch.randn(1 << 24, generator=generator)
+    pool = torch.randn(1 << 25, generator=generator)
     for role, seed in (("base", None), ("mllm", 2), ("math", 3)):
         (folder / role).mkdir(parents=True)
         (folder / role / "config.json").write_text(json.dumps(config))
         weights = {
-            name: _weight(pool, shape, n, seed) for n, (name, shape) in enumerate(shapes.items())
+            name: _weight(pool, shape, number, seed).to(getattr(torch, dtype))
+            for number, (name, shape) in enumerate(shapes.items())
         }
         save_file(weights, folder / role / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def _weight(
@@ -295,17 +329,14 @@ def _weight(
     """Cut a weight from a pool of random numbers; a fine-tune adds others, a twentieth as large."""
 
     def cut(offset: int) -> torch.Tensor:
-        count = torch.Size(shape).numel()
-        start = offset * 7919 % (pool.numel() // 2)
-        rows = -(-count // (pool.numel() // 2))
-        return pool[start : start + pool.numel() // 2].repeat(rows)[:count].view(shape)
+        count, half = math.prod(shape), pool.numel() // 2
+        start = offset * 7919 % half
+        return pool[start : start + half].repeat(-(-count // half))[:count].view(shape)
 
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
+        return pool.new_ones(shape)
     weight = 0.02 * cut(number)
-    if seed is not None:
-        weight = weight + 0.001 * cut(number + 1000 * seed)
-    return weight.to(torch.bfloat16)
+    return weight if seed is None else weight + 0.001 * cut(number + 1000 * seed)
 
 
 if __name__ == "__main__":
