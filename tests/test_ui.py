@@ -1,0 +1,406 @@
+"""The app without a browser: endpoints, words, permissions, and what is loaded when."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from browser_fixtures import free_port, serving
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from ipmerge_core.errors import CheckpointError, PlanError, RunError
+from ipmerge_core.evaluate import problems
+from ipmerge_core.ui import messages, packs
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.choice import analysis_of, describe_choice, plan_of
+from ipmerge_core.ui.download import finished_folder, zip_pieces
+from ipmerge_core.ui.latex import show_math
+from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.merge_tab import readiness, watched
+from ipmerge_core.ui.merge_words import findings_html, progress_html, result_html
+from ipmerge_core.ui.recorded import Reference, differ, is_right, recorded_examples
+from ipmerge_core.ui.sides import Side, Turnstile
+from ipmerge_core.ui.turns import Turn, turn_of_example, view
+
+ROOT = Path(__file__).parents[1]
+PACK = "pack"
+EVERYTHING = {"similarity_threshold": 0.0, "variant": "select_only"}
+ENDPOINTS = {
+    "/packs": [],
+    "/pack": ["pack"],
+    "/preview": ["pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides"],
+    "/plan_check": [
+        "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
+    ],
+    "/merge_start": [
+        "pack", "folder", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
+    ],
+    "/job_status": ["job_id"],
+    "/job_cancel": ["job_id", "key"],
+    "/job_resume": ["job_id", "key"],
+    "/answer_pair": [
+        "pack", "question", "image", "similarity_threshold", "lambda_", "similarity", "variant",
+        "temperature", "max_new_tokens", "seed",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep what tests make out of the user's own folder."""
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of the real app."""
+    home = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPMERGE_HOME", str(home))
+        with serving(home / "log", "app.py", port=free_port()) as url:
+            client = Client(url, verbose=False)
+            yield client
+            client.close()
+    with warnings.catch_warnings():  # gradio_client leaves event loops open
+        warnings.simplefilter("ignore", ResourceWarning)
+        del client
+        gc.collect()
+
+
+def wait_for_job(client: Client, job: str) -> dict[str, object]:
+    for _ in range(300):
+        status = client.predict(job_id=job, api_name="/job_status")
+        if status["state"] not in ("running", "cancelling"):
+            return status
+        time.sleep(0.1)
+    raise AssertionError(status)
+
+
+# --- endpoints -------------------------------------------------------------------------------
+
+
+def test_the_api_lists_exactly_these_endpoints_and_their_arguments(client):
+    listed = client.view_api(return_format="dict", print_info=False)
+    found = {
+        name: [parameter["parameter_name"] for parameter in endpoint["parameters"]]
+        for name, endpoint in listed["named_endpoints"].items()
+    }
+    assert found == ENDPOINTS
+    assert not listed["unnamed_endpoints"]
+
+
+def test_packs_and_pack_tell_what_is_there(client):
+    listed = client.predict(api_name="/packs")
+    assert {"id": PACK, "name": analysis_of(PACK).name} in listed
+    content = client.predict(pack=PACK, api_name="/pack")
+    assert content["format"] == "ipmerge-pack"
+    assert len(content["records"]) == 28
+
+
+def test_preview_is_the_plan_s_own(client):
+    found = client.predict(pack=PACK, **EVERYTHING, api_name="/preview")
+    plan = plan_of(PACK, PlanChoice(0.0, variant="select_only"))
+    assert found["hash"] == plan.hash
+    assert found["relative_change"] == plan.preview().relative_change
+    assert len(found["selected"]) == 28
+
+
+def test_plan_check_finds_the_demo_trio_ready(client):
+    found = client.predict(pack=PACK, **EVERYTHING, api_name="/plan_check")
+    assert found["ready"]
+    assert {finding["level"] for finding in found["findings"]} <= {"ok", "warning"}
+
+
+def test_a_merge_by_endpoints_runs_to_its_end(client):
+    started = client.predict(pack=PACK, folder="by-api", **EVERYTHING, api_name="/merge_start")
+    status = wait_for_job(client, started["job_id"])
+    assert status["state"] == "finished"
+    out = Path(status["arguments"]["out"])
+    assert (out / "model.safetensors").is_file()
+    assert out.name == "by-api"
+    with pytest.raises(AppError, match="exists and is not empty"):
+        client.predict(pack=PACK, folder="by-api", **EVERYTHING, api_name="/merge_start")
+    with pytest.raises(AppError, match="Only the browser that started this run"):
+        client.predict(job_id=started["job_id"], key="guess", api_name="/job_cancel")
+    with pytest.raises(AppError, match="nothing to resume"):
+        client.predict(**started, api_name="/job_resume")
+
+
+def test_answer_pair_streams_and_ends_with_both_answers(client):
+    problem = problems("sides", 1, seed=3)[0]
+    file = io.BytesIO()
+    problem.image.save(file, "PNG")
+    job = client.submit(
+        pack=PACK,
+        question=problem.question,
+        image="data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+        **EVERYTHING,
+        api_name="/answer_pair",
+    )
+    answer = job.outputs()[-1] if job.result(timeout=120) and job.outputs() else job.result()
+    assert {side["state"] for side in answer.values()} == {"finished"}
+    assert answer["base"]["text"].strip()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"pack": "nobody"}, "Unknown pair 'nobody'"),
+        ({"pack": PACK, "similarity_threshold": 1.5}, "S_alpha is '1.5'"),
+        ({"pack": PACK, "similarity_threshold": "x"}, "S_alpha is 'x'"),
+        ({"pack": PACK, "lambda_": -1.0}, "lambda is '-1.0'"),
+        ({"pack": PACK, "variant": "all"}, "Unknown update 'all'"),
+        ({"pack": PACK, "overrides": {"no.such": "merge"}}, "no.such"),
+    ],
+)
+def test_bad_arguments_come_back_as_one_sentence(client, values, words):
+    with pytest.raises(AppError, match=words):
+        client.predict(**values, api_name="/preview")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"question": ""}, "There is no question"),
+        ({"question": "x", "image": "not base64!"}, "not base64"),
+        ({"question": "x", "image": "aGVsbG8="}, "not a readable image"),
+        ({"question": "x", "temperature": -1}, "temperature is -1"),
+        ({"question": "x", "max_new_tokens": 10**6}, "new tokens is 1000000"),
+    ],
+)
+def test_bad_questions_come_back_as_one_sentence(client, values, words):
+    if values["question"]:
+        with pytest.raises(AppError, match=words):
+            client.submit(pack=PACK, **values, api_name="/answer_pair").result(timeout=60)
+    else:
+        answer = client.submit(pack=PACK, **values, api_name="/answer_pair").result(timeout=120)
+        assert words in answer["base"]["note"]
+
+
+# --- start -----------------------------------------------------------------------------------
+
+
+def test_the_page_is_answered_before_torch_or_transformers_are_loaded():
+    code = (
+        "import sys, urllib.request\n"
+        "from ipmerge_core.ui.app import launch\n"
+        "_, url, _ = launch(block=False)\n"
+        "page = urllib.request.urlopen(url).read()\n"
+        "assert b'IPMerge' in page, page[:200]\n"
+        "heavy = {'torch', 'transformers', 'scipy', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_editor_stubs_are_written_into_the_package():
+    assert not list((ROOT / "ipmerge_core").rglob("*.pyi"))
+
+
+# --- folders and permissions -----------------------------------------------------------------
+
+
+def test_output_folders_are_names_or_full_paths(home, tmp_path):
+    backend = Backend()
+    assert backend.output_folder(" merged-1.0 ") == home / "models" / "merged-1.0"
+    assert backend.output_folder(str(tmp_path / "x")) == tmp_path / "x"
+    for name in ("", "a/b", "../x", ".hidden"):
+        with pytest.raises(RunError, match="output folder"):
+            backend.output_folder(name)
+
+
+def test_a_space_takes_plain_names_only_and_hides_its_folders(monkeypatch, home, tmp_path):
+    monkeypatch.setenv("SPACE_ID", "org/ipmerge")
+    backend = Backend()
+    with pytest.raises(RunError, match="expected a plain name"):
+        backend.output_folder(str(tmp_path))
+    text = messages.sentence_of(RunError(f"'{home}/models/x' is full, see {packs.ROOT}/assets"))
+    assert text == "'models/x' is full, see assets"
+
+
+def test_an_error_of_the_package_becomes_a_message_and_a_bug_stays_a_bug():
+    def refuse() -> None:
+        raise PlanError("No such plan.")
+
+    def step_and_refuse() -> Iterator[int]:
+        yield 1
+        raise PlanError("No such plan.")
+
+    with pytest.raises(gr.Error) as caught:
+        messages.told(refuse)()
+    assert caught.value.message == "No such plan."
+    steps = messages.told(step_and_refuse)()
+    assert next(steps) == 1
+    with pytest.raises(gr.Error):
+        next(steps)
+    with pytest.raises(ZeroDivisionError):
+        messages.told(lambda: 1 / 0)()
+
+
+def test_a_download_is_a_whole_zip_for_its_owner_alone(home):
+    backend = Backend()
+    started = backend.start_merge(plan_of(PACK, PlanChoice(0.0)), "mine")
+    while backend.store.status(started.id).is_running:
+        time.sleep(0.05)
+    with pytest.raises(RunError, match="Only the browser"):
+        finished_folder(backend, started.id, "guess")
+    folder = finished_folder(backend, started.id, started.key)
+    archive = zipfile.ZipFile(io.BytesIO(b"".join(zip_pieces(folder))))
+    assert archive.testzip() is None
+    assert {f"mine/{path.name}" for path in folder.iterdir()} == set(archive.namelist())
+    assert archive.read("mine/model.safetensors") == (folder / "model.safetensors").read_bytes()
+    assert backend.finished_merge(plan_of(PACK, PlanChoice(0.0))) == folder
+    assert backend.finished_merge(plan_of(PACK, PlanChoice(1.0))) is None
+    owner, stranger = watched(backend, started._asdict()), watched(backend, {"id": started.id})
+    assert "Download" in owner[3]
+    assert "Only the browser" in stranger[3]
+
+
+def test_a_pair_whose_models_are_gone_is_refused_in_the_check(home, tmp_path):
+    (home / "packs").mkdir(parents=True)
+    analysis_of(PACK).save(home / "packs" / "moved.pack.json.gz")
+    content = packs.read_pack_file(home / "packs" / "moved.pack.json.gz")
+    assert content["sources"]["mllm"]["id"].endswith("mllm")
+    own = next(entry for entry in packs.list_packs() if entry.id != PACK)
+    assert readiness(Backend(), own.id, PlanChoice(0.0)).ready
+    damaged = (home / "packs" / "moved.pack.json.gz").read_bytes()[:100]
+    (home / "packs" / "moved.pack.json.gz").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="no pack of this version"):
+        packs.load_pack(own.id)
+
+
+def test_the_turnstile_stops_what_the_same_visitor_asked_before():
+    doors = Turnstile()
+    first, other = doors.enter("a"), doors.enter("b")
+    second = doors.enter("a")
+    assert (first.is_set(), second.is_set(), other.is_set()) == (True, False, False)
+    doors.stop("a")
+    doors.stop("nobody")
+    assert second.is_set()
+
+
+# --- words -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("$x$", r"\(x\)"),
+        ("$5 and $6", "$5 and $6"),
+        ("$5-$6", "$5-$6"),
+        (r"\$x\$", r"\$x\$"),
+        ("`$x$` and ```\n$y$\n```", "`$x$` and ```\n$y$\n```"),
+        (r"\boxed{\frac{1}{2}}", r"\(\boxed{\frac{1}{2}}\)"),
+        (r"\(\boxed{3}\)", r"\(\boxed{3}\)"),
+        (r"\boxed{3", r"\boxed{3"),
+        ("2*3*4", r"2\*3\*4"),
+        ("**bold** 2 * 3", "**bold** 2 * 3"),
+        ("a < b", "a &lt; b"),
+        (r"\(a < b\)", r"\(a < b\)"),
+        ("![x](y)", "! [x](y)"),
+        (r"open \( stays", "open &#92;( stays"),
+        ("", ""),
+    ],
+)
+def test_finished_answers_are_fit_for_the_chat(text, shown):
+    assert show_math(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (r"so \[ a +", "so "),
+        ("so $$ a", "so "),
+        (r"so \begin{align} a", "so "),
+        (r"so \boxed{1", "so "),
+        (r"so $x", "so "),
+        ("pay $5", "pay $5"),
+        (r"done \(a\) and \(b", r"done \(a\) and "),
+        ("half a comma\\", "half a comma"),
+        ("`code $x", "`code "),
+    ],
+)
+def test_growing_answers_hold_back_what_is_not_closed(text, shown):
+    assert show_math(text, finished=False) == shown
+
+
+def test_a_view_says_what_both_sides_do():
+    turn = Turn("How many?", None, "S_α 0.1, λ 1")
+    assert view([turn]).status == "Base is getting ready. Merged is getting ready."
+    both = [Side(name, "finished", text) for name, text in (("Base", "2+3."), ("Merged", "2+3=5."))]
+    turn = Turn("How many?", None, "p", *both, Reference("How many?", "x.png", "5", True))
+    shown = view([turn])
+    assert shown.status == "Base finished. Merged finished. Answers differ."
+    assert "✕ wrong" in shown.verdict_base
+    assert "✓ right" in shown.verdict_merged
+    failed = Turn("How many?", None, "p", both[0], Side("Merged", "failed", "", "No <room>."))
+    assert view([failed]).status == "Base finished. Merged failed."
+    assert "**No answer.** No &lt;room>." in view([failed]).chat_merged[-1]["content"]
+    assert view([]).chat_base == []
+
+
+def test_a_changed_plan_is_marked_in_the_merged_chat_only():
+    turns = [Turn("a", None, "first"), Turn("b", None, "second")]
+    shown = view(turns)
+    assert [m["content"] for m in shown.chat_merged if m["role"] == "assistant"][1] == (
+        "*Plan changed: second*"
+    )
+    assert len(shown.chat_merged) == len(shown.chat_base) + 1
+
+
+def test_recorded_examples_judge_as_they_were_recorded():
+    examples = recorded_examples()
+    assert [e.outcome for e in examples] == sorted(
+        [e.outcome for e in examples], key=["fixed", "broken", "both right", "both wrong"].index
+    )
+    for example in examples:
+        shown = view([turn_of_example(example)])
+        assert example.recorded in shown.source
+        assert example.plan.replace("&", "&amp;") in shown.source
+
+
+def test_answers_are_compared_by_their_results():
+    assert not differ("6+4=10.", "10.")
+    assert differ("6+4=10.", "6+4=11.")
+    assert not differ("Circle.", "circle")
+    assert is_right(Reference("q", "i", "20", True), "6+4=10; 10*2=20.")
+    assert not is_right(Reference("q", "i", "20", True), "6+4; 10*2.")
+
+
+def test_names_in_html_are_escaped():
+    from ipmerge_core.jobs import JobStatus
+    from ipmerge_core.pairing import Finding
+
+    evil = "<script>alert(1)</script>"
+    status = JobStatus("0" * 32, evil, "failed", {"tensor": evil}, error=evil)
+    pieces = [
+        findings_html([Finding("refusal", evil, evil, evil)]),
+        progress_html(status),
+        result_html(evil, f"x?key={evil}", show_path=True),
+    ]
+    assert not any("<script" in piece for piece in pieces)
+    assert "expected &lt;script" in view(
+        [Turn("q", None, evil, Side("Base", "finished", "1"), Side("Merged", "finished", "1"),
+              Reference("q", "i", evil, True))]
+    ).verdict_base  # fmt: skip
+
+
+def test_a_choice_is_described_in_a_few_words():
+    assert describe_choice(PlanChoice()) == "S_α 0.4, λ 1"
+    chosen = PlanChoice(0.1, 2.0, "max", "rescale_only", {"a": "keep"})
+    assert describe_choice(chosen) == "S_α 0.1, λ 2, similarity max, rescaled only, 1 set by hand"
