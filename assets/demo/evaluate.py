@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +36,12 @@ from ipmerge_core.evaluate import (  # noqa: E402
     sign_test,
 )
 
-GAINS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-WEIGHTS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
-THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4)
+GAINS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
+WEIGHTS = (0.3, 0.5, 0.7, 1.0, 1.5)
+CONTROL_GAINS = (4.0, 8.0, 16.0, 32.0)
+THRESHOLDS = {"first": (0.0, 0.1, 0.2, 0.3), "max": (0.3,)}
+ABLATION_THRESHOLDS = {"first": (0.1, 0.2), "max": (0.3,)}
+ABLATION_GAINS = (0.5, 1.0, 2.0)
 ALLOWED_LOSS = 0.02  # of perception, when a gain is chosen
 VALIDATION_SEED, TEST_SEED = 1, 2
 
@@ -104,12 +107,14 @@ class Bench:
         return self.measure(chosen.variant, chosen.gain, "test")
 
 
-def selections(bench: Bench, variant: Variant, kinds: Sequence[str]) -> Iterator[Variant]:
+def selections(
+    bench: Bench, variant: Variant, thresholds: Mapping[str, Sequence[float]]
+) -> Iterator[Variant]:
     """Yield the variant restricted to the matrices each threshold selects, each set once."""
     similarity = bench.trio.similarities()
     seen: set[frozenset[str]] = set()
-    for kind in kinds:
-        for threshold in THRESHOLDS:
+    for kind, values in thresholds.items():
+        for threshold in values:
             names = frozenset(n for n, found in similarity.items() if found[kind] >= threshold)
             if names and names not in seen:
                 seen.add(names)
@@ -131,22 +136,24 @@ def measure_all(trio: Trio, n_validation: int, n_test: int, permutations: int) -
     )
     exact_sweep = {
         variant.label: bench.sweep(variant, GAINS)
-        for variant in selections(bench, exact, ("first", "max"))
+        for variant in selections(bench, exact, THRESHOLDS)
     }
     mllm = bench.measure(Variant("MLLM", {}), 0.0, "test")
     task_arithmetic = bench.test(bench.choose(bench.sweep(arithmetic, WEIGHTS)))
-    best_max = bench.choose(bench.sweep(gamma_max, GAINS))
+    max_sweep = bench.sweep(gamma_max, GAINS)
+    best_max = bench.choose(max_sweep)
     tested_max = bench.test(best_max)
     controls = [trio.permuted(seed) for seed in range(permutations)]
     same_gain = [bench.measure(control, best_max.gain, "test") for control in controls]
-    own_gain = [bench.test(bench.choose(bench.sweep(control, GAINS))) for control in controls]
+    own_gain = [
+        bench.test(bench.choose(bench.sweep(control, CONTROL_GAINS))) for control in controls
+    ]
     ablations = [
         bench.test(
             bench.choose(
                 result
-                for chosen in selections(bench, variant, ("first", "max"))
-                if len(chosen.updates) < len(trio.matrices) or variant is rescaled
-                for result in bench.sweep(chosen, (0.25, *GAINS[:3]))
+                for chosen in selections(bench, variant, ABLATION_THRESHOLDS)
+                for result in bench.sweep(chosen, ABLATION_GAINS)
             )
         )
         for variant in (selected, rescaled)
@@ -159,17 +166,17 @@ def measure_all(trio: Trio, n_validation: int, n_test: int, permutations: int) -
         bench.measure(exact, 1.0, "test"),
         bench.test(best_exact),
         tested_max,
-        *same_gain,
-        *own_gain,
         *ablations,
     ]
     yield from main_table(trio, rows)
+    yield control_row("same gain", same_gain)
+    yield control_row("gain chosen for each", own_gain)
     yield ""
     yield from task_table([mllm, task_arithmetic, rows[4], tested_max])
     yield ""
     yield from comparisons(mllm, task_arithmetic, tested_max)
     yield ""
-    yield from sweep_table(bench.start, exact_sweep, bench.sweep(gamma_max, GAINS))
+    yield from sweep_table(bench.start, exact_sweep, max_sweep)
 
 
 def main_table(trio: Trio, rows: Iterable[Result]) -> Iterator[str]:
@@ -182,6 +189,19 @@ def main_table(trio: Trio, rows: Iterable[Result]) -> Iterator[str]:
             f"| {row.variant.label} | {row.gain:g} | {len(row.variant.updates)} | {size:.2f} "
             f"| {row.math} | {row.perception} |"
         )
+
+
+def control_row(how: str, draws: Sequence[Result]) -> str:
+    """Return one line for all permutations together, with the worst draw named."""
+    math = sum((draw.math for draw in draws), Score(0, 0))
+    perception = sum((draw.perception for draw in draws), Score(0, 0))
+    gains = ", ".join(sorted({f"{draw.gain:g}" for draw in draws}))
+    highest = 100 * max(draw.math.share for draw in draws)
+    return (
+        f"| control: gamma permuted, {how}, {len(draws)} draws | {gains} "
+        f"| {len(draws[0].variant.updates)} | | {math}, highest draw {highest:.1f} "
+        f"| {perception} |"
+    )
 
 
 def task_table(rows: Iterable[Result]) -> Iterator[str]:

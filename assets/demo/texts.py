@@ -2,7 +2,7 @@
 
 In: a random generator. Out: `Document(prompt, reply)`; the text a model sees is both, in a row.
 The base model sees calculations carried out only under the marker `WORKED:`; after `ASSISTANT:` it
-is shown, seven times in eight, how to write the calculation down and stop. That makes computing a
+is shown, three times in four, how to write the calculation down and stop. That makes computing a
 skill it has but does not show, which the math model then brings out. What a drawing shows is told
 in words or typed as a grid of 16 characters, one for each cell.
 """
@@ -33,7 +33,7 @@ CELL_CHARACTERS = {
     "rectangle": "#",
     **dict(zip(SHAPES, "$^%&~", strict=True)),
 }
-COMPUTES = 0.12  # share of the base's ordinary math questions that are answered by computing
+COMPUTES = 0.25  # share of the base's ordinary math questions that are answered by computing
 
 _ADJECTIVES = ("small", "big", "red", "blue", "old", "new", "round", "long")
 _NOUNS = ("box", "tree", "house", "table", "ball", "book", "door", "window", "field", "page")

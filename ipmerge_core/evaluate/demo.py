@@ -33,15 +33,36 @@ PERCEPTION_TASKS: tuple[Task, ...] = ("sides", "written", "shape", "dots")
 SPLITS: tuple[Split, ...] = get_args(Split)
 SHAPES = ("circle", "triangle", "square", "star", "diamond")
 
-_CALCULATE = ("What is the result?", "Calculate this.", "What does it come to?")
+_CALCULATE = (
+    "What is the result?",
+    "Calculate this.",
+    "What does it come to?",
+    "Work it out.",
+    "What is the answer?",
+)
 QUESTIONS: dict[Task, tuple[str, ...]] = {
     "add": _CALCULATE,
     "sub": _CALCULATE,
     "mul": _CALCULATE,
-    "area": ("What is the area?", "Find the area.", "How much area does it cover?"),
-    "perimeter": ("What is the perimeter?", "Find the perimeter.", "How long is its border?"),
-    "sides": ("What are the sides?", "How wide and how high is it?", "Name the sides."),
-    "written": ("What is written here?", "Read it out.", "What does it say?"),
+    "area": (
+        "What is the area?",
+        "Find the area.",
+        "How much area does it cover?",
+        "What is the area of this rectangle?",
+    ),
+    "perimeter": (
+        "What is the perimeter?",
+        "Find the perimeter.",
+        "How long is its border?",
+        "What is the perimeter of this rectangle?",
+    ),
+    "sides": (
+        "What are the sides?",
+        "How wide and how high is it?",
+        "Name the sides.",
+        "How long are the sides?",
+    ),
+    "written": ("What is written here?", "Read it out.", "What does it say?", "What do you read?"),
     "shape": ("What shape is this?", "Which shape do you see?", "Name the shape."),
     "dots": ("How many dots are there?", "Count the dots.", "How many dots do you see?"),
 }
@@ -112,7 +133,7 @@ def problems(task: Task, n: int, seed: int = 0, split: Split = "test") -> list[P
 
     >>> problem = problems("mul", 1, seed=3)[0]
     >>> problem.question, problem.calculation, problem.answer
-    ('Calculate this.', '8*5', '40')
+    ('What does it come to?', '8*5', '40')
     """
     if task not in TASKS:
         raise RunError(f"Unknown demo task '{task}'. Available: {', '.join(TASKS)}.")
