@@ -76,14 +76,14 @@ def svd(
     (the first of equals) is positive. Directions whose S is zero are arbitrary but orthonormal, so
     a zero matrix has a spectrum too. The result depends on the arguments alone.
 
-    With p = min(m, n) and the times of one core relative to fp32 `torch.linalg.svd`, measured on
-    1024 to 2048 wide matrices (`benchmarks/bench_spectrum.py`):
+    With p = min(m, n), and processor time relative to fp32 `torch.linalg.svd` as measured on task
+    vectors 1024 to 2048 wide, square to 5:1 (`benchmarks/bench_spectrum.py`):
 
     method      answers                    error of S_i                      cost
-    exact       anything, to the last bit  about eps_64 S_1                  SVD in fp64, 2 to 3
-    gram        all values, all vectors    fp64: eps_64 S_1^2 / S_i          about 0.1 to 0.6
-                                           fp32: eps_32 S_c^2 / S_i, c > 1
-    randomized  the leading `rank`         residual_i / S_i                  0.02 to 0.05 for 8
+    exact       anything, to the last bit  about eps_64 S_1                  SVD in fp64, about 2
+    gram        all values, all vectors    fp64: eps_64 S_1^2 / S_i          0.1 to 0.4; with
+                                           fp32: eps_32 S_c^2 / S_i, c > 1   vectors 0.2 to 0.7
+    randomized  the leading `rank`         residual_i / S_i                  0.02 to 0.1 for 8
     auto        randomized where 4 rank + 64 < p, else gram; exact below p = 32
 
     For an fp32 result, gram finds the leading c or so directions in fp64 and the rest in fp32, and
@@ -168,8 +168,8 @@ def _prepared(
         raise PlanError(f"The dtype of a spectrum is {dtype}; expected torch.float32 or float64.")
     if matrix.numel() == 0:
         raise PlanError(f"The matrix has shape {tuple(matrix.shape)}; expected at least one entry.")
-    check_finite(matrix)
     work = as_float(matrix)
+    check_finite(work)
     result = dtype or work.dtype
     return (work.double() if result == torch.float64 else work), result
 
@@ -219,8 +219,9 @@ def working_bytes(m: int, n: int) -> int:
 
 def check_finite(matrix: Tensor) -> None:
     """Raise CheckpointError when the matrix holds NaN or infinity; the caller adds its name."""
-    wrong = int((~torch.isfinite(matrix)).sum())
-    if wrong:
+    low, high = torch.aminmax(matrix)  # one quick pass; NaN wins
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        wrong = int((~torch.isfinite(matrix)).sum())
         raise CheckpointError(
             f"{wrong} of {matrix.numel()} values are NaN or infinite; expected finite weights. "
             f"The file is damaged or its training diverged: fetch or train it again."
