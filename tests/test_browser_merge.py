@@ -95,7 +95,7 @@ def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):
     assert names == set(Checkpoint.open("assets/demo/mllm").tensors)
     assert AutoModelForImageTextToText.from_pretrained(out)
 
-    address = page.locator("#result a.download").get_attribute("href")
+    address = page.locator("#result a.whole-model").get_attribute("href")
     with urllib.request.urlopen(f"{place.url}/{address}") as answer:
         archive = zipfile.ZipFile(io.BytesIO(answer.read()))
     assert archive.testzip() is None

@@ -83,6 +83,8 @@ def progress_html(status: JobStatus) -> str:
         words.append(f"{done / elapsed / 1e6:.0f} MB/s")
         words.append(f"about {time_words((total - done) * elapsed / done)} left")
     name = f"<code>{escape(str(step['tensor']))}</code>" if step else "starting"
+    if status.state == "finished":
+        name = f"in {time_words(elapsed)}"
     error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
     return (
         f'<p class="run-title">{escape(status.title)}</p>'
@@ -98,7 +100,7 @@ def result_html(out: str, link: str | None, *, show_path: bool) -> str:
         f'<p>The model is in <code id="result-path">{escape(out)}</code></p>' if show_path else ""
     )
     download = (
-        f'<p><a class="download" href="{escape(link)}" download>Download as one zip file</a></p>'
+        f'<p><a class="whole-model" href="{escape(link)}" download>Download as one zip file</a></p>'
         if link
         else "<p>Only the browser that started this run can download it.</p>"
     )

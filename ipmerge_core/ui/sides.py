@@ -36,7 +36,6 @@ class Side:
     state: Literal["waiting", "answering", "finished", "stopped", "failed"] = "waiting"
     text: str = ""
     note: str = ""  # what it is doing, or why it failed
-    pieces: int = 0
     seconds: float = 0.0
 
     @property
@@ -141,7 +140,6 @@ def _fill(
         for piece in stream_answer(loaded, question.text, question.image, question.settings, stop):
             side.state, side.note = "answering", ""
             side.text += piece
-            side.pieces += 1
             side.seconds = time.perf_counter() - started
         side.note = ""
         side.state = "stopped" if stop.is_set() else "finished"

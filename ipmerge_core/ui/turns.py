@@ -111,8 +111,8 @@ def _verdict(turn: Turn, side: Side) -> str:
         sign, word, kind = ("✓", "right", "right") if right else ("✕", "wrong", "wrong")
         parts.append(f'<span class="chip {kind}">{sign} {word}</span>')
         parts.append(f"<span>expected {escape(turn.reference.answer)}</span>")
-    if side.pieces and side.seconds:
-        parts.append(f"<span>{side.pieces} pieces in {side.seconds:.1f} s</span>")
+    if side.seconds:
+        parts.append(f"<span>{side.seconds:.1f} s</span>")
     return "".join(parts)
 
 
