@@ -19,12 +19,13 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
 from ipmerge_core import similarity as sim
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.comparison import Options, compare
-from ipmerge_core.errors import PairingError
+from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair
 from ipmerge_core.pipeline import Load, read_ahead
 from ipmerge_core.records import (
@@ -203,7 +204,7 @@ def _analyse_each(
     pair: ModelPair, matrices: Sequence[MatrixMatch], device: str, options: Options
 ) -> Generator[list[LayerRecord]]:
     """Yield each matrix' records in order; some are decomposed at once, the next is read ahead."""
-    workers = _workers(device, max((_working_set(pair, m) for m in matrices), default=0))
+    workers = _workers(device, max((_working_set(pair, m, options) for m in matrices), default=0))
     if workers == 0:
         device, workers = "cpu", 1
     loads = [Load(_stored_bytes(pair, matrix), partial(pair.read, matrix)) for matrix in matrices]
@@ -228,25 +229,33 @@ def _workers(device: str, working_set: int) -> int:
     """How many matrices are decomposed at once: as many streams as a GPU's free memory holds.
 
     One on a CPU, where a decomposition uses the threads it is given. 0 where a GPU cannot hold even
-    the largest matrix, which is said in a warning.
+    the largest matrix, which is said in a warning. Raises: RunError where nothing can hold it.
     """
-    if torch.device(device).type != "cuda":
-        return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    workers = min(_STREAMS, free // max(working_set, 1))
-    if workers == 0:
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        workers = min(_STREAMS, free // max(working_set, 1))
+        if workers:
+            return int(workers)
         warnings.warn(
             f"The largest matrix needs about {working_set / 1e9:.1f} GB and {device} has "
             f"{free / 1e9:.1f} GB free: the analysis runs on the CPU, which takes longer.",
             stacklevel=4,
         )
-    return int(workers)
+    free = psutil.virtual_memory().available
+    if working_set > free:
+        raise RunError(
+            f"Decomposing the largest matrix takes about {working_set / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free. Analyse with quick (leading directions only), which "
+            f"takes less, or on a larger machine."
+        )
+    return 0 if torch.device(device).type == "cuda" else 1
 
 
-def _working_set(pair: ModelPair, matrix: MatrixMatch) -> int:
+def _working_set(pair: ModelPair, matrix: MatrixMatch, options: Options) -> int:
     """Bytes that one matrix' decomposition takes: weights and factors in fp32, Grams in fp64."""
     m, n = matrix.shape
-    return 4 * m * n * (4 + 3 * len(pair.math)) + 8 * 4 * min(m, n) ** 2
+    gram = 0 if options.quick else 8 * 4 * min(m, n) ** 2
+    return 4 * m * n * (4 + 3 * len(pair.math)) + gram
 
 
 def _stored_bytes(pair: ModelPair, matrix: MatrixMatch) -> int:

@@ -16,7 +16,7 @@ import ipmerge_core as ipm
 from ipmerge_core import analysis as analysis_room
 from ipmerge_core import spectrum
 from ipmerge_core.comparison import Options
-from ipmerge_core.errors import CheckpointError, PairingError, PlanError
+from ipmerge_core.errors import CheckpointError, PairingError, PlanError, RunError
 from ipmerge_core.records import Analysis
 
 
@@ -318,7 +318,12 @@ def test_a_gpu_runs_as_many_matrices_at_once_as_its_memory_holds(
     else:
         with pytest.warns(UserWarning, match="the analysis runs on the CPU"):
             assert analysis_room._workers("cuda", working_set=10**7) == 0
-    assert analysis_room._workers("cpu", working_set=10**12) == 1
+    assert analysis_room._workers("cpu", working_set=10**7) == 1
+
+
+def test_a_matrix_too_large_for_the_machine_is_refused_with_numbers(trio: Trio) -> None:
+    with pytest.raises(RunError, match=r"takes about 1000000\.0 GB of memory and .* GB are free"):
+        analysis_room._workers("cpu", working_set=10**15)
 
 
 def test_principal_cosines_do_not_depend_on_the_order_of_directions(analysis: Analysis) -> None:

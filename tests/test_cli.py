@@ -252,3 +252,15 @@ def test_a_plan_goes_out_as_a_recipe_and_comes_in_again(
     files = [(out / "model.safetensors").read_bytes() for out in merged]
     assert files[0] == files[1]
     fails(["plan", "--recipe", str(tmp_path / "none"), "-o", again], "Cannot read the", capsys)
+
+
+def test_the_number_of_threads_is_told_where_nobody_chose_it(
+    trio: Trio, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["analyse", *models(trio), "-o", str(tmp_path / "pack.json.gz")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert cli.main(arguments) == 0
+    assert "one thread" not in capsys.readouterr().err
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert cli.main(arguments) == 0
+    assert "Computing with one thread" in capsys.readouterr().err

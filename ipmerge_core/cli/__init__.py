@@ -18,8 +18,10 @@ from ipmerge_core.errors import IPMergeError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy core spin, 25 x slower
     options = make_parser().parse_args(arguments)
+    options.one_thread = "OMP_NUM_THREADS" not in os.environ
+    if options.one_thread:  # two threads on one busy core mostly wait for each other
+        os.environ["OMP_NUM_THREADS"] = "1"
     try:
         code: int = options.run(options)
     except IPMergeError as error:

@@ -52,7 +52,7 @@ def analyse(options: argparse.Namespace) -> int:
     how = Options(options.rank, options.temperature, options.quick).check()
     journal = Path(options.output + ".journal")
     costs = [m.shape[0] * m.shape[1] * min(m.shape) for m in pair.matrices for _ in pair.math]
-    progress = Progress("analysing", sum(costs), options.quiet)
+    progress = Progress("analysing", sum(costs), options)
     records, done = [], 0
     for cost, record in zip(
         costs, iter_analysis(pair, how, device=options.device, journal=journal), strict=True
@@ -90,7 +90,7 @@ def calibrate(options: argparse.Namespace) -> int:
         return print_result(options, need._asdict(), text)
     progress = None
     for step in iter_calibration(pair, options.output, how, seen, told, device=options.device):
-        progress = progress or Progress("calibrating", step.total, options.quiet)
+        progress = progress or Progress("calibrating", step.total, options)
         progress.show(step.done, f"{step.role}, layers {step.group + 1}/{step.groups}")
     assert progress is not None
     progress.close()
@@ -144,7 +144,7 @@ def merge(options: argparse.Namespace) -> int:
         return print_result(options, need._asdict(), text)
     progress = None
     for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):
-        progress = progress or Progress("merging", step.nbytes_total, options.quiet)
+        progress = progress or Progress("merging", step.nbytes_total, options)
         progress.show(step.nbytes_done, f"{step.index}/{step.total} {step.action} {step.tensor}")
     assert progress is not None
     progress.close()
@@ -162,7 +162,7 @@ def adapter(options: argparse.Namespace) -> int:
     limits = {"tolerance": options.tolerance, "max_rank": options.max_rank}
     progress = None
     for step in iter_adapter(plan, options.output, device=options.device, **limits):
-        progress = progress or Progress("factorising", step.total, options.quiet)
+        progress = progress or Progress("factorising", step.total, options)
         progress.show(step.index, f"{step.index}/{step.total} rank {step.rank} {step.tensor}")
     assert progress is not None
     progress.close()

@@ -132,6 +132,13 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--set", metavar="NAME=VALUE", action="append", default=[], help="a method's parameter"
     )
     parser.add_argument("--calibration", metavar="FOLDER", help="for the methods that need data")
+    parser.add_argument("--norms", choices=("keep", "merge"), default="keep", help="and biases")
+    parser.add_argument(
+        "--embeddings",
+        choices=("keep", "merge-shared"),
+        default="keep",
+        help="merge the rows of tokens that every model has",
+    )
     parser.add_argument("--include", metavar="REGEX", help="merge only matrices it finds")
     parser.add_argument("--exclude", metavar="REGEX", help="keep the matrices it finds")
     parser.add_argument(

@@ -36,9 +36,11 @@ def plan_sentence(plan: MergePlan) -> str:
     """Say in one sentence what a plan does."""
     chosen = f"{len(plan.selected)} of {len(plan.decisions)} matrices merge"
     preview = preview_of(plan)
+    beside = f" Beside them, and in no number: {'; '.join(plan.beside)}." if plan.beside else ""
     if "relative_change" in preview:
-        return f"{chosen}, the decoder changes by {preview['relative_change']:.3%} of its norm."
-    return f"{chosen}."
+        change = f"the decoder changes by {preview['relative_change']:.3%} of its norm"
+        return f"{chosen}, {change}.{beside}"
+    return f"{chosen}.{beside}"
 
 
 def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  # noqa: ANN401
@@ -48,10 +50,17 @@ def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  
 
 
 class Progress:
-    """One line on stderr: percent, what is done, time left; by cost, not by count."""
+    """One line on stderr: percent, what is done, time left; by cost, not by count.
 
-    def __init__(self, verb: str, total: int, quiet: bool) -> None:
-        self.verb, self.total, self.quiet = verb, max(total, 1), quiet
+    Says first how many threads compute, where nobody chose that.
+    """
+
+    def __init__(self, verb: str, total: int, options: argparse.Namespace) -> None:
+        self.verb, self.total, self.quiet = verb, max(total, 1), options.quiet
+        if options.one_thread and not self.quiet:
+            print(
+                "Computing with one thread; OMP_NUM_THREADS sets another number.", file=sys.stderr
+            )
         self.live = sys.stderr.isatty()
         self.started = time.monotonic()
         self.last = 0.0

@@ -52,7 +52,7 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         "lambda_": options.lambda_,
         "similarity": options.similarity,
     }
-    for name in ("include", "exclude", "layer_gains", "calibration"):
+    for name in ("include", "exclude", "layer_gains", "calibration", "norms", "embeddings"):
         chosen[name] = getattr(options, name)
     for assignment in options.set:
         name, equals, text = assignment.partition("=")
