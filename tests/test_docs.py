@@ -122,14 +122,20 @@ def test_space_front_matter_is_valid_and_agrees_with_the_requirements():
     assert all(isinstance(tag, str) for tag in space["tags"])
 
 
+def links_of(document: str) -> list[str]:
+    prose = re.sub(r"`[^`\n]*`", "", document)  # code is no link
+    found = re.findall(r"(?:\]\(|src=\")([^)#\s\"]+)", prose)
+    return [target for target in found if "://" not in target]
+
+
 def test_every_local_link_and_picture_in_the_documents_exists():
-    broken = []
-    for name, text in text_files().items():
-        if name.endswith(".md"):
-            prose = re.sub(r"`[^`\n]*`", "", text)  # code is no link
-            for target in re.findall(r"(?:\]\(|src=\")([^)#\s\"]+)", prose):
-                if "://" not in target and not ((ROOT / name).parent / target).exists():
-                    broken.append(f"{name}: {target}")
+    broken = [
+        f"{name}: {target}"
+        for name, text in text_files().items()
+        if name.endswith(".md")
+        for target in links_of(text)
+        if not ((ROOT / name).parent / target).exists()
+    ]
     assert not broken
 
 
