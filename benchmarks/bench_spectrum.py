@@ -66,6 +66,7 @@ def main() -> None:
         speed_and_accuracy(widths)
         against_snapshot(max(widths))
         growth()
+        batching()
         on_gpu()
 
 
@@ -242,6 +243,19 @@ def growth() -> None:
     ]
     print(f"Growth of time with the width, {widths[0]} to {widths[-1]}, square matrices\n")
     print(table(["route", "exponent measured", "derived"], rows), end="\n\n")
+
+
+def batching() -> None:
+    """Eigendecompositions of four Gram matrices of one shape, one by one and as one batch."""
+    rows = []
+    for width in (256, 1024):
+        weights = torch.randn(4, width, width, dtype=torch.float64)
+        grams = weights @ weights.mT
+        one_by_one = least_seconds(lambda grams=grams: [torch.linalg.eigh(gram) for gram in grams])
+        batch = least_seconds(lambda grams=grams: torch.linalg.eigh(grams))
+        rows.append([f"4 of {width} x {width}", f"{one_by_one:.3f}", f"{batch / one_by_one:.2f}"])
+    print("Batches of one shape: does one call for four matrices pay?\n")
+    print(table(["matrices", "seconds one by one", "x as a batch"], rows), end="\n\n")
 
 
 def on_gpu() -> None:
