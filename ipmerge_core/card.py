@@ -42,7 +42,8 @@ def write_card(plan: MergePlan) -> str:
         "|---|---|---|",
         *(_row(role, source) for role, source in _roles(plan)),
         "",
-        f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices were merged; every other "
+        f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices were merged"
+        f"{''.join(f', and {what}' for what in plan.beside)}; every other "
         f"tensor, the tokenizer and the processor are the MLLM's, byte for byte.",
         *_geometry(plan),
         "",

@@ -18,8 +18,6 @@ from ipmerge_core.plan import MergePlan
 from ipmerge_core.work import Chosen, chosen, input_sizes, work_of
 from ipmerge_core.writer import layout_bytes, place_of
 
-# Methods that decompose or iterate on whole matrices; all others do a few operations per element.
-DECOMPOSING = frozenset({"ip_merging", "wudi", "tsv", "iso_c", "iso_cts", "knots_ties", "regmean"})
 DISK_RATE, HUB_RATE = 300e6, 50e6  # bytes per second
 ELEMENT_RATE = 300e6  # elements per second that an elementwise method merges on one CPU core
 SVD_RATE = 8e9 / 20  # m n min(m, n) per second on one core: 20 operations each at 8 GFLOP/s
@@ -100,7 +98,7 @@ def _fetched(pair: ModelPair, held: list[list[int]], outside: int) -> int:
 
 def _seconds(plan: MergePlan, need: Estimate, merged: list[Chosen]) -> float:
     moved = (need.nbytes_read + need.nbytes_written) / DISK_RATE + need.nbytes_fetched / HUB_RATE
-    if plan.method in DECOMPOSING:
+    if find_method(plan.method).matrixwise:
         work = sum(merging_cost(matrix.shape) * (1 + len(experts)) for matrix, experts in merged)
         return moved + work / SVD_RATE
     return moved + sum(prod(matrix.shape) for matrix, _ in merged) / ELEMENT_RATE
@@ -121,11 +119,11 @@ def _advice(plan: MergePlan, pair: ModelPair, need: Estimate, seconds: float) ->
             f"{need.nbytes_whole / 1e9:.1f} GB of disk first, and pays off from the second merge "
             f"of this pair on."
         )
-    if plan.method in DECOMPOSING and seconds > 1800 and need.n_merged:
-        label = find_method(plan.method).label
+    method = find_method(plan.method)
+    if method.matrixwise and seconds > 1800 and need.n_merged:
         return (
-            f"{label} decomposes every selected matrix: with `--device cuda`, or under `torchrun "
-            f"--nproc_per_node N -m ipmerge_core merge` on several devices, it is many times "
-            f"faster."
+            f"{method.label} decomposes every selected matrix: with `--device cuda`, or under "
+            f"`torchrun --nproc_per_node N -m ipmerge_core merge` on several devices, it is many "
+            f"times faster."
         )
     return ""

@@ -35,19 +35,22 @@ from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.registry import Models
-from ipmerge_core.pairing import MatrixWeights, ModelPair, open_pair
+from ipmerge_core.pairing import MatrixWeights, ModelPair
 from ipmerge_core.pipeline import Load, WriteBehind, read_ahead
-from ipmerge_core.plan import MergePlan
+from ipmerge_core.plan import MergePlan, open_sources
 from ipmerge_core.ranks import Ranks, share_out
 from ipmerge_core.version import __version__
+from ipmerge_core.vocabulary import ROWS
 from ipmerge_core.work import (
     Part,
     Work,
-    chosen,
+    chosen_matrices,
     held,
     held_by,
+    merged_matrix,
     on_one_base,
     parts,
+    reason_to_copy,
     work_of,
 )
 from ipmerge_core.writer import (
@@ -149,12 +152,7 @@ def reopen(plan: MergePlan) -> ModelPair:
     Raises: PairingError when a model's weights are not those the plan was made for.
     """
     sources = plan.sources
-    pair = open_pair(
-        sources.mllm.location,
-        [expert.location for expert in sources.math],
-        sources.base.location,
-        base_mllm=sources.base_mllm.location if sources.base_mllm else None,
-    )
+    pair = open_sources(sources)
     now = [model.fingerprint for _, model in pair.roles()]
     for source, fingerprint in zip(sources.all(), now, strict=True):
         if source.fingerprint != fingerprint:
@@ -270,15 +268,15 @@ class _Run:
         if isinstance(content, bytearray):
             return content
         assert part.matrix is not None
-        supplied: dict[str, Any] = {"tensor_name": part.matrix.name}
+        supplied: dict[str, Any] = {}
         if statistic is not None:
             supplied["statistic"] = statistic
         if self.measurements is not None:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, self.device)
-        base, mllm, experts = on_one_base(content, self.device)
+        models = on_one_base(content, self.device)
         with torch.no_grad():
             parameters = self.plan.parameters_for(part.matrix.layer)
-            merged = self.method(base, mllm, experts, **parameters, **supplied)
+            merged = merged_matrix(self.method, part.matrix, models, **parameters, **supplied)
         return _stored(merged, part, self.pair.mllm)
 
     def _write(
@@ -298,7 +296,7 @@ class _Run:
         def matrices() -> Iterator[Models]:
             loads = (
                 Load(held_by(self.pair, *matrix), partial(self.pair.read, *matrix))
-                for matrix in chosen(self.plan, self.pair)
+                for matrix in chosen_matrices(self.plan, self.pair)
             )
             for inputs in read_ahead(loads, _BUDGET):
                 yield *on_one_base(inputs, self.device), {}
@@ -355,7 +353,11 @@ def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
     merged: dict[str, dict[str, Any]] = {}
     for name, found in work_of(plan, pair).items():
         whole = len(found) == 1 and found[0][0].mllm == name
-        experts = list(found[0][1]) if whole else {m.mllm: list(e) for m, e in found}
+        experts: Any = list(found[0][1]) if whole else {m.mllm: list(e) for m, e in found}
+        if found[0][0].module == ROWS:  # thousands of runs: say how many rows
+            rows = {"rows": sum(matrix.shape[0] for matrix, _ in found)}
+            merged[name] = {"action": "merged", "experts": list(found[0][1]), **rows}
+            continue
         merged[name] = {"action": "merged", "experts": experts}
     return {
         "format": "ipmerge-manifest",
@@ -372,6 +374,8 @@ def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
             "include": plan.include,
             "exclude": plan.exclude,
             "layer_gains": list(plan.layer_gains),
+            "norms": plan.norms,
+            "embeddings": "merge-shared" if plan.tokens else "keep",
         },
         "sources": asdict(plan.sources),
         "versions": {"torch": torch.__version__},
@@ -387,7 +391,7 @@ def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
         },
         "tensors": {
             name: {"sha256": done[name]}
-            | merged.get(name, {"action": "copied", "reason": pair.kept.get(name, "not selected")})
+            | merged.get(name, {"action": "copied", "reason": reason_to_copy(plan, pair, name)})
             for name in pair.mllm.tensors
         },
     }

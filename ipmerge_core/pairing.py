@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ipmerge_core.checkpoint import Checkpoint, TensorSpec, split_address
+from ipmerge_core.checkpoint import FLOAT_DTYPES, Checkpoint, TensorSpec, split_address
 from ipmerge_core.decoders import (
     MODULES,
     Decoder,
@@ -97,7 +97,31 @@ class ModelPair:
         self._decoder = _align("mllm", mllm, base, root)
         own = root if base_mllm is base else _align("mllm's base", base_mllm, base, root)
         experts = [_align("math model", expert, base, root) for expert in self.math]
+        self.sides: tuple[tuple[Checkpoint, Decoder], ...] = (
+            (base, root),
+            (mllm, self._decoder),
+            (base_mllm, own),
+            *zip(self.math, experts, strict=True),
+        )
         self.matrices = _match(root, self._decoder, own, experts)
+
+    @cached_property
+    def vectors(self) -> tuple[MatrixMatch, ...]:
+        """Norms and biases of the text layers and the last norm, as matrices of one row."""
+        root = self.sides[0][1]
+        found = [
+            (layer, [decoder.tensors[layer, rest] for _, decoder in self.sides])
+            for (layer, rest), spec in root.tensors.items()
+            if len(spec.shape) == 1 and spec.dtype in FLOAT_DTYPES
+        ]
+        last = [f"{decoder.prefix}norm.weight" for _, decoder in self.sides]
+        stored = [
+            model.tensors.get(name) for (model, _), name in zip(self.sides, last, strict=True)
+        ]
+        specs = [spec for spec in stored if spec is not None]
+        if len({spec.shape for spec in specs}) == 1 and len(specs) == len(stored):
+            found.append((len(root.layers) - 1, specs))
+        return tuple(_vector(layer, specs) for layer, specs in found)
 
     @cached_property
     def kept(self) -> dict[str, str]:
@@ -128,13 +152,17 @@ class ModelPair:
         Raises: CheckpointError where a matrix holds NaN or infinity.
         """
         chosen = range(len(self.math)) if experts is None else experts
-        base = self.base.read_matrix(matrix.name)
+
+        def read(model: Checkpoint, name: str) -> Tensor:
+            return model.read_matrix(name).reshape(matrix.shape)  # a vector is a matrix of one row
+
+        base = read(self.base, matrix.name)
         shared = self.base_mllm is self.base
         return MatrixWeights(
             base=base,
-            root=base if shared else self.base_mllm.read_matrix(matrix.base_mllm),
-            mllm=self.mllm.read_matrix(matrix.mllm),
-            math=tuple(self.math[k].read_matrix(matrix.math[k]) for k in chosen),
+            root=base if shared else read(self.base_mllm, matrix.base_mllm),
+            mllm=read(self.mllm, matrix.mllm),
+            math=tuple(read(self.math[k], matrix.math[k]) for k in chosen),
         )
 
     def roles(self) -> Iterator[tuple[str, Checkpoint]]:
@@ -282,6 +310,13 @@ def _match(
         )
         for key in order
     )
+
+
+def _vector(layer: int, specs: Sequence[TensorSpec]) -> MatrixMatch:
+    base, mllm, own, *math = (spec.name for spec in specs)
+    module = "bias" if split_address(base)[0].endswith(".bias") else "norm"
+    shape = (1, specs[0].shape[0])
+    return MatrixMatch(base, layer, module, shape, mllm, own, tuple(math))
 
 
 def _reason_to_keep(spec: TensorSpec, decoder: Decoder) -> str:

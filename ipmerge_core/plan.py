@@ -11,12 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,11 +24,19 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.registry import AffineUpdate, ParameterValue
-from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.preview import Decision, Preview, preview
 from ipmerge_core.records import Analysis, LayerRecord, Sources, Totals
+from ipmerge_core.scope import (
+    Embeddings,
+    Norms,
+    Override,
+    Scope,
+    check_beside,
+    check_policy,
+)
+from ipmerge_core.vocabulary import SharedTokens, shared_tokens
 
-Override = Literal["merge", "keep"]
 SIMILARITIES = ("first", "max", "weighted")
 _FORMAT, _VERSION = "ipmerge-plan", 1
 
@@ -60,6 +67,8 @@ class MergePlan:
     decisions: tuple[Decision, ...]
     records: tuple[LayerRecord, ...] = ()  # without spectra; empty for a plan from a ModelPair
     calibration: Calibrated | None = None  # for the methods that need data
+    norms: Norms = "keep"  # of the decoder, and its biases
+    tokens: SharedTokens | None = None  # rows of embeddings and head that merge too
 
     @cached_property
     def digest(self) -> str:
@@ -68,7 +77,16 @@ class MergePlan:
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
         parameters = dict(sorted(self.parameters.items()))
         data = [self.calibration.digest] if self.calibration else []
-        content = [self.method, parameters, list(self.layer_gains), chosen, fingerprints, *data]
+        content: list[Any] = [
+            self.method,
+            parameters,
+            list(self.layer_gains),
+            chosen,
+            fingerprints,
+            *data,
+        ]
+        if self.norms != "keep" or self.tokens:
+            content.append([self.norms, self.tokens, self.include, self.exclude])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -81,6 +99,18 @@ class MergePlan:
         """The decisions that merge at least one expert."""
         return tuple(decision for decision in self.decisions if decision.experts)
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What merges beside the decoder's matrices, in words."""
+        found = ["the decoder's norms and biases"] if self.norms == "merge" else []
+        if self.tokens:
+            found.append(f"{self.tokens.rows} rows of embeddings and head, of shared tokens")
+        return tuple(found)
+
+    def allows(self, name: str) -> bool:
+        """Whether a tensor beside the matrices is included and not excluded, by the base's name."""
+        return Scope.of({}, self.include, self.exclude).allows(name, True)
+
     def preview(self) -> Preview:
         """Compute what the merge will change, without reading a weight.
 
@@ -92,7 +122,8 @@ class MergePlan:
                 "This plan was made from a bare pair, so there is nothing to preview from. Analyse "
                 "the pair and make the plan from the analysis."
             )
-        return preview(self.decisions, self.records, self._update_of, self.totals)
+        found = preview(self.decisions, self.records, self._update_of, self.totals)
+        return replace(found, not_counted=self.beside)
 
     def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
         """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
@@ -127,6 +158,7 @@ class MergePlan:
             "hash": self.hash,
             **asdict(self),
             "totals": self.totals._asdict(),
+            "tokens": self.tokens._asdict() if self.tokens else None,
             "records": [record.to_dict() for record in self.records],
         }
 
@@ -171,6 +203,8 @@ class MergePlan:
             ),
             records=tuple(LayerRecord.from_dict(entry) for entry in content["records"]),
             calibration=Calibrated(**data) if (data := content.get("calibration")) else None,
+            norms=check_policy("norms", content.get("norms", "keep"), Norms),
+            tokens=SharedTokens(**tokens) if (tokens := content.get("tokens")) else None,
         )
         if plan.hash != content["hash"]:
             raise ValueError(f"its hash is {plan.hash} and the file says {content['hash']}")
@@ -189,6 +223,8 @@ def make_plan(
     exclude: str | None = None,
     layer_gains: Sequence[float] = (),
     calibration: str | Path | None = None,
+    norms: Norms = "keep",
+    embeddings: Embeddings = "keep",
     **parameters: ParameterValue,
 ) -> MergePlan:
     """Decide what merges.
@@ -205,6 +241,10 @@ def make_plan(
         layer_gains: factors on the method's gain from the first layer to the last, evenly spread
             and interpolated: (0, 1) fades the update in.
         calibration: a folder that `calibrate` made, for the methods that need data.
+        norms: "merge" also merges the decoder's norms and biases, each as a matrix of one row, by
+            the elementwise methods; include and exclude hold for their names.
+        embeddings: "merge-shared" also merges those rows of the embedding and the head whose token
+            every model has, row by row; the MLLM's own tokens keep their rows.
         **parameters: the method's own parameters; the rest take their defaults.
 
     Raises:
@@ -214,21 +254,10 @@ def make_plan(
     """
     chosen = find_method(method)
     overrides = dict(overrides or {})
-    if "lambda_" in {parameter.name for parameter in chosen.parameters}:
-        parameters["lambda_"] = lambda_
-    elif lambda_ != 1.0:
-        raise PlanError(
-            f"{chosen.label} has no lambda (got {lambda_!r}). Its parameters are: "
-            f"{', '.join(parameter.name for parameter in chosen.parameters) or 'none'}."
-        )
-    complete = chosen.complete(parameters)
+    complete = chosen.complete(_with_lambda(chosen, lambda_, parameters))
     _check_choice(similarity_threshold, similarity, overrides)
-    if chosen.selective and not isinstance(source, Analysis):
-        raise PlanError(
-            f"{chosen.label} selects matrices by similarity. Analyse the pair first and make the "
-            f"plan from the analysis."
-        )
-    scope = _Scope(overrides, _compile("include", include), _compile("exclude", exclude))
+    _check_source(chosen, source)
+    scope = Scope.of(overrides, include, exclude)
     threshold = similarity_threshold if chosen.selective else None
     decisions = (
         _decide(source, similarity, threshold, scope)
@@ -239,6 +268,7 @@ def make_plan(
     sources, totals = (
         (source.sources, source.totals) if isinstance(source, Analysis) else describe(source)
     )
+    check_beside(chosen, norms, embeddings)
     return MergePlan(
         name=source.name,
         method=method,
@@ -254,7 +284,47 @@ def make_plan(
         decisions=tuple(decisions),
         records=_without_spectra(source.records) if isinstance(source, Analysis) else (),
         calibration=_open_calibration(chosen, calibration, sources),
+        norms=norms,
+        tokens=_share_tokens(source, embeddings),
     )
+
+
+def _with_lambda(
+    method: MergeMethod, lambda_: float, parameters: Mapping[str, ParameterValue]
+) -> dict[str, ParameterValue]:
+    names = [parameter.name for parameter in method.parameters]
+    if "lambda_" in names:
+        return {**parameters, "lambda_": lambda_}
+    if lambda_ != 1.0:
+        raise PlanError(
+            f"{method.label} has no lambda (got {lambda_!r}). Its parameters are: "
+            f"{', '.join(names) or 'none'}."
+        )
+    return dict(parameters)
+
+
+def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
+    if method.selective and not isinstance(source, Analysis):
+        raise PlanError(
+            f"{method.label} selects matrices by similarity. Analyse the pair first and make the "
+            f"plan from the analysis."
+        )
+
+
+def open_sources(sources: Sources) -> ModelPair:
+    """Open the models that a plan or an analysis names, whatever weights they hold now."""
+    return open_pair(
+        sources.mllm.location,
+        [expert.location for expert in sources.math],
+        sources.base.location,
+        base_mllm=sources.base_mllm.location if sources.base_mllm else None,
+    )
+
+
+def _share_tokens(source: Analysis | ModelPair, embeddings: Embeddings) -> SharedTokens | None:
+    if embeddings == "keep":
+        return None
+    return shared_tokens(open_sources(source.sources) if isinstance(source, Analysis) else source)
 
 
 def _open_calibration(
@@ -274,31 +344,6 @@ def _open_calibration(
     found = Measurements.open(folder)
     found.check([sources.mllm, *sources.math], method.data)
     return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
-
-
-class _Scope(NamedTuple):
-    """What may merge at all: an override says so, or the name is included and not excluded."""
-
-    overrides: Mapping[str, str]
-    include: re.Pattern[str] | None
-    exclude: re.Pattern[str] | None
-
-    def allows(self, name: str, wanted: bool) -> bool:
-        if name in self.overrides:
-            return self.overrides[name] == "merge"
-        if self.include and not self.include.search(name):
-            return False
-        return wanted and not (self.exclude and self.exclude.search(name))
-
-
-def _compile(role: str, pattern: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise PlanError(
-            f"The {role} pattern {pattern!r} is no regular expression: {error}. "
-            f"Expected one such as 'mlp' or 'layers\\.(0|1)\\.'."
-        ) from error
 
 
 def _check_layer_gains(method: MergeMethod, factors: Sequence[float]) -> tuple[float, ...]:
@@ -335,7 +380,7 @@ def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]
 
 
 def _decide(
-    analysis: Analysis, similarity: str, threshold: float | None, scope: _Scope
+    analysis: Analysis, similarity: str, threshold: float | None, scope: Scope
 ) -> list[Decision]:
     """Apply the rule "merges iff similarity >= S_alpha", inside the scope, per expert."""
     decisions: dict[str, Decision] = {}
@@ -353,7 +398,7 @@ def _decide(
     return list(decisions.values())
 
 
-def _take_all(matrices: Iterable[MatrixMatch], n_experts: int, scope: _Scope) -> list[Decision]:
+def _take_all(matrices: Iterable[MatrixMatch], n_experts: int, scope: Scope) -> list[Decision]:
     return [
         Decision(
             name=matrix.name,

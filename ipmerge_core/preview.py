@@ -32,7 +32,8 @@ class Preview:
     `relative_change` is ||W_merged - W_mllm||_F / ||W_mllm||_F over all decoder matrices, and
     `layer_change` the same per layer. `keep` is the cosine between the merged and the MLLM's task
     vector, `absorb` the one between the merged task vector and the experts' update. Both are None
-    where one of the two is zero. They are geometry, not accuracy.
+    where one of the two is zero. They are geometry, not accuracy. `not_counted` names what merges
+    beside the decoder matrices and is in none of the numbers.
     """
 
     selected: tuple[str, ...]
@@ -45,6 +46,7 @@ class Preview:
     layer_change: dict[int, float]
     keep: float | None
     absorb: float | None
+    not_counted: tuple[str, ...] = ()
 
 
 @dataclass

@@ -57,6 +57,11 @@ def _check_expressible(plan: MergePlan) -> None:
             f"The plan keeps {len(kept)} matrices, '{kept[0]}' first; a recipe merges all of them. "
             f"Export a plan without overrides, include or exclude."
         )
+    if plan.beside:
+        raise PlanError(
+            f"The plan also merges {plan.beside[0]}; an exported recipe limits itself to decoder "
+            f"matrices. Export a plan that keeps norms and embeddings."
+        )
     if plan.sources.base_mllm is not None:
         raise PlanError("The MLLM has a base of its own; a recipe has one base for all models.")
 

@@ -7,16 +7,19 @@ copied in pieces, so that memory does not grow with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ipmerge_core.checkpoint import TensorSpec, split_address
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.blocks import blockwise
-from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair
+from ipmerge_core.pairing import BIAS, NORM, VOCABULARY, MatrixMatch, MatrixWeights, ModelPair
 from ipmerge_core.plan import MergePlan
+from ipmerge_core.vocabulary import ROWS, shared_rows, shared_tokens
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
 Work: TypeAlias = dict[str, list[Chosen]]  # by the MLLM's stored tensor
@@ -48,9 +51,71 @@ def on_one_base(
 
 
 def chosen(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
-    """List what the plan merges, with the experts for each matrix."""
+    """List what the plan merges, with the experts for each matrix.
+
+    Raises: PlanError when the tokens that the models share have changed since the plan was made.
+    """
+    every = tuple(range(len(pair.math)))
+    return [
+        *chosen_matrices(plan, pair),
+        *((m, every) for m in _beside(plan, pair) if plan.allows(split_address(m.name)[0])),
+    ]
+
+
+def chosen_matrices(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
+    """List the decoder matrices among them; a statistic of the whole model is taken over these."""
     by_name = {matrix.name: matrix for matrix in pair.matrices}
     return [(by_name[decision.name], decision.experts) for decision in plan.selected]
+
+
+def _beside(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
+    if plan.norms == "merge":
+        yield from pair.vectors
+    if plan.tokens:
+        if shared_tokens(pair) != plan.tokens:
+            raise PlanError(
+                "The tokenizers share other tokens than when the plan was made. Make a new plan."
+            )
+        yield from shared_rows(pair)
+
+
+def merged_matrix(
+    method: MergeMethod,
+    matrix: MatrixMatch,
+    models: tuple[Tensor, Tensor, list[Tensor]],
+    **keywords: Any,  # noqa: ANN401
+) -> Tensor:
+    """Merge one matrix; rows of a vocabulary one by one, whatever rows they were read with.
+
+    A threshold or a direction is then a token's own, and does not depend on how the tokens are
+    ordered. The base's row keys the random numbers of a token.
+    """
+    if matrix.module != ROWS:
+        return method(*models, tensor_name=matrix.name, **keywords)
+    base, mllm, experts = models
+    stored, rows = split_address(matrix.name)
+    assert rows is not None
+    return torch.cat(
+        [
+            method(
+                base[i : i + 1],
+                mllm[i : i + 1],
+                [expert[i : i + 1] for expert in experts],
+                tensor_name=f"{stored}[{row}]",
+                **keywords,
+            )
+            for i, row in enumerate(rows)
+        ]
+    )
+
+
+def reason_to_copy(plan: MergePlan, pair: ModelPair, name: str) -> str:
+    """Say why a tensor that the plan does not merge is the MLLM's."""
+    reason = pair.kept.get(name, "not selected")
+    could = (reason in (NORM, BIAS) and plan.norms == "merge") or (
+        reason == VOCABULARY and plan.tokens is not None
+    )
+    return "not selected" if could else reason
 
 
 def work_of(plan: MergePlan, pair: ModelPair) -> Work:

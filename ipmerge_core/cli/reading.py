@@ -10,7 +10,7 @@ from ipmerge_core.errors import PlanError
 
 if TYPE_CHECKING:
     from ipmerge_core.pairing import ModelPair
-    from ipmerge_core.plan import Override
+    from ipmerge_core.scope import Override
 
 
 def open_models(options: argparse.Namespace) -> ModelPair:

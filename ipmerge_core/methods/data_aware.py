@@ -161,6 +161,7 @@ def fisher(
     formula="W^T = (sum_i c_i G_i)^-1 sum_i c_i G_i W_i^T, G_i = X_i^T X_i / tokens",
     several_experts=True,
     data="gram",
+    matrixwise=True,
 )
 def regmean(
     base: Matrix,

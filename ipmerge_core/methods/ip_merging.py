@@ -54,6 +54,7 @@ def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     several_experts=True,
     selective=True,
     affine=_affine,
+    matrixwise=True,
 )
 def ip_merging(
     base: Matrix,

@@ -179,7 +179,8 @@ class MergeMethod:
     matrices, `selective` that matrices are chosen by similarity. `affine` writes the change as an
     `AffineUpdate`, which makes its preview exact; None where the change is not of that form.
     `statistic` is a first pass over the whole model, `data` the calibration that it cannot do
-    without, `inputs` the keywords that a driver supplies.
+    without, `inputs` the keywords that a driver supplies. `matrixwise` methods decompose or iterate
+    on whole matrices, which vectors have no use for; all others do a few operations per element.
     """
 
     name: str
@@ -195,6 +196,7 @@ class MergeMethod:
     statistic: Statistic | None = None
     data: Literal["fisher", "gram"] | None = None
     inputs: tuple[str, ...] = ()
+    matrixwise: bool = False
 
     def __call__(  # any shapes may come in; what does not fit is refused in words
         self,
@@ -273,6 +275,7 @@ def merge_method(
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None,
     statistic: Statistic | None = None,
     data: Literal["fisher", "gram"] | None = None,
+    matrixwise: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Put a function into METHODS under its own name and return it unchanged."""
 
@@ -291,6 +294,7 @@ def merge_method(
             statistic=statistic,
             data=data,
             inputs=_read_inputs(function),
+            matrixwise=matrixwise,
         )
         return function
 

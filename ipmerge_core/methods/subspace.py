@@ -102,6 +102,7 @@ def _left(found: Spectrum) -> Tensor:
     source="arXiv 2412.00081",
     formula="W = W0 + s U' diag(S) V'^T, U', V' nearest orthonormal to the stacked top r / T",
     several_experts=True,
+    matrixwise=True,
 )
 def tsv(
     base: Matrix,
@@ -152,6 +153,7 @@ def _numerical_rank(found: Spectrum, shape: torch.Size) -> int:
     source="arXiv 2502.04959",
     formula="W = W0 + s mean(S) U V^T, U S V^T = sum_i a_i dW_i",
     several_experts=True,
+    matrixwise=True,
 )
 def iso_c(
     base: Matrix,
@@ -184,6 +186,7 @@ def iso_c(
     source="arXiv 2502.04959",
     formula="W = W0 + s mean(S) U' V'^T, common directions of the sum and task-specific ones",
     several_experts=True,
+    matrixwise=True,
 )
 def iso_cts(
     base: Matrix,
@@ -236,6 +239,7 @@ def _first(found: Spectrum, count: int) -> tuple[Tensor, Tensor, Tensor]:
     source="arXiv 2410.19735",
     formula="W = W0 + s U ties(U^T dW_v, U^T dW_e), U from the SVD of [dW_v | dW_e]",
     several_experts=True,
+    matrixwise=True,
 )
 def knots_ties(
     base: Matrix,

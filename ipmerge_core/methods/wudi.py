@@ -29,6 +29,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
     source="arXiv 2503.08099",
     formula="W = W0 + s argmin_X sum_i |(X - dW_i) dW_i^T|^2 / |dW_i|^2, from X = sum_i dW_i",
     several_experts=True,
+    matrixwise=True,
 )
 def wudi(
     base: Matrix,
