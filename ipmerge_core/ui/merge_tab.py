@@ -168,7 +168,8 @@ def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
         gr.update(visible=owned and status.can_resume),
         result,
         gr.update(visible=finished),
-        gr.Timer(active=status.is_running),
+        # Goes on until the end: a late answer from before a resume must not be the last word.
+        gr.Timer(active=not finished),
     ]
 
 
