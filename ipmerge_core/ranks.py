@@ -116,7 +116,7 @@ def share_out(costs: Sequence[float], size: int) -> list[int]:
     The result depends on the costs alone, so that every process finds the same.
 
     >>> share_out([5, 1, 4, 2], 2)
-    [0, 1, 1, 0]
+    [0, 0, 1, 1]
     """
     loads = [0.0] * size
     owners = [0] * len(costs)
