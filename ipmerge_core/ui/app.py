@@ -1,4 +1,4 @@
-"""The frame: a heading, the pair, three tabs around one plan; and how it is served.
+"""The frame: a heading, the pair, the tabs around one plan; and how it is served.
 
 In: the packs that are there. Out: a `gr.Blocks`, and a running server. Each tab is a file of its
 own; what they share is the chosen pair, the session's `PlanChoice` and one `Backend`.
@@ -13,6 +13,7 @@ import gradio as gr
 
 from ipmerge_core.ui.api import add_endpoints
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.cite_tab import cite_tab
 from ipmerge_core.ui.download import download_route
 from ipmerge_core.ui.explore import explore_tab, start_choice
 from ipmerge_core.ui.layer_map import PlanChoice
@@ -63,12 +64,14 @@ def _add_tabs(app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.St
     job = remembered_job()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
-            explore_tab(pair, choice)
+            explore = explore_tab(pair, choice)
         with gr.Tab("Try it", id="try", elem_id="tab-try") as asking:
             try_tab(backend, pair, choice)
         asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merge_tab(app, backend, pair, choice, job=job, tabs=tabs, tab=merge)
+        with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
+            cite_tab(pair, choice, cite, explore.opened)
 
 
 def theme() -> gr.themes.Base:

@@ -1,0 +1,78 @@
+"""The API & cite tab: what is on show, as code that repeats it and as references to quote.
+
+In: the frame's pair and the session's `PlanChoice`. Out: texts to copy, written anew each time the
+tab is opened; the plan's hash follows, because it needs torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from gradio.events import Dependency
+
+from ipmerge_core.ui.choice import describe_choice, plan_of
+from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.packs import load_pack
+from ipmerge_core.ui.snippets import Snippets, page_address, snippets_of
+
+LABELS = {
+    "json": "Plan as JSON",
+    "python": "Python",
+    "shell": "Command line",
+    "client": "gradio_client: this app from another program",
+    "curl": "curl",
+    "bibtex": "BibTeX",
+}
+
+
+def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependency) -> None:
+    """Lay out the tab inside the open `tab`; write it anew with `tab` and when a pair is opened."""
+    # layout
+    gr.Markdown("The plan of Explore, exactly as it stands there.", elem_classes="lead")
+    state = gr.Markdown("", elem_id="cite-state")
+    digest = gr.Markdown("", elem_id="cite-hash")
+    with gr.Column(elem_id="snippets"):
+        texts = [
+            gr.Code(
+                label=LABELS[name],
+                language=None,  # plain: Gradio's colours for code are too pale to read on white
+                interactive=False,
+                wrap_lines=True,
+                show_line_numbers=False,
+                lines=1,
+                max_lines=40,
+                buttons=["copy"],
+                elem_id=f"cite-{name}",
+            )
+            for name in Snippets._fields
+        ]
+
+    # handlers
+    def write(pack_id: str, plan: PlanChoice, request: gr.Request) -> tuple[str, ...]:
+        found = snippets_of(pack_id, plan, page_address(request.headers.get("referer", "")))
+        return state_words(pack_id, plan), *found
+
+    def name_plan(pack_id: str, plan: PlanChoice) -> str:
+        return f"Plan `{plan_of(pack_id, plan).hash}`: Python and the command line make the same."
+
+    def name_again(pack_id: str, plan: PlanChoice, before: str) -> str:
+        return name_plan(pack_id, plan) if before else ""  # never opened: torch can wait
+
+    # wiring
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    here = [pair, choice]
+    tab.select(told(write), here, [state, *texts], queue=False, **quiet).success(
+        told(name_plan), here, digest, **quiet
+    )
+    opened.success(told(write), here, [state, *texts], **quiet).success(
+        told(name_again), [*here, digest], digest, **quiet
+    )
+
+
+def state_words(pack_id: str, choice: PlanChoice) -> str:
+    """Say which pair and plan the texts are of."""
+    pack = load_pack(pack_id)
+    made = f"analysed {pack['created'][:10]} with IPMerge {pack['engine']}"
+    return f"**{pack['name']}** · {describe_choice(choice)} · {made}"
