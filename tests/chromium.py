@@ -2,7 +2,7 @@
 
 `make test` runs this first. The browser tests' own search comes first; if it finds nothing that
 starts, Debian's package is tried (as root), then playwright's own; otherwise one sentence says
-what to do.
+what to do. Playwright's driver may lack a library on a bare machine: likewise.
 """
 
 from __future__ import annotations
@@ -20,6 +20,35 @@ ADVICE = (
     "(Debian or Ubuntu: apt-get install chromium) or name yours: "
     "IPMERGE_CHROMIUM=/path/to/chrome make test"
 )
+DRIVER_ADVICE = (
+    "The browser tests need playwright's driver, which does not start here: {error}. On a bare "
+    "Debian or Ubuntu it needs one library: apt-get install libatomic1"
+)
+PLAYWRIGHT = [sys.executable, "-m", "playwright"]
+
+
+def main() -> None:
+    """Print the path of a browser that starts, or say why there is none."""
+    if driver_error() and may_use_apt():
+        run(apt_get("libatomic1"))
+    if error := driver_error():
+        sys.exit(DRIVER_ADVICE.format(error=error))
+    path = working_chromium()
+    # Debian's package comes first, because it brings the libraries that a bare machine lacks.
+    installers = [apt_get("chromium")] if may_use_apt() else []
+    for command in [*installers, [*PLAYWRIGHT, "install", "chromium"]]:
+        if not path:
+            run(command)
+            path = working_chromium()
+    print(path or sys.exit(ADVICE))
+
+
+def driver_error() -> str:
+    """Return the last line of what playwright's driver complains of, or nothing."""
+    answer = subprocess.run([*PLAYWRIGHT, "--version"], capture_output=True, text=True, check=False)
+    if answer.returncode == 0:
+        return ""
+    return (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
 
 
 def working_chromium() -> str | None:
@@ -36,31 +65,23 @@ def working_chromium() -> str | None:
     return path if answer.returncode == 0 else None
 
 
-def installers() -> list[list[str]]:
-    """Commands that may bring a Chromium, in the order to try them.
-
-    Debian's package comes first, because it brings the libraries that a bare machine lacks.
-    """
-    playwrights_own = [sys.executable, "-m", "playwright", "install", "chromium"]
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        update_and_install = "apt-get update -qq && apt-get install -y -qq chromium"
-        return [["sh", "-c", update_and_install], playwrights_own]
-    return [playwrights_own]
+def may_use_apt() -> bool:
+    """Whether this is Debian's family and we are root."""
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None
 
 
-def main() -> None:
-    """Print the path of a browser that starts, or say why there is none."""
-    path = working_chromium()
-    for command in installers():
-        if path:
-            break
-        print("No Chromium found. Trying:", *command[-3:], file=sys.stderr)
-        try:
-            subprocess.run(command, stdout=subprocess.DEVNULL, timeout=300, check=False)
-        except subprocess.TimeoutExpired:
-            print("No answer after five minutes.", file=sys.stderr)
-        path = working_chromium()
-    print(path or sys.exit(ADVICE))
+def apt_get(package: str) -> list[str]:
+    """Make the command that installs a Debian package."""
+    return ["sh", "-c", f"apt-get update -qq && apt-get install -y -qq {package}"]
+
+
+def run(command: list[str]) -> None:
+    """Run an installer and say so; what counts is what works afterwards."""
+    print("Trying:", command[-1] if command[0] == "sh" else " ".join(command), file=sys.stderr)
+    try:
+        subprocess.run(command, stdout=subprocess.DEVNULL, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        print("No answer after five minutes.", file=sys.stderr)
 
 
 if __name__ == "__main__":
