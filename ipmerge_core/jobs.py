@@ -34,7 +34,8 @@ State = Literal["running", "cancelling", "finished", "cancelled", "failed", "int
 _ID = re.compile(r"[0-9a-f]{32}")
 _WRITE_EVERY = 0.1  # seconds between two writes of status.json
 _JOURNAL_EVERY = 2.0  # seconds between two journal lines about progress
-_START = "import sys; from ipmerge_core.jobs import run_job; sys.exit(run_job(sys.argv[1]))"
+_LOCK_PATIENCE = 10.0  # seconds that a process may take to let go after its last word
+_START = "import sys; from ipmerge_core.jobs import main; sys.exit(main(*sys.argv[1:]))"
 
 
 @runtime_checkable
@@ -169,7 +170,6 @@ class JobStore:
             raise RunError(
                 f"The run '{status.title}' is {status.state}; there is nothing to resume."
             )
-        (self._folder(job) / "cancel").unlink(missing_ok=True)
         self._spawn(job)
         return self.status(job)
 
@@ -198,10 +198,11 @@ class JobStore:
             # The child inherits the lock with the open file, so that there is no moment in which
             # a running job looks dead.
             _lock(lock)
+            (folder / "cancel").unlink(missing_ok=True)
             _write_status(folder, status)
             paths = os.pathsep.join(path for path in sys.path if path)
             child = subprocess.Popen(  # noqa: S603 (our own interpreter and code)
-                [sys.executable, "-c", _START, str(folder)],
+                [sys.executable, "-c", _START, str(folder), str(lock.fileno())],
                 env={**os.environ, "PYTHONPATH": paths},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -214,6 +215,13 @@ class JobStore:
 
 
 # --- in the job's own process ----------------------------------------------------------------
+
+
+def main(folder: str, lock: str) -> int:
+    """Carry out a job, then let go of its lock: leaving Python may take a while after that."""
+    code = run_job(folder)
+    fcntl.flock(int(lock), fcntl.LOCK_UN)
+    return code
 
 
 def run_job(folder: str | Path) -> int:
@@ -332,11 +340,12 @@ def _is_locked(folder: Path) -> bool:
 
 def _lock(lock: IO[str]) -> None:
     """Take the lock; a watcher may hold it for an instant, a running job holds it on and on."""
-    for _ in range(50):
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(0.02)
-    raise RunError("This run is in progress already.")
+    raise RunError("This run is still in progress. Wait a moment and try again.")
 
 
 def _digest(key: str) -> str:

@@ -147,6 +147,17 @@ def test_resume_goes_on_where_cancel_stopped(store, folder):
     assert all((folder / name).stat().st_mtime_ns == when for name, when in made.items())
 
 
+def test_a_run_can_be_resumed_the_moment_it_says_that_it_stopped(store, folder):
+    started = start_slow(store, folder, total=60)
+    for _ in range(2):
+        store.cancel(started.id, started.key)
+        wait_until_over(store, started.id)
+        begun = time.monotonic()
+        assert store.resume(started.id, started.key).is_running
+        assert time.monotonic() - begun < 2
+    assert wait_until_over(store, started.id).state == "finished"
+
+
 def test_only_the_key_cancels_and_resumes(store, folder):
     started = start_slow(store, folder)
     with pytest.raises(RunError, match="Only the browser that started this run"):

@@ -17,7 +17,7 @@ from ipmerge_core.ui.choice import plan_of
 from ipmerge_core.ui.download import download_link
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_words import confirm_html, findings_html, progress_html, result_html
-from ipmerge_core.ui.messages import sentence_of, told
+from ipmerge_core.ui.messages import public_text, sentence_of, told
 
 if TYPE_CHECKING:
     from ipmerge_core.pairing import Finding
@@ -137,7 +137,8 @@ def readiness(backend: Backend, pack_id: str, choice: PlanChoice) -> Readiness:
         models = reopen(plan)
         name = backend.free_name(plan)
         need = estimate(plan, backend.output_folder(name))
-        found = [*models.check(), _room(need.nbytes_written, need.nbytes_free)]
+        found = [_public(finding) for finding in models.check()]
+        found.append(_room(need.nbytes_written, need.nbytes_free))
         words = confirm_html(plan, plan.preview(), need, models.kept)
     except IPMergeError as error:
         refusal = Finding("refusal", "This merge cannot be made.", sentence_of(error))
@@ -178,6 +179,12 @@ def _card(number: str, title: str, name: str) -> gr.Column:
     with card:
         gr.HTML(f'<h2><span class="number">{number}</span> {title}</h2>')
     return card
+
+
+def _public(finding: Finding) -> Finding:
+    return finding._replace(
+        message=public_text(finding.message), remedy=public_text(finding.remedy)
+    )
 
 
 def _room(nbytes: int, free: int) -> Finding:

@@ -53,7 +53,11 @@ def told(handler: Callable[P, R]) -> Callable[P, R]:
 
 def sentence_of(error: BaseException) -> str:
     """Return an error's sentence, fit for whoever reads it here."""
-    text = str(error)
+    return public_text(str(error))
+
+
+def public_text(text: str) -> str:
+    """Leave the server's folders out of a text, where strangers read it."""
     if is_hosted():
         for folder in _private_folders():
             text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "")
