@@ -30,6 +30,7 @@ def write_card(plan: MergePlan) -> str:
     ]
     settings = {**plan.parameters, "similarity": plan.similarity}
     settings["similarity_threshold"] = plan.similarity_threshold
+    settings["anchor"] = plan.anchor
     lines = [
         "# A merged vision-language model",
         "",

@@ -273,7 +273,7 @@ class _Run:
             supplied["statistic"] = statistic
         if self.measurements is not None:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, self.device)
-        models = on_one_base(content, self.device)
+        models = on_one_base(content, self.device, self.plan.anchor)
         with torch.no_grad():
             parameters = self.plan.parameters_for(part.matrix.layer)
             merged = merged_matrix(self.method, part.matrix, models, **parameters, **supplied)
@@ -299,7 +299,7 @@ class _Run:
                 for matrix in chosen_matrices(self.plan, self.pair)
             )
             for inputs in read_ahead(loads, _BUDGET):
-                yield *on_one_base(inputs, self.device), {}
+                yield *on_one_base(inputs, self.device, self.plan.anchor), {}
 
         with torch.no_grad():
             return statistic.over(matrices, self.plan.parameters)
@@ -375,6 +375,7 @@ def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
             "exclude": plan.exclude,
             "layer_gains": list(plan.layer_gains),
             "norms": plan.norms,
+            "anchor": plan.anchor,
             "embeddings": "merge-shared" if plan.tokens else "keep",
         },
         "sources": asdict(plan.sources),

@@ -28,10 +28,12 @@ from ipmerge_core.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.preview import Decision, Preview, preview
 from ipmerge_core.records import Analysis, LayerRecord, Sources, Totals
 from ipmerge_core.scope import (
+    Anchor,
     Embeddings,
     Norms,
     Override,
     Scope,
+    check_anchor,
     check_beside,
     check_policy,
 )
@@ -69,6 +71,7 @@ class MergePlan:
     calibration: Calibrated | None = None  # for the methods that need data
     norms: Norms = "keep"  # of the decoder, and its biases
     tokens: SharedTokens | None = None  # rows of embeddings and head that merge too
+    anchor: Anchor = "two_base"  # what changes are measured from
 
     @cached_property
     def digest(self) -> str:
@@ -87,6 +90,8 @@ class MergePlan:
         ]
         if self.norms != "keep" or self.tokens:
             content.append([self.norms, self.tokens, self.include, self.exclude])
+        if self.anchor != "two_base":
+            content.append(self.anchor)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -143,6 +148,12 @@ class MergePlan:
     def _update_of(self, layer: int) -> AffineUpdate:
         method = find_method(self.method)
         update = method.affine(self.parameters_for(layer)) if method.affine else None
+        own = self.sources.base_mllm is not None
+        if self.anchor == "interp" or (self.anchor == "root" and own):
+            raise PlanError(
+                f"The anchor {self.anchor} has no exact preview: the analysis measured each change "
+                f"from the model's own base. The merge itself works."
+            )
         if update is None or update.direction not in self.records[0].updates:
             raise PlanError(
                 f"{method.label} with these parameters has no exact preview: its change is not a "
@@ -205,6 +216,7 @@ class MergePlan:
             calibration=Calibrated(**data) if (data := content.get("calibration")) else None,
             norms=check_policy("norms", content.get("norms", "keep"), Norms),
             tokens=SharedTokens(**tokens) if (tokens := content.get("tokens")) else None,
+            anchor=check_policy("anchor", content.get("anchor", "two_base"), Anchor),
         )
         if plan.hash != content["hash"]:
             raise ValueError(f"its hash is {plan.hash} and the file says {content['hash']}")
@@ -225,6 +237,7 @@ def make_plan(
     calibration: str | Path | None = None,
     norms: Norms = "keep",
     embeddings: Embeddings = "keep",
+    anchor: Anchor = "two_base",
     **parameters: ParameterValue,
 ) -> MergePlan:
     """Decide what merges.
@@ -241,10 +254,12 @@ def make_plan(
         layer_gains: factors on the method's gain from the first layer to the last, evenly spread
             and interpolated: (0, 1) fades the update in.
         calibration: a folder that `calibrate` made, for the methods that need data.
-        norms: "merge" also merges the decoder's norms and biases, each as a matrix of one row, by
-            the elementwise methods; include and exclude hold for their names.
-        embeddings: "merge-shared" also merges those rows of the embedding and the head whose token
-            every model has, row by row; the MLLM's own tokens keep their rows.
+        norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
+        embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
+            token every model has. Include and exclude hold for both, elementwise methods only.
+        anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
+            "two_base" each from its own base, on B_v; "root" all from W0, on W0; "inject" the
+            experts' from W0, on the whole MLLM; "interp" W_e - W_v, on the MLLM, without a base.
         **parameters: the method's own parameters; the rest take their defaults.
 
     Raises:
@@ -259,15 +274,13 @@ def make_plan(
     _check_source(chosen, source)
     scope = Scope.of(overrides, include, exclude)
     threshold = similarity_threshold if chosen.selective else None
-    decisions = (
-        _decide(source, similarity, threshold, scope)
-        if isinstance(source, Analysis)
-        else _take_all(source.matrices, len(source.math), scope)
-    )
+    if isinstance(source, Analysis):
+        decisions = _decide(source, similarity, threshold, scope)
+        sources, totals = source.sources, source.totals
+    else:
+        decisions = _take_all(source.matrices, len(source.math), scope)
+        sources, totals = describe(source)
     _check_overrides(overrides, decisions)
-    sources, totals = (
-        (source.sources, source.totals) if isinstance(source, Analysis) else describe(source)
-    )
     check_beside(chosen, norms, embeddings)
     return MergePlan(
         name=source.name,
@@ -286,6 +299,7 @@ def make_plan(
         calibration=_open_calibration(chosen, calibration, sources),
         norms=norms,
         tokens=_share_tokens(source, embeddings),
+        anchor=check_anchor(chosen, anchor, complete),
     )
 
 

@@ -62,6 +62,11 @@ def _check_expressible(plan: MergePlan) -> None:
             f"The plan also merges {plan.beside[0]}; an exported recipe limits itself to decoder "
             f"matrices. Export a plan that keeps norms and embeddings."
         )
+    if plan.anchor in ("inject", "interp"):
+        raise PlanError(
+            f"The plan's anchor is {plan.anchor}; a recipe measures every change from one base. "
+            f"Export a plan with the anchor two_base."
+        )
     if plan.sources.base_mllm is not None:
         raise PlanError("The MLLM has a base of its own; a recipe has one base for all models.")
 

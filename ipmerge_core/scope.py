@@ -1,4 +1,4 @@
-"""What a plan may merge: overrides, patterns on names, and what lies beside the matrices.
+"""What a plan may merge, and from where: overrides, patterns, what is beside matrices, anchors.
 
 In: what a user says. Out: a `Scope` that answers for a name, or a PlanError. Knows no model.
 """
@@ -15,6 +15,7 @@ from ipmerge_core.methods import MergeMethod
 Override = Literal["merge", "keep"]
 Norms = Literal["keep", "merge"]
 Embeddings = Literal["keep", "merge-shared"]
+Anchor = Literal["two_base", "root", "inject", "interp"]
 
 
 class Scope(NamedTuple):
@@ -65,6 +66,31 @@ def check_beside(method: MergeMethod, norms: Norms, embeddings: Embeddings) -> N
             f"{method.label} needs a calibration, which measures matrices only and not {asked[0]}. "
             f"Keep them, or choose a method without data such as task_arithmetic."
         )
+
+
+def check_anchor(method: MergeMethod, anchor: Anchor, parameters: Mapping[str, Any]) -> Anchor:
+    """Refuse an anchor that the method has no meaning for. Raises: PlanError."""
+    check_policy("anchor", anchor, Anchor)
+    if anchor == "two_base":
+        return anchor
+    if method.matrixwise or method.data is not None:
+        raise PlanError(
+            f"{method.label} measures every change from the model's own base; the anchor {anchor} "
+            f"is for elementwise methods without data. Leave it at two_base."
+        )
+    if anchor == "root":
+        return anchor
+    if "math_weight" not in parameters:
+        raise PlanError(
+            f"The anchor {anchor} needs a weight on the expert's change and {method.label} has "
+            f"none. Choose a method with math_weight, such as task_arithmetic."
+        )
+    if parameters.get("mllm_weight", 1.0) != 1.0:
+        raise PlanError(
+            f"mllm_weight is {parameters['mllm_weight']!r}; with the anchor {anchor} the MLLM "
+            f"stays whole, so leave it at 1 and set math_weight."
+        )
+    return anchor
 
 
 def check_policy(role: str, value: Any, legal: Any) -> Any:  # noqa: ANN401

@@ -19,6 +19,7 @@ from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.blocks import blockwise
 from ipmerge_core.pairing import BIAS, NORM, VOCABULARY, MatrixMatch, MatrixWeights, ModelPair
 from ipmerge_core.plan import MergePlan
+from ipmerge_core.scope import Anchor
 from ipmerge_core.vocabulary import ROWS, shared_rows, shared_tokens
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
@@ -37,14 +38,20 @@ class Part(NamedTuple):
 
 
 def on_one_base(
-    weights: MatrixWeights, device: torch.device
+    weights: MatrixWeights, device: torch.device, anchor: Anchor = "two_base"
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Move weights to the device, and experts of another base to the MLLM's: base, mllm, experts.
+    """Move weights to the device, and all to the anchor's one base: base, mllm, experts.
 
-    Math:   W_e' = (W_e - W0) + W0_mllm. Then one base serves both, and no method needs to know.
+    Math:   two_base: on B_v, W_e' = (W_e - W0) + B_v;  root: on W0, as they are
+            inject:   on W_v, W_e' = (W_e - W0) + W_v;  interp: on W_v, as they are
+    On W_v the MLLM's task vector is 0. No method needs to know.
     """
     base, root, mllm, experts = weights.to(device)
-    if root is base:
+    if anchor == "interp":
+        return mllm, mllm, list(experts)
+    if anchor == "inject":
+        root = mllm
+    elif root is base or anchor == "root":
         return base, mllm, list(experts)
     moved = [blockwise(lambda e, b, r: (e - b) + r, expert, base, root) for expert in experts]
     return root, mllm, moved

@@ -18,6 +18,21 @@ PAGE = """# Merge methods and their parameters
 
 `W0` is the base, `W_v` the MLLM, `W_e` the math model; `dW_v = W_v - W0` and `dW_e = W_e - W0` are
 their task vectors. Parameters are keywords of `make_plan` and of `METHODS[name](base, mllm, math)`.
+
+`anchor` says where changes are measured from and where they land. `W0` is the experts' base and
+`B_v` the MLLM's own, the same model unless `base_mllm` names another:
+
+| anchor | task arithmetic becomes | use |
+|---|---|---|
+| `two_base` (default) | `B_v + a_v (W_v - B_v) + a_e (W_e - W0)` | each model from its own base |
+| `root` | `W0 + a_v (W_v - W0) + a_e (W_e - W0)` | one base for all, as mergekit does |
+| `inject` | `W_v + a_e (W_e - W0)` | the MLLM stays whole; its own base plays no part |
+| `interp` | `W_v + a_e (W_e - W_v)` | the line between the two models; no base plays a part |
+
+With one base `two_base` and `root` are the same. With `inject` and `interp` a method thins or
+elects among the experts' changes alone. They need a method with `math_weight`; the methods that
+decompose matrices or need a calibration take `two_base` only.
+
 This page is made from the methods' own signatures by `python tests/method_tables.py`.
 """
 

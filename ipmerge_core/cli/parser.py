@@ -132,6 +132,12 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--set", metavar="NAME=VALUE", action="append", default=[], help="a method's parameter"
     )
     parser.add_argument("--calibration", metavar="FOLDER", help="for the methods that need data")
+    parser.add_argument(
+        "--anchor",
+        choices=("two_base", "root", "inject", "interp"),
+        default="two_base",
+        help="measure changes from each model's base, from one base, or on the whole MLLM",
+    )
     parser.add_argument("--norms", choices=("keep", "merge"), default="keep", help="and biases")
     parser.add_argument(
         "--embeddings",

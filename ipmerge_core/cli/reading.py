@@ -52,7 +52,15 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         "lambda_": options.lambda_,
         "similarity": options.similarity,
     }
-    for name in ("include", "exclude", "layer_gains", "calibration", "norms", "embeddings"):
+    for name in (
+        "include",
+        "exclude",
+        "layer_gains",
+        "calibration",
+        "norms",
+        "embeddings",
+        "anchor",
+    ):
         chosen[name] = getattr(options, name)
     for assignment in options.set:
         name, equals, text = assignment.partition("=")
