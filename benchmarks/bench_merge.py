@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="12 make 0.74 B parameters")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--flat", type=int, nargs="*", default=[3, 38], help="layers to compare")
+    parser.add_argument("--methods", nargs="*", default=list(GAINS))
     parser.add_argument("--skip", nargs="*", default=[], help="speed, flat, equal, ranks")
     parser.add_argument("--write", nargs=6, help="only write a trio: folder, sizes, dtype")
     options = parser.parse_args()
@@ -79,7 +80,7 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
     theirs: dict[str, list[Cost]] = {}
     floors = []
     for _ in range(options.repeat):
-        for method in GAINS:
+        for method in options.methods:
             ours.setdefault(method, []).append(merge(trio, folder, method))
             floors.append(floor(trio, folder))
             if options.mergekit:
@@ -90,7 +91,7 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
     least = min(floors)
     print(f"\nBase and two fine-tunes of {size / 1e9:.2f} GB, minimum of {options.repeat}.\n")
     rows = []
-    for method in GAINS:
+    for method in options.methods:
         own = best(ours[method])
         other = best(theirs[method]) if theirs else None
         ratios = [f"{own.wall / other.wall:.3f}", f"{own.rss / other.rss:.3f}"] if other else []
@@ -99,9 +100,10 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
             rows.append([method, "mergekit 0.1.5", *shown(other), "1", "1"])
     head = ["method", "tool", "wall s", "cpu s", "peak RSS GB", "wall ratio", "RSS ratio"]
     print(table(head, rows))
-    own = best(ours["task_arithmetic"])
+    first = options.methods[0]
+    own = best(ours[first])
     print(
-        f"\nFloor, `cat` of the inputs and `cp` of the output: {least:.2f} s; task arithmetic "
+        f"\nFloor, `cat` of the inputs and `cp` of the output: {least:.2f} s; {first} "
         f"takes {own.wall / least:.1f} times that. Interpreter with its imports: "
         f"{bare.wall:.1f} s, {bare.rss / 1e9:.2f} GB, so the merge itself adds "
         f"{(own.rss - bare.rss) / 1e9:.2f} GB."
@@ -134,7 +136,7 @@ def equality(folder: Path, options: argparse.Namespace) -> None:
 
     trio = written(folder / "equal", 1, dtype="float32")
     rows = []
-    for method in GAINS:
+    for method in options.methods:
         merge(trio, folder, method, keep=True)
         mergekit(options.mergekit, trio, folder, method, dtype="float32", keep=True)
         apart, largest, total = 0, 0.0, 0

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -33,6 +34,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msg
 _NOT_COPIED = (*_WEIGHTS, ".gguf", ".tflite", ".ot")
 _REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
+_AUDITORS = 2  # threads that read back, each a piece of that size at a time
 
 
 class Place(NamedTuple):
@@ -131,16 +133,23 @@ class CheckpointWriter:
 
         Raises: RunError naming the first that differs, or that holds NaN or infinity.
         """
+        names = list(names)
         for name in names:
-            spec = self.source.spec(name)
-            digest, bad = self._digest(spec)
-            if digest != self.done[name] or bad:
-                what = f"holds {bad} NaN or infinite values" if bad else "differs"
-                raise RunError(
-                    f"'{name}' {what} when read back from '{self.place.run}'. The disk does not "
-                    f"keep what is written, or another program changed it. Check the disk, delete "
-                    f"that folder and run again."
-                )
+            self._shard(self.source.spec(name).shard)  # opened here: the threads only read
+        with ThreadPoolExecutor(_AUDITORS) as threads:
+            for name, trouble in zip(names, threads.map(self._trouble, names), strict=True):
+                if trouble is not None:
+                    raise RunError(
+                        f"'{name}' {trouble} when read back from '{self.place.run}'. The disk does "
+                        f"not keep what is written, or another program changed it. Check the disk, "
+                        f"delete that folder and run again."
+                    )
+
+    def _trouble(self, name: str) -> str | None:
+        digest, bad = self._digest(self.source.spec(name))
+        if bad:
+            return f"holds {bad} NaN or infinite values"
+        return None if digest == self.done[name] else "differs"
 
     def finish(self, documents: Mapping[str, str]) -> None:
         """Copy the model's other files, add `documents`, check the whole, give it its final name.

@@ -85,7 +85,7 @@ def task_arithmetic(
     """
 
     def add(W0: Tensor, W_v: Tensor, *experts: Tensor) -> Tensor:
-        merged = W_v + (mllm_weight - 1.0) * (W_v - W0)
+        merged = W_v.clone() if mllm_weight == 1.0 else W_v + (mllm_weight - 1.0) * (W_v - W0)
         for W_e in experts:
             merged.add_(W_e - W0, alpha=math_weight)
         return merged
