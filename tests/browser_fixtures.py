@@ -87,13 +87,17 @@ def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None
 
 @contextmanager
 def serving(log: Path, *command: str, port: int) -> Iterator[str]:
-    """Run a Python program of this repository as a server; yield its address, then stop it."""
+    """Run a Python program of this repository as a server; yield its address, then stop it.
+
+    Its home folder lies beside the log, so that no test sees or touches the user's own runs.
+    """
     address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    home = {"IPMERGE_HOME": str(log.parent / "home")}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env={**os.environ, **QUIET, **address},
+            env={**os.environ, **QUIET, **home, **address},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
