@@ -90,9 +90,7 @@ def test_non_finite_values_are_counted(own_trio: Trio, weights_file: Path) -> No
     save_file(weights, weights_file)
     model = Checkpoint.open(own_trio.base)
     assert model.read("model.norm.weight").isnan().any()
-    with pytest.raises(
-        CheckpointError, match="'model.norm.weight' .* 3 NaN or infinite"
-    ):
+    with pytest.raises(CheckpointError, match="'model.norm.weight' .* 3 NaN or infinite"):
         model.read_matrix("model.norm.weight")
 
 

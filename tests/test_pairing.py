@@ -126,7 +126,8 @@ def test_a_hole_is_refused_by_name(trio: Trio, tmp_path: Path) -> None:
     weights = text_weights()
     del weights["model.layers.1.mlp.up_proj.weight"]
     holed = write_model(tmp_path / "holed", weights, TEXT_CONFIG)
-    with pytest.raises(PairingError, match="Layer 1 of .*base' has 'mlp.up_proj.weight' and .*holed'"):
+    expected = "Layer 1 of .*base' has 'mlp.up_proj.weight' and .*holed'"
+    with pytest.raises(PairingError, match=expected):
         open_pair(trio.mllm, holed, trio.base)
 
 
