@@ -14,6 +14,7 @@ import gradio as gr
 from ipmerge_core.ui.api import add_endpoints
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.cite_tab import cite_tab
+from ipmerge_core.ui.compare import compare_tab
 from ipmerge_core.ui.download import download_route
 from ipmerge_core.ui.explore import explore_tab, start_choice
 from ipmerge_core.ui.layer_map import PlanChoice
@@ -70,6 +71,8 @@ def _add_tabs(app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.St
         asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merge_tab(app, backend, pair, choice, job=job, tabs=tabs, tab=merge)
+        with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
+            compare_tab(pair, choice, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(pair, choice, cite, explore.opened)
 

@@ -115,3 +115,18 @@ function fill(made, attributes, children) {
 function setText(target, text) {
   if (target.textContent !== text) target.textContent = text;
 }
+
+// The head of a table that can be sorted: a button a column, its arrow for the eye only.
+function sortHeads(names, { key, down }, attributes = {}) {
+  return node("thead", {}, node("tr", {}, ...names.map((name) => {
+    const order = name !== key ? "none" : down ? "descending" : "ascending";
+    return node("th", { scope: "col", "aria-sort": order }, node("button", { type: "button", class: "lm-quiet", "data-key": name, ...attributes },
+      name, name === key ? node("span", { "aria-hidden": "true" }, down ? " ↓" : " ↑") : null));
+  })));
+}
+
+// Rows in the order that its heads say, equal ones by layer.
+function sortRows(rows, { key, down }) {
+  const sign = down ? -1 : 1;
+  return [...rows].sort((x, y) => sign * (x[key] > y[key] ? 1 : x[key] < y[key] ? -1 : 0) || x.layer - y.layer);
+}

@@ -136,13 +136,11 @@ const TABLE_COLUMNS = [["layer", String], ["module", String], ["expert", String]
 function buildTable(map) {
   const holder = map.dom.table;
   if (!holder.parentNode.open) return;
-  const { key = "layer", down = false } = map.sort || {};
+  const sort = map.sort || { key: "layer", down: false };
   const shown = TABLE_COLUMNS.filter(([name]) => name !== "expert" || map.index.nExperts > 1);
-  const rows = tableRows(map), sign = down ? -1 : 1;
-  rows.sort((a, b) => sign * (a[key] > b[key] ? 1 : a[key] < b[key] ? -1 : 0) || a.layer - b.layer);
+  const rows = sortRows(tableRows(map), sort);
   holder.replaceChildren(node("table", { class: "lm-numbers lm-table" },
     node("caption", {}, map.dom.sum.textContent),
-    node("thead", {}, node("tr", {}, ...shown.map(([name]) => node("th", { scope: "col", "aria-sort": name === key ? (down ? "descending" : "ascending") : "none" },
-      node("button", { type: "button", class: "lm-quiet", "data-act": "sort", "data-key": name }, name + (name === key ? (down ? " ↓" : " ↑") : "")))))),
+    sortHeads(shown.map(([name]) => name), sort, { "data-act": "sort" }),
     node("tbody", {}, ...rows.map((row) => node("tr", {}, ...shown.map(([name, words]) => node("td", {}, words(row[name]))))))));
 }

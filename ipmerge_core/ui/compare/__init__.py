@@ -1,0 +1,83 @@
+"""The Compare tab: two plans on one pair, or two pairs by relative depth, in one grid.
+
+In: the frame's pair, the session's `PlanChoice`, and a second pair. Out: nothing; every number is
+computed in the browser by the layer map's own arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.events import Dependency
+
+from ipmerge_core.ui import layer_map
+from ipmerge_core.ui.explore import map_content
+from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.packs import list_packs
+
+HERE = Path(__file__).parent
+SHARED = ("preview", "scales", "grid")  # of the layer map: arithmetic, words and the grid
+ELEM_ID = "compare-map"
+
+
+def compare_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependency) -> None:
+    """Lay out the tab inside the open `tab`; fill it with `tab` and when a pair is opened."""
+    # layout
+    packs = [(pack.label, pack.id) for pack in list_packs()]
+    other = gr.Dropdown(
+        [("The same pair", ""), *packs], value="", label="Pair of B", elem_id="compare-pair"
+    )
+    compared = CompareMap()
+    seen = gr.State(False)  # whether the tab was opened: until then it is not worth its bytes
+
+    # handlers
+    def compare(pack_id: str, plan: PlanChoice, other_id: str) -> tuple[dict[str, Any], bool]:
+        return compare_content(pack_id, plan, other_id), True
+
+    def compare_again(pack_id: str, plan: PlanChoice, other_id: str, shown: bool) -> Any:  # noqa: ANN401
+        return compare_content(pack_id, plan, other_id) if shown else gr.skip()
+
+    # wiring
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    inputs = [pair, choice, other]
+    tab.select(told(compare), inputs, [compared, seen], **quiet)
+    other.input(told(compare), inputs, [compared, seen], **quiet)
+    opened.success(told(compare_again), [*inputs, seen], compared, **quiet)
+
+
+def compare_content(pack_id: str, choice: PlanChoice, other_id: str) -> dict[str, Any]:
+    """Return what the component draws; `b` is null for the same pair. Raises: PlanError."""
+    other = map_content(other_id) if other_id and other_id != pack_id else None
+    return {"a": map_content(pack_id, choice), "b": other}
+
+
+class CompareMap(gr.HTML):
+    """The component: the layer map's grid with two plans in it."""
+
+    def __init__(self, value: dict[str, Any] | None = None, elem_id: str = ELEM_ID) -> None:
+        shared = [layer_map.HERE / f"{name}.js" for name in SHARED]
+        styles = [layer_map.HERE / "style.css", HERE / "style.css"]
+        super().__init__(
+            value=value,
+            html_template=(HERE / "template.html").read_text(encoding="utf-8"),
+            css_template="\n".join(path.read_text(encoding="utf-8") for path in styles),
+            js_on_load="\n".join(
+                path.read_text(encoding="utf-8") for path in [*shared, HERE / "compare.js"]
+            ),
+            apply_default_css=False,
+            elem_id=elem_id,
+        )
+
+    def postprocess(self, value: object) -> str | None:
+        """Send the content as one string of JSON: the page then makes no proxies of its parts."""
+        if value is None or isinstance(value, str):
+            return value
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+    def api_info(self) -> dict[str, Any]:
+        """The content is a string of JSON."""
+        return {"type": "string"}
