@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import urllib.error
 import urllib.request
@@ -144,3 +145,21 @@ def test_a_plan_that_selects_nothing_says_so(new_page, place):
 def test_a_phone_scrolls_only_downwards(place, new_page):
     page = open_merge(new_page(width=390, height=844), place.url)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_another_method_is_chosen_set_and_merged(page, place):
+    page.get_by_label("Method", exact=True).click()
+    page.get_by_role("option", name="TIES", exact=True).click()
+    density = page.get_by_label("density", exact=True)
+    expect(density).to_be_visible(timeout=LOADING)
+    expect(page.locator("#confirmation")).to_contain_text("no exact preview", timeout=LOADING)
+    density.fill("2")
+    expect(page.locator("#findings")).to_contain_text("density is 2", timeout=LOADING)
+    expect(page.locator("#start-merge")).to_be_disabled()
+    density.fill("0.5")
+    expect(page.locator("#confirmation")).to_contain_text("28 of 28", timeout=LOADING)
+    expect(page.locator("#start-merge")).to_be_enabled()
+    start(page, "by-ties")
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    plan = json.loads((place.home / "models" / "by-ties" / "ipmerge.json").read_text())["plan"]
+    assert (plan["method"], plan["parameters"]["density"]) == ("ties", 0.5)

@@ -59,7 +59,9 @@ def run(folder: Path, *command: str) -> str:
 
 def test_the_python_snippet_makes_and_merges_the_same_plan(tmp_path: Path, choice: PlanChoice):
     expected = plan_of("pack", choice).hash
-    printed = run(tmp_path, sys.executable, "-c", snippets_of("pack", choice, "http://x").python)
+    printed = run(
+        tmp_path, sys.executable, "-c", snippets_of("pack", choice, "http://127.0.0.1:1").python
+    )
     assert printed.split()[0] == expected
     assert MergePlan.load(tmp_path / "plan.json").hash == expected
     assert list((tmp_path / "merged-model").glob("*.safetensors"))
@@ -68,7 +70,7 @@ def test_the_python_snippet_makes_and_merges_the_same_plan(tmp_path: Path, choic
 def test_the_command_line_snippet_makes_and_merges_the_same_plan(
     tmp_path: Path, choice: PlanChoice
 ):
-    run(tmp_path, "bash", "-ec", snippets_of("pack", choice, "http://x").shell)
+    run(tmp_path, "bash", "-ec", snippets_of("pack", choice, "http://127.0.0.1:1").shell)
     assert MergePlan.load(tmp_path / "plan.json").hash == plan_of("pack", choice).hash
     assert list((tmp_path / "merged-model").glob("*.safetensors"))
 
@@ -82,7 +84,7 @@ def test_the_client_and_curl_snippets_get_the_same_plan_from_the_app(tmp_path: P
 
 
 def test_the_json_holds_the_arguments_of_make_plan(choice: PlanChoice):
-    content = json.loads(snippets_of("pack", choice, "http://x").json)
+    content = json.loads(snippets_of("pack", choice, "http://127.0.0.1:1").json)
     assert content["arguments"] == choice.arguments
     assert content["plan"] == choice.to_browser()
     assert content["pair"]["id"] == "pack"
@@ -90,7 +92,7 @@ def test_the_json_holds_the_arguments_of_make_plan(choice: PlanChoice):
 
 def test_the_bibtex_names_the_authors_and_the_models_on_the_hub_but_no_local_folder():
     entry = {"id": "Qwen/Qwen2-7B_x", "revision": "abc", "fingerprint": "f"}
-    local = {"id": "/home/me/model", "revision": None, "fingerprint": "f"}
+    local = {"id": "/models/mine", "revision": None, "fingerprint": "f"}
     text = bibtex_of({"sources": {"mllm": entry, "base": entry, "math": [local]}})
     assert (
         "Hu, Yijie and Zhou, Zihao and Huang, Kaizhu and Huang, Xiaowei and Wang, Qiufeng"

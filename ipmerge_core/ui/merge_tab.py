@@ -13,11 +13,17 @@ import gradio as gr
 
 from ipmerge_core.errors import IPMergeError
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.choice import plan_of
 from ipmerge_core.ui.download import download_link
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merge_words import confirm_html, findings_html, progress_html, result_html
+from ipmerge_core.ui.merge_words import (
+    change_words,
+    confirm_html,
+    findings_html,
+    progress_html,
+    result_html,
+)
 from ipmerge_core.ui.messages import public_text, sentence_of, told
+from ipmerge_core.ui.method_form import MethodChoice, chosen_plan, method_form, offered
 
 if TYPE_CHECKING:
     from ipmerge_core.pairing import Finding
@@ -30,6 +36,21 @@ READING = '<p class="waiting">Reading headers and a few small matrices …</p>'
 NO_RUN = '<p class="waiting">No run yet.</p>'
 FOLDER_HINT = "A name, or the path of a new folder"
 FOLDER_HINT_HOSTED = "A name"
+
+
+class _Steps(NamedTuple):
+    """The parts of the four cards that events fill or listen to."""
+
+    form: gr.Column
+    findings: gr.HTML
+    confirmation: gr.HTML
+    folder: gr.Textbox
+    start: gr.Button
+    progress: gr.HTML
+    cancel: gr.Button
+    resume: gr.Button
+    result: gr.HTML
+    try_it: gr.Button
 
 
 class Readiness(NamedTuple):
@@ -53,8 +74,62 @@ def merge_tab(
 ) -> None:
     """Lay out the tab and wire it."""
     # layout
+    method = gr.State(MethodChoice())
+    steps = _steps(backend)
+    timer = gr.Timer(POLL_SECONDS, active=False)
+
+    # handlers
+    def check(
+        pack_id: str, plan: PlanChoice, how: MethodChoice
+    ) -> tuple[str, str, str, dict[str, Any]]:
+        found = readiness(backend, pack_id, plan, how)
+        words = findings_html(found.findings)
+        return words, found.confirmation, found.folder, gr.update(interactive=found.ready)
+
+    def begin(pack_id: str, plan: PlanChoice, how: MethodChoice, name: str) -> dict[str, str]:
+        started = backend.start_merge(chosen_plan(pack_id, plan, how), name)
+        return started._asdict()
+
+    def stop(mine: dict[str, str]) -> None:
+        backend.store.cancel(mine["id"], mine["key"])
+
+    def go_on(mine: dict[str, str]) -> None:
+        backend.store.resume(mine["id"], mine["key"])
+
+    def watch(mine: dict[str, str] | None) -> list[Any]:
+        return watched(backend, mine or {})
+
+    # wiring
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    watching = [steps.progress, steps.cancel, steps.resume, steps.result, steps.try_it, timer]
+    checked = [steps.findings, steps.confirmation, steps.folder, steps.start]
+    with steps.form:
+        name = method_form(
+            method, lambda event: event.then(told(check), [pair, choice, method], checked, **quiet)
+        )
+    tab.select(watch, job, watching, queue=False, **quiet)
+    tab.select(lambda: READING, None, steps.findings, queue=False, **quiet).then(
+        told(check), [pair, choice, method], checked, **quiet
+    ).then(offered, None, name, **quiet)
+    steps.start.click(told(begin), [pair, choice, method, steps.folder], job, **quiet).success(
+        watch, job, watching, **quiet
+    )
+    steps.cancel.click(told(stop), job, None, queue=False, **quiet).success(
+        watch, job, watching, **quiet
+    )
+    steps.resume.click(told(go_on), job, None, queue=False, **quiet).success(
+        watch, job, watching, **quiet
+    )
+    timer.tick(watch, job, watching, queue=False, **quiet)
+    app.load(watch, job, watching, queue=False, **quiet)
+    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **quiet)
+
+
+def _steps(backend: Backend) -> _Steps:
+    """Lay out the four cards: check, confirm, run, result."""
     with gr.Column(elem_id="merge-steps"):
         with _card("1", "Check", "check"):
+            form = gr.Column(elem_id="method-form")
             findings = gr.HTML(READING, elem_id="findings")
         with _card("2", "Confirm", "confirm"):
             confirmation = gr.HTML("", elem_id="confirmation")
@@ -78,45 +153,9 @@ def merge_tab(
                 '<p class="waiting">Nothing has been merged yet.</p>', elem_id="result"
             )
             try_it = gr.Button("Try it", visible=False, size="sm", elem_id="try-merged")
-    timer = gr.Timer(POLL_SECONDS, active=False)
-
-    # handlers
-    def check(pack_id: str, plan: PlanChoice) -> tuple[str, str, str, dict[str, Any]]:
-        found = readiness(backend, pack_id, plan)
-        words = findings_html(found.findings)
-        return words, found.confirmation, found.folder, gr.update(interactive=found.ready)
-
-    def begin(pack_id: str, plan: PlanChoice, name: str) -> dict[str, str]:
-        started = backend.start_merge(plan_of(pack_id, plan), name)
-        return started._asdict()
-
-    def stop(mine: dict[str, str]) -> None:
-        backend.store.cancel(mine["id"], mine["key"])
-
-    def go_on(mine: dict[str, str]) -> None:
-        backend.store.resume(mine["id"], mine["key"])
-
-    def watch(mine: dict[str, str] | None) -> list[Any]:
-        return watched(backend, mine or {})
-
-    # wiring
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    watching = [progress, cancel, resume, result, try_it, timer]
-    checked = [findings, confirmation, folder, start]
-    tab.select(watch, job, watching, queue=False, **quiet)
-    tab.select(lambda: READING, None, findings, queue=False, **quiet).then(
-        told(check), [pair, choice], checked, **quiet
+    return _Steps(
+        form, findings, confirmation, folder, start, progress, cancel, resume, result, try_it
     )
-    start.click(told(begin), [pair, choice, folder], job, **quiet).success(
-        watch, job, watching, **quiet
-    )
-    cancel.click(told(stop), job, None, queue=False, **quiet).success(watch, job, watching, **quiet)
-    resume.click(told(go_on), job, None, queue=False, **quiet).success(
-        watch, job, watching, **quiet
-    )
-    timer.tick(watch, job, watching, queue=False, **quiet)
-    app.load(watch, job, watching, queue=False, **quiet)
-    try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **quiet)
 
 
 def remembered_job() -> gr.BrowserState:
@@ -127,19 +166,21 @@ def remembered_job() -> gr.BrowserState:
     return gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
 
 
-def readiness(backend: Backend, pack_id: str, choice: PlanChoice) -> Readiness:
+def readiness(
+    backend: Backend, pack_id: str, choice: PlanChoice, method: MethodChoice | None = None
+) -> Readiness:
     """Check pair, plan and room before anything is written."""
     from ipmerge_core.merging import estimate, reopen
     from ipmerge_core.pairing import Finding
 
     try:
-        plan = plan_of(pack_id, choice)
+        plan = chosen_plan(pack_id, choice, method or MethodChoice())
         models = reopen(plan)
         name = backend.free_name(plan)
         need = estimate(plan, backend.output_folder(name))
         found = [_public(finding) for finding in models.check()]
         found.append(_room(need.nbytes_written, need.nbytes_free))
-        words = confirm_html(plan, plan.preview(), need, models.kept)
+        words = confirm_html(plan, change_words(plan), need, models.kept)
     except IPMergeError as error:
         refusal = Finding("refusal", "This merge cannot be made.", sentence_of(error))
         return Readiness([refusal], "", "", ready=False)

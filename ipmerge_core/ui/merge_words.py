@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
+from ipmerge_core.errors import PlanError
 from ipmerge_core.jobs import JobStatus
 
 if TYPE_CHECKING:
     from ipmerge_core.merging import Estimate
     from ipmerge_core.pairing import Finding
     from ipmerge_core.plan import MergePlan
-    from ipmerge_core.preview import Preview
 
 SIGNS = {"ok": "✓", "warning": "!", "refusal": "✕"}
 COPY_SPEED = 300e6  # bytes per second, a slow disk
@@ -47,18 +47,27 @@ def findings_html(findings: Iterable[Finding]) -> str:
     return f'<ul class="findings">{"".join(rows)}</ul>'
 
 
-def confirm_html(plan: MergePlan, preview: Preview, need: Estimate, kept: Mapping[str, str]) -> str:
-    """Say what changes, what stays, and what it takes."""
+def change_words(plan: MergePlan) -> str:
+    """Say how far the decoder moves, or why that is not known before the merge."""
+    try:
+        return f"the decoder moves by {plan.preview().relative_change:.2%} of its norm"
+    except PlanError as error:
+        return str(error)
+
+
+def confirm_html(plan: MergePlan, change: str, need: Estimate, kept: Mapping[str, str]) -> str:
+    """Say what changes (`change` says how far), what stays, and what it takes."""
     reasons = Counter(kept.values())
-    unselected = preview.n_matrices - len(preview.selected)
+    unselected = len(plan.decisions) - len(plan.selected)
     stays = [f"{unselected} decoder matrices that the plan does not select"] if unselected else []
     stays += [f"{count} tensors ({reason})" for reason, count in reasons.most_common()]
-    share = preview.parameters_touched / max(preview.llm_parameters, 1)
+    touched = sum(decision.numel for decision in plan.selected)
+    share = touched / max(plan.totals.llm_parameters, 1)
     rows = {
         "Plan": f"<code>{plan.hash}</code> {escape(plan.name)}",
-        "Changes": f"{len(preview.selected)} of {preview.n_matrices} decoder matrices, "
-        f"{count_words(preview.parameters_touched)} parameters ({share:.0%} of the language "
-        f"model); the decoder moves by {preview.relative_change:.2%} of its norm",
+        "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
+        f"{count_words(touched)} parameters ({share:.0%} of the language model); "
+        f"{escape(change)}",
         "Stays, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor and configs",
         "Reads, writes": f"{size_words(need.nbytes_read)}, {size_words(need.nbytes_written)} "
         f"({size_words(need.nbytes_free)} free)",
@@ -109,9 +118,11 @@ def result_html(out: str, link: str | None, *, show_path: bool) -> str:
 
 def estimated_seconds(plan: MergePlan, need: Estimate) -> float:
     """Estimate a merge's time: bytes at a slow disk's speed, decompositions at one core's."""
+    from ipmerge_core.methods import find_method
+
     operations = 0.0
     shapes: dict[str, tuple[int, int]] = {record.name: record.shape for record in plan.records}
-    for decision in plan.selected:
+    for decision in plan.selected if find_method(plan.method).matrixwise else ():
         m, n = shapes[decision.name]
         operations += SVD_OPERATIONS * m * n * min(m, n) * (1 + len(decision.experts))
     return (need.nbytes_read + need.nbytes_written) / COPY_SPEED + operations / ARITHMETIC_SPEED
