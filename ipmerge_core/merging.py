@@ -36,7 +36,7 @@ from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.registry import Models
 from ipmerge_core.pairing import MatrixWeights, ModelPair
-from ipmerge_core.pipeline import Load, WriteBehind, read_ahead
+from ipmerge_core.pipeline import Load, WriteBehind, compute_ahead, read_ahead
 from ipmerge_core.plan import MergePlan, open_sources
 from ipmerge_core.ranks import Ranks, share_out
 from ipmerge_core.version import __version__
@@ -61,6 +61,7 @@ from ipmerge_core.writer import (
     tidy_finished,
 )
 
+_MOST_WORKERS = 8  # more are not faster than one thread reads
 _BUDGET = 1 << 26  # bytes read ahead, and bytes waiting to be written, unless one tensor needs more
 
 Action: TypeAlias = Literal["merged", "copied", "resumed"]
@@ -203,18 +204,21 @@ class _Run:
         for spec in specs:
             if spec.name in self.writer.done:
                 yield count.step(spec, "resumed")
-        cut = [part for spec in todo for part in parts(spec, work.get(spec.name, []))]
+        local = self.method.is_local(self.plan.parameters)
+        cut = [p for spec in todo for p in parts(spec, work.get(spec.name, []), local=local)]
         budget = max([_BUDGET, *(held(self.pair, part) for part in cut)])
         statistic = self._statistic() if any(part.matrix for part in cut) else None
-        with WriteBehind[MergeStep | None](budget) as behind:
-            with closing(read_ahead(self._loads(cut), budget)) as pieces:
-                for part, content in pieces:
-                    data = self._merged(part, content, statistic)
-                    action: Action = "merged" if part.spec.name in work else "copied"
-                    job = partial(self._write, part, data, count, action)
-                    del content
-                    yield from filter(None, behind.submit(len(data), job))
-                    del data, job
+        merged = partial(self._merged, statistic=statistic)
+        with (
+            WriteBehind[MergeStep | None](budget) as behind,
+            closing(read_ahead(self._loads(cut), budget)) as pieces,
+            closing(compute_ahead(merged, pieces, self._workers)) as results,
+        ):
+            for part, data in results:
+                action: Action = "merged" if part.spec.name in work else "copied"
+                job = partial(self._write, part, data, count, action)
+                yield from filter(None, behind.submit(len(data), job))
+                del data, job
             yield from filter(None, behind.drain())
         self.writer.audit([spec.name for spec in specs])
 
@@ -225,11 +229,12 @@ class _Run:
         is not, and nothing of it stays.
         """
         said = None if failure is None else (str(failure), isinstance(failure, RunError))
-        reports = self.ranks.gather((said, self.writer.done))
+        reports = self.ranks.gather((said, self.writer.done, self.writer.hashes))
 
         def finish() -> None:
-            for rank, (trouble, done) in enumerate(reports):
+            for rank, (trouble, done, hashes) in enumerate(reports):
                 self.writer.done |= done
+                self.writer.hashes |= hashes
                 if trouble is not None and not trouble[1]:
                     self.writer.discard()
                 if trouble is not None:
@@ -262,11 +267,21 @@ class _Run:
         mllm.refuse_non_finite(spec.name, count_non_finite(data, spec.dtype))
         return Piece(part, data)
 
-    def _merged(
-        self, part: Part, content: bytearray | MatrixWeights, statistic: tuple[float, ...] | None
-    ) -> bytearray:
+    @property
+    def _workers(self) -> int:
+        """How many pieces are merged at once: as many as this process has cores.
+
+        One on a GPU, and one where matrices are decomposed: that takes memory and keeps the threads
+        busy that it is given.
+        """
+        if self.device.type != "cpu" or self.method.matrixwise:
+            return 1
+        return min(_MOST_WORKERS, self.ranks.cores)
+
+    def _merged(self, piece: Piece, statistic: tuple[float, ...] | None) -> tuple[Part, bytearray]:
+        part, content = piece
         if isinstance(content, bytearray):
-            return content
+            return part, content
         assert part.matrix is not None
         supplied: dict[str, Any] = {}
         if statistic is not None:
@@ -277,7 +292,7 @@ class _Run:
         with torch.no_grad():
             parameters = self.plan.parameters_for(part.matrix.layer)
             merged = merged_matrix(self.method, part.matrix, models, **parameters, **supplied)
-        return _stored(merged, part, self.pair.mllm)
+        return part, _stored(merged, part, self.pair.mllm)
 
     def _write(
         self, part: Part, data: bytearray, count: _Count, action: Action
@@ -301,8 +316,9 @@ class _Run:
             for inputs in read_ahead(loads, _BUDGET):
                 yield *on_one_base(inputs, self.device, self.plan.anchor), {}
 
+        apply = partial(compute_ahead, workers=self._workers)
         with torch.no_grad():
-            return statistic.over(matrices, self.plan.parameters)
+            return statistic.over(matrices, self.plan.parameters, apply=apply)
 
 
 class _Count:
@@ -349,7 +365,7 @@ def _documents(run: _Run, seconds: float) -> dict[str, str]:
 
 
 def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
-    plan, pair, done = run.plan, run.pair, run.writer.done
+    plan, pair, hashes = run.plan, run.pair, run.writer.hashes
     merged: dict[str, dict[str, Any]] = {}
     for name, found in work_of(plan, pair).items():
         whole = len(found) == 1 and found[0][0].mllm == name
@@ -386,12 +402,12 @@ def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
         "nbytes": pair.mllm.nbytes,
         "n_merged": len(plan.selected),
         "audit": {
-            "tensors": len(done),
-            "equal_to_the_mllm": len(done) - len(merged),
+            "tensors": len(hashes),
+            "equal_to_the_mllm": len(hashes) - len(merged),
             "checked": "names, shapes, dtypes, offsets, finite values, and every hash read back",
         },
         "tensors": {
-            name: {"sha256": done[name]}
+            name: {"sha256": hashes[name]}
             | merged.get(name, {"action": "copied", "reason": reason_to_copy(plan, pair, name)})
             for name in pair.mllm.tensors
         },

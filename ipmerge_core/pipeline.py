@@ -1,8 +1,9 @@
-"""One thread reads ahead of a loop and one writes behind it, both within a memory budget.
+"""One thread reads ahead of a loop, some compute for it, and one writes behind it.
 
-In: functions that read or write, each with the bytes it holds. Out: what they return, in order, so
-that no result depends on timing. An error in a thread appears in the loop. Leaving early stops the
-reading after the load under way and lets the writing finish. Knows neither tensors nor files.
+In: functions that read or write, each with the bytes it holds, within a memory budget. Out: what
+they return, in order, so that no result depends on timing. An error in a thread appears in the
+loop. Leaving early stops the reading after the load under way and lets the writing finish. Knows
+neither tensors nor files.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Generic, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
+_U = TypeVar("_U")
 
 
 class Load(NamedTuple, Generic[_T]):
@@ -52,6 +54,30 @@ def read_ahead(loads: Iterable[Load[_T]], budget: int) -> Generator[_T]:
                 held -= nbytes
         finally:
             for _, future in waiting:
+                future.cancel()
+
+
+def compute_ahead(function: Callable[[_T], _U], items: Iterable[_T], workers: int) -> Generator[_U]:
+    """Yield function(item) for each, in order, computed in `workers` threads; in none for one.
+
+    >>> list(compute_ahead(str, [1, 2, 3], workers=2))
+    ['1', '2', '3']
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    running: deque[Future[_U]] = deque()
+    with ThreadPoolExecutor(workers, "compute") as threads:
+        try:
+            for item in items:
+                running.append(threads.submit(function, item))
+                del item
+                if len(running) > workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
                 future.cancel()
 
 

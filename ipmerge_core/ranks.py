@@ -15,6 +15,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
+import psutil
+
 from ipmerge_core.errors import IPMergeError, RunError
 
 _T = TypeVar("_T")
@@ -50,6 +52,14 @@ class Ranks(AbstractContextManager["Ranks"]):
             import torch.distributed as dist
 
             dist.destroy_process_group()
+
+    @property
+    def cores(self) -> int:
+        """How many processor cores this process may keep busy, its peers on this machine too."""
+        mine = psutil.Process()
+        usable = len(mine.cpu_affinity()) if hasattr(mine, "cpu_affinity") else psutil.cpu_count()
+        peers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+        return max(1, (usable or 1) // peers)
 
     def device(self, device: str) -> str:
         """Give each process of a machine its own GPU where just "cuda" was asked for."""

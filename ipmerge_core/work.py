@@ -2,12 +2,14 @@
 
 In: a plan, a pair, and what a header says of a tensor. Out: the parts in the order of their bytes,
 and one matrix of every model on one base. A fused tensor holds several matrices; a large one is
-copied in pieces, so that memory does not grow with it.
+copied in pieces, and merged in pieces where the method looks at single elements, so that memory
+does not grow with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -24,7 +26,7 @@ from ipmerge_core.vocabulary import ROWS, shared_rows, shared_tokens
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
 Work: TypeAlias = dict[str, list[Chosen]]  # by the MLLM's stored tensor
-_PIECE = 1 << 22  # bytes of a tensor that is copied, at a time
+_PIECE = 1 << 22  # bytes of a tensor at a time: pieces pass from cache to cache
 
 
 class Part(NamedTuple):
@@ -133,18 +135,45 @@ def work_of(plan: MergePlan, pair: ModelPair) -> Work:
     return work
 
 
-def parts(spec: TensorSpec, merged: list[Chosen]) -> list[Part]:
-    """Cut a tensor into what is merged, in place, and pieces of bounded size to copy between."""
+def parts(spec: TensorSpec, merged: list[Chosen], *, local: bool = False) -> list[Part]:
+    """Cut a tensor into what is merged, in place, and pieces of bounded size to copy between.
+
+    With a `local` method the matrices are cut into rows of about that size, too.
+    """
     row = spec.nbytes // spec.shape[0] if merged else 1
     parts: list[Part] = []
     position = 0
     found = [(split_address(m.mllm)[1] or range(spec.shape[0]), m, e) for m, e in merged]
     for rows, matrix, experts in sorted(found, key=lambda entry: entry[0].start):
         parts += _copies(spec, position, rows.start * row)
-        position = rows.stop * row
-        parts.append(Part(spec, rows.start * row, position, matrix, experts))
+        step = (
+            max(1, _PIECE // row) if local and matrix.shape[0] == len(rows) else max(1, len(rows))
+        )
+        for first in range(0, len(rows), step):
+            last = min(first + step, len(rows))
+            piece = matrix if last - first == len(rows) else rows_of(matrix, first, last)
+            start, position = (rows.start + first) * row, (rows.start + last) * row
+            parts.append(Part(spec, start, position, piece, experts))
     parts += _copies(spec, position, spec.nbytes)
     return parts or [Part(spec, 0, 0)]  # a tensor without elements
+
+
+def rows_of(matrix: MatrixMatch, first: int, last: int) -> MatrixMatch:
+    """Address the rows [first, last) of a matrix, which may itself be rows of a stored one."""
+
+    def rows(name: str) -> str:
+        stored, own = split_address(name)
+        above = own.start if own else 0
+        return f"{stored}[{above + first}:{above + last}]"
+
+    return replace(
+        matrix,
+        name=rows(matrix.name),
+        shape=(last - first, matrix.shape[1]),
+        mllm=rows(matrix.mllm),
+        base_mllm=rows(matrix.base_mllm),
+        math=tuple(rows(name) for name in matrix.math),
+    )
 
 
 def _copies(spec: TensorSpec, start: int, stop: int) -> list[Part]:

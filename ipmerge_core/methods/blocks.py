@@ -33,15 +33,23 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 def blockwise(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     """Apply an elementwise function of equally shaped tensors; fp32 out, or fp64 for fp64 in.
 
-    >>> blockwise(lambda a, b: a + b, torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
+    The function gets widened copies of a block of each, which it may overwrite.
+
+    >>> blockwise(lambda a, b: a.add_(b), torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
     tensor([2., 2.])
     """
     first = matrices[0]
     dtype = result_dtype(*matrices)
     flat = [matrix.reshape(-1) for matrix in matrices]
     merged = torch.empty(first.numel(), dtype=dtype, device=first.device)
+    largest = next(blocks(first), slice(0, 0)).stop
+    buffers = [merged.new_empty(largest) for _ in flat]  # one set for all blocks stays in cache
     for block in blocks(first):
-        merged[block] = function(*(as_float(part[block]).to(dtype) for part in flat))
+        size = block.stop - block.start
+        parts = [
+            buffer[:size].copy_(part[block]) for buffer, part in zip(buffers, flat, strict=True)
+        ]
+        merged[block] = function(*parts)
     return merged.view(first.shape)
 
 

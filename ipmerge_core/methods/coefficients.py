@@ -84,7 +84,7 @@ def _combine(
     def add(W0: Tensor, W_v: Tensor, *others: Tensor) -> Tensor:
         merged = W_v + rest * (W0 - W_v) if abs(rest) > 1e-12 else W_v.clone()
         for coefficient, W_e in zip(coefficients[1:], others, strict=True):
-            merged.add_(W_e - W_v, alpha=coefficient)
+            merged.add_(W_e.sub_(W_v), alpha=coefficient)
         return merged
 
     return blockwise(add, base, mllm, *experts)
@@ -97,6 +97,7 @@ def _combine(
     several_experts=True,
     affine=_affine,
     statistic=Statistic(squared_norms, metagpt_coefficients),
+    local=True,
 )
 def metagpt(
     base: Matrix,
@@ -127,6 +128,7 @@ def metagpt(
     several_experts=True,
     affine=_affine,
     statistic=Statistic(squared_norms, nan_coefficients),
+    local=True,
 )
 def nan(
     base: Matrix,

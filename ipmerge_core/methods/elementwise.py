@@ -45,6 +45,7 @@ def add_to_base(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -
     source="BR2V, arXiv 2505.05464",
     formula="W = a W_v + (1 - a) W_e",
     affine=lambda p: AffineUpdate(p["alpha"] - 1.0, 1.0 - p["alpha"], "select_only"),
+    local=True,
 )
 def linear(base: Matrix, mllm: Matrix, math: Matrix, *, alpha: Kept = 0.9) -> Matrix:
     """Interpolate between the MLLM and the expert; the base takes no part.
@@ -55,7 +56,7 @@ def linear(base: Matrix, mllm: Matrix, math: Matrix, *, alpha: Kept = 0.9) -> Ma
     """
 
     def mix(W_v: Tensor, W_e: Tensor) -> Tensor:
-        return W_v.lerp(W_e, 1.0 - alpha)
+        return W_v.lerp_(W_e, 1.0 - alpha)
 
     return blockwise(mix, mllm, math)
 
@@ -67,6 +68,7 @@ def linear(base: Matrix, mllm: Matrix, math: Matrix, *, alpha: Kept = 0.9) -> Ma
     gains=("mllm_weight", "math_weight"),
     several_experts=True,
     affine=lambda p: AffineUpdate(p["mllm_weight"] - 1.0, p["math_weight"], "select_only"),
+    local=True,
 )
 def task_arithmetic(
     base: Matrix,
@@ -85,9 +87,9 @@ def task_arithmetic(
     """
 
     def add(W0: Tensor, W_v: Tensor, *experts: Tensor) -> Tensor:
-        merged = W_v.clone() if mllm_weight == 1.0 else W_v + (mllm_weight - 1.0) * (W_v - W0)
+        merged = W_v if mllm_weight == 1.0 else W_v + (mllm_weight - 1.0) * (W_v - W0)
         for W_e in experts:
-            merged.add_(W_e - W0, alpha=math_weight)
+            merged.add_(W_e.sub_(W0), alpha=math_weight)
         return merged
 
     return blockwise(add, base, mllm, *as_list(math))
@@ -97,6 +99,7 @@ def task_arithmetic(
     label="Layer swap",
     source="arXiv 2410.01335; arXiv 2505.05464",
     formula="W = W_v in layers 0..l, else a W_v + (1 - a) W_e",
+    local=True,
 )
 def layer_swap(
     base: Matrix,

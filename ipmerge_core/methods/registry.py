@@ -137,10 +137,10 @@ Models: TypeAlias = tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]
 class Statistic:
     """Numbers of the whole model that a method takes as `statistic=` before it merges a matrix.
 
-    `measure(base, mllm, experts, previous, **parameters)` gives a vector per matrix; the vectors
-    are added over the matrices; `combine(total, previous, **parameters)` makes plain numbers of the
-    sum, fit for a plan file. With two `passes`, `previous` is what the first pass combined. Without
-    a statistic a method uses the matrix at hand.
+    `measure(base, mllm, experts, previous, **parameters)` gives a vector per matrix, or for some of
+    its rows; the vectors are added up; `combine(total, previous, **parameters)` makes plain numbers
+    of the sum, fit for a plan file. With two `passes`, `previous` is what the first pass combined.
+    Without a statistic a method uses the matrix at hand.
     """
 
     measure: Callable[..., Tensor]
@@ -149,20 +149,24 @@ class Statistic:
 
     def over(
         self,
-        matrices: Callable[
-            [], Iterable[tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]]
-        ],
+        matrices: Callable[[], Iterable[Models]],
         parameters: Mapping[str, ParameterValue],
+        *,
+        apply: Callable[..., Iterable[Tensor]] = map,
     ) -> tuple[float, ...]:
-        """Run all passes over (base, mllm, experts, inputs) of every matrix, read anew each time.
+        """Run all passes over every matrix, or its rows piece by piece, read anew each time.
 
-        `inputs` are the calibration data of the matrix by keyword; empty for most methods.
+        `apply(function, items)` carries out the measuring, in order, perhaps in threads.
         """
         found: tuple[float, ...] = ()
         for _ in range(self.passes):
+
+            def measured(models: Models, previous: tuple[float, ...] = found) -> Tensor:
+                base, mllm, experts, inputs = models
+                return self.measure(base, mllm, experts, previous, **parameters, **inputs)
+
             total: Tensor | None = None
-            for base, mllm, experts, inputs in matrices():
-                vector = self.measure(base, mllm, experts, found, **parameters, **inputs)
+            for vector in apply(measured, matrices()):
                 total = vector if total is None else total + vector
             if total is None:
                 raise PlanError("There is no matrix to measure: the plan merges none.")
@@ -181,6 +185,7 @@ class MergeMethod:
     `statistic` is a first pass over the whole model, `data` the calibration that it cannot do
     without, `inputs` the keywords that a driver supplies. `matrixwise` methods decompose or iterate
     on whole matrices, which vectors have no use for; all others do a few operations per element.
+    `local` ones look at nothing but that element of each model, and at their statistic.
     """
 
     name: str
@@ -197,6 +202,7 @@ class MergeMethod:
     data: Literal["fisher", "gram"] | None = None
     inputs: tuple[str, ...] = ()
     matrixwise: bool = False
+    local: bool = False
 
     def __call__(  # any shapes may come in; what does not fit is refused in words
         self,
@@ -238,6 +244,10 @@ class MergeMethod:
         scope = self.complete(parameters).get("scope")
         return self.statistic is not None and scope == "model"
 
+    def is_local(self, parameters: Mapping[str, ParameterValue]) -> bool:
+        """Whether any rows of a matrix can be merged apart from the others, to the same bits."""
+        return self.local and (self.statistic is None or self.needs_statistic(parameters))
+
     def complete(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         """Return the given parameters, checked, with defaults for the rest.
 
@@ -276,6 +286,7 @@ def merge_method(
     statistic: Statistic | None = None,
     data: Literal["fisher", "gram"] | None = None,
     matrixwise: bool = False,
+    local: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Put a function into METHODS under its own name and return it unchanged."""
 
@@ -295,6 +306,7 @@ def merge_method(
             data=data,
             inputs=_read_inputs(function),
             matrixwise=matrixwise,
+            local=local,
         )
         return function
 
