@@ -9,8 +9,8 @@ what is kept at a density is kept at every higher one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import blocks, blockwise, task_vector_of
-from ipmerge_core.methods.election import agreeing_sum
-from ipmerge_core.methods.elementwise import add_to_base, as_list, task_arithmetic
+from ipmerge_core.methods.election import Normalize, OwnDensity, agreeing_sum
+from ipmerge_core.methods.elementwise import add_to_base, as_list
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
@@ -32,10 +32,21 @@ from ipmerge_core.methods.registry import (
 )
 from ipmerge_core.methods.selection import Trim, ascending_ranks
 
-Rescale: TypeAlias = Literal["inverse_density", "l1", "none"]
+Rescale: TypeAlias = Annotated[
+    Literal["inverse_density", "l1", "none"],
+    Range(help="what is kept is divided by its density, scaled to the old absolute sum, or left"),
+]
 Seed: TypeAlias = Annotated[int, Range(low=0, high=2**63 - 1, help="of the random drops")]
-Window: TypeAlias = Annotated[float, Range(low=0, high=0.5, help="spread of the densities")]
-Outliers: TypeAlias = Annotated[float, Range(low=0, high=1, help="fraction of largest dropped")]
+Window: TypeAlias = Annotated[
+    float, Range(low=0, high=0.5, help="a row's densities spread this far to both sides")
+]
+Outliers: TypeAlias = Annotated[
+    float, Range(low=0, high=1, help="fraction of largest magnitudes dropped")
+]
+Elect: TypeAlias = Annotated[bool, Range(help="elect a sign per element, or just add")]
+Ranked: TypeAlias = Annotated[
+    Literal["tensor", "row"], Range(help="magnitudes are ranked in the matrix or row by row")
+]
 _SMALLEST_SUM = 1e-7  # below this mass an L1 ratio means nothing (mergekit's bound)
 
 
@@ -153,8 +164,8 @@ def dare_linear(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 0.3,
     density: Density = 0.5,
-    mllm_density: Density | None = None,
-    math_density: Density | None = None,
+    mllm_density: OwnDensity = None,
+    math_density: OwnDensity = None,
     rescale: Rescale = "inverse_density",
     seed: Seed = 0,
     tensor_name: TensorName = "",
@@ -188,10 +199,10 @@ def dare_ties(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 0.3,
     density: Density = 0.5,
-    mllm_density: Density | None = None,
-    math_density: Density | None = None,
+    mllm_density: OwnDensity = None,
+    math_density: OwnDensity = None,
     rescale: Rescale = "inverse_density",
-    normalize: bool = False,
+    normalize: Normalize = False,
     seed: Seed = 0,
     tensor_name: TensorName = "",
 ) -> Matrix:
@@ -220,11 +231,26 @@ def keep_chances(vector: Tensor, density: float, epsilon: float) -> Tensor:
     return (density - epsilon) + ranks * (2 * epsilon / (n - 1))
 
 
+def _check_window(parameters: Mapping[str, Any]) -> None:
+    """Raise PlanError where a chance to be kept would leave (0, 1)."""
+    epsilon = parameters["epsilon"]
+    densities = [parameters[name] for name in ("density", "mllm_density", "math_density")]
+    for density in densities:
+        inside = density is None or (density - epsilon > 0 and density + epsilon < 1)
+        if epsilon and density != 1 and not inside:
+            raise PlanError(
+                f"DELLA keeps between density - epsilon = {density - epsilon:g} and density + "
+                f"epsilon = {density + epsilon:g}; both must lie strictly between 0 and 1. Choose "
+                f"a smaller epsilon."
+            )
+
+
 @merge_method(
     label="DELLA",
     source="arXiv 2406.11617",
     formula="W = W0 + s mean of the M_i dW_i / q_i that have the elected sign, q by rank in row",
     several_experts=True,
+    check=_check_window,
 )
 def della(
     base: Matrix,
@@ -234,10 +260,12 @@ def della(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 0.3,
     density: Density = 0.5,
+    mllm_density: OwnDensity = None,
+    math_density: OwnDensity = None,
     epsilon: Window = 0.15,
     rescale: Rescale = "inverse_density",
-    elect: bool = True,
-    normalize: bool = True,
+    elect: Elect = True,
+    normalize: Normalize = True,
     scale: Gain = 1.1,
     seed: Seed = 0,
     tensor_name: TensorName = "",
@@ -247,22 +275,20 @@ def della(
     Math:   q_ij = (p - eps) + 2 eps r_ij / (n - 1), r the rank of |tau_ij| in its row;
             M ~ Bernoulli(q); tau~ = M tau / q; then the election of `ties`, or the plain sum
             without `elect`; W = W0 + s delta. eps = 0 is DARE.
-    Shapes: all (m, n). p - eps > 0 and p + eps < 1.
+    Shapes: all (m, n). p - eps > 0 and p + eps < 1, or p = 1, which keeps all. A density of its own
+            overrides the shared one.
     Source: DELLA, arXiv 2406.11617; rescale "l1" is what mergekit does.
     Raises: PlanError when density and epsilon leave (0, 1).
     """
-    if epsilon and not (density - epsilon > 0 and density + epsilon < 1):
-        raise PlanError(
-            f"DELLA keeps between density - epsilon = {density - epsilon:g} and density + epsilon "
-            f"= {density + epsilon:g}; both must lie strictly between 0 and 1. Choose a smaller "
-            f"epsilon."
-        )
     tuned = [mllm, *as_list(math)]
+    densities = _own_densities(density, mllm_density, math_density, len(tuned) - 1)
     vectors = []
-    for matrix, role in zip(tuned, roles(len(tuned) - 1), strict=True):
+    for matrix, own, role in zip(tuned, densities, roles(len(tuned) - 1), strict=True):
         vector = task_vector_of(matrix, base)
-        uniforms = generator_for(seed, tensor_name, role).random
-        vectors.append(drop(vector, keep_chances(vector, density, epsilon), rescale, uniforms))
+        if own < 1:
+            uniforms = generator_for(seed, tensor_name, role).random
+            vector = drop(vector, keep_chances(vector, own, epsilon), rescale, uniforms)
+        vectors.append(vector)
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
     if elect:
         return _elected_sum(base, mllm, vectors, weights, normalize=normalize, scale=scale)
@@ -302,20 +328,27 @@ def breadcrumbs(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 0.3,
     density: Density = 0.9,
+    mllm_density: OwnDensity = None,
+    math_density: OwnDensity = None,
     gamma: Outliers = 0.01,
-    per: Literal["tensor", "row"] = "tensor",
+    per: Ranked = "tensor",
 ) -> Matrix:
     """Task arithmetic without outliers and without small noise.
 
     Math:   of each tau_i drop the int(gamma N) largest magnitudes and enough of the smallest to
             keep int(density N); then W = W0 + sum_i a_i tau_i. N = m n, or n with per "row".
-    Shapes: all (m, n). density = 1 is task arithmetic.
+    Shapes: all (m, n). A density of its own overrides the shared one; 1 keeps a task vector whole,
+            so that density = 1 is task arithmetic.
     Source: Model Breadcrumbs, arXiv 2312.06795, whose code ranks per row; per tensor as in
             mergekit, whose gamma is the paper's beta.
     """
     tuned = [mllm, *as_list(math)]
-    if density == 1:
-        return task_arithmetic(base, mllm, math, mllm_weight=mllm_weight, math_weight=math_weight)
-    vectors = [crumbs(task_vector_of(matrix, base), density, gamma, per) for matrix in tuned]
+    densities = _own_densities(density, mllm_density, math_density, len(tuned) - 1)
+    vectors = [
+        task_vector_of(matrix, base)
+        if own == 1
+        else crumbs(task_vector_of(matrix, base), own, gamma, per)
+        for matrix, own in zip(tuned, densities, strict=True)
+    ]
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
     return _weighted_sum(base, mllm, vectors, weights)

@@ -37,8 +37,24 @@ from ipmerge_core.methods.selection import (
     zero_below,
 )
 
-Election: TypeAlias = Literal["weighted", "majority"]
-TrimKind: TypeAlias = Literal["exact", "official"]
+Normalize: TypeAlias = Annotated[
+    bool,
+    Range(help="divide by the weights of what agrees: only math_weight / mllm_weight matters then"),
+]
+OwnDensity: TypeAlias = (
+    Annotated[float, Range(low=0, high=1, low_open=True, help="in place of the shared density")]
+    | None
+)
+Election: TypeAlias = Annotated[
+    Literal["weighted", "majority"],
+    Range(help="signs are elected by weighted sum, or unweighted as in the paper"),
+]
+TrimKind: TypeAlias = Annotated[
+    Literal["exact", "official"], Range(help="official keeps one element more, as the paper's code")
+]
+Whole: TypeAlias = Annotated[
+    Literal["tensor", "model"], Range(help="one threshold per matrix, or one for the whole model")
+]
 Share: TypeAlias = Annotated[float, Range(low=0, high=1, help="fraction of positions kept")]
 
 
@@ -174,12 +190,12 @@ def ties(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 0.3,
     density: Density = 0.2,
-    mllm_density: Density | None = None,
-    math_density: Density | None = None,
-    normalize: bool = False,
+    mllm_density: OwnDensity = None,
+    math_density: OwnDensity = None,
+    normalize: Normalize = False,
     election: Election = "weighted",
     trim: TrimKind = "exact",
-    scope: Literal["tensor", "model"] = "tensor",
+    scope: Whole = "tensor",
     scale: Gain = 1.0,
     statistic: WholeModel = None,
 ) -> Matrix:

@@ -41,12 +41,16 @@ ParameterValue: TypeAlias = float | int | bool | str | None
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds, both included unless `low_open`, and one line of help for a parameter."""
+    """Bounds, both included unless `low_open`, and one line of help for a parameter.
+
+    `usual` is where a slider runs, if not over the whole range. Choices have help only.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     help: str = ""
     low_open: bool = False
+    usual: tuple[float, float] | None = None
 
     def __contains__(self, value: object) -> bool:
         """Whether a finite number lies inside."""
@@ -61,8 +65,10 @@ class Range:
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
-Coefficient: TypeAlias = Annotated[float, Range(help="weight of a task vector")]
-Gain: TypeAlias = Annotated[float, Range(low=0, help="gain on an additive update")]
+Coefficient: TypeAlias = Annotated[float, Range(help="weight of a task vector", usual=(0.0, 2.0))]
+Gain: TypeAlias = Annotated[
+    float, Range(low=0, help="gain on an additive update", usual=(0.0, 2.0))
+]
 Fraction: TypeAlias = Annotated[float, Range(low=0, high=1)]
 Density: TypeAlias = Annotated[float, Range(low=0, high=1, low_open=True, help="fraction kept")]
 
@@ -185,7 +191,8 @@ class MergeMethod:
     `statistic` is a first pass over the whole model, `data` the calibration that it cannot do
     without, `inputs` the keywords that a driver supplies. `matrixwise` methods decompose or iterate
     on whole matrices, which vectors have no use for; all others do a few operations per element.
-    `local` ones look at nothing but that element of each model, and at their statistic.
+    `local` ones look at nothing but that element of each model, and at their statistic. `check`
+    refuses values that are legal each by itself and not together.
     """
 
     name: str
@@ -203,6 +210,7 @@ class MergeMethod:
     inputs: tuple[str, ...] = ()
     matrixwise: bool = False
     local: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
     def __call__(  # any shapes may come in; what does not fit is refused in words
         self,
@@ -263,10 +271,13 @@ class MergeMethod:
         for name, value in parameters.items():
             known[name].check(value)
         complete = {name: parameters.get(name, known[name].default) for name in known}
-        return {  # 1 is as good as 1.0, in plans and in signatures
+        complete = {  # 1 is as good as 1.0, in plans and in signatures
             name: float(value) if known[name].kind == "float" and value is not None else value
             for name, value in complete.items()
         }
+        if self.check is not None:
+            self.check(complete)
+        return complete
 
 
 METHODS: dict[str, MergeMethod] = {}
@@ -287,6 +298,7 @@ def merge_method(
     data: Literal["fisher", "gram"] | None = None,
     matrixwise: bool = False,
     local: bool = False,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Put a function into METHODS under its own name and return it unchanged."""
 
@@ -307,6 +319,7 @@ def merge_method(
             inputs=_read_inputs(function),
             matrixwise=matrixwise,
             local=local,
+            check=check,
         )
         return function
 
@@ -346,6 +359,6 @@ def _read_parameter(name: str, hint: Any, default: ParameterValue) -> Parameter:
     if get_origin(hint) is Annotated:
         hint, bounds = get_args(hint)
     if get_origin(hint) is Literal:
-        return Parameter(name, "choice", default, choices=get_args(hint), optional=optional)
+        return Parameter(name, "choice", default, bounds, get_args(hint), optional)
     kind: Literal["float", "int", "bool"] = hint.__name__
     return Parameter(name, kind, default, bounds, optional=optional)
