@@ -34,7 +34,7 @@ from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, Pla
 from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
-from ipmerge_core.methods.registry import Models
+from ipmerge_core.methods.traits import Models
 from ipmerge_core.pairing import MatrixWeights, ModelPair
 from ipmerge_core.pipeline import Load, WriteBehind, compute_ahead, read_ahead
 from ipmerge_core.plan import MergePlan, open_sources

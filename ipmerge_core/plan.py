@@ -23,7 +23,7 @@ from ipmerge_core.analysis import describe
 from ipmerge_core.errors import PlanError
 from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
-from ipmerge_core.methods.registry import AffineUpdate, ParameterValue
+from ipmerge_core.methods.traits import AffineUpdate, ParameterValue
 from ipmerge_core.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.preview import Decision, Preview, preview
 from ipmerge_core.records import Analysis, LayerRecord, Sources, Totals

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ipmerge_core.methods.registry import AffineUpdate
+from ipmerge_core.methods.traits import AffineUpdate
 from ipmerge_core.records import LayerRecord, Totals
 
 

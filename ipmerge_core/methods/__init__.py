@@ -17,14 +17,8 @@ from ipmerge_core.methods.coefficients import metagpt, nan
 from ipmerge_core.methods.geodesic import karcher, nuslerp, slerp
 
 # isort: on
-from ipmerge_core.methods.registry import (
-    METHODS,
-    AffineUpdate,
-    MergeMethod,
-    Parameter,
-    Statistic,
-    find_method,
-)
+from ipmerge_core.methods.registry import METHODS, MergeMethod, Parameter, find_method
+from ipmerge_core.methods.traits import AffineUpdate, Statistic
 
 __all__ = [
     "METHODS",

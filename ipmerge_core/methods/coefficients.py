@@ -15,14 +15,8 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
 from ipmerge_core.methods.elementwise import as_list
-from ipmerge_core.methods.registry import (
-    AffineUpdate,
-    Experts,
-    Matrix,
-    Statistic,
-    WholeModel,
-    merge_method,
-)
+from ipmerge_core.methods.registry import Experts, WholeModel, merge_method
+from ipmerge_core.methods.traits import AffineUpdate, Matrix, Statistic
 
 Scope: TypeAlias = Literal["model", "tensor"]
 

@@ -20,13 +20,12 @@ from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.registry import (
     Experts,
     Fraction,
-    Matrix,
     Range,
-    Statistic,
     Supplied,
     WholeModel,
     merge_method,
 )
+from ipmerge_core.methods.traits import Matrix, Statistic
 
 Floor: TypeAlias = Annotated[float, Range(low=0, help="added to the Fisher information")]
 Measured: TypeAlias = Float[Tensor, "..."]  # shapes are compared in `_measured`, in words

@@ -25,12 +25,12 @@ from ipmerge_core.methods.registry import (
     Density,
     Experts,
     Gain,
-    Matrix,
     Range,
     TensorName,
     merge_method,
 )
 from ipmerge_core.methods.selection import Trim, ascending_ranks
+from ipmerge_core.methods.traits import Matrix
 
 Rescale: TypeAlias = Annotated[
     Literal["inverse_density", "l1", "none"],

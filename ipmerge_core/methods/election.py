@@ -20,10 +20,7 @@ from ipmerge_core.methods.registry import (
     Density,
     Experts,
     Gain,
-    Matrix,
-    ParameterValue,
     Range,
-    Statistic,
     WholeModel,
     merge_method,
 )
@@ -36,6 +33,7 @@ from ipmerge_core.methods.selection import (
     magnitude_of,
     zero_below,
 )
+from ipmerge_core.methods.traits import Matrix, ParameterValue, Statistic
 
 Normalize: TypeAlias = Annotated[
     bool,

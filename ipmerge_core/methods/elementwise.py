@@ -8,25 +8,25 @@ the MLLM's to the last bit. Sources are named at each function. No IO, no global
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeAlias
 
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import blockwise
 from ipmerge_core.methods.registry import (
-    AffineUpdate,
     Coefficient,
     Experts,
-    Fraction,
-    Matrix,
     Range,
     TensorName,
     merge_method,
 )
+from ipmerge_core.methods.traits import AffineUpdate, Matrix
 
 Kept: TypeAlias = Annotated[float, Range(low=0, high=1, help="weight kept on the MLLM")]
+OneOfTwo: TypeAlias = Annotated[float, Range(help="one of two weights, in place of alpha")] | None
+Divided: TypeAlias = Annotated[bool, Range(help="divide by the sum of the two weights")]
 Layer: TypeAlias = Annotated[int, Range(low=-1, help="the last layer left as it is")]
 
 
@@ -40,25 +40,79 @@ def add_to_base(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -
     return mllm + (scale * delta - (mllm - base))
 
 
+def _two_weights(parameters: Mapping[str, Any]) -> tuple[float, float]:
+    """Weights of the MLLM and the expert: alpha and 1 - alpha unless two are given.
+
+    Raises: PlanError where one is missing, or two that are to be normalized add up to 0.
+    """
+    mllm, math = parameters["mllm_weight"], parameters["math_weight"]
+    if mllm is None and math is None:
+        return parameters["alpha"], 1.0 - parameters["alpha"]
+    if mllm is None or math is None:
+        given, missing = ("math", "mllm") if mllm is None else ("mllm", "math")
+        raise PlanError(
+            f"{given}_weight is set and {missing}_weight is not; expected both, or alpha alone."
+        )
+    total = mllm + math
+    if not parameters["normalize"]:
+        return mllm, math
+    if total == 0:
+        raise PlanError(
+            f"mllm_weight {mllm:g} and math_weight {math:g} add up to 0, by which nothing can be "
+            f"divided. Choose others, or normalize=false."
+        )
+    return mllm / total, math / total
+
+
+def _affine_average(parameters: Mapping[str, Any]) -> AffineUpdate | None:
+    """Affine where the weights add up to 1: else the base's share changes, too."""
+    own, other = _two_weights(parameters)
+    return AffineUpdate(-other, other, "select_only") if abs(own + other - 1) < 1e-12 else None
+
+
 @merge_method(
     label="Weighted average",
     source="BR2V, arXiv 2505.05464",
     formula="W = a W_v + (1 - a) W_e",
-    affine=lambda p: AffineUpdate(p["alpha"] - 1.0, 1.0 - p["alpha"], "select_only"),
+    affine=_affine_average,
+    check=_two_weights,
     local=True,
 )
-def linear(base: Matrix, mllm: Matrix, math: Matrix, *, alpha: Kept = 0.9) -> Matrix:
+def linear(
+    base: Matrix,
+    mllm: Matrix,
+    math: Matrix,
+    *,
+    alpha: Kept = 0.9,
+    mllm_weight: OneOfTwo = None,
+    math_weight: OneOfTwo = None,
+    normalize: Divided = True,
+) -> Matrix:
     """Interpolate between the MLLM and the expert; the base takes no part.
 
-    Math:   W = a W_v + (1 - a) W_e, computed as W_v + (1 - a) (W_e - W_v).
+    Math:   W = a W_v + (1 - a) W_e, computed as W_v + (1 - a) (W_e - W_v); with two weights
+            W = (a_v W_v + a_e W_e) / (a_v + a_e), undivided with normalize = false.
     Shapes: all (m, n). a = 1 gives W_v to the last bit.
-    Source: Bring Reason to Vision, arXiv 2505.05464, whose choice is a = 0.9.
+    Raises: PlanError for one weight without the other, or a sum of 0 that should divide.
+    Source: Bring Reason to Vision, arXiv 2505.05464, whose choice is a = 0.9. Two weights and
+            `normalize` as in mergekit's linear.
     """
+    own, other = _two_weights(
+        {
+            "alpha": alpha,
+            "mllm_weight": mllm_weight,
+            "math_weight": math_weight,
+            "normalize": normalize,
+        }
+    )
 
     def mix(W_v: Tensor, W_e: Tensor) -> Tensor:
-        return W_v.lerp_(W_e, 1.0 - alpha)
+        return W_v.lerp_(W_e, other)
 
-    return blockwise(mix, mllm, math)
+    def add(W_v: Tensor, W_e: Tensor) -> Tensor:
+        return W_v.mul_(own).add_(W_e, alpha=other)
+
+    return blockwise(mix if normalize or mllm_weight is None else add, mllm, math)
 
 
 @merge_method(
@@ -106,7 +160,7 @@ def layer_swap(
     mllm: Matrix,
     math: Matrix,
     *,
-    alpha: Fraction = 0.9,
+    alpha: Kept = 0.9,
     last_kept_layer: Layer = 5,
     tensor_name: TensorName = "",
 ) -> Matrix:

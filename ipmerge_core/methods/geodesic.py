@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
 from ipmerge_core.methods.elementwise import add_to_base, as_list
-from ipmerge_core.methods.registry import Experts, Fraction, Matrix, Range, merge_method
+from ipmerge_core.methods.registry import Experts, Fraction, Range, merge_method
+from ipmerge_core.methods.traits import Matrix
 
 Step: TypeAlias = Annotated[float, Range(low=0, high=1, help="0 is the MLLM, 1 the expert")]
 _NEARLY_PARALLEL = 0.9995  # |cos| above which SLERP of weights is a straight line (mergekit)

@@ -14,14 +14,8 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from ipmerge_core.methods.registry import (
-    AffineUpdate,
-    Experts,
-    Gain,
-    Matrix,
-    Range,
-    merge_method,
-)
+from ipmerge_core.methods.registry import Experts, Gain, Range, merge_method
+from ipmerge_core.methods.traits import AffineUpdate, Matrix
 from ipmerge_core.similarity import (
     corresponding_angles,
     importance,

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     Annotated,
     Any,
     Literal,
-    NamedTuple,
     TypeAlias,
     TypeVar,
     get_args,
@@ -33,10 +32,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError, ShapeError, UnknownMethodError
+from ipmerge_core.methods.traits import (
+    AffineUpdate,
+    Anchor,
+    Matrix,
+    ParameterValue,
+    Statistic,
+)
 
-Matrix: TypeAlias = Float[Tensor, "m n"]
 Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
-ParameterValue: TypeAlias = float | int | bool | str | None
 
 
 @dataclass(frozen=True)
@@ -124,62 +128,6 @@ class Parameter:
         return f"{noun} in {self.bounds}" + (" or none" if self.optional else "")
 
 
-class AffineUpdate(NamedTuple):
-    """The change U = W_merged - W_mllm as a sum of directions whose products an analysis holds.
-
-    Math:   U = mllm * dV + expert * sum_k X_k, where X_k is the expert's update called `direction`
-            in a `LayerRecord` ("select_only" is the expert's task vector itself).
-    """
-
-    mllm: float
-    expert: float
-    direction: str
-
-
-Models: TypeAlias = tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """Numbers of the whole model that a method takes as `statistic=` before it merges a matrix.
-
-    `measure(base, mllm, experts, previous, **parameters)` gives a vector per matrix, or for some of
-    its rows; the vectors are added up; `combine(total, previous, **parameters)` makes plain numbers
-    of the sum, fit for a plan file. With two `passes`, `previous` is what the first pass combined.
-    Without a statistic a method uses the matrix at hand.
-    """
-
-    measure: Callable[..., Tensor]
-    combine: Callable[..., tuple[float, ...]]
-    passes: int = 1
-
-    def over(
-        self,
-        matrices: Callable[[], Iterable[Models]],
-        parameters: Mapping[str, ParameterValue],
-        *,
-        apply: Callable[..., Iterable[Tensor]] = map,
-    ) -> tuple[float, ...]:
-        """Run all passes over every matrix, or its rows piece by piece, read anew each time.
-
-        `apply(function, items)` carries out the measuring, in order, perhaps in threads.
-        """
-        found: tuple[float, ...] = ()
-        for _ in range(self.passes):
-
-            def measured(models: Models, previous: tuple[float, ...] = found) -> Tensor:
-                base, mllm, experts, inputs = models
-                return self.measure(base, mllm, experts, previous, **parameters, **inputs)
-
-            total: Tensor | None = None
-            for vector in apply(measured, matrices()):
-                total = vector if total is None else total + vector
-            if total is None:
-                raise PlanError("There is no matrix to measure: the plan merges none.")
-            found = self.combine(total, found, **parameters)
-        return found
-
-
 @dataclass(frozen=True)
 class MergeMethod:
     """A merge method and all that a form, a table or an error message says of it.
@@ -205,12 +153,14 @@ class MergeMethod:
     several_experts: bool = False
     selective: bool = False
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None
+    unknown: str = "its change is not a multiple of a direction that the analysis measured"
+    anchor: Anchor = "two_base"
     statistic: Statistic | None = None
     data: Literal["fisher", "gram"] | None = None
     inputs: tuple[str, ...] = ()
     matrixwise: bool = False
     local: bool = False
-    check: Callable[[Mapping[str, Any]], None] | None = None
+    check: Callable[[Mapping[str, Any]], object] | None = None
 
     def __call__(  # any shapes may come in; what does not fit is refused in words
         self,
@@ -256,6 +206,20 @@ class MergeMethod:
         """Whether any rows of a matrix can be merged apart from the others, to the same bits."""
         return self.local and (self.statistic is None or self.needs_statistic(parameters))
 
+    def scaled(
+        self, parameters: Mapping[str, ParameterValue], factor: float
+    ) -> dict[str, ParameterValue] | None:
+        """Scale the experts' part: the gain on it, or what a share of the MLLM leaves to them.
+
+        None where no parameter says how much of the experts there is.
+        """
+        for name in ("lambda_", "math_weight", "t"):
+            gain = parameters.get(name)
+            if isinstance(gain, float):
+                return {**parameters, name: gain * factor}
+        kept = parameters.get("alpha")
+        return {**parameters, "alpha": 1 - (1 - kept) * factor} if isinstance(kept, float) else None
+
     def complete(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         """Return the given parameters, checked, with defaults for the rest.
 
@@ -285,41 +249,21 @@ METHODS: dict[str, MergeMethod] = {}
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
-def merge_method(
-    *,
-    label: str,
-    source: str,
-    formula: str,
-    gains: tuple[str, ...] = (),
-    several_experts: bool = False,
-    selective: bool = False,
-    affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None,
-    statistic: Statistic | None = None,
-    data: Literal["fisher", "gram"] | None = None,
-    matrixwise: bool = False,
-    local: bool = False,
-    check: Callable[[Mapping[str, Any]], None] | None = None,
-) -> Callable[[_Function], _Function]:
-    """Put a function into METHODS under its own name and return it unchanged."""
+def merge_method(**traits: Any) -> Callable[[_Function], _Function]:  # noqa: ANN401
+    """Put a function into METHODS under its own name and return it unchanged.
+
+    Args:
+        **traits: fields of `MergeMethod`; label, source and formula at least. Name, function,
+            parameters and inputs are read from the function.
+    """
 
     def register(function: _Function) -> _Function:
         METHODS[function.__name__] = MergeMethod(
             name=function.__name__,
-            label=label,
-            formula=formula,
-            source=source,
             function=function,
             parameters=_read_parameters(function),
-            gains=gains,
-            several_experts=several_experts,
-            selective=selective,
-            affine=affine,
-            statistic=statistic,
-            data=data,
             inputs=_read_inputs(function),
-            matrixwise=matrixwise,
-            local=local,
-            check=check,
+            **traits,
         )
         return function
 

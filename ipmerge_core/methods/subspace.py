@@ -23,11 +23,11 @@ from ipmerge_core.methods.registry import (
     Experts,
     Fraction,
     Gain,
-    Matrix,
     Range,
     merge_method,
 )
 from ipmerge_core.methods.selection import keep_largest_
+from ipmerge_core.methods.traits import Matrix
 from ipmerge_core.spectrum import Spectrum, as_float, svd
 
 Cutoff: TypeAlias = Annotated[

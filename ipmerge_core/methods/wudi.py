@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import result_dtype
 from ipmerge_core.methods.elementwise import add_to_base, as_list
-from ipmerge_core.methods.registry import Experts, Gain, Matrix, Range, merge_method
+from ipmerge_core.methods.registry import Experts, Gain, Range, merge_method
 from ipmerge_core.methods.subspace import living_task_vectors
+from ipmerge_core.methods.traits import Matrix
 from ipmerge_core.spectrum import as_float, svd
 
 Steps: TypeAlias = Annotated[int, Range(low=0, help="steps of Adam")]

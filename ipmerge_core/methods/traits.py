@@ -1,0 +1,120 @@
+"""What a merge method can say of itself beside its parameters: its preview and its first pass.
+
+In: plain numbers, and for a first pass matrices one after another. Out: the change of weights as a
+sum of measured directions (`AffineUpdate`), or numbers of the whole model (`Statistic`). Methods
+declare them, drivers use them; nothing is read or written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ipmerge_core.errors import PlanError
+
+Matrix: TypeAlias = Float[Tensor, "m n"]
+ParameterValue: TypeAlias = float | int | bool | str | None
+Anchor: TypeAlias = Literal["two_base", "root", "inject", "interp"]
+
+
+class AffineUpdate(NamedTuple):
+    """The change U = W_merged - W_mllm as a sum of directions whose products an analysis holds.
+
+    Math:   U = mllm * dV + expert * sum_k w_k X_k, where X_k is the expert's update called
+            `direction` in a `LayerRecord` ("select_only" is the expert's task vector itself) and
+            w_k its share, 1 where none is given. Random drops add a part of expected squared norm
+            mllm_noise * ||dV||^2 + expert_noise * sum_k w_k^2 ||X_k||^2.
+
+    `approximate` says why the change is only near to this, and how near; empty where it is exact.
+    """
+
+    mllm: float
+    expert: float
+    direction: str
+    shares: tuple[float, ...] = ()
+    mllm_noise: float = 0.0
+    expert_noise: float = 0.0
+    approximate: str = ""
+
+    def from_anchor(self, anchor: Anchor, experts: int) -> AffineUpdate | None:
+        """Rewrite for an anchor on one base; None where that is not of this form.
+
+        Math:   inject has dV = 0;  interp has dV = 0 and dM_k - dV in place of every dM_k.
+        """
+        if anchor in ("two_base", "root"):
+            return self
+        if anchor == "inject":
+            return self._replace(mllm=0.0, mllm_noise=0.0)
+        if self.expert_noise or self.direction != "select_only":
+            return None
+        moved = self.expert * (sum(self.shares) if self.shares else experts)
+        return self._replace(mllm=-moved, mllm_noise=0.0)
+
+
+Models: TypeAlias = tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Numbers of the whole model that a method takes as `statistic=` before it merges a matrix.
+
+    `measure(base, mllm, experts, previous, **parameters)` gives a vector per matrix, or for some of
+    its rows; the vectors are added up; `combine(total, previous, **parameters)` makes plain numbers
+    of the sum, fit for a plan file. With two `passes`, `previous` is what the first pass combined.
+    Without a statistic a method uses the matrix at hand.
+    """
+
+    measure: Callable[..., Tensor]
+    combine: Callable[..., tuple[float, ...]]
+    passes: int = 1
+    # With these parameters `measure` gives the squared norms of the task vectors: those that an
+    # analysis holds, and those from each model's own base whatever the anchor.
+    of_norms: Callable[[Mapping[str, Any]], bool] = lambda parameters: False
+    from_own_base: bool = False
+
+    def over(
+        self,
+        matrices: Callable[[], Iterable[Models]],
+        parameters: Mapping[str, ParameterValue],
+        *,
+        apply: Callable[..., Iterable[Tensor]] = map,
+    ) -> tuple[float, ...]:
+        """Run all passes and return what was found; see `steps`."""
+        steps = self.steps(matrices, parameters, apply=apply)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return cast("tuple[float, ...]", end.value)
+
+    def steps(
+        self,
+        matrices: Callable[[], Iterable[Models]],
+        parameters: Mapping[str, ParameterValue],
+        *,
+        apply: Callable[..., Iterable[Tensor]] = map,
+    ) -> Generator[None, None, tuple[float, ...]]:
+        """Run all passes over every matrix, or its rows piece by piece, read anew each time.
+
+        Yields after each of them. `apply(function, items)` carries out the measuring, in order,
+        perhaps in threads.
+        """
+        found: tuple[float, ...] = ()
+        for _ in range(self.passes):
+
+            def measured(models: Models, previous: tuple[float, ...] = found) -> Tensor:
+                base, mllm, experts, inputs = models
+                return self.measure(base, mllm, experts, previous, **parameters, **inputs)
+
+            total: Tensor | None = None
+            for vector in apply(measured, matrices()):
+                total = vector if total is None else total + vector
+                yield
+            if total is None:
+                raise PlanError("There is no matrix to measure: the plan merges none.")
+            found = self.combine(total, found, **parameters)
+        return found
