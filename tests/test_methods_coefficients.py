@@ -97,7 +97,7 @@ def test_the_preview_is_exact_once_the_model_is_measured():
         parameters = method.complete({})
         assert method.affine(parameters) is None
         update = method.affine({**parameters, "statistic": (0.7, 0.3)})
-        change = update.mllm * (W_V - W0) + update.expert * (W_E - W0)
+        change = update.mllm * (W_V - W0) + update.expert * update.shares[0] * (W_E - W0)
         merged = method(W0, W_V, W_E, statistic=(0.7, 0.3))
         assert close(merged, (W_V + change).tolist())
 

@@ -104,6 +104,7 @@ def test_a_method_says_what_it_computes_and_where_it_comes_from(name):
     assert all(part in text for part in ("Math:", "Source:"))
     for parameter in method.parameters:
         parameter.check(parameter.default)
+        assert parameter.bounds.help, f"{parameter.name} does not say what it means"
 
 
 @every_method

@@ -7,18 +7,30 @@ of the matrix at hand. Out: the merged matrix in fp32, or fp64 for fp64 inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
 from ipmerge_core.methods.elementwise import as_list
-from ipmerge_core.methods.registry import Experts, WholeModel, merge_method
+from ipmerge_core.methods.registry import Experts, Range, WholeModel, merge_method
 from ipmerge_core.methods.traits import AffineUpdate, Matrix, Statistic
 
-Scope: TypeAlias = Literal["model", "tensor"]
+Scope: TypeAlias = Annotated[
+    Literal["model", "tensor"], Range(help="norms over the whole model, or matrix by matrix")
+]
+NormOf: TypeAlias = Annotated[
+    Literal["weights", "tau"], Range(help="norms of the models' weights, or of their task vectors")
+]
+GlobalScale: TypeAlias = Annotated[
+    Literal["T/2", "1"], Range(help="factor on all weights, for T models")
+]
+_UNMEASURED = (
+    "its weights are norms of the whole models, which the merge measures first "
+    "(`ipmerge plan --measure` does that at once)"
+)
 
 
 def squared_norms(
@@ -61,12 +73,27 @@ def nan_coefficients(
     return tuple(map(float, shares.tolist()))
 
 
-def _affine(parameters: Any) -> AffineUpdate | None:  # noqa: ANN401
-    """Exact for one expert once the whole model is measured; see `MergePlan`."""
-    found: Sequence[float] = parameters.get("statistic") or ()
-    if len(found) != 2 or parameters["scope"] != "model":
-        return None
-    return AffineUpdate(found[0] - 1.0, found[1], "select_only")
+def _of_task_vectors(parameters: Mapping[str, Any]) -> bool:
+    return parameters.get("norm_of") != "weights"
+
+
+def _affine_by(
+    rule: Callable[..., tuple[float, ...]],
+) -> Callable[[Mapping[str, Any]], AffineUpdate | None]:
+    """Exact once the norms are known: of the whole model, or from the analysis of this matrix."""
+
+    def affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
+        found: Sequence[float] = parameters.get("statistic") or ()
+        if parameters["scope"] == "tensor":
+            squares = parameters.get("squares") if _of_task_vectors(parameters) else None
+            found = (
+                rule(torch.tensor(squares, dtype=torch.float64), **parameters) if squares else ()
+            )
+        if not found:
+            return None
+        return AffineUpdate(found[0] - 1.0, 1.0, "select_only", shares=tuple(found[1:]))
+
+    return affine
 
 
 def _combine(
@@ -89,8 +116,11 @@ def _combine(
     source="arXiv 2406.11385",
     formula="W = W0 + sum_i a_i dW_i, a_i = |dW_i|^2 / sum_j |dW_j|^2",
     several_experts=True,
-    affine=_affine,
-    statistic=Statistic(squared_norms, metagpt_coefficients),
+    affine=_affine_by(metagpt_coefficients),
+    unknown=_UNMEASURED,
+    statistic=Statistic(
+        squared_norms, metagpt_coefficients, of_norms=_of_task_vectors, from_own_base=True
+    ),
     local=True,
 )
 def metagpt(
@@ -120,8 +150,11 @@ def metagpt(
     source="arXiv 2505.16148",
     formula="W = W0 + g sum_i a_i dW_i, a_i = (1 / |W_i|) / sum_j (1 / |W_j|)",
     several_experts=True,
-    affine=_affine,
-    statistic=Statistic(squared_norms, nan_coefficients),
+    affine=_affine_by(nan_coefficients),
+    unknown=_UNMEASURED,
+    statistic=Statistic(
+        squared_norms, nan_coefficients, of_norms=_of_task_vectors, from_own_base=True
+    ),
     local=True,
 )
 def nan(
@@ -129,9 +162,9 @@ def nan(
     mllm: Matrix,
     math: Experts,
     *,
-    norm_of: Literal["weights", "tau"] = "weights",
+    norm_of: NormOf = "weights",
     scope: Scope = "model",
-    global_scale: Literal["T/2", "1"] = "T/2",
+    global_scale: GlobalScale = "T/2",
     statistic: WholeModel = None,
 ) -> Matrix:
     """Weigh every task vector by the inverse norm of its model.

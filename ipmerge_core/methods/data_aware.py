@@ -19,7 +19,6 @@ from ipmerge_core.methods.blocks import blockwise, inner, result_dtype
 from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.registry import (
     Experts,
-    Fraction,
     Range,
     Supplied,
     WholeModel,
@@ -27,6 +26,16 @@ from ipmerge_core.methods.registry import (
 )
 from ipmerge_core.methods.traits import Matrix, Statistic
 
+MllmShare: TypeAlias = Annotated[
+    float, Range(low=0, high=1, help="share of the MLLM; the experts share the rest")
+]
+OffDiagonal: TypeAlias = Annotated[
+    float, Range(low=0, high=1, help="factor on the products of different inputs")
+]
+Normalised: TypeAlias = Annotated[
+    Literal["model", "tensor", "none"],
+    Range(help="information is divided by its norm over the model, the matrix, or not"),
+]
 Floor: TypeAlias = Annotated[float, Range(low=0, help="added to the Fisher information")]
 Measured: TypeAlias = Float[Tensor, "..."]  # shapes are compared in `_measured`, in words
 MeasuredList: TypeAlias = Measured | Sequence[Measured]
@@ -101,6 +110,8 @@ def _combine_fisher(
     source="arXiv 2111.09832",
     formula="W = sum_i c_i (F_i + floor) W_i / sum_i c_i (F_i + floor), elementwise",
     several_experts=True,
+    unknown="every element moves by what the calibration measured for it",
+    anchor="interp",
     statistic=Statistic(_measure_fisher, _combine_fisher),
     data="fisher",
 )
@@ -109,9 +120,9 @@ def fisher(
     mllm: Matrix,
     math: Experts,
     *,
-    alpha: Fraction = 0.5,
+    alpha: MllmShare = 0.5,
     floor: Floor = 1e-6,
-    scope: Literal["model", "tensor", "none"] = "model",
+    scope: Normalised = "model",
     mllm_fisher: FisherInput = None,
     math_fisher: FisherInputs = None,
     statistic: WholeModel = None,
@@ -159,6 +170,8 @@ def fisher(
     source="arXiv 2212.09849",
     formula="W^T = (sum_i c_i G_i)^-1 sum_i c_i G_i W_i^T, G_i = X_i^T X_i / tokens",
     several_experts=True,
+    unknown="every matrix is solved for with the inputs that the calibration measured",
+    anchor="interp",
     data="gram",
     matrixwise=True,
 )
@@ -167,8 +180,8 @@ def regmean(
     mllm: Matrix,
     math: Experts,
     *,
-    off_diagonal: Fraction = 0.9,
-    alpha: Fraction = 0.5,
+    off_diagonal: OffDiagonal = 0.9,
+    alpha: MllmShare = 0.5,
     mllm_gram: GramInput = None,
     math_gram: GramInputs = None,
 ) -> Matrix:

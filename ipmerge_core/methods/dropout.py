@@ -18,7 +18,13 @@ from torch import Tensor
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import blocks, blockwise, task_vector_of
-from ipmerge_core.methods.election import Normalize, OwnDensity, agreeing_sum
+from ipmerge_core.methods.election import (
+    UNREAD,
+    Normalize,
+    OwnDensity,
+    agreeing_sum,
+    densities_of,
+)
 from ipmerge_core.methods.elementwise import add_to_base, as_list
 from ipmerge_core.methods.registry import (
     Coefficient,
@@ -30,7 +36,7 @@ from ipmerge_core.methods.registry import (
     merge_method,
 )
 from ipmerge_core.methods.selection import Trim, ascending_ranks
-from ipmerge_core.methods.traits import Matrix
+from ipmerge_core.methods.traits import AffineUpdate, Matrix
 
 Rescale: TypeAlias = Annotated[
     Literal["inverse_density", "l1", "none"],
@@ -116,13 +122,6 @@ def _dare_vectors(
     return vectors
 
 
-def _own_densities(
-    density: float, mllm_density: float | None, math_density: float | None, experts: int
-) -> list[float]:
-    mllm = density if mllm_density is None else mllm_density
-    return [mllm] + [density if math_density is None else math_density] * experts
-
-
 def _weighted_sum(
     base: Tensor, mllm: Tensor, vectors: Sequence[Tensor], weights: Sequence[float]
 ) -> Tensor:
@@ -150,11 +149,41 @@ def _elected_sum(
     return blockwise(merge, base, mllm, *vectors)
 
 
+def _own(parameters: Mapping[str, Any]) -> list[float]:
+    """Density of the MLLM, and the one that every expert has."""
+    names = ("density", "mllm_density", "math_density")
+    shared, mllm, math = (parameters[name] for name in names)
+    return densities_of(shared, mllm, math, 1)
+
+
+def _expected(parameters: Mapping[str, Any]) -> AffineUpdate:
+    """Mean and spread of DARE's change: of many elements the sum is close to what is expected.
+
+    Math:   E[M] = p, Var[M] = p (1 - p); divided by p that is 1 and (1 - p) / p.
+    """
+    means, noises = [], []
+    for role, p in zip(("mllm", "math"), _own(parameters), strict=True):
+        weight = parameters[f"{role}_weight"]
+        unscaled = parameters["rescale"] == "none"
+        means.append(weight * (p if unscaled else 1.0))
+        noises.append(weight**2 * (1 - p) * (p if unscaled else 1 / p))
+    words = "expected over the random drops" if any(noises) else ""
+    return AffineUpdate(
+        means[0] - 1.0,
+        means[1],
+        "select_only",
+        mllm_noise=noises[0],
+        expert_noise=noises[1],
+        approximate=words,
+    )
+
+
 @merge_method(
     label="DARE",
     source="arXiv 2311.03099",
     formula="W = W0 + a_v M_v dW_v / p + a_e sum_k M_k dW_e,k / p, M ~ Bernoulli(p)",
     several_experts=True,
+    affine=_expected,
 )
 def dare_linear(
     base: Matrix,
@@ -179,7 +208,7 @@ def dare_linear(
     Source: DARE, arXiv 2311.03099 (inverse_density); "l1" is what mergekit does since 0.1.0.
     """
     tuned = [mllm, *as_list(math)]
-    densities = _own_densities(density, mllm_density, math_density, len(tuned) - 1)
+    densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
     vectors = _dare_vectors(base, tuned, densities, rescale, seed, tensor_name)
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
     return _weighted_sum(base, mllm, vectors, weights)
@@ -190,6 +219,7 @@ def dare_linear(
     source="arXiv 2311.03099; arXiv 2306.01708",
     formula="W = W0 + sum of the a_i M_i dW_i / p that have the elected sign",
     several_experts=True,
+    unknown=UNREAD,
 )
 def dare_ties(
     base: Matrix,
@@ -213,7 +243,7 @@ def dare_ties(
     Source: DARE, arXiv 2311.03099; the election of TIES without its trim, as in mergekit.
     """
     tuned = [mllm, *as_list(math)]
-    densities = _own_densities(density, mllm_density, math_density, len(tuned) - 1)
+    densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
     vectors = _dare_vectors(base, tuned, densities, rescale, seed, tensor_name)
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
     return _elected_sum(base, mllm, vectors, weights, normalize=normalize)
@@ -250,6 +280,7 @@ def _check_window(parameters: Mapping[str, Any]) -> None:
     source="arXiv 2406.11617",
     formula="W = W0 + s mean of the M_i dW_i / q_i that have the elected sign, q by rank in row",
     several_experts=True,
+    unknown=UNREAD,
     check=_check_window,
 )
 def della(
@@ -281,7 +312,7 @@ def della(
     Raises: PlanError when density and epsilon leave (0, 1).
     """
     tuned = [mllm, *as_list(math)]
-    densities = _own_densities(density, mllm_density, math_density, len(tuned) - 1)
+    densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
     vectors = []
     for matrix, own, role in zip(tuned, densities, roles(len(tuned) - 1), strict=True):
         vector = task_vector_of(matrix, base)
@@ -314,11 +345,20 @@ def crumbs(vector: Tensor, density: float, gamma: float, per: Literal["tensor", 
     return blockwise(lambda block: crumbs_and_outliers(block) - outliers(block), vector)
 
 
+def _affine_crumbs(parameters: Mapping[str, Any]) -> AffineUpdate | None:
+    """Task arithmetic where nothing is dropped."""
+    if min(_own(parameters)) < 1:
+        return None
+    return AffineUpdate(parameters["mllm_weight"] - 1.0, parameters["math_weight"], "select_only")
+
+
 @merge_method(
     label="Model breadcrumbs",
     source="arXiv 2312.06795",
     formula="W = W0 + sum_i a_i dW_i without its largest and smallest elements",
     several_experts=True,
+    affine=_affine_crumbs,
+    unknown=UNREAD,
 )
 def breadcrumbs(
     base: Matrix,
@@ -343,7 +383,7 @@ def breadcrumbs(
             mergekit, whose gamma is the paper's beta.
     """
     tuned = [mllm, *as_list(math)]
-    densities = _own_densities(density, mllm_density, math_density, len(tuned) - 1)
+    densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
     vectors = [
         task_vector_of(matrix, base)
         if own == 1

@@ -7,8 +7,8 @@ fp32, or fp64 for fp64 inputs. Where public code differs from a paper, both beha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from ipmerge_core.methods.selection import (
 )
 from ipmerge_core.methods.traits import Matrix, ParameterValue, Statistic
 
+UNREAD = "which elements are kept is known only when the weights are read"
 Normalize: TypeAlias = Annotated[
     bool,
     Range(help="divide by the weights of what agrees: only math_weight / mllm_weight matters then"),
@@ -112,11 +113,11 @@ def majority_sign(vectors: Sequence[Tensor]) -> float:
     return float((votes > 0) - (votes < 0))
 
 
-def _densities(parameters: Mapping[str, ParameterValue], experts: int) -> list[float]:
+def densities_of(
+    shared: float, mllm: float | None, math: float | None, experts: int
+) -> list[float]:
     """Densities of the MLLM and of every expert; the shared one where none of their own is set."""
-    shared = parameters["density"]
-    own = [parameters["mllm_density"]] + [parameters["math_density"]] * experts
-    return [float(shared if density is None else density) for density in own]  # type: ignore[arg-type]
+    return [shared if density is None else density for density in [mllm, *([math] * experts)]]
 
 
 def _measure_magnitudes(
@@ -147,7 +148,10 @@ def _combine_magnitudes(
             for (prefix, rank), counts in zip(pairs, total, strict=True)
         )
     found: list[float] = []
-    for counts, density in zip(total, _densities(parameters, len(total) - 1), strict=True):
+    names = ("density", "mllm_density", "math_density")
+    shared, mllm, math = (cast("float", parameters[name]) for name in names)
+    densities = densities_of(shared, mllm, math, len(total) - 1)
+    for counts, density in zip(total, densities, strict=True):
         size = int(counts.sum())
         k = _count(size, density, official=parameters["trim"] == "official")
         prefix, above = bin_of_kth(counts, k)
@@ -178,6 +182,7 @@ def _trim_of(
     source="arXiv 2306.01708",
     formula="W = W0 + s sum of the trimmed a_i dW_i that have the elected sign",
     several_experts=True,
+    unknown=UNREAD,
     statistic=Statistic(_measure_magnitudes, _combine_magnitudes, passes=2),
 )
 def ties(
@@ -213,10 +218,7 @@ def ties(
     task vector whatever its weight.
     """
     tuned = [mllm, *as_list(math)]
-    densities = _densities(
-        {"density": density, "mllm_density": mllm_density, "math_density": math_density},
-        len(tuned) - 1,
-    )
+    densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
     thresholds = statistic if scope == "model" and statistic else [None] * len(tuned)
     trims = [
         _trim_of(TaskVector(matrix, base), share, threshold, official=trim == "official")
@@ -249,6 +251,7 @@ def ties(
     source="arXiv 2408.07990",
     formula="W = W0 + weighted mean of the dW_i of the elected sign, w_i = a_i mean(dW_i^2)",
     several_experts=True,
+    unknown=UNREAD,
 )
 def sce(
     base: Matrix,

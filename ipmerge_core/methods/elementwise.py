@@ -75,6 +75,8 @@ def _affine_average(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     source="BR2V, arXiv 2505.05464",
     formula="W = a W_v + (1 - a) W_e",
     affine=_affine_average,
+    unknown="its weights do not add up to 1, so that the base's share changes, too",
+    anchor="interp",
     check=_two_weights,
     local=True,
 )
@@ -122,6 +124,7 @@ def linear(
     gains=("mllm_weight", "math_weight"),
     several_experts=True,
     affine=lambda p: AffineUpdate(p["mllm_weight"] - 1.0, p["math_weight"], "select_only"),
+    anchor="inject",
     local=True,
 )
 def task_arithmetic(
@@ -149,10 +152,18 @@ def task_arithmetic(
     return blockwise(add, base, mllm, *as_list(math))
 
 
+def _affine_swap(parameters: Mapping[str, Any]) -> AffineUpdate:
+    kept = parameters["layer"] <= parameters["last_kept_layer"]
+    other = 0.0 if kept else 1.0 - parameters["alpha"]
+    return AffineUpdate(-other, other, "select_only")
+
+
 @merge_method(
     label="Layer swap",
     source="arXiv 2410.01335; arXiv 2505.05464",
     formula="W = W_v in layers 0..l, else a W_v + (1 - a) W_e",
+    affine=_affine_swap,
+    anchor="interp",
     local=True,
 )
 def layer_swap(

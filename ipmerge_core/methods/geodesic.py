@@ -9,17 +9,28 @@ the chord; on task vectors it is not.
 from __future__ import annotations
 
 import math as mathematics
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
 from ipmerge_core.methods.elementwise import add_to_base, as_list
-from ipmerge_core.methods.registry import Experts, Fraction, Range, merge_method
-from ipmerge_core.methods.traits import Matrix
+from ipmerge_core.methods.registry import Experts, Range, merge_method
+from ipmerge_core.methods.traits import AffineUpdate, Matrix
 
 Step: TypeAlias = Annotated[float, Range(low=0, high=1, help="0 is the MLLM, 1 the expert")]
+Turned: TypeAlias = Annotated[
+    Literal["task_vectors", "weights"], Range(help="what lies on the arc")
+]
+Sliced: TypeAlias = Annotated[
+    Literal["tensor", "row", "column"], Range(help="one angle per matrix, row or column")
+]
+MllmShare: TypeAlias = (
+    Annotated[float, Range(low=0, high=1, help="share of the MLLM; none: all models alike")] | None
+)
+_NEARLY_STRAIGHT = "the arc is taken as a straight line, which it nearly is between siblings"
 _NEARLY_PARALLEL = 0.9995  # |cos| above which SLERP of weights is a straight line (mergekit)
 _SMALLEST_SINE = 1e-4  # below it the arc's coefficients blow up near opposite directions
 _STEPS, _TOLERANCE = 10, 1e-5  # of the Karcher iteration (mergekit)
@@ -32,10 +43,18 @@ def arc_coefficients(cosine: float, t: float) -> tuple[float, float]:
     return mathematics.sin((1 - t) * theta) / sine, mathematics.sin(t * theta) / sine
 
 
+def _chord(parameters: Mapping[str, Any]) -> AffineUpdate:
+    """The straight line in place of the arc, apart by (1 - t) w / 2 of the change."""
+    t = parameters["t"]
+    return AffineUpdate(-t, t, "select_only", approximate=_NEARLY_STRAIGHT)
+
+
 @merge_method(
     label="SLERP",
     source="Shoemake 1985",
     formula="W = (sin((1 - t) w) W_v + sin(t w) W_e) / sin w, w = angle(W_v, W_e)",
+    affine=_chord,
+    anchor="interp",
 )
 def slerp(base: Matrix, mllm: Matrix, math: Matrix, *, t: Step = 0.1) -> Matrix:
     """Interpolate along the great circle from the MLLM to the expert; the base takes no part.
@@ -53,10 +72,30 @@ def slerp(base: Matrix, mllm: Matrix, math: Matrix, *, t: Step = 0.1) -> Matrix:
     return blockwise(lambda W_v, W_e: a * W_v + b * W_e, mllm, math)
 
 
+def _arc(parameters: Mapping[str, Any]) -> AffineUpdate | None:
+    """Exact for whole task vectors, whose angle an analysis knows."""
+    if parameters["of"] == "weights":
+        return _chord(parameters) if parameters["per"] == "tensor" else None
+    if parameters["per"] != "tensor":
+        return None
+    a, b = _between(parameters["t"], parameters.get("cosine"))
+    return AffineUpdate(a - 1.0, b, "select_only")
+
+
+def _between(t: float, cosine: float | None) -> tuple[float, float]:
+    """Coefficients on the arc, or on the straight line where there is no angle to turn by."""
+    sine = 0.0 if cosine is None else mathematics.sqrt(max(0.0, 1.0 - cosine * cosine))
+    if cosine is None or sine < _SMALLEST_SINE:
+        return 1.0 - t, t
+    return arc_coefficients(cosine, t)
+
+
 @merge_method(
     label="NuSLERP",
     source="mergekit, `nuslerp`",
     formula="W = W0 + (sin((1 - t) w) dW_v + sin(t w) dW_e) / sin w, w = angle(dW_v, dW_e)",
+    affine=_arc,
+    unknown="every row or column has an angle of its own, known only when the weights are read",
 )
 def nuslerp(
     base: Matrix,
@@ -64,8 +103,8 @@ def nuslerp(
     math: Matrix,
     *,
     t: Step = 0.1,
-    of: Literal["task_vectors", "weights"] = "task_vectors",
-    per: Literal["tensor", "row", "column"] = "tensor",
+    of: Turned = "task_vectors",
+    per: Sliced = "tensor",
 ) -> Matrix:
     """Interpolate along the arc between task vectors, of the whole matrix or slice by slice.
 
@@ -103,18 +142,27 @@ def _slice_cosines(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return torch.where(norms > 0, product / norms.masked_fill(norms == 0, 1), 1.0)
 
 
+def _mean(parameters: Mapping[str, Any]) -> AffineUpdate:
+    experts, own = parameters["experts"], parameters["alpha"]
+    other = 1.0 - (1 / (1 + experts) if own is None else own)
+    shared = other / experts
+    return AffineUpdate(-other, shared, "select_only", approximate=_NEARLY_STRAIGHT)
+
+
 @merge_method(
     label="Karcher mean",
     source="Karcher 1977; mergekit, `karcher`",
     formula="W = (sum_i a_i |W_i|) u, u the mean of the directions W_i / |W_i| on the sphere",
     several_experts=True,
+    affine=_mean,
+    anchor="interp",
 )
 def karcher(
     base: Matrix,
     mllm: Matrix,
     math: Experts,
     *,
-    alpha: Fraction | None = None,
+    alpha: MllmShare = None,
 ) -> Matrix:
     """Average the directions of the matrices on the sphere and their norms on the line.
 

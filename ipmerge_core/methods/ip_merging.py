@@ -25,9 +25,18 @@ from ipmerge_core.similarity import (
 )
 from ipmerge_core.spectrum import as_float, svd, task_vector
 
-Ablation = Literal["none", "rescale_only", "select_only"]
+Ablation = Annotated[
+    Literal["none", "rescale_only", "select_only"], Range(help="leave out the projection, or more")
+]
+GammaNorm = Annotated[
+    Literal["sum", "max"], Range(help="gamma adds up to 1, or its largest value is 1")
+]
+Projector = Annotated[
+    Literal["softmax", "top_k"], Range(help="weights by similarity, or the first directions whole")
+]
 Temperature = Annotated[float, Range(low=0, low_open=True, help="of the softmax over directions")]
-Count = Annotated[int, Range(low=1)]
+TopK = Annotated[int, Range(low=1, help="directions of the projector top_k")]
+Rank = Annotated[int, Range(low=1, help="singular triplets kept; none: all")] | None
 
 
 def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
@@ -57,10 +66,10 @@ def ip_merging(
     *,
     lambda_: Gain = 1.0,
     temperature: Temperature = 32.0,
-    gamma_norm: Literal["sum", "max"] = "sum",
-    projector: Literal["softmax", "top_k"] = "softmax",
-    top_k: Count = 64,
-    rank: Count | None = None,
+    gamma_norm: GammaNorm = "sum",
+    projector: Projector = "softmax",
+    top_k: TopK = 64,
+    rank: Rank = None,
     ablation: Ablation = "none",
 ) -> Matrix:
     """Add every expert's rescaled task vector, projected on the MLLM's leading directions.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     Annotated,
@@ -38,6 +38,7 @@ from ipmerge_core.methods.traits import (
     Matrix,
     ParameterValue,
     Statistic,
+    drained,
 )
 
 Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
@@ -128,6 +129,9 @@ class Parameter:
         return f"{noun} in {self.bounds}" + (" or none" if self.optional else "")
 
 
+_Merging: TypeAlias = Callable[..., Tensor | Generator[float, None, Tensor]]
+
+
 @dataclass(frozen=True)
 class MergeMethod:
     """A merge method and all that a form, a table or an error message says of it.
@@ -147,7 +151,7 @@ class MergeMethod:
     label: str
     formula: str
     source: str
-    function: Callable[..., Tensor]
+    function: _Merging
     parameters: tuple[Parameter, ...]
     gains: tuple[str, ...] = ()
     several_experts: bool = False
@@ -162,7 +166,7 @@ class MergeMethod:
     local: bool = False
     check: Callable[[Mapping[str, Any]], object] | None = None
 
-    def __call__(  # any shapes may come in; what does not fit is refused in words
+    def __call__(
         self,
         base: Tensor,
         mllm: Tensor,
@@ -173,9 +177,27 @@ class MergeMethod:
 
         Raises: ShapeError for unequal shapes, PlanError for an illegal parameter.
         """
+        return drained(self.steps(base, mllm, math, **parameters))
+
+    def steps(  # any shapes may come in; what does not fit is refused in words
+        self,
+        base: Tensor,
+        mllm: Tensor,
+        math: Tensor | Sequence[Tensor],
+        **parameters: Any,  # noqa: ANN401
+    ) -> Generator[float, None, Matrix]:
+        """Merge in steps: yields the share that is done, where the method works for long."""
         experts = [math] if isinstance(math, Tensor) else list(math)
         supplied = {name: parameters.pop(name) for name in self.inputs if name in parameters}
         parameters.pop("tensor_name", None)  # legal for every method
+        self._check_matrices(base, mllm, experts)
+        argument = experts if self.several_experts else experts[0]
+        merged: Matrix | Generator[float, None, Matrix] = self.function(
+            base, mllm, argument, **self.complete(parameters), **supplied
+        )
+        return merged if isinstance(merged, Tensor) else (yield from merged)
+
+    def _check_matrices(self, base: Tensor, mllm: Tensor, experts: Sequence[Tensor]) -> None:
         if base.ndim != 2:
             raise ShapeError(
                 f"{self.label} merges matrices and got a base of shape {tuple(base.shape)}; a "
@@ -191,11 +213,6 @@ class MergeMethod:
             raise PlanError(f"{self.label} got no math matrix; it needs at least one expert.")
         if len(experts) > 1 and not self.several_experts:
             raise PlanError(f"{self.label} merges one expert at a time and got {len(experts)}.")
-        argument = experts if self.several_experts else experts[0]
-        merged: Tensor = self.function(
-            base, mllm, argument, **self.complete(parameters), **supplied
-        )
-        return merged
 
     def needs_statistic(self, parameters: Mapping[str, ParameterValue]) -> bool:
         """Whether a first pass over the whole model comes before the merge."""
@@ -246,7 +263,7 @@ class MergeMethod:
 
 METHODS: dict[str, MergeMethod] = {}
 
-_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+_Function = TypeVar("_Function", bound=_Merging)
 
 
 def merge_method(**traits: Any) -> Callable[[_Function], _Function]:  # noqa: ANN401
@@ -277,7 +294,7 @@ def find_method(name: str) -> MergeMethod:
     return METHODS[name]
 
 
-def _read_parameters(function: Callable[..., Tensor]) -> tuple[Parameter, ...]:
+def _read_parameters(function: Callable[..., object]) -> tuple[Parameter, ...]:
     hints = get_type_hints(function, include_extras=True)
     return tuple(
         _read_parameter(name, hints[name], parameter.default)
@@ -286,7 +303,7 @@ def _read_parameters(function: Callable[..., Tensor]) -> tuple[Parameter, ...]:
     )
 
 
-def _read_inputs(function: Callable[..., Tensor]) -> tuple[str, ...]:
+def _read_inputs(function: Callable[..., object]) -> tuple[str, ...]:
     hints = get_type_hints(function, include_extras=True)
     return tuple(name for name, hint in hints.items() if _is_supplied(hint))
 

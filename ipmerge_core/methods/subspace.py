@@ -15,13 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core.methods.blocks import result_dtype, task_vector_of
-from ipmerge_core.methods.election import agreeing_sum, majority_sign
+from ipmerge_core.methods.election import (
+    Normalize,
+    OwnDensity,
+    agreeing_sum,
+    densities_of,
+    majority_sign,
+)
 from ipmerge_core.methods.elementwise import add_to_base, as_list
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
     Experts,
-    Fraction,
     Gain,
     Range,
     merge_method,
@@ -30,6 +35,10 @@ from ipmerge_core.methods.selection import keep_largest_
 from ipmerge_core.methods.traits import Matrix
 from ipmerge_core.spectrum import Spectrum, as_float, svd
 
+ANEW = "the directions of all task vectors are combined anew"
+Common: TypeAlias = Annotated[
+    float, Range(low=0, high=1, help="share of directions taken from the sum of all")
+]
 Cutoff: TypeAlias = Annotated[
     float, Range(low=0, high=1, help="directions weaker than this times the first are dropped")
 ]
@@ -102,6 +111,7 @@ def _left(found: Spectrum) -> Tensor:
     source="arXiv 2412.00081",
     formula="W = W0 + s U' diag(S) V'^T, U', V' nearest orthonormal to the stacked top r / T",
     several_experts=True,
+    unknown=ANEW,
     matrixwise=True,
 )
 def tsv(
@@ -153,6 +163,7 @@ def _numerical_rank(found: Spectrum, shape: torch.Size) -> int:
     source="arXiv 2502.04959",
     formula="W = W0 + s mean(S) U V^T, U S V^T = sum_i a_i dW_i",
     several_experts=True,
+    unknown=ANEW,
     matrixwise=True,
 )
 def iso_c(
@@ -186,6 +197,7 @@ def iso_c(
     source="arXiv 2502.04959",
     formula="W = W0 + s mean(S) U' V'^T, common directions of the sum and task-specific ones",
     several_experts=True,
+    unknown=ANEW,
     matrixwise=True,
 )
 def iso_cts(
@@ -193,7 +205,7 @@ def iso_cts(
     mllm: Matrix,
     math: Experts,
     *,
-    common_fraction: Fraction = 0.8,
+    common_fraction: Common = 0.8,
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 1.0,
     scale: Gain = 1.0,
@@ -239,6 +251,7 @@ def _first(found: Spectrum, count: int) -> tuple[Tensor, Tensor, Tensor]:
     source="arXiv 2410.19735",
     formula="W = W0 + s U ties(U^T dW_v, U^T dW_e), U from the SVD of [dW_v | dW_e]",
     several_experts=True,
+    unknown=ANEW,
     matrixwise=True,
 )
 def knots_ties(
@@ -249,7 +262,9 @@ def knots_ties(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 1.0,
     density: Density = 0.2,
-    normalize: bool = True,
+    mllm_density: OwnDensity = None,
+    math_density: OwnDensity = None,
+    normalize: Normalize = True,
     cutoff: Cutoff = 1e-5,
     scale: Gain = 1.0,
 ) -> Matrix:
@@ -257,7 +272,8 @@ def knots_ties(
 
     Math:   [tau_1 | .. | tau_T] = U S [V_1^T | .. | V_T^T]; P_i = S V_i^T = U^T tau_i over the
             S above the cutoff; delta = U ties(P_1 .. P_T) with the trim of exactly int(density N)
-            elements each and the unweighted majority of signs; W = W0 + s delta.
+            elements each and the unweighted majority of signs; W = W0 + s delta. A density of its
+            own overrides the shared one.
     Shapes: all (m, n); the decomposed matrix is (m, T n). With density 1 and no conflict of signs
             this is the mean of what is kept, or task arithmetic without `normalize`.
     Source: KnOTS, arXiv 2410.19735, with the election and mean of the TIES paper. The cutoff is
@@ -270,8 +286,9 @@ def knots_ties(
     found = svd(torch.cat(models, dim=1), dtype=torch.float64)
     U = _left(found)[:, cutoff * found.S[0] < found.S]
     parts = [U.T @ model.double() for model in models]
-    for part in parts:
-        keep_largest_(part, max(1, int(density * part.numel())))
+    densities = densities_of(density, mllm_density, math_density, len(parts) - 1)
+    for part, share in zip(parts, densities, strict=True):
+        keep_largest_(part, max(1, int(share * part.numel())))
     weights = [mllm_weight] + [math_weight] * (len(models) - 1)
     merged = agreeing_sum(parts, weights, normalize=normalize, default_sign=majority_sign(parts))
     return add_to_base(W0, W_v, (U @ merged).to(W0), scale)

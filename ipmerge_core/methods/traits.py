@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +19,7 @@ from ipmerge_core.errors import PlanError
 Matrix: TypeAlias = Float[Tensor, "m n"]
 ParameterValue: TypeAlias = float | int | bool | str | None
 Anchor: TypeAlias = Literal["two_base", "root", "inject", "interp"]
+_Result = TypeVar("_Result")
 
 
 class AffineUpdate(NamedTuple):
@@ -55,6 +56,15 @@ class AffineUpdate(NamedTuple):
         return self._replace(mllm=-moved, mllm_noise=0.0)
 
 
+def drained(steps: Generator[object, None, _Result]) -> _Result:
+    """Run a generator to its end and return its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast("_Result", end.value)
+
+
 Models: TypeAlias = tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]
 
 
@@ -84,12 +94,7 @@ class Statistic:
         apply: Callable[..., Iterable[Tensor]] = map,
     ) -> tuple[float, ...]:
         """Run all passes and return what was found; see `steps`."""
-        steps = self.steps(matrices, parameters, apply=apply)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return cast("tuple[float, ...]", end.value)
+        return drained(self.steps(matrices, parameters, apply=apply))
 
     def steps(
         self,

@@ -7,7 +7,7 @@ the steps are the authors' (Adam), which makes the result depend on the size of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Annotated, TypeAlias
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import result_dtype
 from ipmerge_core.methods.elementwise import add_to_base, as_list
-from ipmerge_core.methods.registry import Experts, Gain, Range, merge_method
+from ipmerge_core.methods.registry import Coefficient, Experts, Gain, Range, merge_method
 from ipmerge_core.methods.subspace import living_task_vectors
 from ipmerge_core.methods.traits import Matrix
 from ipmerge_core.spectrum import as_float, svd
 
 Steps: TypeAlias = Annotated[int, Range(low=0, help="steps of Adam")]
 Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]
+Closed: TypeAlias = Annotated[bool, Range(help="the minimum itself in place of steps towards it")]
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
 
 
@@ -30,6 +31,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
     source="arXiv 2503.08099",
     formula="W = W0 + s argmin_X sum_i |(X - dW_i) dW_i^T|^2 / |dW_i|^2, from X = sum_i dW_i",
     several_experts=True,
+    unknown="it is found by iteration",
     matrixwise=True,
 )
 def wudi(
@@ -37,26 +39,32 @@ def wudi(
     mllm: Matrix,
     math: Experts,
     *,
+    mllm_weight: Coefficient = 1.0,
+    math_weight: Coefficient = 1.0,
     iterations: Steps = 300,
     learning_rate: Rate = 1e-5,
-    closed_form: bool = False,
+    closed_form: Closed = False,
     scale: Gain = 1.0,
-) -> Matrix:
+) -> Generator[float, None, Matrix]:
     """Move the sum of the task vectors towards least interference with each of them.
 
-    Math:   L(X) = sum_i ||(X - tau_i) tau_i^T||_F^2 / ||tau_i||_F^2, from X = sum_i tau_i by
-            `iterations` of Adam; W = W0 + s X. With G = sum_i tau_i^T tau_i / ||tau_i||^2 and
-            C = sum_i tau_i tau_i^T tau_i / ||tau_i||^2 the gradient is 2 (X G - C).
+    Yields the share of the iterations that are done.
+
+    Math:   with tau_i = a_i dW_i: L(X) = sum_i ||(X - tau_i) tau_i^T||_F^2 / ||tau_i||_F^2, from
+            X = sum_i tau_i by `iterations` of Adam; W = W0 + s X. With
+            G = sum_i tau_i^T tau_i / ||tau_i||^2, C = sum_i tau_i tau_i^T tau_i / ||tau_i||^2 the
+            gradient is 2 (X G - C).
             closed_form: the minimum itself, X = C G^+ (RegMean with the Gram matrices tau^T tau).
     Shapes: all (m, n). Zero task vectors are left out; one model alone is taken whole.
-    Source: WUDI-Merging, arXiv 2503.08099. An Adam step moves an element by at most about the
-            learning rate, so task vectors larger than iterations * rate do not converge; this is
-            what the authors ship, and the closed form is the named alternative.
+    Source: WUDI-Merging, arXiv 2503.08099, where a_i = 1. An Adam step moves an element by at most
+            about the learning rate, so task vectors larger than iterations * rate do not converge;
+            this is what the authors ship, and the closed form is the named alternative.
     """
     experts = as_list(math)
     dtype = result_dtype(base, mllm, *experts)
     W0, W_v = as_float(base).to(dtype), as_float(mllm).to(dtype)
-    vectors = living_task_vectors(base, mllm, experts, [1.0] * (1 + len(experts)))
+    weights = [mllm_weight] + [math_weight] * len(experts)
+    vectors = living_task_vectors(base, mllm, experts, weights)
     if len(vectors) < 2:
         return add_to_base(W0, W_v, vectors[0] if vectors else torch.zeros_like(W0), scale)
     units = [vector / torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
@@ -64,9 +72,8 @@ def wudi(
     if closed_form:
         return add_to_base(W0, W_v, _minimum(vectors, units), scale)
     start = torch.stack(vectors).sum(0)
-    return add_to_base(
-        W0, W_v, _adam(start, _gradient_of(vectors, units), iterations, learning_rate), scale
-    )
+    X = yield from _adam(start, _gradient_of(vectors, units), iterations, learning_rate)
+    return add_to_base(W0, W_v, X, scale)
 
 
 def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -83,7 +90,7 @@ def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable
 
 def _adam(
     X: Tensor, gradient_of: Callable[[Tensor], Tensor], iterations: int, learning_rate: float
-) -> Tensor:
+) -> Generator[float, None, Tensor]:
     """Run Adam with a constant rate; deterministic, no graph is recorded."""
     first, second = torch.zeros_like(X), torch.zeros_like(X)
     b1, b2 = _BETAS
@@ -93,6 +100,7 @@ def _adam(
         second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
         denominator = second.sqrt().div_((1 - b2**step) ** 0.5).add_(_EPSILON)
         X.addcdiv_(first, denominator, value=-learning_rate / (1 - b1**step))
+        yield step / iterations
     return X
 
 
