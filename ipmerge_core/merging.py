@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,24 +30,24 @@ from ipmerge_core.checkpoint import (
     count_non_finite,
 )
 from ipmerge_core.costs import Estimate, check_space, estimate_pair, merging_cost
-from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, PlanError, RunError
+from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
+from ipmerge_core.first_pass import MeasureStep, is_due, measure
 from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
-from ipmerge_core.methods.traits import Models
+from ipmerge_core.methods.traits import drained, relayed
 from ipmerge_core.pairing import MatrixWeights, ModelPair
 from ipmerge_core.pipeline import Load, WriteBehind, compute_ahead, read_ahead
-from ipmerge_core.plan import MergePlan, open_sources
+from ipmerge_core.plan import MergePlan, reopen
 from ipmerge_core.ranks import Ranks, share_out
+from ipmerge_core.scope import engine_anchor
 from ipmerge_core.version import __version__
 from ipmerge_core.vocabulary import ROWS
 from ipmerge_core.work import (
     Part,
     Work,
-    chosen_matrices,
     held,
-    held_by,
-    merged_matrix,
+    merging_of,
     on_one_base,
     parts,
     reason_to_copy,
@@ -64,13 +64,17 @@ from ipmerge_core.writer import (
 _MOST_WORKERS = 8  # more are not faster than one thread reads
 _BUDGET = 1 << 26  # bytes read ahead, and bytes waiting to be written, unless one tensor needs more
 
-Action: TypeAlias = Literal["merged", "copied", "resumed"]
+Action: TypeAlias = Literal["measured", "merging", "merged", "copied", "resumed"]
+Shares: TypeAlias = Generator[float, None, bytearray]  # of a matrix that takes long
 Documents: TypeAlias = Callable[[], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class MergeStep:
-    """One tensor is finished. Sizes in bytes."""
+    """One tensor is finished, or on its way ("merging"). Sizes in bytes.
+
+    The steps of a first pass ("measured") come before all others and count what it reads.
+    """
 
     tensor: str
     index: int
@@ -147,24 +151,6 @@ def iter_merge(
         run.conclude(failure, lambda: _documents(run, time.perf_counter() - started))
 
 
-def reopen(plan: MergePlan) -> ModelPair:
-    """Open the plan's models again and make sure that they are the same.
-
-    Raises: PairingError when a model's weights are not those the plan was made for.
-    """
-    sources = plan.sources
-    pair = open_sources(sources)
-    now = [model.fingerprint for _, model in pair.roles()]
-    for source, fingerprint in zip(sources.all(), now, strict=True):
-        if source.fingerprint != fingerprint:
-            raise PairingError(
-                f"'{source.id}' holds other weights than when the plan was made (fingerprint "
-                f"{fingerprint[:8]}, then {source.fingerprint[:8]}). Analyse the pair again and "
-                f"make a new plan."
-            )
-    return pair
-
-
 def estimate(plan: MergePlan, out: str | Path) -> Estimate:
     """Work out bytes, memory and time from headers alone. Raises: as `iter_merge`, before work."""
     return estimate_pair(plan, reopen(plan), check_output(out))
@@ -194,6 +180,7 @@ class _Run:
     ranks: Ranks
     device: torch.device
     measurements: Measurements | None
+    statistic: tuple[float, ...] | None = None
 
     def steps(self) -> Iterator[MergeStep]:
         """Merge and write this process' tensors, yielding after each, and read them back."""
@@ -201,24 +188,27 @@ class _Run:
         specs = self._mine(in_file_order(self.pair.mllm), work)
         count = _Count(len(specs), sum(spec.nbytes for spec in specs))
         todo = [spec for spec in specs if spec.name not in self.writer.done]
-        for spec in specs:
-            if spec.name in self.writer.done:
-                yield count.step(spec, "resumed")
         local = self.method.is_local(self.plan.parameters)
         cut = [p for spec in todo for p in parts(spec, work.get(spec.name, []), local=local)]
         budget = max([_BUDGET, *(held(self.pair, part) for part in cut)])
-        statistic = self._statistic() if any(part.matrix for part in cut) else None
-        merged = partial(self._merged, statistic=statistic)
+        yield from self._first_pass(idle=not any(part.matrix for part in cut))
+        for spec in specs:
+            if spec.name in self.writer.done:
+                yield count.step(spec, "resumed")
         with (
             WriteBehind[MergeStep | None](budget) as behind,
             closing(read_ahead(self._loads(cut), budget)) as pieces,
-            closing(compute_ahead(merged, pieces, self._workers)) as results,
+            closing(compute_ahead(self._merged, pieces, self._workers)) as results,
         ):
-            for part, data in results:
+            for part, result in results:
+                data = result
+                if isinstance(data, Generator):
+                    yield from filter(None, behind.drain())  # so that what is done only grows
+                    data = yield from relayed(data, partial(count.within, part))
                 action: Action = "merged" if part.spec.name in work else "copied"
                 job = partial(self._write, part, data, count, action)
                 yield from filter(None, behind.submit(len(data), job))
-                del data, job
+                del data, result, job
             yield from filter(None, behind.drain())
         self.writer.audit([spec.name for spec in specs])
 
@@ -278,21 +268,22 @@ class _Run:
             return 1
         return min(_MOST_WORKERS, self.ranks.cores)
 
-    def _merged(self, piece: Piece, statistic: tuple[float, ...] | None) -> tuple[Part, bytearray]:
+    def _merged(self, piece: Piece) -> tuple[Part, bytearray | Shares]:
         part, content = piece
         if isinstance(content, bytearray):
             return part, content
         assert part.matrix is not None
         supplied: dict[str, Any] = {}
-        if statistic is not None:
-            supplied["statistic"] = statistic
+        if self.statistic is not None:
+            supplied["statistic"] = self.statistic
         if self.measurements is not None:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, self.device)
-        models = on_one_base(content, self.device, self.plan.anchor)
-        with torch.no_grad():
-            parameters = self.plan.parameters_for(part.matrix.layer)
-            merged = merged_matrix(self.method, part.matrix, models, **parameters, **supplied)
-        return part, _stored(merged, part, self.pair.mllm)
+        anchor = engine_anchor(self.method, self.plan.anchor)
+        models = on_one_base(content, self.device, anchor)
+        parameters = self.plan.parameters_for(part.matrix.layer)
+        run = merging_of(self.method, part.matrix, models, **parameters, **supplied)
+        stored = _stored(run, part, self.pair.mllm)
+        return part, stored if self.method.stepwise else drained(stored)
 
     def _write(
         self, part: Part, data: bytearray, count: _Count, action: Action
@@ -300,25 +291,29 @@ class _Run:
         self.writer.write_piece(part.spec.name, part.start, data)
         return count.step(part.spec, action) if part.stop == part.spec.nbytes else None
 
-    def _statistic(self) -> tuple[float, ...] | None:
-        """Make the method's first passes over the whole model, in every process alike."""
-        statistic = self.method.statistic
-        if statistic is None or not self.method.needs_statistic(self.plan.parameters):
-            return None
-        if self.measurements is not None:
-            return self.measurements.norms
+    def _first_pass(self, *, idle: bool) -> Iterator[MergeStep]:
+        """Find the method's numbers of the whole model: in the plan, in the run's notes, or now.
 
-        def matrices() -> Iterator[Models]:
-            loads = (
-                Load(held_by(self.pair, *matrix), partial(self.pair.read, *matrix))
-                for matrix in chosen_matrices(self.plan, self.pair)
-            )
-            for inputs in read_ahead(loads, _BUDGET):
-                yield *on_one_base(inputs, self.device, self.plan.anchor), {}
+        Every process measures for itself, but those that have nothing to merge.
+        """
+        self.statistic = self.plan.statistic
+        if self.measurements is not None and self.method.needs_statistic(self.plan.parameters):
+            self.statistic = self.measurements.norms
+        if not is_due(self.plan):
+            return
+        leads = self.ranks.rank == 0  # and writes the manifest
+        noted = self.ranks.led(lambda: self.writer.noted("statistic"))
+        if noted is not None:
+            self.statistic = tuple(noted)
+        elif leads or not idle:
+            steps = measure(self.plan, self.pair, self.device, self._workers)
+            self.statistic = yield from relayed(steps, _measured)
+            if leads:
+                self.writer.note("statistic", self.statistic)
 
-        apply = partial(compute_ahead, workers=self._workers)
-        with torch.no_grad():
-            return statistic.over(matrices, self.plan.parameters, apply=apply)
+
+def _measured(step: MeasureStep) -> MergeStep:
+    return MergeStep(*step, action="measured")
 
 
 class _Count:
@@ -331,13 +326,20 @@ class _Count:
     def step(self, spec: TensorSpec, action: Action) -> MergeStep:
         self.index += 1
         self.nbytes_done += spec.nbytes
-        return MergeStep(
-            spec.name, self.index, self.total, self.nbytes_done, self.nbytes_total, action
-        )
+        return self._told(spec, self.nbytes_done, action)
+
+    def within(self, part: Part, share: float) -> MergeStep:
+        """Count a share of a matrix that is being merged, without keeping it."""
+        nbytes = part.start + int(share * (part.stop - part.start))
+        return self._told(part.spec, self.nbytes_done + nbytes, "merging")
+
+    def _told(self, spec: TensorSpec, nbytes: int, action: Action) -> MergeStep:
+        return MergeStep(spec.name, self.index, self.total, nbytes, self.nbytes_total, action)
 
 
-def _stored(merged: Tensor, part: Part, mllm: Checkpoint) -> bytearray:
-    """Cast a merged matrix to its stored dtype, once, and refuse what does not fit it."""
+def _stored(run: Generator[float, None, Tensor], part: Part, mllm: Checkpoint) -> Shares:
+    """Merge a matrix, cast it to its stored dtype, once, and refuse what does not fit it."""
+    merged = yield from run
     spec = part.spec
     data = bytearray(part.stop - part.start)
     values, target = merged.detach().cpu().reshape(-1), as_tensor(data, spec.dtype)
@@ -393,6 +395,7 @@ def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
             "norms": plan.norms,
             "anchor": plan.anchor,
             "embeddings": "merge-shared" if plan.tokens else "keep",
+            "statistic": run.statistic,
         },
         "sources": asdict(plan.sources),
         "versions": {"torch": torch.__version__},

@@ -15,31 +15,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
+from typing import Any
 
 from ipmerge_core.analysis import describe
-from ipmerge_core.errors import PlanError
+from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
-from ipmerge_core.methods.traits import AffineUpdate, ParameterValue
+from ipmerge_core.methods.traits import AffineUpdate, Anchor, ParameterValue
 from ipmerge_core.pairing import MatrixMatch, ModelPair, open_pair
-from ipmerge_core.preview import Decision, Preview, preview
+from ipmerge_core.preview import Decision, Preview, known_statistic, known_update, preview
 from ipmerge_core.records import Analysis, LayerRecord, Sources, Totals
 from ipmerge_core.scope import (
-    Anchor,
     Embeddings,
     Norms,
     Override,
     Scope,
-    check_anchor,
     check_beside,
+    check_choice,
+    check_layer_gains,
     check_policy,
+    choose_anchor,
+    spread,
 )
 from ipmerge_core.vocabulary import SharedTokens, shared_tokens
 
-SIMILARITIES = ("first", "max", "weighted")
 _FORMAT, _VERSION = "ipmerge-plan", 1
 
 
@@ -72,6 +71,8 @@ class MergePlan:
     norms: Norms = "keep"  # of the decoder, and its biases
     tokens: SharedTokens | None = None  # rows of embeddings and head that merge too
     anchor: Anchor = "two_base"  # what changes are measured from
+    statistic: tuple[float, ...] | None = None  # of the whole model, where it is known already
+    approximate: str = ""  # why the records are not exact, where they are not
 
     @cached_property
     def digest(self) -> str:
@@ -92,6 +93,8 @@ class MergePlan:
             content.append([self.norms, self.tokens, self.include, self.exclude])
         if self.anchor != "two_base":
             content.append(self.anchor)
+        if self.statistic:
+            content.append(list(self.statistic))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -134,32 +137,27 @@ class MergePlan:
         """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
         if not self.layer_gains:
             return dict(self.parameters)
-        gain = find_method(self.method).gains[-1]
-        scale = self._schedule()[layer]
-        return {**self.parameters, gain: cast("float", self.parameters[gain]) * scale}
+        scaled = find_method(self.method).scaled(self.parameters, self._schedule[layer])
+        assert scaled is not None, "layer gains without a gain"
+        return scaled
 
+    @cached_property
     def _schedule(self) -> dict[int, float]:
-        """Interpolate `layer_gains`, anchors spread evenly from the first layer to the last."""
-        layers = sorted({decision.layer for decision in self.decisions})
-        places = np.linspace(0, len(self.layer_gains) - 1, num=len(layers))
-        scales = np.interp(places, range(len(self.layer_gains)), self.layer_gains)
-        return dict(zip(layers, scales.tolist(), strict=True))
+        return spread(self.layer_gains, {decision.layer for decision in self.decisions})
 
-    def _update_of(self, layer: int) -> AffineUpdate:
-        method = find_method(self.method)
-        update = method.affine(self.parameters_for(layer)) if method.affine else None
-        own = self.sources.base_mllm is not None
-        if self.anchor == "interp" or (self.anchor == "root" and own):
-            raise PlanError(
-                f"The anchor {self.anchor} has no exact preview: the analysis measured each change "
-                f"from the model's own base. The merge itself works."
-            )
-        if update is None or update.direction not in self.records[0].updates:
-            raise PlanError(
-                f"{method.label} with these parameters has no exact preview: its change is not a "
-                f"multiple of a direction that the analysis measured. The merge itself works."
-            )
-        return update
+    def _update_of(self, decision: Decision, records: Sequence[LayerRecord]) -> AffineUpdate:
+        found = known_update(
+            find_method(self.method),
+            self.parameters_for(decision.layer),
+            self.anchor,
+            self.statistic,
+            decision.layer,
+            records,
+            own_base=self.sources.base_mllm is not None,
+        )
+        if found.direction == "select_only":  # exact in every analysis: no direction takes part
+            return found
+        return found._replace(approximate=found.approximate or self.approximate)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan's JSON content."""
@@ -217,6 +215,8 @@ class MergePlan:
             norms=check_policy("norms", content.get("norms", "keep"), Norms),
             tokens=SharedTokens(**tokens) if (tokens := content.get("tokens")) else None,
             anchor=check_policy("anchor", content.get("anchor", "two_base"), Anchor),
+            statistic=tuple(found) if (found := content.get("statistic")) else None,
+            approximate=content.get("approximate", ""),
         )
         if plan.hash != content["hash"]:
             raise ValueError(f"its hash is {plan.hash} and the file says {content['hash']}")
@@ -237,7 +237,7 @@ def make_plan(
     calibration: str | Path | None = None,
     norms: Norms = "keep",
     embeddings: Embeddings = "keep",
-    anchor: Anchor = "two_base",
+    anchor: Anchor | None = None,
     **parameters: ParameterValue,
 ) -> MergePlan:
     """Decide what merges.
@@ -251,35 +251,35 @@ def make_plan(
         overrides: per matrix name "merge" or "keep", whatever else is said of it.
         include: a regular expression; only matrices whose name it finds are merged.
         exclude: a regular expression; matrices whose name it finds are kept.
-        layer_gains: factors on the method's gain from the first layer to the last, evenly spread
+        layer_gains: factors on the experts' part from the first layer to the last, evenly spread
             and interpolated: (0, 1) fades the update in.
         calibration: a folder that `calibrate` made, for the methods that need data.
         norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
         embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
             token every model has. Include and exclude hold for both, elementwise methods only.
         anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
-            "two_base" each from its own base, on B_v; "root" all from W0, on W0; "inject" the
-            experts' from W0, on the whole MLLM; "interp" W_e - W_v, on the MLLM, without a base.
+            "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
+            B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is
+            the method's own: inject for plain sums, see `choose_anchor`.
         **parameters: the method's own parameters; the rest take their defaults.
 
     Raises:
         PlanError: a value is out of range, a name unknown, or the source does not suffice.
-        CheckpointError: there is no finished calibration in that folder.
-        PairingError: the calibration was made on other models.
+        CheckpointError, PairingError: no finished calibration there, or one of other models.
     """
     chosen = find_method(method)
     overrides = dict(overrides or {})
     complete = chosen.complete(_with_lambda(chosen, lambda_, parameters))
-    _check_choice(similarity_threshold, similarity, overrides)
+    check_choice(similarity_threshold, similarity, overrides)
     _check_source(chosen, source)
     scope = Scope.of(overrides, include, exclude)
     threshold = similarity_threshold if chosen.selective else None
     if isinstance(source, Analysis):
         decisions = _decide(source, similarity, threshold, scope)
-        sources, totals = source.sources, source.totals
+        sources, totals, records = source.sources, source.totals, _without_spectra(source.records)
     else:
         decisions = _take_all(source.matrices, len(source.math), scope)
-        sources, totals = describe(source)
+        (sources, totals), records = describe(source), ()
     _check_overrides(overrides, decisions)
     check_beside(chosen, norms, embeddings)
     return MergePlan(
@@ -291,15 +291,17 @@ def make_plan(
         overrides=overrides,
         include=include,
         exclude=exclude,
-        layer_gains=_check_layer_gains(chosen, layer_gains),
+        layer_gains=check_layer_gains(chosen, layer_gains, complete),
         sources=sources,
         totals=totals,
         decisions=tuple(decisions),
-        records=_without_spectra(source.records) if isinstance(source, Analysis) else (),
+        records=records,
         calibration=_open_calibration(chosen, calibration, sources),
         norms=norms,
         tokens=_share_tokens(source, embeddings),
-        anchor=check_anchor(chosen, anchor, complete),
+        anchor=choose_anchor(chosen, anchor, complete),
+        statistic=known_statistic(chosen, complete, records, decisions),
+        approximate=_looseness(chosen, complete, source),
     )
 
 
@@ -335,6 +337,24 @@ def open_sources(sources: Sources) -> ModelPair:
     )
 
 
+def reopen(plan: MergePlan) -> ModelPair:
+    """Open the plan's models again and make sure that they are the same.
+
+    Raises: PairingError when a model's weights are not those the plan was made for.
+    """
+    sources = plan.sources
+    pair = open_sources(sources)
+    now = [model.fingerprint for _, model in pair.roles()]
+    for source, fingerprint in zip(sources.all(), now, strict=True):
+        if source.fingerprint != fingerprint:
+            raise PairingError(
+                f"'{source.id}' holds other weights than when the plan was made (fingerprint "
+                f"{fingerprint[:8]}, then {source.fingerprint[:8]}). Analyse the pair again and "
+                f"make a new plan."
+            )
+    return pair
+
+
 def _share_tokens(source: Analysis | ModelPair, embeddings: Embeddings) -> SharedTokens | None:
     if embeddings == "keep":
         return None
@@ -360,28 +380,18 @@ def _open_calibration(
     return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
 
 
-def _check_layer_gains(method: MergeMethod, factors: Sequence[float]) -> tuple[float, ...]:
-    if factors and not method.gains:
-        raise PlanError(f"{method.label} has no gain that could differ from layer to layer.")
-    wrong = [f for f in factors if not isinstance(f, int | float) or not 0 <= f < math.inf]
-    if wrong:
-        raise PlanError(f"A layer gain is {wrong[0]!r}; expected finite numbers >= 0, as 0, 1.")
-    return tuple(float(factor) for factor in factors)
-
-
-def _check_choice(threshold: float, similarity: str, overrides: Mapping[str, str]) -> None:
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise PlanError(f"The similarity threshold is {threshold!r}; expected a number in [0, 1].")
-    if not 0 <= threshold <= 1:  # also refuses NaN
-        raise PlanError(
-            f"The similarity threshold (S_alpha) is {threshold}; similarities lie in [0, 1], so "
-            f"choose a value there, such as the default 0.4."
-        )
-    if similarity not in SIMILARITIES:
-        raise PlanError(f"Unknown similarity {similarity!r}. Available: {', '.join(SIMILARITIES)}.")
-    for name, override in overrides.items():
-        if override not in ("merge", "keep"):
-            raise PlanError(f"The override of '{name}' is {override!r}; expected merge or keep.")
+def _looseness(
+    method: MergeMethod, parameters: Mapping[str, ParameterValue], source: Analysis | ModelPair
+) -> str:
+    """Say what makes an analysis inexact for the method's directions."""
+    if isinstance(source, ModelPair) or not method.selective:
+        return ""
+    if source.approximate:
+        return "the analysis was a quick one, from the leading directions only"
+    kept = source.parameters.get("rank")
+    if kept != parameters.get("rank"):
+        return f"the analysis kept {kept or 'all'} directions of each task vector"
+    return ""
 
 
 def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]) -> None:

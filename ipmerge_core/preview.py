@@ -7,10 +7,12 @@ measured directions. Out: a `Preview`. The browser does the same arithmetic whil
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ipmerge_core.methods.traits import AffineUpdate
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import MergeMethod
+from ipmerge_core.methods.traits import AffineUpdate, Anchor, ParameterValue
 from ipmerge_core.records import LayerRecord, Totals
 
 
@@ -33,7 +35,8 @@ class Preview:
     `layer_change` the same per layer. `keep` is the cosine between the merged and the MLLM's task
     vector, `absorb` the one between the merged task vector and the experts' update. Both are None
     where one of the two is zero. They are geometry, not accuracy. `not_counted` names what merges
-    beside the decoder matrices and is in none of the numbers.
+    beside the decoder matrices and is in none of the numbers. `approximate` says why the numbers
+    are near and not exact; empty where they are exact.
     """
 
     selected: tuple[str, ...]
@@ -47,6 +50,7 @@ class Preview:
     keep: float | None
     absorb: float | None
     not_counted: tuple[str, ...] = ()
+    approximate: str = ""
 
 
 @dataclass
@@ -87,20 +91,21 @@ def _cosine(product: float, norm2_a: float, norm2_b: float) -> float | None:
 def preview(
     decisions: Iterable[Decision],
     records: Iterable[LayerRecord],
-    update_of: Callable[[int], AffineUpdate],
+    update_of: Callable[[Decision, Sequence[LayerRecord]], AffineUpdate],
     totals: Totals,
 ) -> Preview:
     """Sum the records' inner products over the decisions.
 
-    Math:   per matrix, with selected experts E: X = sum_E P_k, U = a dV + b X (`AffineUpdate`), so
-            ||U||^2 = a^2 ||dV||^2 + 2 a b <dV, X> + b^2 ||X||^2,
+    Math:   per matrix, with selected experts E: X = sum_E w_k P_k, U = a dV + b X
+            (`AffineUpdate`), so ||U||^2 = a^2 ||dV||^2 + 2 a b <dV, X> + b^2 ||X||^2, and what is
+            expected of random drops on top,
             change = sqrt(sum ||U||^2 / sum ||W_mllm||^2), keep = cos(dV, dV + U),
             absorb = cos(X, dV + U), sums over matrices.
 
     Args:
         decisions: what merges.
         records: of the analysis, all matrices and experts.
-        update_of: the change per layer, since gains may differ from layer to layer.
+        update_of: the change of a matrix, given its records; gains differ from layer to layer.
         totals: the model's sizes.
     """
     by_matrix: dict[str, list[LayerRecord]] = {}
@@ -109,9 +114,12 @@ def preview(
     decisions = list(decisions)
     whole = _Products()
     layers: dict[int, _Products] = {}
+    reasons: set[str] = set()
     for decision in decisions:
-        update = update_of(decision.layer)
-        products = _matrix_products(by_matrix[decision.name], decision.experts, update)
+        records_of = by_matrix[decision.name]
+        update = update_of(decision, records_of)
+        reasons |= {update.approximate} if decision.experts else set()
+        products = _matrix_products(records_of, decision.experts, update)
         whole.add(products)
         layers.setdefault(decision.layer, _Products()).add(products)
     merged = [decision for decision in decisions if decision.experts]
@@ -127,6 +135,7 @@ def preview(
         layer_change={layer: products.change for layer, products in sorted(layers.items())},
         keep=whole.keep,
         absorb=whole.absorb,
+        approximate="; ".join(sorted(reasons - {""})),
     )
 
 
@@ -138,12 +147,83 @@ def _matrix_products(
     if not experts:
         return products
     a, b = update.mllm, update.expert
+    share = dict(enumerate(update.shares)) if update.shares else dict.fromkeys(experts, 1.0)
+    noise = update.mllm_noise * products.vv
     for expert in experts:
-        norms = records[expert].updates[update.direction]
-        products.vx += norms.inner
-        crossed = sum(norms.cross[other] for other in experts if other < expert)
-        products.xx += norms.norm2 + 2 * crossed
+        norms, own = records[expert].updates[update.direction], share[expert]
+        products.vx += own * norms.inner
+        crossed = sum(share[other] * norms.cross[other] for other in experts if other < expert)
+        products.xx += own * own * norms.norm2 + 2 * own * crossed
+        noise += update.expert_noise * own * own * norms.norm2
     products.vu = a * products.vv + b * products.vx
     products.ux = a * products.vx + b * products.xx
-    products.uu = a * products.vu + b * products.ux
+    products.uu = a * products.vu + b * products.ux + noise
     return products
+
+
+def known_statistic(
+    method: MergeMethod,
+    parameters: Mapping[str, ParameterValue],
+    records: Sequence[LayerRecord],
+    decisions: Iterable[Decision],
+) -> tuple[float, ...] | None:
+    """Make the method's numbers of the whole model, where an analysis holds what they are made of.
+
+    Math:   ||dV||^2 of the MLLM and ||dM_k||^2 of every expert, each summed over what merges.
+    """
+    statistic = method.statistic
+    if statistic is None or not method.needs_statistic(parameters):
+        return None
+    taken = {decision.name for decision in decisions if decision.experts}
+    sums: dict[int, float] = {}
+    for record in records:
+        if record.name in taken:
+            own = {-1: record.mllm_norm2} if record.expert == 0 else {}
+            for model, norm2 in {**own, record.expert: record.math_norm2}.items():
+                sums[model] = sums.get(model, 0.0) + norm2
+    if not sums or not statistic.of_norms(parameters):
+        return None
+    return statistic.combine(list(sums.values()), (), **parameters)
+
+
+def known_update(
+    method: MergeMethod,
+    parameters: Mapping[str, ParameterValue],
+    anchor: Anchor,
+    statistic: tuple[float, ...] | None,
+    layer: int,
+    records: Sequence[LayerRecord],
+    *,
+    own_base: bool,
+) -> AffineUpdate:
+    """Say how a matrix will change, from its records.
+
+    Raises: PlanError with the reason where that is not known before the weights are read.
+    """
+    parallel = anchor in ("two_base", "root")  # else there is one change, and no angle between two
+    norms2 = math.sqrt(records[0].mllm_norm2 * records[0].math_norm2)
+    facts = {
+        "statistic": statistic,
+        "layer": layer,
+        "experts": len(records),
+        "cosine": records[0].inner / norms2 if parallel and norms2 > 0 else None,
+        "squares": (records[0].mllm_norm2, *(record.math_norm2 for record in records)),
+    }
+    update = method.affine({**parameters, **facts}) if method.affine else None
+    if update is None or update.direction not in records[0].updates:
+        raise _unknown(method, method.unknown)
+    # What is measured from other bases than the analysis did is not among its products.
+    elsewhere = own_base and anchor in ("root", "interp")
+    moved = None if elsewhere else update.from_anchor(anchor, len(records))
+    if moved is None:
+        raise _unknown(
+            method, f"the analysis did not measure the changes that the anchor {anchor} is about"
+        )
+    return moved
+
+
+def _unknown(method: MergeMethod, reason: str) -> PlanError:
+    return PlanError(
+        f"{method.label} with these parameters has no exact preview: {reason}. The merge itself "
+        f"works."
+    )

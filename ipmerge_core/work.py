@@ -8,7 +8,7 @@ does not grow with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,9 +19,9 @@ from ipmerge_core.checkpoint import TensorSpec, split_address
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.blocks import blockwise
+from ipmerge_core.methods.traits import Anchor
 from ipmerge_core.pairing import BIAS, NORM, VOCABULARY, MatrixMatch, MatrixWeights, ModelPair
 from ipmerge_core.plan import MergePlan
-from ipmerge_core.scope import Anchor
 from ipmerge_core.vocabulary import ROWS, shared_rows, shared_tokens
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
@@ -88,19 +88,20 @@ def _beside(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
         yield from shared_rows(pair)
 
 
-def merged_matrix(
+def merging_of(
     method: MergeMethod,
     matrix: MatrixMatch,
     models: tuple[Tensor, Tensor, list[Tensor]],
     **keywords: Any,  # noqa: ANN401
-) -> Tensor:
+) -> Generator[float, None, Tensor]:
     """Merge one matrix; rows of a vocabulary one by one, whatever rows they were read with.
 
     A threshold or a direction is then a token's own, and does not depend on how the tokens are
-    ordered. The base's row keys the random numbers of a token.
+    ordered. The base's row keys the random numbers of a token. Yields the share that is done where
+    the method is stepwise, and returns the matrix.
     """
     if matrix.module != ROWS:
-        return method(*models, tensor_name=matrix.name, **keywords)
+        return (yield from method.steps(*models, tensor_name=matrix.name, **keywords))
     base, mllm, experts = models
     stored, rows = split_address(matrix.name)
     assert rows is not None

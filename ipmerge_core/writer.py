@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 from xxhash import xxh3_128
@@ -31,6 +31,7 @@ from ipmerge_core.files import LocalFiles
 
 _PARTIAL = ".partial"
 _CHECKSUM = "xxh3_128"
+_NOTE = ".note.json"
 _RUN, _NEW_RUN = "run.json", "run.json.new"
 MANIFEST = "ipmerge.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
@@ -132,6 +133,18 @@ class CheckpointWriter:
                 self._journal.flush()
                 self.done[name] = entry[_CHECKSUM]
 
+    def note(self, name: str, content: object) -> None:
+        """Keep a JSON value with the run until it is finished."""
+        with explained(self.place.run):
+            part = self.place.run / f"{name}{_NOTE}.new"
+            part.write_text(json.dumps(content), encoding="utf-8")
+            part.replace(self.place.run / f"{name}{_NOTE}")
+
+    def noted(self, name: str) -> Any:  # noqa: ANN401
+        """Return what an earlier part of this run has noted, or None."""
+        path = self.place.run / f"{name}{_NOTE}"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
     def audit(self, names: Iterable[str]) -> None:
         """Read written tensors back from the disk, compare them with what was written, hash them.
 
@@ -217,8 +230,8 @@ class CheckpointWriter:
                 self.done = self._verified()
                 return
             shutil.rmtree(self.place.model, ignore_errors=True)
-            for journal in self._journals():
-                journal.unlink()
+            for record in [*self._journals(), *run.glob(f"*{_NOTE}*")]:
+                record.unlink()
         elif any(entry.name not in ("lock", _NEW_RUN) for entry in run.iterdir()):
             raise CheckpointError(
                 f"'{run}' exists and was not made by a merge. Choose another output folder."

@@ -40,7 +40,7 @@ ORDER = [
     {"plan"},
     {"recipes"},
     {"work", "costs", "card"},
-    {"merging", "adapter"},
+    {"first_pass", "merging", "adapter"},
     {"inference"},
     {"evaluate", "drift"},
     {"samples", "passes", "calibration"},

@@ -24,7 +24,9 @@ from ipmerge_core.cli.reading import (
 )
 
 if TYPE_CHECKING:
+    from ipmerge_core.first_pass import MeasureStep
     from ipmerge_core.pairing import ModelPair
+    from ipmerge_core.plan import MergePlan
 
 
 def check(options: argparse.Namespace) -> int:
@@ -110,11 +112,30 @@ def plan(options: argparse.Namespace) -> int:
         choice = read_method_options(options)
         source = Analysis.load(options.pack) if options.pack else open_models(options)
     made = make_plan(source, overrides=read_overrides(options), **choice)
+    if options.measure:
+        made = _measured(made, options)
     made.save(options.output)
     text = f"Wrote {options.output}: plan {made.hash}, {plan_sentence(made)}"
     return print_result(
         options, {"plan": options.output, "hash": made.hash, **preview_of(made)}, text
     )
+
+
+def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
+    from ipmerge_core.first_pass import iter_measure
+    from ipmerge_core.methods.traits import drained, relayed
+
+    progress = None
+
+    def show(step: MeasureStep) -> None:
+        nonlocal progress
+        progress = Progress.of(progress, "measuring", step.nbytes_total, options)
+        progress.show(step.nbytes_done, f"{step.number}/{step.total} {step.tensor}")
+
+    made = drained(relayed(iter_measure(plan), show))
+    if progress is not None:
+        progress.close()
+    return made
 
 
 def recipe(options: argparse.Namespace) -> int:
@@ -144,7 +165,8 @@ def merge(options: argparse.Namespace) -> int:
         return print_result(options, need._asdict(), text)
     progress = None
     for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):
-        progress = progress or Progress("merging", step.nbytes_total, options)
+        verb = "measuring" if step.action == "measured" else "merging"
+        progress = Progress.of(progress, verb, step.nbytes_total, options)
         progress.show(step.nbytes_done, f"{step.index}/{step.total} {step.action} {step.tensor}")
     assert progress is not None
     progress.close()

@@ -135,8 +135,13 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anchor",
         choices=("two_base", "root", "inject", "interp"),
-        default="two_base",
-        help="measure changes from each model's base, from one base, or on the whole MLLM",
+        help="measure changes from each model's base, from one base, on the whole MLLM, or between "
+        "the models; the method's own if not given, see docs/methods.md",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="make a method's first pass over the weights now; the plan holds what it finds",
     )
     parser.add_argument("--norms", choices=("keep", "merge"), default="keep", help="and biases")
     parser.add_argument(

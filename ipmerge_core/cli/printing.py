@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from copy import copy
 from dataclasses import asdict
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import PlanError
@@ -37,10 +38,11 @@ def plan_sentence(plan: MergePlan) -> str:
     chosen = f"{len(plan.selected)} of {len(plan.decisions)} matrices merge"
     preview = preview_of(plan)
     beside = f" Beside them, and in no number: {'; '.join(plan.beside)}." if plan.beside else ""
-    if "relative_change" in preview:
-        change = f"the decoder changes by {preview['relative_change']:.3%} of its norm"
-        return f"{chosen}, {change}.{beside}"
-    return f"{chosen}.{beside}"
+    if "relative_change" not in preview:
+        return f"{chosen}.{beside} Not previewable: {preview['preview']}"
+    loose = f" (approximate: {preview['approximate']})" if preview["approximate"] else ""
+    change = f"the decoder changes by {preview['relative_change']:.3%} of its norm{loose}"
+    return f"{chosen}, {change}.{beside}"
 
 
 def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  # noqa: ANN401
@@ -62,17 +64,31 @@ class Progress:
                 "Computing with one thread; OMP_NUM_THREADS sets another number.", file=sys.stderr
             )
         self.live = sys.stderr.isatty()
-        self.started = time.monotonic()
+        self.started = monotonic()
         self.last = 0.0
+
+    @classmethod
+    def of(
+        cls, before: Progress | None, verb: str, total: int, options: argparse.Namespace
+    ) -> Progress:
+        """Go on with the line before, or start one where the work has become another."""
+        if before is not None and before.verb == verb:
+            return before
+        if before is None:
+            return cls(verb, total, options)
+        before.close()
+        after = copy(before)
+        after.verb, after.total, after.started, after.last = verb, max(total, 1), monotonic(), 0.0
+        return after
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
-        return round(time.monotonic() - self.started, 3)
+        return round(monotonic() - self.started, 3)
 
     def show(self, done: int, what: str) -> None:
         """Show how much of the total is done, at most ten times a second."""
-        now, fraction = time.monotonic(), done / self.total
+        now, fraction = monotonic(), done / self.total
         if self.quiet or (now - self.last < (0.1 if self.live else 5) and fraction < 1):
             return
         self.last = now

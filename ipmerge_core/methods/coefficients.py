@@ -49,24 +49,24 @@ def squared_norms(
 
 
 def metagpt_coefficients(
-    squares: Tensor,
+    squares: Tensor | Sequence[float],
     previous: tuple[float, ...] = (),
     **parameters: Any,  # noqa: ANN401
 ) -> tuple[float, ...]:
     """Coefficients proportional to the squared norms; equal where all are zero."""
-    total = float(squares.sum())
+    total = float(sum(squares))
     return tuple(float(s) / total if total > 0 else 1 / len(squares) for s in squares)
 
 
 def nan_coefficients(
-    squares: Tensor,
+    squares: Tensor | Sequence[float],
     previous: tuple[float, ...] = (),
     *,
     global_scale: str = "T/2",
     **parameters: Any,  # noqa: ANN401
 ) -> tuple[float, ...]:
     """Coefficients inversely proportional to the norms; models of norm zero share everything."""
-    norms = squares.sqrt()
+    norms = torch.as_tensor(squares, dtype=torch.float64).sqrt()
     inverse = norms.reciprocal() if bool((norms > 0).all()) else (norms == 0).double()
     scale = len(squares) / 2 if global_scale == "T/2" else 1.0
     shares = scale * inverse / inverse.sum()

@@ -139,12 +139,16 @@ class MergeMethod:
     `gains` names the parameters that scale the change: with all experts' gains at 0 (and the
     MLLM's at 1) the result is the MLLM. `several_experts` says that `math` may be a list of
     matrices, `selective` that matrices are chosen by similarity. `affine` writes the change as an
-    `AffineUpdate`, which makes its preview exact; None where the change is not of that form.
-    `statistic` is a first pass over the whole model, `data` the calibration that it cannot do
-    without, `inputs` the keywords that a driver supplies. `matrixwise` methods decompose or iterate
-    on whole matrices, which vectors have no use for; all others do a few operations per element.
-    `local` ones look at nothing but that element of each model, and at their statistic. `check`
-    refuses values that are legal each by itself and not together.
+    `AffineUpdate`, which makes its preview exact, from the parameters and what else is known: the
+    `statistic`, the `layer`, the number of `experts`, the `cosine` of the task vectors and their
+    `squares`; None where the change is not of that form, and `unknown` says why it is not.
+    `anchor` is what a plan measures changes from unless told otherwise. `statistic` is a first pass
+    over the whole model, `data` the calibration that it cannot do without, `inputs` the keywords
+    that a driver supplies. `matrixwise` methods decompose or iterate on whole matrices, which
+    vectors have no use for; all others do a few operations per element. `local` ones look at
+    nothing but that element of each model, and at their statistic. The function of a `stepwise`
+    method works for long: it is a generator, which yields the share that is done and returns the
+    matrix. `check` refuses values that are legal each by itself and not together.
     """
 
     name: str
@@ -164,6 +168,7 @@ class MergeMethod:
     inputs: tuple[str, ...] = ()
     matrixwise: bool = False
     local: bool = False
+    stepwise: bool = False
     check: Callable[[Mapping[str, Any]], object] | None = None
 
     def __call__(

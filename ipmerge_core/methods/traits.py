@@ -20,6 +20,8 @@ Matrix: TypeAlias = Float[Tensor, "m n"]
 ParameterValue: TypeAlias = float | int | bool | str | None
 Anchor: TypeAlias = Literal["two_base", "root", "inject", "interp"]
 _Result = TypeVar("_Result")
+_Step = TypeVar("_Step")
+_Told = TypeVar("_Told")
 
 
 class AffineUpdate(NamedTuple):
@@ -63,6 +65,18 @@ def drained(steps: Generator[object, None, _Result]) -> _Result:
             next(steps)
         except StopIteration as end:
             return cast("_Result", end.value)
+
+
+def relayed(
+    steps: Generator[_Step, None, _Result], tell: Callable[[_Step], _Told]
+) -> Generator[_Told, None, _Result]:
+    """Pass on the steps of a generator in other words, and return its result."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return cast("_Result", end.value)
+        yield tell(step)
 
 
 Models: TypeAlias = tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]

@@ -33,6 +33,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
     several_experts=True,
     unknown="it is found by iteration",
     matrixwise=True,
+    stepwise=True,
 )
 def wudi(
     base: Matrix,

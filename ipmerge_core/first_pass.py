@@ -1,0 +1,90 @@
+"""The first pass: numbers of the whole model that a method needs before it merges a matrix.
+
+In: a plan and its opened models. Out: a few numbers, and a step for every matrix on the way. They
+are a property of the plan: `merging` writes them into the manifest and takes them up again in a
+resume, and a plan may hold them already, from its analysis or from `iter_measure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from ipmerge_core.methods import find_method
+from ipmerge_core.methods.traits import Models, relayed
+from ipmerge_core.pairing import ModelPair
+from ipmerge_core.pipeline import Load, compute_ahead, read_ahead
+from ipmerge_core.plan import MergePlan, reopen
+from ipmerge_core.work import chosen_matrices, held_by, on_one_base
+
+_BUDGET = 1 << 26  # bytes read ahead, unless one matrix needs more
+
+
+class MeasureStep(NamedTuple):
+    """One matrix is measured. Sizes in bytes, over all passes."""
+
+    tensor: str
+    number: int
+    total: int
+    nbytes_done: int
+    nbytes_total: int
+
+
+def iter_measure(
+    plan: MergePlan, *, device: str = "cpu"
+) -> Generator[MeasureStep, None, MergePlan]:
+    """Make the first pass of a plan now, yielding after each matrix; returns the plan with it.
+
+    The plan then says what the method found in the whole models, its preview is exact where that
+    was missing, and its merge does not measure again. A plan without a first pass comes back as it
+    is. Raises: as `reopen`.
+    """
+    if not is_due(plan):
+        return plan
+    found = yield from measure(plan, reopen(plan), torch.device(device))
+    return replace(plan, statistic=found)
+
+
+def is_due(plan: MergePlan) -> bool:
+    """Whether the plan's method needs a pass over the weights that nobody has made yet."""
+    unknown = plan.statistic is None and plan.calibration is None
+    method = find_method(plan.method)
+    return unknown and bool(plan.selected) and method.needs_statistic(plan.parameters)
+
+
+def measure(
+    plan: MergePlan, pair: ModelPair, device: torch.device, workers: int = 1
+) -> Generator[MeasureStep, None, tuple[float, ...]]:
+    """Measure every matrix that the plan merges, yielding after each; returns the numbers."""
+    statistic = find_method(plan.method).statistic
+    assert statistic is not None, "a first pass without a statistic"
+    anchor = "two_base" if statistic.from_own_base else plan.anchor
+    chosen = chosen_matrices(plan, pair)
+    sizes = [held_by(pair, *matrix) for matrix in chosen]
+    total = statistic.passes * len(chosen)
+    number = nbytes = 0
+
+    def matrices() -> Iterator[Models]:
+        loads = (
+            Load(size, partial(pair.read, *matrix))
+            for size, matrix in zip(sizes, chosen, strict=True)
+        )
+        with closing(read_ahead(loads, max(_BUDGET, *sizes))) as read:
+            for weights in read:
+                yield *on_one_base(weights, device, anchor), {}
+
+    def told(_: None) -> MeasureStep:
+        nonlocal number, nbytes
+        place = number % len(chosen)
+        number, nbytes = number + 1, nbytes + sizes[place]
+        name = chosen[place][0].name
+        return MeasureStep(name, number, total, nbytes, statistic.passes * sum(sizes))
+
+    apply = partial(compute_ahead, workers=workers)
+    with closing(statistic.steps(matrices, plan.parameters, apply=apply)) as steps:
+        return (yield from relayed(steps, told))
