@@ -34,6 +34,7 @@ class SpectraInfo(NamedTuple):
     chance_max: float
     best_index: int
     best_angle: float
+    principal: tuple[tuple[int, float], ...]  # (k, mean cosine of the leading k directions)
 
 
 def spectra_info(record: Mapping[str, Any]) -> SpectraInfo:
@@ -49,14 +50,22 @@ def spectra_info(record: Mapping[str, Any]) -> SpectraInfo:
         chance_max=record["chance"]["max"],
         best_index=record["best_index"],
         best_angle=record["similarity"]["max"],
+        principal=tuple(sorted((int(k), value) for k, value in record["principal"].items())),
     )
 
 
-def spectra_figure(info: SpectraInfo, *, dark: bool = False, narrow: bool = False) -> go.Figure:
+def spectra_figure(
+    info: SpectraInfo,
+    pinned: SpectraInfo | None = None,
+    *,
+    dark: bool = False,
+    narrow: bool = False,
+) -> go.Figure:
     """Draw singular values (logarithmic or linear, by button) and corresponding angles.
 
     Args:
         info: what `spectra_info` collected.
+        pinned: a second matrix, in thin lines.
         dark: light ink, for a dark page.
         narrow: one panel below the other, for a phone.
     """
@@ -67,18 +76,28 @@ def spectra_figure(info: SpectraInfo, *, dark: bool = False, narrow: bool = Fals
     )
     figure.add_traces(_sigma_traces(info, dark), rows=1, cols=1)
     figure.add_traces(_angle_traces(info, dark), rows=rows, cols=columns)
+    if pinned:
+        figure.add_traces([_thin(line, pinned) for line in _sigma_lines(pinned, dark)], 1, 1)
+        figure.add_trace(_thin(_angle_line(pinned, dark), pinned), rows, columns)
     figure.update_xaxes(type="log", title={"text": "rank i", "standoff": 4}, gridcolor=RULE[dark])
     figure.update_xaxes(tickvals=[1, 10, 100, 1000, 10_000], showline=True, linecolor=RULE[dark])
     figure.update_yaxes(gridcolor=RULE[dark], zerolinecolor=RULE[dark])
     figure.update_yaxes(type="log", dtick=1, exponentformat="power", row=1, col=1)
     figure.update_yaxes(range=[0, 1.02], row=rows, col=columns)
     figure.update_annotations(font_size=14)
-    figure.update_layout(updatemenus=[_scale_buttons(dark)], **_frame(dark, narrow))
+    figure.update_layout(updatemenus=[_scale_buttons(dark, narrow)], **_frame(dark, narrow))
     return figure
 
 
 def _sigma_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
-    lines = [
+    lines = _sigma_lines(info, dark)
+    if info.noise_floor is None:
+        return lines
+    return [*lines, _level(info, info.noise_floor, "rounding of the stored dtype", dark)]
+
+
+def _sigma_lines(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
+    return [
         go.Scatter(
             x=info.ranks,
             y=values,
@@ -91,13 +110,10 @@ def _sigma_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
             ("math", info.math_sigma, MATH[dark], "dash"),
         )
     ]
-    if info.noise_floor is None:
-        return lines
-    return [*lines, _level(info, info.noise_floor, "rounding of the stored dtype", dark)]
 
 
-def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
-    curve = go.Scatter(
+def _angle_line(info: SpectraInfo, dark: bool) -> go.Scatter:
+    return go.Scatter(
         x=info.ranks,
         y=info.angles,
         name="angles",
@@ -106,6 +122,14 @@ def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
         marker={"size": 4},
         hovertemplate="s at rank %{x}: %{y:.3f}",
     )
+
+
+def _thin(line: go.Scatter, info: SpectraInfo) -> go.Scatter:
+    """The same line for the pinned matrix, which its name says too."""
+    return line.update(line_width=0.9, opacity=0.7, name=f"{info.title} (pinned), {line.name}")
+
+
+def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
     best = go.Scatter(
         x=[info.best_index],
         y=[info.best_angle],
@@ -114,7 +138,20 @@ def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
         marker={"symbol": "diamond-open", "size": 11, "color": ANGLE[dark], "line_width": 2},
         hovertemplate="best: s at rank %{x}: %{y:.3f}",
     )
-    return [curve, best, _level(info, info.chance_max, "chance level of the best", dark)]
+    principal = go.Scatter(
+        x=[k for k, _ in info.principal],
+        y=[value for _, value in info.principal],
+        name="first k directions, principal",
+        mode="markers",
+        marker={"symbol": "diamond", "size": 8, "color": INK[dark]},
+        hovertemplate="mean principal cosine of the first %{x}: %{y:.3f}",
+    )
+    return [
+        _angle_line(info, dark),
+        best,
+        principal,
+        _level(info, info.chance_max, "chance level of the best", dark),
+    ]
 
 
 def _level(info: SpectraInfo, value: float, name: str, dark: bool) -> go.Scatter:
@@ -129,7 +166,7 @@ def _level(info: SpectraInfo, value: float, name: str, dark: bool) -> go.Scatter
     )
 
 
-def _scale_buttons(dark: bool) -> dict[str, Any]:
+def _scale_buttons(dark: bool, narrow: bool) -> dict[str, Any]:
     buttons = [
         {"label": f"σ {kind}", "method": "relayout", "args": [{"yaxis.type": kind}]}
         for kind in ("log", "linear")
@@ -138,11 +175,10 @@ def _scale_buttons(dark: bool) -> dict[str, Any]:
         "type": "buttons",
         "direction": "right",
         "buttons": buttons,
-        "x": 0,
-        "xanchor": "left",
-        "y": 0,
+        "x": 1 if narrow else 0.455,  # where singular values have long fallen
+        "xanchor": "right",
+        "y": 1,
         "yanchor": "top",
-        "pad": {"t": 44},
         "showactive": False,
         "bgcolor": "rgba(0,0,0,0)",
         "bordercolor": RULE[dark],

@@ -44,6 +44,10 @@ QUIET = {
     "PYTHONUNBUFFERED": "1",
 }
 START_SECONDS = 90
+SEEN_BEFORE = """try {
+  const seen = { layout: "full", toured: true, dragged: true };
+  if (!localStorage.getItem("ipmerge.map.v1")) localStorage.setItem("ipmerge.map.v1", JSON.stringify(seen));
+} catch { /* a page without storage */ }"""  # noqa: E501
 NO_CHROMIUM = (
     "No Chromium was found: looked at IPMERGE_CHROMIUM, at chromium, chromium-browser and "
     "google-chrome on the PATH, and at playwright's own browser. Install one with "
@@ -149,12 +153,20 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def new_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
-    """Make pages, each in a fresh profile: `new_page(width=390, height=844, **context options)`."""
+    """Make pages, each in a fresh profile: `new_page(width=390, height=844, **context options)`.
+
+    The visitor has been here before: no tour is offered, and the map shows everything. With
+    `newcomer=True` it is their first visit.
+    """
     contexts = []
 
-    def make(width: int = 1280, height: int = 900, **options: object) -> Page:
+    def make(
+        width: int = 1280, height: int = 900, *, newcomer: bool = False, **options: object
+    ) -> Page:
         context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
+        if not newcomer:
+            context.add_init_script(SEEN_BEFORE)
         page = context.new_page()
         page.set_default_timeout(30_000)
         return page

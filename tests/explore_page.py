@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import re
+from pathlib import Path
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Download, Page, expect
 from synthetic_pack import make_pack
 
 from ipmerge_core.analysis import Analysis
@@ -100,3 +103,13 @@ def received(page: Page, **values: object) -> None:
     for key, value in values.items():
         text = re.compile(re.escape(f'"{key}": {json.dumps(value)}'))
         expect(page.locator("#received textarea")).to_have_value(text)
+
+
+def text_of(download: Download) -> str:
+    """What a downloaded file says."""
+    return Path(download.path()).read_text(encoding="utf-8")
+
+
+def csv_rows(download: Download) -> list[dict[str, str]]:
+    """The rows of a downloaded CSV."""
+    return list(csv.DictReader(io.StringIO(text_of(download))))

@@ -10,6 +10,7 @@ import pytest
 from explore_page import (
     COMPONENT,
     PACKS,
+    csv_rows,
     expect_summary,
     open_map,
     plan_on_page,
@@ -152,12 +153,20 @@ def test_a_cell_is_chosen_by_click_compared_by_pin_and_not_by_hover(
     heading = page.locator("#layer-map .lm-detail-head h2")
     page.get_by_role("button", name=re.compile("^Layer 12, k,")).click()
     expect(heading).to_have_text("Layer 12 · k")
-    expect(page.locator("#spectra .js-plotly-plot")).to_be_visible(timeout=20_000)
     page.get_by_role("button", name=re.compile("^Layer 3, up,")).hover()
     expect(page.locator("#layer-map .lm-read")).to_contain_text("Layer 3, up")
     expect(heading).to_have_text("Layer 12 · k")
     page.get_by_role("button", name=re.compile("^Layer 3, up,")).click(modifiers=["Shift"])
     expect(page.locator("#layer-map .lm-numbers thead")).to_contain_text("3 · up (pinned)")
+    page.get_by_role("button", name="Large figure").click()
+    expect(page.locator("#spectra .js-plotly-plot")).to_be_visible(timeout=20_000)
+    expect(page.locator("#spectra .legend")).to_contain_text("Layer 3, up (pinned)")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save its numbers as CSV").click()
+    rows = csv_rows(download.value)
+    places = ("model.layers.12.self_attn.k_proj.weight", "model.layers.3.mlp.up_proj.weight")
+    shown = [r for name in places for r in PACKS["a"]["records"] if r["name"] == name]
+    assert [float(row["mllm_sigma"]) for row in rows] == [s for r in shown for s in r["mllm_sigma"]]
     page.keyboard.press("Escape")
     expect(heading).to_have_count(0)
     expect(page.locator("#layer-map .pinned")).to_have_count(0)

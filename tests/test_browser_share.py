@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Callable
@@ -15,11 +13,13 @@ from explore_page import (
     COMPONENT,
     PACKS,
     Traffic,
+    csv_rows,
     expect_summary,
     open_map,
     plan_on_page,
     python_preview,
     received,
+    text_of,
 )
 from playwright.sync_api import Download, Page, expect
 
@@ -38,10 +38,6 @@ def save(page: Page, kind: str) -> Download:
     with page.expect_download() as download:
         page.locator(f"#layer-map [data-act={kind}]").click()
     return download.value
-
-
-def text_of(download: Download) -> str:
-    return Path(download.path()).read_text(encoding="utf-8")
 
 
 def test_a_copied_link_opens_the_same_plan_and_cell_elsewhere(
@@ -144,7 +140,7 @@ def test_the_csv_holds_every_matrix_and_the_json_rebuilds_the_plan(
     open_map(page, explore_url, "v=1&pack=packs-c&s=0.3&l=2&u=max")
     expect(page.locator("#layer-map [role=gridcell]")).to_have_count(42)
     expected = python_preview(PACKS["c"], plan_on_page(page))
-    rows = list(csv.DictReader(io.StringIO(text_of(save(page, "csv")))))
+    rows = csv_rows(save(page, "csv"))
     assert [(row["name"], int(row["expert"])) for row in rows] == [
         (record["name"], record["expert"]) for record in PACKS["c"]["records"]
     ]

@@ -16,6 +16,7 @@ from ipmerge_core.ui.layer_map import (
     LayerMap,
     PlanChoice,
     read_cell,
+    read_cells,
     read_commit,
     scripts,
 )
@@ -76,6 +77,17 @@ def test_a_chosen_cell_finds_its_record():
 def test_a_cell_that_is_not_in_the_pack_is_refused(values):
     with pytest.raises(PlanError, match="not in the analysis"):
         read_cell(values, PACK)
+
+
+def test_a_pinned_cell_comes_with_the_chosen_one_and_is_checked_like_it():
+    other = {"name": NAME.replace("q_proj", "k_proj"), "expert": 0}
+    found = read_cells({"name": NAME, "expert": 1, "pinned": other}, PACK)
+    assert [(r["module"], r["expert"]) for r in found] == [("q", 1), ("k", 0)]
+    assert len(read_cells({"name": NAME, "expert": 1, "pinned": None}, PACK)) == 1
+    with pytest.raises(PlanError, match="not in the analysis"):
+        read_cells({"name": NAME, "expert": 1, "pinned": "<script>"}, PACK)
+    with pytest.raises(PlanError, match="not in the analysis"):
+        read_cells("x", PACK)
 
 
 def test_the_component_sends_one_string_of_json():

@@ -22,19 +22,34 @@ def test_spectra_info_holds_the_numbers_of_the_record():
         chance_max=RECORD["chance"]["max"],
         best_index=RECORD["best_index"],
         best_angle=RECORD["similarity"]["max"],
+        principal=tuple((k, RECORD["principal"][str(k)]) for k in (1, 4, 16, 64)),
     )
 
 
 def test_the_spectra_figure_draws_both_task_vectors_and_their_angles():
     info = spectra_info(RECORD)
     figure = spectra_figure(info)
-    mllm, math, floor, angles, best, chance = figure.data
+    mllm, math, floor, angles, best, principal, chance = figure.data
     assert set(floor.y) == {info.noise_floor}
     assert set(chance.y) == {info.chance_max}
     assert tuple(mllm.y) == info.mllm_sigma
     assert tuple(math.y) == info.math_sigma
     assert tuple(angles.y) == info.angles
     assert (tuple(best.x), tuple(best.y)) == ((info.best_index,), (info.best_angle,))
+    assert tuple(zip(principal.x, principal.y, strict=True)) == info.principal
+
+
+def test_a_pinned_matrix_is_drawn_beside_the_chosen_one_in_thinner_lines_that_name_it():
+    info, pinned = spectra_info(RECORD), spectra_info(make_pack(layers=2)["records"][-1])
+    alone, both = spectra_figure(info), spectra_figure(info, pinned)
+    added = both.data[len(alone.data) :]
+    assert [tuple(line.y) for line in added] == [
+        pinned.mllm_sigma,
+        pinned.math_sigma,
+        pinned.angles,
+    ]
+    assert all("Layer 1, down (pinned)" in line.name for line in added)
+    assert max(line.line.width for line in added) < both.data[0].line.width
 
 
 @pytest.mark.parametrize(("floor", "drawn"), [(0.01, True), (None, False)])

@@ -19,7 +19,7 @@ from ipmerge_core.plots import spectra_figure, spectra_info
 from ipmerge_core.ui.layer_map import (
     LayerMap,
     PlanChoice,
-    read_cell,
+    read_cells,
     read_commit,
     report,
 )
@@ -97,9 +97,9 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
         return read_commit(event._data, load_pack(pack_id))
 
     def draw_spectra(pack_id: str, event: gr.EventData) -> dict[str, Any]:
-        info = spectra_info(read_cell(event._data, load_pack(pack_id)))
+        infos = [spectra_info(record) for record in read_cells(event._data, load_pack(pack_id))]
         look = {key: event._data.get(key) is True for key in ("dark", "narrow")}
-        return gr.update(value=spectra_figure(info, **look), visible=True)
+        return gr.update(value=spectra_figure(*infos, **look), visible=True)
 
     # wiring
     opened = pair.input(

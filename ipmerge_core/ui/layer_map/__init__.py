@@ -2,10 +2,10 @@
 
 In: `{"id": ..., "pack": ..., "plan": ..., "presets": [...]}`, plain JSON. Out: browser events:
 `commit` when a plan has been chosen (once per drag, never during it), `cellselect` when a matrix
-has, `packselect` when the page's address names another pair; `report` is the same component as one
-HTML file that needs no server. The browser computes every preview itself; Python sees only the
-finished plan, and treats it as text from a stranger: `read_commit` and `read_cell` check it against
-the pack.
+shall be drawn large, `packselect` when the page's address or its history names another pair;
+`report` is the same component as one HTML file that needs no server. The browser computes every
+preview itself; Python sees only the finished plan, and treats it as text from a stranger:
+`read_commit` and `read_cells` check it against the pack.
 """
 
 from __future__ import annotations
@@ -27,13 +27,23 @@ HERE = Path(__file__).parent
 SCRIPTS = (
     "preview",
     "scales",
+    "tables",
+    "memory",
     "grid",
     "charts",
+    "lines",
     "spectra",
+    "why",
     "detail",
     "link",
     "takeaway",
+    "twins",
+    "sentence",
+    "choices",
+    "moves",
+    "tour",
     "layer_map",
+    "brush",
     "events",
 )  # in order of use
 ELEM_ID = "layer-map"
@@ -111,6 +121,12 @@ def read_cell(values: object, pack: Mapping[str, Any]) -> Mapping[str, Any]:
             if record["name"] == values.get("name") and record["expert"] == values.get("expert"):
                 return dict(record)
     raise PlanError("This matrix is not in the analysis on show. Choose one in the map again.")
+
+
+def read_cells(values: object, pack: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Find the chosen matrix's record and, if the event names one, the pinned one's."""
+    pinned = values.get("pinned") if isinstance(values, Mapping) else None
+    return [read_cell(each, pack) for each in ([values, pinned] if pinned else [values])]
 
 
 def _number(label: str, value: object, highest: float) -> float:

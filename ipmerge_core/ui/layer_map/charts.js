@@ -1,4 +1,4 @@
-// Layer map 4/10, the two dials: the histogram of similarities over the threshold slider, and the
+// Layer map, the two dials: the histogram of similarities over the threshold slider, and the
 // keep / absorb curves over the lambda slider. Axes are fixed while something is being dragged.
 
 const INSET = 10;  // half a slider thumb, so that a line stands exactly over the thumb
@@ -11,7 +11,8 @@ function plotWidth(map, svg) {
 function buildHistogram(map) {
   const svg = map.dom.hist, width = plotWidth(map, svg), height = svg.clientHeight || 92;
   const bins = new Array(BINS).fill(0);
-  for (const cell of map.index.cells) {
+  const cells = map.target?.kind === "range" ? cellsOf(map, map.target) : map.index.cells;
+  for (const cell of cells) {
     for (const record of map.expert >= 0 ? [cell.experts[map.expert]] : cell.experts) {
       bins[Math.min(BINS - 1, Math.floor(record.similarity[map.plan.similarity] * BINS))] += 1;
     }
@@ -36,7 +37,7 @@ function buildHistogram(map) {
       shape("g", { class: "lm-hatch" }, ...bars().map((bar) => fill(bar, { fill: `url(#${map.id}h)` }, [])))),
     shape("g", { "clip-path": `url(#${map.id}t)`, class: "lm-lit" }, ...bars()),
     ...chanceMark(map, width, height),
-    shape("text", { x: INSET + width, y: 12, class: "lm-note", "text-anchor": "end" }, `similarity of ${map.index.cells.length} matrices`),
+    shape("text", { x: INSET + width, y: 12, class: "lm-note", "text-anchor": "end" }, `similarity of ${cells.length} matrices${map.target?.kind === "range" ? " in range" : ""}`),
     line);
   map.hist = { width, kept, taken, line };
 }
@@ -73,7 +74,7 @@ function buildCurve(map) {
     x1: INSET, x2: INSET + width, y1: y(value), y2: y(value), class: value === 0 ? "lm-zero" : "lm-rule" }));
   const labels = [[1, "1"], [map.curveLow, fixed(map.curveLow, map.curveLow ? 2 : 0)]].map(([value, text]) =>
     shape("text", { x: INSET + width, y: y(value) + (value === 1 ? 11 : -3), class: "lm-note", "text-anchor": "end" }, text));
-  labels.push(shape("text", { x: INSET, y: height - 8, class: "lm-note" }, "cosines: geometry, not accuracy"));
+  labels.push(shape("text", { x: INSET, y: y(0.5) - 4, class: "lm-note" }, "cosines: geometry, not accuracy"));
   const keep = shape("path", { class: "lm-keep" }), absorb = shape("path", { class: "lm-absorb" });
   const line = shape("g", { class: "lm-line" },
     shape("line", { x1: 0, x2: 0, y1: 4, y2: height }), shape("path", { d: "M-5 0H5L0 7Z" }));
@@ -95,14 +96,16 @@ function scaleCurve(map) {
   map.curveLow = low < -0.5 ? -1 : low < -0.25 ? -0.5 : low < 0 ? -0.25 : 0;
 }
 
+// Where the curves are drawn, worked out once: a frame then only has two cosines a point.
+const CURVE_POINTS = Array.from({ length: LAMBDA_STEPS / 2 + 1 }, (_, i) => [2 * i, lambdaAt(2 * i)]);
+
 function paintCurve(map, result) {
   const { x, y, line, dots } = map.curve, clamp = (v) => Math.max(map.curveLow, v);
   const paths = { keep: "", absorb: "" };
-  for (let position = 0; position <= LAMBDA_STEPS; position += 2) {
-    const point = angles(result.sums, lambdaAt(position));
-    for (const name of ["keep", "absorb"]) {
-      if (point[name] === null) continue;
-      paths[name] += `${paths[name] ? "L" : "M"}${x(position).toFixed(1)} ${y(clamp(point[name])).toFixed(1)}`;
+  for (const [position, lambda] of CURVE_POINTS) {
+    const point = angles(result.sums, lambda), at = x(position).toFixed(1);
+    for (const name in paths) {
+      if (point[name] !== null) paths[name] += `${paths[name] ? "L" : "M"}${at} ${y(clamp(point[name])).toFixed(1)}`;
     }
   }
   const here = x(lambdaPosition(map.plan.lambda));
@@ -113,6 +116,16 @@ function paintCurve(map, result) {
     if (result[name] !== null) dots[i].setAttribute("transform", `translate(${here} ${y(clamp(result[name]))})`);
     setText(map.dom[name], fixed(result[name]));
   });
+}
+
+// What the two plots say, in a sentence each, for those who do not see them; between drags only.
+function describeDials(map) {
+  const values = map.index.cells.map((cell) => shownSimilarity(map, cell)).sort((a, b) => a - b), { sums, keep, absorb } = map.result;
+  const end = angles(sums, LAMBDA_MAX);
+  map.dom.hist.setAttribute("aria-label", `Histogram of the similarities of ${values.length} matrices: ${fixed(values[0], 2)} to ` +
+    `${fixed(values[values.length - 1], 2)}, median ${fixed(quantile(values, 0.5), 2)}; ${map.result.selected.length} merge at S alpha ${fixed(map.plan.s)}.`);
+  map.dom.curve.setAttribute("aria-label", `Two cosines over lambda. At ${lambdaText(map.plan.lambda)}: keeps vision ${fixed(keep)}, absorbs math ${fixed(absorb)}. ` +
+    `At ${LAMBDA_MAX}: keeps ${fixed(end.keep)}, absorbs ${fixed(end.absorb)}.`);
 }
 
 // Tick labels under a slider, at the same inset as its thumb.

@@ -1,5 +1,5 @@
-// Layer map 6/10, the detail panel: the numbers of one matrix (or of two, when one is pinned), or of
-// a whole layer or module, the three override buttons, and "Why?" answered from the live values.
+// Layer map, the detail panel: the numbers of one matrix (or of two, when one is pinned), or of a
+// layer, a range of layers or a module, and the buttons that merge or keep by hand.
 
 function buildDetail(map) {
   const { dom, target } = map;
@@ -11,26 +11,24 @@ function buildDetail(map) {
   dom.detail.replaceChildren(...(target.kind === "cell" ? cellDetail(map, target.cell) : groupDetail(map, target)));
 }
 
-// Before a choice: how to choose, which matrices stand at the edge, and how steep the edge is.
+// Before a choice: how to choose, and which matrices stand at the edge.
 function nothingChosen(map) {
+  const [across, down] = map.narrow ? ["parts of a layer", "layers"] : ["layers", "parts of a layer"];
   const edge = (label, pick) => node("tr", {}, node("th", { scope: "row" }, label),
     liveText(map, "td", {}, () => {
-      const entry = pick(flipValues(map.index, map.plan));
+      const entry = pick(map.flips.findIndex(({ value }) => value < map.plan.s));
       return entry ? `layer ${entry.cell.layer} · ${entry.cell.module}, ${fixed(entry.value)}` : "–";
     }));
-  const within = (width) => () => {
-    const near = flipValues(map.index, map.plan).filter(({ value }) => Math.abs(value - map.plan.s) < width);
-    return `${near.filter(({ value }) => value < map.plan.s).length} join below, ${near.filter(({ value }) => value >= map.plan.s).length} leave above`;
-  };
+  if (map.layout === "simple") {
+    return [node("p", { class: "lm-hint" }, `Choose a square to read what it is and why it merges or stays. Each one is a weight matrix of the language model: columns are ${across}, rows are ${down}.`)];
+  }
   return [
-    node("p", { class: "lm-hint" }, "Choose a matrix in the map, or press Enter on one, for its numbers, spectra and angles. Heads of rows and columns choose a whole module or layer. Shift and click pins a second matrix."),
+    node("p", { class: "lm-hint" }, "Choose a matrix in the map, or press Enter on one, for its numbers, spectra and angles. Heads of rows and columns choose a whole module or layer; dragged across, a range of layers. Shift and click pins a second matrix."),
     node("h2", { class: "lm-minor" }, "At the threshold"),
     node("table", { class: "lm-numbers" }, node("tbody", {},
-      edge("next to join", (values) => values.find(({ value }) => value < map.plan.s)),
-      edge("next to leave", (values) => values.filter(({ value }) => value >= map.plan.s).pop()),
-      node("tr", {}, node("th", { scope: "row" }, "within 0.01"), liveText(map, "td", {}, within(0.01))),
-      node("tr", {}, node("th", { scope: "row" }, "within 0.05"), liveText(map, "td", {}, within(0.05))))),
-    node("p", { class: "lm-hint" }, "Keys: [ and ] step to the next matrix that flips, F merges the chosen one always, K keeps it, A lets the threshold decide, Ctrl+Z undoes."),
+      edge("next to join", (first) => map.flips[first]),
+      edge("next to leave", (first) => map.flips[(first < 0 ? map.flips.length : first) - 1]))),
+    node("p", { class: "lm-hint" }, "Keys: [ and ] step to the next matrix that flips, F merges the chosen one always, K keeps it, A lets the threshold decide, 1 to 9 take a kept plan, Ctrl+Z undoes."),
   ];
 }
 
@@ -54,27 +52,24 @@ function expertInView(map, cell) {
 function cellDetail(map, cell) {
   const record = cell.experts[expertInView(map, cell)];
   const shownCells = map.pinned && map.pinned !== cell ? [cell, map.pinned] : [cell];
-  const verdict = liveText(map, "p", { class: "lm-verdict" }, () => verdictText(map, cell));
   const state = liveText(map, "span", { class: "lm-chip" }, (result) => (merges(map, result, cell) ? "merges" : "kept"));
   map.live.push((result) => { state.dataset.on = merges(map, result, cell) ? "1" : "0"; });
+  const head = node("div", { class: "lm-detail-head" }, node("h2", {}, `Layer ${cell.layer} · ${cell.module}`), state);
+  const why = whyBlock(map, cell, record, overrideButtons(map, [cell]));
+  if (map.layout === "simple") {
+    return [head, node("p", { class: "lm-hint" }, MODULE_MEANING[cell.module] || ""), liveText(map, "p", { class: "lm-verdict" }, () => plainText(map, cell)), why,
+      node("p", {}, node("button", { type: "button", class: "lm-quiet", "data-act": "layout", "data-layout": "full" }, "All numbers and spectra"))];
+  }
   return [
-    node("div", { class: "lm-detail-head" }, node("h2", {}, `Layer ${cell.layer} · ${cell.module}`), state),
+    head,
     node("p", { class: "lm-name" }, cell.name),
-    verdict,
-    whyBlock(map, cell, record, overrideButtons(map, [cell])),
+    liveText(map, "p", { class: "lm-verdict" }, () => verdictText(map, cell)),
+    why,
+    ...expertsTable(map, cell),
     numbersTable(map, shownCells),
     node("p", { class: "lm-acts" }, actionButton("cell-csv", "Numbers as CSV"),
       shownCells.length > 1 ? actionButton("unpin", "Unpin") : actionButton("pin", "Pin to compare")),
   ];
-}
-
-function verdictText(map, cell) {
-  const { s, similarity, overrides } = map.plan, value = shownSimilarity(map, cell), text = fixed(value);
-  if (overrides[cell.name] === "merge") return `Always merged, by your choice. Its similarity is ${text}.`;
-  if (overrides[cell.name] === "keep") return `Always kept, by your choice. Its similarity is ${text}.`;
-  return value >= s
-    ? `Merges: ${MEASURE_LABELS[similarity]} is ${text}, at or above S_α ${fixed(s)}.`
-    : `Kept: ${MEASURE_LABELS[similarity]} is ${text}. It needs S_α ≤ ${text} to merge.`;
 }
 
 function overrideButtons(map, cells) {
@@ -92,31 +87,14 @@ function actionButton(act, label) {
   return node("button", { type: "button", class: "lm-quiet", "data-act": act }, label);
 }
 
-function rankOf(map, cell) {
-  const value = shownSimilarity(map, cell);
-  return 1 + map.index.cells.filter((other) => shownSimilarity(map, other) > value).length;
-}
-
-function whyBlock(map, cell, record, buttons) {
-  const text = node("div", { class: "lm-why", id: map.id + "why", hidden: "" });
-  const button = node("button", { type: "button", class: "lm-quiet", "data-act": "why", "aria-expanded": "false",
-    "aria-controls": text.id }, "Why?");
-  const first = liveText(map, "p", {}, () => whyText(map, cell));
-  const chance = record.chance?.[map.plan.similarity];
-  text.append(first, node("p", {}, `Similarity is ${MEASURE_MEANING[map.plan.similarity]}.` +
-    (Number.isFinite(chance) ? ` Two unrelated matrices of this size reach about ${fixed(chance, 2)}.` : "")),
-  Number.isFinite(record.gap) && record.gap < 0.05 ? node("p", {}, `The first two singular values differ by only ${percent(record.gap)}, so which direction counts as the first is nearly a coin toss here.`) : null,
-  actionButton("show-flip", "Show me the flip"));
-  return node("div", { class: "lm-whybox" }, node("div", { class: "lm-acts" }, buttons, button), text);
-}
-
-function whyText(map, cell) {
-  const value = shownSimilarity(map, cell), { s, overrides } = map.plan, text = fixed(value);
-  const place = `It ranks ${rankOf(map, cell)} of ${map.index.cells.length}.`;
-  if (overrides[cell.name]) return `${title(cell)} is set by hand; without that it would ${value >= s ? "merge" : "be kept"}, with ${text} against S_α ${fixed(s)}. ${place}`;
-  return value >= s
-    ? `${title(cell)} merges because ${text} ≥ S_α ${fixed(s)}. ${place} It would leave above ${text}.`
-    : `${title(cell)} is kept because ${text} < S_α ${fixed(s)}. ${place} It would join at ${text}.`;
+// With several experts, each is selected by its own similarity.
+function expertsTable(map, cell) {
+  if (cell.experts.length < 2) return [];
+  const rows = cell.experts.map((record, k) => node("tr", {}, node("th", { scope: "row" }, expertName(map, k)),
+    liveText(map, "td", {}, () => fixed(record.similarity[map.plan.similarity])),
+    liveText(map, "td", {}, (result) => (result.masks[cell.position].includes(k) ? "merges" : "kept"))));
+  return [node("table", { class: "lm-numbers" }, node("thead", {}, node("tr", {}, node("td"), node("th", { scope: "col" }, "similarity"), node("th", { scope: "col" }, "state"))),
+    node("tbody", {}, ...rows))];
 }
 
 function numbersTable(map, cells) {
@@ -145,36 +123,34 @@ function numbersTable(map, cells) {
   row("gap (σ₁ − σ₂) / σ₁", (c, r) => percent(r.gap), "of the MLLM's task vector");
   row("stable rank, MLLM | math", (c, r) => `${fixed(r.mllm_ranks?.stable, 1)} | ${fixed(r.math_ranks?.stable, 1)}`);
   row("effective rank, MLLM | math", (c, r) => `${fixed(r.mllm_ranks?.effective, 1)} | ${fixed(r.math_ranks?.effective, 1)}`);
+  row("ranks for 90 % energy, MLLM | math", (c, r) => `${r.mllm_ranks?.energy ?? "–"} | ${r.math_ranks?.energy ?? "–"}`);
   row("shape", (c) => c.shape.join(" × "));
   const heads = cells.length > 1
     ? [node("thead", {}, node("tr", {}, node("td"), ...cells.map((c, i) => node("th", { scope: "col" }, `${c.layer} · ${c.module}${i ? " (pinned)" : ""}`))))] : [];
   return node("table", { class: "lm-numbers" }, ...heads, body);
 }
 
-function cellsOf(map, target) {
-  if (!target) return [];
-  if (target.kind === "cell") return [target.cell];
-  return map.index.cells.filter((cell) => (target.kind === "layer" ? cell.layer === target.layer : cell.module === target.module));
-}
-
 function groupDetail(map, target) {
   const cells = cellsOf(map, target);
-  const name = target.kind === "layer" ? `Layer ${target.layer}` : `All ${target.module} matrices`;
+  const name = { layer: `Layer ${target.layer}`, module: `All ${target.module} matrices`, range: `Layers ${target.from} to ${target.to}` }[target.kind];
   const values = cells.map((cell) => shownSimilarity(map, cell)).sort((a, b) => a - b);
   const merging = liveText(map, "p", { class: "lm-verdict" }, (result) => {
     const n = cells.filter((cell) => merges(map, result, cell)).length;
     return `${n} of ${cells.length} merge. Similarity ${fixed(values[0], 2)} to ${fixed(values[values.length - 1], 2)}, median ${fixed(quantile(values, 0.5), 2)}.`;
   });
-  const body = node("tbody");
-  for (const cell of cells) {
-    body.append(node("tr", {}, node("th", { scope: "row" }, target.kind === "layer" ? cell.module : `layer ${cell.layer}`),
-      node("td", {}, fixed(shownSimilarity(map, cell))),
-      liveText(map, "td", {}, (result) => {
-        const experts = result.masks[cell.position];
-        return experts.length ? percent(cellChange(cell, experts, map.plan)) : "kept";
-      })));
-  }
+  const rows = target.kind === "range" ? layersInRange(map, target) : cells.map((cell) => [
+    target.kind === "layer" ? cell.module : `layer ${cell.layer}`, () => fixed(shownSimilarity(map, cell)),
+    (result) => (result.masks[cell.position].length ? percent(cellChange(cell, result.masks[cell.position], map.plan)) : "kept")]);
+  const body = rows.map(([head, ...values]) => node("tr", {}, node("th", { scope: "row" }, head), ...values.map((words) => liveText(map, "td", {}, words))));
   return [node("div", { class: "lm-detail-head" }, node("h2", {}, name)), merging, overrideButtons(map, cells),
     node("table", { class: "lm-numbers" }, node("thead", {}, node("tr", {}, node("td"),
-      node("th", { scope: "col" }, "similarity"), node("th", { scope: "col" }, "change"))), body)];
+      node("th", { scope: "col" }, target.kind === "range" ? "merge" : "similarity"), node("th", { scope: "col" }, "change"))), node("tbody", {}, ...body))];
+}
+
+function layersInRange(map, target) {
+  return map.index.layers.filter((layer) => coversLayer(target, layer)).map((layer) => {
+    const cells = map.index.cells.filter((cell) => cell.layer === layer);
+    return [`layer ${layer}`, (result) => `${cells.filter((cell) => merges(map, result, cell)).length} of ${cells.length}`,
+      (result) => percent(result.layer_change[layer])];
+  });
 }

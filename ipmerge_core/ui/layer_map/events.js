@@ -1,21 +1,22 @@
-// Layer map 10/10, what a hand does: choosing, buttons, keys, sliders, and the start at the end.
+// Layer map, what a hand does: choosing, buttons, keys, sliders, and the start at the end.
 // One listener of each kind sits on the element, so that a rebuilt part needs none of its own.
 
 // --- choosing ---
 
 function choose(target) {
+  const ranged = map.target?.kind === "range" || target?.kind === "range";
   map.target = target;
+  if (ranged) buildHistogram(map);
   showChosen();
   rememberLink(map);
-  if (target && target.kind === "cell") {
-    post("cellselect", { name: target.cell.name, expert: expertInView(map, target.cell),
-      dark: document.body.classList.contains("dark"), narrow: map.narrow });
-  }
+  drawLarge();
+  if (target?.kind === "cell") toured("choose");
 }
 
 function pin(cell) {
   map.pinned = map.pinned === cell ? null : cell;
   showChosen();
+  drawLarge();
 }
 
 function showChosen() {
@@ -25,7 +26,32 @@ function showChosen() {
   repaint();
 }
 
+// The chosen matrix and, where there is one, the pinned one.
+const chosenCells = () => [map.target?.cell, map.pinned].filter((cell, i, all) => cell && all.indexOf(cell) === i);
+
+// The large figure is drawn by the server, so only where it has been asked for.
+function drawLarge() {
+  const cell = map.target?.kind === "cell" ? map.target.cell : null, shown = Boolean(map.large && cell && map.layout === "full");
+  map.dom.root.dataset.large = String(shown);
+  find(".lm-large-line").hidden = !shown;
+  if (!shown) return;
+  setText(find("[data-out=large]"), `Large figure of ${chosenCells().map((one) => `layer ${one.layer} · ${one.module}`).join(" and ")}`);
+  const named = (one) => ({ name: one.name, expert: expertInView(map, one) });
+  post("cellselect", { ...named(cell), pinned: chosenCells().slice(1).map(named)[0] || null,
+    dark: document.body.classList.contains("dark"), narrow: map.narrow });
+}
+
+function setLayout(layout) {
+  map.layout = layout;
+  remember("layout", layout);
+  layOut();
+  drawLarge();
+}
+
+const tryTab = () => document.getElementById("tab-try-button");
+
 function readOut(target) {
+  if (target.kind === "cell") toured("read", target.cell);
   const text = !target ? "" : target.kind === "cell"
     ? `${title(target.cell)}: similarity ${fixed(shownSimilarity(map, target.cell))}, ${map.buttons[target.cell.position].dataset.on === "1" ? "merges" : "kept"}, change if merged ${percent(cellChange(target.cell, [expertInView(map, target.cell)], map.plan))}`
     : target.kind === "layer" ? `Layer ${target.layer}: predicted change ${percent(map.result.layer_change[target.layer])}` : `All ${target.module} matrices`;
@@ -36,7 +62,18 @@ function readOut(target) {
 
 const actions = {
   undo, redo,
-  reset: () => { map.plan = presetPlan(map.presets[0] || { plan: {} }); commit("Reset."); },
+  reset, "keep-plan": keepPlan,
+  layout: (button) => setLayout(button.dataset.layout),
+  tour: startTour,
+  "tour-next": () => showStep(tour.step + 1),
+  "tour-end": endTour,
+  answer: () => { toured("answer"); tryTab().click(); },
+  "sigma-scale": (button) => {
+    map.sigmaScale = button.dataset.scale;
+    buildSpectra(map);
+    find(`[data-scale=${map.sigmaScale}]`).focus();
+  },
+  large: () => { map.large = !map.large; drawLarge(); buildSpectra(map); find(".lm-spectra [data-act=large]").focus(); },
   "flip-on": () => flip(1),
   "flip-back": () => flip(-1),
   override: (button) => setOverride(cellsOf(map, map.target), button.dataset.value),
@@ -46,21 +83,16 @@ const actions = {
     const text = find("#" + CSS.escape(button.getAttribute("aria-controls")));
     text.hidden = !text.hidden;
     button.setAttribute("aria-expanded", String(!text.hidden));
+    repaint();
   },
   "show-flip": () => showFlip(map.target.cell),
-  "cell-csv": () => saveCellNumbers(map.target.cell),
+  "cell-csv": () => saveCellNumbers(chosenCells()),
   csv: () => saveText(fileStem(map) + ".csv", csvText(tableRows(map)), "text/csv"),
   json: () => saveText(fileStem(map) + ".json", planJson(map), "application/json"),
   svg: () => saveText(fileStem(map) + ".svg", svgText(map), "image/svg+xml"),
   png: () => savePng(map),
   html: saveReport,
   link: copyLink,
-  sort: (button) => {
-    const { key } = button.dataset;
-    map.sort = { key, down: map.sort?.key === key ? !map.sort.down : key !== "layer" && key !== "module" };
-    buildTable(map);
-    map.dom.table.querySelector(`[data-key=${key}]`).focus();
-  },
 };
 
 // Move the threshold to where this matrix flips and back, so that the eye can follow.
@@ -79,10 +111,10 @@ function showFlip(cell) {
   requestAnimationFrame(step);
 }
 
-function saveCellNumbers(cell) {
-  const rows = cell.experts.flatMap((record) => record.index.map((rank, at) => ({ expert: record.expert, rank,
-    mllm_sigma: record.mllm_sigma[at], math_sigma: record.math_sigma[at], angle: record.angles[at] })));
-  saveText(`${cell.name}.csv`, csvText(rows), "text/csv");
+function saveCellNumbers(cells) {
+  const rows = cells.flatMap((cell) => cell.experts.flatMap((record) => record.index.map((rank, at) => ({ name: cell.name, expert: record.expert, rank,
+    mllm_sigma: record.mllm_sigma[at], math_sigma: record.math_sigma[at], angle: record.angles[at] }))));
+  saveText(`${cells.map((cell) => cell.name).join("-and-")}.csv`, csvText(rows), "text/csv");
 }
 
 // Copy the address of exactly this state; where the clipboard is closed, show it, selected.
@@ -90,8 +122,7 @@ async function copyLink() {
   const address = linkAddress(map), { link } = map.dom;
   try {
     await navigator.clipboard.writeText(address);
-    setText(map.dom.status, "Link copied.");
-    setText(map.dom.note, "Link copied.");
+    tell("Link copied.");
   } catch {
     link.hidden = false;
     link.value = address;
@@ -128,24 +159,22 @@ const valueOf = (input) => (input.dataset.range === "lambda" ? lambdaAt(Number(i
 // --- listeners ---
 
 element.addEventListener("input", ({ target }) => {
-  if (target.dataset.range) { startDrag(); setPlan({ [target.dataset.range]: valueOf(target) }); }
+  if (target.dataset.range) { startDrag(); used(target.dataset.range); setPlan({ [target.dataset.range]: valueOf(target) }); }
   else if (target.dataset.number && target.value !== "" && target.validity.valid) { startDrag(); setPlan({ [target.dataset.number]: Number(target.value) }); }
 });
 
 element.addEventListener("change", ({ target }) => {
   if (target.dataset.range) { setPlan({ [target.dataset.range]: valueOf(target) }); commit(); }
   else if (target.dataset.number) numberDone(target);
-  else if (target.dataset.pick === "expert") { map.expert = Number(target.value); rebuildColours(); showChosen(); ghostGrid(map, map.result); }
-  else if (target.dataset.pick === "preset") {
-    const preset = map.presets[Number(target.value)];
-    if (preset) { map.plan = presetPlan(preset); commit(preset.label + "."); }
-  } else if (target.dataset.pick) { setPlan({ [target.dataset.pick]: target.value }); commit(); showChosen(); }
+  else if (target.dataset.pick === "expert") { map.expert = Number(target.value); rebuildColours(); showChosen(); ghostGrid(map, map.ghost); }
+  else if (target.dataset.pick === "preset") takePreset(entries()[Number(target.value)]);
+  else if (target.dataset.pick) { setPlan({ [target.dataset.pick]: target.value }); commit(); showChosen(); }
 });
 
 element.addEventListener("dblclick", ({ target }) => {
-  const name = target.dataset.range;
-  if (!name) return;
-  setPlan({ [name]: presetPlan(map.presets[map.preset || 0] || { plan: {} })[name] });
+  if (!target.closest(".lm-range, .lm-hist, .lm-curve")) return;
+  const name = target.closest("[data-dial]").dataset.dial;
+  setPlan({ [name]: presetPlan(entries()[map.preset || 0] || { plan: {} })[name] });
   commit();
 });
 
@@ -154,10 +183,12 @@ element.addEventListener("click", (event) => {
   if (panel) { choose({ kind: "cell", cell: panel.cell }); return; }
   const button = event.target.closest("button");
   if (!button || !element.contains(button)) return;
+  if (twinAction(button)) return;
   if (button.dataset.act && actions[button.dataset.act]) { actions[button.dataset.act](button); return; }
   if (!button.target) return;
   const at = locate(map, button);
   if (at) roving(map, ...at);
+  if (event.shiftKey && button.target.kind === "layer" && stretch(button.target.layer)) return;
   if (event.shiftKey && button.target.kind === "cell" && map.target?.kind === "cell" && map.target.cell !== button.target.cell) pin(button.target.cell);
   else choose(button.target);
 });
@@ -178,11 +209,7 @@ function keyPressed(event, target, key, typing) {
   if (command && !(target.target && (key === "Home" || key === "End"))) return false;
   if (key === "Escape" && (map.target || map.pinned)) { map.pinned = null; choose(null); return true; }
   if (typing) return false;
-  if (map.dom.root.dataset.present === "true" && map.presets[Number(key) - 1]) {
-    map.plan = presetPlan(map.presets[Number(key) - 1]);
-    commit(map.presets[Number(key) - 1].label + ".");
-    return true;
-  }
+  if (/^[1-9]$/.test(key)) return numberKey(Number(key));
   if (key === "[") { flip(-1); return true; }
   if (key === "]") { flip(1); return true; }
   if (target.dataset.range === "s" && event.shiftKey && /^Arrow/.test(key)) {
@@ -192,8 +219,23 @@ function keyPressed(event, target, key, typing) {
   }
   if (!target.target) return false;
   const override = { f: "merge", k: "keep", a: "" }[letter];
-  if (override !== undefined) { setOverride(cellsOf(map, target.target), override); return true; }
-  return gridKey(map, event);
+  if (override !== undefined) { setOverride(cellsOf(map, inChosenRange(target.target) ? map.target : target.target), override); return true; }
+  const moved = gridKey(map, event), { target: reached } = document.activeElement;
+  if (event.shiftKey && target.target.kind === "layer" && reached?.kind === "layer") {
+    if (map.target?.kind !== "layer" && map.target?.kind !== "range") map.target = target.target;
+    stretch(reached.layer);
+  }
+  return moved;
+}
+
+// A head inside the brushed range stands for the range.
+const inChosenRange = (target) => target.kind === "layer" && map.target?.kind === "range" && coversLayer(map.target, target.layer);
+
+// "Drag me" has done its work once the threshold has been moved.
+function used(name) {
+  if (name !== "s" || map.dom.dragMe.hidden) return;
+  map.dom.dragMe.hidden = true;
+  remember("dragged", true);
 }
 
 // The two plots are handles as well: press and move anywhere on them.
@@ -206,6 +248,7 @@ function plotHandle(svg, name, convert) {
     if (event.button || !map.index) return;
     svg.setPointerCapture(event.pointerId);
     startDrag();
+    used(name);
     move(event);
   });
   svg.addEventListener("pointermove", (event) => { if (svg.hasPointerCapture(event.pointerId)) move(event); });
@@ -225,13 +268,15 @@ for (const name of ["s", "lambda"]) {
   find(`[data-for=${name}]`).setAttribute("for", range.id);
   range.setAttribute("aria-describedby", map.dom.sum.id);
 }
-map.dom.table.parentNode.addEventListener("toggle", () => map.index && buildTable(map));
 find("[data-act=html]").hidden = !server?.report_file;
 find("[data-act=link]").hidden = window.location.protocol === "file:";
-map.dom.root.dataset.present = String(new URLSearchParams(window.location.search).get("present") === "1");
+map.dom.root.dataset.present = String(map.onStage);
+map.layout = recall("layout", server ? "simple" : "full") === "simple" ? "simple" : "full";
+map.dom.dragMe.hidden = map.onStage || recall("dragged", false);
 element.ipmerge = map;
 open(props.value);
 watch("value", () => open(props.value));
 new ResizeObserver(() => {
   if (map.index && map.dom.root.clientWidth && map.dom.root.clientWidth !== map.width) layOut();
 }).observe(map.dom.root);
+if (map.index && mayInvite(arrival)) inviteToTour();

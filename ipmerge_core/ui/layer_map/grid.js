@@ -1,4 +1,4 @@
-// Layer map 3/10, the picture: a grid of modules by layers with one button per matrix.
+// Layer map, the picture: a grid of modules by layers with one button per matrix.
 // Colour tells the similarity; frame and full colour against hatch and dimmed tell what merges.
 // Wide pages lay layers out as columns, in bands when there are many; narrow pages turn the grid.
 
@@ -148,15 +148,16 @@ function paintGrid(map, result) {
   }
 }
 
-// The mask of the last committed plan, shown as corner marks while something is being dragged.
+// The mask of an earlier plan, for corner marks: while something is being dragged of the last
+// committed one, and after a commit, where it differs, of the one before.
 function ghostGrid(map, result) {
   for (const cell of map.index.cells) {
-    map.buttons[cell.position].dataset.was = merges(map, result, cell) ? "1" : "0";
+    const { dataset } = map.buttons[cell.position], was = merges(map, result, cell) ? "1" : "0";
+    if (dataset.was !== was) dataset.was = was;
   }
 }
 
 function paintBars(map, result) {
-  const chosen = map.target && map.target.kind !== "module" ? (map.target.cell || map.target).layer : null;
   for (const { layers, all, marked } of map.bars) {
     let path = "", focus = "";
     layers.forEach((layer, i) => {
@@ -165,7 +166,7 @@ function paintBars(map, result) {
       const bar = map.narrow
         ? `M0 ${i + 0.2}h${size.toFixed(2)}v.6H0Z`
         : `M${i + 0.14} 100v${(-size).toFixed(2)}h.72V100Z`;
-      if (layer === chosen) focus += bar;
+      if (coversLayer(map.target, layer)) focus += bar;
       else path += bar;
     });
     all.setAttribute("d", path);
@@ -182,12 +183,27 @@ function scaleBars(map) {
   for (const label of map.dom.grid.querySelectorAll(".lm-bars-top")) setText(label, percent(map.barTop));
 }
 
+// Whether a target is in this layer: a cell of it, the layer itself, or a range of layers around it.
+function coversLayer(target, layer) {
+  if (!target || target.kind === "module") return false;
+  return target.kind === "range" ? target.from <= layer && layer <= target.to : (target.cell || target).layer === layer;
+}
+
+// The cells that a target stands for.
+function cellsOf(map, target) {
+  if (!target) return [];
+  if (target.kind === "cell") return [target.cell];
+  return map.index.cells.filter((cell) => (target.kind === "module" ? cell.module === target.module : coversLayer(target, cell.layer)));
+}
+
 function markTargets(map) {
-  const same = (a, b) => a && b && a.kind === b.kind && a.cell === b.cell && a.layer === b.layer && a.module === b.module;
+  const { target } = map;
+  const isChosen = (own) => target && (own.kind === "layer" && target.kind === "range" ? coversLayer(target, own.layer)
+    : own.kind === target.kind && own.cell === target.cell && own.layer === target.layer && own.module === target.module);
   for (const line of map.focusables) {
     for (const button of line) {
       if (!button) continue;
-      const chosen = same(button.target, map.target);
+      const chosen = isChosen(button.target);
       button.classList.toggle("chosen", Boolean(chosen));
       button.classList.toggle("pinned", button.target.cell !== undefined && button.target.cell === map.pinned);
       if (button.target.kind === "cell") button.parentNode.setAttribute("aria-selected", String(Boolean(chosen)));

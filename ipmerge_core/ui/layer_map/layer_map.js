@@ -1,19 +1,21 @@
-// Layer map 9/10, the component: state, plan and painting. Runs once per mount, in a scope where
-// Gradio gives `element`, `trigger`, `props` and `watch`; the standalone report gives the same four.
-// Nothing here talks to the server except trigger('commit') and trigger('cellselect').
+// Layer map, the component: state, plan and painting. Runs once per mount, in a scope where Gradio
+// gives `element`, `trigger`, `props`, `server` and `watch`; the standalone report gives the same.
+// Nothing here talks to the server except trigger('commit'), trigger('cellselect'), trigger('packselect').
 
 const find = (selector) => element.querySelector(selector);
+const arrival = new URLSearchParams(window.location.search);  // how the visitor came, before we write there
 
 const map = {
   id: element.id || "ipmerge", pack: null, index: null, plan: null, committed: null,
-  past: [], future: [], target: null, pinned: null, expert: -1, dragging: false, frame: 0,
-  preset: null, paints: [], live: [], packId: "", home: "", sort: null,
+  past: [], future: [], journey: null, target: null, pinned: null, expert: -1, dragging: false, frame: 0,
+  preset: null, presets: [], kept: [], flips: [], before: null, ghost: null, paints: [], live: [], packId: "", home: "",
+  onStage: arrival.get("present") === "1", layout: "full",
   dom: {
     root: find(".lm"), sum: find(".sum"), grid: find(".lm-grid-holder"), detail: find(".lm-detail"), spectra: find(".lm-spectra"),
     hist: find(".lm-hist"), curve: find(".lm-curve"), read: find(".lm-read"), status: find(".lm-status"),
-    source: find(".lm-source"), table: find(".lm-table-holder"), link: find(".lm-link"), count: find(".lm-count"),
-    note: find(".lm-note-line"), keep: find("[data-out=keep]"), absorb: find("[data-out=absorb]"),
-    low: find("[data-out=low]"), high: find("[data-out=high]"),
+    source: find(".lm-source"), twins: find(".lm-twins"), link: find(".lm-link"), count: find(".lm-count"),
+    note: find(".lm-note-line"), drift: find(".lm-drift"), dragMe: find(".lm-drag-me"),
+    ...Object.fromEntries(["keep", "absorb", "low", "high", "sense"].map((name) => [name, find(`[data-out=${name}]`)])),
     range: { s: find("[data-range=s]"), lambda: find("[data-range=lambda]") },
     number: { s: find("[data-number=s]"), lambda: find("[data-number=lambda]") },
     pick: Object.fromEntries(["preset", "similarity", "variant", "expert"].map((name) => [name, find(`[data-pick=${name}]`)])),
@@ -29,30 +31,41 @@ function setPlan(patch) {
   if (!map.frame) map.frame = requestAnimationFrame(paint);
 }
 
+const copyOf = (plan) => ({ ...plan, overrides: { ...plan.overrides } });
+
 function startDrag() {
   if (map.dragging) return;
   map.dragging = true;
+  map.ghost = map.before;
+  ghostGrid(map, map.ghost);
   map.dom.root.dataset.dragging = "1";
+  delete map.dom.root.dataset.after;
 }
 
 function commit(words) {
   map.dragging = false;
   delete map.dom.root.dataset.dragging;
   if (samePlan(map.plan, map.committed)) { repaint(); return; }
-  map.past.push(map.committed);
+  map.past.push(place());
   map.future = [];
+  for (const name of ["s", "lambda"]) if (map.plan[name] !== map.committed[name]) toured(name);
   settle(words);
 }
 
 // Take the current plan as the committed one: axes, ghost, spoken sentence, one event to Python.
 function settle(words) {
-  const recolour = !map.committed || map.committed.similarity !== map.plan.similarity;
-  map.committed = { ...map.plan, overrides: { ...map.plan.overrides } };
+  const recolour = map.committed.similarity !== map.plan.similarity;
+  map.committed = copyOf(map.plan);
+  map.flips = flipValues(map.index, map.plan);
+  map.ghost = map.before;
   if (recolour) rebuildColours();
   rescale();
   repaint();
-  ghostGrid(map, map.result);
-  buildTable(map);
+  ghostGrid(map, map.ghost);
+  map.dom.root.dataset.after = "1";
+  map.before = map.result;
+  describeDials(map);
+  refreshTwins();
   rememberLink(map);
   setText(map.dom.note, "");
   setText(map.dom.status, (words ? words + " " : "") + map.dom.sum.textContent);
@@ -76,35 +89,10 @@ function post(name, data) {
   }, 150);
 }
 
-function travel(from, to, words) {
-  if (!from.length) { setText(map.dom.status, `Nothing to ${words}.`); return; }
-  to.push(map.committed);
-  map.plan = from.pop();
-  settle(words === "undo" ? "Undone." : "Redone.");
-}
-
-const undo = () => travel(map.past, map.future, "undo");
-const redo = () => travel(map.future, map.past, "redo");
-
-function flip(direction) {
-  const values = flipValues(map.index, map.plan), { s } = map.plan;
-  const ahead = direction > 0
-    ? values.filter((entry) => entry.value >= s && entry.value < 1).pop()   // raising S_alpha: who leaves next
-    : values.find((entry) => entry.value < s);                              // lowering it: who joins next
-  if (!ahead) { setText(map.dom.status, direction > 0 ? "No matrix leaves above." : "No matrix joins below."); return; }
-  const at = direction > 0 ? Math.min(1, Math.floor(ahead.value * 1e4) / 1e4 + 1e-4) : Math.floor(ahead.value * 1e4) / 1e4;
-  setPlan({ s: at });
-  commit(`${title(ahead.cell)} ${direction > 0 ? "leaves" : "joins"}.`);
-}
-
-function setOverride(cells, value) {
-  const overrides = { ...map.plan.overrides };
-  for (const cell of cells) {
-    if (value) overrides[cell.name] = value;
-    else delete overrides[cell.name];
-  }
-  setPlan({ overrides });
-  commit();
+// Say something where it is seen and where it is heard.
+function tell(words) {
+  setText(map.dom.note, words);
+  setText(map.dom.status, words);
 }
 
 // --- painting ---
@@ -119,6 +107,8 @@ function paint() {
   paintCurve(map, result);
   paintBars(map, result);
   paintSentence(result);
+  paintSense(result);
+  paintDrift(result);
   paintInputs();
   paintDetail(map, result);
   map.paints.push(performance.now() - start);
@@ -131,84 +121,63 @@ function repaint() {
 }
 
 function paintInputs() {
-  const { range, number, pick } = map.dom, { s, lambda } = map.plan, active = document.activeElement;
+  const { range, number, dragMe } = map.dom, { s, lambda } = map.plan, active = document.activeElement;
   range.s.value = s;
   range.lambda.value = Math.round(lambdaPosition(lambda));
   if (active !== number.s) number.s.value = fixed(s, Number.isInteger(Math.round(s * 1e6) / 1e3) ? 3 : 4);
   if (active !== number.lambda) number.lambda.value = lambdaText(lambda);
   range.s.setAttribute("aria-valuetext", `${fixed(s)}, ${map.result.selected.length} of ${map.result.n_matrices} matrices merge`);
   range.lambda.setAttribute("aria-valuetext", lambdaText(lambda) + (lambda === 1 ? ", as the paper writes it" : ""));
-  pick.similarity.value = map.plan.similarity;
-  pick.variant.value = map.plan.variant;
-  paintPreset();
-  find("[data-act=undo]").disabled = !map.past.length;
-  find("[data-act=redo]").disabled = !map.future.length;
-}
-
-function paintSentence(result) {
-  const { sum } = map.dom, { totals } = map.pack, n = result.selected.length;
-  const strong = (text) => node("strong", {}, text);
-  const parts = n === 0 ? emptyWords() : [
-    strong(`${n} of ${result.n_matrices}`), " matrices merge", dot(),
-    strong(count(result.parameters_touched)), ` of ${count(totals.llm_parameters)} language-model parameters (`,
-    strong(percent(result.parameters_touched / totals.llm_parameters)), ")", dot(),
-    "change ", strong(percent(result.relative_change)), " of ‖W‖", dot(),
-    `${bytes(result.bytes_rewritten)} rewritten`, dot(), "vision tower untouched",
-  ];
-  if (n === result.n_matrices) parts.push(node("em", {}, " Every matrix merges: no selection step is left."));
-  else if (n && map.plan.lambda === 0) parts.push(node("em", {}, " λ is 0, so the merged model equals the multimodal model."));
-  setText(map.dom.count, `${n} of ${result.n_matrices}`);
-  const drift = map.dragging ? driftWords() : null;
-  sum.replaceChildren(...parts, ...(drift ? [drift] : []));
-}
-
-const dot = () => node("span", { class: "lm-dot", "aria-hidden": "true" }, " · ");
-
-function emptyWords() {
-  const best = Math.max(...map.index.cells.map((cell) => Math.max(...cell.experts.map((r) => r.similarity[map.plan.similarity]))));
-  return [node("strong", {}, "Nothing merges"), best < map.plan.s
-    ? ` above ${fixed(best)}, the highest similarity of this pair. The merged model equals the multimodal model.`
-    : ": every matrix is kept by hand. The merged model equals the multimodal model."];
-}
-
-// What the drag has added and removed since the last committed plan.
-function driftWords() {
-  const before = previewOf(map.index, map.committed).selected, now = new Set(map.result.selected);
-  const removed = before.filter((name) => !now.has(name)).length;
-  return node("span", { class: "lm-drift" }, ` +${now.size - (before.length - removed)} −${removed}`);
+  if (!dragMe.hidden) dragMe.style.setProperty("--at", s);
+  if (!map.dragging) paintChoices();
 }
 
 // --- building ---
 
-// The content that Python sent: a pack and a plan; on the first one, the address may say another.
+// The content that Python sent: a pack and a plan; on the first one, the address may say another. What
+// was on show before goes to the past, so that a change of the pair can be undone.
 function open(value) {
   const content = typeof value === "string" && value ? JSON.parse(value) : value;
   if (!content || !content.pack) { map.index = null; map.dom.root.hidden = true; return; }
   map.dom.root.hidden = false;
+  const left = map.index ? place() : null, again = content.id === map.packId, cell = again && map.target?.cell?.name;
   Object.assign(map, { pack: content.pack, index: indexPack(content.pack), presets: content.presets || [],
-    packId: content.id || "", home: content.home || "", past: [], future: [], target: null, pinned: null, expert: -1, preset: null });
+    packId: content.id || "", home: content.home || "", target: null, pinned: null, expert: -1, preset: null });
+  const journey = map.journey?.pack === map.packId ? map.journey : null;
+  map.journey = null;
   map.plan = cleanPlan(content.plan || {}, map.index);
-  map.committed = { ...map.plan, overrides: { ...map.plan.overrides } };
-  const first = !map.linkRead, link = first ? readLink(window.location.search, map) : null;
+  if (left && map.linkRead && !journey && !(again && samePlan(left.plan, map.plan))) { map.past.push(left); map.future = []; }
+  begin();
+  if (map.index.byName.has(cell)) map.target = { kind: "cell", cell: map.index.byName.get(cell) };
+  const link = map.linkRead ? null : readLink(linkSearch(), map);
   const elsewhere = link?.pack && link.pack !== map.packId && link.pack !== map.linkAsked;
-  map.linkRead = !elsewhere;
   const words = link && !elsewhere ? followLink(link) : "";
   buildPicks();
   layOut();
   setText(map.dom.status, words);
-  if (link && !elsewhere && link.plan) { settle(words); if (map.target) choose(map.target); }
-  else if (!first) rememberLink(map);
+  if (journey) { map.plan = cleanPlan(journey.plan, map.index); begin(); settle(journey.words); }
+  else if (link && !elsewhere && link.plan) { settle(words); if (map.target) choose(map.target); }
+  else if (map.linkRead) rememberLink(map);
   setText(map.dom.note, words);
+  map.linkRead = !elsewhere;
   if (elsewhere) {
     map.linkAsked = link.pack;
     trigger("packselect", { pack: link.pack });
   }
 }
 
+// The plan on show is where everything starts from: committed, with nothing joined or left.
+function begin() {
+  map.committed = copyOf(map.plan);
+  map.before = map.ghost = map.result = previewOf(map.index, map.plan);
+  map.flips = flipValues(map.index, map.plan);
+  map.sentence = null;
+}
+
 // Take over what a link says; returns what to tell about it.
 function followLink({ pack, plan, cell, problems }) {
   if (pack && pack !== map.packId) return "The link names a pair that is not here, so this one is shown as it starts.";
-  if (plan) map.plan = plan;
+  if (plan) { map.plan = plan; begin(); }
   if (cell) map.target = { kind: "cell", cell };
   return problems.length ? `Some of the link was not usable and took its default: ${problems.join("; ")}.` : "";
 }
@@ -216,18 +185,20 @@ function followLink({ pack, plan, cell, problems }) {
 // Everything that depends on the width; also after a resize or a turn of the phone.
 function layOut() {
   if (!map.index) return;
-  const width = map.dom.root.clientWidth;
+  const { root } = map.dom, width = root.clientWidth, columns = map.index.layers.length;
   map.width = width;
   map.narrow = width > 0 && width < 620;
-  map.dom.root.dataset.narrow = String(map.narrow);
-  const columns = map.index.layers.length;
-  map.dom.root.dataset.shape = width < 900 ? "stacked" : columns <= 9 ? "few" : columns <= 36 ? "many" : "banded";
-  map.dom.root.style.setProperty("--map-width", `${52 + 118 * columns}px`);
+  root.dataset.narrow = String(map.narrow);
+  root.dataset.layout = map.layout;
+  root.dataset.shape = width < 900 ? "stacked" : columns <= 9 ? "few" : columns <= 36 ? "many" : "banded";
+  root.style.setProperty("--map-width", `${52 + 118 * columns}px`);
+  find("[data-act=answer]").hidden = !tryTab();
   buildGrid(map);
   rebuildColours();
   rescale();
   showChosen();
-  ghostGrid(map, previewOf(map.index, map.committed));
+  ghostGrid(map, map.ghost);
+  describeDials(map);
 }
 
 function rebuildColours() {
@@ -239,36 +210,4 @@ function rescale() {
   scaleBars(map);
   scaleCurve(map);
   buildCurve(map);
-}
-
-function buildPicks() {
-  const { pick } = map.dom;
-  const options = (select, entries) => select.replaceChildren(...entries.map(([value, text]) => node("option", { value }, text)));
-  options(pick.preset, [...map.presets.map((preset, i) => [String(i), preset.label]), ["edited", "Edited"]]);
-  options(pick.similarity, MEASURES.map((value) => [value, MEASURE_LABELS[value]]));
-  options(pick.variant, VARIANTS.map((value) => [value, VARIANT_LABELS[value]]));
-  const experts = map.pack.sources?.math || [];
-  options(pick.expert, [["-1", "all, highest"], ...Array.from({ length: map.index.nExperts }, (_, k) => [String(k), shortId(experts[k]?.id, k)])]);
-  pick.expert.parentNode.hidden = map.index.nExperts < 2;
-  buildTicks(find("[data-ticks=s]"), [0, 0.2, 0.4, 0.6, 0.8, 1].map((v) => [v, v === 0 || v === 1 ? String(v) : v.toFixed(1)]));
-  buildTicks(find("[data-ticks=lambda]"), LAMBDA_TICKS.map(([v, text]) =>
-    [lambdaPosition(v) / LAMBDA_STEPS, v === 1 ? "1 paper" : text, v === 1]));
-}
-
-const shortId = (id, k) => (id ? String(id).replace(/\/+$/, "").split("/").pop() : `expert ${k + 1}`);
-
-function presetPlan(preset) {
-  return cleanPlan({ ...preset.plan, overrides: {} }, map.index);
-}
-
-function paintPreset() {
-  const { preset } = map.dom.pick;
-  const exact = map.presets.findIndex((entry) => samePlan(presetPlan(entry), map.plan));
-  if (exact >= 0) map.preset = exact;
-  preset.value = exact >= 0 ? String(exact) : "edited";
-  const base = map.preset !== null ? map.presets[map.preset] : null;
-  const edited = preset.querySelector("[value=edited]");
-  setText(edited, base && exact < 0 ? `${base.label}, edited` : "Edited");
-  edited.hidden = exact >= 0;
-  setText(map.dom.source, base ? base.source : "");
 }

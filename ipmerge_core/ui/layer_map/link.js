@@ -1,4 +1,4 @@
-// Layer map 7/10, the permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&o=..&c=.. in at most 300
+// Layer map, the permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&o=..&c=.. in at most 300
 // characters. `o` packs the cells set by hand, five to a byte, so that any number of them fits.
 // Nothing in a link is believed: unusable values take their defaults, and the page says so.
 
@@ -56,6 +56,13 @@ function linkAddress(map) {
   return address.href;
 }
 
+// The query to read: the address's own or, in a frame whose page keeps its own address, what this tab
+// remembers, so that a reload brings the plan back there too.
+function linkSearch() {
+  if (arrival.has("v") || window.top === window) return window.location.search;
+  try { return window.sessionStorage.getItem(MEMORY) || ""; } catch { return ""; }
+}
+
 // What a link says about this pair: { pack, plan, cell, problems }, or null where it says nothing.
 function readLink(search, map) {
   const query = new URLSearchParams(search);
@@ -76,4 +83,5 @@ function rememberLink(map) {
   for (const key of LINK_KEYS) address.searchParams.delete(key);
   for (const [key, value] of linkQuery(map)) address.searchParams.set(key, value);
   window.history.replaceState(window.history.state, "", address);
+  try { window.sessionStorage.setItem(MEMORY, `?${linkQuery(map)}`); } catch { /* closed: the address has it */ }
 }

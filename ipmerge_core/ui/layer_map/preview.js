@@ -1,4 +1,4 @@
-// Layer map 1/10, the arithmetic: pack + plan -> what a merge would change. Pure, no DOM.
+// Layer map, the arithmetic: pack + plan -> what a merge would change. Pure, no DOM.
 // Exact, because the update is affine in lambda: with U = lambda * sum of the selected P_k,
 //   ||U||^2 = lambda^2 (sum ||P_k||^2 + 2 sum_{j<k} <P_j, P_k>),   <dV, U> = lambda * sum <dV, P_k>.
 // ipmerge_core/plan.py does the same sums in Python; a test holds the two together.
@@ -126,7 +126,7 @@ function flipValues(index, plan) {
   const values = [];
   for (const cell of index.cells) {
     if (plan.overrides[cell.name]) continue;
-    for (const record of cell.experts) values.push({ cell, value: record.similarity[plan.similarity] });
+    for (const record of cell.experts) values.push({ cell, expert: record.expert, value: record.similarity[plan.similarity] });
   }
   return values.sort((a, b) => b.value - a.value);
 }

@@ -1,4 +1,4 @@
-// Layer map 2/10, scales and words: colours, the lambda axis, numbers as text, small DOM helpers.
+// Layer map, scales and words: colours, the lambda axis, numbers as text, small DOM helpers.
 
 const SVG = "http://www.w3.org/2000/svg";
 // Cividis, designed for colour-vision deficiency (Nunez, Anderton, Renslow 2018), ten even steps.
@@ -63,6 +63,12 @@ const MEASURE_MEANING = {
   weighted: "the cosines of all right singular vectors of equal rank, weighted by both singular values",
 };
 
+const MODULE_MEANING = {
+  q: "Attention: what a token asks for.", k: "Attention: what a token offers to be found by.",
+  v: "Attention: what a token passes on.", o: "Attention: how what was gathered is written back.",
+  gate: "MLP: which of its features are let through.", up: "MLP: the features it looks for.", down: "MLP: what it writes back.",
+};
+
 const fixed = (x, digits = 3) => (x === null || x === undefined || !Number.isFinite(x) ? "–" : x.toFixed(digits));
 
 function percent(x) {
@@ -86,6 +92,15 @@ function bytes(n) {
 }
 
 const lambdaText = (lambda) => String(Number(lambda.toPrecision(3)));
+// A plan in a few words; in full, every choice is named.
+function planWords({ s, lambda, variant, similarity, overrides }, full = false) {
+  const byHand = Object.keys(overrides).length, parts = [`S_α ${fixed(s)}${full ? ` on ${MEASURE_LABELS[similarity]}` : ""}`, `λ ${lambdaText(lambda)}`];
+  if (!full && similarity !== DEFAULT_PLAN.similarity) parts.push(MEASURE_LABELS[similarity]);
+  if (full || variant !== DEFAULT_PLAN.variant) parts.push(VARIANT_LABELS[variant]);
+  if (byHand) parts.push(`${byHand} set by hand`);
+  return parts.join(", ");
+}
+
 const title = (cell) => `Layer ${cell.layer}, ${cell.module}`;
 
 // A rounded upper end for an axis: 1, 2, 2.5 or 5 times a power of ten.

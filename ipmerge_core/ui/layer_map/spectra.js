@@ -1,96 +1,119 @@
-// Layer map 5/10, spectra of the chosen matrix from the samples in the pack: singular values and
-// corresponding angles (a pinned matrix in thin lines beside them), and the same singular values
-// for every layer of its module, one small panel under each column of the map.
+// Layer map, spectra of the chosen matrix from the samples in the pack: singular values, corresponding
+// and principal angles (a pinned matrix in thin lines beside them), and the same singular values for
+// every layer of its module, one small panel each.
 
 function buildSpectra(map) {
   const { spectra } = map.dom, cell = map.target?.kind === "cell" ? map.target.cell : null;
   const record = cell && cell.experts[expertInView(map, cell)];
-  spectra.hidden = !record?.index?.length;
+  spectra.hidden = map.layout === "simple" || !record?.index?.length;
   if (spectra.hidden) { spectra.replaceChildren(); return; }
   const columns = getComputedStyle(spectra).gridTemplateColumns.split(" ").length;
   const width = Math.max(240, (spectra.clientWidth - 24 * (columns - 1)) / columns);
   const pinned = map.pinned && map.pinned !== cell ? map.pinned.experts[expertInView(map, map.pinned)] : null;
-  const name = (r) => `layer ${r.layer} · ${r.module}`;
-  spectra.replaceChildren(
-    figure(`Singular values, ${name(record)}`, key(pinned && name(pinned)), lineChart({
-      width, log: true, label: "Singular values of both task vectors by rank",
-      series: [record, pinned].filter(Boolean).flatMap((r, i) => [
+  const records = [record, pinned].filter((r) => r?.index?.length);
+  spectra.replaceChildren(sigmaFigure(map, records, width), angleFigure(records, width), ...multiples(map, record),
+    server?.report_file ? node("p", { class: "lm-acts lm-figure-wide" }, largeFigureButton(map)) : "");
+}
+
+const placeOf = (record) => `layer ${record.layer} · ${record.module}`;
+const stemOf = (record, what) => `${what}-layer-${record.layer}-${record.module}`.replace(/[^\w-]+/g, "_");
+
+function sigmaFigure(map, records, width) {
+  const [record, pinned] = records;
+  return figure({
+    heading: `Singular values, ${placeOf(record)}`, stem: stemOf(record, "sigma"),
+    extra: node("span", { class: "lm-figure-key" }, node("span", { class: "k-mllm" }, "━ MLLM"), node("span", { class: "k-math" }, "╍ math"),
+      pinned ? node("span", {}, `thin: ${placeOf(pinned)}`) : null, scaleSwitch(map)),
+    summary: sigmaWords(record) + (pinned ? " Pinned: " + sigmaWords(pinned) : ""),
+    rows: () => records.flatMap((r) => r.index.map((rank, i) => ({ layer: r.layer, module: r.module, rank, MLLM: r.mllm_sigma[i], math: r.math_sigma[i] }))),
+    columns: [["rank", String], ["MLLM", scientific], ["math", scientific], ["layer", String], ["module", String]],
+    drawing: lineChart({
+      width, log: map.sigmaScale !== "linear",
+      series: records.flatMap((r, i) => [
         { index: r.index, values: r.mllm_sigma, style: "lm-keep" + (i ? " thin" : "") },
         { index: r.index, values: r.math_sigma, style: "lm-absorb" + (i ? " thin" : "") }]),
-      marks: [{ value: record.noise_floor, text: "rounding of the stored dtype" }] })),
-    figure("Corresponding angles sᵢ", null, lineChart({
-      width, log: false, label: "Cosines of corresponding singular vectors by rank",
-      series: [record, pinned].filter(Boolean).map((r, i) => ({ index: r.index, values: r.angles, style: "lm-angle" + (i ? " thin" : "") })),
-      dots: [{ at: record.best_index, value: record.similarity.max }],
-      marks: [{ value: record.chance?.max, text: "chance of the best" }] })),
-    ...multiples(map, record));
+      marks: [{ value: record.noise_floor, text: "rounding of the stored dtype" }] }),
+  });
 }
 
-function figure(heading, extra, drawing) {
-  return node("figure", { class: "lm-figure" }, node("figcaption", {}, heading, extra), drawing);
+function angleFigure(records, width) {
+  const [record, pinned] = records;
+  return figure({
+    heading: "Corresponding angles sᵢ", stem: stemOf(record, "angles"),
+    extra: node("span", { class: "lm-figure-key" }, node("span", {}, "◇ best"), node("span", {}, "◆ first k directions, principal")),
+    summary: angleWords(record) + (pinned ? " Pinned: " + angleWords(pinned) : ""),
+    rows: () => records.flatMap((r) => [
+      ...r.index.map((rank, i) => ({ layer: r.layer, module: r.module, rank, kind: "corresponding", cosine: r.angles[i] })),
+      ...Object.entries(r.principal || {}).map(([k, cosine]) => ({ layer: r.layer, module: r.module, rank: Number(k), kind: "principal, first k", cosine }))]),
+    columns: [["rank", String], ["kind", String], ["cosine", (v) => fixed(v)], ["layer", String], ["module", String]],
+    drawing: lineChart({
+      width, log: false, top: 1,
+      series: records.map((r, i) => ({ index: r.index, values: r.angles, style: "lm-angle" + (i ? " thin" : "") })),
+      dots: [...Object.entries(record.principal || {}).filter(([k]) => k <= record.index[record.index.length - 1]).map(([k, value]) => ({ at: Number(k), value, style: "lm-principal", text: `first ${k} directions: mean principal cosine ${fixed(value)}` })),
+        { at: record.best_index, value: record.similarity.max, style: "lm-best", text: `best: ${fixed(record.similarity.max)} at rank ${record.best_index}` }],
+      marks: [{ value: record.chance?.max, text: "chance of the best" }, { value: record.chance?.first, text: "chance of one" }] }),
+  });
 }
 
-function key(pinned) {
-  return node("span", { class: "lm-figure-key" }, node("span", { class: "k-mllm" }, "━ MLLM"), node("span", { class: "k-math" }, "╍ math"),
-    pinned ? node("span", {}, `thin: ${pinned}`) : null);
+const scientific = (x) => (x === undefined ? "–" : x === 0 ? "0" : x.toPrecision(4));
+
+function sigmaWords(r) {
+  const last = r.index.length - 1;
+  return `Singular values of ${placeOf(r)}: the MLLM's task vector falls from ${scientific(r.mllm_sigma[0])} to ${scientific(r.mllm_sigma[last])}, ` +
+    `the math model's from ${scientific(r.math_sigma[0])} to ${scientific(r.math_sigma[last])}, over ${r.index[last]} ranks.`;
 }
 
-// Lines over the logarithm of the rank. `log` says whether the values are on a log scale too.
-function lineChart({ width, series, log, label, marks = [], dots = [] }) {
-  const height = 150, left = 34, right = 6, top = 8, bottom = 18;
-  const last = Math.log(Math.max(...series.flatMap((s) => s.index), 2));
-  const values = series.flatMap((s) => s.values).filter((v) => !log || v > 0);
-  const low = log ? Math.floor(Math.log10(Math.max(Math.min(...values), Math.max(...values) * 1e-5))) : 0;
-  const high = log ? Math.log10(Math.max(...values)) : 1;
-  const y = (v) => height - bottom - ((Math.max(log ? Math.log10(Math.max(v, 1e-300)) : v, low) - low) / (high - low || 1)) * (height - top - bottom);
-  const x = (i) => left + (Math.log(i) / last) * (width - left - right);
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, class: "lm-chart", role: "img", "aria-label": label });
-  const ticks = log ? Array.from({ length: Math.floor(high) - low + 1 }, (_, i) => low + i) : [0, 0.5, 1];
-  for (const tick of ticks) {
-    const at = y(log ? 10 ** tick : tick);
-    svg.append(shape("line", { x1: left, x2: width - right, y1: at, y2: at, class: "lm-rule" }),
-      shape("text", { x: left - 5, y: at + 4, class: "lm-note", "text-anchor": "end" }, log ? `1e${tick}` : String(tick)));
-  }
-  for (let rank = 1; Math.log(rank) <= last; rank *= 10) {
-    svg.append(shape("text", { x: x(rank), y: height - 4, class: "lm-note", "text-anchor": rank === 1 ? "start" : "middle" }, rank === 1 ? "rank 1" : String(rank)));
-  }
-  for (const s of series) svg.append(shape("path", { class: s.style, d: polyline(s.index.map(x), s.values.map(y)) }));
-  for (const { at, value } of dots) {
-    if (at && Number.isFinite(value)) svg.append(shape("circle", { cx: x(at), cy: y(value), r: 4.5, class: "lm-best" }, shape("title", {}, `best: ${fixed(value)} at rank ${at}`)));
-  }
-  for (const { value, text } of marks) {
-    if (!(value > 0) || (log && Math.log10(value) < low) || y(value) < top) continue;
-    svg.append(shape("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "lm-mark" }),
-      shape("text", { x: width - right, y: y(value) - 4, "text-anchor": "end", class: "lm-note" }, text));
-  }
-  return svg;
+function angleWords(r) {
+  return `Cosines of corresponding singular vectors of ${placeOf(r)}: ${fixed(r.angles[0])} at rank 1, best ${fixed(r.similarity.max)} at rank ${r.best_index}` +
+    (Number.isFinite(r.chance?.max) ? `, where unrelated matrices reach about ${fixed(r.chance.max)}.` : ".");
 }
 
-const polyline = (xs, ys) => xs.map((x, i) => `${i ? "L" : "M"}${x.toFixed(1)} ${ys[i].toFixed(1)}`).join("");
+function scaleSwitch(map) {
+  const group = node("span", { class: "lm-seg lm-mini", role: "group", "aria-label": "Scale of the singular values" });
+  for (const scale of ["log", "linear"]) {
+    group.append(node("button", { type: "button", "data-act": "sigma-scale", "data-scale": scale,
+      "aria-pressed": String((map.sigmaScale || "log") === scale) }, scale));
+  }
+  return group;
+}
 
-// One panel per layer, all on the same logarithmic axes; a click chooses that layer's matrix.
+function largeFigureButton(map) {
+  return node("button", { type: "button", class: "lm-quiet", "data-act": "large", "aria-pressed": String(Boolean(map.large)) },
+    map.large ? "Hide the large figure" : "Large figure, with values on hover");
+}
+
+// One panel per layer, all on the same logarithmic axes; a click chooses that layer's matrix. On narrow
+// pages the panels wrap, seven in a row. (The map's own cells are the keyboard's way to choose.)
 function multiples(map, record) {
   const { layers } = map.index;
-  if (map.narrow || layers.length > 2 * BAND || layers.length < 2) return [];
+  if (layers.length < 2) return [];
   const cells = layers.map((layer) => map.index.at.get(layer + "." + record.module));
   const records = cells.map((cell) => cell && cell.experts[Math.min(record.expert, cell.experts.length - 1)]);
-  const all = records.filter((r) => r?.index?.length).flatMap((r) => [...r.mllm_sigma, ...r.math_sigma]).filter((v) => v > 0);
+  const known = records.filter((r) => r?.index?.length);
+  const all = known.flatMap((r) => [...r.mllm_sigma, ...r.math_sigma]).filter((v) => v > 0);
   const high = Math.log(Math.max(...all)), low = Math.max(Math.log(Math.min(...all)), high - Math.log(1e5));
-  const height = 54, panel = 100, gap = 8;
-  const svg = shape("svg", { viewBox: `0 0 ${layers.length * panel} ${height}`, preserveAspectRatio: "none", class: "lm-multiples", "aria-hidden": "true" });
+  const perRow = map.narrow ? 7 : Math.min(layers.length, BAND), rows = Math.ceil(layers.length / perRow);
+  const panel = 100, gap = 8, height = 54;
+  const svg = shape("svg", { viewBox: `0 0 ${perRow * panel} ${rows * height}`, preserveAspectRatio: "none", class: "lm-multiples" });
+  svg.style.height = `${rows * height}px`;
   records.forEach((r, i) => {
     if (!r?.index?.length) return;
-    const last = Math.log(r.index[r.index.length - 1]) || 1;
-    const xs = r.index.map((rank) => i * panel + gap + (Math.log(rank) / last) * (panel - 2 * gap));
-    const ys = (values) => values.map((v) => height - 3 - ((Math.max(Math.log(Math.max(v, 1e-300)), low) - low) / (high - low || 1)) * (height - 8));
+    const left = (i % perRow) * panel, top = Math.floor(i / perRow) * height, last = Math.log(r.index[r.index.length - 1]) || 1;
+    const xs = r.index.map((rank) => left + gap + (Math.log(rank) / last) * (panel - 2 * gap));
+    const ys = (values) => values.map((v) => top + height - 5 - ((Math.max(Math.log(Math.max(v, 1e-300)), low) - low) / (high - low || 1)) * (height - 12));
     const group = shape("g", { class: r === record ? "lm-panel chosen" : "lm-panel" },
-      shape("rect", { x: i * panel + 3, width: panel - 6, y: 0, height, rx: 2 }),
+      shape("rect", { x: left + 3, width: panel - 6, y: top + 2, height: height - 4, rx: 2 }),
       shape("path", { class: "lm-keep", d: polyline(xs, ys(r.mllm_sigma)) }),
       shape("path", { class: "lm-absorb", d: polyline(xs, ys(r.math_sigma)) }),
       shape("title", {}, `Layer ${r.layer}, ${r.module}`));
     group.cell = cells[i];
     svg.append(group);
   });
-  return [node("figure", { class: "lm-figure lm-figure-wide" },
-    node("figcaption", {}, `Singular values of ${record.module} in every layer, same axes`), svg)];
+  const firsts = known.map((r) => r.mllm_sigma[0]);
+  return [figure({
+    heading: `Singular values of ${record.module} in every layer, same axes`, wide: true, drawing: svg, stem: stemOf(record, "sigma-of-all").replace(/-layer-\d+/, ""),
+    summary: `Singular values of ${record.module} in ${known.length} layers. The MLLM's largest is between ${scientific(Math.min(...firsts))} and ${scientific(Math.max(...firsts))}.`,
+    rows: () => known.flatMap((r) => r.index.map((rank, i) => ({ layer: r.layer, rank, MLLM: r.mllm_sigma[i], math: r.math_sigma[i] }))),
+    columns: [["layer", String], ["rank", String], ["MLLM", scientific], ["math", scientific]],
+  })];
 }

@@ -1,27 +1,5 @@
-// Layer map 8/10, what can be taken away: CSV and JSON of the numbers, SVG and PNG of the map with
-// its plan in the caption (always light, drawn here and not a picture of the page), the table view.
-
-function tableRows(map) {
-  const result = map.result;
-  return map.index.cells.flatMap((cell) => cell.experts.map((record, expert) => {
-    const update = record.updates[map.plan.variant];
-    return {
-      layer: cell.layer, module: cell.module, expert, similarity: record.similarity[map.plan.similarity],
-      merges: result.masks[cell.position].includes(expert), override: map.plan.overrides[cell.name] || "",
-      change: cellChange(cell, [expert], map.plan), parameters: cell.numel,
-      first: record.similarity.first, max: record.similarity.max, weighted: record.similarity.weighted,
-      rho: record.rho, gap: record.gap, weight_norm2: record.weight_norm2, mllm_norm2: record.mllm_norm2,
-      math_norm2: record.math_norm2, inner: record.inner, update_norm2: update.norm2, update_inner: update.inner,
-      name: cell.name,
-    };
-  }));
-}
-
-function csvText(rows) {
-  const quote = (value) => (/[",\n]/.test(String(value)) ? `"${String(value).replace(/"/g, '""')}"` : String(value));
-  const heads = Object.keys(rows[0]);
-  return [heads, ...rows.map((row) => heads.map((head) => row[head]))].map((row) => row.map(quote).join(",")).join("\n") + "\n";
-}
+// Layer map, what can be taken away beside tables: JSON of the plan, SVG and PNG of the map with its
+// plan in the caption (always light, drawn here and not a picture of the page).
 
 function planJson(map) {
   const { masks, sums, ...preview } = map.result, { name, engine, created, sources } = map.pack;
@@ -36,16 +14,6 @@ function planArguments({ s, lambda, similarity, variant, overrides }) {
 }
 
 const fileStem = (map) => `ipmerge-${String(map.pack.name).toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 40).replace(/^-|-$/g, "")}`;
-
-function saveText(name, text, type) {
-  saveBlob(name, new Blob([text], { type }));
-}
-
-function saveBlob(name, blob) {
-  const link = node("a", { download: name, href: URL.createObjectURL(blob) });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}
 
 // The map as one SVG picture: heading, sentence, cells, change bars, legend, plan and sources.
 function mapPicture(map) {
@@ -100,13 +68,8 @@ function pictureLegend(map, svg, text, height) {
     shape("rect", { x: 460, y: y - 13, width: 24, height: 17, rx: 4, fill: "#8a8678", opacity: 0.32 }), shape("rect", { x: 460, y: y - 13, width: 24, height: 17, rx: 4, fill: "url(#hatch)" }));
   text(390, y, "merges");
   text(490, y, "kept");
-  text(24, height - 38, planWords(map), { "font-size": 12 });
+  text(24, height - 38, planWords(map.plan, true), { "font-size": 12 });
   text(24, height - 18, sourceWords(map), { "font-size": 11, fill: "#4a5364" });
-}
-
-function planWords(map) {
-  const { s, lambda, variant, similarity, overrides } = map.plan, byHand = Object.keys(overrides).length;
-  return `S_α ${fixed(s)} on ${MEASURE_LABELS[similarity]}, λ ${lambdaText(lambda)}, ${VARIANT_LABELS[variant]}` + (byHand ? `, ${byHand} set by hand` : "");
 }
 
 function sourceWords(map) {
@@ -126,21 +89,4 @@ function savePng(map) {
     canvas.toBlob((blob) => saveBlob(fileStem(map) + ".png", blob), "image/png");
   };
   image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(new XMLSerializer().serializeToString(picture));
-}
-
-// --- the table twin of the map ---
-
-const TABLE_COLUMNS = [["layer", String], ["module", String], ["expert", String], ["similarity", (v) => fixed(v)],
-  ["merges", (v) => (v ? "merges" : "kept")], ["override", (v) => (v ? `always ${v}` : "")], ["change", percent], ["parameters", count]];
-
-function buildTable(map) {
-  const holder = map.dom.table;
-  if (!holder.parentNode.open) return;
-  const sort = map.sort || { key: "layer", down: false };
-  const shown = TABLE_COLUMNS.filter(([name]) => name !== "expert" || map.index.nExperts > 1);
-  const rows = sortRows(tableRows(map), sort);
-  holder.replaceChildren(node("table", { class: "lm-numbers lm-table" },
-    node("caption", {}, map.dom.sum.textContent),
-    sortHeads(shown.map(([name]) => name), sort, { "data-act": "sort" }),
-    node("tbody", {}, ...rows.map((row) => node("tr", {}, ...shown.map(([name, words]) => node("td", {}, words(row[name]))))))));
 }
