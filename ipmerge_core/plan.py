@@ -320,6 +320,12 @@ def _with_lambda(
 
 
 def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
+    experts = len(source.sources.math if isinstance(source, Analysis) else source.math)
+    if experts > 1 and not method.several_experts:
+        raise PlanError(
+            f"{method.label} merges one expert at a time and this pair has {experts}. Choose "
+            f"another method."
+        )
     if method.selective and not isinstance(source, Analysis):
         raise PlanError(
             f"{method.label} selects matrices by similarity. Analyse the pair first and make the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 
 import ipmerge_core as ipm
 from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import METHODS
 from ipmerge_core.pairing import ModelPair
 from ipmerge_core.plan import MergePlan
-from ipmerge_core.recipes import export_recipe
+from ipmerge_core.scope import choose_anchor
 
 Truth = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of W0, B_v, W_v, W_e
 TRUTHS: dict[str, Truth] = {
@@ -49,7 +51,8 @@ def pair(trio: Trio, two_bases: tuple[Path, Path]) -> ModelPair:
 
 
 def merged(pair: ModelPair, out: Path, **choice: Any) -> dict[str, Tensor]:
-    plan = ipm.make_plan(pair, **{"method": "task_arithmetic", "math_weight": 0.4, **choice})
+    choice = {"method": "task_arithmetic", "math_weight": 0.4, **choice}
+    plan = ipm.make_plan(pair, **{name: v for name, v in choice.items() if v is not None})
     plan.save(out.with_suffix(".json"))
     ipm.merge(MergePlan.load(out.with_suffix(".json")), out)
     return load_file(out / "model.safetensors")
@@ -92,7 +95,46 @@ def test_injecting_does_not_depend_on_the_mllms_base(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_with_one_base_the_default_is_the_root(trio: Trio, tmp_path: Path) -> None:
+# --- the default ---
+
+
+def test_a_plain_sum_is_injected_unless_it_scales_the_mllm(pair: ModelPair) -> None:
+    assert ipm.make_plan(pair, "task_arithmetic").anchor == "inject"
+    assert ipm.make_plan(pair, "task_arithmetic", mllm_weight=0.8).anchor == "two_base"
+    for name, method in METHODS.items():
+        assert method.anchor == {
+            "task_arithmetic": "inject",
+            **dict.fromkeys(("linear", "layer_swap", "slerp", "karcher"), "interp"),
+            **dict.fromkeys(("fisher", "regmean"), "interp"),
+        }.get(name, "two_base")
+
+
+def test_what_is_injected_by_default_is_the_method_itself_bit_for_bit(
+    trio: Trio, tmp_path: Path
+) -> None:
+    pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
+    after = merged(pair, tmp_path / "out")
+    folders = (trio.base, trio.mllm, trio.math)
+    w0, wv, we = (load_file(folder / "model.safetensors") for folder in folders)
+    for m in pair.matrices:
+        models = w0[m.name], wv[m.mllm], we[m.math[0]]
+        expected = METHODS["task_arithmetic"](*models, math_weight=0.4)
+        assert torch.equal(after[m.mllm], expected)
+
+
+def test_averages_of_weights_take_every_model_as_it_is(pair: ModelPair, tmp_path: Path) -> None:
+    folders = (Path(pair.mllm.id), Path(pair.math[0].id))
+    wv, we = (load_file(folder / "model.safetensors") for folder in folders)
+    for method in ("linear", "layer_swap", "slerp", "karcher"):
+        extra = {"last_kept_layer": 0} if method == "layer_swap" else {}
+        after = merged(pair, tmp_path / method, method=method, math_weight=None, **extra)
+        for m in pair.matrices:
+            models = wv[m.mllm], wv[m.mllm], we[m.math[0]]
+            expected = METHODS[method](*models, tensor_name=m.name, **extra)
+            assert torch.equal(after[m.mllm], expected)
+
+
+def test_with_one_base_the_default_of_elections_is_the_root(trio: Trio, tmp_path: Path) -> None:
     pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
     plain = merged(pair, tmp_path / "plain", method="ties")
     root = merged(pair, tmp_path / "root", method="ties", anchor="root")
@@ -102,24 +144,87 @@ def test_with_one_base_the_default_is_the_root(trio: Trio, tmp_path: Path) -> No
     assert plan.hash != ipm.make_plan(pair, "ties", anchor="inject").hash
 
 
-def test_the_preview_is_exact_for_injecting_and_refuses_what_was_not_measured(trio: Trio) -> None:
-    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
-    plain = ipm.make_plan(analysis, "task_arithmetic")
-    injected = ipm.make_plan(analysis, "task_arithmetic", anchor="inject")
-    assert injected.preview() == plain.preview()
-    between = ipm.make_plan(analysis, "task_arithmetic", anchor="interp")
-    with pytest.raises(PlanError, match="no exact preview"):
-        between.preview()
-    with pytest.raises(PlanError, match="anchor is inject"):
-        export_recipe(injected)
+# --- all four, for every method that has them ---
+
+FOUR = [name for name, m in METHODS.items() if not m.selective and m.data is None]
+
+
+@pytest.mark.parametrize("method", FOUR)
+@pytest.mark.parametrize("anchor", ["two_base", "root", "inject", "interp"])
+def test_every_method_merges_from_every_anchor_what_it_makes_of_matrices_moved_there(
+    method: str, anchor: str, trio: Trio, pair: ModelPair, tmp_path: Path
+) -> None:
+    extra = {"last_kept_layer": 0} if method == "layer_swap" else {}
+    after = merged(pair, tmp_path / "out", method=method, anchor=anchor, math_weight=None, **extra)
+    folders = (trio.base, Path(pair.base_mllm.id), Path(pair.mllm.id), trio.math)
+    w0, bv, wv, we = (load_file(folder / "model.safetensors") for folder in folders)
+    manifest = json.loads((tmp_path / "out" / "ipmerge.json").read_text())
+    statistic = manifest["plan"]["statistic"]
+    supplied = {"statistic": tuple(statistic)} if statistic else {}
+    for m in pair.matrices:
+        names = (m.name, m.base_mllm, m.mllm, m.math[0])
+        base, own, mllm, math = (
+            w[n].double() for w, n in zip((w0, bv, wv, we), names, strict=True)
+        )
+        moved = {
+            "two_base": (own, mllm, math - base + own),
+            "root": (base, mllm, math),
+            "inject": (mllm, mllm, math - base + mllm),
+            "interp": (mllm, mllm, math),
+        }[anchor]
+        expected = METHODS[method](*moved, tensor_name=m.name, **supplied, **extra)
+        error = (after[m.mllm].double() - expected).norm() / expected.norm()
+        assert error < (1e-3 if method == "wudi" else 1e-5)
+
+
+@pytest.mark.parametrize("method", ["metagpt", "nan"])
+def test_weights_from_norms_are_measured_before_the_mllm_is_made_the_anchor(
+    method: str, pair: ModelPair, tmp_path: Path
+) -> None:
+    statistics = []
+    for anchor in ("two_base", "inject", "interp"):
+        choice = {"norm_of": "tau"} if method == "nan" else {}
+        merged(pair, tmp_path / anchor, method=method, anchor=anchor, math_weight=None, **choice)
+        manifest = json.loads((tmp_path / anchor / "ipmerge.json").read_text())
+        statistics.append(manifest["plan"]["statistic"])
+    assert statistics[0] == statistics[1] == statistics[2]
+    assert 0 < statistics[0][1] < 1
+
+
+# --- previews ---
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "metagpt", "nuslerp"])
+@pytest.mark.parametrize("anchor", ["two_base", "root", "inject", "interp"])
+def test_the_preview_is_exact_from_every_anchor_on_one_base(
+    method: str, anchor: str, trio: Trio, tmp_path: Path
+) -> None:
+    pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
+    plan = ipm.make_plan(ipm.analyse(pair), method, anchor=anchor)
+    ipm.merge(plan, tmp_path / "out")
+    assert plan.preview().relative_change == pytest.approx(change_of(pair, tmp_path / "out"), 1e-4)
+
+
+def change_of(pair: ModelPair, out: Path) -> float:
+    before = load_file(Path(pair.mllm.id) / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    names = [m.mllm for m in pair.matrices]
+    moved = sum(float((after[n].double() - before[n].double()).square().sum()) for n in names)
+    return (moved / sum(float(before[n].double().square().sum()) for n in names)) ** 0.5
+
+
+def test_the_preview_refuses_what_was_measured_from_other_bases(pair: ModelPair) -> None:
+    analysis = ipm.analyse(pair)
+    assert ipm.make_plan(analysis, "task_arithmetic").preview().relative_change > 0
+    for anchor in ("root", "interp"):
+        with pytest.raises(PlanError, match=f"the anchor {anchor} is about"):
+            ipm.make_plan(analysis, "task_arithmetic", anchor=anchor).preview()
 
 
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({"method": "tsv", "anchor": "inject"}, "own base"),
-        ({"method": "linear", "anchor": "inject"}, "math_weight"),
-        ({"method": "metagpt", "anchor": "interp"}, "math_weight"),
+        ({"method": "metagpt", "scope": "tensor", "anchor": "inject"}, "scope=model"),
         ({"anchor": "inject", "mllm_weight": 0.9}, "stays whole"),
         ({"anchor": "both"}, "expected two_base or root or inject or interp"),
     ],
@@ -129,3 +234,19 @@ def test_an_anchor_without_meaning_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match=words):
         ipm.make_plan(pair, **{"method": "task_arithmetic", **choice})
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_calibrated_weights_are_not_moved(method: str) -> None:
+    parameters = METHODS[method].complete({})
+    assert choose_anchor(METHODS[method], None, parameters) == "interp"
+    assert choose_anchor(METHODS[method], "root", parameters) == "root"
+    for anchor in ("inject", "two_base"):
+        with pytest.raises(PlanError, match="very weights that were calibrated"):
+            choose_anchor(METHODS[method], anchor, parameters)
+
+
+def test_ip_merging_has_an_anchor_of_its_own(trio: Trio) -> None:
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    with pytest.raises(PlanError, match="adds to the whole MLLM"):
+        ipm.make_plan(analysis, anchor="inject")

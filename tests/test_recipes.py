@@ -19,11 +19,19 @@ CHOICES: list[dict[str, Any]] = [
     {"method": "ties", "mllm_density": 0.9, "math_density": 0.3, "normalize": True, "scale": 0.8},
     {"method": "dare_linear", "mllm_density": 1.0, "math_density": 0.5, "rescale": "l1"},
     {"method": "dare_ties", "mllm_density": 0.6, "math_density": 0.5, "rescale": "none"},
+    {"method": "dare_linear", "density": 0.5, "rescale": "l1"},
     {"method": "breadcrumbs", "density": 0.8, "gamma": 0.05},
+    {"method": "breadcrumbs", "mllm_density": 1.0, "math_density": 0.8},
     {"method": "della", "density": 0.6, "epsilon": 0.1, "rescale": "l1", "elect": False},
     {"method": "linear", "alpha": 0.75},
     {"method": "slerp", "t": 0.25},
+    {"method": "slerp", "t": 1.0, "layer_gains": (0.0, 0.5)},
     {"method": "nuslerp", "t": 0.25},
+    {"method": "nuslerp", "t": 0.25, "of": "weights", "per": "column"},
+    {"method": "nuslerp", "t": 0.25, "per": "row"},
+    {"method": "linear", "mllm_weight": 0.8, "math_weight": 0.4, "normalize": False},
+    {"method": "sce", "select_topk": 0.5},
+    {"method": "karcher"},
 ]
 
 
@@ -42,14 +50,12 @@ def test_a_plan_that_goes_out_and_in_again_is_the_same(
     assert recipe.math == [plan.sources.math[0].id]
     again = ipm.make_plan(pair, **recipe.arguments)
     assert again.layer_gains == plan.layer_gains
-    assert (
-        again.parameters
-        == {
-            name: pytest.approx(value) if isinstance(value, float) else value
-            for name, value in plan.parameters.items()
-        }
-        or again.digest == plan.digest
-    )
+    shared = "density" in plan.parameters and "mllm_density" in choice
+    assert again.parameters == {
+        name: pytest.approx(value) if isinstance(value, float) else value
+        for name, value in plan.parameters.items()
+    } | ({"density": choice["math_density"]} if shared else {})
+    assert again.anchor == plan.anchor
 
 
 def test_a_recipe_merges_matrices_and_leaves_the_rest_to_the_mllm(pair: ModelPair) -> None:
@@ -62,6 +68,42 @@ def test_a_recipe_merges_matrices_and_leaves_the_rest_to_the_mllm(pair: ModelPai
         [{"filter": "_proj.weight", "value": 0.4}, {"value": 0.0}],
     ]
     assert recipe["parameters"] == {"normalize": False}
+
+
+def test_what_cannot_be_limited_to_matrices_says_so(pair: ModelPair) -> None:
+    text = export_recipe(ipm.make_plan(pair, "karcher"))
+    assert text.startswith("# mergekit has no weight here")
+    assert "#" not in export_recipe(ipm.make_plan(pair, "ties"))
+
+
+def test_an_injected_sum_is_one_whose_host_keeps_everything(pair: ModelPair) -> None:
+    plan = ipm.make_plan(pair, "dare_linear", anchor="inject", density=0.5, rescale="l1")
+    recipe = import_recipe(export_recipe(plan))
+    assert recipe.arguments["mllm_density"] == 1.0
+    assert recipe.arguments["math_density"] == 0.5
+    with pytest.raises(PlanError, match="anchor is inject"):
+        export_recipe(ipm.make_plan(pair, "ties", anchor="inject"))
+    with pytest.raises(PlanError, match="anchor is interp"):
+        export_recipe(ipm.make_plan(pair, "task_arithmetic", anchor="interp"))
+
+
+HOST_AND_MATH = """
+base_model: org/base
+models:
+  - model: org/base
+  - model: org/host
+    parameters: {{weight: {host}}}
+  - model: org/math
+    parameters: {{weight: {math}}}
+merge_method: {method}
+parameters: {{{more}}}
+dtype: bfloat16
+"""
+
+
+def imported(method: str, host: Any = 1.0, math: Any = 0.5, more: str = "") -> dict[str, Any]:
+    text = HOST_AND_MATH.format(method=method, host=host, math=math, more=more)
+    return import_recipe(text).arguments
 
 
 def test_a_recipe_from_mergekits_own_pages_is_understood() -> None:
@@ -84,6 +126,41 @@ def test_a_recipe_from_mergekits_own_pages_is_understood() -> None:
     assert recipe.arguments["normalize"] is True
 
 
+def test_where_a_recipe_is_silent_mergekits_defaults_hold() -> None:
+    ties = imported("ties")
+    assert (ties["normalize"], ties["density"], ties["scale"]) == (True, 1.0, 1.0)
+    della = imported("della")
+    assert (della["rescale"], della["epsilon"], della["elect"]) == ("l1", 0.15, True)
+    assert imported("dare_linear")["rescale"] == "l1"
+    assert imported("dare_ties")["normalize"] is False
+    assert imported("breadcrumbs")["gamma"] == 0.01
+    assert imported("della_linear", more="rescale: false")["elect"] is False
+
+
+def test_parameters_for_all_models_hold_for_each() -> None:
+    found = imported("ties", more="density: 0.4, lambda: 0.8, int8_mask: true")
+    assert (found["density"], found["scale"]) == (0.4, 0.8)
+
+
+def test_lambda_and_division_of_a_sum_go_into_its_weights() -> None:
+    found = imported("task_arithmetic", 1.0, 0.5, "lambda: 0.6")
+    assert found["mllm_weight"] == pytest.approx(0.6)
+    assert found["math_weight"] == pytest.approx(0.3)
+    found = imported("task_arithmetic", 1.0, 0.6, "normalize: true")
+    assert found["mllm_weight"] == pytest.approx(0.625)
+    assert found["math_weight"] == pytest.approx(0.375)
+    found = imported("dare_ties", 1.0, 0.5, "lambda: 2")
+    assert (found["mllm_weight"], found["math_weight"]) == (2.0, 1.0)
+
+
+def test_slerp_starts_at_its_base_model_wherever_it_stands() -> None:
+    models = "models: [{model: org/math}, {model: org/host}]"
+    recipe = import_recipe(
+        f"{{merge_method: slerp, base_model: org/host, {models}, parameters: {{t: 0.2}}}}"
+    )
+    assert (recipe.mllm, recipe.math, recipe.base) == ("org/host", ["org/math"], None)
+
+
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
@@ -91,6 +168,9 @@ def test_a_recipe_from_mergekits_own_pages_is_understood() -> None:
         ({"method": "task_arithmetic", "exclude": "mlp"}, "keeps 9 matrices"),
         ({"method": "dare_linear"}, "rescales by 1 / density here"),
         ({"method": "ties", "scope": "model"}, "has no scope=model"),
+        ({"method": "sce", "math_weight": 0.5}, "has no math_weight=0.5"),
+        ({"method": "karcher", "alpha": 0.9}, "Plan with alpha=its default"),
+        ({"method": "nuslerp", "layer_gains": (0.0, 1.0)}, "no t to grade"),
     ],
 )
 def test_what_mergekit_cannot_say_is_refused(
@@ -122,6 +202,41 @@ def test_what_mergekit_cannot_say_is_refused(
             "{merge_method: task_arithmetic, models: [{model: a}, {model: b}, "
             "{model: c, parameters: {weight: 2}}]}",
             "experts of a plan share",
+        ),
+        (
+            "{merge_method: task_arithmetic, models: [{model: a, parameters: {weight: x}}, "
+            "{model: b, parameters: {weight: 1}}]}",
+            "weight is 'x'; expected a number",
+        ),
+        ("{merge_method: linear, models: [{model: a}, {model: b}]}", "gives no weight"),
+        (
+            "{merge_method: slerp, base_model: a, models: [{model: a}, {model: b}]}",
+            "gives no t",
+        ),
+        (
+            "{merge_method: sce, base_model: z, models: [{model: a}, {model: b}], "
+            "parameters: {density: 0.5}}",
+            "'density', which a plan of it cannot say",
+        ),
+        (
+            "{merge_method: ties, base_model: z, parameters: {weight: 1, rescale: true}, "
+            "models: [{model: a}, {model: b}]}",
+            "ties rescales, which a plan of it cannot say",
+        ),
+        (
+            "{merge_method: dare_ties, base_model: z, parameters: {weight: 1, normalize: true, "
+            "lambda: 2}, models: [{model: a}, {model: b}]}",
+            "lambda of 2 has no counterpart",
+        ),
+        (
+            "{merge_method: ties, base_model: z, parameters: {weight: 1, normalize: maybe}, "
+            "models: [{model: a}, {model: b}]}",
+            "normalize is 'maybe'",
+        ),
+        (
+            "{merge_method: breadcrumbs, base_model: z, parameters: {weight: 1}, models: "
+            "[{model: a, parameters: {gamma: 0.1}}, {model: b}]}",
+            "gamma differs between the models",
         ),
     ],
 )

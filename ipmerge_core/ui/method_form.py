@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.choice import analysis_of, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
 
@@ -101,17 +100,9 @@ def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> Merge
     """
     if method.name == EXPLORED:
         return plan_of(pack_id, choice)
-    from ipmerge_core.methods import find_method
     from ipmerge_core.plan import make_plan
 
-    found, analysis = find_method(method.name), analysis_of(pack_id)
-    experts = len(analysis.sources.math)
-    if experts > 1 and not found.several_experts:
-        raise PlanError(
-            f"{found.label} merges one expert at a time and this pair has {experts}. Choose "
-            f"another method."
-        )
-    return make_plan(analysis, method.name, **method.values)  # type: ignore[arg-type]
+    return make_plan(analysis_of(pack_id), method.name, **method.values)  # type: ignore[arg-type]
 
 
 def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number:
