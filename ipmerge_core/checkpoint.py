@@ -43,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 _HEADER_LIMIT = 100 * 2**20  # the safetensors library's own limit
@@ -169,14 +170,16 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype, on the CPU."""
         spec = self.spec(name)
-        return as_tensor(self.read_bytes(name), spec.dtype).reshape(spec.shape)
+        data = torch.empty(spec.nbytes, dtype=torch.uint8)  # not zeroed first, as a bytearray is
+        self.files.read_into(data.numpy().data, spec.shard, spec.start)
+        return data.view(DTYPES[spec.dtype]).reshape(spec.shape)
 
-    def read_matrix(self, name: str) -> Tensor:
+    def read_matrix(self, name: str, *, check: bool = True) -> Tensor:
         """Read a float tensor to compute with. Raises: CheckpointError for NaN or infinity."""
-        spec = self.spec(name)
-        data = self.read_bytes(name)
-        self.refuse_non_finite(name, count_non_finite(data, spec.dtype))
-        return as_tensor(data, spec.dtype).reshape(spec.shape)
+        found = self.read(name)
+        if check:
+            self.refuse_non_finite(name, count_non_finite(found))
+        return found
 
     def refuse_non_finite(self, name: str, bad: int) -> None:
         """Raise CheckpointError if a tensor holds `bad` > 0 values that are no numbers."""
@@ -214,11 +217,10 @@ def as_tensor(data: bytearray, dtype: str) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[dtype])
 
 
-def count_non_finite(data: bytearray, dtype: str) -> int:
-    """Count NaN and infinite values among stored bytes; 0 for other dtypes than floats."""
-    if dtype not in FLOAT_DTYPES or not data:
+def count_non_finite(values: Tensor) -> int:
+    """Count NaN and infinite values; 0 for other dtypes than floats."""
+    if values.dtype not in _FLOATS or not values.numel():
         return 0
-    values = as_tensor(data, dtype)
     low, high = torch.aminmax(values)  # one pass; NaN wins
     if torch.isfinite(low) and torch.isfinite(high):
         return 0

@@ -40,6 +40,10 @@ class Files(Protocol):
         """Read the bytes [start, stop) of one file."""
         ...
 
+    def read_into(self, memory: memoryview, name: str, start: int) -> None:
+        """Fill `memory` with the bytes of one file from `start` on."""
+        ...
+
 
 class LocalFiles:
     """A model folder on disk; with `id` and `revision` where it is a hub model's local copy."""
@@ -65,20 +69,29 @@ class LocalFiles:
             raise _unreadable(self.folder / name, error) from error
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
-        """Read the bytes [start, stop) with positioned reads, so that no page stays mapped."""
+        """Read the bytes [start, stop) of one file."""
+        data = bytearray((self.size(name) if stop is None else stop) - start)
+        self.read_into(memoryview(data), name, start)
+        return data
+
+    def read_into(self, memory: memoryview, name: str, start: int) -> None:
+        """Fill `memory` by positioned reads, so that no page stays mapped."""
+        done = 0
         try:
             descriptor = self._open(name)
-            stop = os.fstat(descriptor).st_size if stop is None else stop
-            data = bytearray(stop - start)
-            done = _read_into(descriptor, data, start)
+            while done < len(memory):
+                got = os.preadv(descriptor, [memory[done : done + _READ_STEP]], start + done)
+                if not got:
+                    break
+                done += got
         except OSError as error:
             raise _unreadable(self.folder / name, error) from error
-        if done < len(data):
+        if done < len(memory):
             raise CorruptShardError(
-                f"'{self.folder / name}' ended at byte {start + done} while bytes up to {stop} "
-                f"were expected. Was it changed during the run? Copy it again."
+                f"'{self.folder / name}' ended at byte {start + done} while bytes up to "
+                f"{start + len(memory)} were expected. Was it changed during the run? Copy it "
+                f"again."
             )
-        return data
 
     def _open(self, name: str) -> int:
         with self._lock:
@@ -126,6 +139,10 @@ class RemoteFiles:
                 f"for. Run the same command again; finished tensors are kept."
             )
         return data
+
+    def read_into(self, memory: memoryview, name: str, start: int) -> None:
+        """Fill `memory` by one range request."""
+        memory[:] = self.read(name, start, start + len(memory))
 
     def _range(self, path: str, start: int, stop: int) -> bytearray:
         with self._system.open(path, "rb", cache_type="none") as file:
@@ -220,18 +237,6 @@ def _explain_hub_error(hub_id: str, error: Exception) -> str:
     else:
         remedy = "The hub could not be reached: check the connection, or give a local folder."
     return f"Cannot open '{hub_id}' ({kind}). {remedy}"
-
-
-def _read_into(descriptor: int, data: bytearray, start: int) -> int:
-    """Fill `data` from a file position; return how many bytes there were."""
-    done = 0
-    with memoryview(data) as view:
-        while done < len(data):
-            got = os.preadv(descriptor, [view[done : done + _READ_STEP]], start + done)
-            if not got:
-                break
-            done += got
-    return done
 
 
 def _unreadable(path: Path, error: OSError) -> RunError:

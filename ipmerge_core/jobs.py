@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.pipeline import keep_freed_memory
 
 State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -219,6 +220,7 @@ class JobStore:
 
 def main(folder: str, lock: str) -> int:
     """Carry out a job, then let go of its lock: leaving Python may take a while after that."""
+    keep_freed_memory()
     code = run_job(folder)
     fcntl.flock(int(lock), fcntl.LOCK_UN)
     return code

@@ -188,8 +188,7 @@ class _Run:
         specs = self._mine(in_file_order(self.pair.mllm), work)
         count = _Count(len(specs), sum(spec.nbytes for spec in specs))
         todo = [spec for spec in specs if spec.name not in self.writer.done]
-        local = self.method.is_local(self.plan.parameters)
-        cut = [p for spec in todo for p in parts(spec, work.get(spec.name, []), local=local)]
+        cut = [p for spec in todo for p in parts(spec, work.get(spec.name, []), local=self._local)]
         budget = max([_BUDGET, *(held(self.pair, part) for part in cut)])
         yield from self._first_pass(idle=not any(part.matrix for part in cut))
         for spec in specs:
@@ -251,20 +250,26 @@ class _Run:
 
     def _read(self, part: Part) -> Piece:
         if part.matrix is not None:
-            return Piece(part, self.pair.read(part.matrix, part.experts))
+            check = not self._local  # else what is bad in an input is bad in the result
+            return Piece(part, self.pair.read(part.matrix, part.experts, check=check))
         spec, mllm = part.spec, self.pair.mllm
         data = mllm.files.read(spec.shard, spec.start + part.start, spec.start + part.stop)
-        mllm.refuse_non_finite(spec.name, count_non_finite(data, spec.dtype))
+        mllm.refuse_non_finite(spec.name, count_non_finite(as_tensor(data, spec.dtype)))
         return Piece(part, data)
 
     @property
-    def _workers(self) -> int:
-        """How many pieces are merged at once: as many as this process has cores.
+    def _local(self) -> bool:
+        return self.method.is_local(self.plan.parameters)
 
-        One on a GPU, and one where matrices are decomposed: that takes memory and keeps the threads
-        busy that it is given.
+    @property
+    def _workers(self) -> int:
+        """How many matrices are merged at once: as many as this process has cores.
+
+        One on a GPU; one where matrices are decomposed, which takes memory and keeps the threads
+        busy that it is given; and one where a method is so light that reading and writing keep
+        another core busy.
         """
-        if self.device.type != "cpu" or self.method.matrixwise:
+        if self.device.type != "cpu" or self.method.matrixwise or self._local:
             return 1
         return min(_MOST_WORKERS, self.ranks.cores)
 
@@ -282,8 +287,24 @@ class _Run:
         models = on_one_base(content, self.device, anchor)
         parameters = self.plan.parameters_for(part.matrix.layer)
         run = merging_of(self.method, part.matrix, models, **parameters, **supplied)
-        stored = _stored(run, part, self.pair.mllm)
+        stored = self._stored(run, part)
         return part, stored if self.method.stepwise else drained(stored)
+
+    def _stored(self, run: Generator[float, None, Tensor], part: Part) -> Shares:
+        """Merge a matrix, cast it to its stored dtype, once, and refuse what does not fit it."""
+        merged = yield from run
+        data = bytearray(part.stop - part.start)
+        values, target = merged.detach().cpu().reshape(-1), as_tensor(data, part.spec.dtype)
+        for block in blocks(values):
+            target[block] = values[block]
+        if count_non_finite(target):
+            assert part.matrix is not None
+            self.pair.refuse_non_finite(part.matrix, part.experts)
+            raise CheckpointError(
+                f"The merged '{part.spec.name}' of '{self.pair.mllm.id}' does not fit "
+                f"{part.spec.dtype}: some values are infinite or NaN. Use smaller gains."
+            )
+        return data
 
     def _write(
         self, part: Part, data: bytearray, count: _Count, action: Action
@@ -335,22 +356,6 @@ class _Count:
 
     def _told(self, spec: TensorSpec, nbytes: int, action: Action) -> MergeStep:
         return MergeStep(spec.name, self.index, self.total, nbytes, self.nbytes_total, action)
-
-
-def _stored(run: Generator[float, None, Tensor], part: Part, mllm: Checkpoint) -> Shares:
-    """Merge a matrix, cast it to its stored dtype, once, and refuse what does not fit it."""
-    merged = yield from run
-    spec = part.spec
-    data = bytearray(part.stop - part.start)
-    values, target = merged.detach().cpu().reshape(-1), as_tensor(data, spec.dtype)
-    for block in blocks(values):
-        target[block] = values[block]
-    if count_non_finite(data, spec.dtype):
-        raise CheckpointError(
-            f"The merged '{spec.name}' of '{mllm.id}' does not fit {spec.dtype}: some values are "
-            f"infinite or NaN. Use smaller gains."
-        )
-    return data
 
 
 def _steps_of_finished(out: str | Path) -> Iterator[MergeStep]:

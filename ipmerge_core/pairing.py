@@ -20,7 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ipmerge_core.checkpoint import FLOAT_DTYPES, Checkpoint, TensorSpec, split_address
+from ipmerge_core.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    TensorSpec,
+    as_tensor,
+    count_non_finite,
+    split_address,
+)
 from ipmerge_core.decoders import (
     MODULES,
     Decoder,
@@ -146,15 +153,18 @@ class ModelPair:
         """
         return [self._tensor_finding(), *check_siblings(list(self._members()), self._sample())]
 
-    def read(self, matrix: MatrixMatch, experts: Sequence[int] | None = None) -> MatrixWeights:
+    def read(
+        self, matrix: MatrixMatch, experts: Sequence[int] | None = None, *, check: bool = True
+    ) -> MatrixWeights:
         """Read one matrix of every model, or of some experts only, by index.
 
-        Raises: CheckpointError where a matrix holds NaN or infinity.
+        Raises: CheckpointError where a matrix holds NaN or infinity, unless `check` is false.
         """
         chosen = range(len(self.math)) if experts is None else experts
 
         def read(model: Checkpoint, name: str) -> Tensor:
-            return model.read_matrix(name).reshape(matrix.shape)  # a vector is a matrix of one row
+            found = model.read_matrix(name, check=check)
+            return found.reshape(matrix.shape)  # a vector is a matrix of one row
 
         base = read(self.base, matrix.name)
         shared = self.base_mllm is self.base
@@ -164,6 +174,22 @@ class ModelPair:
             mllm=read(self.mllm, matrix.mllm),
             math=tuple(read(self.math[k], matrix.math[k]) for k in chosen),
         )
+
+    def refuse_non_finite(self, matrix: MatrixMatch, experts: Sequence[int]) -> None:
+        """Look through the stored tensors that hold a matrix, in every model.
+
+        Raises: CheckpointError naming the first with NaN or infinity, and how many.
+        """
+        names = [(self.mllm, matrix.mllm), (self.base, matrix.name)]
+        names += [(self.base_mllm, matrix.base_mllm)]
+        names += [(self.math[k], matrix.math[k]) for k in experts]
+        for model, name in names:
+            stored, _ = split_address(name)
+            dtype = model.spec(stored).dtype
+            bad = sum(
+                count_non_finite(as_tensor(piece, dtype)) for piece in model.iter_bytes(stored)
+            )
+            model.refuse_non_finite(stored, bad)
 
     def roles(self) -> Iterator[tuple[str, Checkpoint]]:
         """Name each model: mllm, base, math (or math 1, math 2, ...), and base of the mllm."""

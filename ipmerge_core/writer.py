@@ -312,9 +312,9 @@ class _PartialFiles(LocalFiles):
         """Size of one file in bytes."""
         return super().size(self._stored(name))
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
-        """Read the bytes [start, stop)."""
-        return super().read(self._stored(name), start, stop)
+    def read_into(self, memory: memoryview, name: str, start: int) -> None:
+        """Fill `memory` with the bytes of one file from `start` on."""
+        super().read_into(memory, self._stored(name), start)
 
     def _stored(self, name: str) -> str:
         return name + _PARTIAL if (self.folder / (name + _PARTIAL)).exists() else name

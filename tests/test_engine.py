@@ -21,8 +21,10 @@ from ipmerge_core import writer as writing
 from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import CheckpointError, IPMergeError, RunError
 from ipmerge_core.merging import iter_merge
-from ipmerge_core.pipeline import Load, WriteBehind, read_ahead
+from ipmerge_core.pairing import MatrixMatch
+from ipmerge_core.pipeline import Load, WriteBehind, compute_ahead, read_ahead
 from ipmerge_core.plan import MergePlan
+from ipmerge_core.work import rows_of
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -269,6 +271,45 @@ def test_a_large_tensor_is_copied_in_pieces(
     assert (tmp_path / "out" / name).read_bytes() == (own_trio.mllm / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "name", ["task_arithmetic", "linear", "layer_swap", "metagpt", "nan", "ties"]
+)
+def test_merging_in_pieces_or_in_threads_gives_the_same_bytes(
+    name: str, trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ipm.open_pair(trio.mllm, [trio.math], trio.base)
+    changes = {"last_kept_layer": 0} if name == "layer_swap" else {}
+    plan = ipm.make_plan(pair, name, **changes)
+    ipm.merge(plan, tmp_path / "whole")
+    monkeypatch.setattr("ipmerge_core.work._PIECE", 300)
+    monkeypatch.setattr("ipmerge_core.ranks.Ranks.cores", 3)
+    ipm.merge(plan, tmp_path / "pieces")
+    shard = "model.safetensors"
+    assert (tmp_path / "whole" / shard).read_bytes() == (tmp_path / "pieces" / shard).read_bytes()
+    assert (tmp_path / "whole" / shard).read_bytes() != (trio.mllm / shard).read_bytes()
+
+
+def test_rows_of_rows_are_rows_of_the_stored_tensor() -> None:
+    matrix = MatrixMatch("a", 0, "k", (8, 4), "qkv[16:24]", "qkv[16:24]", ("b",))
+    rows = rows_of(matrix, 2, 5)
+    assert (rows.name, rows.mllm, rows.math) == ("a[2:5]", "qkv[18:21]", ("b[2:5]",))
+    assert rows.shape == (3, 4)
+
+
+def test_nan_found_in_a_piece_is_counted_in_the_whole_tensor(
+    own_trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipmerge_core.work._PIECE", 300)
+    changed = text_weights(seed=9)
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed[name][0, 0] = changed[name][-1, -1] = float("nan")
+    folder = write_model(tmp_path / "math", changed, TEXT_CONFIG)
+    with pytest.raises(CheckpointError, match=rf"'{name}' .* holds 2 NaN or infinite"):
+        ipm.merge(arithmetic(own_trio._replace(math=folder)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not place_left(tmp_path / "out")
+
+
 def test_a_statistic_of_the_whole_model_reaches_the_method(trio: Trio, tmp_path: Path) -> None:
     pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
     method = ipm.METHODS["metagpt"]
@@ -318,6 +359,21 @@ def test_an_error_while_reading_appears_in_the_loop_after_what_came_before() -> 
         for number in read_ahead([Load(1, lambda: 1), Load(1, fail), Load(1, lambda: 3)], 10):
             seen.append(number)  # noqa: PERF402
     assert seen == [1]
+
+
+def test_computing_ahead_keeps_the_order_and_raises_where_the_loop_is() -> None:
+    gate = threading.Barrier(3, timeout=10)
+
+    def slow(number: int) -> int:
+        gate.wait()  # passes only where three are computed at once
+        if number == 4:
+            raise RunError("four")
+        return number * number
+
+    found = compute_ahead(slow, range(6), workers=3)
+    assert [next(found) for _ in range(4)] == [0, 1, 4, 9]
+    with pytest.raises(RunError, match="four"):
+        next(found)
 
 
 def test_after_a_failed_write_nothing_more_is_written() -> None:

@@ -152,8 +152,10 @@ def recipe(options: argparse.Namespace) -> int:
 def merge(options: argparse.Namespace) -> int:
     """Carry out a plan, or with --dry-run only say what it would take."""
     from ipmerge_core.merging import MANIFEST, estimate, iter_merge
+    from ipmerge_core.pipeline import keep_freed_memory
     from ipmerge_core.plan import MergePlan
 
+    keep_freed_memory()
     plan = MergePlan.load(options.plan)
     if options.dry_run:
         need = estimate(plan, options.output)
