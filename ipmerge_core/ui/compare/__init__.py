@@ -20,7 +20,8 @@ from ipmerge_core.ui.messages import told
 from ipmerge_core.ui.packs import list_packs
 
 HERE = Path(__file__).parent
-SHARED = ("preview", "scales", "grid")  # of the layer map: arithmetic, words and the grid
+SHARED = ("preview", "scales", "tables", "memory", "grid")  # of the layer map's scripts
+SCRIPTS = ("pairs", "side_by_side", "compare")  # in order of use
 ELEM_ID = "compare-map"
 
 
@@ -59,15 +60,14 @@ class CompareMap(gr.HTML):
     """The component: the layer map's grid with two plans in it."""
 
     def __init__(self, value: dict[str, Any] | None = None, elem_id: str = ELEM_ID) -> None:
-        shared = [layer_map.HERE / f"{name}.js" for name in SHARED]
+        scripts = [layer_map.HERE / f"{name}.js" for name in SHARED]
+        scripts += [HERE / f"{name}.js" for name in SCRIPTS]
         styles = [layer_map.HERE / "style.css", HERE / "style.css"]
         super().__init__(
             value=value,
             html_template=(HERE / "template.html").read_text(encoding="utf-8"),
             css_template="\n".join(path.read_text(encoding="utf-8") for path in styles),
-            js_on_load="\n".join(
-                path.read_text(encoding="utf-8") for path in [*shared, HERE / "compare.js"]
-            ),
+            js_on_load="\n".join(path.read_text(encoding="utf-8") for path in scripts),
             apply_default_css=False,
             elem_id=elem_id,
         )

@@ -1,18 +1,12 @@
-// Compare: two plans side by side in one grid. Arithmetic and grid are the layer map's own files,
-// which come before this one; B's layers stand at A's by relative depth. Nothing asks the server.
+// Compare, two plans in one grid or in two. Arithmetic and grid are the layer map's own files, which
+// come before this one; B's layers stand at A's by relative depth. Nothing asks the server.
 
 const find = (selector) => element.querySelector(selector);
 const map = {
-  expert: -1, mode: "mask", sides: {}, sort: { key: "layer", down: false }, target: null, pinned: null,
-  dom: { root: find(".lm"), sum: find(".sum"), grid: find(".lm-grid-holder"), read: find(".lm-read"), table: find(".lm-table-holder") },
+  expert: -1, mode: "mask", sides: {}, target: null, pinned: null,
+  dom: { root: find(".lm"), sum: find(".sum"), grid: find(".cm-one .lm-grid-holder"), read: find(".lm-read"), twins: find(".lm-twins") },
 };
 const LOW = [90, 167, 214], HIGH = [240, 136, 62];
-const COLUMNS = [["layer", String], ["module", String], ["merges in", (v) => v], ["similarity A", (v) => fixed(v)], ["similarity B", (v) => fixed(v)],
-  ["B − A", (v) => signed(v, 3)], ["change A", percent], ["change B", percent]];
-
-const STATE_WORDS = { both: "merges in both", "only A": "merges only in A", "only B": "merges only in B", neither: "merges in neither" };
-
-const signed = (x, digits) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
 
 function open(value) {
   const content = typeof value === "string" && value ? JSON.parse(value) : value;
@@ -21,7 +15,10 @@ function open(value) {
   map.sides.a = makeSide("a", content.a, content.a);
   map.sides.b = makeSide("b", content.b || content.a, content.a);
   map.index = map.sides.a.index;
+  map.target = null;
+  map.width = 0;  // drawn when the tab is in sight
   map.dom.sum.id = (element.id || "compare") + "-sum";
+  buildCompareTwins();
   layOut();
 }
 
@@ -29,16 +26,23 @@ function open(value) {
 // another pair, with A's values, and keeps what was chosen for it while the tab is away.
 function makeSide(letter, content, other) {
   const index = indexPack(content.pack), before = map.sides[letter], same = content.id === other.id;
+  const side = { id: content.id, index, given: [], presets: [] };
   const own = same ? { label: "Plan of Explore", plan: content.plan } : { label: "As A in Explore", plan: { ...other.plan, overrides: {} } };
-  const presets = [own, ...content.presets].map(({ label, plan }) => ({ label, plan: cleanPlan(plan, index) }));
-  const differs = presets.findIndex(({ plan }) => !samePlan(plan, cleanPlan(other.plan, index)));
-  const start = letter === "a" || !same ? 0 : Math.max(0, differs);
+  side.given = [own, ...content.presets].map(({ label, plan }) => ({ label, plan: cleanPlan(plan, index) }));
+  listPresets(letter, side);
+  const { presets } = side;
+  const differing = presets.findIndex(({ plan }) => !samePlan(plan, cleanPlan(other.plan, index)));
+  const start = letter === "a" || !same ? 0 : Math.max(0, differing);
   const kept = letter === "b" && before?.id === content.id;
-  const side = { id: content.id, index, presets, plan: kept ? before.plan : presets[start].plan };
-  setText(find(`[data-name=${letter}]`), content.pack.name);
-  find(`[data-preset=${letter}]`).replaceChildren(...presets.map(({ label }, i) => node("option", { value: i }, label)),
+  for (const place of element.querySelectorAll(`[data-name=${letter}]`)) setText(place, content.pack.name);
+  return Object.assign(side, { plan: kept ? before.plan : presets[start].plan });
+}
+
+// What can be chosen for a side: the presets and the plans that the visitor has kept.
+function listPresets(letter, side) {
+  side.presets = [...side.given, ...keptPlans(side.id, side.index).map(({ label, plan }) => ({ label: `Kept ${label}`, plan }))];
+  find(`[data-preset=${letter}]`).replaceChildren(...side.presets.map(({ label }, i) => node("option", { value: i }, label)),
     node("option", { value: "edited" }, "Edited"));
-  return side;
 }
 
 function layOut() {
@@ -47,39 +51,30 @@ function layOut() {
   map.width = width;
   map.narrow = width < 620;
   map.dom.root.dataset.narrow = String(map.narrow);
-  buildGrid(map);
+  const twice = map.mode === "side";
+  find(".cm-one").hidden = twice;
+  find(".cm-two").hidden = !twice;
+  if (twice) buildSides(map);
+  else buildGrid(map);
   paintAll();
 }
 
-// B's cell at the place of one of A's: the same module at the same relative depth.
-function partner(cell) {
-  const { a, b } = map.sides, last = a.index.layers.length - 1;
-  const depth = last ? a.index.layers.indexOf(cell.layer) / last : 0;
-  return b.index.at.get(b.index.layers[Math.round(depth * (b.index.layers.length - 1))] + "." + cell.module);
-}
-
-function compareCells() {
-  const { a, b } = map.sides;
-  const value = (side, cell) => shownSimilarity({ plan: side.plan, expert: -1 }, cell);
-  return a.index.cells.filter(partner).map((cell) => {
-    const other = partner(cell), ofA = a.result.masks[cell.position], ofB = b.result.masks[other.position];
-    return { cell, layer: cell.layer, module: cell.module, other,
-      "merges in": ofA.length ? (ofB.length ? "both" : "only A") : ofB.length ? "only B" : "neither",
-      "similarity A": value(a, cell), "similarity B": value(b, other), "B − A": value(b, other) - value(a, cell),
-      "change A": cellChange(cell, ofA, a.plan), "change B": cellChange(other, ofB, b.plan) };
-  });
-}
+// --- painting ---
 
 function paintAll() {
   for (const side of Object.values(map.sides)) side.result = previewOf(side.index, side.plan);
-  map.rows = compareCells();
-  map.differences = map.rows.filter((row) => row["merges in"].startsWith("only"));
+  map.rows = compareCells(map.sides);
+  map.differences = map.rows.filter(differs);
   for (const letter of ["a", "b"]) paintSide(letter, map.sides[letter]);
   paintWords();
-  paintCells();
-  paintPairs();
-  paintTable();
-  markTargets(map);
+  const top = niceTop(Math.max(...layerPairs(map.sides).flatMap((row) => [row["change A"], row["change B"]])));
+  if (map.mode === "side") paintSides(map, top);
+  else {
+    paintCells();
+    paintPairs(top);
+    markTargets(map);
+  }
+  refreshTwins();
   describe();
 }
 
@@ -96,8 +91,7 @@ function paintSide(letter, { presets, plan }) {
 function paintWords() {
   const { a, b } = map.sides, number = (word) => map.rows.filter((row) => row["merges in"] === word).length;
   const both = number("both"), onlyA = number("only A"), onlyB = number("only B"), union = both + onlyA + onlyB;
-  map.jaccard = union ? both / union : null;
-  setText(map.dom.sum, `Jaccard ${union ? fixed(map.jaccard, 2) : "– (neither merges anything)"} · ${both} in both · ` +
+  setText(map.dom.sum, `Jaccard ${union ? fixed(both / union, 2) : "– (neither merges anything)"} · ${both} in both · ` +
     `B adds +${onlyB} and drops −${onlyA} · change A ${percent(a.result.relative_change)}, B ${percent(b.result.relative_change)} of ‖W‖ · ` +
     `parameters A ${count(a.result.parameters_touched)}, B ${count(b.result.parameters_touched)}`);
   const depths = [a, b].map((side) => side.index.layers.length);
@@ -113,7 +107,7 @@ function paintCells() {
   const words = (x) => (map.mode === "change" ? (x < 0 ? "−" : "+") + percent(Math.abs(x)) : signed(x, 2));
   setText(find("[data-out=low]"), words(-top));
   setText(find("[data-out=high]"), words(top));
-  for (const button of map.buttons) Object.assign(button.dataset, { state: "none" });
+  for (const button of map.buttons) button.dataset.state = "none";
   for (const row of map.rows) {
     const button = map.buttons[row.cell.position], state = row["merges in"], t = value(row) / top;
     button.dataset.state = isMask ? { both: "both", "only A": "a", "only B": "b", neither: "none" }[state] : "value";
@@ -124,16 +118,12 @@ function paintCells() {
 }
 
 // Two bars a layer on one axis: the left (on phones the upper) half is A's.
-function paintPairs() {
-  const { a, b } = map.sides, changes = (layer) => {
-    const other = map.rows.find((row) => row.layer === layer)?.other;
-    return [a.result.layer_change[layer], other ? b.result.layer_change[other.layer] : 0];
-  };
-  const top = niceTop(Math.max(...map.index.layers.flatMap(changes)));
+function paintPairs(top) {
+  const pairs = new Map(layerPairs(map.sides).map((row) => [row.layer, [row["change A"], row["change B"]]]));
   for (const label of map.dom.grid.querySelectorAll(".lm-bars-top")) setText(label, percent(top));
   for (const { layers, all, marked } of map.bars) {
     const path = (which) => layers.map((layer, i) => {
-      const size = (changes(layer)[which] / top) * 100, from = i + 0.12 + 0.4 * which;
+      const size = (pairs.get(layer)[which] / top) * 100, from = i + 0.12 + 0.4 * which;
       if (!(size > 0)) return "";
       return map.narrow ? `M0 ${from}h${size.toFixed(2)}v.36H0Z` : `M${from} 100v${(-size).toFixed(2)}h.36V100Z`;
     }).join("");
@@ -142,28 +132,34 @@ function paintPairs() {
   }
 }
 
-function paintTable() {
-  const rows = sortRows(map.differences, map.sort);
-  map.dom.table.replaceChildren(rows.length
-    ? node("table", { class: "lm-numbers lm-table" }, node("caption", {}, `${rows.length} matrices that only one plan merges`),
-      sortHeads(COLUMNS.map(([name]) => name), map.sort),
-      node("tbody", {}, ...rows.map((row) => node("tr", {}, ...COLUMNS.map(([name, words]) => node("td", {}, words(row[name])))))))
-    : node("p", {}, "Both plans merge the same matrices."));
+function buildCompareTwins() {
+  map.dom.twins.replaceChildren(
+    twin({ title: "Table of differences", stem: "ipmerge-differences", columns: COLUMNS, rows: () => map.differences.map(plain) }),
+    twin({ title: "Table of all matrices", stem: "ipmerge-comparison", columns: COLUMNS, rows: () => map.rows.map(plain) }),
+    twin({ title: "Table of layers", stem: "ipmerge-comparison-layers", rows: () => layerPairs(map.sides),
+      columns: [["layer", String], ["layer of B", String], ["change A", percent], ["change B", percent]] }));
 }
 
 function describe() {
-  const { target } = map;
+  const { target, sides: { a, b } } = map;
   if (!target) { setText(map.dom.read, "Choose a matrix, a layer or a module to read its values."); return; }
-  const rows = map.rows.filter((row) => (target.cell ? row.cell === target.cell : row[target.kind] === target[target.kind]));
-  if (!rows.length) { setText(map.dom.read, "B has no such matrix."); return; }
-  const [row] = rows, number = (word) => rows.filter((each) => each["merges in"] === word).length;
-  setText(map.dom.read, target.cell
-    ? `${title(row.cell)} ${STATE_WORDS[row["merges in"]]}. Similarity A ${fixed(row["similarity A"])}, B ${fixed(row["similarity B"])}. Change A ${percent(row["change A"])}, B ${percent(row["change B"])}.` +
-      (row.other.layer === row.layer ? "" : ` B's layer ${row.other.layer}.`)
-    : `${target.kind === "layer" ? "Layer " + target.layer : "All " + target.module}: ${number("both")} in both, ${number("only A")} only in A, ${number("only B")} only in B, ${number("neither")} in neither.`);
+  if (target.cell) {
+    const other = map.mode === "side" ? b.target?.cell : partnerOf(a, b, target.cell);
+    const row = map.rows.find((each) => each.cell === target.cell && each.other === other);
+    const where = other && other.layer !== target.cell.layer ? ` (layer ${other.layer})` : "";
+    setText(map.dom.read, `${title(target.cell)}${row ? " " + STATE_WORDS[row["merges in"]] : ""}. A: ${cellWords(a, target.cell)}. B${where}: ${cellWords(b, other)}.`);
+    return;
+  }
+  const rows = map.rows.filter((row) => row[target.kind] === target[target.kind]), number = (word) => rows.filter((each) => each["merges in"] === word).length;
+  setText(map.dom.read, `${target.kind === "layer" ? "Layer " + target.layer : "All " + target.module}: ${number("both")} in both, ` +
+    `${number("only A")} only in A, ${number("only B")} only in B, ${number("neither")} in neither.`);
 }
 
+// --- what a hand does ---
+
 function choose(button) {
+  const letter = button.closest("[data-grid]")?.dataset.grid;
+  if (letter) { chooseInSide(map, button, letter); return; }
   const place = locate(map, button);
   map.target = button.target;
   if (place) roving(map, ...place);
@@ -171,20 +167,22 @@ function choose(button) {
   describe();
 }
 
+function setMode(button) {
+  map.mode = button.dataset.mode;
+  map.target = null;
+  for (const each of element.querySelectorAll("[data-mode]")) each.setAttribute("aria-pressed", String(each === button));
+  layOut();
+}
+
 element.addEventListener("click", (event) => {
   const button = event.target.closest("button");
-  if (!button) return;
+  if (!button || twinAction(button)) return;
   if (button.target) choose(button);
-  else if (button.dataset.mode) {
-    map.mode = button.dataset.mode;
-    for (const each of element.querySelectorAll("[data-mode]")) each.setAttribute("aria-pressed", String(each === button));
-    paintCells();
-  } else if (button.dataset.key) {
-    const { key } = button.dataset;
-    map.sort = { key, down: map.sort.key === key && !map.sort.down };
-    paintTable();
-    map.dom.table.querySelector(`[data-key="${key}"]`).focus();
-  } else if (button.dataset.act === "first") choose(map.buttons[map.differences[0].cell.position]);
+  else if (button.dataset.mode) setMode(button);
+  else if (button.dataset.act === "first") {
+    const { position } = map.differences[0].cell;
+    choose(map.mode === "side" ? map.sides.a.buttons[position] : map.buttons[position]);
+  }
 });
 
 element.addEventListener("change", ({ target }) => {
@@ -196,7 +194,12 @@ element.addEventListener("change", ({ target }) => {
 });
 
 element.addEventListener("keydown", (event) => {
-  if (event.target.target && gridKey(map, event)) event.preventDefault();
+  const letter = event.target.closest("[data-grid]")?.dataset.grid;
+  if (event.target.target && gridKey(letter ? map.sides[letter] : map, event)) event.preventDefault();
+});
+
+window.addEventListener(KEPT_EVENT, () => {
+  for (const [letter, side] of Object.entries(map.sides)) { listPresets(letter, side); if (side.result) paintSide(letter, side); }
 });
 
 open(props.value);

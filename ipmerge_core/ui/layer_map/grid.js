@@ -118,10 +118,9 @@ function cellBox(map, { layer, module }, line) {
 }
 
 // Colours and printed values: needed when the pack, the measure or the expert in view changes.
-function colourGrid(map) {
+function colourGrid(map, domain) {
   const values = map.index.cells.map((cell) => shownSimilarity(map, cell));
-  map.domain = colourDomain(values);
-  const [low, high] = map.domain;
+  const [low, high] = map.domain = domain || colourDomain(values);
   map.index.cells.forEach((cell, i) => {
     const t = (values[i] - low) / (high - low), button = map.buttons[i];
     button.style.setProperty("--c", rgb(t));

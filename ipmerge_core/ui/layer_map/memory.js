@@ -4,6 +4,7 @@
 
 const MEMORY = "ipmerge.map.v1";
 const MOST_KEPT = 9;  // one a number key
+const KEPT_EVENT = "ipmerge-kept";  // tells other components of the page
 let remembered = {};
 
 function recall(name, otherwise) {
@@ -31,4 +32,5 @@ function keptPlans(packId, index) {
 
 function keepPlans(packId, plans) {
   remember("kept", { ...recall("kept", {}), [packId]: plans });
+  window.dispatchEvent(new Event(KEPT_EVENT));
 }

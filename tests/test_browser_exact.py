@@ -1,0 +1,110 @@
+"""The numbers under a drag are those of the merge itself: browser = Python = bytes on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Trio
+from playwright.sync_api import Page
+from safetensors.torch import load_file
+
+import ipmerge_core as ipm
+from ipmerge_core.records import Analysis
+from ipmerge_core.ui.layer_map import PlanChoice, read_commit, report
+
+pytestmark = pytest.mark.browser
+
+ROW = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
+PLANS = [
+    {"s": 0.7, "lambda": 4, "similarity": "first", "variant": "sum"},
+    {"s": 0.5, "lambda": 2, "similarity": "max", "variant": "max"},
+    {"s": 0.2, "lambda": 0.5, "similarity": "weighted", "variant": "rescale_only"},
+    {"s": 0.0, "lambda": 1, "similarity": "first", "variant": "select_only"},
+    {
+        "s": 0.75,
+        "lambda": 8,
+        "similarity": "first",
+        "variant": "max",
+        "overrides": {**dict.fromkeys(ROW, "merge"), "model.layers.1.mlp.down_proj.weight": "keep"},
+    },
+]
+
+
+@pytest.fixture(scope="module", params=["one expert", "two experts"])
+def analysed(request: pytest.FixtureRequest, trio: Trio) -> Analysis:
+    experts = [trio.math, trio.math_2] if request.param == "two experts" else [trio.math]
+    return ipm.analyse(ipm.open_pair(trio.mllm, experts, trio.base))
+
+
+@pytest.fixture
+def seen(new_page: Callable[..., Page], analysed: Analysis, tmp_path: Path) -> list[dict[str, Any]]:
+    """What the component itself previews for the plans, from the report's file."""
+    content = {
+        "id": "real",
+        "pack": analysed.to_dict(),
+        "plan": PlanChoice().to_browser(),
+        "presets": [],
+    }
+    path = tmp_path / "report.html"
+    path.write_text(report(json.loads(json.dumps(content))), encoding="utf-8")
+    page = new_page()
+    page.goto(path.as_uri())
+    return page.evaluate(
+        "plans => { const { pack } = document.getElementById('ipmerge').ipmerge;"
+        " return plans.map((plan) => window.ipmergePreview(pack, plan)); }",
+        PLANS,
+    )
+
+
+def test_the_browser_previews_what_python_previews_and_what_a_merge_does(
+    seen: list[dict[str, Any]], analysed: Analysis, trio: Trio, tmp_path: Path
+):
+    before, base = (load_file(folder / "model.safetensors") for folder in (trio.mllm, trio.base))
+    for number, (raw, browser) in enumerate(zip(PLANS, seen, strict=True)):
+        choice = read_commit({"overrides": {}, **raw}, analysed.to_dict())
+        plan = ipm.make_plan(analysed, **choice.arguments)
+        preview = plan.preview()
+        assert tuple(browser["selected"]) == preview.selected
+        assert browser["relative_change"] == pytest.approx(preview.relative_change, rel=1e-9)
+        assert browser["keep"] == pytest.approx(preview.keep, rel=1e-9)
+
+        out = tmp_path / f"merged-{number}"
+        ipm.merge(plan, out)
+        measured = measure(before, load_file(out / "model.safetensors"), base, analysed)
+        assert set(browser["selected"]) == measured["changed"]
+        assert browser["relative_change"] == pytest.approx(measured["change"], rel=1e-4)
+        assert browser["keep"] == pytest.approx(measured["keep"], rel=1e-4)
+        layers = {int(layer): change for layer, change in browser["layer_change"].items()}
+        assert layers == pytest.approx(measured["layers"], rel=1e-4)
+
+
+def measure(
+    before: dict[str, torch.Tensor],
+    after: dict[str, torch.Tensor],
+    base: dict[str, torch.Tensor],
+    analysed: Analysis,
+) -> dict[str, Any]:
+    """Read from the weights, in float64, what the preview promises."""
+    changed, sums, norms = set(), {}, {}
+    old_task, new_task = [], []
+    for record in analysed.records:
+        if record.expert:
+            continue
+        old, new = before[record.mllm_name].double(), after[record.mllm_name].double()
+        if not torch.equal(old, new):
+            changed.add(record.name)
+        sums[record.layer] = sums.get(record.layer, 0.0) + float((new - old).norm() ** 2)
+        norms[record.layer] = norms.get(record.layer, 0.0) + float(old.norm() ** 2)
+        old_task.append((old - base[record.name].double()).flatten())
+        new_task.append((new - base[record.name].double()).flatten())
+    return {
+        "changed": changed,
+        "change": (sum(sums.values()) / sum(norms.values())) ** 0.5,
+        "layers": {layer: (sums[layer] / norms[layer]) ** 0.5 for layer in sums},
+        "keep": float(torch.cosine_similarity(torch.cat(new_task), torch.cat(old_task), dim=0)),
+    }
