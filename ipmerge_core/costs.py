@@ -45,7 +45,7 @@ def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path) -> Estimate:
     held = [input_sizes(pair, matrix, experts) for matrix, experts in merged]
     outside = pair.mllm.nbytes - sum(pair.mllm.spec(matrix.mllm).nbytes for matrix, _ in merged)
     largest = 4 * max((prod(matrix.shape) for matrix, _ in merged), default=0)
-    remote = {role: model for role, model in pair.roles() if model.files.revision is not None}
+    remote = {role: model for role, model in pair.roles() if model.files.remote}
     need = Estimate(
         nbytes_read=outside + sum(sum(sizes) for sizes in held),
         nbytes_written=layout_bytes(pair.mllm),
@@ -86,7 +86,7 @@ def existing_parent(out: Path) -> Path:
 def _fetched(pair: ModelPair, held: list[list[int]], outside: int) -> int:
     """Bytes that come over the network: of the hub models, only the tensors that are needed."""
     mllm, own, base, math = (sum(sizes[i] for sizes in held) for i in range(4))
-    hub = {role: model.files.revision is not None for role, model in pair.roles()}
+    hub = {role: model.files.remote for role, model in pair.roles()}
     experts_on_hub = any(value for role, value in hub.items() if role.startswith("math"))
     return (
         (outside + mllm) * hub["mllm"]

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError
 
@@ -22,11 +22,24 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _READ_STEP = 1 << 30  # Linux reads at most 2 GiB at once
 
 
+class Pace(NamedTuple):
+    """How to read a model through: bytes of a piece, bytes to read ahead, pieces at once."""
+
+    piece: int
+    ahead: int
+    threads: int
+
+
+FROM_DISK = Pace(1 << 22, 1 << 26, 1)  # pieces that pass from cache to cache
+OVER_NETWORK = Pace(1 << 24, 1 << 29, 8)  # every piece of every model is a request that takes time
+
+
 class Files(Protocol):
     """A model's files, wherever they are."""
 
     id: str
     revision: str | None  # the commit, on the hub
+    remote: bool  # whether every read is a request over a network
 
     def names(self) -> list[str]:
         """List the files at the top of the model folder, sorted."""
@@ -47,6 +60,8 @@ class Files(Protocol):
 
 class LocalFiles:
     """A model folder on disk; with `id` and `revision` where it is a hub model's local copy."""
+
+    remote = False
 
     def __init__(self, folder: Path, id: str | None = None, revision: str | None = None) -> None:  # noqa: A002
         self.id, self.revision = id or str(folder), revision
@@ -107,6 +122,8 @@ class LocalFiles:
 
 class RemoteFiles:
     """A model folder on any file system that fsspec knows, read by ranges; used for the hub."""
+
+    remote = True
 
     def __init__(self, id: str, revision: str, system: AbstractFileSystem, folder: str) -> None:  # noqa: A002
         self.id = id

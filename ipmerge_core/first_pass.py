@@ -22,8 +22,6 @@ from ipmerge_core.pipeline import Load, compute_ahead, read_ahead
 from ipmerge_core.plan import MergePlan, reopen
 from ipmerge_core.work import chosen_matrices, held_by, on_one_base
 
-_BUDGET = 1 << 26  # bytes read ahead, unless one matrix needs more
-
 
 class MeasureStep(NamedTuple):
     """One matrix is measured. Sizes in bytes, over all passes."""
@@ -74,7 +72,7 @@ def measure(
             Load(size, partial(pair.read, *matrix))
             for size, matrix in zip(sizes, chosen, strict=True)
         )
-        with closing(read_ahead(loads, max(_BUDGET, *sizes))) as read:
+        with closing(read_ahead(loads, max(pair.pace.ahead, *sizes), pair.pace.threads)) as read:
             for weights in read:
                 yield *on_one_base(weights, device, anchor), {}
 

@@ -31,6 +31,7 @@ from ipmerge_core.checkpoint import (
 )
 from ipmerge_core.costs import Estimate, check_space, estimate_pair, merging_cost
 from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
+from ipmerge_core.files import FROM_DISK
 from ipmerge_core.first_pass import MeasureStep, is_due, measure
 from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
@@ -62,7 +63,6 @@ from ipmerge_core.writer import (
 )
 
 _MOST_WORKERS = 8  # more are not faster than one thread reads
-_BUDGET = 1 << 26  # bytes read ahead, and bytes waiting to be written, unless one tensor needs more
 
 Action: TypeAlias = Literal["measured", "merging", "merged", "copied", "resumed"]
 Shares: TypeAlias = Generator[float, None, bytearray]  # of a matrix that takes long
@@ -188,15 +188,20 @@ class _Run:
         specs = self._mine(in_file_order(self.pair.mllm), work)
         count = _Count(len(specs), sum(spec.nbytes for spec in specs))
         todo = [spec for spec in specs if spec.name not in self.writer.done]
-        cut = [p for spec in todo for p in parts(spec, work.get(spec.name, []), local=self._local)]
-        budget = max([_BUDGET, *(held(self.pair, part) for part in cut)])
+        pace = self.pair.pace
+        cut = [
+            part
+            for spec in todo
+            for part in parts(spec, work.get(spec.name, []), pace.piece, local=self._local)
+        ]
+        budget = max([pace.ahead, *(held(self.pair, part) for part in cut)])
         yield from self._first_pass(idle=not any(part.matrix for part in cut))
         for spec in specs:
             if spec.name in self.writer.done:
                 yield count.step(spec, "resumed")
         with (
-            WriteBehind[MergeStep | None](budget) as behind,
-            closing(read_ahead(self._loads(cut), budget)) as pieces,
+            WriteBehind[MergeStep | None](FROM_DISK.ahead) as behind,
+            closing(read_ahead(self._loads(cut), budget, pace.threads)) as pieces,
             closing(compute_ahead(self._merged, pieces, self._workers)) as results,
         ):
             for part, result in results:

@@ -36,6 +36,7 @@ from ipmerge_core.decoders import (
     text_config,
 )
 from ipmerge_core.errors import PairingError, ShapeError
+from ipmerge_core.files import FROM_DISK, OVER_NETWORK, Pace
 from ipmerge_core.siblings import Finding, Member, check_siblings
 
 Source = str | Path | Checkpoint
@@ -174,6 +175,12 @@ class ModelPair:
             mllm=read(self.mllm, matrix.mllm),
             math=tuple(read(self.math[k], matrix.math[k]) for k in chosen),
         )
+
+    @property
+    def pace(self) -> Pace:
+        """How to read the models through."""
+        remote = any(model.files.remote for _, model in self.roles())
+        return OVER_NETWORK if remote else FROM_DISK
 
     def refuse_non_finite(self, matrix: MatrixMatch, experts: Sequence[int]) -> None:
         """Look through the stored tensors that hold a matrix, in every model.

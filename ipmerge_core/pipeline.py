@@ -1,4 +1,4 @@
-"""One thread reads ahead of a loop, some compute for it, and one writes behind it.
+"""Threads read ahead of a loop, some compute for it, and one writes behind it.
 
 In: functions that read or write, each with the bytes it holds, within a memory budget. Out: what
 they return, in order, so that no result depends on timing. An error in a thread appears in the
@@ -44,8 +44,8 @@ class Load(NamedTuple, Generic[_T]):
     read: Callable[[], _T]
 
 
-def read_ahead(loads: Iterable[Load[_T]], budget: int) -> Generator[_T]:
-    """Yield the results of loads, carried out in order in a thread while they fit the budget.
+def read_ahead(loads: Iterable[Load[_T]], budget: int, threads: int = 1) -> Generator[_T]:
+    """Yield the results of loads in order, carried out in threads while they fit the budget.
 
     The result in the caller's hands counts until it asks for the next one. A load larger than the
     budget is carried out alone.
@@ -57,11 +57,11 @@ def read_ahead(loads: Iterable[Load[_T]], budget: int) -> Generator[_T]:
     load = next(upcoming, None)
     waiting: deque[tuple[int, Future[_T]]] = deque()
     held = 0
-    with ThreadPoolExecutor(1, "read-ahead") as thread:
+    with ThreadPoolExecutor(threads, "read-ahead") as pool:
         try:
             while load or waiting:
                 while load and (not waiting or held + load.nbytes <= budget):
-                    waiting.append((load.nbytes, thread.submit(load.read)))
+                    waiting.append((load.nbytes, pool.submit(load.read)))
                     held += load.nbytes
                     load = next(upcoming, None)
                 nbytes, future = waiting.popleft()

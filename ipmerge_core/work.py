@@ -26,7 +26,6 @@ from ipmerge_core.vocabulary import ROWS, shared_rows, shared_tokens
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
 Work: TypeAlias = dict[str, list[Chosen]]  # by the MLLM's stored tensor
-_PIECE = 1 << 22  # bytes of a tensor at a time: pieces pass from cache to cache
 
 
 class Part(NamedTuple):
@@ -136,8 +135,8 @@ def work_of(plan: MergePlan, pair: ModelPair) -> Work:
     return work
 
 
-def parts(spec: TensorSpec, merged: list[Chosen], *, local: bool = False) -> list[Part]:
-    """Cut a tensor into what is merged, in place, and pieces of bounded size to copy between.
+def parts(spec: TensorSpec, merged: list[Chosen], most: int, *, local: bool = False) -> list[Part]:
+    """Cut a tensor into what is merged, in place, and pieces of `most` bytes to copy between.
 
     With a `local` method the matrices are cut into rows of about that size, too.
     """
@@ -146,16 +145,14 @@ def parts(spec: TensorSpec, merged: list[Chosen], *, local: bool = False) -> lis
     position = 0
     found = [(split_address(m.mllm)[1] or range(spec.shape[0]), m, e) for m, e in merged]
     for rows, matrix, experts in sorted(found, key=lambda entry: entry[0].start):
-        parts += _copies(spec, position, rows.start * row)
-        step = (
-            max(1, _PIECE // row) if local and matrix.shape[0] == len(rows) else max(1, len(rows))
-        )
+        parts += _copies(spec, position, rows.start * row, most)
+        step = max(1, most // row) if local and matrix.shape[0] == len(rows) else max(1, len(rows))
         for first in range(0, len(rows), step):
             last = min(first + step, len(rows))
             piece = matrix if last - first == len(rows) else rows_of(matrix, first, last)
             start, position = (rows.start + first) * row, (rows.start + last) * row
             parts.append(Part(spec, start, position, piece, experts))
-    parts += _copies(spec, position, spec.nbytes)
+    parts += _copies(spec, position, spec.nbytes, most)
     return parts or [Part(spec, 0, 0)]  # a tensor without elements
 
 
@@ -177,8 +174,8 @@ def rows_of(matrix: MatrixMatch, first: int, last: int) -> MatrixMatch:
     )
 
 
-def _copies(spec: TensorSpec, start: int, stop: int) -> list[Part]:
-    return [Part(spec, at, min(at + _PIECE, stop)) for at in range(start, stop, _PIECE)]
+def _copies(spec: TensorSpec, start: int, stop: int, most: int) -> list[Part]:
+    return [Part(spec, at, min(at + most, stop)) for at in range(start, stop, most)]
 
 
 def held(pair: ModelPair, part: Part) -> int:

@@ -20,6 +20,7 @@ import ipmerge_core as ipm
 from ipmerge_core import writer as writing
 from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import CheckpointError, IPMergeError, RunError
+from ipmerge_core.files import Pace
 from ipmerge_core.merging import iter_merge
 from ipmerge_core.pairing import MatrixMatch
 from ipmerge_core.pipeline import Load, WriteBehind, compute_ahead, read_ahead
@@ -37,6 +38,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def arithmetic(trio: Trio, **parameters: float) -> MergePlan:
     pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
     return ipm.make_plan(pair, method="task_arithmetic", **parameters)
+
+
+def in_pieces(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    """Let files on disk be read in small pieces."""
+    monkeypatch.setattr("ipmerge_core.pairing.FROM_DISK", Pace(nbytes, 1 << 26, 1))
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +271,7 @@ def test_nan_in_a_tensor_that_is_only_copied_is_refused(own_trio: Trio, tmp_path
 def test_a_large_tensor_is_copied_in_pieces(
     own_trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ipmerge_core.work._PIECE", 100)
+    in_pieces(monkeypatch, 100)
     ipm.merge(arithmetic(own_trio, math_weight=0.0), tmp_path / "out")
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (own_trio.mllm / name).read_bytes()
@@ -281,7 +287,7 @@ def test_merging_in_pieces_or_in_threads_gives_the_same_bytes(
     changes = {"last_kept_layer": 0} if name == "layer_swap" else {}
     plan = ipm.make_plan(pair, name, **changes)
     ipm.merge(plan, tmp_path / "whole")
-    monkeypatch.setattr("ipmerge_core.work._PIECE", 300)
+    in_pieces(monkeypatch, 300)
     monkeypatch.setattr("ipmerge_core.ranks.Ranks.cores", 3)
     ipm.merge(plan, tmp_path / "pieces")
     shard = "model.safetensors"
@@ -299,7 +305,7 @@ def test_rows_of_rows_are_rows_of_the_stored_tensor() -> None:
 def test_nan_found_in_a_piece_is_counted_in_the_whole_tensor(
     own_trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ipmerge_core.work._PIECE", 300)
+    in_pieces(monkeypatch, 300)
     changed = text_weights(seed=9)
     name = "model.layers.1.mlp.up_proj.weight"
     changed[name][0, 0] = changed[name][-1, -1] = float("nan")
