@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ipmerge_core.checkpoint import Checkpoint
 
 Estimator: TypeAlias = Literal["sampled", "empirical"]
+_FP16_SCALE = 1024.0
 MEMORY = 4 << 30  # bytes of measurements held at a time
 
 
@@ -142,9 +143,11 @@ class Passes:
             if self.settings.estimator == "sampled":
                 wanted = self._draw(number, logits)
             loss = torch.nn.functional.cross_entropy(logits, wanted)
-            gradients = torch.autograd.grad(loss, weights)
+            # Slopes of 1e-5 are near the end of fp16; a power of two changes no digit of them.
+            scale = _FP16_SCALE if weights[0].dtype == torch.float16 else 1.0
+            gradients = torch.autograd.grad(scale * loss, weights)
         for total, gradient in zip(self.sums, gradients, strict=True):
-            total.add_(gradient.float().square())
+            total.add_((gradient.float() / scale).square())
         self.tokens += answer
         model.requires_grad_(False)
 

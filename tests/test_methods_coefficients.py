@@ -45,6 +45,17 @@ def test_nan_matches_its_numbers(norm_of, expected):
     assert close(merged_by("nan", norm_of=norm_of), expected)
 
 
+def test_nan_weighs_by_inverse_norms():
+    found = nan_coefficients(squared_norms(W0, W_V, [W_E], norm_of="weights"))
+    assert found == pytest.approx((0.5128486898125981, 0.487151310187402), abs=1e-12)
+    found = nan_coefficients(squared_norms(W0, W_V, [W_E]))
+    assert found == pytest.approx((0.43336074541011305, 0.5666392545898871), abs=1e-12)
+
+
+def test_metagpt_shares_equally_where_nothing_changed():
+    assert metagpt_coefficients([0.0, 0.0]) == (0.5, 0.5)
+
+
 def test_nan_averages_models_of_equal_norm():
     merged = METHODS["nan"](W0, W0 + 0.1, W0 - 0.1, norm_of="tau")
     assert close(merged, W0.tolist())

@@ -18,6 +18,11 @@ X_E = f64([[0, 2, 1], [1, 0, 1], [1, 1, 3], [0, 1, 0]])
 GRAMS = {"mllm_gram": X_V.T @ X_V / 4, "math_gram": X_E.T @ X_E / 4}
 
 
+def test_grams_are_means_over_tokens():
+    assert close(GRAMS["mllm_gram"], [[1.5, 0.75, 1], [0.75, 0.75, 0.5], [1, 0.5, 1.5]])
+    assert close(GRAMS["math_gram"], [[0.5, 0.25, 1], [0.25, 1.5, 1.25], [1, 1.25, 2.75]])
+
+
 def test_fisher_matches_its_numbers():
     expected = [
         [0.7321428061225073, -1.1985292301038917, 2.21875],

@@ -72,6 +72,41 @@ def test_dare_matches_its_numbers(name, rescale, expected):
     assert close(merged_by(name, density=0.6, rescale=rescale, **WEIGHTS), expected)
 
 
+@pytest.mark.parametrize(
+    ("rescale", "mllm", "math"),
+    [
+        (
+            "inverse_density",
+            [[0.8333333333333334, 0, 0.20833333333333334], [0, 0.10416666666666667, 1.25]],
+            [[0, 1.0416666666666667, 0.5208333333333334], [0.4166666666666667, -0.3125, 0]],
+        ),
+        (
+            "l1",
+            [
+                [0.717391304347826, 0, 0.1793478260869565],
+                [0, 0.08967391304347826, 1.076086956521739],
+            ],
+            [
+                [0, 0.7102272727272728, 0.3551136363636364],
+                [0.2840909090909091, -0.21306818181818182, 0],
+            ],
+        ),
+    ],
+)
+def test_what_dare_keeps_of_each_model_matches_its_numbers(rescale, mllm, math):
+    for role, tuned, expected in (("vlm", W_V, mllm), ("expert", W_E, math)):
+        mask = np.array(MASKS[role], dtype=float)
+        kept = drop(tuned - W0, 0.6, rescale, lambda size, mask=mask: 1.0 - mask[:size])
+        assert close(kept, expected)
+
+
+def test_sums_of_magnitudes_beyond_fp16_are_taken_in_fp64():
+    tau = torch.full((300, 400), 2.0, dtype=torch.float16)  # their sum is above 65504
+    merged = METHODS["dare_linear"](0 * tau, tau, tau, rescale="l1", tensor_name="x")
+    assert merged.isfinite().all()
+    assert float(merged.mean()) == pytest.approx(2 + 0.3 * 2, rel=1e-3)
+
+
 def test_dropping_without_rescaling_only_drops():
     mask = np.array(MASKS["vlm"], dtype=float)
     kept = drop(W_V - W0, 0.6, "none", lambda size: 1.0 - mask[:size])
@@ -170,6 +205,15 @@ def test_della_keeps_large_elements_more_often():
 def test_della_refuses_chances_outside_the_open_unit_interval(density, epsilon):
     with pytest.raises(PlanError, match="Choose a smaller epsilon"):
         merged_by("della", density=density, epsilon=epsilon)
+
+
+def test_a_density_of_its_own_is_checked_too_and_one_keeps_all():
+    with pytest.raises(PlanError, match="Choose a smaller epsilon"):
+        merged_by("della", math_density=0.1)
+    kept = merged_by("della", mllm_density=1, math_weight=0, elect=False, scale=1)
+    assert torch.equal(kept, W_V)
+    kept = merged_by("breadcrumbs", mllm_density=1, math_weight=0, density=0.2)
+    assert torch.equal(kept, W_V)
 
 
 def test_one_column_has_no_ranks():

@@ -9,11 +9,28 @@ from small_matrices import W0, W_E, W_V, close, f64, merged_by
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, linear, task_arithmetic
 
+UNDIVIDED = {"mllm_weight": 0.6, "math_weight": 0.6, "normalize": False}
+
 
 def test_linear_matches_its_numbers():
     assert close(merged_by("linear", alpha=0.6), [[0.75, -0.9, 2.2], [1.375, 0.2125, -0.325]])
     half = [[0.6875, -0.8125, 2.21875], [1.4375, 0.1875, -0.40625]]
     assert close(merged_by("linear", alpha=0.5), half)
+    weights = {"mllm_weight": 0.6, "math_weight": 0.6}
+    assert close(merged_by("linear", **weights), half)
+    undivided = [[0.825, -0.975, 2.6625], [1.725, 0.225, -0.4875]]
+    assert close(merged_by("linear", normalize=False, **weights), undivided)
+
+
+def test_two_weights_of_an_average_come_together_and_do_not_cancel():
+    for given in ({"mllm_weight": 1.0}, {"math_weight": 1.0}):
+        with pytest.raises(PlanError, match="expected both, or alpha alone"):
+            merged_by("linear", **given)
+    opposite = {"mllm_weight": 0.5, "math_weight": -0.5}
+    with pytest.raises(PlanError, match="add up to 0"):
+        merged_by("linear", **opposite)
+    apart = merged_by("linear", normalize=False, **opposite)
+    assert close(apart, (0.5 * (W_V - W_E)).tolist())
 
 
 def test_task_arithmetic_matches_its_numbers():
@@ -83,8 +100,11 @@ def test_layer_swap_without_a_name_is_refused():
 
 
 def test_affine_declarations_give_the_change_exactly():
+    assert METHODS["linear"].affine(METHODS["linear"].complete(UNDIVIDED)) is None
     for name, parameters in [
         ("linear", {"alpha": 0.7}),
+        ("linear", {"mllm_weight": 3.0, "math_weight": 1.0}),
+        ("breadcrumbs", {"density": 1.0, "mllm_weight": 0.8}),
         ("task_arithmetic", {"mllm_weight": 0.8, "math_weight": 0.4}),
     ]:
         update = METHODS[name].affine(METHODS[name].complete(parameters))

@@ -65,6 +65,11 @@ def test_light_fine_tunes_are_so_close_that_slerp_is_linear():
     assert not torch.allclose(on_task_vectors, merged, atol=1e-4)
 
 
+def test_opposite_weights_are_walked_through_the_middle():
+    merged = METHODS["slerp"](W0, W_V, -W_V, t=0.25)
+    assert close(merged, (0.5 * W_V).tolist())
+
+
 def test_opposite_and_zero_task_vectors_are_walked_in_a_straight_line():
     zero, one = f64([[0.0, 0.0]]), f64([[1.0, 2.0]])
     for per in ("tensor", "row", "column"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_matrices import W0, close, f64, merged_by
+from small_matrices import W0, W_E, W_V, close, f64, merged_by
 
 from ipmerge_core.methods import METHODS, task_arithmetic
 from ipmerge_core.methods.subspace import orthogonalised_pair, polar
+from ipmerge_core.spectrum import svd
 
 A45 = f64([[0.7 * (i + 1) * (j + 2) for j in range(5)] for i in range(4)]).sin()
 B45 = 0.5 * f64([[0.9 * (i + 2) * (j + 1) for j in range(5)] for i in range(4)]).cos()
@@ -102,6 +103,31 @@ def test_two_by_three_matches_its_numbers(name, parameters, expected):
 @pytest.mark.parametrize(("name", "parameters", "expected"), FOUR_BY_FIVE)
 def test_four_by_five_matches_its_numbers(name, parameters, expected):
     assert close(METHODS[name](ZERO, A45, B45, **parameters), expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        (W_V - W0, [0.8581007191083504, 0.546643765047889]),
+        (W_E - W0, [0.7515384108093175, 0.20164019212003723]),
+        (W_V + W_E - 2 * W0, [0.8342069799545996, 0.5297746828558594]),
+        (A45, [2.1298325697237033, 2.1185035393961824, 1.4970566107039411, 0.004948912935439116]),
+        (B45, [1.2897017215328765, 0.6346478264140464, 0.038768909348958526, 0.02440647350217481]),
+        (
+            A45 + B45,
+            [2.5019318801334, 2.1501641082099936, 1.7270545021616954, 0.1396139102760625],
+        ),
+    ],
+)
+def test_singular_values_match_their_numbers(matrix, expected):
+    assert svd(matrix).S.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_task_vector_in_its_own_knots_is_itself():
+    merged = METHODS["knots_ties"](ZERO, A45, ZERO, density=1)
+    assert torch.allclose(merged, A45, atol=1e-12)
+    half = METHODS["knots_ties"](ZERO, A45, B45, mllm_density=1, math_density=0.5, density=0.1)
+    assert not torch.allclose(half, METHODS["knots_ties"](ZERO, A45, B45, density=0.5))
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])

@@ -73,6 +73,26 @@ def test_no_steps_give_the_sum_and_one_model_alone_is_kept_whole():
     assert torch.equal(METHODS["wudi"](W0, W_V, W0), W_V)
 
 
+def test_weights_scale_the_task_vectors_before_they_meet():
+    scaled = merged_by("wudi", mllm_weight=0.5, math_weight=2.0, closed_form=True)
+    expected = METHODS["wudi"](W0, W0 + 0.5 * (W_V - W0), W0 + 2 * (W_E - W0), closed_form=True)
+    assert torch.allclose(scaled - W0, expected - W0, atol=1e-12)
+    assert torch.equal(merged_by("wudi", math_weight=0.0), W_V)
+
+
+def test_it_tells_how_far_it_is_and_returns_the_same():
+    steps = METHODS["wudi"].steps(W0, W_V, W_E, iterations=4)
+    shares = []
+    while True:
+        try:
+            shares.append(next(steps))
+        except StopIteration as end:
+            merged = end.value
+            break
+    assert shares == [0.25, 0.5, 0.75, 1.0]
+    assert torch.equal(merged, merged_by("wudi", iterations=4))
+
+
 def test_small_task_vectors_converge_to_the_minimum():
     generator = torch.Generator().manual_seed(0)
     taus = 1e-4 * torch.randn(2, 32, 48, generator=generator)
