@@ -207,7 +207,7 @@ def known_update(
         "layer": layer,
         "experts": len(records),
         "cosine": records[0].inner / norms2 if parallel and norms2 > 0 else None,
-        "squares": (records[0].mllm_norm2, *(record.math_norm2 for record in records)),
+        "squared_norms": (records[0].mllm_norm2, *(record.math_norm2 for record in records)),
     }
     update = method.affine({**parameters, **facts}) if method.affine else None
     if update is None or update.direction not in records[0].updates:

@@ -230,8 +230,8 @@ class CheckpointWriter:
                 self.done = self._verified()
                 return
             shutil.rmtree(self.place.model, ignore_errors=True)
-            for record in [*self._journals(), *run.glob(f"*{_NOTE}*")]:
-                record.unlink()
+            for old in [*self._journals(), *run.glob(f"*{_NOTE}*")]:
+                old.unlink()
         elif any(entry.name not in ("lock", _NEW_RUN) for entry in run.iterdir()):
             raise CheckpointError(
                 f"'{run}' exists and was not made by a merge. Choose another output folder."

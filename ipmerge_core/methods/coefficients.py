@@ -85,10 +85,8 @@ def _affine_by(
     def affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
         found: Sequence[float] = parameters.get("statistic") or ()
         if parameters["scope"] == "tensor":
-            squares = parameters.get("squares") if _of_task_vectors(parameters) else None
-            found = (
-                rule(torch.tensor(squares, dtype=torch.float64), **parameters) if squares else ()
-            )
+            norms2 = parameters.get("squared_norms") if _of_task_vectors(parameters) else None
+            found = rule(norms2, **parameters) if norms2 else ()
         if not found:
             return None
         return AffineUpdate(found[0] - 1.0, 1.0, "select_only", shares=tuple(found[1:]))

@@ -141,7 +141,7 @@ class MergeMethod:
     matrices, `selective` that matrices are chosen by similarity. `affine` writes the change as an
     `AffineUpdate`, which makes its preview exact, from the parameters and what else is known: the
     `statistic`, the `layer`, the number of `experts`, the `cosine` of the task vectors and their
-    `squares`; None where the change is not of that form, and `unknown` says why it is not.
+    `squared_norms`; None where the change is not of that form, and `unknown` says why it is not.
     `anchor` is what a plan measures changes from unless told otherwise. `statistic` is a first pass
     over the whole model, `data` the calibration that it cannot do without, `inputs` the keywords
     that a driver supplies. `matrixwise` methods decompose or iterate on whole matrices, which
