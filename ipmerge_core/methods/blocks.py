@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ipmerge_core.spectrum import as_float
 
-_CPU_BLOCK = 1 << 16  # elements: a few fp32 temporaries of this size fit a second-level cache
+_CPU_BLOCK = 1 << 18  # elements: some fp32 temporaries of 1 MiB fit the last-level cache
 _DEVICE_BLOCK = 1 << 25
 
 

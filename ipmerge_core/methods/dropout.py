@@ -22,10 +22,10 @@ from ipmerge_core.methods.election import (
     UNREAD,
     Normalize,
     OwnDensity,
-    agreeing_sum,
+    agreeing_sum_,
     densities_of,
 )
-from ipmerge_core.methods.elementwise import add_to_base, as_list
+from ipmerge_core.methods.elementwise import add_to_base_, as_list
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
@@ -126,10 +126,10 @@ def _weighted_sum(
     base: Tensor, mllm: Tensor, vectors: Sequence[Tensor], weights: Sequence[float]
 ) -> Tensor:
     def add(W0: Tensor, W_v: Tensor, *parts: Tensor) -> Tensor:
-        delta = weights[0] * parts[0]
+        delta = parts[0].mul_(weights[0])
         for weight, part in zip(weights[1:], parts[1:], strict=True):
             delta.add_(part, alpha=weight)
-        return add_to_base(W0, W_v, delta)
+        return add_to_base_(W0, W_v, delta)
 
     return blockwise(add, base, mllm, *vectors)
 
@@ -144,7 +144,7 @@ def _elected_sum(
     scale: float = 1.0,
 ) -> Tensor:
     def merge(W0: Tensor, W_v: Tensor, *parts: Tensor) -> Tensor:
-        return add_to_base(W0, W_v, agreeing_sum(parts, weights, normalize=normalize), scale)
+        return add_to_base_(W0, W_v, agreeing_sum_(parts, weights, normalize=normalize), scale)
 
     return blockwise(merge, base, mllm, *vectors)
 

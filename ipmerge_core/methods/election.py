@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.methods.blocks import TaskVector, blocks, blockwise, inner, task_vector_of
-from ipmerge_core.methods.elementwise import add_to_base, as_list
+from ipmerge_core.methods.elementwise import add_to_base_, as_list
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
@@ -57,7 +57,7 @@ Whole: TypeAlias = Annotated[
 Share: TypeAlias = Annotated[float, Range(low=0, high=1, help="fraction of positions kept")]
 
 
-def agreeing_sum(
+def agreeing_sum_(
     vectors: Sequence[Tensor],
     weights: Sequence[float],
     *,
@@ -65,35 +65,40 @@ def agreeing_sum(
     default_sign: float | None = None,
     least_weight: float = 0.0,
 ) -> Tensor:
-    """Add the weighted task vectors whose sign is the elected one, elementwise.
+    """Add the weighted task vectors whose sign is the elected one, elementwise; overwrites them.
 
     Math:   d_i = w_i tau_i;  g = sign(sum_i d_i), zero counting as positive (weighted), or
             g = sign(sum_i tau_i), zero counting as `default_sign` (majority, if that is given);
             N = sum of the d_i of sign g;  divided by the sum of their w_i if `normalize`.
     """
+    # Arithmetic in place on whole blocks: several times faster than masks and `where` on a CPU.
+    factors = list(weights)
     if default_sign is None:
-        voters = [weight * vector for weight, vector in zip(weights, vectors, strict=True)]
-        factors = [1.0] * len(voters)
-        vote = _sum(voters)
-        elected = torch.copysign(torch.ones((), dtype=vote.dtype, device=vote.device), vote)
+        for factor, vector in zip(factors, vectors, strict=True):
+            vector.mul_(factor)
+        factors = [1.0] * len(vectors)
+        vote = _sum(vectors)
+        elected = torch.copysign(vote.new_ones(()), vote, out=vote)
     else:
-        voters, factors = list(vectors), list(weights)
-        elected = _sum(voters).sign()
+        elected = _sum(vectors).sign_()
         if default_sign:
             elected += default_sign * (elected == 0)
-    # Arithmetic on whole blocks: several times faster than masks and `where` on a CPU.
-    agreeing = [(voter * elected).clamp_(min=0) for voter in voters]
-    total = factors[0] * agreeing[0]
-    for factor, part in zip(factors[1:], agreeing[1:], strict=True):
-        total.add_(part, alpha=factor)
-    total *= elected
-    if not normalize:
-        return total
-    share = torch.zeros_like(total)
+    for vector in vectors:
+        vector.mul_(elected).clamp_(min=0)
+    share = _agreeing_weight(vectors, weights, least_weight) if normalize else None
+    total = vectors[0].mul_(factors[0])
+    for factor, vector in zip(factors[1:], vectors[1:], strict=True):
+        total.add_(vector, alpha=factor)
+    total.mul_(elected)
+    return total if share is None else total.div_(share)
+
+
+def _agreeing_weight(agreeing: Sequence[Tensor], weights: Sequence[float], least: float) -> Tensor:
+    """Sum the weights of the models that agree, per element: at least `least`, and never zero."""
+    share = torch.zeros_like(agreeing[0])
     for weight, part in zip(weights, agreeing, strict=True):
         share.add_(part.sign(), alpha=weight)
-    share = share.clamp(min=least_weight) if least_weight else share.add_(share == 0)
-    return total.div_(share)
+    return share.clamp_(min=least) if least else share.add_(share == 0)
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:
@@ -227,9 +232,11 @@ def ties(
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
 
     def merge(W0: Tensor, *matrices: Tensor) -> Tensor:
-        vectors = [cut(W - W0) for cut, W in zip(trims, matrices, strict=True)]
-        delta = agreeing_sum(vectors, weights, normalize=normalize)
-        return add_to_base(W0, matrices[0], delta, scale)
+        W_v, *experts = matrices
+        changes = [W_v - W0, *(W_e.sub_(W0) for W_e in experts)]
+        vectors = [cut(change) for cut, change in zip(trims, changes, strict=True)]
+        delta = agreeing_sum_(vectors, weights, normalize=normalize)
+        return add_to_base_(W0, W_v, delta, scale)
 
     if election == "weighted":
         return blockwise(merge, base, *tuned)
@@ -240,8 +247,8 @@ def ties(
     tied = majority_sign(trimmed)
 
     def merge_by_majority(W0: Tensor, W_v: Tensor, *vectors: Tensor) -> Tensor:
-        delta = agreeing_sum(vectors, weights, normalize=normalize, default_sign=tied)
-        return add_to_base(W0, W_v, delta, scale)
+        delta = agreeing_sum_(vectors, weights, normalize=normalize, default_sign=tied)
+        return add_to_base_(W0, W_v, delta, scale)
 
     return blockwise(merge_by_majority, base, mllm, *trimmed)
 
@@ -287,8 +294,8 @@ def sce(
 
     def merge(W0: Tensor, W_v: Tensor, *parts: Tensor) -> Tensor:
         # Unweighted election; a tied element is positive, as in the weighted form.
-        delta = agreeing_sum(parts, weights, normalize=True, default_sign=1.0, least_weight=1e-6)
-        return add_to_base(W0, W_v, delta)
+        delta = agreeing_sum_(parts, weights, normalize=True, default_sign=1.0, least_weight=1e-6)
+        return add_to_base_(W0, W_v, delta)
 
     return blockwise(merge, base, mllm, *vectors)
 

@@ -70,6 +70,12 @@ def _affine_average(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     return AffineUpdate(-other, other, "select_only") if abs(own + other - 1) < 1e-12 else None
 
 
+def add_to_base_(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
+    """Compute the same to the last bit, in place of all three: for blocks, which are copies."""
+    change = delta.mul_(scale).add_(base.sub_(mllm))
+    return mllm.add_(change)
+
+
 @merge_method(
     label="Weighted average",
     source="BR2V, arXiv 2505.05464",

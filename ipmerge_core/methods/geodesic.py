@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
-from ipmerge_core.methods.elementwise import add_to_base, as_list
+from ipmerge_core.methods.elementwise import add_to_base_, as_list
 from ipmerge_core.methods.registry import Experts, Range, merge_method
 from ipmerge_core.methods.traits import AffineUpdate, Matrix
 
@@ -131,7 +131,7 @@ def nuslerp(
     a = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine).to(start)
     b = torch.where(straight, t, (t * angle).sin() / sine).to(start)
     moved = a * start + b * end
-    return moved if of == "weights" else blockwise(add_to_base, base, mllm, moved)
+    return moved if of == "weights" else blockwise(add_to_base_, base, mllm, moved)
 
 
 def _slice_cosines(a: Tensor, b: Tensor, dim: int) -> Tensor:

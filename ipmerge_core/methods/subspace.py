@@ -18,7 +18,7 @@ from ipmerge_core.methods.blocks import result_dtype, task_vector_of
 from ipmerge_core.methods.election import (
     Normalize,
     OwnDensity,
-    agreeing_sum,
+    agreeing_sum_,
     densities_of,
     majority_sign,
 )
@@ -290,5 +290,5 @@ def knots_ties(
     for part, share in zip(parts, densities, strict=True):
         keep_largest_(part, max(1, int(share * part.numel())))
     weights = [mllm_weight] + [math_weight] * (len(models) - 1)
-    merged = agreeing_sum(parts, weights, normalize=normalize, default_sign=majority_sign(parts))
+    merged = agreeing_sum_(parts, weights, normalize=normalize, default_sign=majority_sign(parts))
     return add_to_base(W0, W_v, (U @ merged).to(W0), scale)
