@@ -7,6 +7,7 @@ import shutil
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,6 +328,67 @@ def test_a_group_stops_the_forward_pass_where_it_ends(pair, samples):
     assert not reached
     assert passes.tokens > 0
     assert not layer._forward_pre_hooks
+
+
+# --- estimators, on a head of three classes ---
+
+
+class Head(torch.nn.Module):
+    """Logits of the token after x; a stand-in for a causal model with two positions."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 3, bias=False, dtype=dtype)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.tensor([[0.5, -0.5], [0, 1], [-1, 0.25]]))
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, x, use_cache):
+        return SimpleNamespace(logits=torch.stack([self.layer(x), self.layer(x)])[None])
+
+
+EXAMPLES = [([1.0, 2.0], 0), ([-1.0, 0.5], 2)]
+
+
+def estimated(monkeypatch, settings, draws=1, dtype=torch.float32, scale=1.0):
+    """Fisher information of the head over both examples, each taken `draws` times."""
+    head = Head(dtype)
+    monkeypatch.setattr("ipmerge_core.passes.encode_sample", lambda _, sample: (sample, 1))
+    passes = Passes(SimpleNamespace(model=head), [head.layer], [(3, 2)], settings, "mllm")
+    for number in range(draws):
+        for place, (x, label) in enumerate(EXAMPLES):
+            inputs = {"input_ids": torch.tensor([[0, label]])}
+            inputs["x"] = scale * torch.tensor(x, dtype=dtype)
+            passes.add(2 * number + place, inputs)
+    return passes.means()[0]
+
+
+def test_the_empirical_estimator_squares_one_example_at_a_time(monkeypatch):
+    expected = [
+        [0.4361001893, 1.7289362899],
+        [0.4191631209, 1.4882567056],
+        [0.0856358810, 0.0307306903],
+    ]
+    found = estimated(monkeypatch, replace(FISHER, estimator="empirical"))
+    assert torch.allclose(found, torch.tensor(expected), atol=1e-6)
+
+
+def test_sampled_answers_average_to_the_exact_information(monkeypatch):
+    exact = [
+        [0.0740535483, 0.1413969057],
+        [0.1688185446, 0.2693282333],
+        [0.1535184435, 0.1612631295],
+    ]
+    found = estimated(monkeypatch, FISHER, draws=1500)
+    assert torch.allclose(found, torch.tensor(exact), rtol=0.12)
+
+
+def test_small_slopes_survive_half_precision(monkeypatch):
+    empirical = replace(FISHER, estimator="empirical")
+    exact = estimated(monkeypatch, empirical, scale=2e-5)
+    half = estimated(monkeypatch, empirical, dtype=torch.float16, scale=2e-5)
+    assert float(exact.min()) > 0
+    assert torch.allclose(half, exact, rtol=0.05)
 
 
 # --- samples ---
