@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.inference import LoadedModel, load_model
-from ipmerge_core.measurements import RECORD, Measured, Measurements
-from ipmerge_core.pairing import MatrixMatch, ModelPair
+from ipmerge_core.inference import LoadedModel, best_device, load_model
+from ipmerge_core.measurements import RECORD, Kind, Measured, Measurements
+from ipmerge_core.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.passes import Passes, Settings, find_module
-from ipmerge_core.samples import Sample, digest
+from ipmerge_core.samples import DEMO, Sample, digest, load_samples
 
 if TYPE_CHECKING:
     from ipmerge_core.checkpoint import Checkpoint
@@ -143,6 +143,31 @@ def iter_calibration(
         models.append(_measured(out, share))
     Measurements(out, settings.kind, asdict(settings), tuple(models)).save()
     (out / _CLAIM).unlink()
+
+
+def iter_calibration_of(
+    *,
+    mllm: str,
+    math: Sequence[str],
+    base: str,
+    base_mllm: str | None,
+    out: str,
+    kind: Kind,
+    mllm_samples: str = DEMO,
+    math_samples: str = DEMO,
+    limit: int = 500,
+    device: str | None = None,
+) -> Iterator[CalibrationStep]:
+    """Open the models, load the samples, and measure; from plain values, as a job has them.
+
+    Args and Raises: as `open_pair`, `load_samples` and `iter_calibration`; without a device the
+        best one there is.
+    """
+    pair = open_pair(mllm, math, base, base_mllm=base_mllm)
+    seen = load_samples(mllm_samples, limit, sees=True)
+    told = load_samples(math_samples, limit, sees=False)
+    device = device or best_device()
+    yield from iter_calibration(pair, out, Settings(kind), seen, told, device=device)
 
 
 def estimate(

@@ -170,5 +170,17 @@ class Measurements:
             ) from error
 
 
+def find_finished(folder: Path, models: Sequence[Identified], kind: Kind) -> list[Path]:
+    """List the calibrations below a folder that are of this kind and of these models' weights."""
+    found = []
+    for record in sorted(folder.glob(f"*/{RECORD}")):
+        try:
+            Measurements.open(record.parent).check(models, kind)
+        except (CheckpointError, PairingError):
+            continue
+        found.append(record.parent)
+    return found
+
+
 def _pairs(places: dict[str, list[str]]) -> dict[str, tuple[str, str]]:
     return {name: (file, stored) for name, (file, stored) in places.items()}

@@ -36,7 +36,7 @@ ORDER = [
     {"comparison"},
     {"analysis"},
     {"methods"},
-    {"preview", "scope"},
+    {"options", "preview", "scope"},
     {"plan"},
     {"recipes"},
     {"work", "costs", "card"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ipmerge_core.cli import commands
+from ipmerge_core.options import OPTIONS
 from ipmerge_core.version import __version__
 
 
@@ -123,6 +125,16 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what it would take")
 
 
+_FORMS: dict[str, dict[str, Any]] = {
+    "include": {"metavar": "REGEX"},
+    "exclude": {"metavar": "REGEX"},
+    "layer_gains": {"metavar": "FACTOR", "type": float, "nargs": "+", "default": ()},
+    "norms": {"default": "keep"},
+    "embeddings": {"default": "keep"},
+    "anchor": {},
+}
+
+
 def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="ip_merging")
     parser.add_argument("--similarity-threshold", type=float, default=0.4, metavar="S_ALPHA")
@@ -133,33 +145,15 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibration", metavar="FOLDER", help="for the methods that need data")
     parser.add_argument(
-        "--anchor",
-        choices=("two_base", "root", "inject", "interp"),
-        help="measure changes from each model's base, from one base, on the whole MLLM, or between "
-        "the models; the method's own if not given, see docs/methods.md",
-    )
-    parser.add_argument(
         "--measure",
         action="store_true",
         help="make a method's first pass over the weights now; the plan holds what it finds",
     )
-    parser.add_argument("--norms", choices=("keep", "merge"), default="keep", help="and biases")
-    parser.add_argument(
-        "--embeddings",
-        choices=("keep", "merge-shared"),
-        default="keep",
-        help="merge the rows of tokens that every model has",
-    )
-    parser.add_argument("--include", metavar="REGEX", help="merge only matrices it finds")
-    parser.add_argument("--exclude", metavar="REGEX", help="keep the matrices it finds")
-    parser.add_argument(
-        "--layer-gains",
-        type=float,
-        nargs="+",
-        default=(),
-        metavar="FACTOR",
-        help="factors on the gain from the first layer to the last, interpolated",
-    )
+    for known in OPTIONS:
+        more: dict[str, Any] = {"choices": tuple(known.choices)} if known.choices else {}
+        parser.add_argument(
+            f"--{known.name.replace('_', '-')}", help=known.help, **more, **_FORMS[known.name]
+        )
     for option, words in (("--force-merge", "merge"), ("--force-keep", "keep")):
         parser.add_argument(
             option,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.options import OPTIONS
 
 if TYPE_CHECKING:
     from ipmerge_core.pairing import ModelPair
@@ -52,15 +53,7 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         "lambda_": options.lambda_,
         "similarity": options.similarity,
     }
-    for name in (
-        "include",
-        "exclude",
-        "layer_gains",
-        "calibration",
-        "norms",
-        "embeddings",
-        "anchor",
-    ):
+    for name in ("calibration", *(option.name for option in OPTIONS)):
         chosen[name] = getattr(options, name)
     for assignment in options.set:
         name, equals, text = assignment.partition("=")

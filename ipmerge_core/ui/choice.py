@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.records import Analysis
 from ipmerge_core.ui.layer_map import PlanChoice
@@ -26,11 +26,11 @@ VARIANT_WORDS = {
 }
 
 
-def plan_of(pack_id: str, choice: PlanChoice) -> MergePlan:
-    """Make the plan that a choice stands for. Raises: PlanError."""
+def plan_of(pack_id: str, choice: PlanChoice, **more: Any) -> MergePlan:  # noqa: ANN401
+    """Make the plan that a choice stands for, with more arguments of it. Raises: PlanError."""
     from ipmerge_core.plan import make_plan
 
-    return make_plan(analysis_of(pack_id), **choice.arguments)
+    return make_plan(analysis_of(pack_id), **choice.arguments, **more)
 
 
 def describe_choice(choice: PlanChoice) -> str:
