@@ -39,7 +39,11 @@ def serve(port: int) -> None:
             explore = explore_tab(pair, choice)
         received = gr.Textbox(label="received", elem_id="received")
         explore.committed.then(
-            lambda value: json.dumps(value.to_browser()), choice, received, show_progress="hidden"
+            lambda value: json.dumps(value.to_browser()),
+            choice,
+            received,
+            show_progress="hidden",
+            trigger_mode="always_last",  # the usual "once" drops what comes while one is on its way
         )
     app.launch(server_name="127.0.0.1", server_port=port, quiet=True, ssr_mode=False)
 

@@ -88,7 +88,9 @@ def count(number: int) -> str:
 
 def percent(value: float) -> str:
     """Percent with as many digits as the page gives it."""
-    return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %"
+    return (
+        f"{value:.0f} %" if value >= 10 else f"{value:.1f} %" if value >= 0.1 else f"{value:.1g} %"
+    )
 
 
 def expect_summary(page: Page, pack: dict[str, object]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 from explore_page import (
-    COMPONENT,
     PACKS,
     csv_rows,
     expect_summary,
@@ -66,7 +65,6 @@ def test_a_drag_of_sixty_moves_asks_nothing_of_the_server_and_commits_once(
     chromium_page.mouse.move(x, y)
     chromium_page.mouse.down()
     traffic.requests.clear()
-    chromium_page.evaluate(f"{COMPONENT}.paints.length = 0")
     for step in range(60):
         chromium_page.mouse.move(x - 3 * step, y)
     assert traffic.queue_calls() == []
@@ -77,9 +75,6 @@ def test_a_drag_of_sixty_moves_asks_nothing_of_the_server_and_commits_once(
     received(chromium_page, s=plan["s"])
     assert len(traffic.commits()) == 1
     expect_summary(chromium_page, PACKS["a"])
-    paints = sorted(chromium_page.evaluate(f"{COMPONENT}.paints"))
-    assert len(paints) >= 10
-    assert paints[int(0.95 * len(paints))] <= 16.0
 
 
 @pytest.mark.parametrize("name", sorted(PACKS))

@@ -160,7 +160,7 @@ const valueOf = (input) => (input.dataset.range === "lambda" ? lambdaAt(Number(i
 
 element.addEventListener("input", ({ target }) => {
   if (target.dataset.range) { startDrag(); used(target.dataset.range); setPlan({ [target.dataset.range]: valueOf(target) }); }
-  else if (target.dataset.number && target.value !== "" && target.validity.valid) { startDrag(); setPlan({ [target.dataset.number]: Number(target.value) }); }
+  else if (target.dataset.number && target.value !== "" && target.validity.valid) { startDrag(); map.typing = target; setPlan({ [target.dataset.number]: Number(target.value) }); }
 });
 
 element.addEventListener("change", ({ target }) => {
@@ -208,6 +208,7 @@ function keyPressed(event, target, key, typing) {
   if (command && !typing && (letter === "z" || letter === "y")) { (letter === "y" || event.shiftKey ? redo : undo)(); return true; }
   if (command && !(target.target && (key === "Home" || key === "End"))) return false;
   if (key === "Escape" && (map.target || map.pinned)) { map.pinned = null; choose(null); return true; }
+  if (key === "Enter" && target.dataset.number) numberDone(target);  // no change event comes where the field held this value before
   if (typing) return false;
   if (/^[1-9]$/.test(key)) return numberKey(Number(key));
   if (key === "[") { flip(-1); return true; }

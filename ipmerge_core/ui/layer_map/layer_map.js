@@ -7,7 +7,7 @@ const arrival = new URLSearchParams(window.location.search);  // how the visitor
 
 const map = {
   id: element.id || "ipmerge", pack: null, index: null, plan: null, committed: null,
-  past: [], future: [], journey: null, target: null, pinned: null, expert: -1, dragging: false, frame: 0,
+  past: [], future: [], journey: null, target: null, pinned: null, expert: -1, dragging: false, typing: null, frame: 0,
   preset: null, presets: [], kept: [], flips: [], before: null, ghost: null, paints: [], live: [], packId: "", home: "",
   onStage: arrival.get("present") === "1", layout: "full",
   dom: {
@@ -44,6 +44,7 @@ function startDrag() {
 
 function commit(words) {
   map.dragging = false;
+  map.typing = null;
   delete map.dom.root.dataset.dragging;
   if (samePlan(map.plan, map.committed)) { repaint(); return; }
   map.past.push(place());
@@ -121,11 +122,11 @@ function repaint() {
 }
 
 function paintInputs() {
-  const { range, number, dragMe } = map.dom, { s, lambda } = map.plan, active = document.activeElement;
+  const { range, number, dragMe } = map.dom, { s, lambda } = map.plan;
   range.s.value = s;
   range.lambda.value = Math.round(lambdaPosition(lambda));
-  if (active !== number.s) number.s.value = fixed(s, Number.isInteger(Math.round(s * 1e6) / 1e3) ? 3 : 4);
-  if (active !== number.lambda) number.lambda.value = lambdaText(lambda);
+  if (map.typing !== number.s) number.s.value = fixed(s, Number.isInteger(Math.round(s * 1e6) / 1e3) ? 3 : 4);
+  if (map.typing !== number.lambda) number.lambda.value = lambdaText(lambda);
   range.s.setAttribute("aria-valuetext", `${fixed(s)}, ${map.result.selected.length} of ${map.result.n_matrices} matrices merge`);
   range.lambda.setAttribute("aria-valuetext", lambdaText(lambda) + (lambda === 1 ? ", as the paper writes it" : ""));
   if (!dragMe.hidden) dragMe.style.setProperty("--at", s);
@@ -190,7 +191,7 @@ function layOut() {
   map.narrow = width > 0 && width < 620;
   root.dataset.narrow = String(map.narrow);
   root.dataset.layout = map.layout;
-  root.dataset.shape = width < 900 ? "stacked" : columns <= 9 ? "few" : columns <= 36 ? "many" : "banded";
+  root.dataset.shape = width < 1020 ? "stacked" : columns <= 9 ? "few" : columns <= 36 ? "many" : "banded";
   root.style.setProperty("--map-width", `${52 + 118 * columns}px`);
   find("[data-act=answer]").hidden = !tryTab();
   buildGrid(map);
