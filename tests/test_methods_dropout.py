@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from small_matrices import W0, W_E, W_V, close, f64, merged_by
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, dropout, task_arithmetic
-from ipmerge_core.methods.dropout import crumbs, drop, generator_for, keep_chances
+from ipmerge_core.methods.dropout import crumbs, draw, drop_, generator_for, keep_chances
 
 WEIGHTS = {"mllm_weight": 0.8, "math_weight": 0.4}
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -18,13 +20,15 @@ MASKS = {"vlm": [1, 0, 1, 0, 1, 1], "expert": [0, 1, 1, 1, 1, 0]}
 
 @pytest.fixture
 def given_masks(monkeypatch):
-    """Uniforms that keep exactly what the masks keep."""
+    """Draws that keep exactly what the masks keep."""
+    monkeypatch.setattr(dropout, "generator_for", lambda seed, name, role: MASKS[role])
+    monkeypatch.setattr(dropout, "draw", lambda mask, size, chance: np.array(mask)[:size] > 0)
 
-    class Drawn:
-        def __init__(self, mask):
-            self.random = lambda size: 1.0 - np.array(mask, dtype=float)[:size]
 
-    monkeypatch.setattr(dropout, "generator_for", lambda seed, name, role: Drawn(MASKS[role]))
+@pytest.mark.parametrize("chance", [1e-9, 0.1, 0.3, 0.5, 1 - 1e-9, 2**-53])
+def test_one_chance_for_all_draws_what_uniforms_below_it_would(chance):
+    drawn = draw(generator_for(3, NAME, "vlm"), 20_000, chance)
+    assert (drawn == (generator_for(3, NAME, "vlm").random(20_000) < chance)).all()
 
 
 def test_uniforms_are_keyed_by_seed_tensor_and_role():
@@ -96,7 +100,7 @@ def test_dare_matches_its_numbers(name, rescale, expected):
 def test_what_dare_keeps_of_each_model_matches_its_numbers(rescale, mllm, math):
     for role, tuned, expected in (("vlm", W_V, mllm), ("expert", W_E, math)):
         mask = np.array(MASKS[role], dtype=float)
-        kept = drop(tuned - W0, 0.6, rescale, lambda size, mask=mask: 1.0 - mask[:size])
+        kept = drop_(tuned - W0, 0.6, rescale, lambda size, _, mask=mask: mask[:size] > 0)
         assert close(kept, expected)
 
 
@@ -109,21 +113,24 @@ def test_sums_of_magnitudes_beyond_fp16_are_taken_in_fp64():
 
 def test_dropping_without_rescaling_only_drops():
     mask = np.array(MASKS["vlm"], dtype=float)
-    kept = drop(W_V - W0, 0.6, "none", lambda size: 1.0 - mask[:size])
+    kept = drop_(W_V - W0, 0.6, "none", lambda size, _: mask[:size] > 0)
     assert close(kept, [[0.5, 0, 0.125], [0, 0.0625, 0.75]])
 
 
 def test_l1_rescaling_leaves_alone_what_has_no_mass():
     zero = torch.zeros(2, 3)
-    assert torch.equal(drop(zero, 0.5, "l1", np.random.default_rng(0).random), zero)
-    lost = drop(torch.ones(1, 3), 0.5, "l1", np.ones)
+    assert torch.equal(
+        drop_(zero.clone(), 0.5, "l1", partial(draw, generator_for(0, "", ""))), zero
+    )
+    lost = drop_(torch.ones(1, 3), 0.5, "l1", lambda size, _: np.zeros(size, bool))
     assert torch.equal(lost, torch.zeros(1, 3))
 
 
 def test_dare_is_unbiased_and_keeps_the_asked_share():
     generator = torch.Generator().manual_seed(0)
     tau = torch.randn(500, 400, generator=generator)
-    kept = drop(tau, 0.3, "inverse_density", generator_for(7, "x", "vlm").random)
+    drawn = partial(draw, generator_for(7, "x", "vlm"))
+    kept = drop_(tau.clone(), 0.3, "inverse_density", drawn)
     share = float(kept.count_nonzero()) / tau.numel()
     assert abs(share - 0.3) < 0.004  # four standard errors
     assert torch.allclose(kept[kept != 0], tau[kept != 0] / 0.3)
@@ -134,7 +141,7 @@ def test_dare_is_unbiased_and_keeps_the_asked_share():
 def test_what_a_lower_density_keeps_a_higher_one_keeps_too():
     ones = torch.ones(100, 100)
     masks = [
-        drop(ones, density, "none", generator_for(0, NAME, "vlm").random) > 0
+        drop_(ones.clone(), density, "none", partial(draw, generator_for(0, NAME, "vlm"))) > 0
         for density in (0.2, 0.4, 0.9)
     ]
     assert (masks[0] <= masks[1]).all()
@@ -175,9 +182,9 @@ def test_della_keeps_by_rank_with_its_numbers():
     mask = np.array(MASKS["vlm"], dtype=float)
     # A uniform of 0.9 drops at every q and one of 0 keeps.
     uniforms = 0.9 * (1.0 - mask)
-    kept = drop(W_V - W0, q, "inverse_density", lambda size: uniforms[:size])
+    kept = drop_(W_V - W0, q, "inverse_density", lambda size, chance: uniforms[:size] < chance)
     assert close(kept, [[2 / 3, 0, 0.2777777777777778], [0, 0.1388888888888889, 1]])
-    kept = drop(W_V - W0, q, "l1", lambda size: uniforms[:size])
+    kept = drop_(W_V - W0, q, "l1", lambda size, chance: uniforms[:size] < chance)
     expected = [
         [0.717391304347826, 0, 0.1793478260869565],
         [0, 0.08967391304347826, 1.076086956521739],
@@ -195,7 +202,8 @@ def test_della_without_a_window_is_dare():
 
 def test_della_keeps_large_elements_more_often():
     tau = torch.linspace(-1, 1, 400).repeat(500, 1)
-    kept = drop(tau, keep_chances(tau, 0.5, 0.3), "none", generator_for(0, "x", "vlm").random)
+    drawn = partial(draw, generator_for(0, "x", "vlm"))
+    kept = drop_(tau.clone(), keep_chances(tau, 0.5, 0.3), "none", drawn)
     share = (kept != 0).double().mean(0)
     assert abs(float(share[0]) - 0.8) < 0.08
     assert abs(float(share[200]) - 0.2) < 0.08

@@ -9,10 +9,13 @@ what is kept at a density is kept at every higher one.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -74,34 +77,55 @@ def roles(experts: int) -> list[str]:
     return ["vlm", "expert", *(f"expert{k}" for k in range(2, experts + 1))]
 
 
-def drop(
-    vector: Tensor,
-    keep: float | Tensor,
-    rescale: Rescale,
-    uniforms: Callable[[int], np.ndarray],
+def draw(
+    generator: np.random.Generator, size: int, chance: float | np.ndarray
+) -> npt.NDArray[np.bool_]:
+    """Draw which of the next elements are kept: where the next uniform is below the chance.
+
+    A uniform is k / 2^53 with k the upper bits of a 64-bit number, so one chance for all is
+    compared with the numbers themselves, which saves making floats of them.
+
+    >>> draw(generator_for(0, "model.layers.0.self_attn.q_proj.weight", "vlm"), 4, 0.5)
+    array([ True,  True, False,  True])
+    """
+    if isinstance(chance, float) and chance < 1:
+        return generator.bit_generator.random_raw(size) < np.uint64(math.ceil(chance * 2**53) << 11)
+    return generator.random(size) < chance
+
+
+def drop_(
+    vector: Tensor, keep: float | Tensor, rescale: Rescale, drawn: Callable[..., npt.NDArray[Any]]
 ) -> Tensor:
-    """Drop elements at random and make up for the loss.
+    """Drop elements of a task vector at random, in place, and make up for the loss.
 
     Math:   M ~ Bernoulli(p), p one number or one per element; then M tau / p (inverse_density,
             unbiased), M tau * sum|tau| / sum|M tau| (l1, one ratio per tensor), or M tau (none).
+            `drawn(size, p)` gives M for the next elements, as `draw` does.
     """
-    flat = vector.reshape(-1)
-    kept = torch.empty_like(flat)
+    flat = vector.view(-1)
     mass = torch.zeros(2, dtype=torch.float64, device=flat.device)  # sum|tau|, sum|M tau|
     for block in blocks(flat):
         part = flat[block]
         chance = keep.reshape(-1)[block] if isinstance(keep, Tensor) else keep
         bound = chance.cpu().numpy() if isinstance(chance, Tensor) else chance
-        dropped = part * torch.from_numpy(uniforms(part.numel()) < bound).to(flat.device)
-        if rescale == "inverse_density":
-            dropped /= chance
-        elif rescale == "l1":
+        if rescale == "l1":
             mass[0] += part.abs().sum(dtype=torch.float64)
-            mass[1] += dropped.abs().sum(dtype=torch.float64)
-        kept[block] = dropped
+        _mask_(part, drawn(part.numel(), bound))
+        if rescale == "inverse_density":
+            part /= chance
+        elif rescale == "l1":
+            mass[1] += part.abs().sum(dtype=torch.float64)
     if rescale == "l1" and float(mass.min()) >= _SMALLEST_SUM:
-        kept *= float(mass[0] / mass[1])
-    return kept.view(vector.shape)
+        flat *= float(mass[0] / mass[1])
+    return vector
+
+
+def _mask_(part: Tensor, kept: npt.NDArray[np.bool_]) -> None:
+    """Zero what is not kept, in place; by numpy on a CPU, where it takes a third of the time."""
+    if part.device.type == "cpu":
+        np.multiply(part.numpy(), kept, out=part.numpy())
+    else:
+        part *= torch.from_numpy(kept).to(part.device)
 
 
 def _dare_vectors(
@@ -116,8 +140,8 @@ def _dare_vectors(
     for matrix, density, role in zip(tuned, densities, roles(len(tuned) - 1), strict=True):
         vector = task_vector_of(matrix, base)
         if density < 1:
-            uniforms = generator_for(seed, tensor_name, role).random
-            vector = drop(vector, density, rescale, uniforms)
+            drawn = partial(draw, generator_for(seed, tensor_name, role))
+            drop_(vector, density, rescale, drawn)
         vectors.append(vector)
     return vectors
 
@@ -317,8 +341,8 @@ def della(
     for matrix, own, role in zip(tuned, densities, roles(len(tuned) - 1), strict=True):
         vector = task_vector_of(matrix, base)
         if own < 1:
-            uniforms = generator_for(seed, tensor_name, role).random
-            vector = drop(vector, keep_chances(vector, own, epsilon), rescale, uniforms)
+            drawn = partial(draw, generator_for(seed, tensor_name, role))
+            drop_(vector, keep_chances(vector, own, epsilon), rescale, drawn)
         vectors.append(vector)
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
     if elect:
