@@ -135,6 +135,23 @@ class Measurements:
                     f"Calibrate again."
                 )
 
+    def doubts(self, inputs: int) -> list[tuple[str, str]]:
+        """Say where there are fewer tokens than a matrix has inputs, and what to do.
+
+        A Gram matrix of n inputs from fewer than n tokens is singular; RegMean then leans on the
+        diagonal and on the mean of the models.
+        """
+        few = [model for model in self.models if model.tokens < inputs]
+        if self.kind != "gram" or not few:
+            return []
+        counted = ", ".join(f"{model.tokens} of {model.role}" for model in few)
+        return [
+            (
+                f"There are fewer tokens ({counted}) than the widest matrix has inputs ({inputs}).",
+                "Calibrate on more samples; several times as many tokens are good.",
+            )
+        ]
+
     def inputs(
         self, name: str, experts: Sequence[int], device: torch.device | None = None
     ) -> dict[str, Any]:

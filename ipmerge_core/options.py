@@ -44,13 +44,13 @@ OPTIONS = (
         "norms",
         "Norms and biases",
         "stay the MLLM's, or merge as matrices of one row",
-        {"keep": "keep", "merge": "merge"},
+        {"keep": "", "merge": ""},
     ),
     Option(
         "embeddings",
         "Embeddings and head",
         "stay the MLLM's, or merge the rows of tokens that every model has",
-        {"keep": "keep", "merge-shared": "merge shared tokens"},
+        {"keep": "", "merge-shared": ""},
     ),
     Option(
         "anchor",

@@ -224,6 +224,6 @@ def known_update(
 
 def _unknown(method: MergeMethod, reason: str) -> PlanError:
     return PlanError(
-        f"{method.label} with these parameters has no exact preview: {reason}. The merge itself "
+        f"{method.label} with these parameters is not previewable: {reason}. The merge itself "
         f"works."
     )

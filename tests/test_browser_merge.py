@@ -152,7 +152,7 @@ def test_another_method_is_chosen_set_and_merged(page, place):
     page.get_by_role("option", name="TIES", exact=True).click()
     density = page.get_by_label("density", exact=True)
     expect(density).to_be_visible(timeout=LOADING)
-    expect(page.locator("#confirmation")).to_contain_text("no exact preview", timeout=LOADING)
+    expect(page.locator("#confirmation")).to_contain_text("not previewable", timeout=LOADING)
     density.fill("2")
     expect(page.locator("#findings")).to_contain_text("density is 2", timeout=LOADING)
     expect(page.locator("#start-merge")).to_be_disabled()

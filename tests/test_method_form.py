@@ -1,34 +1,78 @@
-"""The Merge tab's form of methods: from its values to a plan, and which methods it offers."""
+"""The Merge tab's form: from values to a plan, which methods it offers, what it says of them."""
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
 import pytest
 
-from ipmerge_core.errors import PlanError
+from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.jobs import JobStatus
 from ipmerge_core.methods import METHODS
+from ipmerge_core.options import ANCHORS, OPTIONS
+from ipmerge_core.ui import calibration_form
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_tab import readiness
-from ipmerge_core.ui.merge_words import change_words
-from ipmerge_core.ui.method_form import MethodChoice, _field, chosen_plan, offered, with_value
+from ipmerge_core.ui.merge_words import change_words, estimated_seconds, progress_html
+from ipmerge_core.ui.method_form import (
+    MethodChoice,
+    _field,
+    _option_field,
+    chosen_plan,
+    offered,
+    with_method,
+    with_option,
+    with_value,
+)
 
 DEMO = "pack"  # the id of the demo trio's
 
 
-def test_every_method_without_calibration_is_offered_and_the_others_are_named() -> None:
-    update = offered()
-    names = {name for _, name in update["choices"]}
-    data = {name for name, method in METHODS.items() if method.data is not None}
-    assert names == set(METHODS) - data - {"ip_merging"} | {""}
-    assert all(METHODS[name].label in update["info"] for name in data)
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep what tests make out of the user's own folder."""
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    return tmp_path / "home"
 
 
-def test_every_parameter_of_every_method_has_a_field_with_its_default() -> None:
+def test_every_method_is_offered() -> None:
+    names = {name for _, name in offered()["choices"]}
+    assert names == set(METHODS) - {"ip_merging"} | {""}
+
+
+def test_every_parameter_of_every_method_has_a_field_with_its_default_and_help() -> None:
     for method in METHODS.values():
         for parameter in method.parameters:
             field = _field(parameter)
             assert field.value == parameter.default
-            assert parameter.expectation in field.info
+            assert parameter.bounds.help in field.info
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "kind"),
+    [
+        ("ties", "density", gr.Slider),
+        ("ties", "mllm_weight", gr.Slider),
+        ("ties", "math_density", gr.Textbox),
+        ("ties", "normalize", gr.Checkbox),
+        ("ties", "election", gr.Dropdown),
+        ("wudi", "iterations", gr.Number),
+        ("wudi", "learning_rate", gr.Number),
+        ("slerp", "t", gr.Slider),
+    ],
+)
+def test_a_field_fits_its_parameter(method: str, parameter: str, kind: type) -> None:
+    (found,) = [p for p in METHODS[method].parameters if p.name == parameter]
+    field = _field(found)
+    assert isinstance(field, kind)
+    if isinstance(field, gr.Slider):
+        assert field.minimum <= found.default <= field.maximum
 
 
 def test_the_default_is_the_plan_from_explore() -> None:
@@ -39,12 +83,13 @@ def test_the_default_is_the_plan_from_explore() -> None:
 
 def test_values_become_the_plans_parameters_and_defaults_fill_the_rest() -> None:
     chosen = MethodChoice("ties")
-    for name, value in (("density", 0.4), ("normalize", True), ("math_weight", 1)):
+    values = (("density", 0.4), ("normalize", True), ("math_weight", 1), ("math_density", "0.5"))
+    for name, value in values:
         chosen = with_value(name, "ties", chosen, value)
     plan = chosen_plan(DEMO, PlanChoice(), chosen)
     assert plan.method == "ties"
     assert dict(plan.parameters) == METHODS["ties"].complete(
-        {"density": 0.4, "normalize": True, "math_weight": 1.0}
+        {"density": 0.4, "normalize": True, "math_weight": 1.0, "math_density": 0.5}
     )
     assert len(plan.selected) == len(plan.decisions)
 
@@ -54,12 +99,19 @@ def test_a_late_value_of_another_methods_field_changes_nothing() -> None:
     assert with_value("density", "ties", chosen, 0.4) == chosen
 
 
-@pytest.mark.parametrize(("name", "value"), [("density", 0.0), ("density", None), ("density", 2)])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("density", 0.0, "density is"),
+        ("density", 2, "density is"),
+        ("math_density", "much", "math_density is 'much'"),
+    ],
+)
 def test_a_value_out_of_range_is_refused_in_words_and_nothing_may_start(
-    name: str, value: float | None
+    name: str, value: Any, words: str
 ) -> None:
-    chosen = MethodChoice("breadcrumbs", {name: value})
-    with pytest.raises(PlanError, match="density is"):
+    chosen = with_value(name, "breadcrumbs", MethodChoice("breadcrumbs"), value)
+    with pytest.raises(PlanError, match=words):
         chosen_plan(DEMO, PlanChoice(), chosen)
     found = readiness(Backend(), DEMO, PlanChoice(), chosen)
     assert not found.ready
@@ -70,8 +122,191 @@ def test_the_confirmation_previews_what_is_affine_and_says_why_not_otherwise() -
     affine = chosen_plan(DEMO, PlanChoice(), MethodChoice("task_arithmetic"))
     assert "% of its norm" in change_words(affine)
     other = chosen_plan(DEMO, PlanChoice(), MethodChoice("ties"))
-    assert "no exact preview" in change_words(other)
+    assert "not previewable" in change_words(other)
+    near = chosen_plan(DEMO, PlanChoice(), MethodChoice("dare_linear"))
+    assert "approximate: expected over the random drops" in change_words(near)
     found = readiness(Backend(), DEMO, PlanChoice(), MethodChoice("ties"))
     assert found.ready
     assert "28 of 28 decoder matrices" in found.confirmation
-    assert "no exact preview" in found.confirmation
+    assert "not previewable" in found.confirmation
+    assert "two_base" in found.confirmation
+
+
+# --- what a plan is told beside its method ---
+
+
+def test_every_option_has_a_field_and_every_field_an_option() -> None:
+    for option in OPTIONS:
+        field = _option_field(option)
+        assert field.info == option.help
+        if option.choices:
+            offered_values = {value for _, value in field.choices}
+            assert offered_values >= set(option.choices)
+    assert set(ANCHORS) == {"inject", "two_base", "root", "interp"}
+
+
+def test_options_reach_the_plan_of_any_method_and_stay_when_another_is_chosen() -> None:
+    chosen = MethodChoice("task_arithmetic")
+    for name, text in (
+        ("include", "mlp"),
+        ("exclude", r"layers\.0\."),
+        ("layer_gains", "0, 1"),
+        ("norms", "merge"),
+        ("anchor", "interp"),
+    ):
+        chosen = with_option(name, chosen, text)
+    plan = chosen_plan(DEMO, PlanChoice(), chosen)
+    assert len(plan.selected) == 9
+    assert (plan.norms, plan.anchor, plan.layer_gains) == ("merge", "interp", (0.0, 1.0))
+    other = with_method(chosen, "ties")
+    assert other.values == {}
+    assert chosen_plan(DEMO, PlanChoice(), other).include == "mlp"
+    explored = with_option("norms", with_method(chosen, ""), "")
+    explored = with_option("anchor", explored, "")
+    plan = chosen_plan(DEMO, PlanChoice(0.0), explored)
+    assert (plan.method, len(plan.selected)) == ("ip_merging", 9)
+
+
+def test_norms_that_merge_are_not_said_to_stay() -> None:
+    chosen = with_option("norms", MethodChoice("task_arithmetic"), "merge")
+    found = readiness(Backend(), DEMO, PlanChoice(), chosen)
+    assert "the decoder&#x27;s norms and biases" in found.confirmation
+    assert "norm: only matrices" not in found.confirmation
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "words"),
+    [
+        ("layer_gains", "up", "expected numbers such as 0 0.5 1"),
+        ("layer_gains", "1 -1", "A layer gain is -1.0"),
+        ("include", "(", "no regular expression"),
+        ("norms", "burn", "norms is 'burn'"),
+    ],
+)
+def test_an_option_that_is_none_is_refused_in_words(option: str, text: str, words: str) -> None:
+    chosen = with_option(option, MethodChoice("task_arithmetic"), text)
+    with pytest.raises(PlanError, match=words.replace("(", r"\(")):
+        chosen_plan(DEMO, PlanChoice(), chosen)
+
+
+def test_strangers_may_not_write_patterns_that_take_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = with_option("include", MethodChoice("ties"), "(a+)+$")
+    plain = with_option("include", MethodChoice("ties"), r"mlp|layers\.0\.")
+    monkeypatch.setenv("SPACE_ID", "org/space")
+    with pytest.raises(PlanError, match="not offered here"):
+        chosen_plan(DEMO, PlanChoice(), slow)
+    assert chosen_plan(DEMO, PlanChoice(), plain).selected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (MethodChoice("layer_swap"), "With these values the merged model would equal"),
+        (MethodChoice("ties", options={"include": "nothing"}), "No matrix is left"),
+    ],
+)
+def test_a_plan_that_changes_nothing_says_so(chosen: MethodChoice, words: str) -> None:
+    found = readiness(Backend(), DEMO, PlanChoice(), chosen)
+    assert found.ready
+    assert any(words in finding.message for finding in found.findings)
+
+
+# --- calibrations ---
+
+
+def wait_for(backend: Backend, job: str) -> JobStatus:
+    while (status := backend.store.status(job)).is_running:
+        time.sleep(0.1)
+    return status
+
+
+def test_a_method_that_needs_samples_asks_for_them() -> None:
+    found = readiness(Backend(), DEMO, PlanChoice(), MethodChoice("regmean"))
+    assert not found.ready
+    assert "press Calibrate" in found.findings[0].message + found.findings[0].remedy
+    visible, intro, listed, chosen = calibration_form.shown(
+        Backend(), DEMO, MethodChoice("regmean"), ""
+    )
+    assert visible["visible"]
+    assert "what every matrix reads" in intro
+    assert "MB of sums" in intro
+    assert (listed["choices"], chosen.calibration) == ([], "")
+    assert calibration_form.shown(Backend(), DEMO, MethodChoice("ties"), "")[0] == gr.update(
+        visible=False
+    )
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) -> None:
+    backend = Backend()
+    started = backend.start_calibration(DEMO, method, "demo", "demo", 2)
+    running = calibration_form.watched(backend, started._asdict())
+    assert "Calibrate mllm-" in running[0]
+    status = wait_for(backend, started.id)
+    assert status.state == "finished", status.error
+    words, _, _, made, timer = calibration_form.watched(backend, started._asdict())
+    assert "4 of 4 passes" in words
+    assert not timer.active
+    assert Path(made).parent == home / "calibrations"
+    *_, listed, chosen = calibration_form.shown(backend, DEMO, MethodChoice(method), made)
+    assert listed["value"] == chosen.calibration == made
+    found = readiness(backend, DEMO, PlanChoice(), chosen)
+    assert found.ready, found.findings
+    warned = any("fewer tokens" in finding.message for finding in found.findings)
+    assert warned == (method == "regmean")
+    run = backend.start_merge(chosen_plan(DEMO, PlanChoice(), chosen), "merged")
+    assert wait_for(backend, run.id).state == "finished"
+    manifest = json.loads((home / "models" / "merged" / "ipmerge.json").read_text())
+    assert manifest["plan"]["method"] == method
+    other = MethodChoice("fisher" if method == "regmean" else "regmean")
+    assert calibration_form.shown(backend, DEMO, other, made)[3].calibration == ""
+
+
+def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Backend(hosted=True)
+    with pytest.raises(RunError, match="the demo problems"):
+        backend.start_calibration(DEMO, "regmean", "/etc/passwd", "demo", 2)
+    with pytest.raises(RunError, match="expected 1 or more"):
+        backend.start_calibration(DEMO, "regmean", "demo", "demo", 0)
+    assert calibration_form.watched(backend, {})[0] == ""
+
+
+# --- words about runs ---
+
+
+def status_with(step: dict[str, Any]) -> JobStatus:
+    return JobStatus("0", "A run", "running", step, {}, 0.0, 10.0)
+
+
+def test_a_first_pass_is_told_from_the_merge() -> None:
+    step = {
+        "tensor": "model.layers.0.mlp.up_proj.weight",
+        "index": 3,
+        "total": 28,
+        "nbytes_done": 5_000_000,
+        "nbytes_total": 10_000_000,
+    }
+    words = progress_html(status_with({**step, "action": "measured"}))
+    assert "3 of 28 matrices measured, before the merge" in words
+    assert "3 of 28 tensors" in progress_html(status_with({**step, "action": "merged"}))
+
+
+def test_a_calibration_counts_passes() -> None:
+    step = {"role": "math", "group": 0, "groups": 2, "done": 5, "total": 20, "action": "measured"}
+    words = progress_html(status_with(step))
+    assert "5 of 20 passes" in words
+    assert "the math model, part 1 of 2" in words
+    assert "about 30 seconds left" in words
+    assert "MB/s" not in words
+
+
+def test_steps_of_wudi_are_part_of_the_time() -> None:
+    from ipmerge_core.costs import Estimate
+
+    need = Estimate(**dict.fromkeys(Estimate._fields, 0))
+    few, many = (
+        chosen_plan(DEMO, PlanChoice(), MethodChoice("wudi", {"iterations": n})) for n in (1, 3000)
+    )
+    assert estimated_seconds(many, need) > 10 * estimated_seconds(few, need)

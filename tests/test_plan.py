@@ -158,7 +158,7 @@ def test_a_misspelt_method_is_answered_with_the_nearest(analysis: Analysis) -> N
 def test_directions_that_were_not_measured_are_not_previewed(
     parameters: dict[str, object], analysis: Analysis
 ) -> None:
-    with pytest.raises(PlanError, match="no exact preview"):
+    with pytest.raises(PlanError, match="not previewable"):
         ipm.make_plan(analysis, **parameters).preview()
 
 

@@ -75,6 +75,7 @@ def analyse(options: argparse.Namespace) -> int:
 def calibrate(options: argparse.Namespace) -> int:
     """Measure the models on samples, into a folder that plans can name."""
     from ipmerge_core.calibration import estimate, iter_calibration
+    from ipmerge_core.measurements import Measurements
     from ipmerge_core.passes import Settings
     from ipmerge_core.samples import load_samples
 
@@ -96,8 +97,17 @@ def calibrate(options: argparse.Namespace) -> int:
         progress.show(step.done, f"{step.role}, layers {step.group + 1}/{step.groups}")
     assert progress is not None
     progress.close()
-    text = f"Wrote {options.output}. Use it with `ipmerge plan --calibration {options.output}`."
-    return print_result(options, {"calibration": options.output, "kind": options.kind}, text)
+    found = Measurements.open(options.output)
+    tokens = {model.role: model.tokens for model in found.models}
+    doubts = found.doubts(max(matrix.shape[1] for matrix in pair.matrices))
+    counted = ", ".join(f"{count} tokens of {role}" for role, count in tokens.items())
+    text = (
+        f"Wrote {options.output}: {counted}. Use it with "
+        f"`ipmerge plan --calibration {options.output}`."
+        f"{''.join(f' WARNING: {what} {remedy}' for what, remedy in doubts)}"
+    )
+    result = {"calibration": options.output, "kind": options.kind, "tokens": tokens}
+    return print_result(options, result, text)
 
 
 def plan(options: argparse.Namespace) -> int:

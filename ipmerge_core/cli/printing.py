@@ -39,7 +39,7 @@ def plan_sentence(plan: MergePlan) -> str:
     preview = preview_of(plan)
     beside = f" Beside them, and in no number: {'; '.join(plan.beside)}." if plan.beside else ""
     if "relative_change" not in preview:
-        return f"{chosen}.{beside} Not previewable: {preview['preview']}"
+        return f"{chosen}.{beside} {preview['preview']}"
     loose = f" (approximate: {preview['approximate']})" if preview["approximate"] else ""
     change = f"the decoder changes by {preview['relative_change']:.3%} of its norm{loose}"
     return f"{chosen}, {change}.{beside}"

@@ -63,6 +63,13 @@ class Range:
             return False
         return (self.low < value if self.low_open else self.low <= value) and value <= self.high
 
+    @property
+    def slides(self) -> tuple[float, float] | None:
+        """Where a slider runs: over the usual range, or over the whole one if it ends."""
+        if self.usual is not None:
+            return self.usual
+        return (self.low, self.high) if math.isfinite(self.high - self.low) else None
+
     def __str__(self) -> str:
         """Write the interval: `(0, 1]`, `[0, inf)`."""
         left = "(" if self.low_open or math.isinf(self.low) else "["
@@ -70,7 +77,7 @@ class Range:
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
-Coefficient: TypeAlias = Annotated[float, Range(help="weight of a task vector", usual=(0.0, 2.0))]
+Coefficient: TypeAlias = Annotated[float, Range(help="weight of a task vector", usual=(-1.0, 2.0))]
 Gain: TypeAlias = Annotated[
     float, Range(low=0, help="gain on an additive update", usual=(0.0, 2.0))
 ]

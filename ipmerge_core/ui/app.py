@@ -13,6 +13,7 @@ import gradio as gr
 
 from ipmerge_core.ui.api import add_endpoints
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.calibration_form import remembered_calibration
 from ipmerge_core.ui.cite_tab import cite_tab
 from ipmerge_core.ui.compare import compare_tab
 from ipmerge_core.ui.download import download_route
@@ -62,7 +63,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
 
 
 def _add_tabs(app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
-    job = remembered_job()
+    job, calibration = remembered_job(), remembered_calibration()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
             explore = explore_tab(pair, choice)
@@ -70,7 +71,9 @@ def _add_tabs(app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.St
             try_tab(backend, pair, choice)
         asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
-            merge_tab(app, backend, pair, choice, job=job, tabs=tabs, tab=merge)
+            merge_tab(
+                app, backend, pair, choice, job=job, calibration=calibration, tabs=tabs, tab=merge
+            )
         with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
             compare_tab(pair, choice, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:

@@ -23,6 +23,7 @@ from ipmerge_core.ui.choice import analysis_of
 from ipmerge_core.ui.messages import is_hosted
 
 if TYPE_CHECKING:
+    from ipmerge_core.calibration import CalibrationCost
     from ipmerge_core.inference import LoadedModel, ModelCache
     from ipmerge_core.plan import MergePlan
 
@@ -86,6 +87,67 @@ class Backend:
         out = check_output(self.output_folder(name))
         title = f"Merge plan {plan.hash} into {out.name}"
         return self.store.start(iter_merge, {"plan": plan, "out": str(out)}, title=title)
+
+    @property
+    def calibrations_folder(self) -> Path:
+        """Where calibrations made in the app are kept."""
+        return home_folder() / "calibrations"
+
+    def start_calibration(
+        self, pack_id: str, method: str, seen: str, read: str, limit: int
+    ) -> Started:
+        """Start a run that measures a pair's models on samples, for a method that needs them.
+
+        Raises: RunError for samples that cannot be read, or others than demo ones on a Space.
+        """
+        from ipmerge_core.calibration import iter_calibration_of
+        from ipmerge_core.methods import find_method
+        from ipmerge_core.samples import DEMO, load_samples
+
+        if self.hosted and (seen, read) != (DEMO, DEMO):
+            raise RunError("Here the samples are the demo problems; on your own machine, any file.")
+        for source, sees in ((seen, True), (read, False)):
+            load_samples(source, limit, sees=sees)
+        kind = str(find_method(method).data)
+        sources = analysis_of(pack_id).sources
+        stem = f"{Path(sources.mllm.id).name}-{kind}"
+        names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+        out = next(f for name in names if not (f := self.calibrations_folder / name).exists())
+        arguments = {
+            "mllm": sources.mllm.location,
+            "math": [expert.location for expert in sources.math],
+            "base": sources.base.location,
+            "base_mllm": sources.base_mllm.location if sources.base_mllm else None,
+            "out": str(out),
+            "kind": kind,
+            "mllm_samples": seen,
+            "math_samples": read,
+            "limit": limit,
+        }
+        return self.store.start(iter_calibration_of, arguments, title=f"Calibrate {out.name}")
+
+    def finished_calibrations(self, pack_id: str, method: str) -> list[Path]:
+        """List the calibrations that this method can use for this pair, the newest last."""
+        from ipmerge_core.measurements import find_finished
+        from ipmerge_core.methods import find_method
+
+        sources = analysis_of(pack_id).sources
+        kind = find_method(method).data
+        assert kind is not None, f"{method} needs no data"
+        found = find_finished(self.calibrations_folder, [sources.mllm, *sources.math], kind)
+        return sorted(found, key=lambda folder: folder.stat().st_mtime)
+
+    def calibration_cost(self, pack_id: str, method: str) -> CalibrationCost:
+        """Work out what a calibration takes. Raises: IPMergeError when a model is not there."""
+        from ipmerge_core.calibration import estimate
+        from ipmerge_core.methods import find_method
+        from ipmerge_core.passes import Settings
+        from ipmerge_core.plan import open_sources
+
+        kind = find_method(method).data
+        assert kind is not None, f"{method} needs no data"
+        pair = open_sources(analysis_of(pack_id).sources)
+        return estimate(pair, self.calibrations_folder, Settings(kind), 1, 1)
 
     def output_folder(self, name: str) -> Path:
         """Say where a merged model goes: a plain name lies in the models folder.

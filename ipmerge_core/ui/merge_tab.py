@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ipmerge_core.errors import IPMergeError
+from ipmerge_core.errors import IPMergeError, PlanError
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.calibration_form import calibration_form
 from ipmerge_core.ui.download import download_link
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_words import (
@@ -26,6 +27,8 @@ from ipmerge_core.ui.messages import public_text, sentence_of, told
 from ipmerge_core.ui.method_form import MethodChoice, chosen_plan, method_form, offered
 
 if TYPE_CHECKING:
+    from gradio.events import Dependency
+
     from ipmerge_core.pairing import Finding
     from ipmerge_core.plan import MergePlan
 
@@ -69,10 +72,11 @@ def merge_tab(
     choice: gr.State,
     *,
     job: gr.BrowserState,
+    calibration: gr.BrowserState,
     tabs: gr.Tabs,
     tab: gr.Tab,
 ) -> None:
-    """Lay out the tab and wire it."""
+    """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers."""
     # layout
     method = gr.State(MethodChoice())
     steps = _steps(backend)
@@ -103,14 +107,20 @@ def merge_tab(
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     watching = [steps.progress, steps.cancel, steps.resume, steps.result, steps.try_it, timer]
     checked = [steps.findings, steps.confirmation, steps.folder, steps.start]
+
+    def checks(event: Dependency) -> Dependency:
+        then: Dependency = event.then(told(check), [pair, choice, method], checked, **quiet)
+        return then
+
     with steps.form:
-        name = method_form(
-            method, lambda event: event.then(told(check), [pair, choice, method], checked, **quiet)
+        form = method_form(method, checks)
+        shows = calibration_form(
+            app, backend, form.data, pair, method, job=calibration, after=checks
         )
+    checks(shows(form.changed))
     tab.select(watch, job, watching, queue=False, **quiet)
-    tab.select(lambda: READING, None, steps.findings, queue=False, **quiet).then(
-        told(check), [pair, choice, method], checked, **quiet
-    ).then(offered, None, name, **quiet)
+    opened = tab.select(lambda: READING, None, steps.findings, queue=False, **quiet)
+    checks(shows(opened)).then(offered, None, form.name, **quiet)
     steps.start.click(told(begin), [pair, choice, method, steps.folder], job, **quiet).success(
         watch, job, watching, **quiet
     )
@@ -144,7 +154,7 @@ def _steps(backend: Backend) -> _Steps:
                     "Start merge", variant="primary", interactive=False, elem_id="start-merge"
                 )
         with _card("3", "Run", "run"):
-            progress = gr.HTML(NO_RUN, elem_id="run-status")
+            progress = gr.HTML(NO_RUN, elem_id="run-status", elem_classes="run-status")
             with gr.Row(elem_classes="run-row"):
                 cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel-merge")
                 resume = gr.Button("Resume", visible=False, size="sm", elem_id="resume-merge")
@@ -172,6 +182,7 @@ def readiness(
     """Check pair, plan and room before anything is written."""
     from ipmerge_core.merging import estimate, reopen
     from ipmerge_core.pairing import Finding
+    from ipmerge_core.work import work_of
 
     try:
         plan = chosen_plan(pack_id, choice, method or MethodChoice())
@@ -180,12 +191,13 @@ def readiness(
         need = estimate(plan, backend.output_folder(name))
         found = [_public(finding) for finding in models.check()]
         found.append(_room(need.nbytes_written, need.nbytes_free))
-        words = confirm_html(plan, change_words(plan), need, models.kept)
+        beside = work_of(plan, models)
+        kept = {name: reason for name, reason in models.kept.items() if name not in beside}
+        words = confirm_html(plan, change_words(plan), need, kept)
     except IPMergeError as error:
         refusal = Finding("refusal", "This merge cannot be made.", sentence_of(error))
         return Readiness([refusal], "", "", ready=False)
-    if not plan.selected:
-        found.append(_nothing_selected(plan))
+    found += _doubts(plan)
     ready = all(finding.level != "refusal" for finding in found)
     return Readiness(found, words, name, ready)
 
@@ -238,13 +250,30 @@ def _room(nbytes: int, free: int) -> Finding:
     return Finding("ok", "disk", words)
 
 
-def _nothing_selected(plan: MergePlan) -> Finding:
+def _doubts(plan: MergePlan) -> list[Finding]:
+    """What is legal and probably not meant."""
+    from ipmerge_core.measurements import Measurements
     from ipmerge_core.pairing import Finding
 
-    return Finding(
-        "warning",
-        "plan",
-        f"No matrix reaches the similarity threshold {plan.similarity_threshold:g}: the merged "
-        f"model would equal the vision-language model.",
-        "Lower S_alpha in Explore.",
-    )
+    equals = "the merged model would equal the vision-language model."
+    if not plan.selected and plan.similarity_threshold is not None:
+        message = f"No matrix reaches the similarity threshold {plan.similarity_threshold:g}"
+        return [Finding("warning", "plan", f"{message}: {equals}", "Lower S_alpha in Explore.")]
+    if not plan.selected:
+        return [Finding("warning", "plan", f"No matrix is left: {equals}", "Widen the patterns.")]
+    found = []
+    if _change(plan) == 0 and not plan.beside:
+        remedy = "Look at the weights, and at the layers that are kept."
+        found.append(Finding("warning", "plan", f"With these values {equals}", remedy))
+    if plan.calibration is not None:
+        measured = Measurements.open(plan.calibration.folder)
+        inputs = max(record.shape[1] for record in plan.records)
+        found += [Finding("warning", "calibration", *words) for words in measured.doubts(inputs)]
+    return found
+
+
+def _change(plan: MergePlan) -> float | None:
+    try:
+        return plan.preview().relative_change
+    except PlanError:
+        return None

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.jobs import JobStatus
+from ipmerge_core.options import ANCHORS
 
 if TYPE_CHECKING:
     from ipmerge_core.merging import Estimate
@@ -50,9 +51,11 @@ def findings_html(findings: Iterable[Finding]) -> str:
 def change_words(plan: MergePlan) -> str:
     """Say how far the decoder moves, or why that is not known before the merge."""
     try:
-        return f"the decoder moves by {plan.preview().relative_change:.2%} of its norm"
+        found = plan.preview()
     except PlanError as error:
         return str(error)
+    words = f"the decoder moves by {found.relative_change:.2%} of its norm"
+    return f"{words} (approximate: {found.approximate})" if found.approximate else words
 
 
 def confirm_html(plan: MergePlan, change: str, need: Estimate, kept: Mapping[str, str]) -> str:
@@ -66,8 +69,9 @@ def confirm_html(plan: MergePlan, change: str, need: Estimate, kept: Mapping[str
     rows = {
         "Plan": f"<code>{plan.hash}</code> {escape(plan.name)}",
         "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
-        f"{count_words(touched)} parameters ({share:.0%} of the language model); "
-        f"{escape(change)}",
+        f"{count_words(touched)} parameters ({share:.0%} of the language model)"
+        f"{''.join(f', {escape(what)}' for what in plan.beside)}; {escape(change)}",
+        "Measured from": f"{escape(ANCHORS[plan.anchor])} (<code>{plan.anchor}</code>)",
         "Stays, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor and configs",
         "Reads, writes": f"{size_words(need.nbytes_read)}, {size_words(need.nbytes_written)} "
         f"({size_words(need.nbytes_free)} free)",
@@ -81,17 +85,16 @@ def confirm_html(plan: MergePlan, change: str, need: Estimate, kept: Mapping[str
 def progress_html(status: JobStatus) -> str:
     """Draw how far a run is: a bar, and the same in words."""
     step = status.step
-    done, total = step.get("nbytes_done", 0), step.get("nbytes_total", 0)
+    calibrates = "groups" in step
+    unit = "" if calibrates else "nbytes_"
+    done, total = step.get(f"{unit}done", 0), step.get(f"{unit}total", 0)
     share = done / total if total else 0.0
-    words = [f"<b>{STATE_WORDS[status.state].capitalize()}</b>"]
-    if step:
-        words.append(f"{step.get('index', 0)} of {step.get('total', 0)} tensors")
-        words.append(f"{size_words(done)} of {size_words(total)}")
+    words = [f"<b>{STATE_WORDS[status.state].capitalize()}</b>", *_counted(step)]
     elapsed = max(status.updated - status.started, 0.0)
     if status.is_running and done and elapsed > 0.5:
-        words.append(f"{done / elapsed / 1e6:.0f} MB/s")
+        words += [] if calibrates else [f"{done / elapsed / 1e6:.0f} MB/s"]
         words.append(f"about {time_words((total - done) * elapsed / done)} left")
-    name = f"<code>{escape(str(step['tensor']))}</code>" if step else "starting"
+    name = _place(step)
     if status.state == "finished":
         name = f"in {time_words(elapsed)}"
     error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
@@ -101,6 +104,30 @@ def progress_html(status: JobStatus) -> str:
         f"{share:.0%}</progress>"
         f'<p class="run-words">{" · ".join(words)}</p><p class="run-step">{name}</p>{error}'
     )
+
+
+def _counted(step: Mapping[str, Any]) -> list[str]:
+    """Say how many of what are done."""
+    if not step:
+        return []
+    if "groups" in step:
+        return [f"{step['done']} of {step['total']} passes"]
+    measures = step.get("action") == "measured"
+    what = "matrices measured, before the merge" if measures else "tensors"
+    return [
+        f"{step.get('index', 0)} of {step.get('total', 0)} {what}",
+        f"{size_words(step.get('nbytes_done', 0))} of {size_words(step.get('nbytes_total', 0))}",
+    ]
+
+
+def _place(step: Mapping[str, Any]) -> str:
+    """Say what the run is busy with."""
+    if not step:
+        return "starting"
+    if "groups" in step:
+        model = "the vision model" if step["role"] == "mllm" else "the math model"
+        return f"{model}, part {step['group'] + 1} of {step['groups']}"
+    return f"<code>{escape(str(step['tensor']))}</code>"
 
 
 def result_html(out: str, link: str | None, *, show_path: bool) -> str:
@@ -122,9 +149,14 @@ def estimated_seconds(plan: MergePlan, need: Estimate) -> float:
 
     operations = 0.0
     shapes: dict[str, tuple[int, int]] = {record.name: record.shape for record in plan.records}
-    for decision in plan.selected if find_method(plan.method).matrixwise else ():
+    method = find_method(plan.method)
+    for decision in plan.selected if method.matrixwise else ():
         m, n = shapes[decision.name]
-        operations += SVD_OPERATIONS * m * n * min(m, n) * (1 + len(decision.experts))
+        models = 1 + len(decision.experts)
+        operations += SVD_OPERATIONS * m * n * min(m, n) * models
+        if method.stepwise:
+            steps = float(plan.parameters.get("iterations") or 0)
+            operations += steps * 2 * m * n * min(n, 2 * models * m)
     return (need.nbytes_read + need.nbytes_written) / COPY_SPEED + operations / ARITHMETIC_SPEED
 
 

@@ -2,19 +2,24 @@
 
 In: what a visitor chooses. Out: a `MethodChoice`, small plain values that fit in gr.State, and the
 plan it stands for. The methods load torch, so the list is filled when the tab opens and the fields
-are made when a method is chosen. Values are judged where the plan is made, not here.
+are made when a method is chosen; what a plan can be told beside its method stands folded away below
+them. Values are judged where the plan is made, not here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
+from ipmerge_core.errors import PlanError
+from ipmerge_core.options import OPTIONS, Option
 from ipmerge_core.ui.choice import analysis_of, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.messages import is_hosted
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -24,27 +29,42 @@ if TYPE_CHECKING:
 
 EXPLORED = ""  # the name that stands for the plan from Explore
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
+_SLIDER_STEP = 0.01
+OWN = ""  # the choice that leaves an option to the method
+Value = float | int | bool | str | None
 
 
 class MethodChoice(NamedTuple):
-    """The method that a visitor has chosen, and the values that differ from its defaults."""
+    """The method that a visitor has chosen, and the values that differ from its defaults.
+
+    `options` are what the plan is told beside its method; they stay when another method is chosen.
+    """
 
     name: str = EXPLORED
-    values: Mapping[str, float | int | bool | str | None] = {}
+    values: Mapping[str, Value] = {}
+    options: Mapping[str, str] = {}
+    calibration: str = ""
 
 
-def method_form(method: gr.State, after: Callable[[Dependency], object]) -> gr.Dropdown:
-    """Lay out the method's name and its fields; what is chosen goes into `method`.
+class MethodForm(NamedTuple):
+    """The parts of the form that others listen to or lay something beside."""
+
+    name: gr.Dropdown
+    changed: Dependency  # another method was chosen, and the choice knows it
+    data: gr.Column
+
+
+def method_form(method: gr.State, after: Callable[[Dependency], object]) -> MethodForm:
+    """Lay out the method's name, its fields and the options; what is chosen goes into `method`.
 
     Args:
         method: holds a MethodChoice.
-        after: wires what follows a change.
+        after: wires what follows a change of a field or an option.
     """
     name = gr.Dropdown(
         [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
     )
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    after(name.change(MethodChoice, name, method, queue=False, **quiet))
+    changed = name.change(with_method, [method, name], method, queue=False, **_QUIET)
 
     @gr.render(inputs=name, triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
     def fields(chosen: str) -> None:
@@ -53,77 +73,189 @@ def method_form(method: gr.State, after: Callable[[Dependency], object]) -> gr.D
         from ipmerge_core.methods import find_method
 
         found = find_method(chosen)
-        gr.Markdown(f"`{found.formula}` ({found.source})")
-        with gr.Row():
+        gr.Markdown(f"`{found.formula}` ({found.source})", elem_id="method-formula")
+        with gr.Row(elem_classes="fields"):
             for parameter in found.parameters:
-                field = _field(parameter)
                 keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
-                after(field.change(keep, [method, field], method, queue=False, **quiet))
+                _keep(_field(parameter), keep, method, after)
 
-    return name
+    data = gr.Column(elem_id="calibration", visible=False)
+    with (
+        gr.Accordion("Advanced: scope and anchor", open=False),
+        gr.Row(elem_classes="fields"),
+    ):
+        for option in OPTIONS:
+            _keep(_option_field(option), partial(with_option, option.name), method, after)
+    return MethodForm(name, changed, data)
+
+
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def _keep(
+    field: Any,  # noqa: ANN401 (a component; their events are made at run time)
+    keep: Callable[..., MethodChoice],
+    method: gr.State,
+    after: Callable[[Dependency], object],
+) -> None:
+    """Put a field's value into the choice whenever it changes, the last one for sure."""
+    change = field.change(
+        keep, [method, field], method, queue=False, trigger_mode="always_last", **_QUIET
+    )
+    after(change)
 
 
 def offered() -> dict[str, Any]:
-    """Return the dropdown's update: every method that needs no calibration, and why not others."""
+    """Return the dropdown's update: the plan from Explore, and every other method."""
     from ipmerge_core.methods import METHODS
 
-    rest = [method for method in METHODS.values() if not method.selective]
-    here = [(method.label, method.name) for method in rest if method.data is None]
-    elsewhere = ", ".join(method.label for method in rest if method.data is not None)
-    update: dict[str, Any] = gr.update(
-        choices=[(EXPLORED_LABEL, EXPLORED), *here],
-        info=f"Not here: {elsewhere}. They need a calibration on samples, made on the command line "
-        f"with `ipmerge calibrate`.",
-    )
+    rest = [(m.label, m.name) for m in METHODS.values() if not m.selective]
+    update: dict[str, Any] = gr.update(choices=[(EXPLORED_LABEL, EXPLORED), *rest])
     return update
 
 
-def with_value(
-    parameter: str, name: str, choice: MethodChoice, value: float | bool | str | None
-) -> MethodChoice:
+def with_method(choice: MethodChoice, name: str) -> MethodChoice:
+    """Return the choice of another method; values go, options stay."""
+    return MethodChoice(name, options=choice.options)
+
+
+def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) -> MethodChoice:
     """Return the choice with one more value; values of another method are left behind.
 
     >>> with_value("density", "ties", MethodChoice("ties", {"seed": 1}), 0.4).values
     {'seed': 1, 'density': 0.4}
+    >>> with_value("math_density", "ties", MethodChoice("ties", {"seed": 1}), " ").values
+    {'seed': 1, 'math_density': None}
     >>> with_value("density", "ties", MethodChoice("della", {"seed": 1}), 0.4).name
     'della'
     """
     if name != choice.name:  # an event of a field that is on its way out
         return choice
-    return choice._replace(values={**choice.values, parameter: value})
+    read = _number(value) if isinstance(value, str) else value
+    return choice._replace(values={**choice.values, parameter: read})
+
+
+def _number(text: str) -> float | str | None:
+    """Read a number from a field that may be left empty; words stay what they are."""
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        return text
+
+
+def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
+    """Return the choice with one option set, or left to the method where the text is empty.
+
+    >>> with_option("include", MethodChoice(options={"norms": "merge"}), " mlp ").options
+    {'norms': 'merge', 'include': 'mlp'}
+    >>> with_option("norms", MethodChoice(options={"norms": "merge"}), "").options
+    {}
+    """
+    rest = {name: text for name, text in choice.options.items() if name != option}
+    return choice._replace(options={**rest, option: value.strip()} if value.strip() else rest)
 
 
 def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> MergePlan:
     """Make the plan of the chosen method, or the one from Explore.
 
-    Raises: PlanError for a value that the method refuses, or more experts than it merges.
+    Raises: PlanError for a value that the method refuses, more experts than it merges, or samples
+        that it needs and nobody measured.
     """
+    options: dict[str, Any] = dict(method.options)
+    for name in ("include", "exclude"):
+        _refuse_slow(options.get(name, ""))
+    if "layer_gains" in options:
+        options["layer_gains"] = read_gains(options["layer_gains"])
     if method.name == EXPLORED:
-        return plan_of(pack_id, choice)
+        return plan_of(pack_id, choice, **options)
+    from ipmerge_core.methods import find_method
     from ipmerge_core.plan import make_plan
 
-    return make_plan(analysis_of(pack_id), method.name, **method.values)  # type: ignore[arg-type]
+    found = find_method(method.name)
+    if found.data is not None:
+        if not method.calibration:
+            raise PlanError(
+                f"{found.label} needs a calibration of these models. Choose a finished one above, "
+                f"or press Calibrate."
+            )
+        options["calibration"] = method.calibration
+    return make_plan(analysis_of(pack_id), method.name, **method.values, **options)  # type: ignore[arg-type]
 
 
-def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number:
+def _refuse_slow(pattern: str) -> None:
+    """Refuse what can take for ever, where strangers write it: repetition."""
+    if is_hosted() and re.search(r"[*+?{(]", pattern):
+        raise PlanError(
+            f"The pattern {pattern[:40]!r} repeats or groups, which is not offered here; expected "
+            f"parts of names, as 'mlp|layers\\.0\\.'."
+        )
+
+
+def read_gains(text: str) -> tuple[float, ...]:
+    """Read factors that are separated by spaces or commas. Raises: PlanError.
+
+    >>> read_gains("0, 0.5 1")
+    (0.0, 0.5, 1.0)
+    """
+    try:
+        return tuple(float(part) for part in re.split(r"[\s,;]+", text.strip()))
+    except ValueError:
+        raise PlanError(
+            f"The gain over the layers is '{text[:40]}'; expected numbers such as 0 0.5 1, from "
+            f"the first layer to the last."
+        ) from None
+
+
+def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:
     """Make the form field that fits a parameter's kind."""
-    words = [part for part in (parameter.bounds.help, parameter.expectation) if part]
+    words = [parameter.bounds.help]
+    slides = _slides(parameter)
+    if parameter.kind in ("float", "int") and slides is None:
+        words.append(parameter.expectation)
+    name = parameter.name.rstrip("_")
     common: dict[str, Any] = {
-        "label": parameter.name.rstrip("_").replace("_", " "),
-        "info": "; ".join(words),
+        "label": name.replace("_", " ").replace("mllm", "MLLM"),
+        "info": "; ".join(word for word in words if word),
         "value": parameter.default,
         "interactive": True,
-        "elem_id": f"parameter-{parameter.name.rstrip('_').replace('_', '-')}",
-        "min_width": 180,
+        "elem_id": f"parameter-{name.replace('_', '-')}",
     }
     if parameter.kind == "bool":
         return gr.Checkbox(**common)
     if parameter.kind == "choice":
         return gr.Dropdown(list(parameter.choices), **common)
-    return gr.Number(
-        precision=0 if parameter.kind == "int" else None, step=_step(parameter), **common
-    )
+    if parameter.optional:  # a number field cannot be empty
+        return gr.Textbox(placeholder="none", **common)
+    if slides is not None:
+        low, high = slides
+        return gr.Slider(low, high, step=_SLIDER_STEP if high <= 1 else 0.05, **common)
+    whole = parameter.kind == "int"
+    tiny = isinstance(parameter.default, float) and 0 < parameter.default < _SLIDER_STEP
+    step = float(parameter.default or 0) if tiny else 1
+    return gr.Number(precision=0 if whole else None, step=step, **common)
 
 
-def _step(parameter: Parameter) -> float:
-    return 1 if parameter.kind == "int" else 0.05
+def _slides(parameter: Parameter) -> tuple[float, float] | None:
+    """Say where a slider runs, if one fits: a number that is always there and not tiny."""
+    default = parameter.default
+    fits = parameter.kind == "float" and not parameter.optional and isinstance(default, float)
+    tiny = isinstance(default, float) and 0 < default < _SLIDER_STEP
+    return parameter.bounds.slides if fits and not tiny else None
+
+
+def _option_field(option: Option) -> gr.Dropdown | gr.Textbox:
+    common: dict[str, Any] = {
+        "label": option.label,
+        "info": option.help,
+        "elem_id": f"option-{option.name.replace('_', '-')}",
+    }
+    if option.choices is None:
+        return gr.Textbox(**common)
+    meant = [
+        (value if words in (value, "") else f"{value.replace('_', ' ')}: {words}", value)
+        for value, words in option.choices.items()
+    ]
+    if "keep" not in option.choices:  # the method decides where nothing is chosen
+        meant = [("the method's own", OWN), *meant]
+        return gr.Dropdown(meant, value=OWN, **common)
+    return gr.Dropdown(meant, value="keep", **common)

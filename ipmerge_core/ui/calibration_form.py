@@ -1,0 +1,213 @@
+"""The part of the Merge tab for methods that need samples: choose a calibration, or make one.
+
+In: the chosen pair and method. Out: the folder of a finished calibration, put into the method's
+choice; a run that makes one is a job like a merge, with progress, cancel and resume, and the
+browser keeps its id and key. Only calibrations of these very weights are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gradio as gr
+
+from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.merge_words import progress_html, size_words
+from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.method_form import MethodChoice
+
+if TYPE_CHECKING:
+    from gradio.events import Dependency
+
+JOB_KEY = "ipmerge.calibration.v1"
+JOB_SECRET = "ipmerge-calibration"  # noqa: S105 (it only keeps the entry readable after a restart)
+POLL_SECONDS = 0.5
+WHAT = {
+    "gram": "what every matrix reads",
+    "fisher": "how much every answer depends on every weight",
+}
+SAMPLES_HINT = "demo, or a jsonl file with question, answer and image on each line"
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+class _Parts(NamedTuple):
+    """The components of the block."""
+
+    intro: gr.Markdown
+    folder: gr.Dropdown
+    seen: gr.Textbox
+    told: gr.Textbox
+    limit: gr.Number
+    start: gr.Button
+    progress: gr.HTML
+    cancel: gr.Button
+    resume: gr.Button
+
+
+def calibration_form(
+    app: gr.Blocks,
+    backend: Backend,
+    block: gr.Column,
+    pair: gr.Dropdown,
+    method: gr.State,
+    *,
+    job: gr.BrowserState,
+    after: Callable[[Dependency], object],
+) -> Callable[[Dependency], Dependency]:
+    """Lay out the block inside `block` and wire it; returns what fills it when it is needed.
+
+    Args:
+        app: the whole page, whose loading attaches to a run again.
+        backend: where runs are kept.
+        block: the column to lay it out in; it is shown for the methods that need it.
+        pair: the chosen pair.
+        method: holds a MethodChoice.
+        job: what the browser remembers of a run.
+        after: wires what follows a change of the choice.
+    """
+    with block:
+        parts = _layout(hosted=backend.hosted)
+    timer = gr.Timer(POLL_SECONDS, active=False)
+    made = gr.State("")
+
+    def show(pack_id: str, how: MethodChoice, just_made: str) -> list[Any]:
+        return shown(backend, pack_id, how, just_made)
+
+    def keep(pack_id: str, how: MethodChoice, folder: str | None) -> MethodChoice:
+        made_here = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
+        allowed = not backend.hosted or folder in made_here
+        return how._replace(calibration=folder if folder and allowed else "")
+
+    def begin(
+        pack_id: str, how: MethodChoice, seen: str, read: str, limit: float | None
+    ) -> dict[str, str]:
+        started = backend.start_calibration(pack_id, how.name, seen, read, int(limit or 0))
+        return started._asdict()
+
+    def stop(mine: dict[str, str]) -> None:
+        backend.store.cancel(mine["id"], mine["key"])
+
+    def go_on(mine: dict[str, str]) -> None:
+        backend.store.resume(mine["id"], mine["key"])
+
+    def watch(mine: dict[str, str] | None) -> list[Any]:
+        return watched(backend, mine or {})
+
+    filled = [block, parts.intro, parts.folder, method]
+    watching = [parts.progress, parts.cancel, parts.resume, made, timer]
+    asked = [pair, method, parts.seen, parts.told, parts.limit]
+    after(parts.folder.input(keep, [pair, method, parts.folder], method, queue=False, **_QUIET))
+    after(made.change(told(show), [pair, method, made], filled, **_QUIET))
+    parts.start.click(told(begin), asked, job, **_QUIET).success(watch, job, watching, **_QUIET)
+    for button, act in ((parts.cancel, stop), (parts.resume, go_on)):
+        button.click(told(act), job, None, queue=False, **_QUIET).success(
+            watch, job, watching, **_QUIET
+        )
+    timer.tick(watch, job, watching, **_QUIET)  # queued: else nobody is told of the new state
+    app.load(watch, job, watching, queue=False, **_QUIET)
+    return lambda event: event.then(told(show), [pair, method, made], filled, **_QUIET)
+
+
+def remembered_calibration() -> gr.BrowserState:
+    """Make the place in the browser where the run's id and key are kept; outside all tabs."""
+    return gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
+
+
+def shown(backend: Backend, pack_id: str, how: MethodChoice, just_made: str) -> list[Any]:
+    """Fill the block for a method: visible or not, what it needs, the finished ones, the choice.
+
+    A calibration that was just made is chosen; else the one chosen before, if it is still there.
+    """
+    method = data_method(how.name)
+    if method is None:
+        return [gr.update(visible=False), gr.skip(), gr.skip(), how]
+    folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
+    wanted = [just_made if just_made in folders else "", how.calibration, *folders[-1:]]
+    chosen = next(filter(None, wanted), "")
+    intro = (
+        f"{method.label} needs to know {WHAT[str(method.data)]}, measured by running both models "
+        f"on samples. {_cost_words(backend, pack_id, how.name)}"
+    )
+    listed = gr.update(
+        choices=[(Path(folder).name, folder) for folder in folders],
+        value=chosen or None,
+        info=f"{'made here before' if folders else 'none made here yet'}, of these weights"
+        + ("" if backend.hosted else "; or any folder with one"),
+    )
+    return [gr.update(visible=True), intro, listed, how._replace(calibration=chosen)]
+
+
+def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are imported late)
+    """Return the method of that name if it needs data."""
+    from ipmerge_core.methods import METHODS
+
+    method = METHODS.get(name)
+    return method if method is not None and method.data is not None else None
+
+
+def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
+    """Return how far a run is: words, its buttons, the folder once it is finished, the timer."""
+    hidden = gr.update(visible=False)
+    try:
+        status = backend.store.status(str(mine.get("id", "")))
+    except IPMergeError:
+        return ["", hidden, hidden, "", gr.Timer(active=False)]
+    owned = backend.store.holds_key(status.id, mine.get("key", ""))
+    finished = status.state == "finished"
+    return [
+        progress_html(status),
+        gr.update(visible=owned and status.is_running, interactive=status.state == "running"),
+        gr.update(visible=owned and status.can_resume),
+        str(status.arguments.get("out", "")) if finished else "",
+        gr.Timer(active=not finished),
+    ]
+
+
+def _cost_words(backend: Backend, pack_id: str, name: str) -> str:
+    """Say what one sample more or less does not change: memory and disk."""
+    try:
+        cost = backend.calibration_cost(pack_id, name)
+    except (RunError, IPMergeError) as error:
+        return str(error)
+    return (
+        f"It loads one model after the other ({size_words(cost.nbytes_model)} the largest), holds "
+        f"{size_words(cost.nbytes_held)} of sums and writes {size_words(cost.nbytes_written)}."
+    )
+
+
+def _layout(*, hosted: bool) -> _Parts:
+    intro = gr.Markdown("")
+    with gr.Row(elem_classes="fields"):
+        folder = gr.Dropdown(
+            [], label="Calibration", elem_id="calibration-folder", allow_custom_value=not hosted
+        )
+        words: dict[str, Any] = {"value": "demo", "interactive": not hosted}
+        seen = gr.Textbox(
+            label="Samples for the vision model",
+            info=SAMPLES_HINT,
+            elem_id="samples-seen",
+            **words,
+        )
+        read = gr.Textbox(
+            label="Samples for the math model",
+            info=SAMPLES_HINT.replace(", answer and image", " and answer"),
+            elem_id="samples-told",
+            **words,
+        )
+        limit = gr.Number(
+            60,
+            label="How many of each",
+            info="a few hundred for real models",
+            precision=0,
+            minimum=1,
+            elem_id="samples-limit",
+        )
+    with gr.Row(elem_classes="run-row"):
+        start = gr.Button("Calibrate", size="sm", elem_id="start-calibration")
+        cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel-calibration")
+        resume = gr.Button("Resume", visible=False, size="sm", elem_id="resume-calibration")
+    progress = gr.HTML("", elem_id="calibration-status", elem_classes="run-status")
+    return _Parts(intro, folder, seen, read, limit, start, progress, cancel, resume)
