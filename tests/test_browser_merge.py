@@ -142,24 +142,123 @@ def test_a_plan_that_selects_nothing_says_so(new_page, place):
     )
 
 
-def test_a_phone_scrolls_only_downwards(place, new_page):
+def choose(page: Page, label: str) -> None:
+    page.get_by_label("Method", exact=True).click()
+    page.get_by_role("option", name=label, exact=True).click()
+    expect(page.locator("#method-formula")).to_be_visible(timeout=LOADING)
+
+
+def write(page: Page, label: str, text: str) -> None:
+    field = page.get_by_label(label)
+    field.fill(text)
+    field.blur()
+
+
+def manifest_of(place: Place, name: str) -> dict:
+    return json.loads((place.home / "models" / name / "ipmerge.json").read_text())["plan"]
+
+
+@pytest.mark.parametrize("method", [None, "TIES", "RegMean"])
+def test_a_phone_scrolls_only_downwards(method, place, new_page):
     page = open_merge(new_page(width=390, height=844), place.url)
+    if method:
+        choose(page, method)
+        page.get_by_text("Advanced: scope and anchor").click()
+        expect(page.get_by_label("Anchor", exact=True)).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_another_method_is_chosen_set_and_merged(page, place):
-    page.get_by_label("Method", exact=True).click()
-    page.get_by_role("option", name="TIES", exact=True).click()
-    density = page.get_by_label("density", exact=True)
-    expect(density).to_be_visible(timeout=LOADING)
+    choose(page, "TIES")
+    expect(page.get_by_label("number input for density", exact=True)).to_have_value("0.2")
     expect(page.locator("#confirmation")).to_contain_text("not previewable", timeout=LOADING)
-    density.fill("2")
-    expect(page.locator("#findings")).to_contain_text("density is 2", timeout=LOADING)
+    write(page, "math density", "2")
+    expect(page.locator("#findings")).to_contain_text("math_density is 2", timeout=LOADING)
     expect(page.locator("#start-merge")).to_be_disabled()
-    density.fill("0.5")
+    write(page, "math density", "")
+    write(page, "number input for density", "0.5")
     expect(page.locator("#confirmation")).to_contain_text("28 of 28", timeout=LOADING)
     expect(page.locator("#start-merge")).to_be_enabled()
     start(page, "by-ties")
     expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
-    plan = json.loads((place.home / "models" / "by-ties" / "ipmerge.json").read_text())["plan"]
-    assert (plan["method"], plan["parameters"]["density"]) == ("ties", 0.5)
+    plan = manifest_of(place, "by-ties")
+    assert plan["method"] == "ties"
+    assert plan["parameters"]["density"] == 0.5
+    assert plan["parameters"]["math_density"] is None
+
+
+def test_scope_gains_norms_and_anchor_stand_under_advanced(page, place):
+    choose(page, "Task arithmetic")
+    facts = page.locator("#confirmation")
+    expect(facts).to_contain_text("inject", timeout=LOADING)
+    page.get_by_text("Advanced: scope and anchor").click()
+    write(page, "Only these matrices", "mlp")
+    expect(facts).to_contain_text("12 of 28", timeout=LOADING)
+    write(page, "But not these", "layers[.]0[.]")
+    expect(facts).to_contain_text("9 of 28", timeout=LOADING)
+    write(page, "Gain over the layers", "nonsense")
+    expect(page.locator("#findings")).to_contain_text("expected numbers such as", timeout=LOADING)
+    write(page, "Gain over the layers", "0 1")
+    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    page.get_by_label("Norms and biases", exact=True).click()
+    page.get_by_role("option", name="merge", exact=True).click()
+    expect(facts).to_contain_text("norms and biases", timeout=LOADING)
+    page.get_by_label("Anchor", exact=True).click()
+    page.get_by_role("option", name="two base: each model's change, from its own base").click()
+    expect(facts).to_contain_text("two_base", timeout=LOADING)
+    start(page, "by-scope")
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    plan = manifest_of(place, "by-scope")
+    assert (plan["include"], plan["exclude"]) == ("mlp", "layers[.]0[.]")
+    assert (plan["layer_gains"], plan["norms"], plan["anchor"]) == ([0, 1], "merge", "two_base")
+
+
+def test_a_first_pass_is_seen_before_the_merge(page, place):
+    choose(page, "NAN")
+    expect(page.locator("#confirmation")).to_contain_text("which the merge measures first")
+    page.get_by_label("Output folder").fill("by-nan")
+    page.locator("#start-merge").click()
+    expect(page.locator("#run-status")).to_contain_text("matrices measured", timeout=LOADING)
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    assert len(manifest_of(place, "by-nan")["statistic"]) == 2
+
+
+def test_samples_are_measured_here_and_the_merge_uses_them(page, place):
+    choose(page, "RegMean")
+    expect(page.locator("#findings")).to_contain_text("press Calibrate", timeout=LOADING)
+    expect(page.locator("#start-merge")).to_be_disabled()
+    write(page, "How many of each", "3")
+    page.locator("#start-calibration").click()
+    status = page.locator("#calibration-status")
+    expect(status).to_contain_text("Calibrate mllm-gram", timeout=LOADING)
+    expect(page.locator("#cancel-calibration")).to_be_visible()
+    expect(status).to_contain_text("Finished", timeout=LOADING)
+    expect(page.get_by_label("Calibration", exact=True)).to_have_value("mllm-gram")
+    expect(page.locator("#findings")).to_contain_text("fewer tokens", timeout=LOADING)
+    start(page, "by-regmean")
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    assert manifest_of(place, "by-regmean")["method"] == "regmean"
+
+    page.reload()
+    open_merge(page, place.url)
+    choose(page, "RegMean")
+    expect(page.get_by_label("Calibration", exact=True)).to_have_value("mllm-gram")
+    expect(page.locator("#confirmation")).to_contain_text("28 of 28", timeout=LOADING)
+
+
+def test_a_calibration_can_be_cancelled_and_resumed(page, place):
+    choose(page, "Fisher merging")
+    write(page, "How many of each", "200")
+    page.locator("#start-calibration").click()
+    status = page.locator("#calibration-status")
+    expect(status).to_contain_text("passes", timeout=LOADING)
+    page.locator("#cancel-calibration").click()
+    expect(status).to_contain_text("Cancelled", timeout=LOADING)
+    page.locator("#resume-calibration").click()
+    expect(status).to_contain_text("Running", timeout=LOADING)
+    page.reload()
+    open_merge(page, place.url)
+    choose(page, "Fisher merging")
+    expect(status).to_contain_text("Finished", timeout=3 * LOADING)
+    expect(page.get_by_label("Calibration", exact=True)).to_have_value("mllm-fisher")
+    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)

@@ -84,11 +84,13 @@ def merge_tab(
 
     # handlers
     def check(
-        pack_id: str, plan: PlanChoice, how: MethodChoice
-    ) -> tuple[str, str, str, dict[str, Any]]:
+        pack_id: str, plan: PlanChoice, how: MethodChoice, typed: str, before: str
+    ) -> tuple[str, str, Any, dict[str, Any], str]:
         found = readiness(backend, pack_id, plan, how)
-        words = findings_html(found.findings)
-        return words, found.confirmation, found.folder, gr.update(interactive=found.ready)
+        own = typed not in ("", before)  # a name that a visitor wrote stays
+        folder = gr.skip() if own else found.folder
+        start = gr.update(interactive=found.ready)
+        return findings_html(found.findings), found.confirmation, folder, start, found.folder
 
     def begin(pack_id: str, plan: PlanChoice, how: MethodChoice, name: str) -> dict[str, str]:
         started = backend.start_merge(chosen_plan(pack_id, plan, how), name)
@@ -106,10 +108,12 @@ def merge_tab(
     # wiring
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     watching = [steps.progress, steps.cancel, steps.resume, steps.result, steps.try_it, timer]
-    checked = [steps.findings, steps.confirmation, steps.folder, steps.start]
+    suggested = gr.State("")
+    asked = [pair, choice, method, steps.folder, suggested]
+    checked = [steps.findings, steps.confirmation, steps.folder, steps.start, suggested]
 
     def checks(event: Dependency) -> Dependency:
-        then: Dependency = event.then(told(check), [pair, choice, method], checked, **quiet)
+        then: Dependency = event.then(told(check), asked, checked, **quiet)
         return then
 
     with steps.form:
