@@ -45,6 +45,7 @@ from ipmerge_core.scope import engine_anchor
 from ipmerge_core.version import __version__
 from ipmerge_core.vocabulary import ROWS
 from ipmerge_core.work import (
+    BESIDE,
     Part,
     Work,
     held,
@@ -286,7 +287,7 @@ class _Run:
         supplied: dict[str, Any] = {}
         if self.statistic is not None:
             supplied["statistic"] = self.statistic
-        if self.measurements is not None:
+        if self.measurements is not None and part.matrix.module not in BESIDE:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, self.device)
         anchor = engine_anchor(self.method, self.plan.anchor)
         models = on_one_base(content, self.device, anchor)

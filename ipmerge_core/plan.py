@@ -256,7 +256,7 @@ def make_plan(
         calibration: a folder that `calibrate` made, for the methods that need data.
         norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
         embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
-            token every model has. Include and exclude hold for both, elementwise methods only.
+            token every model has. Include and exclude hold for both.
         anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
             "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
             B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is

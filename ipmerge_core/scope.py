@@ -58,17 +58,10 @@ def check_beside(method: MergeMethod, norms: Norms, embeddings: Embeddings) -> N
     check_policy("norms", norms, Norms)
     check_policy("embeddings", embeddings, Embeddings)
     asked = ["norms and biases"] * (norms != "keep") + ["embeddings"] * (embeddings != "keep")
-    if not asked:
-        return
-    if method.matrixwise:
+    if asked and method.matrixwise and method.vectors is None:
         raise PlanError(
-            f"{method.label} works on whole matrices and cannot merge {asked[0]}. Keep them, or "
-            f"choose an elementwise method such as task_arithmetic."
-        )
-    if method.data is not None:
-        raise PlanError(
-            f"{method.label} needs a calibration, which measures matrices only and not {asked[0]}. "
-            f"Keep them, or choose a method without data such as task_arithmetic."
+            f"{method.label} works on whole matrices and has nothing to say of {asked[0]}. Keep "
+            f"them, or choose another method, such as task_arithmetic."
         )
 
 

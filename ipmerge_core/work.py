@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ipmerge_core.checkpoint import TensorSpec, split_address
 from ipmerge_core.errors import PlanError
-from ipmerge_core.methods import MergeMethod
+from ipmerge_core.methods import METHODS, MergeMethod
 from ipmerge_core.methods.blocks import blockwise
 from ipmerge_core.methods.traits import Anchor
 from ipmerge_core.pairing import BIAS, NORM, VOCABULARY, MatrixMatch, MatrixWeights, ModelPair
@@ -26,6 +26,7 @@ from ipmerge_core.vocabulary import ROWS, shared_rows, shared_tokens
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
 Work: TypeAlias = dict[str, list[Chosen]]  # by the MLLM's stored tensor
+BESIDE = ("norm", "bias", ROWS)  # the modules of what is no matrix of a layer
 
 
 class Part(NamedTuple):
@@ -96,9 +97,13 @@ def merging_of(
     """Merge one matrix; rows of a vocabulary one by one, whatever rows they were read with.
 
     A threshold or a direction is then a token's own, and does not depend on how the tokens are
-    ordered. The base's row keys the random numbers of a token. Yields the share that is done where
-    the method is stepwise, and returns the matrix.
+    ordered. The base's row keys the random numbers of a token. Where the method has nothing to say
+    of vectors, norms, biases and rows are merged by task arithmetic. Yields the share that is done
+    where the method is stepwise, and returns the matrix.
     """
+    if matrix.module in BESIDE and method.vectors is not None:
+        own, other = method.vectors(keywords, len(models[2]))
+        method, keywords = METHODS["task_arithmetic"], {"mllm_weight": own, "math_weight": other}
     if matrix.module != ROWS:
         return (yield from method.steps(*models, tensor_name=matrix.name, **keywords))
     base, mllm, experts = models

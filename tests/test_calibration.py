@@ -226,6 +226,16 @@ def test_a_plan_with_a_calibration_merges_the_whole_model(method, kind, pair, tm
     assert torch.equal(merged.read_matrix(kept.mllm), pair.mllm.read_matrix(kept.mllm))
 
 
+def test_what_was_not_measured_gets_the_mean_of_the_models(pair, grams, tmp_path):
+    plan = make_plan(pair, "regmean", calibration=grams.folder, alpha=0.75, norms="merge")
+    merge(plan, tmp_path / "out")
+    merged = Checkpoint.open(tmp_path / "out")
+    for vector in pair.vectors:
+        mllm, math = pair.mllm.read(vector.mllm), pair.math[0].read(vector.math[0])
+        expected = 0.75 * mllm + 0.25 * math
+        assert torch.allclose(merged.read(vector.mllm), expected, atol=1e-6)
+
+
 def test_the_command_line_calibrates_plans_and_merges(tmp_path, capsys):
     models = [f"--{role}={DEMO / role}" for role in ("mllm", "math", "base")]
     folder, plan, out = (str(tmp_path / name) for name in ("measured", "plan.json", "out"))

@@ -190,19 +190,43 @@ def test_the_estimate_counts_what_is_read_beside(shifted: Trio, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({"method": "tsv", "norms": "merge"}, "whole matrices"),
-        ({"method": "wudi", "embeddings": "merge-shared"}, "whole matrices"),
-        ({"method": "fisher", "norms": "merge"}, "calibration"),
         ({"norms": "drop"}, "expected keep or merge"),
         ({"embeddings": "merge"}, "expected keep or merge-shared"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(
+def test_a_policy_that_is_none_is_refused(
     choice: dict[str, Any], words: str, shifted: Trio
 ) -> None:
     pair = ipm.open_pair(shifted.mllm, shifted.math, shifted.base)
     with pytest.raises(PlanError, match=words):
         ipm.make_plan(pair, **{"method": "task_arithmetic", **choice})
+
+
+def test_what_works_on_whole_matrices_only_says_so(shifted: Trio) -> None:
+    analysis = ipm.analyse(ipm.open_pair(shifted.mllm, shifted.math, shifted.base))
+    for choice in ({"norms": "merge"}, {"embeddings": "merge-shared"}):
+        with pytest.raises(PlanError, match="works on whole matrices"):
+            ipm.make_plan(analysis, "ip_merging", **choice)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "knots_ties", "wudi"])
+def test_methods_of_directions_take_the_mean_of_what_vectors_changed(
+    method: str, shifted: Trio, tmp_path: Path
+) -> None:
+    pair = ipm.open_pair(shifted.mllm, shifted.math, shifted.base)
+    choice = {"norms": "merge", "embeddings": "merge-shared", "math_weight": 0.5}
+    ipm.merge(ipm.make_plan(pair, method, **choice), tmp_path / "out")
+    base, mllm, math, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (shifted.base, shifted.mllm, shifted.math, tmp_path / "out")
+    )
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.norm.weight"):
+        host = f"language_model.{name}"
+        expected = base[name] + (mllm[host] - base[name]) / 2 + 0.25 * (math[name] - base[name])
+        assert torch.allclose(after[host], expected, atol=1e-6)
+    rows = f"language_model.{EMBEDDING}"
+    assert torch.equal(after[rows][2:], mllm[rows][2:])
+    assert not torch.equal(after[rows][:2], mllm[rows][:2])
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "not json", '{"model": {"vocab": {"x": 0}}}', None])

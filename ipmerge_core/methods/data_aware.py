@@ -7,7 +7,7 @@ fp32, or fp64 for fp64 inputs. No data is touched here; without measurements the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
@@ -49,6 +49,12 @@ _NOTHING = 1e-30  # decides only where no model has any information and the floo
 def shares(alpha: float, experts: int) -> list[float]:
     """The MLLM's share alpha and what is left for every expert."""
     return [alpha] + [(1 - alpha) / experts] * experts
+
+
+def _mean_of_weights(parameters: Mapping[str, Any], experts: int) -> tuple[float, float]:
+    """Weigh vectors, of which nothing is measured, by the models' shares."""
+    own, other = shares(parameters["alpha"], experts)[:2]
+    return own, other
 
 
 def _measured(
@@ -112,6 +118,7 @@ def _combine_fisher(
     several_experts=True,
     unknown="every element moves by what the calibration measured for it",
     anchor="interp",
+    vectors=_mean_of_weights,
     statistic=Statistic(_measure_fisher, _combine_fisher),
     data="fisher",
 )
@@ -172,6 +179,7 @@ def fisher(
     several_experts=True,
     unknown="every matrix is solved for with the inputs that the calibration measured",
     anchor="interp",
+    vectors=_mean_of_weights,
     data="gram",
     matrixwise=True,
 )

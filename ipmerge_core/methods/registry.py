@@ -155,7 +155,9 @@ class MergeMethod:
     vectors have no use for; all others do a few operations per element. `local` ones look at
     nothing but that element of each model, and at their statistic. The function of a `stepwise`
     method works for long: it is a generator, which yields the share that is done and returns the
-    matrix. `check` refuses values that are legal each by itself and not together.
+    matrix. `check` refuses values that are legal each by itself and not together. `vectors` is for
+    methods that say nothing of norms, biases and rows of embeddings: from the parameters and the
+    number of experts, the weights of task arithmetic on them.
     """
 
     name: str
@@ -177,6 +179,7 @@ class MergeMethod:
     local: bool = False
     stepwise: bool = False
     check: Callable[[Mapping[str, Any]], object] | None = None
+    vectors: Callable[[Mapping[str, Any], int], tuple[float, float]] | None = None
 
     def __call__(
         self,

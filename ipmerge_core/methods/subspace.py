@@ -7,8 +7,8 @@ whose weight is 0, has no directions and takes no part; a single one that is lef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,12 @@ def living_task_vectors(
         for matrix, weight in zip([mllm, *experts], weights, strict=True)
     ]
     return [vector for vector in vectors if bool(vector.any())]
+
+
+def mean_of_changes(parameters: Mapping[str, Any], experts: int) -> tuple[float, float]:
+    """Weigh vectors, which have no directions to share: the mean of the weighted task vectors."""
+    count = 1 + experts
+    return parameters["mllm_weight"] / count, parameters["math_weight"] / count
 
 
 def _start(
@@ -112,6 +118,7 @@ def _left(found: Spectrum) -> Tensor:
     formula="W = W0 + s U' diag(S) V'^T, U', V' nearest orthonormal to the stacked top r / T",
     several_experts=True,
     unknown=ANEW,
+    vectors=mean_of_changes,
     matrixwise=True,
 )
 def tsv(
@@ -164,6 +171,7 @@ def _numerical_rank(found: Spectrum, shape: torch.Size) -> int:
     formula="W = W0 + s mean(S) U V^T, U S V^T = sum_i a_i dW_i",
     several_experts=True,
     unknown=ANEW,
+    vectors=mean_of_changes,
     matrixwise=True,
 )
 def iso_c(
@@ -198,6 +206,7 @@ def iso_c(
     formula="W = W0 + s mean(S) U' V'^T, common directions of the sum and task-specific ones",
     several_experts=True,
     unknown=ANEW,
+    vectors=mean_of_changes,
     matrixwise=True,
 )
 def iso_cts(
@@ -252,6 +261,7 @@ def _first(found: Spectrum, count: int) -> tuple[Tensor, Tensor, Tensor]:
     formula="W = W0 + s U ties(U^T dW_v, U^T dW_e), U from the SVD of [dW_v | dW_e]",
     several_experts=True,
     unknown=ANEW,
+    vectors=mean_of_changes,
     matrixwise=True,
 )
 def knots_ties(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ipmerge_core.methods.blocks import result_dtype
 from ipmerge_core.methods.elementwise import add_to_base, as_list
 from ipmerge_core.methods.registry import Coefficient, Experts, Gain, Range, merge_method
-from ipmerge_core.methods.subspace import living_task_vectors
+from ipmerge_core.methods.subspace import living_task_vectors, mean_of_changes
 from ipmerge_core.methods.traits import Matrix
 from ipmerge_core.spectrum import as_float, svd
 
@@ -32,6 +32,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
     formula="W = W0 + s argmin_X sum_i |(X - dW_i) dW_i^T|^2 / |dW_i|^2, from X = sum_i dW_i",
     several_experts=True,
     unknown="it is found by iteration",
+    vectors=mean_of_changes,
     matrixwise=True,
     stepwise=True,
 )
