@@ -17,23 +17,23 @@ function saveBlob(name, blob) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-// spec: { title, stem, rows() -> [{key: value}], columns: [[key, value -> words], ...], sort }
+// spec: { title, label, stem, rows() -> [{key: value}], columns: [[key, value -> words], ...], sort }
 function twin(spec) {
-  const holder = node("div", { class: "lm-table-holder", tabindex: "0", role: "region", "aria-label": spec.title });
+  const holder = node("div", { class: "lm-table-holder", tabindex: "0", role: "region", "aria-label": spec.label || spec.title });
   const made = node("details", { class: "lm-more" }, node("summary", {}, spec.title), holder);
   made.twin = { sort: { key: spec.columns[0][0], down: false }, ...spec, holder };
   return made;
 }
 
 function fillTwin(details) {
-  const { title, rows, columns, sort, holder } = details.twin;
+  const { title, label, rows, columns, sort, holder } = details.twin;
   if (!details.open) return;
   const found = sortRows(rows(), sort);
   const shown = columns.filter(([key]) => !found.length || found[0][key] !== undefined);
   holder.replaceChildren(...(!found.length ? [node("p", {}, "Nothing to list.")] : [
     node("p", { class: "lm-acts" }, node("button", { type: "button", class: "lm-quiet", "data-act": "twin-csv" }, "Save as CSV")),
     node("table", { class: "lm-numbers lm-table" },
-      node("caption", {}, `${title}: ${found.length} rows`),
+      node("caption", {}, `${label || title}, ${found.length} rows`),
       sortHeads(shown.map(([key]) => key), sort),
       node("tbody", {}, ...found.map((row) => node("tr", {}, ...shown.map(([key, words]) => node("td", {}, words(row[key]))))))),
   ]));
@@ -62,7 +62,7 @@ function twinAction(button) {
 function figure({ heading, extra, drawing, summary, wide, ...numbers }) {
   if (summary) fill(drawing, { role: "img", "aria-label": summary }, []);
   return node("figure", { class: wide ? "lm-figure lm-figure-wide" : "lm-figure" }, node("figcaption", {}, heading, extra),
-    drawing, twin({ title: "Numbers", ...numbers }));
+    drawing, twin({ title: "Numbers", label: `Numbers: ${heading}`, ...numbers }));
 }
 
 element.addEventListener("toggle", ({ target }) => { if (target.twin) fillTwin(target); }, true);
