@@ -3,7 +3,7 @@
 In: a `ModelPair`. Out: an `Analysis` with one `LayerRecord` per matrix and expert: similarities,
 norms, inner products, sampled spectra; no weights. Everything that a plan or a plot needs later is
 there, so that no slider ever asks for a decomposition. `iter_analysis` yields the records one by
-one and can be closed at any time.
+one and can be closed at any time; `iter_pack` does the same as a run that leaves a pack.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import UTC, datetime
 from functools import partial
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -26,7 +28,8 @@ from ipmerge_core import similarity as sim
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.comparison import Options, compare
 from ipmerge_core.errors import PairingError, RunError
-from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair
+from ipmerge_core.journal import Journal, Place, journal_of
+from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
 from ipmerge_core.pipeline import Load, read_ahead
 from ipmerge_core.records import (
     VERSION,
@@ -73,7 +76,7 @@ def analyse(
     pack = folder / (_identity(pair, options)[:32] + ".json.gz")
     if pack.exists():
         return Analysis.load(pack)
-    journal = pack.with_suffix(".journal")
+    journal = journal_of(pack)
     records = tuple(iter_analysis(pair, options, device=device, journal=journal))
     analysis = assemble(pair, records, options)
     analysis.save(pack)
@@ -84,6 +87,10 @@ def analyse(
 def assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
     """Make an Analysis of the records that `iter_analysis` yielded."""
     _check_not_zero(pair, records)
+    return _with_records(pair, options, records)
+
+
+def _with_records(pair: ModelPair, options: Options, records: tuple[LayerRecord, ...]) -> Analysis:
     sources, totals = describe(pair)
     return Analysis(
         name=pair.name,
@@ -161,7 +168,7 @@ def iter_analysis(
     from there. Errors as for `analyse`.
     """
     options = (options or Options()).check()
-    done = _Journal(journal, _identity(pair, options)) if journal is not None else None
+    done = _open_journal(Path(journal), pair, options) if journal is not None else None
     found = done.records if done else {}
     waiting = [matrix for matrix in pair.matrices if matrix.name not in found]
     with closing(_analyse_each(pair, waiting, device, options)) as fresh:
@@ -175,26 +182,91 @@ def iter_analysis(
             yield from records
 
 
-class _Journal:
-    """Records on disk as they are made: a line that says for what, then a JSON line per matrix."""
+def _open_journal(path: Path, pair: ModelPair, options: Options) -> Journal:
+    places = [Place(m.layer, m.module, comparing_cost(m.shape)) for m in pair.matrices]
+    return Journal(
+        path, _identity(pair, options), _with_records(pair, options, ()).to_dict(), places
+    )
 
-    def __init__(self, path: str | Path, identity: str) -> None:
-        self.path, self.records = Path(path), dict[str, list[LayerRecord]]()
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        whole = [identity]
-        for line in lines[1:] if lines[:1] == [identity] else []:
-            try:
-                records = [LayerRecord.from_dict(entry) for entry in json.loads(line)]
-            except ValueError:  # the line that a kill cut short
-                break
-            self.records[records[0].name] = records
-            whole.append(line)
-        self.path.write_text("\n".join(whole) + "\n", encoding="utf-8")
 
-    def append(self, records: list[LayerRecord]) -> None:
-        line = json.dumps([record.to_dict() for record in records])
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+def comparing_cost(shape: tuple[int, int]) -> int:
+    """Relative cost of analysing one matrix, m n min(m, n), by which progress is told."""
+    return prod(shape) * min(shape)
+
+
+# --- the analysis as a run: from names of models to a pack on disk ---
+
+
+class AnalysisStep(NamedTuple):
+    """How far a run of `iter_pack` is, in matrices and in cost.
+
+    `cost_before` is what an earlier run of the same work had done.
+    """
+
+    number: int
+    total: int
+    matrix: str
+    cost_done: int
+    cost_before: int
+    cost_total: int
+
+
+def iter_pack(
+    mllm: str,
+    math: Sequence[str],
+    base: str,
+    out: str | Path,
+    *,
+    base_mllm: str | None = None,
+    rank: int | None = None,
+    quick: bool = False,
+    device: str = "cpu",
+    hub_only: bool = False,
+) -> Iterator[AnalysisStep]:
+    """Analyse models by name into the new pack `out`, step by step; interrupted, it goes on.
+
+    What is found stands in the journal beside `out` (see `journal_of`) until the pack is whole.
+
+    Raises:
+        PairingError: the sibling check refuses the models, or nothing is to be compared.
+        CheckpointError: a model cannot be opened; with `hub_only`, one that is no hub id.
+        RunError: `out` exists, or memory does not suffice.
+    """
+    out, options = Path(out), Options(rank, quick=quick).check()
+    if out.exists():
+        raise RunError(f"'{out}' exists already. Give the pack another name.")
+    opened = partial(Checkpoint.open, hub_only=hub_only)
+    own = opened(base_mllm) if base_mllm else None
+    pair = open_pair(opened(mllm), [opened(name) for name in math], opened(base), base_mllm=own)
+    pair.refuse_strangers()
+    yield from _pack_steps(pair, options, out, device)
+
+
+def _pack_steps(
+    pair: ModelPair, options: Options, out: Path, device: str
+) -> Iterator[AnalysisStep]:
+    costs = [comparing_cost(matrix.shape) for matrix in pair.matrices]
+    journal = _open_journal(journal_of(out), pair, options)
+    before = sum(costs[: len(journal.records)])
+    step = AnalysisStep(len(journal.records), len(costs), "", before, before, sum(costs))
+    yield step
+    records: list[LayerRecord] = []
+    for record in iter_analysis(pair, options, device=device, journal=journal.path):
+        records.append(record)
+        number = len(records) // len(pair.math)
+        if record.expert == len(pair.math) - 1 and number > step.number:
+            done = sum(costs[:number])
+            step = step._replace(number=number, matrix=record.name, cost_done=done)
+            yield step
+    _publish(assemble(pair, tuple(records), options), out)
+    journal.path.unlink()
+
+
+def _publish(analysis: Analysis, out: Path) -> None:
+    """Write a pack that appears when it is whole."""
+    temporary = out.with_name(f".{out.name}")
+    analysis.save(temporary)
+    temporary.replace(out)
 
 
 # --- the pipeline: read, decompose, in order ---
@@ -204,7 +276,7 @@ def _analyse_each(
     pair: ModelPair, matrices: Sequence[MatrixMatch], device: str, options: Options
 ) -> Generator[list[LayerRecord]]:
     """Yield each matrix' records in order; some are decomposed at once, the next is read ahead."""
-    workers = _workers(device, max((_working_set(pair, m, options) for m in matrices), default=0))
+    workers = _workers(device, max((working_set(pair, m, options) for m in matrices), default=0))
     if workers == 0:
         device, workers = "cpu", 1
     loads = [Load(_stored_bytes(pair, matrix), partial(pair.read, matrix)) for matrix in matrices]
@@ -251,7 +323,7 @@ def _workers(device: str, working_set: int) -> int:
     return 0 if torch.device(device).type == "cuda" else 1
 
 
-def _working_set(pair: ModelPair, matrix: MatrixMatch, options: Options) -> int:
+def working_set(pair: ModelPair, matrix: MatrixMatch, options: Options) -> int:
     """Bytes that one matrix' decomposition takes: weights and factors in fp32, Grams in fp64."""
     m, n = matrix.shape
     gram = 0 if options.quick else 8 * 4 * min(m, n) ** 2

@@ -2,7 +2,7 @@
 
 In: `catalogue.json` beside this file. Out: known models, pairs and presets as plain values, and the
 likely true base of a model. Every fact names its source; a licence that nobody read is None, and a
-preset says whether it is a paper's, its public code's, or ours. Asks no network.
+preset says whether it is a paper's, its public code's, or ours. Asks no network, loads no torch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ipmerge_core.checkpoint import Checkpoint
+if TYPE_CHECKING:
+    from ipmerge_core.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -91,17 +91,18 @@ class Checkpoint:
         _check_index(files, self.tensors)
 
     @classmethod
-    def open(cls, source: str | Path) -> Checkpoint:
+    def open(cls, source: str | Path, *, hub_only: bool = False) -> Checkpoint:
         """Open a model folder or a hub id by its headers; no weight is read.
 
         Args:
             source: a folder, or `org/name`, or `org/name@revision`.
+            hub_only: take hub ids only, for names that strangers write.
 
         Raises:
             CheckpointError: there is no such model, or it holds no safetensors weights.
             CorruptShardError: a header contradicts its file.
         """
-        return cls(find_files(source))
+        return cls(find_files(source, hub_only=hub_only))
 
     @property
     def id(self) -> str:

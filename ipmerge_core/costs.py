@@ -1,7 +1,8 @@
-"""What a merge will take, worked out from headers before the first byte: disk, memory, time.
+"""What a run will take, worked out from headers before the first byte: disk, memory, time.
 
-In: a plan and its pair. Out: an `Estimate` that also names the cheaper way where there is one. The
-rates are those of an ordinary machine and are named below; times are rough and say so.
+In: a pair, and the plan of a merge or the options of an analysis. Out: an `Estimate` that also
+names the cheaper way where there is one, or an `AnalysisEstimate`. The rates are those of an
+ordinary machine and are named below; times are rough and say so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
+from ipmerge_core.analysis import comparing_cost, working_set
+from ipmerge_core.comparison import Options
 from ipmerge_core.errors import RunError
 from ipmerge_core.methods import find_method
 from ipmerge_core.pairing import ModelPair
@@ -21,6 +26,10 @@ from ipmerge_core.writer import layout_bytes, place_of
 DISK_RATE, HUB_RATE = 300e6, 50e6  # bytes per second
 ELEMENT_RATE = 300e6  # elements per second that an elementwise method merges on one CPU core
 SVD_RATE = 8e9 / 20  # m n min(m, n) per second on one core: 20 operations each at 8 GFLOP/s
+# Of each task vector on one busy core, as benchmarks/bench_analysis.py prints them.
+ANALYSIS_RATE = 3e9  # m n min(m, n) per second, exact
+QUICK_RATE = 6e6  # elements per second, leading directions only
+RECORD_BYTES = 1400  # of one record in a pack, gzipped
 
 
 class Estimate(NamedTuple):
@@ -59,6 +68,42 @@ def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path) -> Estimate:
     )
     seconds = _seconds(plan, need, merged)
     return need._replace(seconds=seconds, advice=_advice(plan, pair, need, seconds))
+
+
+class AnalysisEstimate(NamedTuple):
+    """What an analysis will need, before it starts. Sizes in bytes, time in seconds."""
+
+    n_matrices: int
+    nbytes_read: int
+    nbytes_fetched: int  # of what is read, over the network
+    nbytes_memory: int  # for the largest matrix and what is read ahead, beside the interpreter
+    nbytes_memory_free: int
+    nbytes_written: int
+    seconds: float  # rough, on one CPU core
+
+
+def estimate_analysis(pair: ModelPair, options: Options) -> AnalysisEstimate:
+    """Work out bytes, memory and time of an analysis; only the decoder's matrices are read."""
+    experts = range(len(pair.math))
+    held = [input_sizes(pair, matrix, experts) for matrix in pair.matrices]
+    nbytes_read, fetched = sum(sum(sizes) for sizes in held), _fetched(pair, held, 0)
+    task_vectors = 1 + len(pair.math)
+    if options.quick:
+        seconds = task_vectors * sum(prod(m.shape) for m in pair.matrices) / QUICK_RATE
+    else:
+        work = sum(comparing_cost(matrix.shape) for matrix in pair.matrices)
+        seconds = task_vectors * work / ANALYSIS_RATE
+    moved = (nbytes_read - fetched) / DISK_RATE + fetched / HUB_RATE
+    return AnalysisEstimate(
+        n_matrices=len(pair.matrices),
+        nbytes_read=nbytes_read,
+        nbytes_fetched=fetched,
+        nbytes_memory=max(working_set(pair, matrix, options) for matrix in pair.matrices)
+        + 2 * max(sum(sizes) for sizes in held),
+        nbytes_memory_free=psutil.virtual_memory().available,
+        nbytes_written=RECORD_BYTES * len(pair.matrices) * len(pair.math),
+        seconds=max(seconds, moved),  # the next matrix is read while one is decomposed
+    )
 
 
 def merging_cost(shape: tuple[int, ...]) -> float:

@@ -179,11 +179,20 @@ class RemoteFiles:
             ) from error
 
 
-def find_files(source: str | Path) -> Files:
+def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     """Return the files of a folder, or of a hub id if there is no such folder.
+
+    With `hub_only`, for names that strangers write, no folder is looked at.
 
     Raises: CheckpointError when there is neither, or the hub refuses.
     """
+    if hub_only:
+        if isinstance(source, str) and _HUB_ID.fullmatch(source):
+            return open_hub(source)
+        raise CheckpointError(
+            f"'{str(source)[:80]}' is no hub id; expected 'org/name' or 'org/name@revision'. "
+            f"Models on disk are read only where the app runs on your own machine."
+        )
     folder = Path(source).expanduser()
     if folder.is_dir():
         return LocalFiles(folder)

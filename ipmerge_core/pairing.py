@@ -154,6 +154,13 @@ class ModelPair:
         """
         return [self._tensor_finding(), *check_siblings(list(self._members()), self._sample())]
 
+    def refuse_strangers(self, way_out: str = "") -> None:
+        """Raise PairingError for the first refusal of the check; `way_out` ends its message."""
+        for finding in self.check():
+            if finding.level == "refusal":
+                words = (f"{finding.subject}: {finding.message}", finding.remedy, way_out)
+                raise PairingError(" ".join(filter(None, words)))
+
     def read(
         self, matrix: MatrixMatch, experts: Sequence[int] | None = None, *, check: bool = True
     ) -> MatrixWeights:

@@ -246,7 +246,9 @@ def test_an_interrupted_analysis_goes_on_where_it_was(
     read = []
     original = type(pair.mllm).read_matrix
     monkeypatch.setattr(
-        type(pair.mllm), "read_matrix", lambda self, name: read.append(name) or original(self, name)
+        type(pair.mllm),
+        "read_matrix",
+        lambda self, name, **how: read.append(name) or original(self, name, **how),
     )
     again = list(ipm.iter_analysis(pair, journal=tmp_path / "journal"))
     assert again[:9] == first

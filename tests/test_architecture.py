@@ -33,6 +33,7 @@ ORDER = [
     {"spectrum"},
     {"similarity"},
     {"records"},
+    {"journal"},
     {"comparison"},
     {"analysis"},
     {"methods"},

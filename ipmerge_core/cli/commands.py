@@ -20,7 +20,6 @@ from ipmerge_core.cli.reading import (
     read_method_options,
     read_overrides,
     read_recipe,
-    refuse_strangers,
 )
 
 if TYPE_CHECKING:
@@ -45,15 +44,16 @@ def check(options: argparse.Namespace) -> int:
 
 def analyse(options: argparse.Namespace) -> int:
     """Write a pack; an interrupted analysis goes on."""
-    from ipmerge_core.analysis import assemble, iter_analysis
+    from ipmerge_core.analysis import assemble, comparing_cost, iter_analysis
     from ipmerge_core.comparison import Options
 
     pair = open_models(options)
-    refuse_strangers(pair, options.force)
+    if not options.force:
+        pair.refuse_strangers("(--force analyses anyway.)")
     check_target(options.output)
     how = Options(options.rank, options.temperature, options.quick).check()
     journal = Path(options.output + ".journal")
-    costs = [m.shape[0] * m.shape[1] * min(m.shape) for m in pair.matrices for _ in pair.math]
+    costs = [comparing_cost(matrix.shape) for matrix in pair.matrices for _ in pair.math]
     progress = Progress("analysing", sum(costs), options)
     records, done = [], 0
     for cost, record in zip(

@@ -23,18 +23,6 @@ def open_models(options: argparse.Namespace) -> ModelPair:
     return open_pair(options.mllm, options.math, options.base, base_mllm=options.base_mllm)
 
 
-def refuse_strangers(pair: ModelPair, force: bool) -> None:
-    """Raise PairingError for the first refusal of the sibling check, unless forced."""
-    from ipmerge_core.errors import PairingError
-
-    refusals = [finding for finding in pair.check() if finding.level == "refusal"]
-    if refusals and not force:
-        first = refusals[0]
-        raise PairingError(
-            f"{first.subject}: {first.message} {first.remedy} (--force analyses anyway.)"
-        )
-
-
 def check_target(path: str) -> None:
     """Make sure that the folder of an output file exists, before any work."""
     folder = Path(path).expanduser().absolute().parent

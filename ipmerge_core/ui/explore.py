@@ -98,8 +98,8 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
 
     def draw_spectra(pack_id: str, event: gr.EventData) -> dict[str, Any]:
         infos = [spectra_info(record) for record in read_cells(event._data, load_pack(pack_id))]
-        look = {key: event._data.get(key) is True for key in ("dark", "narrow")}
-        return gr.update(value=spectra_figure(*infos, **look), visible=True)
+        dark, narrow = (event._data.get(key) is True for key in ("dark", "narrow"))
+        return gr.update(value=spectra_figure(*infos, dark=dark, narrow=narrow), visible=True)
 
     # wiring
     opened = pair.input(
