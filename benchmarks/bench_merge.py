@@ -48,7 +48,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="12 make 0.74 B parameters")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--flat", type=int, nargs="*", default=[3, 38], help="layers to compare")
-    parser.add_argument("--methods", nargs="*", default=list(GAINS))
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=list(GAINS),
+        help="names, or the word elementwise: all that need no data and decompose nothing",
+    )
     parser.add_argument("--skip", nargs="*", default=[], help="speed, flat, equal, ranks")
     parser.add_argument("--write", nargs=6, help="only write a trio: folder, sizes, dtype")
     options = parser.parse_args()
@@ -56,6 +61,8 @@ def main() -> None:
         trio, layers, hidden, feed, vocabulary, dtype = options.write
         write_trio(Path(trio), int(layers), int(hidden), int(feed), int(vocabulary), dtype)
         return
+    if options.methods == ["elementwise"]:
+        options.methods = elementwise_methods()
     print(machine())
     folder = Path(options.folder).absolute()
     folder.mkdir(parents=True)
@@ -83,7 +90,7 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
         for method in options.methods:
             ours.setdefault(method, []).append(merge(trio, folder, method))
             floors.append(floor(trio, folder))
-            if options.mergekit:
+            if options.mergekit and method in GAINS:
                 theirs.setdefault(method, []).append(
                     mergekit(options.mergekit, trio, folder, method)
                 )
@@ -93,7 +100,7 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
     rows = []
     for method in options.methods:
         own = best(ours[method])
-        other = best(theirs[method]) if theirs else None
+        other = best(theirs[method]) if method in theirs else None
         ratios = [f"{own.wall / other.wall:.3f}", f"{own.rss / other.rss:.3f}"] if other else []
         rows.append([method, "IPMerge", *shown(own), *(ratios or ["-", "-"])])
         if other:
@@ -108,7 +115,33 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
         f"{bare.wall:.1f} s, {bare.rss / 1e9:.2f} GB, so the merge itself adds "
         f"{(own.rss - bare.rss) / 1e9:.2f} GB."
     )
+    if len(options.methods) > 1:
+        print(f"\nWall time beside {first}, imports included and without them:\n")
+        print(table(["method", "wall s", "ratio", "without imports"], ratios_to(own, ours, bare)))
     shutil.rmtree(trio)
+
+
+def ratios_to(own: Cost, ours: dict[str, list[Cost]], bare: Cost) -> list[list[str]]:
+    """Compare every method's wall time with one method's."""
+    rows = []
+    for method, costs in ours.items():
+        wall = best(costs).wall
+        merging = (wall - bare.wall) / max(own.wall - bare.wall, 1e-9)
+        rows.append([method, f"{wall:.1f}", f"{wall / own.wall:.2f}", f"{merging:.2f}"])
+    return rows
+
+
+def elementwise_methods() -> list[str]:
+    """List them, task arithmetic first, asked in a process of its own: it imports torch."""
+    code = (
+        "from ipmerge_core import METHODS\n"
+        "print(*[n for n, m in METHODS.items() if not m.matrixwise and m.data is None])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return sorted(said.stdout.split(), key=lambda name: name != "task_arithmetic")
 
 
 def flatness(folder: Path, options: argparse.Namespace) -> None:
@@ -128,35 +161,56 @@ def flatness(folder: Path, options: argparse.Namespace) -> None:
 def equality(folder: Path, options: argparse.Namespace) -> None:
     """Print how far the two outputs are apart, in units of the last place of bf16.
 
-    On fp32 models: differences of bf16 weights have many equal magnitudes, among which every tool
-    trims others. The unit is that of the larger of the result and the base, since a result near
-    zero is a difference of two larger numbers.
+    On fp32 models: differences of bf16 weights have many equal magnitudes. The unit is that of the
+    larger of the result and the base, since a result near zero is a difference of two larger
+    numbers. Even in fp32 a few magnitudes equal the trim's threshold. Both tools keep the same
+    number of them; mergekit those that an unstable sort puts first, we the first in the matrix.
     """
     from safetensors import safe_open
 
     trio = written(folder / "equal", 1, dtype="float32")
     rows = []
-    for method in options.methods:
+    for method in (name for name in options.methods if name in GAINS):
         merge(trio, folder, method, keep=True)
         mergekit(options.mergekit, trio, folder, method, dtype="float32", keep=True)
-        apart, largest, total = 0, 0.0, 0
+        apart, tied, largest, total = 0, 0, 0.0, 0
         with (
             safe_open(trio / "base" / "model.safetensors", "pt") as base,
+            safe_open(trio / "mllm" / "model.safetensors", "pt") as mllm,
+            safe_open(trio / "math" / "model.safetensors", "pt") as math_model,
             safe_open(folder / "out-ours" / "model.safetensors", "pt") as own,
             safe_open(next((folder / "out-mergekit").glob("*.safetensors")), "pt") as other,
         ):
             for name in own.keys():  # noqa: SIM118 (a file, not a dict)
                 if "_proj" in name:
-                    steps = ulps(*(file.get_tensor(name) for file in (own, other, base)))
+                    root = base.get_tensor(name)
+                    steps = ulps(own.get_tensor(name), other.get_tensor(name), root)
+                    changes = [file.get_tensor(name) - root for file in (mllm, math_model)]
                     apart += int((steps > 1).sum())
+                    tied += int(((steps > 1) & at_a_threshold(changes, 0.5)).sum())
                     largest = max(largest, float(steps.max()))
                     total += steps.numel()
-        rows.append([method, f"{apart} of {total}", f"{largest:.3f}"])
+        rows.append([method, f"{apart} of {total}", str(tied), f"{largest:.3f}"])
         shutil.rmtree(folder / "out-ours")
         shutil.rmtree(folder / "out-mergekit")
-    head = ["method", "elements more than one bf16 ulp apart", "largest difference in bf16 ulp"]
+    head = [
+        "method",
+        "elements more than one bf16 ulp apart",
+        "of which a magnitude equals the trim's threshold",
+        "largest difference in bf16 ulp",
+    ]
     print("\n" + table(head, rows))
     shutil.rmtree(trio)
+
+
+def at_a_threshold(changes: list[torch.Tensor], density: float) -> torch.Tensor:
+    """Mark elements of which one model's change is as large as the smallest that is kept."""
+    marks = changes[0].new_zeros(changes[0].shape).bool()
+    for change in changes:
+        sizes = change.abs()
+        kept = max(1, int(density * sizes.numel()))
+        marks |= sizes == sizes.flatten().kthvalue(sizes.numel() - kept + 1).values
+    return marks
 
 
 def processes(folder: Path, options: argparse.Namespace) -> None:
