@@ -261,32 +261,6 @@ def test_the_table_tells_what_the_map_shows(chromium_page: Page, explore_url: st
     expect(table.locator("tbody td", has_text=re.compile("^merges$"))).to_have_count(merging)
 
 
-def test_on_a_stage_the_page_is_larger_and_number_keys_jump_to_presets(
-    chromium_page: Page, explore_url: str
-):
-    page = chromium_page
-    open_map(page, explore_url, "present=1")
-    expect(page.locator("footer")).to_be_hidden()
-    size = page.locator("#layer-map .sum").evaluate("node => getComputedStyle(node).fontSize")
-    assert float(size.removesuffix("px")) >= 18
-    page.get_by_role("slider", name=re.compile("similarity threshold")).focus()
-    page.keyboard.press("5")
-    received(page, variant="select_only")
-
-
-def test_forced_colours_still_tell_what_merges(chromium_page: Page, explore_url: str):
-    page = chromium_page
-    page.emulate_media(forced_colors="active")
-    open_map(page, explore_url)
-    styles = {
-        state: page.locator(f"#layer-map .c[data-on='{state}']").first.evaluate(
-            "node => getComputedStyle(node).outlineStyle"
-        )
-        for state in "01"
-    }
-    assert styles == {"0": "none", "1": "solid"}
-
-
 def test_the_component_forgets_nothing_it_was_told(chromium_page: Page, explore_url: str):
     page = chromium_page
     open_map(page, explore_url)
