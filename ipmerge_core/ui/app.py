@@ -20,7 +20,7 @@ from ipmerge_core.ui.download import download_route
 from ipmerge_core.ui.explore import explore_tab, start_choice
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_tab import merge_tab, remembered_job
-from ipmerge_core.ui.packs import DEMO, ROOT, list_packs
+from ipmerge_core.ui.packs import DEMO, ROOT, list_packs, load_pack
 from ipmerge_core.ui.try_it import try_tab
 
 HEADING = """\
@@ -52,7 +52,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                 elem_id="pair",
                 interactive=bool(packs),
             )
-        choice = gr.State(start_choice(packs[0].id) if packs else PlanChoice())
+        choice = gr.State(start_choice(load_pack(packs[0].id)) if packs else PlanChoice())
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -16,6 +17,13 @@ from gradio.events import Dependency
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.plots import spectra_figure, spectra_info
+from ipmerge_core.ui.growing import (
+    IsRunning,
+    explored_pack,
+    growth,
+    nobody_runs,
+    pair_choices,
+)
 from ipmerge_core.ui.layer_map import (
     LayerMap,
     PlanChoice,
@@ -24,7 +32,7 @@ from ipmerge_core.ui.layer_map import (
     report,
 )
 from ipmerge_core.ui.messages import told
-from ipmerge_core.ui.packs import find_pack, load_pack
+from ipmerge_core.ui.packs import load_pack
 
 PRESETS: list[dict[str, Any]] = [
     {
@@ -75,29 +83,40 @@ class ExploreTab(NamedTuple):
     opened: Dependency
 
 
-def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
-    """Lay out the tab inside the open `gr.Tab` and wire it to the pair and the session's choice."""
+def explore_tab(
+    pair: gr.Dropdown, choice: gr.State, is_running: IsRunning = nobody_runs
+) -> ExploreTab:
+    """Lay out the tab inside the open `gr.Tab` and wire it to the pair and the session's choice.
+
+    `is_running` says of a pair that is not finished whether its analysis is going on.
+    """
+
+    def grown(asked: object) -> dict[str, Any]:
+        return grown_since(asked, is_running)
+
     # layout
     layer_map = LayerMap(
-        map_content(pair.value) if pair.value else None, server_functions=[report_file]
+        map_content(pair.value) if pair.value else None, server_functions=[report_file, grown]
     )
     spectra = gr.Plot(
         label="Spectra of the chosen matrix", show_label=False, visible=False, elem_id="spectra"
     )
 
     # handlers
-    def open_pair(pack_id: str) -> tuple[dict[str, Any], PlanChoice, dict[str, Any]]:
-        return map_content(pack_id), start_choice(pack_id), gr.update(visible=False)
+    def open_pair(pack_id: str) -> tuple[Any, ...]:
+        return opened_pair(pack_id, is_running)
 
     def follow_link(event: gr.EventData) -> tuple[Any, ...]:
-        pack_id = find_pack(str(event._data.get("pack"))).id
-        return gr.update(value=pack_id), *open_pair(pack_id)
+        pack_id = str(event._data.get("pack"))
+        opened = open_pair(pack_id)
+        return gr.update(choices=pair_choices(is_running, pack_id), value=pack_id), *opened
 
     def keep_plan(pack_id: str, event: gr.EventData) -> PlanChoice:
-        return read_commit(event._data, load_pack(pack_id))
+        return read_commit(event._data, explored_pack(pack_id))
 
     def draw_spectra(pack_id: str, event: gr.EventData) -> dict[str, Any]:
-        infos = [spectra_info(record) for record in read_cells(event._data, load_pack(pack_id))]
+        records = read_cells(event._data, explored_pack(pack_id))
+        infos = [spectra_info(record) for record in records]
         dark, narrow = (event._data.get(key) is True for key in ("dark", "narrow"))
         return gr.update(value=spectra_figure(*infos, dark=dark, narrow=narrow), visible=True)
 
@@ -137,22 +156,47 @@ def explore_tab(pair: gr.Dropdown, choice: gr.State) -> ExploreTab:
     return ExploreTab(layer_map, spectra, committed, opened)
 
 
-def start_choice(pack_id: str) -> PlanChoice:
+def opened_pair(pack_id: str, is_running: IsRunning) -> tuple[Any, ...]:
+    """Return what shows a pair, finished or growing: the map, its plan, and no large figure."""
+    pack = explored_pack(pack_id, is_running)
+    return content_of(pack_id, pack), start_choice(pack), gr.update(visible=False)
+
+
+def grown_since(asked: object, is_running: IsRunning) -> dict[str, Any]:
+    """Answer the map of a growing pair, which asks with `[pack id, matrices it knows]`."""
+    pack_id, known = asked if isinstance(asked, list) and len(asked) == 2 else ("", 0)
+    try:
+        found = growth(str(pack_id), known if isinstance(known, int) else 0, is_running)
+    except PlanError:
+        return {"gone": "This pair is no longer here: its analysis was discarded."}
+    if found["growing"] is None:
+        found["presets"] = map_content(pack_id)["presets"]
+    return found
+
+
+def start_choice(pack: Mapping[str, Any]) -> PlanChoice:
     """The plan a pair opens with: the usual one, or one that selects where that selects nothing."""
-    values = sorted(record["similarity"]["first"] for record in load_pack(pack_id)["records"])
+    values = sorted(record["similarity"]["first"] for record in pack["records"])
     if values[-1] >= PlanChoice().similarity_threshold:
         return PlanChoice()
     return PlanChoice(similarity_threshold=math.floor(1000 * values[2 * len(values) // 3]) / 1000)
 
 
 def map_content(pack_id: str, choice: PlanChoice | None = None) -> dict[str, Any]:
+    """What the layer map draws of a finished pair. Raises: PlanError."""
+    return content_of(pack_id, load_pack(pack_id), choice)
+
+
+def content_of(
+    pack_id: str, pack: Mapping[str, Any], choice: PlanChoice | None = None
+) -> dict[str, Any]:
     """What the layer map draws: a pack, the plan to start from and the presets."""
-    start = start_choice(pack_id)
+    start = start_choice(pack)
     presets = PRESETS if start == PlanChoice() else [_third(start), *PRESETS]
     return {
         "id": pack_id,
         "home": space_page(),
-        "pack": load_pack(pack_id),
+        "pack": pack,
         "plan": (choice or start).to_browser(),
         "presets": presets,
     }

@@ -43,6 +43,7 @@ SCRIPTS = (
     "moves",
     "tour",
     "layer_map",
+    "growing",
     "brush",
     "events",
 )  # in order of use

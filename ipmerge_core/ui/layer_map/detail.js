@@ -133,6 +133,8 @@ function numbersTable(map, cells) {
 function groupDetail(map, target) {
   const cells = cellsOf(map, target);
   const name = { layer: `Layer ${target.layer}`, module: `All ${target.module} matrices`, range: `Layers ${target.from} to ${target.to}` }[target.kind];
+  const heading = node("div", { class: "lm-detail-head" }, node("h2", {}, name));
+  if (!cells.length) return [heading, node("p", { class: "lm-hint" }, "Not analysed yet.")];
   const values = cells.map((cell) => shownSimilarity(map, cell)).sort((a, b) => a - b);
   const merging = liveText(map, "p", { class: "lm-verdict" }, (result) => {
     const n = cells.filter((cell) => merges(map, result, cell)).length;
@@ -142,7 +144,7 @@ function groupDetail(map, target) {
     target.kind === "layer" ? cell.module : `layer ${cell.layer}`, () => fixed(shownSimilarity(map, cell)),
     (result) => (result.masks[cell.position].length ? percent(cellChange(cell, result.masks[cell.position], map.plan)) : "kept")]);
   const body = rows.map(([head, ...values]) => node("tr", {}, node("th", { scope: "row" }, head), ...values.map((words) => liveText(map, "td", {}, words))));
-  return [node("div", { class: "lm-detail-head" }, node("h2", {}, name)), merging, overrideButtons(map, cells),
+  return [heading, merging, overrideButtons(map, cells),
     node("table", { class: "lm-numbers" }, node("thead", {}, node("tr", {}, node("td"),
       node("th", { scope: "col" }, target.kind === "range" ? "merge" : "similarity"), node("th", { scope: "col" }, "change"))), node("tbody", {}, ...body))];
 }

@@ -54,6 +54,7 @@ function readOut(target) {
   if (target.kind === "cell") toured("read", target.cell);
   const text = !target ? "" : target.kind === "cell"
     ? `${title(target.cell)}: similarity ${fixed(shownSimilarity(map, target.cell))}, ${map.buttons[target.cell.position].dataset.on === "1" ? "merges" : "kept"}, change if merged ${percent(cellChange(target.cell, [expertInView(map, target.cell)], map.plan))}`
+    : !cellsOf(map, target).length ? "Not analysed yet"
     : target.kind === "layer" ? `Layer ${target.layer}: predicted change ${percent(map.result.layer_change[target.layer])}` : `All ${target.module} matrices`;
   setText(map.dom.read, text || " ");
 }

@@ -20,6 +20,7 @@ function buildGrid(map) {
   map.buttons = new Array(index.cells.length);
   map.bars = [];
   map.focusables = [];
+  map.holes = new Map();  // where matrices will stand that are not analysed yet
   const table = node("table", { role: "grid", class: "lm-grid", "aria-describedby": dom.sum.id,
     "aria-label": "Decoder matrices by layer and module" });
   dom.grid.replaceChildren(table);
@@ -106,15 +107,26 @@ function headButton(target, line) {
 function cellBox(map, { layer, module }, line) {
   const cell = map.index.at.get(layer + "." + module);
   if (!cell) {
-    line.push(null);
-    return node("td", { role: "gridcell", "aria-label": `Layer ${layer}, ${module}, not analysed` },
+    const box = node("td", { role: "gridcell", "aria-label": `Layer ${layer}, ${module}, not analysed` },
       node("span", { class: "lm-missing" }, "?"));
+    map.holes.set(layer + "." + module, { box, line, at: line.length });
+    line.push(null);
+    return box;
   }
   const button = node("button", { type: "button", class: "c", tabindex: "-1" }, node("span", { class: "v" }));
   button.target = { kind: "cell", cell };
   map.buttons[cell.position] = button;
   line.push(button);
   return node("td", { role: "gridcell" }, button);
+}
+
+// Put new cells where they belong, and leave all others, with the focus on them, alone.
+function fillHoles(map, cells) {
+  for (const { layer, module } of cells) {
+    const { box, line, at } = map.holes.get(layer + "." + module), made = [];
+    box.replaceWith(cellBox(map, { layer, module }, made));
+    [line[at]] = made;
+  }
 }
 
 // Colours and printed values: needed when the pack, the measure or the expert in view changes.

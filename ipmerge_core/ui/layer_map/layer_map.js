@@ -161,6 +161,7 @@ function open(value) {
   else if (map.linkRead) rememberLink(map);
   setText(map.dom.note, words);
   map.linkRead = !elsewhere;
+  growLater();
   if (elsewhere) {
     map.linkAsked = link.pack;
     trigger("packselect", { pack: link.pack });

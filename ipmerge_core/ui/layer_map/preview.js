@@ -9,34 +9,45 @@ const MODULE_ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 const LAMBDA_MAX = 32;
 const DEFAULT_PLAN = { s: 0.4, lambda: 1, similarity: "first", variant: "sum", overrides: {} };
 
-// One cell per matrix, with one record per expert, and the sums that no plan changes.
+// One cell per matrix, with one record per expert, and the sums that no plan changes. A pack that is
+// still growing says which matrices will come; those that have not come are no cells yet.
 function indexPack(pack) {
-  const byName = new Map();
-  for (const record of pack.records) {
+  const places = pack.growing?.places || pack.records, found = new Set(places.map((place) => place.module));
+  const layers = [...new Set(places.map((place) => place.layer))].sort((a, b) => a - b);
+  const index = {
+    pack, layers, modules: [...MODULE_ORDER.filter((m) => found.delete(m)), ...found],
+    cells: [], byName: new Map(), at: new Map(), layerWeight2: new Map(layers.map((layer) => [layer, 0])),
+    weight2: 0, mllm2: 0, numel: 0, nExperts: 0,
+  };
+  addRecords(index, pack.records);
+  return index;
+}
+
+// Returns the cells that are new. All records of a matrix come together.
+function addRecords(index, records) {
+  const { cells, byName, layerWeight2 } = index, before = cells.length;
+  for (const record of records) {
     if (!byName.has(record.name)) {
-      byName.set(record.name, {
+      const cell = {
         name: record.name, layer: record.layer, module: record.module, shape: record.shape,
-        numel: record.shape[0] * record.shape[1], experts: [], position: byName.size,
-      });
+        numel: record.shape[0] * record.shape[1], experts: [], position: cells.length,
+      };
+      cells.push(cell);
+      byName.set(cell.name, cell);
+      index.at.set(cell.layer + "." + cell.module, cell);
     }
     byName.get(record.name).experts[record.expert] = record;
   }
-  const cells = [...byName.values()];
-  const layers = [...new Set(cells.map((cell) => cell.layer))].sort((a, b) => a - b);
-  const found = new Set(cells.map((cell) => cell.module));
-  const modules = [...MODULE_ORDER.filter((m) => found.delete(m)), ...found];
-  const at = new Map(cells.map((cell) => [cell.layer + "." + cell.module, cell]));
-  const layerWeight2 = new Map(layers.map((layer) => [layer, 0]));
-  let weight2 = 0, mllm2 = 0, numel = 0;
-  for (const cell of cells) {
+  const added = cells.slice(before);
+  for (const cell of added) {
     const record = cell.experts.find(Boolean);
-    weight2 += record.weight_norm2;
-    mllm2 += record.mllm_norm2;
-    numel += cell.numel;
+    index.weight2 += record.weight_norm2;
+    index.mllm2 += record.mllm_norm2;
+    index.numel += cell.numel;
+    index.nExperts = Math.max(index.nExperts, cell.experts.length);
     layerWeight2.set(cell.layer, layerWeight2.get(cell.layer) + record.weight_norm2);
   }
-  const nExperts = Math.max(...cells.map((cell) => cell.experts.length));
-  return { pack, cells, byName, at, layers, modules, layerWeight2, weight2, mllm2, numel, nExperts };
+  return added;
 }
 
 // The rule: an expert merges into a matrix iff its similarity reaches S_alpha, unless overridden.

@@ -2,27 +2,28 @@
 // and what has joined and left. The lines keep their height while something is being dragged.
 
 function paintSentence(result) {
-  const { totals } = map.pack, n = result.selected.length, share = result.parameters_touched / totals.llm_parameters;
+  const { totals, growing } = map.pack, n = result.selected.length, all = growing ? map.index.numel : totals.llm_parameters;
+  const share = result.parameters_touched / all;
   const strong = (text) => node("strong", {}, text), dot = () => node("span", { class: "lm-dot", "aria-hidden": "true" }, " · ");
   const key = [n, result.parameters_touched, percent(result.relative_change), map.plan.lambda === 0, map.pack.created].join();
   setText(map.dom.count, `${n} of ${result.n_matrices}`);
   if (key === map.sentence && n) return;
   map.sentence = key;
   const parts = n === 0 ? emptyWords() : [
-    strong(`${n} of ${result.n_matrices}`), " matrices merge", dot(),
-    strong(count(result.parameters_touched)), ` of ${count(totals.llm_parameters)} language-model parameters (`, strong(percent(share)), ")", dot(),
+    strong(`${n} of ${result.n_matrices}`), growing ? ` analysed (${growing.total} in all) merge` : " matrices merge", dot(),
+    strong(count(result.parameters_touched)), ` of ${count(all)} ${growing ? "analysed" : "language-model"} parameters (`, strong(percent(share)), ")", dot(),
     "change ", strong(percent(result.relative_change)), " of ‖W‖", dot(),
     ...(map.plan.lambda === 0 ? ["λ is 0, so the merged model equals the multimodal model."]
-      : n === result.n_matrices ? ["Every matrix merges: no selection step is left."]
+      : n === result.n_matrices ? [`Every ${growing ? "analysed " : ""}matrix merges: no selection step is left.`]
       : [`${bytes(result.bytes_rewritten)} rewritten`, dot(), "vision tower untouched"]),
   ];
-  map.dom.sum.replaceChildren(...parts);
+  map.dom.sum.replaceChildren(...(growing ? [node("span", { class: "lm-chip" }, growingWords(map.pack)), " "] : []), ...parts);
 }
 
 function emptyWords() {
   const best = Math.max(...map.index.cells.map((cell) => Math.max(...cell.experts.map((r) => r.similarity[map.plan.similarity]))));
   return [node("strong", {}, "Nothing merges"), best < map.plan.s
-    ? ` above ${fixed(best)}, the highest similarity of this pair. The merged model equals the multimodal model.`
+    ? ` above ${fixed(best)}, the highest similarity of this pair${map.pack.growing ? " so far" : ""}. The merged model equals the multimodal model.`
     : ": every matrix is kept by hand. The merged model equals the multimodal model."];
 }
 
