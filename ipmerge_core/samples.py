@@ -1,8 +1,8 @@
-"""Calibration samples: a question, its answer, perhaps an image; from a file or the demo problems.
+"""Calibration samples: a question, its answer, perhaps an image; from wherever they are kept.
 
 In: a jsonl file with `question`, `answer` and, for a model with eyes, `image` (a path beside the
-file) on each line, or the word `demo`. Out: frozen `Sample`s; images are opened when asked for.
-Loads no model.
+file) on each line; `datasets:NAME`, what the datasets library loads under that name; or the word
+`demo`, the demo problems. Out: frozen `Sample`s; images are opened when asked for. Loads no model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from ipmerge_core.inference import open_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEMO = "demo"
+DEMO, DATASETS = "demo", "datasets:"
+COLUMNS = {
+    "question": ("question", "problem", "instruction", "prompt"),
+    "answer": ("answer", "solution", "output", "response"),
+    "image": ("image", "images", "picture"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ def load_samples(source: str | Path, limit: int, *, sees: bool) -> list[Sample]:
     """Read at most `limit` samples from a jsonl file, or make that many demo problems.
 
     Args:
-        source: a path, or "demo": drawings for a model that sees, the same in words otherwise.
+        source: a path; "datasets:NAME", "datasets:NAME:SPLIT" or "datasets:NAME:CONFIG:SPLIT" for
+            a dataset on the hub or in a folder; or "demo": drawings for a model that sees, the same
+            in words otherwise.
         limit: how many; the first ones are taken.
         sees: whether the samples are for a vision-language model.
 
@@ -70,6 +77,8 @@ def load_samples(source: str | Path, limit: int, *, sees: bool) -> list[Sample]:
         raise RunError(f"Asked for {limit} calibration samples; expected 1 or more.")
     if str(source) == DEMO:
         return _demo(limit, sees=sees)
+    if str(source).startswith(DATASETS):
+        return _from_dataset(str(source).removeprefix(DATASETS), limit, sees=sees)
     path = Path(source).expanduser()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -98,6 +107,41 @@ def _parse(path: Path, number: int, line: str) -> Sample:
             f'{{"question": "...", "answer": "...", "image": "picture.png"}}, the image optional.'
         ) from error
     return Sample(question, answer, path.parent / picture if picture else None)
+
+
+def _from_dataset(name: str, limit: int, *, sees: bool) -> list[Sample]:
+    """Stream the first rows of a dataset; a column may go by the names that datasets give it."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise RunError(
+            "Reading a dataset takes the datasets library, which is not installed. Install it with "
+            "`pip install datasets`, or write the samples to a jsonl file."
+        ) from error
+    path, *rest = name.split(":")
+    config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
+    try:
+        rows = list(load_dataset(path, config, split=split, streaming=True).take(limit))
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(
+            f"Cannot read the dataset '{name}' ({type(error).__name__}: {error}). Expected "
+            f"datasets:NAME, datasets:NAME:SPLIT or datasets:NAME:CONFIG:SPLIT."
+        ) from error
+    if not rows:
+        raise RunError(f"The dataset '{name}' holds no rows.")
+    found = {kind: next((n for n in names if n in rows[0]), "") for kind, names in COLUMNS.items()}
+    if not found["question"]:
+        raise RunError(
+            f"The dataset '{name}' has the columns {', '.join(rows[0])} and none of "
+            f"{', '.join(COLUMNS['question'])}. Write its samples to a jsonl file."
+        )
+    samples = []
+    for row in rows:
+        picture = row.get(found["image"]) if sees else None
+        picture = picture[0] if isinstance(picture, list) and picture else picture or None
+        answer = str(row.get(found["answer"], ""))
+        samples.append(Sample(str(row[found["question"]]), answer, picture))
+    return samples
 
 
 def _demo(limit: int, *, sees: bool) -> list[Sample]:

@@ -6,35 +6,19 @@ when they differ from what is made here.
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
-from ipmerge_core.methods import METHODS
+from ipmerge_core.methods import METHODS, MergeMethod
 from ipmerge_core.methods.registry import Parameter
+from ipmerge_core.options import OPTIONS
+from ipmerge_core.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 HEADING = "## Merge methods\n\n"
-PAGE = """# Merge methods and their parameters
-
-`W0` is the base, `W_v` the MLLM, `W_e` the math model; `dW_v = W_v - W0` and `dW_e = W_e - W0` are
-their task vectors. Parameters are keywords of `make_plan` and of `METHODS[name](base, mllm, math)`.
-
-`anchor` says where changes are measured from and where they land. `W0` is the experts' base and
-`B_v` the MLLM's own, the same model unless `base_mllm` names another:
-
-| anchor | task arithmetic becomes | use |
-|---|---|---|
-| `two_base` (default) | `B_v + a_v (W_v - B_v) + a_e (W_e - W0)` | each model from its own base |
-| `root` | `W0 + a_v (W_v - W0) + a_e (W_e - W0)` | one base for all, as mergekit does |
-| `inject` | `W_v + a_e (W_e - W0)` | the MLLM stays whole; its own base plays no part |
-| `interp` | `W_v + a_e (W_e - W_v)` | the line between the two models; no base plays a part |
-
-With one base `two_base` and `root` are the same. With `inject` and `interp` a method thins or
-elects among the experts' changes alone. They need a method with `math_weight`; the methods that
-decompose matrices or need a calibration take `two_base` only.
-
-This page is made from the methods' own signatures by `python tests/method_tables.py`.
-"""
+HEAD = Path(__file__).with_name("methods_head.md")  # what stands above the methods in their page
+DEMO = "[demo-methods.md](demo-methods.md)"  # a link from there
 
 
 def readme_table() -> str:
@@ -49,16 +33,58 @@ def readme_table() -> str:
 
 def methods_page() -> str:
     """The page with every parameter of every method."""
-    return "\n".join([PAGE, *map(_section, METHODS)])
+    head = HEAD.read_text(encoding="utf-8")
+    head = head.replace("{options}", _options()).replace("{demo}", DEMO)
+    return "\n".join([head, *map(_section, METHODS)])
+
+
+def _options() -> str:
+    lines = ["| option | default | values | meaning |", "|---|---|---|---|"]
+    defaults = inspect.signature(make_plan).parameters
+    for option in OPTIONS:
+        values = ", ".join(f"`{value}`" for value in option.choices or ()) or "text"
+        values = "numbers" if option.name == "layer_gains" else values
+        default = f"`{defaults[option.name].default!r}`"
+        lines.append(f"| `{option.name}` | {default} | {values} | {_cell(option.help)} |")
+    return "\n".join(lines)
 
 
 def _section(name: str) -> str:
     method = METHODS[name]
     lines = [f"## {method.label}: `{name}`", "", f"`{method.formula}`", "", f"{method.source}.", ""]
+    lines += [f"Anchor: `{method.anchor}`. {_preview(method)} {_beside(method)}", ""]
     if method.parameters:
         lines += ["| parameter | default | legal values | meaning |", "|---|---|---|---|"]
         lines += [*map(_row, method.parameters), ""]
     return "\n".join(lines)
+
+
+def _preview(method: MergeMethod) -> str:
+    """Say what a plan with the defaults shows, where an analysis knows what it can know."""
+    parameters = method.complete({})
+    measured = method.statistic is not None and method.statistic.of_norms(parameters)
+    known = {
+        "statistic": (0.5, 0.5) if measured else None,
+        "layer": 0,
+        "experts": 1,
+        "cosine": 0.1,
+        "squared_norms": (1.0, 1.0),
+    }
+    update = method.affine({**parameters, **known}) if method.affine else None
+    if update is None:
+        return f"Not previewable: {method.unknown}."
+    return (
+        f"Preview: approximate, {update.approximate}." if update.approximate else "Preview: exact."
+    )
+
+
+def _beside(method: MergeMethod) -> str:
+    if method.vectors is not None:
+        words = "by the models' shares" if method.data else "by the mean of their changes"
+        return f"Norms, biases and embeddings, where asked for: {words}."
+    if method.matrixwise:
+        return "Norms, biases and embeddings: never."
+    return "Norms, biases and embeddings, where asked for: by the same formula, row by row."
 
 
 def _row(parameter: Parameter) -> str:

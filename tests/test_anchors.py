@@ -122,6 +122,17 @@ def test_what_is_injected_by_default_is_the_method_itself_bit_for_bit(
         assert torch.equal(after[m.mllm], expected)
 
 
+def test_with_two_bases_too_a_plain_sum_is_injected(
+    trio: Trio, pair: ModelPair, tmp_path: Path
+) -> None:
+    after = merged(pair, tmp_path / "out")
+    w0, we = (load_file(folder / "model.safetensors") for folder in (trio.base, trio.math))
+    wv = load_file(Path(pair.mllm.id) / "model.safetensors")
+    for m in pair.matrices:
+        expected = wv[m.mllm].double() + 0.4 * (we[m.math[0]].double() - w0[m.name].double())
+        assert torch.allclose(after[m.mllm].double(), expected, rtol=0, atol=1e-7)
+
+
 def test_averages_of_weights_take_every_model_as_it_is(pair: ModelPair, tmp_path: Path) -> None:
     folders = (Path(pair.mllm.id), Path(pair.math[0].id))
     wv, we = (load_file(folder / "model.safetensors") for folder in folders)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from ipmerge_core.calibration import calibrate, estimate, iter_calibration
 from ipmerge_core.checkpoint import Checkpoint
@@ -436,6 +438,57 @@ def test_lines_that_are_no_samples_are_named(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(RunError, match=message):
         load_samples(path, 10, sees=False)
+
+
+@pytest.fixture
+def datasets(monkeypatch):
+    """A stand-in for the datasets library; what it was asked for is kept."""
+    asked = []
+    rows = [{"problem": "1+1?", "solution": "2", "images": [Image.new("RGB", (4, 4))]}] * 5
+
+    def load_dataset(path, config, *, split, streaming):
+        asked.append((path, config, split))
+        if path == "nowhere":
+            raise ValueError("no such dataset")
+        found = {"empty": [], "other": [{"text": "x"}]}.get(path, rows)
+        return SimpleNamespace(take=lambda limit: found[:limit])
+
+    library = SimpleNamespace(load_dataset=load_dataset, asked=asked)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    return library
+
+
+def test_samples_come_from_a_dataset(datasets):
+    told = load_samples("datasets:org/maths", 3, sees=False)
+    assert told == [Sample("1+1?", "2")] * 3
+    (seen,) = load_samples("datasets:org/maths:main:test", 1, sees=True)
+    assert seen.image.size == (4, 4)
+    load_samples("datasets:org/maths:test", 1, sees=True)
+    assert datasets.asked == [
+        ("org/maths", None, "train"),
+        ("org/maths", "main", "test"),
+        ("org/maths", None, "test"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere", "Cannot read the dataset 'nowhere'"),
+        ("empty", "holds no rows"),
+        ("other", "has the columns text"),
+    ],
+)
+@pytest.mark.usefixtures("datasets")
+def test_a_dataset_that_cannot_serve_is_refused(name, words):
+    with pytest.raises(RunError, match=words):
+        load_samples(f"datasets:{name}", 3, sees=False)
+
+
+def test_without_the_library_a_dataset_is_answered_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RunError, match="pip install datasets"):
+        load_samples("datasets:org/maths", 3, sees=False)
 
 
 def test_missing_files_and_silly_counts_are_refused(tmp_path):

@@ -114,7 +114,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=("gram", "fisher"), required=True)
     for role in ("mllm", "math"):
-        parser.add_argument(f"--{role}-samples", default="demo", help="a jsonl file, or demo")
+        words = "a jsonl file, datasets:NAME, or demo"
+        parser.add_argument(f"--{role}-samples", default="demo", help=words)
     parser.add_argument("--limit", type=int, default=500, help="samples of each, at most")
     parser.add_argument("--estimator", choices=("sampled", "empirical"), default="sampled")
     parser.add_argument("--wide", choices=("full", "diagonal"), default="full")

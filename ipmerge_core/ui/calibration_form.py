@@ -15,22 +15,21 @@ import gradio as gr
 
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.merge_words import progress_html, size_words
+from ipmerge_core.ui.merge_words import size_words
 from ipmerge_core.ui.messages import told
 from ipmerge_core.ui.method_form import MethodChoice
+from ipmerge_core.ui.watching import POLL_SECONDS, QUIET, RunView, find_run, steer
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
 JOB_KEY = "ipmerge.calibration.v1"
 JOB_SECRET = "ipmerge-calibration"  # noqa: S105 (it only keeps the entry readable after a restart)
-POLL_SECONDS = 0.5
 WHAT = {
     "gram": "what every matrix reads",
     "fisher": "how much every answer depends on every weight",
 }
-SAMPLES_HINT = "demo, or a jsonl file with question, answer and image on each line"
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+SAMPLES_HINT = "demo, datasets:NAME, or a jsonl file with question, answer and image on each line"
 
 
 class _Parts(NamedTuple):
@@ -87,28 +86,18 @@ def calibration_form(
         started = backend.start_calibration(pack_id, how.name, seen, read, int(limit or 0))
         return started._asdict()
 
-    def stop(mine: dict[str, str]) -> None:
-        backend.store.cancel(mine["id"], mine["key"])
-
-    def go_on(mine: dict[str, str]) -> None:
-        backend.store.resume(mine["id"], mine["key"])
-
     def watch(mine: dict[str, str] | None) -> list[Any]:
         return watched(backend, mine or {})
 
     filled = [block, parts.intro, parts.folder, method]
-    watching = [parts.progress, parts.cancel, parts.resume, made, timer]
+    watching = [parts.progress, parts.cancel, parts.resume, timer, made]
     asked = [pair, method, parts.seen, parts.told, parts.limit]
-    after(parts.folder.input(keep, [pair, method, parts.folder], method, queue=False, **_QUIET))
-    after(made.change(told(show), [pair, method, made], filled, **_QUIET))
-    parts.start.click(told(begin), asked, job, **_QUIET).success(watch, job, watching, **_QUIET)
-    for button, act in ((parts.cancel, stop), (parts.resume, go_on)):
-        button.click(told(act), job, None, queue=False, **_QUIET).success(
-            watch, job, watching, **_QUIET
-        )
-    timer.tick(watch, job, watching, **_QUIET)  # queued: else nobody is told of the new state
-    app.load(watch, job, watching, queue=False, **_QUIET)
-    return lambda event: event.then(told(show), [pair, method, made], filled, **_QUIET)
+    after(parts.folder.input(keep, [pair, method, parts.folder], method, queue=False, **QUIET))
+    after(made.change(told(show), [pair, method, made], filled, **QUIET))
+    parts.start.click(told(begin), asked, job, **QUIET).success(watch, job, watching, **QUIET)
+    view = RunView(parts.progress, parts.cancel, parts.resume, timer)
+    steer(app, backend, job, view, watch, watching, queued=True)  # `made` has a listener
+    return lambda event: event.then(told(show), [pair, method, made], filled, **QUIET)
 
 
 def remembered_calibration() -> gr.BrowserState:
@@ -149,21 +138,10 @@ def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are i
 
 
 def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
-    """Return how far a run is: words, its buttons, the folder once it is finished, the timer."""
-    hidden = gr.update(visible=False)
-    try:
-        status = backend.store.status(str(mine.get("id", "")))
-    except IPMergeError:
-        return ["", hidden, hidden, "", gr.Timer(active=False)]
-    owned = backend.store.holds_key(status.id, mine.get("key", ""))
-    finished = status.state == "finished"
-    return [
-        progress_html(status),
-        gr.update(visible=owned and status.is_running, interactive=status.state == "running"),
-        gr.update(visible=owned and status.can_resume),
-        str(status.arguments.get("out", "")) if finished else "",
-        gr.Timer(active=not finished),
-    ]
+    """Return how far a run is: a `RunView`, then the folder once it is finished."""
+    run = find_run(backend, mine)
+    made = str(run.status.arguments.get("out", "")) if run.status and run.finished else ""
+    return [*run.updates(), made]
 
 
 def _cost_words(backend: Backend, pack_id: str, name: str) -> str:
