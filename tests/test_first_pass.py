@@ -349,6 +349,22 @@ def test_every_method_has_a_preview_or_says_why_not(method: str, analysis: ipm.A
     assert METHODS[method].unknown in str(caught.value)
 
 
+def test_the_command_line_says_exact_approximate_or_why_not(
+    analysis: ipm.Analysis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack, plan = str(tmp_path / "pack.json"), str(tmp_path / "plan.json")
+    analysis.save(pack)
+    said = {}
+    for method in ("task_arithmetic", "dare_linear", "ties"):
+        assert main(["plan", pack, f"--method={method}", "-o", plan]) == 0
+        said[method] = capsys.readouterr().out
+    assert "of its norm." in said["task_arithmetic"]
+    assert "of its norm (approximate: expected over the random drops)" in said["dare_linear"]
+    assert "is not previewable: which elements are kept" in said["ties"]
+    assert main(["plan", pack, "--method=ties", "--json", "-o", plan]) == 0
+    assert "not previewable" in json.loads(capsys.readouterr().out)["preview"]
+
+
 def test_a_quick_analysis_makes_projections_approximate(pair: ModelPair) -> None:
     quick = ipm.analyse(pair, quick=True)
     assert "quick" in ipm.make_plan(quick, similarity_threshold=0).preview().approximate
