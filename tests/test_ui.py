@@ -267,8 +267,8 @@ def test_a_download_is_a_whole_zip_for_its_owner_alone(home):
     assert backend.finished_merge(plan_of(PACK, PlanChoice(0.0))) == folder
     assert backend.finished_merge(plan_of(PACK, PlanChoice(1.0))) is None
     owner, stranger = watched(backend, started._asdict()), watched(backend, {"id": started.id})
-    assert "Download" in owner[3]
-    assert "Only the browser" in stranger[3]
+    assert "Download" in owner[4]
+    assert "Only the browser" in stranger[4]
 
 
 def test_a_pair_whose_models_are_gone_is_refused_in_the_check(home, tmp_path):

@@ -20,11 +20,11 @@ from ipmerge_core.ui.merge_words import (
     change_words,
     confirm_html,
     findings_html,
-    progress_html,
     result_html,
 )
-from ipmerge_core.ui.messages import public_text, sentence_of, told
+from ipmerge_core.ui.messages import public_finding, sentence_of, told
 from ipmerge_core.ui.method_form import MethodChoice, chosen_plan, method_form, offered
+from ipmerge_core.ui.watching import POLL_SECONDS, RunView, Watched, find_run, steer
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from ipmerge_core.pairing import Finding
     from ipmerge_core.plan import MergePlan
 
-POLL_SECONDS = 0.5
 JOB_KEY = "ipmerge.job.v1"
 JOB_SECRET = "ipmerge-job"  # noqa: S105 (it only keeps the entry readable after a restart)
 READING = '<p class="waiting">Reading headers and a few small matrices …</p>'
 NO_RUN = '<p class="waiting">No run yet.</p>'
+NOTHING_MERGED = '<p class="waiting">Nothing has been merged yet.</p>'
 FOLDER_HINT = "A name, or the path of a new folder"
 FOLDER_HINT_HOSTED = "A name"
 
@@ -96,18 +96,12 @@ def merge_tab(
         started = backend.start_merge(chosen_plan(pack_id, plan, how), name)
         return started._asdict()
 
-    def stop(mine: dict[str, str]) -> None:
-        backend.store.cancel(mine["id"], mine["key"])
-
-    def go_on(mine: dict[str, str]) -> None:
-        backend.store.resume(mine["id"], mine["key"])
-
     def watch(mine: dict[str, str] | None) -> list[Any]:
         return watched(backend, mine or {})
 
     # wiring
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    watching = [steps.progress, steps.cancel, steps.resume, steps.result, steps.try_it, timer]
+    watching = [steps.progress, steps.cancel, steps.resume, timer, steps.result, steps.try_it]
     suggested = gr.State("")
     asked = [pair, choice, method, steps.folder, suggested]
     checked = [steps.findings, steps.confirmation, steps.folder, steps.start, suggested]
@@ -128,14 +122,8 @@ def merge_tab(
     steps.start.click(told(begin), [pair, choice, method, steps.folder], job, **quiet).success(
         watch, job, watching, **quiet
     )
-    steps.cancel.click(told(stop), job, None, queue=False, **quiet).success(
-        watch, job, watching, **quiet
-    )
-    steps.resume.click(told(go_on), job, None, queue=False, **quiet).success(
-        watch, job, watching, **quiet
-    )
-    timer.tick(watch, job, watching, queue=False, **quiet)
-    app.load(watch, job, watching, queue=False, **quiet)
+    view = RunView(steps.progress, steps.cancel, steps.resume, timer)
+    steer(app, backend, job, view, watch, watching)
     steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **quiet)
 
 
@@ -163,9 +151,7 @@ def _steps(backend: Backend) -> _Steps:
                 cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel-merge")
                 resume = gr.Button("Resume", visible=False, size="sm", elem_id="resume-merge")
         with _card("4", "Result", "result"):
-            result = gr.HTML(
-                '<p class="waiting">Nothing has been merged yet.</p>', elem_id="result"
-            )
+            result = gr.HTML(NOTHING_MERGED, elem_id="result")
             try_it = gr.Button("Try it", visible=False, size="sm", elem_id="try-merged")
     return _Steps(
         form, findings, confirmation, folder, start, progress, cancel, resume, result, try_it
@@ -193,7 +179,7 @@ def readiness(
         models = reopen(plan)
         name = backend.free_name(plan)
         need = estimate(plan, backend.output_folder(name))
-        found = [_public(finding) for finding in models.check()]
+        found = [public_finding(finding) for finding in models.check()]
         found.append(_room(need.nbytes_written, need.nbytes_free))
         beside = work_of(plan, models)
         kept = {name: reason for name, reason in models.kept.items() if name not in beside}
@@ -207,28 +193,18 @@ def readiness(
 
 
 def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
-    """Return what the third and fourth card show of a run: progress, buttons, result, timer."""
-    hidden = gr.update(visible=False)
-    try:
-        status = backend.store.status(str(mine.get("id", "")))
-    except IPMergeError:
-        nothing = '<p class="waiting">Nothing has been merged yet.</p>'
-        return [NO_RUN, hidden, hidden, nothing, hidden, gr.Timer(active=False)]
-    owned = backend.store.holds_key(status.id, mine.get("key", ""))
-    finished = status.state == "finished"
-    result = '<p class="waiting">The run is not finished.</p>'
-    if finished:
-        link = download_link(status.id, mine.get("key", "")) if owned else None
-        result = result_html(str(status.arguments["out"]), link, show_path=not backend.hosted)
-    return [
-        progress_html(status),
-        gr.update(visible=owned and status.is_running, interactive=status.state == "running"),
-        gr.update(visible=owned and status.can_resume),
-        result,
-        gr.update(visible=finished),
-        # Goes on until the end: a late answer from before a resume must not be the last word.
-        gr.Timer(active=not finished),
-    ]
+    """Return what the third and fourth card show of a run: a `RunView`, then the result."""
+    run = find_run(backend, mine)
+    return [*run.updates(NO_RUN), _result(backend, run, mine), gr.update(visible=run.finished)]
+
+
+def _result(backend: Backend, run: Watched, mine: dict[str, str]) -> str:
+    if run.status is None:
+        return NOTHING_MERGED
+    if not run.finished:
+        return '<p class="waiting">The run is not finished.</p>'
+    link = download_link(run.status.id, mine.get("key", "")) if run.owned else None
+    return result_html(str(run.status.arguments["out"]), link, show_path=not backend.hosted)
 
 
 def _card(number: str, title: str, name: str) -> gr.Column:
@@ -236,12 +212,6 @@ def _card(number: str, title: str, name: str) -> gr.Column:
     with card:
         gr.HTML(f'<h2><span class="number">{number}</span> {title}</h2>')
     return card
-
-
-def _public(finding: Finding) -> Finding:
-    return finding._replace(
-        message=public_text(finding.message), remedy=public_text(finding.remedy)
-    )
 
 
 def _room(nbytes: int, free: int) -> Finding:

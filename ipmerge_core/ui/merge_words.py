@@ -1,4 +1,4 @@
-"""What the Merge tab says: findings, what will change, how far a run is, what came out.
+"""What the tabs say of runs: findings, what will change, how far a run is, what came out.
 
 In: findings, a plan with its preview and estimate, a job's status. Out: small pieces of HTML, with
 every name escaped. Pure; the tab decides when to show them.
@@ -84,16 +84,15 @@ def confirm_html(plan: MergePlan, change: str, need: Estimate, kept: Mapping[str
 
 def progress_html(status: JobStatus) -> str:
     """Draw how far a run is: a bar, and the same in words."""
-    step = status.step
-    calibrates = "groups" in step
-    unit = "" if calibrates else "nbytes_"
+    step, unit = status.step, _unit(status.step)
     done, total = step.get(f"{unit}done", 0), step.get(f"{unit}total", 0)
+    fresh = done - step.get(f"{unit}before", 0)  # what an earlier run had done came at once
     share = done / total if total else 0.0
     words = [f"<b>{STATE_WORDS[status.state].capitalize()}</b>", *_counted(step)]
     elapsed = max(status.updated - status.started, 0.0)
-    if status.is_running and done and elapsed > 0.5:
-        words += [] if calibrates else [f"{done / elapsed / 1e6:.0f} MB/s"]
-        words.append(f"about {time_words((total - done) * elapsed / done)} left")
+    if status.is_running and fresh > 0 and elapsed > 0.5:
+        words += [f"{fresh / elapsed / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
+        words.append(f"about {time_words((total - done) * elapsed / fresh)} left")
     name = _place(step)
     if status.state == "finished":
         name = f"in {time_words(elapsed)}"
@@ -106,12 +105,23 @@ def progress_html(status: JobStatus) -> str:
     )
 
 
+def _unit(step: Mapping[str, Any]) -> str:
+    """What a step counts its work in: an analysis in cost, a calibration in passes, else bytes."""
+    return "cost_" if "cost_total" in step else "" if "groups" in step else "nbytes_"
+
+
 def _counted(step: Mapping[str, Any]) -> list[str]:
     """Say how many of what are done."""
     if not step:
         return []
     if "groups" in step:
         return [f"{step['done']} of {step['total']} passes"]
+    if "cost_total" in step:
+        share = step["cost_done"] / max(step["cost_total"], 1)
+        return [
+            f"{step['number']} of {step['total']} matrices",
+            f"{int(100 * share)} % of the work",
+        ]
     measures = step.get("action") == "measured"
     what = "matrices measured, before the merge" if measures else "tensors"
     return [
@@ -127,6 +137,10 @@ def _place(step: Mapping[str, Any]) -> str:
     if "groups" in step:
         model = "the vision model" if step["role"] == "mllm" else "the math model"
         return f"{model}, part {step['group'] + 1} of {step['groups']}"
+    if "cost_total" in step:
+        return (
+            f"<code>{escape(str(step['matrix']))}</code>" if step["matrix"] else "reading weights"
+        )
     return f"<code>{escape(str(step['tensor']))}</code>"
 
 

@@ -11,13 +11,16 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import gradio as gr
 
 from ipmerge_core.errors import IPMergeError
 from ipmerge_core.jobs import home_folder
 from ipmerge_core.ui.packs import ROOT
+
+if TYPE_CHECKING:
+    from ipmerge_core.pairing import Finding
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,6 +65,13 @@ def public_text(text: str) -> str:
         for folder in _private_folders():
             text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "")
     return text
+
+
+def public_finding(finding: Finding) -> Finding:
+    """Leave the server's folders out of a finding, where strangers read it."""
+    return finding._replace(
+        message=public_text(finding.message), remedy=public_text(finding.remedy)
+    )
 
 
 def _as_message(error: IPMergeError) -> gr.Error:
