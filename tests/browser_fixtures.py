@@ -1,4 +1,4 @@
-"""A real headless Chromium and a running app, shared by every browser test.
+"""Real headless browsers and a running app, shared by every browser test.
 
 `chromium_page` is a fresh page (own profile, 1280 x 900); `new_page` makes pages of other sizes;
 `app_url` starts `app.py` once for the whole run, `explore_url` the Explore tab over packs of the
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FIREFOX_NAMES = ("firefox-esr", "firefox")
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -56,6 +57,13 @@ NO_CHROMIUM = (
 )
 
 
+NO_FIREFOX = (
+    "No Firefox was found: looked at IPMERGE_FIREFOX and at firefox-esr and firefox on the PATH. "
+    "Install one with `sudo apt-get install firefox-esr`, or set IPMERGE_FIREFOX to the path of "
+    "its executable."
+)
+
+
 def find_chromium(playwright: Playwright) -> str:
     """Find a Chromium executable, or fail with a sentence that says what to do."""
     named = [os.environ.get("IPMERGE_CHROMIUM", "")]
@@ -64,6 +72,14 @@ def find_chromium(playwright: Playwright) -> str:
         if candidate and Path(candidate).is_file():
             return candidate
     raise FileNotFoundError(NO_CHROMIUM)
+
+
+def find_firefox() -> str:
+    """Find a Firefox executable, or fail with a sentence that says what to do."""
+    for candidate in [os.environ.get("IPMERGE_FIREFOX", ""), *FIREFOX_NAMES]:
+        if candidate and (found := shutil.which(candidate)):
+            return found
+    raise FileNotFoundError(NO_FIREFOX)
 
 
 def free_port() -> int:
@@ -139,16 +155,32 @@ def explore_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
-    """One headless Chromium for the whole run."""
+def playwright_driver() -> Iterator[Playwright]:
+    """The driver behind all browsers; a thread can have only one."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=find_chromium(playwright), headless=True, args=CHROMIUM_FLAGS
-        )
-        yield browser
-        browser.close()
+        yield playwright
+
+
+@pytest.fixture(scope="session")
+def chromium(playwright_driver: Playwright) -> Iterator[Browser]:
+    """One headless Chromium for the whole run."""
+    browser = playwright_driver.chromium.launch(
+        executable_path=find_chromium(playwright_driver), headless=True, args=CHROMIUM_FLAGS
+    )
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="session")
+def firefox(playwright_driver: Playwright) -> Iterator[Browser]:
+    """One headless Firefox, as it is installed: driven over WebDriver BiDi."""
+    browser = playwright_driver.firefox.launch(
+        executable_path=find_firefox(), channel="moz-firefox", headless=True
+    )
+    yield browser
+    browser.close()
 
 
 @pytest.fixture

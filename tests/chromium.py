@@ -1,8 +1,9 @@
-"""Print the Chromium that the browser tests will use, installing one if there is none.
+"""Print the Chromium that the browser tests will use, installing browsers where there are none.
 
 `make test` runs this first. The browser tests' own search comes first; if it finds nothing that
 starts, Debian's package is tried (as root), then playwright's own; otherwise one sentence says
-what to do. Playwright's driver may lack a library on a bare machine: likewise.
+what to do. Playwright's driver may lack a library on a bare machine, and one file of tests needs
+a Firefox: likewise.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 
-from browser_fixtures import find_chromium
+from browser_fixtures import find_chromium, find_firefox
 from playwright.sync_api import sync_playwright
 
 ADVICE = (
@@ -40,7 +41,20 @@ def main() -> None:
         if not path:
             run(command)
             path = working_chromium()
+    if firefox_advice() and may_use_apt():
+        run(apt_get("firefox-esr"))
+    if advice := firefox_advice():
+        sys.exit(advice)
     print(path or sys.exit(ADVICE))
+
+
+def firefox_advice() -> str:
+    """Say what to do where there is no Firefox, else nothing."""
+    try:
+        find_firefox()
+    except FileNotFoundError as error:
+        return str(error)
+    return ""
 
 
 def driver_error() -> str:

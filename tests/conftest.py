@@ -13,7 +13,9 @@ from browser_fixtures import (  # noqa: F401
     chromium,
     chromium_page,
     explore_url,
+    firefox,
     new_page,
+    playwright_driver,
 )
 from jaxtyping import install_import_hook
 
