@@ -117,11 +117,8 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
     if "groups" in step:
         return [f"{step['done']} of {step['total']} passes"]
     if "cost_total" in step:
-        share = step["cost_done"] / max(step["cost_total"], 1)
-        return [
-            f"{step['number']} of {step['total']} matrices",
-            f"{int(100 * share)} % of the work",
-        ]
+        percent = 100 * step["cost_done"] // max(step["cost_total"], 1)
+        return [f"{step['number']} of {step['total']} matrices", f"{percent} % of the work"]
     measures = step.get("action") == "measured"
     what = "matrices measured, before the merge" if measures else "tensors"
     return [
@@ -137,11 +134,8 @@ def _place(step: Mapping[str, Any]) -> str:
     if "groups" in step:
         model = "the vision model" if step["role"] == "mllm" else "the math model"
         return f"{model}, part {step['group'] + 1} of {step['groups']}"
-    if "cost_total" in step:
-        return (
-            f"<code>{escape(str(step['matrix']))}</code>" if step["matrix"] else "reading weights"
-        )
-    return f"<code>{escape(str(step['tensor']))}</code>"
+    name = str(step["matrix"] if "matrix" in step else step["tensor"])
+    return f"<code>{escape(name)}</code>" if name else "reading weights"
 
 
 def result_html(out: str, link: str | None, *, show_path: bool) -> str:
