@@ -10,6 +10,8 @@ import re
 import time
 from collections.abc import Iterator
 
+from ipmerge_core.analysis import AnalysisStep
+from ipmerge_core.analysis import iter_pack as quick_pack
 from ipmerge_core.errors import ModelLoadError
 from ipmerge_core.inference import stream_answer as quick_answer
 from ipmerge_core.merging import MergeStep
@@ -17,6 +19,7 @@ from ipmerge_core.merging import iter_merge as quick_merge
 
 STEP_SECONDS = 0.04
 PIECE_SECONDS = 0.04
+MATRIX_SECONDS = 0.5
 
 
 def slow_merge(plan, out, *, device="cpu", resume=True) -> Iterator[MergeStep]:
@@ -24,6 +27,13 @@ def slow_merge(plan, out, *, device="cpu", resume=True) -> Iterator[MergeStep]:
         if step.action != "resumed":
             time.sleep(STEP_SECONDS)
         yield step
+
+
+def slow_pack(*args, **options) -> Iterator[AnalysisStep]:
+    for step in quick_pack(*args, **options):
+        yield step
+        if step.matrix:
+            time.sleep(MATRIX_SECONDS)
 
 
 def slow_answer(loaded, question, image=None, settings=None, cancelled=None) -> Iterator[str]:

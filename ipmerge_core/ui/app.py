@@ -6,21 +6,25 @@ own; what they share is the chosen pair, the session's `PlanChoice` and one `Bac
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from ipmerge_core.ui.analyse_panel import lay_out_panel, wire_panel
+from ipmerge_core.ui.analyse_words import pair_html
 from ipmerge_core.ui.api import add_endpoints
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.calibration_form import remembered_calibration
 from ipmerge_core.ui.cite_tab import cite_tab
 from ipmerge_core.ui.compare import compare_tab
 from ipmerge_core.ui.download import download_route
-from ipmerge_core.ui.explore import explore_tab, start_choice
+from ipmerge_core.ui.explore import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_tab import merge_tab, remembered_job
 from ipmerge_core.ui.packs import DEMO, ROOT, list_packs, load_pack
+from ipmerge_core.ui.trio import is_running
 from ipmerge_core.ui.try_it import try_tab
 
 HEADING = """\
@@ -45,28 +49,38 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
     with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
         with gr.Row(elem_id="top"):
             gr.Markdown(HEADING, elem_id="heading")
-            pair = gr.Dropdown(
-                [(pack.label, pack.id) for pack in packs],
-                value=packs[0].id if packs else None,
-                label="Pair",
-                elem_id="pair",
-                interactive=bool(packs),
-            )
+            with gr.Column(elem_id="pair-column"):
+                pair = gr.Dropdown(
+                    [(pack.label, pack.id) for pack in packs],
+                    value=packs[0].id if packs else None,
+                    label="Pair",
+                    elem_id="pair",
+                    interactive=bool(packs),
+                )
+                with gr.Row(elem_id="pair-line"):
+                    details = gr.HTML(
+                        pair_html(load_pack(packs[0].id)) if packs else "", elem_id="pair-details"
+                    )
+                    opener = gr.Button("Analyse another trio", size="sm", elem_id="analyse-open")
+        panel = lay_out_panel(opener, details, hosted=backend.hosted)
         choice = gr.State(start_choice(load_pack(packs[0].id)) if packs else PlanChoice())
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:
-            _add_tabs(app, backend, pair, choice)
+            explore, tabs = _add_tabs(app, backend, pair, choice)
+            wire_panel(app, backend, panel, pair, choice, explore, tabs)
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
     return app  # type: ignore[no-any-return]
 
 
-def _add_tabs(app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
+def _add_tabs(
+    app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State
+) -> tuple[ExploreTab, gr.Tabs]:
     job, calibration = remembered_job(), remembered_calibration()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
-            explore = explore_tab(pair, choice)
+            explore = explore_tab(pair, choice, partial(is_running, backend))
         with gr.Tab("Try it", id="try", elem_id="tab-try") as asking:
             try_tab(backend, pair, choice)
         asking.select(backend.warm_up, queue=False, api_visibility="private")
@@ -78,6 +92,7 @@ def _add_tabs(app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.St
             compare_tab(pair, choice, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(pair, choice, cite, explore.opened)
+    return explore, tabs
 
 
 def theme() -> gr.themes.Base:

@@ -50,7 +50,7 @@ class Trio(NamedTuple):
 class Checked(NamedTuple):
     """What a check found. `pinned` names the models with the commits that were checked."""
 
-    asked: Trio
+    asked: Trio | None
     findings: list[Finding]
     pinned: Trio | None = None
     need: AnalysisEstimate | None = None
@@ -106,20 +106,18 @@ def refuse_impossible(trio: Trio) -> Trio:
 
 def check_trio(trio: Trio, *, hub_only: bool) -> Iterator[str | Checked]:
     """Check models by headers, configs and a few rows; yields words, and at last what it found."""
+    try:
+        yield from _check(trio, hub_only)
+    except IPMergeError as error:
+        yield refused(error)
+
+
+def refused(error: IPMergeError) -> Checked:
+    """Return what a check found that could not go on."""
     from ipmerge_core.pairing import Finding
 
-    found: Checked | None = None
-    try:
-        for found_or_words in _check(trio, hub_only):
-            if isinstance(found_or_words, Checked):
-                found = found_or_words
-            else:
-                yield found_or_words
-    except IPMergeError as error:
-        refusal = Finding("refusal", "These models cannot be compared.", sentence_of(error))
-        found = Checked(trio, [refusal])
-    assert found is not None, "a check ends with what it found"
-    yield found
+    refusal = Finding("refusal", "These models cannot be compared.", sentence_of(error))
+    return Checked(None, [refusal])
 
 
 def _check(trio: Trio, hub_only: bool) -> Iterator[str | Checked]:

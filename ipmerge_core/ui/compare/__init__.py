@@ -59,7 +59,9 @@ def compare_content(pack_id: str, choice: PlanChoice, other_id: str) -> dict[str
 class CompareMap(gr.HTML):
     """The component: the layer map's grid with two plans in it."""
 
-    def __init__(self, value: dict[str, Any] | None = None, elem_id: str = ELEM_ID) -> None:
+    def __init__(
+        self, value: dict[str, Any] | None = None, elem_id: str = ELEM_ID, *, render: bool = True
+    ) -> None:
         scripts = [layer_map.HERE / f"{name}.js" for name in SHARED]
         scripts += [HERE / f"{name}.js" for name in SCRIPTS]
         styles = [layer_map.HERE / "style.css", HERE / "style.css"]
@@ -70,6 +72,7 @@ class CompareMap(gr.HTML):
             js_on_load="\n".join(path.read_text(encoding="utf-8") for path in scripts),
             apply_default_css=False,
             elem_id=elem_id,
+            render=render,  # Gradio's own, for `gr.skip()`
         )
 
     def postprocess(self, value: object) -> str | None:

@@ -182,7 +182,9 @@ class LayerMap(gr.HTML):
     Args:
         value: the content, see `ipmerge_core.ui.explore.map_content`.
         elem_id: the id of the component's element.
-        server_functions: `report(pack_id, plan)`, if the page shall offer the HTML report.
+        server_functions: `report_file(pack_id, plan)`, if the page shall offer the HTML report;
+            `grown(pack_id, n_known)`, if pairs may grow while they are on show.
+        render: whether to stand in the page at once; Gradio's own, for `gr.skip()`.
     """
 
     def __init__(
@@ -190,6 +192,8 @@ class LayerMap(gr.HTML):
         value: Mapping[str, Any] | None = None,
         elem_id: str = ELEM_ID,
         server_functions: list[Callable[..., Any]] | None = None,
+        *,
+        render: bool = True,
     ) -> None:
         super().__init__(
             value=value,
@@ -199,6 +203,7 @@ class LayerMap(gr.HTML):
             apply_default_css=False,
             elem_id=elem_id,
             server_functions=server_functions,
+            render=render,
         )
 
     def postprocess(self, value: object) -> str | None:
