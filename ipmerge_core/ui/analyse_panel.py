@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 JOB_KEY = "ipmerge.analysis.v1"
 JOB_SECRET = "ipmerge-analysis"  # noqa: S105 (it only keeps the entry readable after a restart)
 POLL_SECONDS = 1.0
-EXACT, QUICK = "exact", "quick: approximate, from the leading 64 directions"
+EXACT, QUICK = "exact", "quick"
 LEAD = (
     "Compare a vision-language model with math models that were tuned from the same language "
     "model. Check reads headers and a few rows; nothing more is read before you start."
 )
-ADDRESS = "Hub id, org/name or org/name@revision"
-OR_FOLDER = "; or a folder on this machine"
+ADDRESS = "Hub id: org/name"
+OR_FOLDER = ", or a folder"
 READY = "Checked. Nothing has been downloaded yet."
 REFUSED = "This cannot start: see what is marked ✕. What you typed is kept."
 # Once something was checked, a change in any field takes Start away, without asking the server.
@@ -312,7 +312,7 @@ def _fields(*, hosted: bool) -> list[Any]:
         mllm = gr.Textbox(label="Vision-language model", info=address, elem_id="analyse-mllm")
         math = gr.Textbox(
             label="Math models",
-            info="One a line: experts tuned from the base",
+            info="One a line, tuned from the base",
             lines=2,
             max_lines=4,
             elem_id="analyse-math",
@@ -325,11 +325,17 @@ def _fields(*, hosted: bool) -> list[Any]:
             info="Only where it is another one",
             elem_id="analyse-own-base",
         )
-        depth = gr.Radio([EXACT, QUICK], value=EXACT, label="Depth", elem_id="analyse-depth")
+        depth = gr.Radio(
+            [EXACT, QUICK],
+            value=EXACT,
+            label="Depth",
+            info="Quick is approximate: 64 directions",
+            elem_id="analyse-depth",
+        )
         rank = gr.Number(
-            None,
+            0,
             label="Rank",
-            info="Leading directions to keep; empty for all",
+            info="Leading directions to keep; 0 for all",
             precision=0,
             minimum=0,
             elem_id="analyse-rank",

@@ -7,6 +7,7 @@ let asking = 0;
 
 function growLater() {
   clearTimeout(asking);
+  if (map.pack?.growing) map.dom.root.dataset.growing = "true";
   if (map.pack?.growing && server?.grown) asking = setTimeout(askForMore, ASK_AGAIN);
 }
 
@@ -33,7 +34,7 @@ function takeNews({ pack, records, growing, presets, again, gone }) {
     growing: growing && { ...map.pack.growing, ...growing } });
   const added = addRecords(map.index, records);
   if (added.length) takeCells(added, wasKnown);
-  if (!growing) {
+  if (!growing) {  // the sentence keeps the height that it had: nothing jumps at the end
     map.presets = presets;
     buildPicks();
     tell(`The analysis is finished: all ${map.index.cells.length} matrices are there.`);

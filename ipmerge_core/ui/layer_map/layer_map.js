@@ -141,6 +141,7 @@ function open(value) {
   const content = typeof value === "string" && value ? JSON.parse(value) : value;
   if (!content || !content.pack) { map.index = null; map.dom.root.hidden = true; return; }
   map.dom.root.hidden = false;
+  delete map.dom.root.dataset.growing;
   const left = map.index ? place() : null, again = content.id === map.packId, cell = again && map.target?.cell?.name;
   Object.assign(map, { pack: content.pack, index: indexPack(content.pack), presets: content.presets || [],
     packId: content.id || "", home: content.home || "", target: null, pinned: null, expert: -1, preset: null });
