@@ -8,7 +8,7 @@
 #   make clean   remove the environment and all caches
 #
 # Settings: PYTHON (interpreter to start from), VENV (folder of the environment),
-# IPMERGE_CHROMIUM (browser for the tests). pip follows your own pip settings.
+# IPMERGE_CHROMIUM and IPMERGE_FIREFOX (browsers for the tests). pip follows your own pip settings.
 
 SHELL := /bin/bash
 VENV ?= .venv
