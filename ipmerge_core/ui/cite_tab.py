@@ -11,10 +11,11 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
+from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.choice import describe_choice, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import told
-from ipmerge_core.ui.packs import load_pack
+from ipmerge_core.ui.messages import as_markdown, sentence_of, told
+from ipmerge_core.ui.packs import find_growing, load_pack
 from ipmerge_core.ui.snippets import Snippets, page_address, snippets_of
 
 LABELS = {
@@ -51,10 +52,15 @@ def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependenc
 
     # handlers
     def write(pack_id: str, plan: PlanChoice, request: gr.Request) -> tuple[str, ...]:
-        found = snippets_of(pack_id, plan, page_address(request.headers.get("referer", "")))
-        return state_words(pack_id, plan), *found
+        address = page_address(request.headers.get("referer", ""))
+        try:
+            return state_words(pack_id, plan), *snippets_of(pack_id, plan, address)
+        except PlanError as error:  # a pair that is only partly analysed
+            return as_markdown(sentence_of(error)), *[""] * len(texts)
 
     def name_plan(pack_id: str, plan: PlanChoice) -> str:
+        if find_growing(pack_id) is not None:
+            return ""
         return f"Plan `{plan_of(pack_id, plan).hash}`: Python and the command line make the same."
 
     def name_again(pack_id: str, plan: PlanChoice, before: str) -> str:
@@ -75,4 +81,4 @@ def state_words(pack_id: str, choice: PlanChoice) -> str:
     """Say which pair and plan the texts are of."""
     pack = load_pack(pack_id)
     made = f"analysed {pack['created'][:10]} with IPMerge {pack['engine']}"
-    return f"**{pack['name']}** · {describe_choice(choice)} · {made}"
+    return f"**{as_markdown(pack['name'])}** · {describe_choice(choice)} · {made}"

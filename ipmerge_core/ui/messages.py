@@ -7,8 +7,10 @@ In: a handler, plain or a generator. Out: the same handler, whose `IPMergeError`
 from __future__ import annotations
 
 import functools
+import html
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -57,6 +59,15 @@ def told(handler: Callable[P, R]) -> Callable[P, R]:
 def sentence_of(error: BaseException) -> str:
     """Return an error's sentence, fit for whoever reads it here."""
     return public_text(str(error))
+
+
+def as_markdown(text: str) -> str:
+    r"""Escape a text that stands in Markdown, so that a name stays a name.
+
+    >>> as_markdown("<b>a_b</b>")
+    '&lt;b&gt;a\\_b&lt;/b&gt;'
+    """
+    return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", html.escape(text, quote=False))
 
 
 def public_text(text: str) -> str:

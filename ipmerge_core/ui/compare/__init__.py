@@ -6,6 +6,7 @@ computed in the browser by the layer map's own arithmetic.
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
+from ipmerge_core.errors import PlanError
 from ipmerge_core.ui import layer_map
 from ipmerge_core.ui.explore import map_content
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.messages import sentence_of, told
 from ipmerge_core.ui.packs import list_packs
 
 HERE = Path(__file__).parent
@@ -28,26 +30,37 @@ ELEM_ID = "compare-map"
 def compare_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependency) -> None:
     """Lay out the tab inside the open `tab`; fill it with `tab` and when a pair is opened."""
     # layout
-    packs = [(pack.label, pack.id) for pack in list_packs()]
-    other = gr.Dropdown(
-        [("The same pair", ""), *packs], value="", label="Pair of B", elem_id="compare-pair"
-    )
+    other = gr.Dropdown(others(), value="", label="Pair of B", elem_id="compare-pair")
+    reason = gr.HTML("", elem_id="compare-reason")
     compared = CompareMap()
     seen = gr.State(False)  # whether the tab was opened: until then it is not worth its bytes
 
     # handlers
-    def compare(pack_id: str, plan: PlanChoice, other_id: str) -> tuple[dict[str, Any], bool]:
-        return compare_content(pack_id, plan, other_id), True
+    def compare(pack_id: str, plan: PlanChoice, other_id: str) -> list[Any]:
+        return [*compared_or_reason(pack_id, plan, other_id), gr.update(choices=others()), True]
 
-    def compare_again(pack_id: str, plan: PlanChoice, other_id: str, shown: bool) -> Any:  # noqa: ANN401
-        return compare_content(pack_id, plan, other_id) if shown else gr.skip()
+    def compare_again(pack_id: str, plan: PlanChoice, other_id: str, shown: bool) -> list[Any]:
+        return compared_or_reason(pack_id, plan, other_id) if shown else [gr.skip(), gr.skip()]
 
     # wiring
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     inputs = [pair, choice, other]
-    tab.select(told(compare), inputs, [compared, seen], **quiet)
-    other.input(told(compare), inputs, [compared, seen], **quiet)
-    opened.success(told(compare_again), [*inputs, seen], compared, **quiet)
+    tab.select(told(compare), inputs, [compared, reason, other, seen], **quiet)
+    other.input(told(compare), inputs, [compared, reason, other, seen], **quiet)
+    opened.success(told(compare_again), [*inputs, seen], [compared, reason], **quiet)
+
+
+def others() -> list[tuple[str, str]]:
+    """List what the pair on show can be compared with."""
+    return [("The same pair", ""), *((pack.label, pack.id) for pack in list_packs())]
+
+
+def compared_or_reason(pack_id: str, choice: PlanChoice, other_id: str) -> list[Any]:
+    """Return the content, or nothing and the reason: a pair that is only partly analysed."""
+    try:
+        return [compare_content(pack_id, choice, other_id), ""]
+    except PlanError as error:
+        return [None, f'<p class="waiting">{html.escape(sentence_of(error))}</p>']
 
 
 def compare_content(pack_id: str, choice: PlanChoice, other_id: str) -> dict[str, Any]:

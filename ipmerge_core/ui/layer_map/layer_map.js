@@ -142,6 +142,7 @@ function open(value) {
   if (!content || !content.pack) { map.index = null; map.dom.root.hidden = true; return; }
   map.dom.root.hidden = false;
   delete map.dom.root.dataset.growing;
+  setText(map.dom.read, " ");
   const left = map.index ? place() : null, again = content.id === map.packId, cell = again && map.target?.cell?.name;
   Object.assign(map, { pack: content.pack, index: indexPack(content.pack), presets: content.presets || [],
     packId: content.id || "", home: content.home || "", target: null, pinned: null, expert: -1, preset: null });
