@@ -246,7 +246,7 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
     assert "Calibrate mllm-" in running[0]
     status = wait_for(backend, started.id)
     assert status.state == "finished", status.error
-    words, _, _, made, timer = calibration_form.watched(backend, started._asdict())
+    words, _, _, timer, made = calibration_form.watched(backend, started._asdict())
     assert "4 of 4 passes" in words
     assert not timer.active
     assert Path(made).parent == home / "calibrations"

@@ -20,6 +20,7 @@ from ipmerge_core.options import OPTIONS, Option
 from ipmerge_core.ui.choice import analysis_of, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.messages import is_hosted
+from ipmerge_core.ui.watching import QUIET
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -64,7 +65,7 @@ def method_form(method: gr.State, after: Callable[[Dependency], object]) -> Meth
     name = gr.Dropdown(
         [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
     )
-    changed = name.change(with_method, [method, name], method, queue=False, **_QUIET)
+    changed = name.change(with_method, [method, name], method, queue=False, **QUIET)
 
     @gr.render(inputs=name, triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
     def fields(chosen: str) -> None:
@@ -89,9 +90,6 @@ def method_form(method: gr.State, after: Callable[[Dependency], object]) -> Meth
     return MethodForm(name, changed, data)
 
 
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-
 def _keep(
     field: Any,  # noqa: ANN401 (a component; their events are made at run time)
     keep: Callable[..., MethodChoice],
@@ -100,7 +98,7 @@ def _keep(
 ) -> None:
     """Put a field's value into the choice whenever it changes, the last one for sure."""
     change = field.change(
-        keep, [method, field], method, queue=False, trigger_mode="always_last", **_QUIET
+        keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
     )
     after(change)
 
