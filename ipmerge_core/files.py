@@ -187,12 +187,7 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     Raises: CheckpointError when there is neither, or the hub refuses.
     """
     if hub_only:
-        if isinstance(source, str) and _HUB_ID.fullmatch(source):
-            return open_hub(source)
-        raise CheckpointError(
-            f"'{str(source)[:80]}' is no hub id; expected 'org/name' or 'org/name@revision'. "
-            f"Models on disk are read only where the app runs on your own machine."
-        )
+        return open_hub(as_hub_id(source))
     folder = Path(source).expanduser()
     if folder.is_dir():
         return LocalFiles(folder)
@@ -201,6 +196,16 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     raise CheckpointError(
         f"There is no model folder '{source}'. Expected a folder with config.json and "
         f"safetensors files, or a hub id such as 'org/name'."
+    )
+
+
+def as_hub_id(source: str | Path) -> str:
+    """Return a hub id as it is. Raises: CheckpointError for anything else."""
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return source
+    raise CheckpointError(
+        f"'{str(source)[:80]}' is no hub id; expected 'org/name' or 'org/name@revision'. Models on "
+        f"disk are read only where the app runs on your own machine."
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from gradio.events import api
 
-from ipmerge_core.errors import RunError
+from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference import Settings, open_image
 from ipmerge_core.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
@@ -25,6 +25,7 @@ from ipmerge_core.ui.merge_tab import readiness
 from ipmerge_core.ui.messages import told
 from ipmerge_core.ui.packs import list_packs, load_pack
 from ipmerge_core.ui.sides import Question, Side, answer_both
+from ipmerge_core.ui.trio import Trio, start_analysis
 
 Json = dict[str, Any]
 LARGEST_IMAGE = 15_000_000  # bytes, before base64
@@ -103,6 +104,23 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         started = backend.start_merge(plan_of(pack, choice), folder)
         return {"job_id": started.id, "key": started.key}
 
+    def analyse_start(
+        mllm: str,
+        math: list[str],
+        base: str,
+        base_mllm: str = "",
+        quick: bool = False,
+        rank: int = 0,
+    ) -> dict[str, str]:
+        """Start analysing models by hub id (or folder, off a Space) into a new pair of that id.
+
+        Answers at once with the run's id and its key; quick is approximate, rank 0 keeps all
+        directions. The run fails with a sentence where the sibling check refuses the models.
+        """
+        asked = Trio(mllm, _several(math), base, base_mllm, quick, rank or None)
+        started = start_analysis(backend, asked)
+        return {"job_id": started.id, "key": started.key, "pack": started.pack}
+
     def job_status(job_id: str) -> Json:
         """Tell where a run stands."""
         return _told_status(backend, backend.store.status(job_id))
@@ -115,7 +133,7 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         """Go on with a run that was cancelled, failed or interrupted."""
         return _told_status(backend, backend.store.resume(job_id, key))
 
-    return [merge_start, job_status, job_cancel, job_resume]
+    return [merge_start, analyse_start, job_status, job_cancel, job_resume]
 
 
 def _answers(backend: Backend) -> list[Callable[..., Any]]:
@@ -166,6 +184,13 @@ def asdict_of(preview: Any) -> Json:  # noqa: ANN401 (a Preview; plan is importe
     values = asdict(preview)
     layers = {str(layer): change for layer, change in preview.layer_change.items()}
     return {**values, "selected": list(preview.selected), "layer_change": layers}
+
+
+def _several(names: object) -> tuple[str, ...]:
+    """Take a list of names; what is in it is judged where the run starts. Raises: PlanError."""
+    if not isinstance(names, list):
+        raise PlanError("The math models must come as a list of names.")
+    return tuple(names)
 
 
 def _told_status(backend: Backend, status: JobStatus) -> Json:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, PlanError
+from ipmerge_core.files import as_hub_id
 from ipmerge_core.journal import journal_of
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.messages import public_finding, sentence_of
@@ -89,6 +90,8 @@ def refuse_impossible(trio: Trio) -> Trio:
     """Return the trio if it names what it must. Raises: PlanError."""
     if not all(isinstance(address, str) for _, address in trio.addresses()):
         raise PlanError("A model is named by something else than words; expected a hub id.")
+    if not isinstance(trio.rank, int | None) or not isinstance(trio.quick, bool):
+        raise PlanError(f"The rank is {str(trio.rank)[:40]!r}; expected a whole number, or none.")
     missing = [role for role, address in trio.addresses() if not address]
     if missing or not trio.math:
         words = [*missing, *([] if trio.math else ["math model"])]
@@ -209,13 +212,17 @@ def fingerprints(sources: Mapping[str, Any]) -> Iterator[str]:
 def start_analysis(backend: Backend, trio: Trio) -> StartedAnalysis:
     """Start a run that analyses a trio into a new pack of the user's own.
 
-    Raises: PlanError for names that make no sense, RunError when too much is running.
+    Raises: PlanError or, on a Space, CheckpointError for names that make no sense, RunError when
+        too much is running.
     """
     from ipmerge_core.analysis import iter_pack
     from ipmerge_core.comparison import Options
     from ipmerge_core.inference import best_device
 
     refuse_impossible(trio)
+    if backend.hosted:
+        for _, address in trio.addresses():
+            as_hub_id(address)
     Options(trio.rank, quick=trio.quick).check()
     names = [Path(address.partition("@")[0]).name for address in (trio.mllm, *trio.math)]
     depth = "quick" if trio.quick else f"rank{trio.rank}" if trio.rank else ""
