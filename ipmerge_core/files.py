@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -168,11 +169,9 @@ class RemoteFiles:
 
     def _ask(self, request: Any) -> Any:  # noqa: ANN401
         """Carry out one request and explain what goes wrong with it."""
-        from httpx import HTTPError
-
         try:
             return request()
-        except (OSError, HTTPError) as error:
+        except _network_errors() as error:
             raise RunError(
                 f"Reading '{self.id}' failed ({type(error).__name__}: {_first_line(error)}). Check "
                 f"the connection and run the same command again; finished tensors are kept."
@@ -214,19 +213,24 @@ def open_hub(hub_id: str) -> Files:
 
     Without a connection (or with HF_HUB_OFFLINE=1) a copy in the local hub cache serves.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi, HfFileSystem
 
     name, _, revision = hub_id.partition("@")
     try:
         sha = HfApi().model_info(name, revision=revision or None).sha
-    except (OSError, ValueError, HTTPError) as error:
+    except (ValueError, *_network_errors()) as error:
         cached = None if _is_answer(error) else _cached_copy(name, revision)
         if cached is None:
             raise CheckpointError(_explain_hub_error(hub_id, error)) from error
         return cached
     assert sha is not None
     return RemoteFiles(name, sha, HfFileSystem(), f"{name}@{sha}")
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """Name what a request may raise: huggingface_hub speaks httpx, and from 2.0 on httpx2."""
+    clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return (OSError, *(client.HTTPError for client in clients if client is not None))
 
 
 def _cached_copy(name: str, revision: str) -> LocalFiles | None:
@@ -260,6 +264,8 @@ def _explain_hub_error(hub_id: str, error: Exception) -> str:
             "Is the name spelled right, and is it public? A local folder must exist: "
             f"{Path(hub_id).resolve()} does not."
         )
+    elif "Validation" in kind:
+        remedy = "A hub id is 'org/name', of letters, digits, dots, dashes and underscores."
     elif "Offline" in kind:
         remedy = (
             "HF_HUB_OFFLINE is set and the hub's cache on this disk has no copy: unset it, or "

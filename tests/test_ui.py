@@ -46,6 +46,7 @@ ENDPOINTS = {
     "/merge_start": [
         "pack", "folder", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
     ],
+    "/analyse_start": ["mllm", "math", "base", "base_mllm", "quick", "rank"],
     "/job_status": ["job_id"],
     "/job_cancel": ["job_id", "key"],
     "/job_resume": ["job_id", "key"],
@@ -137,6 +138,36 @@ def test_a_merge_by_endpoints_runs_to_its_end(client):
         client.predict(job_id=started["job_id"], key="guess", api_name="/job_cancel")
     with pytest.raises(AppError, match="nothing to resume"):
         client.predict(**started, api_name="/job_resume")
+
+
+def test_an_analysis_by_endpoints_adds_a_pair(client):
+    demo = {name: str(packs.DEMO / name) for name in ("mllm", "base")}
+    asked = {**demo, "math": [str(packs.DEMO / "math")], "quick": True}
+    started = client.predict(**asked, api_name="/analyse_start")
+    status = wait_for_job(client, started["job_id"])
+    assert (status["state"], status["step"]["number"]) == ("finished", 28)
+    assert started["pack"] in [pack["id"] for pack in client.predict(api_name="/packs")]
+    values = {"pack": started["pack"], **EVERYTHING}
+    assert len(client.predict(**values, api_name="/preview")["selected"]) == 28
+    assert client.predict(**values, api_name="/plan_check")["ready"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"math": []}, "Still to be named: math model"),
+        ({"math": "org/math"}, "as a list of names"),
+        ({"math": ["org/math"] * 9}, "at most 8"),
+        ({"math": [{}]}, "something else than words"),
+        ({"base": ""}, "Still to be named: base"),
+        ({"rank": -1}, "rank is -1"),
+        ({"rank": "many"}, "rank is 'many'"),
+    ],
+)
+def test_an_analysis_of_nonsense_comes_back_as_one_sentence(client, values, words):
+    asked = {"mllm": "org/mllm", "math": ["org/math"], "base": "org/base", **values}
+    with pytest.raises(AppError, match=words):
+        client.predict(**asked, api_name="/analyse_start")
 
 
 def test_answer_pair_streams_and_ends_with_both_answers(client):

@@ -50,7 +50,7 @@ def list_packs() -> list[PackEntry]:
     labels = [(pack_id, _label(pack_id, path), path) for pack_id, path in _files()]
     often = Counter(label for _, label, _ in labels)
     return [
-        PackEntry(pack_id, f"{label} · {pack_id}" if often[label] > 1 else label, path)
+        PackEntry(pack_id, f"{label} · {_stem(path)}" if often[label] > 1 else label, path)
         for pack_id, label, path in labels
     ]
 
@@ -143,7 +143,8 @@ def reserve_name(*parts: str) -> Path:
 
 def _files() -> Iterator[tuple[str, Path]]:
     for folder, prefix in ((DEMO, ""), (packs_folder(), _OWN)):
-        for path in sorted({*folder.glob("pack*.json.gz"), *folder.glob(f"[!.]*{_ENDING}")}):
+        paths = {*folder.glob("pack*.json.gz"), *folder.glob(f"[!.]*{_ENDING}")}
+        for path in sorted(paths, key=_stem):
             yield prefix + _stem(path), path
 
 
