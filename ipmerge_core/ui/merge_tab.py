@@ -37,6 +37,8 @@ JOB_SECRET = "ipmerge-job"  # noqa: S105 (it only keeps the entry readable after
 READING = '<p class="waiting">Reading headers and a few small matrices …</p>'
 NO_RUN = '<p class="waiting">No run yet.</p>'
 NOTHING_MERGED = '<p class="waiting">Nothing has been merged yet.</p>'
+# A visitor's own name stays; suggested ones end in a plan's hash.
+SUGGEST = r"(typed, name) => typed && !/-[0-9a-f]{8}(-\d+)?$/.test(typed) ? typed : name"
 FOLDER_HINT = "A name, or the path of a new folder"
 FOLDER_HINT_HOSTED = "A name"
 
@@ -84,13 +86,11 @@ def merge_tab(
 
     # handlers
     def check(
-        pack_id: str, plan: PlanChoice, how: MethodChoice, typed: str, before: str
-    ) -> tuple[str, str, Any, dict[str, Any], str]:
+        pack_id: str, plan: PlanChoice, how: MethodChoice
+    ) -> tuple[str, str, dict[str, Any], str]:
         found = readiness(backend, pack_id, plan, how)
-        own = typed not in ("", before)  # a name that a visitor wrote stays
-        folder = gr.skip() if own else found.folder
         start = gr.update(interactive=found.ready)
-        return findings_html(found.findings), found.confirmation, folder, start, found.folder
+        return findings_html(found.findings), found.confirmation, start, found.folder
 
     def begin(pack_id: str, plan: PlanChoice, how: MethodChoice, name: str) -> dict[str, str]:
         started = backend.start_merge(chosen_plan(pack_id, plan, how), name)
@@ -102,12 +102,14 @@ def merge_tab(
     # wiring
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     watching = [steps.progress, steps.cancel, steps.resume, timer, steps.result, steps.try_it]
-    suggested = gr.State("")
-    asked = [pair, choice, method, steps.folder, suggested]
-    checked = [steps.findings, steps.confirmation, steps.folder, steps.start, suggested]
+    suggested = gr.Textbox(visible="hidden", elem_id="suggested-folder")
+    checked = [steps.findings, steps.confirmation, steps.start, suggested]
 
     def checks(event: Dependency) -> Dependency:
-        then: Dependency = event.then(told(check), asked, checked, **quiet)
+        found = event.then(told(check), [pair, choice, method], checked, **quiet)
+        # In the page itself, at once: what a visitor wrote during the check stays.
+        named = [steps.folder, suggested]
+        then: Dependency = found.then(None, named, steps.folder, js=SUGGEST, **quiet)
         return then
 
     with steps.form:
