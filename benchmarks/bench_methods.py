@@ -51,7 +51,6 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("ip_merging", {"gamma_norm": "max", "lambda_": 4.0}),
     ("linear", {"alpha": 0.5}),
     ("task_arithmetic", {"math_weight": 1.0}),
-    ("task_arithmetic", {"math_weight": 1.0, "norms": "merge"}),
     ("layer_swap", {"last_kept_layer": 1, "alpha": 0.5}),
     ("ties", {"math_weight": 1.0, "mllm_density": 1.0, "math_density": 0.5}),
     ("ties", {"math_weight": 1.0, "density": 0.5, "anchor": "inject"}),
