@@ -223,6 +223,44 @@ def test_iso_cts_matches_its_definition_in_float64():
     assert torch.allclose(merged, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_iso_c_matches_its_definition_in_float64(shape, experts):
+    generator = torch.Generator().manual_seed(5)
+    base, *taus = torch.randn(2 + experts, *shape, generator=generator, dtype=torch.float64)
+    weights = {"mllm_weight": 0.9, "math_weight": 0.4, "scale": 0.7}
+    merged = METHODS["iso_c"](base, base + taus[0], [base + t for t in taus[1:]], **weights)
+    U, S, Vh = torch.linalg.svd(0.9 * taus[0] + 0.4 * sum(taus[1:]), full_matrices=False)
+    assert torch.allclose(merged, base + 0.7 * S.mean() * U @ Vh, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_knots_matches_its_definition_in_float64(shape, experts, normalize):
+    generator = torch.Generator().manual_seed(6)
+    base, *taus = torch.randn(2 + experts, *shape, generator=generator, dtype=torch.float64)
+    choice = {"density": 0.3, "scale": 0.7, "math_weight": 0.5, "normalize": normalize}
+    merged = METHODS["knots_ties"](base, base + taus[0], [base + t for t in taus[1:]], **choice)
+    U, S, Vh = torch.linalg.svd(torch.cat(taus, dim=1), full_matrices=False)
+    kept = 1e-5 * S[0] < S
+    parts = []
+    for P in (S[kept, None] * Vh[kept]).split(shape[1], dim=1):
+        order = P.abs().flatten().argsort(descending=True, stable=True)
+        trimmed = torch.zeros(P.numel(), dtype=torch.float64)
+        most = order[: int(0.3 * P.numel())]
+        trimmed[most] = P.flatten()[most]
+        parts.append(trimmed.view(P.shape))
+    elected = sum(parts).sign()
+    top, bottom = torch.zeros_like(elected), torch.zeros_like(elected)
+    for weight, part in zip([1.0] + [0.5] * experts, parts, strict=True):
+        agrees = (part.sign() == elected) & (part != 0)
+        top += weight * part * agrees
+        bottom += weight * agrees
+    delta = top / bottom.where(bottom > 0, 1) if normalize else top
+    assert torch.allclose(merged, base + 0.7 * U[:, kept] @ delta, atol=1e-8)
+
+
 def test_knots_with_full_density_and_no_normalisation_is_task_arithmetic_where_signs_agree():
     positive = ZERO + 1
     merged = METHODS["knots_ties"](ZERO, positive, 2 * positive, density=1, normalize=False)
