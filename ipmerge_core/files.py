@@ -171,7 +171,7 @@ class RemoteFiles:
         """Carry out one request and explain what goes wrong with it."""
         try:
             return request()
-        except _network_errors() as error:
+        except _request_errors() as error:
             raise RunError(
                 f"Reading '{self.id}' failed ({type(error).__name__}: {_first_line(error)}). Check "
                 f"the connection and run the same command again; finished tensors are kept."
@@ -218,7 +218,7 @@ def open_hub(hub_id: str) -> Files:
     name, _, revision = hub_id.partition("@")
     try:
         sha = HfApi().model_info(name, revision=revision or None).sha
-    except (ValueError, *_network_errors()) as error:
+    except _request_errors(ValueError) as error:
         cached = None if _is_answer(error) else _cached_copy(name, revision)
         if cached is None:
             raise CheckpointError(_explain_hub_error(hub_id, error)) from error
@@ -227,10 +227,10 @@ def open_hub(hub_id: str) -> Files:
     return RemoteFiles(name, sha, HfFileSystem(), f"{name}@{sha}")
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
+def _request_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """Name what a request may raise: huggingface_hub speaks httpx, and from 2.0 on httpx2."""
     clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
-    return (OSError, *(client.HTTPError for client in clients if client is not None))
+    return (OSError, *more, *(client.HTTPError for client in clients if client is not None))
 
 
 def _cached_copy(name: str, revision: str) -> LocalFiles | None:

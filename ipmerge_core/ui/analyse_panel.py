@@ -23,7 +23,7 @@ from ipmerge_core.ui.explore import ExploreTab, opened_pair
 from ipmerge_core.ui.growing import explored_pack, pair_choices
 from ipmerge_core.ui.merge_words import findings_html
 from ipmerge_core.ui.messages import told
-from ipmerge_core.ui.packs import find_growing, id_of, list_packs
+from ipmerge_core.ui.packs import EVERYTHING, find_growing, id_of, list_packs
 from ipmerge_core.ui.trio import (
     Checked,
     Trio,
@@ -51,10 +51,7 @@ ADDRESS = "Hub id: org/name"
 OR_FOLDER = ", or a folder"
 READY = "Checked. Nothing has been downloaded yet."
 REFUSED = "This cannot start: see what is marked ✕. What you typed is kept."
-# Once something was checked, a change in any field takes Start away, without asking the server.
-STALE = """(found) => found
-  ? [{ __type__: "update", interactive: false }, '<p class="waiting">Changed since the check: check again.</p>']
-  : [{ __type__: "update" }, { __type__: "update" }]"""  # noqa: E501
+STALE = "Changed since the check: check again."
 
 
 class Form(NamedTuple):
@@ -105,7 +102,7 @@ def wire_panel(
     job, waiting = remembered_analysis(), gr.State("")
     shown = [pair, explore.layer_map, choice, explore.spectra]
     started = _wire_form(backend, panel, pair, job, waiting)
-    _wire_run(app, backend, panel, job, waiting, shown, tabs, started)
+    arrived = _wire_run(app, backend, panel, job, waiting, shown, tabs, started)
 
     def describe(pack_id: str) -> str:
         return pair_html(explored_pack(pack_id))
@@ -114,6 +111,7 @@ def wire_panel(
         return gr.update(choices=pair_choices(partial(is_running, backend), pack_id))
 
     pair.change(told(describe), pair, panel.details, queue=False, **QUIET)
+    arrived.success(told(describe), pair, panel.details, **QUIET)
     app.load(refresh, pair, pair, queue=False, **QUIET)
 
 
@@ -126,10 +124,15 @@ def _wire_form(
     def toggle(shown: bool) -> tuple[dict[str, Any], bool]:
         return gr.update(visible=not shown), not shown
 
-    def fill(number: int) -> list[Any]:
+    def fill(number: int, found: Checked | None) -> list[Any]:
         known = load_catalogue().pairs[number]
         typed = [known.mllm, "\n".join(known.math), known.base, known.base_mllm or ""]
-        return [known_html(known), *typed, gr.update(interactive=False), ""]
+        return [known_html(known), *typed, *forget(found)]
+
+    def forget(found: Checked | None) -> list[Any]:
+        """What was checked no longer stands in the fields."""
+        words = gr.skip() if found is None else _words(STALE)
+        return [gr.update(interactive=False), words, None]
 
     def check(*typed: Any) -> Iterator[list[Any]]:  # noqa: ANN401 (the fields' values)
         yield from checked_views(backend, *typed)
@@ -147,10 +150,11 @@ def _wire_form(
     views = [form.status, form.findings, form.facts, form.start, checked]
     for button in (panel.opener, form.close):
         button.click(toggle, is_open, [panel.card, is_open], queue=False, **QUIET)
-    stale = [form.start, form.status]
-    form.known.input(fill, form.known, [form.note, *form.fields[:4], *stale], queue=False, **QUIET)
+    stale = [form.start, form.status, checked]
+    filled = [form.note, *form.fields[:4], *stale]
+    form.known.input(fill, [form.known, checked], filled, queue=False, **QUIET)
     for field in form.fields:
-        field.input(None, form.findings, stale, js=STALE, **QUIET)
+        field.input(forget, checked, stale, queue=False, trigger_mode="once", **QUIET)
     lines = [field.submit for field in form.fields[:4] if field.lines == 1]
     gr.on([form.check.click, *lines], told(check), form.fields, views, **QUIET)
     return form.start.click(
@@ -167,7 +171,8 @@ def _wire_run(
     shown: list[Any],
     tabs: gr.Tabs,
     started: Dependency,
-) -> None:
+) -> Dependency:
+    """Wire the strip; returns the event after which a pair has come, or become whole."""
     arrived, runs = gr.State(""), partial(is_running, backend)
     pair = shown[0]
 
@@ -199,17 +204,17 @@ def _wire_run(
     watching = [*panel.run, panel.strip, panel.show, panel.dismiss, arrived]
     steer(app, backend, job, panel.run, watch, watching, queued=True)  # `arrived` has a listener
     started.success(watch, job, watching, **QUIET)
-    arrived.change(told(arrive), [arrived, pair, waiting], [*shown, waiting], **QUIET)
     panel.show.click(told(show), job, [*shown, tabs], **QUIET)
     panel.dismiss.click(told(put_away), [job, pair], [job, *shown], **QUIET).success(
         watch, job, watching, **QUIET
     )
+    return arrived.change(told(arrive), [arrived, pair, waiting], [*shown, waiting], **QUIET)
 
 
 def watched(backend: Backend, mine: Remembered | None) -> list[Any]:
     """Return what the strip shows of a run: a `RunView`, its visibility, buttons, and the news."""
     run = find_run(backend, mine)
-    there = run.finished or find_growing(_made_by(run)) is not None
+    there = run.finished or find_growing(_made_by(run), EVERYTHING) is not None
     stopped = run.status is not None and run.status.can_resume
     label = "Dismiss" if run.finished else "Discard"
     return [

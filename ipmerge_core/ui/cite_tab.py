@@ -15,7 +15,7 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.choice import describe_choice, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.messages import as_markdown, sentence_of, told
-from ipmerge_core.ui.packs import find_growing, load_pack
+from ipmerge_core.ui.packs import EVERYTHING, find_growing, load_pack
 from ipmerge_core.ui.snippets import Snippets, page_address, snippets_of
 
 LABELS = {
@@ -59,7 +59,7 @@ def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependenc
             return as_markdown(sentence_of(error)), *[""] * len(texts)
 
     def name_plan(pack_id: str, plan: PlanChoice) -> str:
-        if find_growing(pack_id) is not None:
+        if find_growing(pack_id, EVERYTHING) is not None:
             return ""
         return f"Plan `{plan_of(pack_id, plan).hash}`: Python and the command line make the same."
 

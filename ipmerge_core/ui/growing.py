@@ -13,7 +13,7 @@ from typing import Any
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.journal import Unfinished
-from ipmerge_core.ui.packs import find_growing, growing_ids, list_packs, load_pack
+from ipmerge_core.ui.packs import EVERYTHING, find_growing, growing_ids, list_packs, load_pack
 
 Json = dict[str, Any]
 IsRunning = Callable[[str], bool]
@@ -31,7 +31,7 @@ def pair_choices(is_running: IsRunning = nobody_runs, shown: str = "") -> list[t
     for pack_id in growing_ids():
         if pack_id in finished or not (pack_id == shown or is_running(pack_id)):
             continue
-        growing = find_growing(pack_id)
+        growing = find_growing(pack_id, EVERYTHING)
         if growing is not None:
             choices.append((f"own: {growing.pack['name']} (partly analysed)", pack_id))
     return choices

@@ -124,12 +124,12 @@ def refused(error: IPMergeError) -> Checked:
 
 
 def _check(trio: Trio, hub_only: bool) -> Iterator[str | Checked]:
+    mllm, base, *rest = yield from _open_all(trio, hub_only)  # says so before torch is loaded
     from ipmerge_core.comparison import Options
     from ipmerge_core.costs import estimate_analysis
     from ipmerge_core.pairing import open_pair
 
     options = Options(trio.rank, quick=trio.quick).check()
-    mllm, base, *rest = yield from _open_all(trio, hub_only)
     own = rest.pop(0) if trio.base_mllm else None
     pair = open_pair(mllm, rest, base, base_mllm=own)
     yield "Comparing a few rows of every model"
@@ -141,12 +141,12 @@ def _check(trio: Trio, hub_only: bool) -> Iterator[str | Checked]:
 
 def _open_all(trio: Trio, hub_only: bool) -> Generator[str, None, list[Checkpoint]]:
     """Open every model, saying which; returns them in the order of `Trio.addresses`."""
-    from ipmerge_core.checkpoint import Checkpoint
-
     models = []
     addresses = list(trio.addresses())
     for number, (role, address) in enumerate(addresses, 1):
         yield f"Reading headers, {number} of {len(addresses)}: {role} {address}"
+        from ipmerge_core.checkpoint import Checkpoint
+
         models.append(Checkpoint.open(address, hub_only=hub_only))
     return models
 
