@@ -215,7 +215,7 @@ def at_a_threshold(changes: list[torch.Tensor], density: float) -> torch.Tensor:
 
 def processes(folder: Path, options: argparse.Namespace) -> None:
     """Print two processes against one on a merge that decomposes matrices."""
-    trio = written(folder / "ranks", 4, hidden=1024, feed=2752, vocabulary=1000)
+    trio = written(folder / "ranks", 16, hidden=1024, feed=2752, vocabulary=1000)
     walls: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(options.repeat):
         for count in walls:

@@ -5,7 +5,7 @@
 Matrices have decoder shapes (square, 2.7:1 as in LLaMA, 5:1 about as in Qwen2.5) and are strong
 shared directions in noise. Naive means two full fp32 `torch.linalg.svd` per matrix. Times are
 processor seconds of one thread, the least of some repeats, so that other work on the machine counts
-little; on a GPU they are wall seconds. The truth of the accuracy table is the SVD in fp64.
+little; where a GPU works they are wall seconds. The truth of the accuracy table is the fp64 SVD.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from ipmerge_core.spectrum import Spectrum, singular_values, svd
 LEADING = 8  # directions looked at to select a matrix
 SNAPSHOT_RANK = 1024  # of the public snapshot's svd_lowrank
 SHARE = 1 / 3  # of the matrices that are selected
-QWEN = {(3584, 3584): 56, (512, 3584): 56, (18944, 3584): 56, (3584, 18944): 28}
 
 
 class Pair(NamedTuple):
@@ -67,7 +66,6 @@ def main() -> None:
         against_snapshot(max(widths))
         growth()
         batching()
-        on_gpu()
 
 
 # --- the matrices ---
@@ -256,24 +254,6 @@ def batching() -> None:
         rows.append([f"4 of {width} x {width}", f"{one_by_one:.3f}", f"{batch / one_by_one:.2f}"])
     print("Batches of one shape: does one call for four matrices pay?\n")
     print(table(["matrices", "seconds one by one", "x as a batch"], rows), end="\n\n")
-
-
-def on_gpu() -> None:
-    """The decoder of a Qwen2.5-7B-shaped pair: both task vectors of all 196 matrices."""
-    if not torch.cuda.is_available():
-        print("GPU: none here, so the row of a Qwen2.5-7B-shaped pair (bar: 60 s) stays open.")
-        return
-    rows, naive_sum, ours_sum = [], 0.0, 0.0
-    torch.cuda.reset_peak_memory_stats()
-    for (m, n), count in QWEN.items():
-        pair = synthetic(m, n, "cuda")
-        times = timed(pair)
-        rows.append([f"{m} x {n}", str(count), f"{times.naive:.3f}", f"{times.bases:.3f}"])
-        naive_sum, ours_sum = naive_sum + count * times.naive, ours_sum + count * times.bases
-    rows.append(["all", str(sum(QWEN.values())), f"{naive_sum:.0f}", f"{ours_sum:.0f}"])
-    print(f"{torch.cuda.get_device_name()}, Qwen2.5-7B shapes; bar for all: 60 s\n")
-    print(table(["matrix", "count", "naive, each", "bases and P, each"], rows))
-    print(f"\nPeak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

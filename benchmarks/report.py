@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from time import perf_counter
 
 
-def machine() -> str:
+def machine(gpu: str = "no GPU") -> str:
     """Name the date and the class of machine, without anything that identifies it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     load = os.getloadavg()[0]
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores {platform.machine()}, "
-        f"{memory:.0f} GiB, Python {platform.python_version()}, no GPU, "
+        f"{memory:.0f} GiB, Python {platform.python_version()}, {gpu}, "
         f"load {load:.1f} when it started"
     )
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from math import prod
@@ -27,10 +25,11 @@ import torch
 from ipmerge_core import similarity as sim
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.comparison import Options, compare
+from ipmerge_core.devices import stream, streams
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.journal import Journal, Place, journal_of
 from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
-from ipmerge_core.pipeline import Load, read_ahead
+from ipmerge_core.pipeline import Load, compute_ahead, read_ahead
 from ipmerge_core.records import (
     VERSION,
     Analysis,
@@ -40,8 +39,6 @@ from ipmerge_core.records import (
     Totals,
 )
 from ipmerge_core.version import __version__
-
-_STREAMS = 3  # decompositions at once on a GPU: enough to fill the gaps of an eigensolver
 
 
 def analyse(
@@ -280,34 +277,29 @@ def _analyse_each(
     if workers == 0:
         device, workers = "cpu", 1
     loads = [Load(_stored_bytes(pair, matrix), partial(pair.read, matrix)) for matrix in matrices]
-    ahead = 2 * max((load.nbytes for load in loads), default=0)  # the one in hand and the next
-    running: deque[Future[list[LayerRecord]]] = deque()
+    # The one in hand and the next, for each that is decomposed.
+    ahead = (1 + workers) * max((load.nbytes for load in loads), default=0)
+
+    def compared(read: tuple[MatrixMatch, MatrixWeights]) -> list[LayerRecord]:
+        return _analyse_on(device, *read, options)
+
     with (
-        closing(read_ahead(loads, ahead)) as weights,
-        ThreadPoolExecutor(workers, "decompose") as pool,
+        closing(read_ahead(loads, ahead, pair.pace.threads)) as weights,
+        closing(compute_ahead(compared, zip(matrices, weights, strict=True), workers)) as found,
     ):
-        try:
-            for matrix in matrices:
-                running.append(pool.submit(_analyse_on, device, matrix, next(weights), options))
-                if len(running) > workers:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from found
 
 
 def _workers(device: str, working_set: int) -> int:
-    """How many matrices are decomposed at once: as many streams as a GPU's free memory holds.
+    """How many matrices are decomposed at once; 0 where a GPU holds none, said in a warning.
 
-    One on a CPU, where a decomposition uses the threads it is given. 0 where a GPU cannot hold even
-    the largest matrix, which is said in a warning. Raises: RunError where nothing can hold it.
+    Raises: RunError where nothing can hold the largest.
     """
-    if torch.device(device).type == "cuda":
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        if workers := streams(device, working_set):
+            return workers
         free, _ = torch.cuda.mem_get_info(device)
-        workers = min(_STREAMS, free // max(working_set, 1))
-        if workers:
-            return int(workers)
         warnings.warn(
             f"The largest matrix needs about {working_set / 1e9:.1f} GB and {device} has "
             f"{free / 1e9:.1f} GB free: the analysis runs on the CPU, which takes longer.",
@@ -320,7 +312,7 @@ def _workers(device: str, working_set: int) -> int:
             f"{free / 1e9:.1f} GB are free. Analyse with quick (leading directions only), which "
             f"takes less, or on a larger machine."
         )
-    return 0 if torch.device(device).type == "cuda" else 1
+    return 0 if on_gpu else 1
 
 
 def working_set(pair: ModelPair, matrix: MatrixMatch, options: Options) -> int:
@@ -340,7 +332,7 @@ def _analyse_on(
     """Analyse on the device; where its memory does not suffice, this one matrix on the CPU."""
     with torch.inference_mode():
         try:
-            with _stream(device):
+            with stream(device):
                 return list(compare(matrix, weights.to(device), options))
         except torch.OutOfMemoryError:
             warnings.warn(
@@ -349,11 +341,3 @@ def _analyse_on(
                 stacklevel=1,
             )
         return list(compare(matrix, weights.to("cpu"), options))
-
-
-def _stream(device: str) -> AbstractContextManager[object]:
-    """A stream of its own on a GPU, so that decompositions overlap; nothing on a CPU."""
-    if torch.device(device).type != "cuda":
-        return nullcontext()
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return torch.cuda.stream(stream)

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from ipmerge_core.devices import best_device
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.inference import LoadedModel, best_device, load_model
+from ipmerge_core.inference import LoadedModel, load_model
 from ipmerge_core.measurements import RECORD, Kind, Measured, Measurements
 from ipmerge_core.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.passes import Passes, Settings, find_module

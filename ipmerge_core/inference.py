@@ -98,13 +98,6 @@ class ModelCache:
             return self._models[key]
 
 
-def best_device() -> str:
-    """Name the device to load on: the GPU where torch sees one, else the CPU."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def import_libraries() -> None:
     """Import what running a model needs; the first time takes seconds, afterwards nothing."""
     from transformers import (  # noqa: F401 (imported for the sake of it)

@@ -15,13 +15,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ipmerge_core.analysis import working_set
 from ipmerge_core.card import write_card
 from ipmerge_core.checkpoint import (
     Checkpoint,
@@ -29,7 +30,9 @@ from ipmerge_core.checkpoint import (
     as_tensor,
     count_non_finite,
 )
+from ipmerge_core.comparison import Options
 from ipmerge_core.costs import Estimate, check_space, estimate_pair, merging_cost
+from ipmerge_core.devices import stream, streams
 from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
 from ipmerge_core.files import FROM_DISK
 from ipmerge_core.first_pass import MeasureStep, is_due, measure
@@ -48,6 +51,7 @@ from ipmerge_core.work import (
     BESIDE,
     Part,
     Work,
+    chosen_matrices,
     held,
     merging_of,
     on_one_base,
@@ -267,42 +271,40 @@ class _Run:
     def _local(self) -> bool:
         return self.method.is_local(self.plan.parameters)
 
-    @property
+    @cached_property
     def _workers(self) -> int:
         """How many matrices are merged at once: as many as this process has cores.
 
-        One on a GPU; one where matrices are decomposed, which takes memory and keeps the threads
-        busy that it is given; and one where a method is so light that reading and writing keep
-        another core busy.
+        One where matrices are decomposed, which takes memory and keeps the threads busy that it is
+        given, and where a method is so light that reading and writing keep another core busy. On a
+        GPU as many as its memory holds, but one of a method that tells how far it is.
         """
-        if self.device.type != "cpu" or self.method.matrixwise or self._local:
+        if self.device.type == "cpu":
+            one = self.method.matrixwise or self._local
+            return 1 if one else min(_MOST_WORKERS, self.ranks.cores)
+        if self.method.stepwise:
             return 1
-        return min(_MOST_WORKERS, self.ranks.cores)
+        sizes = [
+            working_set(self.pair, m, Options()) for m, _ in chosen_matrices(self.plan, self.pair)
+        ]
+        return max(1, streams(self.device, max(sizes, default=0)))
 
     def _merged(self, piece: Piece) -> tuple[Part, bytearray | Shares]:
         part, content = piece
         if isinstance(content, bytearray):
             return part, content
-        assert part.matrix is not None
-        supplied: dict[str, Any] = {}
-        if self.statistic is not None:
-            supplied["statistic"] = self.statistic
-        if self.measurements is not None and part.matrix.module not in BESIDE:
-            supplied |= self.measurements.inputs(part.matrix.name, part.experts, self.device)
-        anchor = engine_anchor(self.method, self.plan.anchor)
-        models = on_one_base(content, self.device, anchor)
-        parameters = self.plan.parameters_for(part.matrix.layer)
-        run = merging_of(self.method, part.matrix, models, **parameters, **supplied)
-        stored = self._stored(run, part)
-        return part, stored if self.method.stepwise else drained(stored)
+        if self.method.stepwise:
+            return part, self._stored(part, content)
+        with stream(self.device):
+            return part, drained(self._stored(part, content))
 
-    def _stored(self, run: Generator[float, None, Tensor], part: Part) -> Shares:
+    def _stored(self, part: Part, weights: MatrixWeights) -> Shares:
         """Merge a matrix, cast it to its stored dtype, once, and refuse what does not fit it."""
-        merged = yield from run
+        merged = yield from self._merging(part, weights)
         data = bytearray(part.stop - part.start)
-        values, target = merged.detach().cpu().reshape(-1), as_tensor(data, part.spec.dtype)
+        values, target = merged.detach().reshape(-1), as_tensor(data, part.spec.dtype)
         for block in blocks(values):
-            target[block] = values[block]
+            target[block] = values[block]  # cast where it was merged, then copied
         if count_non_finite(target):
             assert part.matrix is not None
             self.pair.refuse_non_finite(part.matrix, part.experts)
@@ -311,6 +313,18 @@ class _Run:
                 f"{part.spec.dtype}: some values are infinite or NaN. Use smaller gains."
             )
         return data
+
+    def _merging(self, part: Part, weights: MatrixWeights) -> Generator[float, None, Tensor]:
+        """Call the method on one matrix, with all that the run found or measured for it."""
+        assert part.matrix is not None
+        supplied: dict[str, Any] = {}
+        if self.statistic is not None:
+            supplied["statistic"] = self.statistic
+        if self.measurements is not None and part.matrix.module not in BESIDE:
+            supplied |= self.measurements.inputs(part.matrix.name, part.experts, self.device)
+        models = on_one_base(weights, self.device, engine_anchor(self.method, self.plan.anchor))
+        parameters = self.plan.parameters_for(part.matrix.layer)
+        return (yield from merging_of(self.method, part.matrix, models, **parameters, **supplied))
 
     def _write(
         self, part: Part, data: bytearray, count: _Count, action: Action

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "ipmerge_core"
 # From the ground up. A room may import rooms of its own line and of the lines above it.
 ORDER = [
     {"errors", "version"},
-    {"pipeline", "ranks", "files"},
+    {"pipeline", "devices", "ranks", "files"},
     {"checkpoint", "writer"},
     {"catalogue", "decoders"},
     {"siblings"},

@@ -372,17 +372,3 @@ def test_a_quick_analysis_makes_projections_approximate(pair: ModelPair) -> None
     some = ipm.analyse(pair, rank=4)
     assert "kept 4" in ipm.make_plan(some, similarity_threshold=0).preview().approximate
     assert ipm.make_plan(some, similarity_threshold=0, rank=4).preview().approximate == ""
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("method", ["nan", "ties", "wudi", "tsv", "iso_cts", "knots_ties"])
-def test_a_gpu_merges_to_nearly_the_same(method: str, pair: ModelPair, tmp_path: Path) -> None:
-    choice = {"scope": "model"} if method == "ties" else {}
-    plan = ipm.make_plan(pair, method, **choice)
-    made = []
-    for device in ("cpu", "cuda"):
-        ipm.merge(plan, tmp_path / device, device=device)
-        made.append(load_file(tmp_path / device / "model.safetensors"))
-    for name, weight in made[0].items():
-        assert torch.allclose(weight, made[1][name], atol=2e-3 if method == "wudi" else 1e-4)

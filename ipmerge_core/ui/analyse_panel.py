@@ -258,7 +258,7 @@ def _read(mllm: str, math: str, base: str, own: str, depth: str, rank: float | N
 
 
 def _device() -> str:
-    from ipmerge_core.inference import best_device
+    from ipmerge_core.devices import best_device
 
     return best_device()
 

@@ -67,7 +67,7 @@ class Backend:
 
     def load(self, folder: Path) -> LoadedModel:
         """Return the model in a folder, on the best device there is."""
-        from ipmerge_core.inference import best_device
+        from ipmerge_core.devices import best_device
 
         return self.models.get(folder, best_device())
 

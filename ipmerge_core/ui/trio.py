@@ -217,7 +217,7 @@ def start_analysis(backend: Backend, trio: Trio) -> StartedAnalysis:
     """
     from ipmerge_core.analysis import iter_pack
     from ipmerge_core.comparison import Options
-    from ipmerge_core.inference import best_device
+    from ipmerge_core.devices import best_device
 
     refuse_impossible(trio)
     if backend.hosted:

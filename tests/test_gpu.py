@@ -1,0 +1,156 @@
+"""What runs on a GPU finds what the CPU finds, and twice the same. Needs a CUDA device.
+
+Decompositions, analyses, merges of every method, adapters, calibration and answers; the figures are
+printed by `benchmarks/bench_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Trio
+from safetensors.torch import load_file
+
+import ipmerge_core as ipm
+from ipmerge_core import devices
+from ipmerge_core.adapter import export_adapter
+from ipmerge_core.calibration import calibrate
+from ipmerge_core.evaluate import problems
+from ipmerge_core.inference import answer, load_model
+from ipmerge_core.methods import METHODS
+from ipmerge_core.pairing import ModelPair
+from ipmerge_core.passes import Settings
+from ipmerge_core.samples import load_samples
+from ipmerge_core.spectrum import svd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+DATA_FREE = [name for name, method in METHODS.items() if method.data is None]
+
+
+@pytest.fixture
+def pair(trio: Trio) -> ModelPair:
+    return ipm.open_pair(trio.mllm, trio.math, trio.base)
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModelPair:
+    return ipm.open_pair(DEMO / "mllm", DEMO / "math", DEMO / "base")
+
+
+def merged(plan: ipm.MergePlan, out: Path, device: str) -> dict[str, torch.Tensor]:
+    ipm.merge(plan, out, device=device)
+    return load_file(out / "model.safetensors")
+
+
+def assert_close(a: dict[str, Any], b: dict[str, Any], atol: float) -> None:
+    assert a.keys() == b.keys()
+    for name, weight in a.items():
+        assert torch.allclose(weight, b[name], rtol=0, atol=atol), name
+
+
+# --- decompositions ---
+
+
+@pytest.mark.parametrize("method", ["exact", "gram", "randomized"])
+@pytest.mark.parametrize("shape", [(40, 24), (1000, 900), (900, 2000)])
+def test_a_spectrum_is_the_one_of_the_cpu(method: str, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(size, 8, generator=generator) for size in shape)
+    strengths = torch.linspace(8, 2, 8)  # apart, so that directions are determined
+    A = (left * strengths) @ right.T + torch.randn(*shape, generator=generator)
+    rank = 6 if method == "randomized" else None
+    on_cpu, on_gpu = (svd(A.to(device), method=method, rank=rank) for device in ("cpu", "cuda"))
+    assert on_gpu.S.device.type == "cuda"
+    assert torch.allclose(on_gpu.S.cpu(), on_cpu.S, rtol=1e-4, atol=1e-4 * float(on_cpu.S[0]))
+    cosines = (on_gpu.Vh[:6].cpu() * on_cpu.Vh[:6]).sum(1)  # the sign is fixed, too
+    assert torch.allclose(cosines, torch.ones(6), atol=1e-4)
+
+
+def test_an_analysis_finds_the_same_numbers(demo: ModelPair) -> None:
+    on_cpu, on_gpu = (ipm.analyse(demo, device=device) for device in ("cpu", "cuda"))
+    for a, b in zip(on_cpu.records, on_gpu.records, strict=True):
+        assert (a.name, a.expert) == (b.name, b.expert)
+        assert a.similarity == pytest.approx(b.similarity, abs=1e-4)
+        for number in ("rho", "mllm_nuclear", "math_nuclear", "inner"):
+            assert getattr(a, number) == pytest.approx(getattr(b, number), rel=1e-4), number
+        for kind, norms in a.updates.items():
+            assert norms.norm2 == pytest.approx(b.updates[kind].norm2, rel=1e-3)
+
+
+def test_an_analysis_does_not_depend_on_the_number_of_streams(
+    demo: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = ipm.analyse(demo, device="cuda").records
+    monkeypatch.setattr(devices, "STREAMS", 1)
+    assert ipm.analyse(demo, device="cuda").records == several
+
+
+# --- merges ---
+
+
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_a_merge_is_nearly_the_one_of_the_cpu(method: str, pair: ModelPair, tmp_path: Path) -> None:
+    plan = (
+        ipm.make_plan(ipm.analyse(pair), similarity_threshold=0.0)
+        if method == "ip_merging"
+        else ipm.make_plan(pair, method)
+    )
+    on_cpu, on_gpu = (merged(plan, tmp_path / device, device) for device in ("cpu", "cuda"))
+    assert_close(on_cpu, on_gpu, 2e-3 if method == "wudi" else 1e-4)  # WUDI walks many steps
+    assert_close(on_gpu, merged(plan, tmp_path / "again", "cuda"), 0.0)
+    manifest = json.loads((tmp_path / "cuda" / "ipmerge.json").read_text())
+    assert manifest["device"].startswith("cuda")
+
+
+def test_a_threshold_of_the_whole_model_is_found_there_too(pair: ModelPair, tmp_path: Path) -> None:
+    plan = ipm.make_plan(pair, "ties", scope="model", density=0.3)
+    made = [merged(plan, tmp_path / device, device) for device in ("cpu", "cuda")]
+    assert_close(*made, 1e-4)
+
+
+def test_an_adapter_holds_the_same_change(demo: ModelPair, tmp_path: Path) -> None:
+    plan = ipm.make_plan(ipm.analyse(demo), similarity_threshold=0.0)
+    changes = []
+    for device in ("cpu", "cuda"):
+        export_adapter(plan, tmp_path / device, device=device)
+        factors = load_file(tmp_path / device / "adapter_model.safetensors")
+        down = {name: weight for name, weight in factors.items() if "lora_A" in name}
+        changes.append({n: factors[n.replace("lora_A", "lora_B")] @ w for n, w in down.items()})
+    assert_close(*changes, 1e-4)
+
+
+# --- models that run ---
+
+
+@pytest.mark.parametrize("kind", ["gram", "fisher"])
+def test_a_calibration_measures_the_same(kind: str, demo: ModelPair, tmp_path: Path) -> None:
+    samples = load_samples("demo", 3, sees=True), load_samples("demo", 3, sees=False)
+    settings = Settings(kind) if kind == "gram" else Settings(kind, estimator="empirical")
+    name = demo.matrices[0].name
+    found = []
+    for device in ("cpu", "cuda"):
+        measured = calibrate(demo, tmp_path / device, settings, *samples, device=device)
+        found.append(measured.inputs(name, [0])[f"mllm_{kind}"])
+    assert torch.allclose(*found, rtol=1e-2, atol=1e-3 * float(found[0].max()))
+    plan = ipm.make_plan(
+        demo, "regmean" if kind == "gram" else "fisher", calibration=tmp_path / "cuda"
+    )
+    made = [merged(plan, tmp_path / f"merged-{device}", device) for device in ("cpu", "cuda")]
+    assert_close(*made, 1e-2)
+
+
+def test_a_model_answers_as_on_the_cpu() -> None:
+    asked = problems("sides", 4, seed=5)
+    answers = []
+    for device in ("cpu", "cuda"):
+        loaded = load_model(DEMO / "mllm", device)
+        answers.append([answer(loaded, problem.question, problem.image) for problem in asked])
+    assert answers[0] == answers[1]
