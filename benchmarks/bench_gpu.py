@@ -30,6 +30,7 @@ from report import machine, table
 import ipmerge_core as ipm
 from ipmerge_core import devices
 from ipmerge_core.pairing import ModelPair
+from ipmerge_core.pipeline import keep_freed_memory
 
 HIDDEN, FEED, NARROW = 3584, 18944, 512
 SHAPES = {
@@ -54,6 +55,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("No CUDA device here, so nothing is measured.")
         return
+    keep_freed_memory()  # as the command line does
     print(f"{machine(torch.cuda.get_device_name())}, torch {torch.__version__}\n")
     folder = Path(options.folder).absolute()
     folder.mkdir(parents=True)
@@ -124,7 +126,7 @@ def measured(run: Callable[[], object]) -> tuple[float, float]:
     started = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2**30
+    return time.perf_counter() - started, torch.cuda.max_memory_reserved() / 2**30
 
 
 # --- the models ---

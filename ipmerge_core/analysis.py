@@ -25,7 +25,7 @@ import torch
 from ipmerge_core import similarity as sim
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.comparison import Options, compare
-from ipmerge_core.devices import stream, streams
+from ipmerge_core.devices import free_memory, stream, streams
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.journal import Journal, Place, journal_of
 from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
@@ -284,7 +284,7 @@ def _analyse_each(
         return _analyse_on(device, *read, options)
 
     with (
-        closing(read_ahead(loads, ahead, pair.pace.threads)) as weights,
+        closing(read_ahead(loads, ahead, max(workers, pair.pace.threads))) as weights,
         closing(compute_ahead(compared, zip(matrices, weights, strict=True), workers)) as found,
     ):
         yield from found
@@ -299,7 +299,7 @@ def _workers(device: str, working_set: int) -> int:
     if on_gpu:
         if workers := streams(device, working_set):
             return workers
-        free, _ = torch.cuda.mem_get_info(device)
+        free = free_memory(device)
         warnings.warn(
             f"The largest matrix needs about {working_set / 1e9:.1f} GB and {device} has "
             f"{free / 1e9:.1f} GB free: the analysis runs on the CPU, which takes longer.",

@@ -7,11 +7,16 @@ stream of its own, so that one is copied there while another is computed.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-STREAMS = 3  # one computes, one is on its way in, one on its way out; more were no faster
+STREAMS = 3  # one computes, one is on its way in, one on its way out
+
+# torch keeps the memory that was freed on a stream for that stream, so a few are used for ever.
+_idle: dict[torch.device, deque[torch.cuda.Stream]] = defaultdict(deque)
 
 
 def best_device() -> str:
@@ -26,13 +31,34 @@ def streams(device: str | torch.device, working_set: int) -> int:
     """
     if torch.device(device).type != "cuda":
         return 1
+    _load_solvers(device)
+    return int(min(STREAMS, free_memory(device) // max(working_set, 1)))
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes of a GPU that can be had: those nobody holds, and those torch keeps for reuse."""
     free, _ = torch.cuda.mem_get_info(device)
-    return int(min(STREAMS, free // max(working_set, 1)))
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def stream(device: str | torch.device) -> AbstractContextManager[object]:
-    """Enter a stream of its own on a GPU; nothing happens on a CPU."""
-    if torch.device(device).type != "cuda":
-        return nullcontext()
-    own: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return torch.cuda.stream(own)
+@contextmanager
+def stream(device: str | torch.device) -> Iterator[None]:
+    """Work in a stream that no other thread is in; on a CPU nothing happens."""
+    where = torch.device(device)
+    if where.type != "cuda":
+        yield
+        return
+    try:
+        own = _idle[where].pop()
+    except IndexError:
+        own = torch.cuda.Stream(where)  # type: ignore[no-untyped-call]
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        _idle[where].append(own)
+
+
+def _load_solvers(device: str | torch.device) -> None:
+    """Use a solver once: torch loads them at the first use, and fails if two threads are first."""
+    torch.linalg.inv(torch.ones(1, 1, device=device))

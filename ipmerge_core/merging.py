@@ -68,6 +68,7 @@ from ipmerge_core.writer import (
 )
 
 _MOST_WORKERS = 8  # more are not faster than one thread reads
+_AUDITORS = 4  # threads that read the result back: more are not faster than memory
 
 Action: TypeAlias = Literal["measured", "merging", "merged", "copied", "resumed"]
 Shares: TypeAlias = Generator[float, None, bytearray]  # of a matrix that takes long
@@ -199,14 +200,16 @@ class _Run:
             for spec in todo
             for part in parts(spec, work.get(spec.name, []), pace.piece, local=self._local)
         ]
-        budget = max([pace.ahead, *(held(self.pair, part) for part in cut)])
+        at_once = 1 if self.device.type == "cpu" else self._workers  # a GPU waits for the disk
+        budget = at_once * max([pace.ahead, *(held(self.pair, part) for part in cut)])
+        readers = max(pace.threads, at_once)
         yield from self._first_pass(idle=not any(part.matrix for part in cut))
         for spec in specs:
             if spec.name in self.writer.done:
                 yield count.step(spec, "resumed")
         with (
             WriteBehind[MergeStep | None](FROM_DISK.ahead) as behind,
-            closing(read_ahead(self._loads(cut), budget, pace.threads)) as pieces,
+            closing(read_ahead(self._loads(cut), budget, readers)) as pieces,
             closing(compute_ahead(self._merged, pieces, self._workers)) as results,
         ):
             for part, result in results:
@@ -219,7 +222,7 @@ class _Run:
                 yield from filter(None, behind.submit(len(data), job))
                 del data, result, job
             yield from filter(None, behind.drain())
-        self.writer.audit([spec.name for spec in specs])
+        self.writer.audit([spec.name for spec in specs], min(_AUDITORS, self.ranks.cores))
 
     def conclude(self, failure: IPMergeError | None, documents: Documents) -> None:
         """Finish the folder if all processes did their share; else raise what went wrong.
@@ -303,8 +306,11 @@ class _Run:
         merged = yield from self._merging(part, weights)
         data = bytearray(part.stop - part.start)
         values, target = merged.detach().reshape(-1), as_tensor(data, part.spec.dtype)
-        for block in blocks(values):
-            target[block] = values[block]  # cast where it was merged, then copied
+        if values.device.type == "cpu":
+            for block in blocks(values):
+                target[block] = values[block]
+        else:
+            target.copy_(values.to(target.dtype))  # cast there, so that fewer bytes travel
         if count_non_finite(target):
             assert part.matrix is not None
             self.pair.refuse_non_finite(part.matrix, part.experts)

@@ -38,7 +38,6 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msg
 _NOT_COPIED = (*_WEIGHTS, ".gguf", ".tflite", ".ot")
 _REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
-_AUDITORS = 2  # threads that read back, each a piece of that size at a time
 
 
 class Place(NamedTuple):
@@ -145,7 +144,7 @@ class CheckpointWriter:
         path = self.place.run / f"{name}{_NOTE}"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def audit(self, names: Iterable[str]) -> None:
+    def audit(self, names: Iterable[str], threads: int = 1) -> None:
         """Read written tensors back from the disk, compare them with what was written, hash them.
 
         Raises: RunError naming the first that differs.
@@ -153,8 +152,8 @@ class CheckpointWriter:
         names = list(names)
         for name in names:
             self._shard(self.source.spec(name).shard)  # opened here: the threads only read
-        with ThreadPoolExecutor(_AUDITORS) as threads:
-            for name, found in zip(names, threads.map(self._read_back, names), strict=True):
+        with ThreadPoolExecutor(threads) as pool:
+            for name, found in zip(names, pool.map(self._read_back, names), strict=True):
                 checksum, self.hashes[name] = found
                 if checksum != self.done[name]:
                     raise RunError(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
 from ipmerge_core import analysis as analysis_room
-from ipmerge_core import spectrum
+from ipmerge_core import devices, spectrum
 from ipmerge_core.comparison import Options
 from ipmerge_core.errors import CheckpointError, PairingError, PlanError, RunError
 from ipmerge_core.records import Analysis
@@ -314,7 +314,10 @@ def test_records_do_not_depend_on_how_many_matrices_run_at_once(
 def test_a_gpu_runs_as_many_matrices_at_once_as_its_memory_holds(
     free: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 1000, 2 * free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
+    monkeypatch.setattr(devices, "_load_solvers", lambda device: None)
     if workers:
         assert analysis_room._workers("cuda", working_set=10**7) == workers
     else:

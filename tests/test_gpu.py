@@ -7,6 +7,8 @@ printed by `benchmarks/bench_gpu.py`.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,27 @@ def test_an_analysis_does_not_depend_on_the_number_of_streams(
     several = ipm.analyse(demo, device="cuda").records
     monkeypatch.setattr(devices, "STREAMS", 1)
     assert ipm.analyse(demo, device="cuda").records == several
+
+
+def test_a_fresh_process_may_begin_with_several_streams() -> None:
+    code = (
+        f"import ipmerge_core as ipm, pathlib; demo = pathlib.Path({str(DEMO)!r});"
+        "pair = ipm.open_pair(demo / 'mllm', demo / 'math', demo / 'base');"
+        "print(len(ipm.analyse(pair, device='cuda').records))"
+    )
+    root = str(Path(__file__).parents[1])
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == ["28"]
+
+
+def test_one_analysis_after_the_other_takes_no_more_memory(demo: ModelPair) -> None:
+    ipm.analyse(demo, device="cuda")
+    held = torch.cuda.memory_reserved()
+    for _ in range(3):
+        ipm.analyse(demo, device="cuda")
+    assert torch.cuda.memory_reserved() <= 1.5 * held  # which blocks are cut for whom varies
 
 
 # --- merges ---
