@@ -82,6 +82,10 @@ def by_shape(layers: int) -> None:
     summed = Times(*(sum(column) for column in zip(*every, strict=True)))
     print(speed_row(f"all {len(every)}", summed))
     print("\n* selection, all values of every matrix, bases and P of the third that is selected\n")
+    print(
+        f"Compute of an exact analysis and of merging all, the column before exact* twice: "
+        f"{2 * summed.bases:.1f} s; bar 60 s\n"
+    )
 
 
 def by_streams(pair: ModelPair) -> None:
@@ -109,11 +113,14 @@ def whole(pair: ModelPair, out: Path) -> None:
         for name, (seconds, memory) in (
             ("exact analysis", analysing),
             ("IP-Merging of all", merging),
-            ("both; bar 60 s", both),
+            ("both", both),
         )
     ]
     size = sum(model.nbytes for _, model in pair.roles()) / 1e9
-    print(f"All {len(pair.matrices)} matrices, {size:.0f} GB read from the system's cache, twice\n")
+    print(
+        f"All {len(pair.matrices)} matrices with their files: {size:.0f} GB read twice from the "
+        f"system's cache, {pair.mllm.nbytes / 1e9:.0f} GB written, hashed and read back\n"
+    )
     print(table(["step", "seconds", "peak GiB on the GPU"], rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"\nPeak memory of the process beside the GPU's: {peak:.1f} GB, writing included.")

@@ -46,7 +46,9 @@ def analyse(options: argparse.Namespace) -> int:
     """Write a pack; an interrupted analysis goes on."""
     from ipmerge_core.analysis import assemble, comparing_cost, iter_analysis
     from ipmerge_core.comparison import Options
+    from ipmerge_core.pipeline import keep_freed_memory
 
+    keep_freed_memory()
     pair = open_models(options)
     if not options.force:
         pair.refuse_strangers("(--force analyses anyway.)")
