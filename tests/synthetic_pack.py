@@ -141,10 +141,15 @@ def matrix_records(
                 "mllm_ranks": {"stable": 8.1, "effective": 210.0},
                 "math_ranks": {"stable": 5.2, "effective": 96.0},
                 "index": index,
-                "mllm_sigma": [float(x) for x in sigma],
-                "math_sigma": [float(x) for x in sigma_math],
-                "angles": [float(x) for x in angles],
+                "mllm_sigma": rounded(sigma),
+                "math_sigma": rounded(sigma_math),
+                "angles": rounded(angles),
             }
         )
     assert all(a < b for a, b in pairwise(index))
     return records
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    """Six significant digits, as an analysis keeps them."""
+    return [float(f"{value:.6g}") for value in values]
