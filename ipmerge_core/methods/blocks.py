@@ -20,9 +20,20 @@ _DEVICE_BLOCK = 1 << 25
 
 def blocks(tensor: Tensor | TaskVector) -> Iterator[slice]:
     """Slices that cover the flattened tensor in order."""
-    step = _CPU_BLOCK if tensor.device.type == "cpu" else _DEVICE_BLOCK
+    step = _block(tensor.device)
     for start in range(0, tensor.numel(), step):
         yield slice(start, min(start + step, tensor.numel()))
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of a matrix in order, each about a block of elements."""
+    step = max(1, _block(matrix.device) // max(matrix.shape[1], 1))
+    for start in range(0, len(matrix), step):
+        yield slice(start, min(start + step, len(matrix)))
+
+
+def _block(device: torch.device) -> int:
+    return _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:

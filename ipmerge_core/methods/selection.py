@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ipmerge_core.methods.blocks import TaskVector, blocks
+from ipmerge_core.methods.blocks import TaskVector, blocks, row_blocks
 
 _SMALL = 1 << 16  # below this a direct selection is as fast
 _SAMPLE = 1 << 15
@@ -124,8 +124,15 @@ def ascending_ranks(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
     """Rank of every magnitude in its row, 0 for the smallest; of equal ones the first is lower.
 
     >>> ascending_ranks(torch.tensor([[0.5, -0.25, 0.125]]))
-    tensor([[2, 1, 0]])
+    tensor([[2, 1, 0]], dtype=torch.int32)
     """
+    ranks = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    for rows in row_blocks(values):  # the keys of a block stay in cache
+        ranks[rows] = _ranks_in_rows(values[rows])
+    return ranks
+
+
+def _ranks_in_rows(values: Tensor) -> Tensor:
     magnitude = values.abs()
     if magnitude.dtype == torch.float32:  # magnitude and place in one key: no stable sort needed
         columns = torch.arange(values.shape[1], device=values.device)
