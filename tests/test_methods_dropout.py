@@ -12,6 +12,7 @@ from small_matrices import W0, W_E, W_V, close, f64, merged_by
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, dropout, task_arithmetic
 from ipmerge_core.methods.dropout import crumbs, draw, drop_, generator_for, keep_chances
+from ipmerge_core.methods.selection import ascending_ranks
 
 WEIGHTS = {"mllm_weight": 0.8, "math_weight": 0.4}
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -222,6 +223,13 @@ def test_a_density_of_its_own_is_checked_too_and_one_keeps_all():
     assert torch.equal(kept, W_V)
     kept = merged_by("breadcrumbs", mllm_density=1, math_weight=0, density=0.2)
     assert torch.equal(kept, W_V)
+
+
+def test_ranks_do_not_depend_on_how_many_rows_are_ranked_at_once():
+    values = torch.randn(600, 1000, generator=torch.Generator().manual_seed(1))  # some blocks
+    values[:, 3] = -values[:, 7]  # equal magnitudes: the first is lower
+    order = values.abs().argsort(dim=1, stable=True)
+    assert torch.equal(ascending_ranks(values).gather(1, order), torch.arange(1000).expand(600, -1))
 
 
 def test_one_column_has_no_ranks():
