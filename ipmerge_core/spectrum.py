@@ -286,8 +286,9 @@ def noise_floor(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> floa
     coarse = [W for W in (tuned, base) if W.dtype.itemsize < 4]
     if not coarse:
         return None
-    variance = torch.stack([_spacing(W).double().square() / 12 for W in coarse]).sum(0)
-    return math.sqrt(float(variance.sum(1).max())) + math.sqrt(float(variance.sum(0).max()))
+    squares = [_spacing(W).square_() for W in coarse]  # powers of two: exact in fp32
+    sums = [[square.sum(axis, dtype=torch.float64) for square in squares] for axis in (1, 0)]
+    return sum(math.sqrt(float(torch.stack(both).sum(0).max()) / 12) for both in sums)
 
 
 def _spacing(weight: Tensor) -> Tensor:
