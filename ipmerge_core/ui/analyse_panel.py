@@ -22,7 +22,7 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.explore import ExploreTab, opened_pair
 from ipmerge_core.ui.growing import explored_pack, pair_choices
 from ipmerge_core.ui.merge_words import findings_html
-from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.messages import QUIET, told
 from ipmerge_core.ui.packs import EVERYTHING, find_growing, id_of, list_packs
 from ipmerge_core.ui.trio import (
     Checked,
@@ -34,7 +34,7 @@ from ipmerge_core.ui.trio import (
     refused,
     start_analysis,
 )
-from ipmerge_core.ui.watching import QUIET, Remembered, RunView, Watched, find_run, steer
+from ipmerge_core.ui.watching import Remembered, RunView, Watched, find_run, steer
 
 if TYPE_CHECKING:
     from gradio.events import Dependency

@@ -16,9 +16,9 @@ import gradio as gr
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.merge_words import size_words
-from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.messages import QUIET, told
 from ipmerge_core.ui.method_form import MethodChoice
-from ipmerge_core.ui.watching import POLL_SECONDS, QUIET, RunView, find_run, steer
+from ipmerge_core.ui.watching import POLL_SECONDS, RunView, find_run, steer
 
 if TYPE_CHECKING:
     from gradio.events import Dependency

@@ -6,15 +6,13 @@ tab is opened; the plan's hash follows, because it needs torch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 from gradio.events import Dependency
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.choice import describe_choice, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import as_markdown, sentence_of, told
+from ipmerge_core.ui.messages import QUIET, as_markdown, sentence_of, told
 from ipmerge_core.ui.packs import EVERYTHING, find_growing, load_pack
 from ipmerge_core.ui.snippets import Snippets, page_address, snippets_of
 
@@ -67,13 +65,12 @@ def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependenc
         return name_plan(pack_id, plan) if before else ""  # never opened: torch can wait
 
     # wiring
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     here = [pair, choice]
-    tab.select(told(write), here, [state, *texts], queue=False, **quiet).success(
-        told(name_plan), here, digest, **quiet
+    tab.select(told(write), here, [state, *texts], queue=False, **QUIET).success(
+        told(name_plan), here, digest, **QUIET
     )
-    opened.success(told(write), here, [state, *texts], **quiet).success(
-        told(name_again), [*here, digest], digest, **quiet
+    opened.success(told(write), here, [state, *texts], **QUIET).success(
+        told(name_again), [*here, digest], digest, **QUIET
     )
 
 

@@ -22,7 +22,7 @@ from ipmerge_core.ui.merge_words import (
     findings_html,
     result_html,
 )
-from ipmerge_core.ui.messages import public_finding, sentence_of, told
+from ipmerge_core.ui.messages import QUIET, public_finding, sentence_of, told
 from ipmerge_core.ui.method_form import MethodChoice, chosen_plan, method_form, offered
 from ipmerge_core.ui.watching import POLL_SECONDS, RunView, Watched, find_run, steer
 
@@ -100,16 +100,15 @@ def merge_tab(
         return watched(backend, mine or {})
 
     # wiring
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     watching = [steps.progress, steps.cancel, steps.resume, timer, steps.result, steps.try_it]
     suggested = gr.Textbox(visible="hidden", elem_id="suggested-folder")
     checked = [steps.findings, steps.confirmation, steps.start, suggested]
 
     def checks(event: Dependency) -> Dependency:
-        found = event.then(told(check), [pair, choice, method], checked, **quiet)
+        found = event.then(told(check), [pair, choice, method], checked, **QUIET)
         # In the page itself, at once: what a visitor wrote during the check stays.
         named = [steps.folder, suggested]
-        then: Dependency = found.then(None, named, steps.folder, js=SUGGEST, **quiet)
+        then: Dependency = found.then(None, named, steps.folder, js=SUGGEST, **QUIET)
         return then
 
     with steps.form:
@@ -118,15 +117,15 @@ def merge_tab(
             app, backend, form.data, pair, method, job=calibration, after=checks
         )
     checks(shows(form.changed))
-    tab.select(watch, job, watching, queue=False, **quiet)
-    opened = tab.select(lambda: READING, None, steps.findings, queue=False, **quiet)
-    checks(shows(opened)).then(offered, None, form.name, **quiet)
-    steps.start.click(told(begin), [pair, choice, method, steps.folder], job, **quiet).success(
-        watch, job, watching, **quiet
+    tab.select(watch, job, watching, queue=False, **QUIET)
+    opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
+    checks(shows(opened)).then(offered, None, form.name, **QUIET)
+    steps.start.click(told(begin), [pair, choice, method, steps.folder], job, **QUIET).success(
+        watch, job, watching, **QUIET
     )
     view = RunView(steps.progress, steps.cancel, steps.resume, timer)
     steer(app, backend, job, view, watch, watching)
-    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **quiet)
+    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **QUIET)
 
 
 def _steps(backend: Backend) -> _Steps:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Of a listener that shows no spinner and is no endpoint for programs.
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
 
 def is_hosted() -> bool:
     """Whether strangers use this app: it runs on a Space."""

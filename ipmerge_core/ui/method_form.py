@@ -19,8 +19,7 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.options import OPTIONS, Option
 from ipmerge_core.ui.choice import analysis_of, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import is_hosted
-from ipmerge_core.ui.watching import QUIET
+from ipmerge_core.ui.messages import QUIET, is_hosted
 
 if TYPE_CHECKING:
     from gradio.events import Dependency

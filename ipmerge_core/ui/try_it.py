@@ -22,7 +22,7 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.choice import describe_choice
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.messages import QUIET, told
 from ipmerge_core.ui.recorded import Example, Reference, recorded_examples
 from ipmerge_core.ui.sides import Question, Turnstile, answer_both
 from ipmerge_core.ui.turns import Turn, View, turn_of_example, view
@@ -72,8 +72,6 @@ def try_tab(backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
 
 
 # --- wiring ----------------------------------------------------------------------------------
-
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> None:

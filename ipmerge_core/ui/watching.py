@@ -16,10 +16,9 @@ from ipmerge_core.errors import IPMergeError
 from ipmerge_core.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.merge_words import progress_html
-from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.messages import QUIET, told
 
 POLL_SECONDS = 0.5
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 Remembered = dict[str, str]
 
 

@@ -18,7 +18,7 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.ui import layer_map
 from ipmerge_core.ui.explore import map_content
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import sentence_of, told
+from ipmerge_core.ui.messages import QUIET, sentence_of, told
 from ipmerge_core.ui.packs import list_packs
 
 HERE = Path(__file__).parent
@@ -43,11 +43,10 @@ def compare_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Depend
         return compared_or_reason(pack_id, plan, other_id) if shown else [gr.skip(), gr.skip()]
 
     # wiring
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     inputs = [pair, choice, other]
-    tab.select(told(compare), inputs, [compared, reason, other, seen], **quiet)
-    other.input(told(compare), inputs, [compared, reason, other, seen], **quiet)
-    opened.success(told(compare_again), [*inputs, seen], [compared, reason], **quiet)
+    tab.select(told(compare), inputs, [compared, reason, other, seen], **QUIET)
+    other.input(told(compare), inputs, [compared, reason, other, seen], **QUIET)
+    opened.success(told(compare_again), [*inputs, seen], [compared, reason], **QUIET)
 
 
 def others() -> list[tuple[str, str]]:
