@@ -9,11 +9,8 @@ from hypothesis import strategies as some
 from small_matrices import W0, W_E, W_V, close, f64, merged_by
 
 from ipmerge_core.methods import METHODS, task_arithmetic
-from ipmerge_core.methods.selection import (
-    ascending_ranks,
-    keep_largest_,
-    kth_largest,
-)
+from ipmerge_core.methods.blocks import TaskVectors
+from ipmerge_core.methods.selection import ascending_order, by_rank, keep_largest_, kth_largest
 
 WEIGHTS = {"mllm_weight": 0.8, "math_weight": 0.4}
 PAPER = {"mllm_weight": 1, "math_weight": 1, "normalize": True, "election": "majority"}
@@ -180,7 +177,7 @@ def test_selection_in_large_tensors_is_exact(kind, share):
     order = values.abs().flatten().sort(descending=True, stable=True).indices[:count]
     expected = torch.zeros(values.numel()).index_copy(0, order, values.flatten()[order])
     assert torch.equal(kept, expected.view(400, 512))
-    threshold, above = kth_largest(values.flatten(), count)
+    (((threshold, above),),) = kth_largest(TaskVectors([values]), [[count]])
     assert threshold == float(values.abs().flatten()[order[-1]])
     assert above == int((values.abs() > threshold).sum())
 
@@ -190,4 +187,19 @@ def test_row_ranks_agree_with_a_stable_sort(dtype):
     generator = torch.Generator().manual_seed(0)
     values = (torch.randn(20, 33, generator=generator) * 4).round().to(dtype)
     order = values.abs().argsort(dim=1, stable=True)
-    assert torch.equal(ascending_ranks(values), order.argsort(dim=1))
+    assert torch.equal(ascending_order(values), order)
+    assert torch.equal(by_rank(order, torch.arange(33)), order.argsort(dim=1))
+
+
+@pytest.mark.parametrize("kind", ["normal", "bfloat16"])
+def test_one_search_finds_the_thresholds_of_several_vectors(kind):
+    generator = torch.Generator().manual_seed(0)
+    base, *tuned = torch.randn(3, 400, 512, generator=generator) * 1e-3
+    if kind == "bfloat16":
+        base, tuned = base.bfloat16(), [matrix.bfloat16() for matrix in tuned]
+    wanted = [[1, 204_800, 90_000], []]
+    found = kth_largest(TaskVectors(tuned, base), wanted)
+    ordered = (tuned[0].float() - base.float()).abs().flatten().sort(descending=True).values
+    assert [threshold for threshold, _ in found[0]] == [float(ordered[k - 1]) for k in wanted[0]]
+    assert [above for _, above in found[0]] == [int((ordered > t).sum()) for t, _ in found[0]]
+    assert found[1] == []

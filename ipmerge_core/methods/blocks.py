@@ -2,14 +2,16 @@
 
 An elementwise method is a dozen small operations; run on whole matrices each of them would read and
 write gigabytes. Run block by block they stay in cache, inputs are widened to fp32 only where they
-are used, and the result is the one large allocation. Sums of whole matrices are taken in fp64 here.
+are used, and the result is the one large allocation. A block is a run of whole rows, and blocks
+come in order. Sums over whole matrices are taken in fp64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core.spectrum import as_float
@@ -18,18 +20,18 @@ _CPU_BLOCK = 1 << 18  # elements: some fp32 temporaries of 1 MiB fit the last-le
 _DEVICE_BLOCK = 1 << 25
 
 
-def blocks(tensor: Tensor | TaskVector) -> Iterator[slice]:
+def blocks(tensor: Tensor) -> Iterator[slice]:
     """Slices that cover the flattened tensor in order."""
-    step = _block(tensor.device)
-    for start in range(0, tensor.numel(), step):
-        yield slice(start, min(start + step, tensor.numel()))
+    return _slices(tensor.numel(), _block(tensor.device))
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices that cover the rows of a matrix in order, each about a block of elements."""
-    step = max(1, _block(matrix.device) // max(matrix.shape[1], 1))
-    for start in range(0, len(matrix), step):
-        yield slice(start, min(start + step, len(matrix)))
+    return _slices(len(matrix), max(1, _block(matrix.device) // max(matrix.shape[1], 1)))
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
 def _block(device: torch.device) -> int:
@@ -42,7 +44,7 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def blockwise(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
-    """Apply an elementwise function of equally shaped tensors; fp32 out, or fp64 for fp64 in.
+    """Apply a function of equally shaped matrices to their rows; fp32 out, or fp64 for fp64 in.
 
     The function gets widened copies of a block of each, which it may overwrite.
 
@@ -50,54 +52,95 @@ def blockwise(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     tensor([2., 2.])
     """
     first = matrices[0]
+    merged = torch.empty(first.shape, dtype=result_dtype(*matrices), device=first.device)
+    rows = _as_rows(merged)
+    for block, parts in _widened(matrices):
+        rows[block] = function(*parts)
+    return merged
+
+
+def blockwise_sum(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """Add up, in fp64, what a function makes of every block; it gets what `blockwise` gives.
+
+    >>> blockwise_sum(inner_products, torch.ones(3), torch.full((3,), 2.0))
+    tensor([[ 3.,  6.],
+            [ 6., 12.]], dtype=torch.float64)
+    """
+    total = torch.zeros((), dtype=torch.float64, device=matrices[0].device)
+    for _, parts in _widened(matrices):
+        total = total + function(*parts)
+    return total
+
+
+def _widened(matrices: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Copies of the same rows of all matrices, in one set of buffers, which so stays in cache."""
+    rows = [_as_rows(matrix) for matrix in matrices]
+    slices = list(row_blocks(rows[0]))
+    shape = (slices[0].stop if slices else 0, rows[0].shape[1])
     dtype = result_dtype(*matrices)
-    flat = [matrix.reshape(-1) for matrix in matrices]
-    merged = torch.empty(first.numel(), dtype=dtype, device=first.device)
-    largest = next(blocks(first), slice(0, 0)).stop
-    buffers = [merged.new_empty(largest) for _ in flat]  # one set for all blocks stays in cache
-    for block in blocks(first):
+    buffers = [torch.empty(shape, dtype=dtype, device=matrix.device) for matrix in rows]
+    for block in slices:
         size = block.stop - block.start
-        parts = [
-            buffer[:size].copy_(part[block]) for buffer, part in zip(buffers, flat, strict=True)
-        ]
-        merged[block] = function(*parts)
-    return merged.view(first.shape)
+        yield block, [b[:size].copy_(r[block]) for b, r in zip(buffers, rows, strict=True)]
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+
+
+def inner_products(*vectors: Tensor) -> Float[Tensor, "k k"]:
+    """Compute <x_i, x_j> over all elements of some blocks in fp64.
+
+    >>> inner_products(torch.tensor([3.0, 4.0]))
+    tensor([[25.]], dtype=torch.float64)
+    """
+    wide = vectors[0].new_empty(len(vectors), vectors[0].numel(), dtype=torch.float64)
+    for row, vector in zip(wide, vectors, strict=True):
+        row.copy_(vector.reshape(-1))
+    return wide @ wide.T
+
+
+def squares(*vectors: Tensor) -> Float[Tensor, " k"]:
+    """Compute <x_i, x_i> over all elements of some blocks in fp64.
+
+    >>> squares(torch.tensor([3.0, 4.0]), torch.ones(2))
+    tensor([25.,  2.], dtype=torch.float64)
+    """
+    wide = (vector.reshape(-1).double() for vector in vectors)
+    return torch.stack([vector.dot(vector) for vector in wide])
 
 
 def task_vector_of(tuned: Tensor, base: Tensor) -> Tensor:
     """Compute dW = W - W0 in fp32 or better without widened copies of its inputs."""
-    return blockwise(torch.sub, tuned, base)
+    return blockwise(torch.Tensor.sub_, tuned, base)
 
 
-class TaskVector:
-    """dW = W - W0 of flattened matrices, computed slice by slice where it is used, never stored.
+class TaskVectors:
+    """dW_i = W_i - W0 of some matrices, computed block by block where they are used, never stored.
 
-    >>> TaskVector(torch.ones(2, 3), torch.zeros(2, 3))[1:3]
-    tensor([1., 1.])
+    Without a base they are the matrices themselves.
+
+    >>> vectors = TaskVectors([torch.ones(2, 2), torch.eye(2)], torch.ones(2, 2))
+    >>> [[change.tolist() for change in block] for block in vectors.blocks()]
+    [[[[0.0, 0.0], [0.0, 0.0]], [[0.0, -1.0], [-1.0, 0.0]]]]
     """
 
-    def __init__(self, tuned: Tensor, base: Tensor) -> None:
-        self.tuned, self.base = tuned.reshape(-1), base.reshape(-1)
-        self.dtype = result_dtype(tuned, base)
-        self.device = tuned.device
+    def __init__(self, tuned: Sequence[Tensor], base: Tensor | None = None) -> None:
+        self.tuned, self.base = tuned, base
+        self.size = tuned[0].numel()
 
-    def numel(self) -> int:
-        """Count the elements."""
-        return self.tuned.numel()
+    def blocks(self) -> Iterator[list[Tensor]]:
+        """A block of whole rows of each, in fp32 or better, for use until the next is asked for."""
+        if self.base is None:
+            yield from (parts for _, parts in _widened(self.tuned))
+            return
+        for _, (base, *tuned) in _widened([self.base, *self.tuned]):
+            yield [matrix.sub_(base) for matrix in tuned]
 
-    def __getitem__(self, part: slice) -> Tensor:
-        """Compute a slice, in fp32 or better."""
-        return as_float(self.tuned[part]).to(self.dtype) - as_float(self.base[part]).to(self.dtype)
-
-
-def inner(a: Tensor, b: Tensor) -> float:
-    """Compute <a, b> over all elements in fp64.
-
-    >>> inner(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]))
-    25.0
-    """
-    left, right = a.reshape(-1), b.reshape(-1)
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for block in blocks(left):
-        total += (left[block].double() * right[block].double()).sum()
-    return float(total)
+    def sample(self, stride: int) -> list[Tensor]:
+        """Every element whose place is a multiple of the stride, of each, in fp32 or better."""
+        tuned = [matrix.reshape(-1)[::stride] for matrix in self.tuned]
+        if self.base is None:
+            return [as_float(part) for part in tuned]
+        base = self.base.reshape(-1)[::stride]
+        return [task_vector_of(part, base) for part in tuned]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
+from ipmerge_core.methods.blocks import TaskVectors, blockwise, squares
 from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.registry import Experts, Range, WholeModel, merge_method
 from ipmerge_core.methods.traits import AffineUpdate, Matrix, Statistic
@@ -33,6 +33,10 @@ _UNMEASURED = (
 )
 
 
+def _of_task_vectors(parameters: Mapping[str, Any]) -> bool:
+    return parameters.get("norm_of") != "weights"
+
+
 def squared_norms(
     base: Tensor,
     mllm: Tensor,
@@ -41,11 +45,8 @@ def squared_norms(
     **parameters: Any,  # noqa: ANN401
 ) -> Tensor:
     """||x_i||^2 of the MLLM and of every expert, x a task vector, or weights for NAN on weights."""
-    of_weights = parameters.get("norm_of") == "weights"
-    vectors = [
-        matrix if of_weights else task_vector_of(matrix, base) for matrix in (mllm, *experts)
-    ]
-    return torch.tensor([inner(vector, vector) for vector in vectors], dtype=torch.float64)
+    vectors = TaskVectors([mllm, *experts], base if _of_task_vectors(parameters) else None)
+    return torch.stack([squares(*block) for block in vectors.blocks()]).sum(0).cpu()
 
 
 def metagpt_coefficients(
@@ -71,10 +72,6 @@ def nan_coefficients(
     scale = len(squares) / 2 if global_scale == "T/2" else 1.0
     shares = scale * inverse / inverse.sum()
     return tuple(map(float, shares.tolist()))
-
-
-def _of_task_vectors(parameters: Mapping[str, Any]) -> bool:
-    return parameters.get("norm_of") != "weights"
 
 
 def _affine_by(

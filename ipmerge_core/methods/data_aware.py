@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError, ShapeError
-from ipmerge_core.methods.blocks import blockwise, inner, result_dtype
+from ipmerge_core.methods.blocks import blockwise, blockwise_sum, result_dtype, squares
 from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.registry import (
     Experts,
@@ -100,7 +100,7 @@ def _measure_fisher(
     **parameters: Any,  # noqa: ANN401
 ) -> Tensor:
     found = [mllm_fisher, *as_list(math_fisher)]
-    return torch.tensor([inner(F, F) for F in found], dtype=torch.float64)
+    return blockwise_sum(squares, *found).cpu()
 
 
 def _combine_fisher(
@@ -151,7 +151,8 @@ def fisher(
     norms = [1.0] * len(found)
     if scope != "none":
         whole = statistic if scope == "model" else None
-        norms = [norm + floor for norm in whole or [inner(F, F) ** 0.5 for F in found]]
+        own = whole or blockwise_sum(squares, *found).sqrt().tolist()
+        norms = [norm + floor for norm in own]
     coefficients = shares(alpha, len(experts))
     gains = [
         share / norm if norm > 0 else share for share, norm in zip(coefficients, norms, strict=True)

@@ -9,8 +9,7 @@ what is kept at a density is kept at every higher one.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.methods.blocks import blocks, blockwise, task_vector_of
+from ipmerge_core.methods.blocks import TaskVectors, blockwise_sum
 from ipmerge_core.methods.election import (
     UNREAD,
     Normalize,
@@ -28,7 +27,7 @@ from ipmerge_core.methods.election import (
     agreeing_sum_,
     densities_of,
 )
-from ipmerge_core.methods.elementwise import add_to_base_, as_list
+from ipmerge_core.methods.elementwise import as_list, merge_cut, weighted_sum_
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
@@ -38,7 +37,7 @@ from ipmerge_core.methods.registry import (
     TensorName,
     merge_method,
 )
-from ipmerge_core.methods.selection import Trim, ascending_ranks
+from ipmerge_core.methods.selection import Trim, ascending_order, by_rank, trims
 from ipmerge_core.methods.traits import AffineUpdate, Matrix
 
 Rescale: TypeAlias = Annotated[
@@ -77,100 +76,111 @@ def roles(experts: int) -> list[str]:
     return ["vlm", "expert", *(f"expert{k}" for k in range(2, experts + 1))]
 
 
-def draw(
-    generator: np.random.Generator, size: int, chance: float | np.ndarray
-) -> npt.NDArray[np.bool_]:
-    """Draw which of the next elements are kept: where the next uniform is below the chance.
+def bound_of(chance: float | Tensor) -> Tensor:
+    """The bound below which a 64-bit number makes a uniform that is below the chance, in [0, 1).
 
-    A uniform is k / 2^53 with k the upper bits of a 64-bit number, so one chance for all is
-    compared with the numbers themselves, which saves making floats of them.
+    Math:   a uniform is k / 2^53 with k the upper 53 bits of the number, so k < ceil(chance 2^53).
+            The bits of the bound are those of an unsigned number.
+    """
+    bound = (torch.as_tensor(chance, dtype=torch.float64) * 2**53).ceil()
+    return bound.clamp_(max=2**53 - 1).long().bitwise_left_shift_(11)  # for 1.0, in fp32, too
 
-    >>> draw(generator_for(0, "model.layers.0.self_attn.q_proj.weight", "vlm"), 4, 0.5)
+
+def draw(generator: np.random.Generator, size: int, bound: Tensor) -> npt.NDArray[np.bool_]:
+    """Draw which of the next elements are kept, by one bound for all or one for each.
+
+    >>> generator = generator_for(0, "model.layers.0.self_attn.q_proj.weight", "vlm")
+    >>> draw(generator, 4, bound_of(0.5))
     array([ True,  True, False,  True])
     """
-    if isinstance(chance, float) and chance < 1:
-        return generator.bit_generator.random_raw(size) < np.uint64(math.ceil(chance * 2**53) << 11)
-    return generator.random(size) < chance
+    bounds = bound.cpu().view(-1).numpy().view(np.uint64)
+    return generator.bit_generator.random_raw(size) < bounds
 
 
-def drop_(
-    vector: Tensor, keep: float | Tensor, rescale: Rescale, drawn: Callable[..., npt.NDArray[Any]]
-) -> Tensor:
-    """Drop elements of a task vector at random, in place, and make up for the loss.
+class Drop:
+    """Drop elements of a task vector at random, and make up for the loss.
 
-    Math:   M ~ Bernoulli(p), p one number or one per element; then M tau / p (inverse_density,
-            unbiased), M tau * sum|tau| / sum|M tau| (l1, one ratio per tensor), or M tau (none).
-            `drawn(size, p)` gives M for the next elements, as `draw` does.
+    Math:   M ~ Bernoulli(p); then M tau / p (inverse_density, unbiased),
+            M tau * sum|tau| / sum|M tau| (l1, one ratio per matrix), or M tau (none).
+            With a window the chance grows with the rank in the row, see `keep_chances`.
+
+    The task vector comes by in blocks of whole rows, in order; `key` is what the random numbers are
+    keyed by. The ratio of l1 takes a pass of its own, which draws the same numbers.
     """
-    flat = vector.view(-1)
-    mass = torch.zeros(2, dtype=torch.float64, device=flat.device)  # sum|tau|, sum|M tau|
-    for block in blocks(flat):
-        part = flat[block]
-        chance = keep.reshape(-1)[block] if isinstance(keep, Tensor) else keep
-        bound = chance.cpu().numpy() if isinstance(chance, Tensor) else chance
-        if rescale == "l1":
-            mass[0] += part.abs().sum(dtype=torch.float64)
-        _mask_(part, drawn(part.numel(), bound))
-        if rescale == "inverse_density":
-            part /= chance
-        elif rescale == "l1":
-            mass[1] += part.abs().sum(dtype=torch.float64)
-    if rescale == "l1" and float(mass.min()) >= _SMALLEST_SUM:
-        flat *= float(mass[0] / mass[1])
-    return vector
+
+    def __init__(
+        self,
+        base: Tensor,
+        tuned: Tensor,
+        density: float,
+        rescale: Rescale,
+        key: tuple[int, str, str],
+        window: float = 0.0,
+    ) -> None:
+        self.density, self.rescale, self.window = density, rescale, window
+        self.ratio = 1.0
+        self._generator = generator_for(*key)
+        if rescale == "l1" and density < 1:
+            self.ratio = self._l1_ratio(base, tuned)
+            self._generator = generator_for(*key)
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """Drop in the next block, in place."""
+        if self.density == 1:
+            return block
+        chance = self._drop_(block)
+        if self.rescale == "inverse_density":
+            block /= chance
+        return block if self.ratio == 1 else block.mul_(self.ratio)
+
+    def _drop_(self, block: Tensor) -> Tensor | float:
+        """Zero what is not drawn; return every element's chance, or the one of all."""
+        chance: Tensor | float = self.density
+        bound = bound_of(self.density)
+        if self.window and block.shape[1] > 1:
+            chances = keep_chances(block.shape[1], self.density, self.window, block.dtype)
+            order = ascending_order(block)
+            chance = by_rank(order, chances.to(block.device))
+            bound = by_rank(order, bound_of(chances).to(block.device))
+        kept = draw(self._generator, block.numel(), bound).reshape(block.shape)
+        if block.device.type == "cpu":  # in a third of the time that torch takes
+            np.multiply(block.numpy(), kept, out=block.numpy())
+        else:
+            block *= torch.from_numpy(kept).to(block.device)
+        return chance
+
+    def _l1_ratio(self, base: Tensor, tuned: Tensor) -> float:
+        def sums(W0: Tensor, W: Tensor) -> Tensor:
+            block = W.sub_(W0)
+            whole = block.abs().sum(dtype=torch.float64)
+            self._drop_(block)
+            return torch.stack([whole, block.abs().sum(dtype=torch.float64)])
+
+        whole, kept = blockwise_sum(sums, base, tuned).tolist()
+        return whole / kept if min(whole, kept) >= _SMALLEST_SUM else 1.0
 
 
-def _mask_(part: Tensor, kept: npt.NDArray[np.bool_]) -> None:
-    """Zero what is not kept, in place; by numpy on a CPU, where it takes a third of the time."""
-    if part.device.type == "cpu":
-        np.multiply(part.numpy(), kept, out=part.numpy())
-    else:
-        part *= torch.from_numpy(kept).to(part.device)
+def keep_chances(size: int, density: float, window: float, dtype: torch.dtype) -> Tensor:
+    """Chance of every element of a row to be kept, from the smallest magnitude to the largest.
+
+    Math: q = (p - eps) + 2 eps r / (n - 1), r = 0 for the smallest magnitude.
+    """
+    return (density - window) + torch.arange(size).to(dtype) * (2 * window / (size - 1))
 
 
-def _dare_vectors(
+def _drops(
     base: Tensor,
     tuned: Sequence[Tensor],
     densities: Sequence[float],
     rescale: Rescale,
     seed: int,
     tensor_name: str,
-) -> list[Tensor]:
-    vectors = []
-    for matrix, density, role in zip(tuned, densities, roles(len(tuned) - 1), strict=True):
-        vector = task_vector_of(matrix, base)
-        if density < 1:
-            drawn = partial(draw, generator_for(seed, tensor_name, role))
-            drop_(vector, density, rescale, drawn)
-        vectors.append(vector)
-    return vectors
-
-
-def _weighted_sum(
-    base: Tensor, mllm: Tensor, vectors: Sequence[Tensor], weights: Sequence[float]
-) -> Tensor:
-    def add(W0: Tensor, W_v: Tensor, *parts: Tensor) -> Tensor:
-        delta = parts[0].mul_(weights[0])
-        for weight, part in zip(weights[1:], parts[1:], strict=True):
-            delta.add_(part, alpha=weight)
-        return add_to_base_(W0, W_v, delta)
-
-    return blockwise(add, base, mllm, *vectors)
-
-
-def _elected_sum(
-    base: Tensor,
-    mllm: Tensor,
-    vectors: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    normalize: bool,
-    scale: float = 1.0,
-) -> Tensor:
-    def merge(W0: Tensor, W_v: Tensor, *parts: Tensor) -> Tensor:
-        return add_to_base_(W0, W_v, agreeing_sum_(parts, weights, normalize=normalize), scale)
-
-    return blockwise(merge, base, mllm, *vectors)
+    window: float = 0.0,
+) -> list[Drop]:
+    return [
+        Drop(base, matrix, density, rescale, (seed, tensor_name, role), window)
+        for matrix, density, role in zip(tuned, densities, roles(len(tuned) - 1), strict=True)
+    ]
 
 
 def _own(parameters: Mapping[str, Any]) -> list[float]:
@@ -233,9 +243,9 @@ def dare_linear(
     """
     tuned = [mllm, *as_list(math)]
     densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
-    vectors = _dare_vectors(base, tuned, densities, rescale, seed, tensor_name)
+    drops = _drops(base, tuned, densities, rescale, seed, tensor_name)
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
-    return _weighted_sum(base, mllm, vectors, weights)
+    return merge_cut(base, tuned, drops, partial(weighted_sum_, weights=weights))
 
 
 @merge_method(
@@ -268,21 +278,10 @@ def dare_ties(
     """
     tuned = [mllm, *as_list(math)]
     densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
-    vectors = _dare_vectors(base, tuned, densities, rescale, seed, tensor_name)
+    drops = _drops(base, tuned, densities, rescale, seed, tensor_name)
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
-    return _elected_sum(base, mllm, vectors, weights, normalize=normalize)
-
-
-def keep_chances(vector: Tensor, density: float, epsilon: float) -> Tensor:
-    """Chance of each element to be kept, growing with its rank in the row.
-
-    Math: q = (p - eps) + 2 eps r / (n - 1), r = 0 for the smallest magnitude; q = p for n = 1.
-    """
-    n = vector.shape[1]
-    if n == 1 or epsilon == 0:
-        return torch.full_like(vector, density)
-    ranks = ascending_ranks(vector).to(vector.dtype)
-    return (density - epsilon) + ranks * (2 * epsilon / (n - 1))
+    elect = partial(agreeing_sum_, weights=weights, normalize=normalize)
+    return merge_cut(base, tuned, drops, elect)
 
 
 def _check_window(parameters: Mapping[str, Any]) -> None:
@@ -337,36 +336,33 @@ def della(
     """
     tuned = [mllm, *as_list(math)]
     densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
-    vectors = []
-    for matrix, own, role in zip(tuned, densities, roles(len(tuned) - 1), strict=True):
-        vector = task_vector_of(matrix, base)
-        if own < 1:
-            drawn = partial(draw, generator_for(seed, tensor_name, role))
-            drop_(vector, keep_chances(vector, own, epsilon), rescale, drawn)
-        vectors.append(vector)
+    drops = _drops(base, tuned, densities, rescale, seed, tensor_name, epsilon)
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
-    if elect:
-        return _elected_sum(base, mllm, vectors, weights, normalize=normalize, scale=scale)
-    return _weighted_sum(base, mllm, vectors, [scale * weight for weight in weights])
+    add = partial(agreeing_sum_, normalize=normalize) if elect else weighted_sum_
+    return merge_cut(base, tuned, drops, partial(add, weights=weights), scale)
 
 
-def crumbs(vector: Tensor, density: float, gamma: float, per: Literal["tensor", "row"]) -> Tensor:
-    """Drop the largest magnitudes and enough of the smallest to keep int(density N) elements.
+def crumb_counts(size: int, density: float, gamma: float) -> list[int]:
+    """How many of the largest magnitudes reach down to the crumbs, and how many are outliers.
 
-    Math: ascending order; the kept places are [b, b + k), k = int(density N),
-          b = max(0, N - k - int(gamma N)).
+    Math:   k = int(density N) are kept: in ascending order the places [b, b + k), with
+            b = max(0, N - k - int(gamma N)). So (N - b, N - b - k).
     """
-    size = vector.numel() if per == "tensor" else vector.shape[1]
     kept = int(density * size)
     first = max(0, size - kept - int(gamma * size))
-    if per == "row":
-        ranks = ascending_ranks(vector)
-        return vector * ((ranks >= first) & (ranks < first + kept))
-    outliers, crumbs_and_outliers = (
-        Trim(vector.view(-1), size - kept - first),
-        Trim(vector.view(-1), size - first),
-    )
-    return blockwise(lambda block: crumbs_and_outliers(block) - outliers(block), vector)
+    return [size - first, size - first - kept]
+
+
+def _drop_crumbs(block: Tensor, upper: Trim, outliers: Trim) -> Tensor:
+    largest = outliers(block)
+    return upper(block) - largest
+
+
+def _drop_crumbs_of_rows(block: Tensor, upper: int, outliers: int) -> Tensor:
+    size = block.shape[1]
+    ranks = torch.arange(size, device=block.device)
+    inside = (ranks >= size - upper) & (ranks < size - outliers)
+    return block.mul_(by_rank(ascending_order(block), inside.to(block)))
 
 
 def _affine_crumbs(parameters: Mapping[str, Any]) -> AffineUpdate | None:
@@ -408,11 +404,12 @@ def breadcrumbs(
     """
     tuned = [mllm, *as_list(math)]
     densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
-    vectors = [
-        task_vector_of(matrix, base)
-        if own == 1
-        else crumbs(task_vector_of(matrix, base), own, gamma, per)
-        for matrix, own in zip(tuned, densities, strict=True)
-    ]
+    size = mllm.numel() if per == "tensor" else mllm.shape[1]
+    counts = [crumb_counts(size, own, gamma) for own in densities]
+    if per == "tensor":
+        found = trims(TaskVectors(tuned, base), counts)
+        cuts = [partial(_drop_crumbs, upper=a, outliers=b) for a, b in found]
+    else:
+        cuts = [partial(_drop_crumbs_of_rows, upper=a, outliers=b) for a, b in counts]
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
-    return _weighted_sum(base, mllm, vectors, weights)
+    return merge_cut(base, tuned, cuts, partial(weighted_sum_, weights=weights))

@@ -8,13 +8,28 @@ fp32, or fp64 for fp64 inputs. Where public code differs from a paper, both beha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
 from typing import Annotated, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from ipmerge_core.methods.blocks import TaskVector, blocks, blockwise, inner, task_vector_of
-from ipmerge_core.methods.elementwise import add_to_base_, as_list
+from ipmerge_core.methods.blocks import (
+    TaskVectors,
+    blockwise,
+    blockwise_sum,
+    result_dtype,
+    squares,
+    task_vector_of,
+)
+from ipmerge_core.methods.elementwise import (
+    add_to_base_,
+    as_list,
+    changes_,
+    merge_cut,
+    weighted_sum_,
+)
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
@@ -25,12 +40,12 @@ from ipmerge_core.methods.registry import (
     merge_method,
 )
 from ipmerge_core.methods.selection import (
-    Trim,
     bin_of_kth,
     keep_largest_,
     kth_largest,
     magnitude_histogram,
     magnitude_of,
+    trims,
     zero_below,
 )
 from ipmerge_core.methods.traits import Matrix, ParameterValue, Statistic
@@ -75,47 +90,50 @@ def agreeing_sum_(
     factors = list(weights)
     if default_sign is None:
         for factor, vector in zip(factors, vectors, strict=True):
-            vector.mul_(factor)
+            if factor != 1:
+                vector.mul_(factor)
         factors = [1.0] * len(vectors)
-        vote = _sum(vectors)
-        elected = torch.copysign(vote.new_ones(()), vote, out=vote)
-    else:
-        elected = _sum(vectors).sign_()
-        if default_sign:
-            elected += default_sign * (elected == 0)
+    elected = _signs_(_sum(vectors), 1.0 if default_sign is None else default_sign)
     for vector in vectors:
-        vector.mul_(elected).clamp_(min=0)
+        vector.mul_(elected).relu_()
     share = _agreeing_weight(vectors, weights, least_weight) if normalize else None
-    total = vectors[0].mul_(factors[0])
-    for factor, vector in zip(factors[1:], vectors[1:], strict=True):
-        total.add_(vector, alpha=factor)
-    total.mul_(elected)
+    total = weighted_sum_(vectors, factors).mul_(elected)
     return total if share is None else total.div_(share)
+
+
+def _signs_(votes: Tensor, default: float) -> Tensor:
+    """Signs of the votes in their place; the default (1, -1 or 0) where they are tied."""
+    if default == 0:
+        return votes.sign_()
+    if default < 0:
+        votes.neg_().add_(0.0)  # a tie is no negative zero
+    torch.copysign(votes.new_ones(()), votes, out=votes)
+    return votes.neg_() if default < 0 else votes
 
 
 def _agreeing_weight(agreeing: Sequence[Tensor], weights: Sequence[float], least: float) -> Tensor:
     """Sum the weights of the models that agree, per element: at least `least`, and never zero."""
-    share = torch.zeros_like(agreeing[0])
-    for weight, part in zip(weights, agreeing, strict=True):
-        share.add_(part.sign(), alpha=weight)
-    return share.clamp_(min=least) if least else share.add_(share == 0)
+    share = weighted_sum_([part.sign() for part in agreeing], weights)
+    if least:
+        return share.clamp_(min=least)
+    return share.add_(share.abs().sign_().neg_().add_(1))  # 1 where it is zero
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+    total = terms[0] + terms[1] if len(terms) > 1 else terms[0].clone()
+    for term in terms[2:]:
+        total.add_(term)
     return total
+
+
+def votes(*vectors: Tensor) -> Tensor:
+    """Sum of all elementwise signs of sum_i tau_i, over a block."""
+    return _sum(vectors).sign_().sum(dtype=torch.float64)
 
 
 def majority_sign(vectors: Sequence[Tensor]) -> float:
     """Sign of the sum of all elementwise signs of sum_i tau_i: what a tied element gets."""
-    flat = [vector.reshape(-1) for vector in vectors]
-    votes = 0.0
-    for block in blocks(flat[0]):
-        summed = _sum([vector[block] for vector in flat])
-        votes += float(summed.sign().sum(dtype=torch.float64))
-    return float((votes > 0) - (votes < 0))
+    return float(blockwise_sum(votes, *vectors).sign())
 
 
 def densities_of(
@@ -168,18 +186,28 @@ def _count(size: int, density: float, *, official: bool) -> int:
     return min(max(1, int(density * size)) + official, size)
 
 
-def _trim_of(
-    source: TaskVector, density: float, threshold: float | None, *, official: bool
-) -> Callable[[Tensor], Tensor]:
-    """Zero all but the largest magnitudes: by this matrix' density or by a threshold."""
-    if threshold is None:
-        count = _count(source.numel(), density, official=official)
+def _trims(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    densities: Sequence[float],
+    thresholds: Sequence[float] | None,
+    *,
+    official: bool,
+) -> list[Callable[[Tensor], Tensor]]:
+    """Zero all but the largest magnitudes: by this matrix' densities or by given thresholds."""
+    vectors = TaskVectors(tuned, base)
+    if thresholds is None:
+        counts = [[_count(vectors.size, share, official=official)] for share in densities]
         if not official:
-            return Trim(source, count)
-        threshold = kth_largest(source, count)[0]
-    elif source.dtype == torch.float64:  # measured thresholds are fp32
-        return lambda block: block.masked_fill(block.float().abs() < threshold, 0)
-    return lambda block: zero_below(block, threshold)
+            return [trim for (trim,) in trims(vectors, counts)]
+        thresholds = [threshold for ((threshold, _),) in kth_largest(vectors, counts)]
+    elif result_dtype(base, *tuned) == torch.float64:  # measured thresholds are fp32
+        return [partial(_zero_below_in_fp32, threshold=threshold) for threshold in thresholds]
+    return [partial(zero_below, threshold=threshold) for threshold in thresholds]
+
+
+def _zero_below_in_fp32(block: Tensor, threshold: float) -> Tensor:
+    return block.masked_fill(block.float().abs() < threshold, 0)
 
 
 @merge_method(
@@ -224,33 +252,25 @@ def ties(
     """
     tuned = [mllm, *as_list(math)]
     densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
-    thresholds = statistic if scope == "model" and statistic else [None] * len(tuned)
-    trims = [
-        _trim_of(TaskVector(matrix, base), share, threshold, official=trim == "official")
-        for matrix, share, threshold in zip(tuned, densities, thresholds, strict=True)
-    ]
+    thresholds = statistic if scope == "model" else None
+    cuts = _trims(base, tuned, densities, thresholds, official=trim == "official")
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
+    tied = _majority(base, tuned, cuts) if election == "majority" else None
+    elect = partial(agreeing_sum_, weights=weights, normalize=normalize, default_sign=tied)
+    return merge_cut(base, tuned, cuts, elect, scale)
 
-    def merge(W0: Tensor, *matrices: Tensor) -> Tensor:
-        W_v, *experts = matrices
-        changes = [W_v - W0, *(W_e.sub_(W0) for W_e in experts)]
-        vectors = [cut(change) for cut, change in zip(trims, changes, strict=True)]
-        delta = agreeing_sum_(vectors, weights, normalize=normalize)
-        return add_to_base_(W0, W_v, delta, scale)
 
-    if election == "weighted":
-        return blockwise(merge, base, *tuned)
-    trimmed = [
-        blockwise(lambda W0, W, cut=cut: cut(W - W0), base, matrix)
-        for cut, matrix in zip(trims, tuned, strict=True)
-    ]
-    tied = majority_sign(trimmed)
+def _majority(
+    base: Tensor, tuned: Sequence[Tensor], cuts: Sequence[Callable[[Tensor], Tensor]]
+) -> float:
+    """Sign of the majority of all trimmed elements; the cuts are as fresh afterwards as before."""
+    fresh = [copy(cut) for cut in cuts]
 
-    def merge_by_majority(W0: Tensor, W_v: Tensor, *vectors: Tensor) -> Tensor:
-        delta = agreeing_sum_(vectors, weights, normalize=normalize, default_sign=tied)
-        return add_to_base_(W0, W_v, delta, scale)
+    def of_block(*models: Tensor) -> Tensor:
+        changes = changes_(*models)
+        return votes(*(cut(change) for cut, change in zip(fresh, changes, strict=True)))
 
-    return blockwise(merge_by_majority, base, mllm, *trimmed)
+    return float(blockwise_sum(of_block, base, *tuned).sign())
 
 
 @merge_method(
@@ -278,26 +298,35 @@ def sce(
     Source: SCE of FuseChat, arXiv 2408.07990, where a_i = 1; the a_i are ours.
     """
     tuned = [mllm, *as_list(math)]
-    vectors = [task_vector_of(matrix, base) for matrix in tuned]
-    if select_topk < 1:
-        variance = blockwise(_variance, *vectors)
-        keep_largest_(variance, int(select_topk * int(variance.count_nonzero())))
-        for vector in vectors:
-            vector.masked_fill_(variance == 0, 0)
-    energies = [inner(vector, vector) for vector in vectors]
+    masks = [_most_different(base, tuned, select_topk)] if select_topk < 1 else []
+
+    def selected(W0: Tensor, *rest: Tensor) -> list[Tensor]:
+        vectors = changes_(W0, *rest[: len(tuned)])
+        for mask in rest[len(tuned) :]:
+            vectors = [vector.mul_(mask) for vector in vectors]
+        return vectors
+
+    energies = blockwise_sum(lambda *W: squares(*selected(*W)), base, *tuned, *masks).tolist()
     total = sum(energies)
-    shares = [energy / total if total > 0 else 1 / len(energies) for energy in energies]
+    gains = [mllm_weight] + [math_weight] * (len(tuned) - 1)
     weights = [
-        gain * share
-        for gain, share in zip([mllm_weight] + [math_weight] * len(vectors), shares, strict=False)
+        gain * (energy / total if total > 0 else 1 / len(energies))
+        for gain, energy in zip(gains, energies, strict=True)
     ]
 
-    def merge(W0: Tensor, W_v: Tensor, *parts: Tensor) -> Tensor:
+    def merge(W0: Tensor, W_v: Tensor, *rest: Tensor) -> Tensor:
         # Unweighted election; a tied element is positive, as in the weighted form.
-        delta = agreeing_sum_(parts, weights, normalize=True, default_sign=1.0, least_weight=1e-6)
+        vectors = selected(W0, W_v, *rest)
+        delta = agreeing_sum_(vectors, weights, normalize=True, default_sign=1.0, least_weight=1e-6)
         return add_to_base_(W0, W_v, delta)
 
-    return blockwise(merge, base, mllm, *vectors)
+    return blockwise(merge, base, *tuned, *masks)
+
+
+def _most_different(base: Tensor, tuned: Sequence[Tensor], share: float) -> Tensor:
+    """Mark, by 1 and 0, that share of all positions that vary over the models which vary most."""
+    variance = blockwise(lambda *models: _variance(*changes_(*models)), base, *tuned)
+    return keep_largest_(variance, int(share * int(variance.count_nonzero()))).sign_()
 
 
 def _variance(*vectors: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ the MLLM's to the last bit. Sources are named at each function. No IO, no global
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
 from torch import Tensor
@@ -72,8 +72,42 @@ def _affine_average(parameters: Mapping[str, Any]) -> AffineUpdate | None:
 
 def add_to_base_(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
     """Compute the same to the last bit, in place of all three: for blocks, which are copies."""
-    change = delta.mul_(scale).add_(base.sub_(mllm))
-    return mllm.add_(change)
+    change = delta.mul_(scale) if scale != 1 else delta
+    return mllm.add_(change.add_(base.sub_(mllm)))
+
+
+def changes_(base: Tensor, mllm: Tensor, *experts: Tensor) -> list[Tensor]:
+    """Compute the task vectors dW_i = W_i - W0 of blocks; those of the experts in their place."""
+    return [mllm - base, *(expert.sub_(base) for expert in experts)]
+
+
+def weighted_sum_(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Compute sum_i a_i x_i in place of the first."""
+    total = vectors[0].mul_(weights[0]) if weights[0] != 1 else vectors[0]
+    for weight, vector in zip(weights[1:], vectors[1:], strict=True):
+        total.add_(vector, alpha=weight)
+    return total
+
+
+def merge_cut(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    cuts: Sequence[Callable[[Tensor], Tensor]],
+    add: Callable[[Sequence[Tensor]], Tensor],
+    scale: float = 1.0,
+) -> Tensor:
+    """Merge what a cut leaves of every task vector: W0 + s add(cut_1(dW_1), cut_2(dW_2), ..).
+
+    The cuts get their task vector in blocks of whole rows, in order; they and `add` may overwrite
+    what they get.
+    """
+
+    def merge(W0: Tensor, W_v: Tensor, *experts: Tensor) -> Tensor:
+        changes = changes_(W0, W_v, *experts)
+        vectors = [cut(change) for cut, change in zip(cuts, changes, strict=True)]
+        return add_to_base_(W0, W_v, add(vectors), scale)
+
+    return blockwise(merge, base, *tuned)
 
 
 @merge_method(

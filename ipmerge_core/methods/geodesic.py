@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ipmerge_core.methods.blocks import blockwise, inner, task_vector_of
-from ipmerge_core.methods.elementwise import add_to_base_, as_list
+from ipmerge_core.methods.blocks import blockwise, blockwise_sum, inner_products
+from ipmerge_core.methods.elementwise import add_to_base_, as_list, changes_, weighted_sum_
 from ipmerge_core.methods.registry import Experts, Range, merge_method
 from ipmerge_core.methods.traits import AffineUpdate, Matrix
 
@@ -65,11 +65,10 @@ def slerp(base: Matrix, mllm: Matrix, math: Matrix, *, t: Step = 0.1) -> Matrix:
     Source: K. Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; as in mergekit,
             whose "base model" is the end at t = 0.
     """
-    norms = mathematics.sqrt(inner(mllm, mllm) * inner(math, math))
-    cosine = inner(mllm, math) / norms if norms > 0 else 1.0
+    cosine = float(_cosine(blockwise_sum(_products, mllm, math)))
     nearly_parallel = abs(cosine) > _NEARLY_PARALLEL
     a, b = (1 - t, t) if nearly_parallel else arc_coefficients(cosine, t)
-    return blockwise(lambda W_v, W_e: a * W_v + b * W_e, mllm, math)
+    return blockwise(lambda W_v, W_e: W_v.mul_(a).add_(W_e.mul_(b)), mllm, math)
 
 
 def _arc(parameters: Mapping[str, Any]) -> AffineUpdate | None:
@@ -115,31 +114,51 @@ def nuslerp(
             `nuslerp_row_wise` false is per "row" here and true is per "column", the reverse of its
             documentation. The guard on sin w is ours: near-opposite slices would explode.
     """
-    if of == "weights":
-        start, end = blockwise(torch.clone, mllm), blockwise(torch.clone, math)
-    else:
-        start, end = task_vector_of(mllm, base), task_vector_of(math, base)
-    if per == "tensor":
-        norms = mathematics.sqrt(inner(start, start) * inner(end, end))
-        cosine = inner(start, end) / norms if norms > 0 else 1.0
-        cosines = torch.tensor(cosine, dtype=torch.float64)
-    else:
-        cosines = _slice_cosines(start, end, dim=1 if per == "row" else 0)
-    angle = cosines.clamp(-1, 1).arccos()
+
+    def ends(W0: Tensor, W_v: Tensor, W_e: Tensor) -> list[Tensor]:
+        return [W_v, W_e] if of == "weights" else changes_(W0, W_v, W_e)
+
+    dim = {"tensor": None, "row": 1, "column": 0}[per]
+
+    def products(*models: Tensor) -> Tensor:
+        x, y = ends(*models)
+        return _products(x, y, dim)
+
+    found = None
+    if dim != 1:  # a block holds whole rows, but only a part of every column
+        found = _slice_coefficients(blockwise_sum(products, base, mllm, math), t)
+
+    def merge(W0: Tensor, W_v: Tensor, W_e: Tensor) -> Tensor:
+        x, y = ends(W0, W_v, W_e)
+        a, b = found or _slice_coefficients(_products(x, y, dim), t)
+        moved = x.mul_(a.to(x)).add_(y.mul_(b.to(x)))
+        return moved if of == "weights" else add_to_base_(W0, W_v, moved)
+
+    return blockwise(merge, base, mllm, math)
+
+
+def _products(x: Tensor, y: Tensor, dim: int | None = None) -> Tensor:
+    """<x, x>, <x, y>, <y, y> in fp64: of all elements, or of matching rows (1) or columns (0)."""
+    if dim is None:
+        return inner_products(x, y)[[0, 0, 1], [0, 1, 1]]
+    x, y = x.double(), y.double()
+    return torch.stack([(a * b).sum(dim, keepdim=True) for a, b in ((x, x), (x, y), (y, y))])
+
+
+def _cosine(products: Tensor) -> Tensor:
+    """Cosine from <x, x>, <x, y> and <y, y>; 1 where one of them is zero."""
+    norms = (products[0] * products[2]).sqrt()
+    return torch.where(norms > 0, products[1] / norms.masked_fill(norms == 0, 1), 1.0)
+
+
+def _slice_coefficients(products: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """Coefficients on the arc of every slice, or on the straight line where it has no angle."""
+    angle = _cosine(products).clamp(-1, 1).arccos()
     straight = angle.sin() < _SMALLEST_SINE
     sine = angle.sin().masked_fill(straight, 1)
-    a = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine).to(start)
-    b = torch.where(straight, t, (t * angle).sin() / sine).to(start)
-    moved = a * start + b * end
-    return moved if of == "weights" else blockwise(add_to_base_, base, mllm, moved)
-
-
-def _slice_cosines(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Cosines between matching rows (dim 1) or columns (dim 0); 1 where one of them is zero."""
-    product = (a * b).sum(dim, keepdim=True, dtype=torch.float64)
-    squares = [(x * x).sum(dim, keepdim=True, dtype=torch.float64) for x in (a, b)]
-    norms = (squares[0] * squares[1]).sqrt()
-    return torch.where(norms > 0, product / norms.masked_fill(norms == 0, 1), 1.0)
+    a = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
+    b = torch.where(straight, t, (t * angle).sin() / sine)
+    return a, b
 
 
 def _mean(parameters: Mapping[str, Any]) -> AffineUpdate:
@@ -178,7 +197,7 @@ def karcher(
     count = len(matrices)
     own = 1 / count if alpha is None else alpha
     shares = torch.tensor([own] + [(1 - own) / (count - 1)] * (count - 1), dtype=torch.float64)
-    gram = torch.tensor([[inner(a, b) for b in matrices] for a in matrices], dtype=torch.float64)
+    gram = blockwise_sum(inner_products, *matrices).cpu()
     norms = gram.diagonal().sqrt()
     alive = norms > 0
     safe = norms.masked_fill(~alive, 1)
@@ -186,13 +205,7 @@ def karcher(
     length = float((shares * norms).sum())
     coefficients = [float(value) for value in length * direction / safe]
 
-    def add(*parts: Tensor) -> Tensor:
-        total = coefficients[0] * parts[0]
-        for coefficient, part in zip(coefficients[1:], parts[1:], strict=True):
-            total.add_(part, alpha=coefficient)
-        return total
-
-    return blockwise(add, *matrices)
+    return blockwise(lambda *parts: weighted_sum_(parts, coefficients), *matrices)
 
 
 def _mean_direction(cosines: Tensor, shares: Tensor) -> Tensor:

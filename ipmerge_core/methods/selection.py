@@ -1,8 +1,8 @@
 """Exact selection by magnitude without sorting a matrix.
 
 In: values of any shape. Out: the same values with all but the k largest magnitudes set to zero, or
-the rank of every element in its row. Equal magnitudes are ordered by their place in the matrix, so
-exactly k survive. The threshold is found by Floyd and Rivest's sampling (1975): a sample brackets
+the order of the elements of every row. Equal magnitudes are ordered by their place, so exactly k
+survive. The threshold is found by Floyd and Rivest's sampling (1975): a sample brackets
 it, one pass counts what lies above, and only the few values inside the bracket are looked at
 closely. The answer does not depend on the sample, its speed does.
 """
@@ -10,47 +10,65 @@ closely. The answer does not depend on the sample, its speed does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ipmerge_core.methods.blocks import TaskVector, blocks, row_blocks
+from ipmerge_core.methods.blocks import TaskVectors, blocks
 
 _SMALL = 1 << 16  # below this a direct selection is as fast
-_SAMPLE = 1 << 15
+_SAMPLE = 1 << 17
 _FIRST_BITS = 16  # of the 31 bits of a magnitude in fp32; the rest is for the second pass
 
 
 class Trim:
-    """Zero all but the `count` largest magnitudes of a tensor that comes by in blocks, in order.
+    """Zero what is below a magnitude in a tensor that comes by in blocks, in order.
 
-    Of magnitudes equal to the smallest that is kept the first are kept, so exactly `count` remain.
+    Of the elements equal to the threshold the first `spare` are kept. A threshold below 0 keeps
+    everything.
     """
 
-    def __init__(self, source: Tensor | TaskVector, count: int) -> None:
-        self.keeps_all = count >= source.numel()
-        self.threshold, self.spare = math.inf, 0
-        if 0 < count < source.numel():
-            self.threshold, above = kth_largest(source, count)
-            self.spare = count - above  # of the values equal to the threshold
+    def __init__(self, threshold: float, spare: int) -> None:
+        self.threshold, self.spare = threshold, spare
 
     def __call__(self, block: Tensor) -> Tensor:
-        """Trim the next block into a new tensor."""
-        if self.keeps_all:
+        """Trim the next block, into a new tensor unless all of it is kept."""
+        if self.threshold < 0:
             return block
-        if self.spare <= 0:
-            return torch.hardshrink(block, self.threshold)  # zeroes what equals it, too
-        trimmed = zero_below(block, self.threshold)
-        values, count, places = _searchable(block.abs())
-        equal = int(count(values == self.threshold))
-        if equal > self.spare:
-            trimmed[torch.as_tensor(places(values == self.threshold)[self.spare :])] = 0
-        self.spare -= equal
+        trimmed = torch.hardshrink(block, self.threshold)  # zeroes what equals it, too
+        if self.spare > 0:
+            values, count, places = _searchable(block.abs())
+            equal = values == self.threshold
+            if int(count(equal)) <= self.spare:
+                self.spare -= int(count(equal))
+                return zero_below(block, self.threshold)
+            first = torch.as_tensor(places(equal)[: self.spare])
+            trimmed.view(-1)[first] = block.view(-1)[first]
+            self.spare = 0
         return trimmed
+
+
+def trims(vectors: TaskVectors, wanted: Sequence[Sequence[int]]) -> list[list[Trim]]:
+    """Make trims that each keep exactly so many elements: of every vector as many as wanted."""
+    size = vectors.size
+    inside = [[count for count in counts if 0 < count < size] for counts in wanted]
+    found = [
+        dict(zip(counts, thresholds, strict=True))
+        for counts, thresholds in zip(inside, kth_largest(vectors, inside), strict=True)
+    ]
+    return [
+        [_trim(count, *known.get(count, (-1.0 if count >= size else math.inf, 0))) for count in row]
+        for row, known in zip(wanted, found, strict=True)
+    ]
+
+
+def _trim(count: int, threshold: float, above: int) -> Trim:
+    return Trim(threshold, count - above)
 
 
 def keep_largest_(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, "*shape"]:
@@ -61,7 +79,7 @@ def keep_largest_(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, 
             [2.0000, 0.0000]])
     """
     flat = values.view(-1)
-    trim = Trim(flat, count)
+    ((trim,),) = trims(TaskVectors([flat]), [[count]])
     for block in blocks(flat):
         flat[block] = trim(flat[block])
     return values
@@ -75,77 +93,130 @@ def zero_below(values: Float[Tensor, "*shape"], threshold: float) -> Float[Tenso
     return torch.hardshrink(values, float(below))
 
 
-def kth_largest(source: Tensor | TaskVector, k: int) -> tuple[float, int]:
-    """Find the k-th largest magnitude of a flat tensor, and how many are strictly larger."""
-    if source.numel() > _SMALL:
-        low, high = _bracket(source, k)
-        above, inside = _between(source, low, high)
-        if above < k <= above + inside.numel():
-            return _direct(inside, k - above, above)
-    return _direct(source[:].abs(), k, 0)
+def kth_largest(
+    vectors: TaskVectors, wanted: Sequence[Sequence[int]]
+) -> list[list[tuple[float, int]]]:
+    """Find the k-th largest magnitude, and how many are larger, for every k wanted of each vector.
+
+    >>> kth_largest(TaskVectors([torch.tensor([0.5, -2.0, 0.5])]), [[1, 2]])
+    [[(2.0, 0), (0.5, 1)]]
+    """
+    if not any(wanted):
+        return [[] for _ in wanted]
+    if vectors.size <= _SMALL:
+        return [_direct(x, counts) for x, counts in zip(vectors.sample(1), wanted, strict=True)]
+    stride = max(vectors.size // _SAMPLE, 16) | 1  # odd, so as not to walk down one column
+    brackets = [
+        _brackets(sample, vectors.size, counts)
+        for sample, counts in zip(vectors.sample(stride), wanted, strict=True)
+    ]
+    tallies = _tally(vectors, brackets)
+    return [
+        [_kth_of(vectors, number, k, tally) for k, tally in zip(counts, row, strict=True)]
+        for number, (counts, row) in enumerate(zip(wanted, tallies, strict=True))
+    ]
 
 
-def _direct(magnitudes: Tensor, k: int, above: int) -> tuple[float, int]:
-    threshold = magnitudes.kthvalue(magnitudes.numel() - k + 1).values
-    return float(threshold), above + int((magnitudes > threshold).count_nonzero())
+@dataclass
+class _Tally:
+    """What lies above and within a bracket [low, high]; a bracket of one value is not collected."""
+
+    low: float
+    high: float
+    above: int = 0
+    within: int = 0
+    inside: list[Tensor] = field(default_factory=list)
+
+    def add(self, magnitudes: Tensor) -> None:
+        values, count, places = _searchable(magnitudes)
+        larger = values > self.high
+        between = (values >= self.low) ^ larger
+        self.above += int(count(larger))
+        self.within += int(count(between))
+        if self.low < self.high:
+            self.inside.append(torch.as_tensor(values.reshape(-1)[places(between)]))
 
 
-def _bracket(source: Tensor | TaskVector, k: int) -> tuple[float, float]:
-    """Two magnitudes that very probably enclose the k-th largest."""
-    stride = max(source.numel() // _SAMPLE, 1) | 1  # odd, so as not to walk down one column
-    sample = source[::stride].abs().sort(descending=True).values
-    share = k / source.numel()
-    middle = share * sample.numel()
-    margin = 5 * math.sqrt(sample.numel() * share * (1 - share)) + 5
-    first, last = int(middle - margin), int(middle + margin)
-    high = float(sample[first]) if first >= 0 else math.inf
-    low = float(sample[last]) if last < sample.numel() else 0.0
-    return low, high
+def _tally(
+    vectors: TaskVectors, brackets: Sequence[Sequence[tuple[float, float]]]
+) -> list[list[_Tally]]:
+    tallies = [[_Tally(*bracket) for bracket in row] for row in brackets]
+    for block in vectors.blocks():
+        for vector, row in zip(block, tallies, strict=True):
+            magnitudes = vector.abs_()
+            for tally in row:
+                tally.add(magnitudes)
+    return tallies
 
 
-def _between(source: Tensor | TaskVector, low: float, high: float) -> tuple[int, Tensor]:
-    """Count the magnitudes above `high` and collect those in [low, high]."""
-    above, inside = 0, []
-    for block in blocks(source):
-        values, count, places = _searchable(source[block].abs())
-        above += int(count(values > high))
-        inside.append(torch.as_tensor(values[places((values >= low) & (values <= high))]))
-    return above, torch.cat(inside)
+def _kth_of(vectors: TaskVectors, number: int, k: int, tally: _Tally) -> tuple[float, int]:
+    enclosed = tally.above < k <= tally.above + tally.within
+    if enclosed and tally.low == tally.high:
+        return tally.low, tally.above
+    if enclosed and tally.within < vectors.size:
+        inside = TaskVectors([torch.cat(tally.inside)])
+        ((threshold, larger),) = kth_largest(inside, [[k - tally.above]])[0]
+        return threshold, tally.above + larger
+    return _direct(vectors.sample(1)[number], [k])[0]  # the sample misled
+
+
+def _direct(values: Tensor, counts: Sequence[int]) -> list[tuple[float, int]]:
+    ordered = np.sort(values.abs().cpu().numpy())
+    thresholds = [ordered[-k] for k in counts]
+    return [
+        (float(threshold), ordered.size - int(np.searchsorted(ordered, threshold, "right")))
+        for threshold in thresholds
+    ]
+
+
+def _brackets(sample: Tensor, size: int, counts: Sequence[int]) -> list[tuple[float, float]]:
+    """Two magnitudes for every k that very probably enclose the k-th largest."""
+    ordered = np.sort(sample.abs().cpu().numpy())[::-1]
+    found = []
+    for k in counts:
+        share = k / size
+        margin = 5 * math.sqrt(ordered.size * share * (1 - share)) + 5
+        first, last = int(share * ordered.size - margin), int(share * ordered.size + margin)
+        high = float(ordered[first]) if first >= 0 else math.inf
+        low = float(ordered[last]) if last < ordered.size else 0.0
+        found.append((low, high))
+    return found
 
 
 def _searchable(values: Tensor) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
     """Values, counter and finder of truths: numpy's on a CPU, where they are ten times faster."""
     if values.device.type == "cpu":
         return values.numpy(), np.count_nonzero, np.flatnonzero
-    return values, torch.count_nonzero, lambda mask: mask.nonzero().view(-1)
+    return values, torch.count_nonzero, lambda mask: mask.view(-1).nonzero().view(-1)
 
 
-def ascending_ranks(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
-    """Rank of every magnitude in its row, 0 for the smallest; of equal ones the first is lower.
+def ascending_order(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
+    """Columns of every row by ascending magnitude; of equal ones the first comes first.
 
-    >>> ascending_ranks(torch.tensor([[0.5, -0.25, 0.125]]))
-    tensor([[2, 1, 0]], dtype=torch.int32)
+    >>> ascending_order(torch.tensor([[0.5, -0.25, 0.125, -0.25]]))
+    tensor([[2, 1, 3, 0]])
     """
-    ranks = torch.empty(values.shape, dtype=torch.int32, device=values.device)
-    for rows in row_blocks(values):  # the keys of a block stay in cache
-        ranks[rows] = _ranks_in_rows(values[rows])
-    return ranks
-
-
-def _ranks_in_rows(values: Tensor) -> Tensor:
     magnitude = values.abs()
-    if magnitude.dtype == torch.float32:  # magnitude and place in one key: no stable sort needed
-        columns = torch.arange(values.shape[1], device=values.device)
-        key = (magnitude.view(torch.int32).long() << 32) | columns
-        if key.device.type == "cpu":
-            key.numpy().sort(axis=1)  # several times faster than torch's here
-        else:
-            key = key.sort(dim=1).values
-        order = key & 0xFFFFFFFF
+    if magnitude.dtype != torch.float32:
+        return magnitude.argsort(dim=1, stable=True)
+    # Magnitude and place in one key: no stable sort needed. Bits of floats are ordered as they are.
+    key = magnitude.view(torch.int32).long().bitwise_left_shift_(32)
+    key |= torch.arange(values.shape[1], device=values.device)
+    if key.device.type == "cpu":
+        key.numpy().sort(axis=1)  # several times faster than torch's here
     else:
-        order = magnitude.argsort(dim=1, stable=True)
-    ranks = torch.arange(values.shape[1], device=values.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, ranks)
+        key = key.sort(dim=1).values
+    return key.bitwise_and_(0xFFFFFFFF)
+
+
+def by_rank(order: Int[Tensor, "m n"], table: Shaped[Tensor, " n"]) -> Shaped[Tensor, "m n"]:
+    """Look up every element's rank in its row: table[0] for what comes first in the row's order.
+
+    >>> by_rank(torch.tensor([[2, 1, 0]]), torch.tensor([0.25, 0.5, 0.75]))
+    tensor([[0.7500, 0.5000, 0.2500]])
+    """
+    found = table.new_empty(order.shape)
+    return found.scatter_(1, order, table.expand(order.shape))
 
 
 def magnitude_histogram(values: Float[Tensor, "m n"], prefix: int | None) -> Float[Tensor, " bins"]:
