@@ -17,20 +17,30 @@ import torch
 
 from ipmerge_core.methods import find_method
 from ipmerge_core.methods.traits import Models, relayed
-from ipmerge_core.pairing import ModelPair
+from ipmerge_core.pairing import MatrixMatch, ModelPair
 from ipmerge_core.pipeline import Load, compute_ahead, read_ahead
 from ipmerge_core.plan import MergePlan, reopen
-from ipmerge_core.work import chosen_matrices, held_by, on_one_base
+from ipmerge_core.work import chosen_matrices, held_by, in_rows, on_one_base
 
 
 class MeasureStep(NamedTuple):
-    """One matrix is measured. Sizes in bytes, over all passes."""
+    """A matrix, or some of its rows, is measured. Sizes in bytes, over all passes."""
 
     tensor: str
     number: int
     total: int
     nbytes_done: int
     nbytes_total: int
+
+
+class _Piece(NamedTuple):
+    """Rows of the chosen matrix of that number and name, and the bytes that they take."""
+
+    number: int
+    name: str
+    rows: MatrixMatch
+    experts: tuple[int, ...]
+    held: int
 
 
 def iter_measure(
@@ -58,30 +68,33 @@ def is_due(plan: MergePlan) -> bool:
 def measure(
     plan: MergePlan, pair: ModelPair, device: torch.device, workers: int = 1
 ) -> Generator[MeasureStep, None, tuple[float, ...]]:
-    """Measure every matrix that the plan merges, yielding after each; returns the numbers."""
+    """Measure every matrix that the plan merges, yielding after each piece; returns the numbers."""
     statistic = find_method(plan.method).statistic
     assert statistic is not None, "a first pass without a statistic"
     anchor = "two_base" if statistic.from_own_base else plan.anchor
     chosen = chosen_matrices(plan, pair)
-    sizes = [held_by(pair, *matrix) for matrix in chosen]
-    total = statistic.passes * len(chosen)
-    number = nbytes = 0
+    cut = [
+        _Piece(number, matrix.name, piece, experts, held_by(pair, piece, experts))
+        for number, (matrix, experts) in enumerate(chosen, 1)
+        for piece, _ in in_rows(matrix, pair.mllm.spec(matrix.mllm).nbytes, pair.pace.piece)
+    ]
+    nbytes = sum(piece.held for piece in cut)
 
     def matrices() -> Iterator[Models]:
-        loads = (
-            Load(size, partial(pair.read, *matrix))
-            for size, matrix in zip(sizes, chosen, strict=True)
-        )
-        with closing(read_ahead(loads, max(pair.pace.ahead, *sizes), pair.pace.threads)) as read:
+        loads = (Load(piece.held, partial(pair.read, piece.rows, piece.experts)) for piece in cut)
+        budget = max(pair.pace.ahead, *(piece.held for piece in cut))
+        with closing(read_ahead(loads, budget, pair.pace.threads)) as read:
             for weights in read:
                 yield *on_one_base(weights, device, anchor), {}
 
+    index = done = 0
+
     def told(_: None) -> MeasureStep:
-        nonlocal number, nbytes
-        place = number % len(chosen)
-        number, nbytes = number + 1, nbytes + sizes[place]
-        name = chosen[place][0].name
-        return MeasureStep(name, number, total, nbytes, statistic.passes * sum(sizes))
+        nonlocal index, done
+        turn, place = divmod(index, len(cut))
+        index, done = index + 1, done + cut[place].held
+        number, total = turn * len(chosen) + cut[place].number, statistic.passes * len(chosen)
+        return MeasureStep(cut[place].name, number, total, done, statistic.passes * nbytes)
 
     apply = partial(compute_ahead, workers=workers)
     with closing(statistic.steps(matrices, plan.parameters, apply=apply)) as steps:

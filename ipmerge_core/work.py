@@ -151,14 +151,23 @@ def parts(spec: TensorSpec, merged: list[Chosen], most: int, *, local: bool = Fa
     found = [(split_address(m.mllm)[1] or range(spec.shape[0]), m, e) for m, e in merged]
     for rows, matrix, experts in sorted(found, key=lambda entry: entry[0].start):
         parts += _copies(spec, position, rows.start * row, most)
-        step = max(1, most // row) if local and matrix.shape[0] == len(rows) else max(1, len(rows))
-        for first in range(0, len(rows), step):
-            last = min(first + step, len(rows))
-            piece = matrix if last - first == len(rows) else rows_of(matrix, first, last)
-            start, position = (rows.start + first) * row, (rows.start + last) * row
+        whole = not local or matrix.shape[0] != len(rows)
+        cut = [(matrix, len(rows))] if whole else in_rows(matrix, len(rows) * row, most)
+        for piece, count in cut:
+            start = max(position, rows.start * row)
+            position = start + count * row
             parts.append(Part(spec, start, position, piece, experts))
     parts += _copies(spec, position, spec.nbytes, most)
     return parts or [Part(spec, 0, 0)]  # a tensor without elements
+
+
+def in_rows(matrix: MatrixMatch, nbytes: int, most: int) -> Iterator[tuple[MatrixMatch, int]]:
+    """Cut a matrix of so many bytes into pieces of at most `most`; with each its number of rows."""
+    count = matrix.shape[0]
+    step = max(1, most * count // max(nbytes, 1))
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        yield (matrix if last - first == count else rows_of(matrix, first, last)), last - first
 
 
 def rows_of(matrix: MatrixMatch, first: int, last: int) -> MatrixMatch:
