@@ -7,13 +7,14 @@ resume, and a plan may hold them already, from its analysis or from `iter_measur
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ipmerge_core.methods import find_method
 from ipmerge_core.methods.traits import Models, relayed
@@ -81,7 +82,10 @@ def measure(
     nbytes = sum(piece.held for piece in cut)
 
     def matrices() -> Iterator[Models]:
-        loads = (Load(piece.held, partial(pair.read, piece.rows, piece.experts)) for piece in cut)
+        loads = (
+            Load(piece.held, partial(pair.read, piece.rows, piece.experts, check=False))
+            for piece in cut
+        )
         budget = max(pair.pace.ahead, *(piece.held for piece in cut))
         with closing(read_ahead(loads, budget, pair.pace.threads)) as read:
             for weights in read:
@@ -96,6 +100,11 @@ def measure(
         number, total = turn * len(chosen) + cut[place].number, statistic.passes * len(chosen)
         return MeasureStep(cut[place].name, number, total, done, statistic.passes * nbytes)
 
-    apply = partial(compute_ahead, workers=workers)
+    def apply(function: Callable[[Models], Tensor], models: Iterable[Models]) -> Iterator[Tensor]:
+        for piece, numbers in zip(cut, compute_ahead(function, models, workers), strict=True):
+            if not bool(numbers.isfinite().all()):
+                pair.refuse_non_finite(piece.rows, piece.experts)
+            yield numbers
+
     with closing(statistic.steps(matrices, plan.parameters, apply=apply)) as steps:
         return (yield from relayed(steps, told))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,13 +206,28 @@ def test_weights_that_changed_since_the_plan_are_refused(own_trio: Trio, tmp_pat
     refused(plan, tmp_path, PairingError, "holds other weights than when the plan was made")
 
 
-def test_nan_weights_are_refused_and_leave_nothing(own_trio: Trio, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "choice"),
+    [
+        ("task_arithmetic", {}),
+        ("ties", {}),
+        ("ties", {"scope": "model"}),
+        ("dare_ties", {}),
+        ("breadcrumbs", {}),
+        ("slerp", {}),
+        ("metagpt", {}),
+        ("tsv", {}),
+    ],
+)
+def test_nan_weights_are_refused_and_leave_nothing(
+    method: str, choice: dict[str, Any], own_trio: Trio, tmp_path: Path
+) -> None:
     changed = weights(own_trio.math)
     changed["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(changed, own_trio.math / "model.safetensors")
     pair = ipm.open_pair(own_trio.mllm, own_trio.math, own_trio.base)
-    plan = ipm.make_plan(pair, method="task_arithmetic")
-    refused(plan, tmp_path, CheckpointError, "holds 1 NaN or infinite values")
+    plan = ipm.make_plan(pair, method, **choice)
+    refused(plan, tmp_path, CheckpointError, "up_proj.weight' .* holds 1 NaN or infinite values")
 
 
 def test_a_gain_that_overflows_the_stored_dtype_is_refused(tmp_path: Path) -> None:

@@ -51,6 +51,19 @@ def draw(shape: tuple[int, int], seed: int, dtype: torch.dtype = torch.float64) 
     return [base, *(base + 0.1 * torch.randn(2, *shape, generator=generator, dtype=dtype))]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("role", [0, 1, 2], ids=["base", "mllm", "math"])
+@pytest.mark.parametrize("name", [n for n, method in METHODS.items() if method.shows_bad_input])
+def test_what_is_not_finite_in_an_input_is_not_finite_in_the_result(name, role, bad):
+    models = draw((300, 400), 0, torch.float32)
+    models[role][7, 9] = bad
+    if role == 0 and torch.equal(
+        merge(name, torch.ones(300, 400), *models[1:]), merge(name, *models)
+    ):
+        return  # the base takes no part
+    assert not merge(name, *models).isfinite().all()
+
+
 @pytest.mark.parametrize("name", EXPERT_ALONE)
 @some_cases
 @given(shape=shapes, seed=some.integers(0, 99))

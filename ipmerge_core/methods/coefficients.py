@@ -56,7 +56,7 @@ def metagpt_coefficients(
 ) -> tuple[float, ...]:
     """Coefficients proportional to the squared norms; equal where all are zero."""
     total = float(sum(squares))
-    return tuple(float(s) / total if total > 0 else 1 / len(squares) for s in squares)
+    return tuple(float(s) / total if total != 0 else 1 / len(squares) for s in squares)
 
 
 def nan_coefficients(

@@ -144,7 +144,8 @@ class Drop:
             bound = by_rank(order, bound_of(chances).to(block.device))
         kept = draw(self._generator, block.numel(), bound).reshape(block.shape)
         if block.device.type == "cpu":  # in a third of the time that torch takes
-            np.multiply(block.numpy(), kept, out=block.numpy())
+            with np.errstate(invalid="ignore"):  # infinity times 0 is NaN, as it should be
+                np.multiply(block.numpy(), kept, out=block.numpy())
         else:
             block *= torch.from_numpy(kept).to(block.device)
         return chance
@@ -379,6 +380,7 @@ def _affine_crumbs(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     several_experts=True,
     affine=_affine_crumbs,
     unknown=UNREAD,
+    drops_largest=True,
 )
 def breadcrumbs(
     base: Matrix,

@@ -66,8 +66,8 @@ def slerp(base: Matrix, mllm: Matrix, math: Matrix, *, t: Step = 0.1) -> Matrix:
             whose "base model" is the end at t = 0.
     """
     cosine = float(_cosine(blockwise_sum(_products, mllm, math)))
-    nearly_parallel = abs(cosine) > _NEARLY_PARALLEL
-    a, b = (1 - t, t) if nearly_parallel else arc_coefficients(cosine, t)
+    turned = abs(cosine) <= _NEARLY_PARALLEL  # not for NaN, which the weights will show
+    a, b = arc_coefficients(cosine, t) if turned else (1 - t, t)
     return blockwise(lambda W_v, W_e: W_v.mul_(a).add_(W_e.mul_(b)), mllm, math)
 
 

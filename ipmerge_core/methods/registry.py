@@ -153,11 +153,12 @@ class MergeMethod:
     over the whole model, `data` the calibration that it cannot do without, `inputs` the keywords
     that a driver supplies. `matrixwise` methods decompose or iterate on whole matrices, which
     vectors have no use for; all others do a few operations per element. `local` ones look at
-    nothing but that element of each model, and at their statistic. The function of a `stepwise`
-    method works for long: it is a generator, which yields the share that is done and returns the
-    matrix. `check` refuses values that are legal each by itself and not together. `vectors` is for
-    methods that say nothing of norms, biases and rows of embeddings: from the parameters and the
-    number of experts, the weights of task arithmetic on them.
+    nothing but that element of each model, and at their statistic. What is NaN or infinite in an
+    input is so in the result, unless a method is matrixwise or `drops_largest`. The function of a
+    `stepwise` method works for long: it is a generator, which yields the share that is done and
+    returns the matrix. `check` refuses values that are legal each by itself and not together.
+    `vectors` is for methods that say nothing of norms, biases and rows of embeddings: from the
+    parameters and the number of experts, the weights of task arithmetic on them.
     """
 
     name: str
@@ -177,6 +178,7 @@ class MergeMethod:
     inputs: tuple[str, ...] = ()
     matrixwise: bool = False
     local: bool = False
+    drops_largest: bool = False
     stepwise: bool = False
     check: Callable[[Mapping[str, Any]], object] | None = None
     vectors: Callable[[Mapping[str, Any], int], tuple[float, float]] | None = None
@@ -233,6 +235,11 @@ class MergeMethod:
         """Whether a first pass over the whole model comes before the merge."""
         scope = self.complete(parameters).get("scope")
         return self.statistic is not None and scope == "model"
+
+    @property
+    def shows_bad_input(self) -> bool:
+        """Whether NaN or infinity in an input that takes part makes some of the result so, too."""
+        return not (self.matrixwise or self.drops_largest)
 
     def is_local(self, parameters: Mapping[str, ParameterValue]) -> bool:
         """Whether any rows of a matrix can be merged apart from the others, to the same bits."""

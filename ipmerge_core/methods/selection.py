@@ -24,6 +24,7 @@ from ipmerge_core.methods.blocks import TaskVectors, blocks
 _SMALL = 1 << 16  # below this a direct selection is as fast
 _SAMPLE = 1 << 17
 _FIRST_BITS = 16  # of the 31 bits of a magnitude in fp32; the rest is for the second pass
+_INFINITE = 0x7F800000  # bits of infinity in fp32; those of NaN are larger
 
 
 class Trim:
@@ -223,7 +224,7 @@ def magnitude_histogram(values: Float[Tensor, "m n"], prefix: int | None) -> Flo
     """Count magnitudes by the upper bits of their fp32 form, or by the lower ones below a prefix.
 
     Non-negative floats are ordered as their bits are, so two such passes find a quantile over any
-    number of matrices exactly. Counts are fp64, to be added up.
+    number of matrices exactly. Counts are fp64, to be added up; NaN where a value is not finite.
     """
     low_bits = 31 - _FIRST_BITS
     bins = 1 << (_FIRST_BITS if prefix is None else low_bits)
@@ -234,6 +235,8 @@ def magnitude_histogram(values: Float[Tensor, "m n"], prefix: int | None) -> Flo
         upper = bits >> low_bits
         chosen = upper if prefix is None else bits[upper == prefix] & ((1 << low_bits) - 1)
         counts += torch.bincount(chosen, minlength=bins)
+    if prefix is None and bool(counts[_INFINITE >> low_bits :].any()):
+        counts.fill_(math.nan)
     return counts
 
 
