@@ -42,6 +42,18 @@ class Traffic:
         """The bodies of event calls to the server."""
         return [body for _, url, body in self.requests if "/gradio_api/" in url]
 
+    def calls_when_quiet(self, page: Page, milliseconds: float = 1500) -> int:
+        """Wait until no event call has left for a while; return how many there were.
+
+        Events that follow the opening of a pair leave one after the other's answer, and a server
+        that has just started takes its time for the first.
+        """
+        before = -1
+        while before != len(self.queue_calls()):
+            before = len(self.queue_calls())
+            page.wait_for_timeout(milliseconds)
+        return before
+
     def commits(self) -> list[str]:
         """The bodies of commits."""
         return [body for body in self.queue_calls() if '"variant"' in body]

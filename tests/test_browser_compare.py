@@ -58,7 +58,7 @@ def test_two_plans_on_one_pair_are_compared_as_python_does_without_a_request(
 ):
     page = chromium_page
     traffic = open_compare(page, served)
-    calls = len(traffic.queue_calls())
+    calls = traffic.calls_when_quiet(page)
     set_value(page, "S alpha of B", 0.2)
     set_value(page, "lambda of B", 2)
     first = python_preview(PACKS["a"], A)
@@ -72,6 +72,29 @@ def test_two_plans_on_one_pair_are_compared_as_python_does_without_a_request(
         expect(page.locator(f"#compare-map .c[data-state={state}]")).to_have_count(len(names))
     assert [body for body in traffic.queue_calls()[calls:] if body] == []
     assert traffic.complaints == []
+
+
+SLOW_COMMITS = """
+const send = window.fetch;
+window.fetch = async (url, options) => {
+  const commit = String(options?.body).includes('"variant"');
+  if (commit) await new Promise((wake) => setTimeout(wake, 900));
+  return send(url, options);
+};
+"""
+
+
+def test_a_tab_that_is_opened_at_once_shows_the_plan_that_was_just_chosen(
+    chromium_page: Page, served: str
+):
+    page = chromium_page
+    page.add_init_script(SLOW_COMMITS)
+    open_compare(page, served)
+    expect(page.get_by_label("S alpha of A", exact=True)).to_have_value("0.300")
+    page.get_by_role("tab", name="Explore").click()
+    set_value(page, "S alpha as a number", 0.25)
+    page.get_by_role("tab", name="Cite").click()
+    expect(page.locator("#cite-state")).to_contain_text("0.25")
 
 
 def test_the_table_lists_the_differences_and_sorts_them(chromium_page: Page, served: str):

@@ -11,6 +11,7 @@ from gradio.events import Dependency
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.choice import describe_choice, plan_of
+from ipmerge_core.ui.explore import after_commits
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.messages import QUIET, as_markdown, sentence_of, told
 from ipmerge_core.ui.packs import EVERYTHING, find_growing, load_pack
@@ -66,9 +67,9 @@ def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependenc
 
     # wiring
     here = [pair, choice]
-    tab.select(told(write), here, [state, *texts], queue=False, **QUIET).success(
-        told(name_plan), here, digest, **QUIET
-    )
+    after_commits(tab.select).then(
+        told(write), here, [state, *texts], queue=False, **QUIET
+    ).success(told(name_plan), here, digest, **QUIET)
     opened.success(told(write), here, [state, *texts], **QUIET).success(
         told(name_again), [*here, digest], digest, **QUIET
     )

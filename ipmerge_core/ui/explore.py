@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -31,7 +31,7 @@ from ipmerge_core.ui.layer_map import (
     read_commit,
     report,
 )
-from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.messages import QUIET, told
 from ipmerge_core.ui.packs import load_pack
 
 PRESETS: list[dict[str, Any]] = [
@@ -68,6 +68,14 @@ PRESETS: list[dict[str, Any]] = [
         "plan": {"s": 1, "lambda": 0},
     },
 ]
+
+# In the page: a commit was answered; and until all are, five seconds at most.
+_MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
+_ANSWERED = f"() => {{ const map = {_MAP}; if (map) map.unanswered -= 1; }}"
+_UNTIL_SETTLED = f"""async () => {{
+  for (let i = 0; i < 250 && {_MAP}?.isSettled() === false; i++)
+    await new Promise((wake) => setTimeout(wake, 20));
+}}"""
 
 
 class ExploreTab(NamedTuple):
@@ -144,6 +152,7 @@ def explore_tab(
         trigger_mode="multiple",  # "once" drops events, "always_last" repeats an old one's data
         api_visibility="private",
     )
+    committed.then(None, None, None, js=_ANSWERED, queue=False, **QUIET)
     layer_map.cellselect(
         told(draw_spectra),
         pair,
@@ -154,6 +163,14 @@ def explore_tab(
         api_visibility="private",
     )
     return ExploreTab(layer_map, spectra, committed, opened)
+
+
+def after_commits(listener: Callable[..., Dependency]) -> Dependency:
+    """Let an event wait, in the page, until the session's choice is the plan on show in Explore.
+
+    Two requests that leave at nearly the same time may arrive in any order.
+    """
+    return listener(None, None, None, js=_UNTIL_SETTLED, queue=False, **QUIET)
 
 
 def opened_pair(pack_id: str, is_running: IsRunning) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from ipmerge_core.errors import IPMergeError, PlanError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.calibration_form import calibration_form
 from ipmerge_core.ui.download import download_link
+from ipmerge_core.ui.explore import after_commits
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_words import (
     change_words,
@@ -119,7 +120,7 @@ def merge_tab(
     checks(shows(form.changed))
     tab.select(watch, job, watching, queue=False, **QUIET)
     opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
-    checks(shows(opened)).then(offered, None, form.name, **QUIET)
+    checks(shows(after_commits(opened.then))).then(offered, None, form.name, **QUIET)
     steps.start.click(told(begin), [pair, choice, method, steps.folder], job, **QUIET).success(
         watch, job, watching, **QUIET
     )

@@ -16,7 +16,7 @@ from gradio.events import Dependency
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.ui import layer_map
-from ipmerge_core.ui.explore import map_content
+from ipmerge_core.ui.explore import after_commits, map_content
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.messages import QUIET, sentence_of, told
 from ipmerge_core.ui.packs import list_packs
@@ -44,8 +44,9 @@ def compare_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Depend
 
     # wiring
     inputs = [pair, choice, other]
-    tab.select(told(compare), inputs, [compared, reason, other, seen], **QUIET)
-    other.input(told(compare), inputs, [compared, reason, other, seen], **QUIET)
+    whole = [compared, reason, other, seen]
+    after_commits(tab.select).then(told(compare), inputs, whole, **QUIET)
+    other.input(told(compare), inputs, whole, **QUIET)
     opened.success(told(compare_again), [*inputs, seen], [compared, reason], **QUIET)
 
 

@@ -8,7 +8,7 @@ const arrival = new URLSearchParams(window.location.search);  // how the visitor
 const map = {
   id: element.id || "ipmerge", pack: null, index: null, plan: null, committed: null,
   past: [], future: [], journey: null, target: null, pinned: null, expert: -1, dragging: false, typing: null, frame: 0,
-  preset: null, presets: [], kept: [], flips: [], before: null, ghost: null, paints: [], live: [], packId: "", home: "",
+  preset: null, presets: [], kept: [], flips: [], before: null, ghost: null, paints: [], live: [], packId: "", home: "", unanswered: 0,
   onStage: arrival.get("present") === "1", layout: "full",
   dom: {
     root: find(".lm"), sum: find(".sum"), grid: find(".lm-grid-holder"), detail: find(".lm-detail"), spectra: find(".lm-spectra"),
@@ -80,7 +80,7 @@ const waiting = {};
 
 function post(name, data) {
   if (waiting[name]) { waiting[name].data = data; return; }
-  if (name === "commit") trigger("commit", data);
+  if (name === "commit") { map.unanswered += 1; trigger("commit", data); }
   else trigger("cellselect", data);
   waiting[name] = {};
   setTimeout(() => {
@@ -89,6 +89,9 @@ function post(name, data) {
     if (last) post(name, last);
   }, 150);
 }
+
+// Whether the server knows the plan on show: other tabs wait for that before they ask about it.
+map.isSettled = () => map.unanswered <= 0 && !waiting.commit?.data;
 
 // Say something where it is seen and where it is heard.
 function tell(words) {
