@@ -25,7 +25,7 @@ import torch
 from ipmerge_core import similarity as sim
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.comparison import Options, compare
-from ipmerge_core.devices import free_memory, stream, streams
+from ipmerge_core.devices import free_memory, stream, streams, warn_of_cpu
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.journal import Journal, Place, journal_of
 from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
@@ -335,9 +335,5 @@ def _analyse_on(
             with stream(device):
                 return list(compare(matrix, weights.to(device), options))
         except torch.OutOfMemoryError:
-            warnings.warn(
-                f"'{matrix.name}' {matrix.shape} does not fit the memory of {device}; it is "
-                f"decomposed on the CPU, which takes longer.",
-                stacklevel=1,
-            )
+            warn_of_cpu(device, matrix.name, matrix.shape)
         return list(compare(matrix, weights.to("cpu"), options))

@@ -7,8 +7,9 @@ stream of its own, so that one is copied there while another is computed.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -57,6 +58,15 @@ def stream(device: str | torch.device) -> Iterator[None]:
             yield
     finally:
         _idle[where].append(own)
+
+
+def warn_of_cpu(device: str | torch.device, name: str, shape: Sequence[int]) -> None:
+    """Say that a matrix goes to the CPU, since the device's memory does not suffice for it."""
+    warnings.warn(
+        f"'{name}' {tuple(shape)} does not fit the memory of {device}; it is worked on by the CPU, "
+        f"which takes longer.",
+        stacklevel=2,
+    )
 
 
 def _load_solvers(device: str | torch.device) -> None:

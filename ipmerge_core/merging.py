@@ -13,8 +13,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -32,10 +31,11 @@ from ipmerge_core.checkpoint import (
 )
 from ipmerge_core.comparison import Options
 from ipmerge_core.costs import Estimate, check_space, estimate_pair, merging_cost
-from ipmerge_core.devices import stream, streams
+from ipmerge_core.devices import stream, streams, warn_of_cpu
 from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
 from ipmerge_core.files import FROM_DISK
 from ipmerge_core.first_pass import MeasureStep, is_due, measure
+from ipmerge_core.manifest import manifest_of
 from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
@@ -45,8 +45,6 @@ from ipmerge_core.pipeline import Load, WriteBehind, compute_ahead, read_ahead
 from ipmerge_core.plan import MergePlan, reopen
 from ipmerge_core.ranks import Ranks, share_out
 from ipmerge_core.scope import engine_anchor
-from ipmerge_core.version import __version__
-from ipmerge_core.vocabulary import ROWS
 from ipmerge_core.work import (
     BESIDE,
     Part,
@@ -56,7 +54,6 @@ from ipmerge_core.work import (
     merging_of,
     on_one_base,
     parts,
-    reason_to_copy,
     work_of,
 )
 from ipmerge_core.writer import (
@@ -321,14 +318,25 @@ class _Run:
         return data
 
     def _merging(self, part: Part, weights: MatrixWeights) -> Generator[float, None, Tensor]:
+        """Merge a matrix on the device; where its memory does not suffice, this one on the CPU."""
+        assert part.matrix is not None
+        try:
+            return (yield from self._merging_on(self.device, part, weights))
+        except torch.OutOfMemoryError:
+            warn_of_cpu(self.device, part.matrix.name, part.matrix.shape)
+        return (yield from self._merging_on(torch.device("cpu"), part, weights))
+
+    def _merging_on(
+        self, device: torch.device, part: Part, weights: MatrixWeights
+    ) -> Generator[float, None, Tensor]:
         """Call the method on one matrix, with all that the run found or measured for it."""
         assert part.matrix is not None
         supplied: dict[str, Any] = {}
         if self.statistic is not None:
             supplied["statistic"] = self.statistic
         if self.measurements is not None and part.matrix.module not in BESIDE:
-            supplied |= self.measurements.inputs(part.matrix.name, part.experts, self.device)
-        models = on_one_base(weights, self.device, engine_anchor(self.method, self.plan.anchor))
+            supplied |= self.measurements.inputs(part.matrix.name, part.experts, device)
+        models = on_one_base(weights, device, engine_anchor(self.method, self.plan.anchor))
         parameters = self.plan.parameters_for(part.matrix.layer)
         return (yield from merging_of(self.method, part.matrix, models, **parameters, **supplied))
 
@@ -393,56 +401,13 @@ def _steps_of_finished(out: str | Path) -> Iterator[MergeStep]:
 
 
 def _documents(run: _Run, seconds: float) -> dict[str, str]:
-    manifest = json.dumps(_manifest(run, seconds), indent=1)
-    return {MANIFEST: manifest + "\n", "README.md": write_card(run.plan)}
-
-
-def _manifest(run: _Run, seconds: float) -> dict[str, Any]:
-    plan, pair, hashes = run.plan, run.pair, run.writer.hashes
-    merged: dict[str, dict[str, Any]] = {}
-    for name, found in work_of(plan, pair).items():
-        whole = len(found) == 1 and found[0][0].mllm == name
-        experts: Any = list(found[0][1]) if whole else {m.mllm: list(e) for m, e in found}
-        if found[0][0].module == ROWS:  # thousands of runs: say how many rows
-            rows = {"rows": sum(matrix.shape[0] for matrix, _ in found)}
-            merged[name] = {"action": "merged", "experts": list(found[0][1]), **rows}
-            continue
-        merged[name] = {"action": "merged", "experts": experts}
-    return {
-        "format": "ipmerge-manifest",
-        "version": 1,
-        "engine": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "plan": {
-            "hash": plan.hash,
-            "method": plan.method,
-            "parameters": dict(plan.parameters),
-            "similarity": plan.similarity,
-            "similarity_threshold": plan.similarity_threshold,
-            "overrides": dict(plan.overrides),
-            "include": plan.include,
-            "exclude": plan.exclude,
-            "layer_gains": list(plan.layer_gains),
-            "norms": plan.norms,
-            "anchor": plan.anchor,
-            "embeddings": "merge-shared" if plan.tokens else "keep",
-            "statistic": run.statistic,
-        },
-        "sources": asdict(plan.sources),
-        "versions": {"torch": torch.__version__},
-        "device": str(run.device),
-        "processes": run.ranks.size,
-        "seconds": round(seconds, 3),
-        "nbytes": pair.mllm.nbytes,
-        "n_merged": len(plan.selected),
-        "audit": {
-            "tensors": len(hashes),
-            "equal_to_the_mllm": len(hashes) - len(merged),
-            "checked": "names, shapes, dtypes, offsets, finite values, and every hash read back",
-        },
-        "tensors": {
-            name: {"sha256": hashes[name]}
-            | merged.get(name, {"action": "copied", "reason": reason_to_copy(plan, pair, name)})
-            for name in pair.mllm.tensors
-        },
-    }
+    manifest = manifest_of(
+        run.plan,
+        run.pair,
+        run.writer.hashes,
+        statistic=run.statistic,
+        device=str(run.device),
+        processes=run.ranks.size,
+        seconds=seconds,
+    )
+    return {MANIFEST: json.dumps(manifest, indent=1) + "\n", "README.md": write_card(run.plan)}

@@ -296,7 +296,7 @@ def test_a_device_that_is_too_small_hands_the_matrix_to_the_cpu(
         return original(matrix, **options)
 
     monkeypatch.setattr(spectrum, "svd", small)
-    with pytest.warns(UserWarning, match="does not fit the memory of cpu; .* on the CPU"):
+    with pytest.warns(UserWarning, match="does not fit the memory of cpu; .* by the CPU"):
         found = ipm.analyse(pair)
     assert found.records == expected.records
 

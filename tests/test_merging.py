@@ -12,6 +12,7 @@ from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
+from ipmerge_core import merging
 from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError
 from ipmerge_core.merging import estimate, iter_merge
@@ -242,3 +243,24 @@ def test_a_missing_source_is_named(own_trio: Trio, tmp_path: Path) -> None:
     plan = ipm.make_plan(analysis)
     own_trio.math.rename(own_trio.math.with_name("moved"))
     refused(plan, tmp_path, CheckpointError, "There is no model folder")
+
+
+def test_a_device_that_is_too_small_hands_the_matrix_to_the_cpu(
+    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ipm.make_plan(ipm.open_pair(trio.mllm, trio.math, trio.base), "ties")
+    ipm.merge(plan, tmp_path / "expected")
+    original, calls = merging.merging_of, []
+
+    def small(*given: Any, **keywords: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return original(*given, **keywords)
+
+    monkeypatch.setattr(merging, "merging_of", small)
+    with pytest.warns(UserWarning, match="does not fit the memory of cpu; .* by the CPU"):
+        ipm.merge(plan, tmp_path / "out")
+    assert weights(tmp_path / "out").keys() == weights(tmp_path / "expected").keys()
+    for name, tensor in weights(tmp_path / "expected").items():
+        assert torch.equal(tensor, weights(tmp_path / "out")[name])
