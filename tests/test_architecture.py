@@ -40,7 +40,7 @@ ORDER = [
     {"options", "preview", "scope"},
     {"plan"},
     {"recipes"},
-    {"work", "costs", "card"},
+    {"work", "costs", "card", "manifest"},
     {"first_pass", "merging", "adapter"},
     {"inference"},
     {"evaluate", "drift"},
