@@ -355,8 +355,7 @@ def crumb_counts(size: int, density: float, gamma: float) -> list[int]:
 
 
 def _drop_crumbs(block: Tensor, upper: Trim, outliers: Trim) -> Tensor:
-    largest = outliers(block)
-    return upper(block) - largest
+    return upper(block) - outliers(block)
 
 
 def _drop_crumbs_of_rows(block: Tensor, upper: int, outliers: int) -> Tensor:

@@ -10,7 +10,7 @@ closely. The answer does not depend on the sample, its speed does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,12 +63,15 @@ def trims(vectors: TaskVectors, wanted: Sequence[Sequence[int]]) -> list[list[Tr
         for counts, thresholds in zip(inside, kth_largest(vectors, inside), strict=True)
     ]
     return [
-        [_trim(count, *known.get(count, (-1.0 if count >= size else math.inf, 0))) for count in row]
-        for row, known in zip(wanted, found, strict=True)
+        [_trim(count, size, known) for count in counts]
+        for counts, known in zip(wanted, found, strict=True)
     ]
 
 
-def _trim(count: int, threshold: float, above: int) -> Trim:
+def _trim(count: int, size: int, known: Mapping[int, tuple[float, int]]) -> Trim:
+    if count not in known:
+        return Trim(-1.0 if count >= size else math.inf, 0)  # all are kept, or none
+    threshold, above = known[count]
     return Trim(threshold, count - above)
 
 
@@ -120,7 +123,7 @@ def kth_largest(
 
 @dataclass
 class _Tally:
-    """What lies above and within a bracket [low, high]; a bracket of one value is not collected."""
+    """What lies above and within a bracket [low, high]; one value alone is counted, not kept."""
 
     low: float
     high: float
