@@ -42,17 +42,12 @@ class Traffic:
         """The bodies of event calls to the server."""
         return [body for _, url, body in self.requests if "/gradio_api/" in url]
 
-    def calls_when_quiet(self, page: Page, milliseconds: float = 1500) -> int:
-        """Wait until no event call has left for a while; return how many there were.
+    def triggers(self) -> set[int]:
+        """The components that event calls to the server started from, by Gradio's number.
 
-        Events that follow the opening of a pair leave one after the other's answer, and a server
-        that has just started takes its time for the first.
+        What follows an event, perhaps seconds later on a slow server, has the event's own.
         """
-        before = -1
-        while before != len(self.queue_calls()):
-            before = len(self.queue_calls())
-            page.wait_for_timeout(milliseconds)
-        return before
+        return {json.loads(body)["trigger_id"] for body in self.queue_calls() if body}
 
     def commits(self) -> list[str]:
         """The bodies of commits."""

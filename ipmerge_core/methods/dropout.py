@@ -9,7 +9,7 @@ what is kept at a density is kept at every higher one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -169,19 +169,32 @@ def keep_chances(size: int, density: float, window: float, dtype: torch.dtype) -
     return (density - window) + torch.arange(size).to(dtype) * (2 * window / (size - 1))
 
 
-def _drops(
+def _merge_dropped(
     base: Tensor,
     tuned: Sequence[Tensor],
-    densities: Sequence[float],
+    weights: tuple[float, float],
+    densities: tuple[float, float | None, float | None],
     rescale: Rescale,
-    seed: int,
-    tensor_name: str,
+    key: tuple[int, str],
+    add: Callable[..., Tensor],
+    *,
     window: float = 0.0,
-) -> list[Drop]:
-    return [
-        Drop(base, matrix, density, rescale, (seed, tensor_name, role), window)
-        for matrix, density, role in zip(tuned, densities, roles(len(tuned) - 1), strict=True)
+    scale: float = 1.0,
+) -> Tensor:
+    """Drop in every task vector, then add what is left.
+
+    The weights are the MLLM's and the experts', the densities the shared one and their own; the
+    random numbers are keyed by (seed, tensor name) and the model's role.
+    """
+    experts = len(tuned) - 1
+    drops = [
+        Drop(base, matrix, density, rescale, (*key, role), window)
+        for matrix, density, role in zip(
+            tuned, densities_of(*densities, experts), roles(experts), strict=True
+        )
     ]
+    each = [weights[0]] + [weights[1]] * experts
+    return merge_cut(base, tuned, drops, partial(add, weights=each), scale)
 
 
 def _own(parameters: Mapping[str, Any]) -> list[float]:
@@ -243,10 +256,9 @@ def dare_linear(
     Source: DARE, arXiv 2311.03099 (inverse_density); "l1" is what mergekit does since 0.1.0.
     """
     tuned = [mllm, *as_list(math)]
-    densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
-    drops = _drops(base, tuned, densities, rescale, seed, tensor_name)
-    weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
-    return merge_cut(base, tuned, drops, partial(weighted_sum_, weights=weights))
+    weights, densities = (mllm_weight, math_weight), (density, mllm_density, math_density)
+    key = (seed, tensor_name)
+    return _merge_dropped(base, tuned, weights, densities, rescale, key, weighted_sum_)
 
 
 @merge_method(
@@ -278,11 +290,9 @@ def dare_ties(
     Source: DARE, arXiv 2311.03099; the election of TIES without its trim, as in mergekit.
     """
     tuned = [mllm, *as_list(math)]
-    densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
-    drops = _drops(base, tuned, densities, rescale, seed, tensor_name)
-    weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
-    elect = partial(agreeing_sum_, weights=weights, normalize=normalize)
-    return merge_cut(base, tuned, drops, elect)
+    weights, densities = (mllm_weight, math_weight), (density, mllm_density, math_density)
+    key, elect = (seed, tensor_name), partial(agreeing_sum_, normalize=normalize)
+    return _merge_dropped(base, tuned, weights, densities, rescale, key, elect)
 
 
 def _check_window(parameters: Mapping[str, Any]) -> None:
@@ -336,11 +346,12 @@ def della(
     Raises: PlanError when density and epsilon leave (0, 1).
     """
     tuned = [mllm, *as_list(math)]
-    densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
-    drops = _drops(base, tuned, densities, rescale, seed, tensor_name, epsilon)
-    weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
+    weights, densities = (mllm_weight, math_weight), (density, mllm_density, math_density)
+    key = (seed, tensor_name)
     add = partial(agreeing_sum_, normalize=normalize) if elect else weighted_sum_
-    return merge_cut(base, tuned, drops, partial(add, weights=weights), scale)
+    return _merge_dropped(
+        base, tuned, weights, densities, rescale, key, add, window=epsilon, scale=scale
+    )
 
 
 def crumb_counts(size: int, density: float, gamma: float) -> list[int]:
