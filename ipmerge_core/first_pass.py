@@ -77,7 +77,7 @@ def measure(
     cut = [
         _Piece(number, matrix.name, piece, experts, held_by(pair, piece, experts))
         for number, (matrix, experts) in enumerate(chosen, 1)
-        for piece, _ in in_rows(matrix, pair.mllm.spec(matrix.mllm).nbytes, pair.pace.piece)
+        for piece in in_rows(matrix, pair.mllm.spec(matrix.mllm).nbytes, pair.pace.piece)
     ]
     nbytes = sum(piece.held for piece in cut)
 

@@ -152,22 +152,21 @@ def parts(spec: TensorSpec, merged: list[Chosen], most: int, *, local: bool = Fa
     for rows, matrix, experts in sorted(found, key=lambda entry: entry[0].start):
         parts += _copies(spec, position, rows.start * row, most)
         whole = not local or matrix.shape[0] != len(rows)
-        cut = [(matrix, len(rows))] if whole else in_rows(matrix, len(rows) * row, most)
-        for piece, count in cut:
+        for piece in [matrix] if whole else in_rows(matrix, len(rows) * row, most):
             start = max(position, rows.start * row)
-            position = start + count * row
+            position = start + (len(rows) if whole else piece.shape[0]) * row
             parts.append(Part(spec, start, position, piece, experts))
     parts += _copies(spec, position, spec.nbytes, most)
     return parts or [Part(spec, 0, 0)]  # a tensor without elements
 
 
-def in_rows(matrix: MatrixMatch, nbytes: int, most: int) -> Iterator[tuple[MatrixMatch, int]]:
-    """Cut a matrix of so many bytes into pieces of at most `most`; with each its number of rows."""
+def in_rows(matrix: MatrixMatch, nbytes: int, most: int) -> Iterator[MatrixMatch]:
+    """Cut a matrix of so many bytes into rows of at most `most`, but one at least."""
     count = matrix.shape[0]
     step = max(1, most * count // max(nbytes, 1))
     for first in range(0, count, step):
         last = min(first + step, count)
-        yield (matrix if last - first == count else rows_of(matrix, first, last)), last - first
+        yield matrix if last - first == count else rows_of(matrix, first, last)
 
 
 def rows_of(matrix: MatrixMatch, first: int, last: int) -> MatrixMatch:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.methods.blocks import TaskVectors, blockwise_sum
+from ipmerge_core.methods.blocks import TaskVectors, blockwise_sum, result_dtype
 from ipmerge_core.methods.election import (
     UNREAD,
     Normalize,
@@ -117,7 +117,12 @@ class Drop:
         key: tuple[int, str, str],
         window: float = 0.0,
     ) -> None:
-        self.density, self.rescale, self.window = density, rescale, window
+        self.density, self.rescale = density, rescale
+        columns, dtype = tuned.shape[1], result_dtype(base, tuned)
+        self._chance: Tensor | float = density  # of all, or by rank in the row
+        if window and columns > 1:
+            self._chance = keep_chances(columns, density, window, dtype).to(tuned.device)
+        self._bound = bound_of(self._chance)
         self.ratio = 1.0
         self._generator = generator_for(*key)
         if rescale == "l1" and density < 1:
@@ -135,13 +140,10 @@ class Drop:
 
     def _drop_(self, block: Tensor) -> Tensor | float:
         """Zero what is not drawn; return every element's chance, or the one of all."""
-        chance: Tensor | float = self.density
-        bound = bound_of(self.density)
-        if self.window and block.shape[1] > 1:
-            chances = keep_chances(block.shape[1], self.density, self.window, block.dtype)
+        chance, bound = self._chance, self._bound
+        if isinstance(chance, Tensor):
             order = ascending_order(block)
-            chance = by_rank(order, chances.to(block.device))
-            bound = by_rank(order, bound_of(chances).to(block.device))
+            chance, bound = by_rank(order, chance), by_rank(order, bound)
         kept = draw(self._generator, block.numel(), bound).reshape(block.shape)
         if block.device.type == "cpu":  # in a third of the time that torch takes
             with np.errstate(invalid="ignore"):  # infinity times 0 is NaN, as it should be

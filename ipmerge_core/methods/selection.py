@@ -41,16 +41,18 @@ class Trim:
         """Trim the next block, into a new tensor unless all of it is kept."""
         if self.threshold < 0:
             return block
-        trimmed = torch.hardshrink(block, self.threshold)  # zeroes what equals it, too
-        if self.spare > 0:
-            values, count, places = _searchable(block.abs())
-            equal = values == self.threshold
-            if int(count(equal)) <= self.spare:
-                self.spare -= int(count(equal))
-                return zero_below(block, self.threshold)
-            first = torch.as_tensor(places(equal)[: self.spare])
-            trimmed.view(-1)[first] = block.view(-1)[first]
-            self.spare = 0
+        if self.spare == 0:
+            return torch.hardshrink(block, self.threshold)  # zeroes what equals it, too
+        values, count, places = _searchable(block.abs())
+        equal = values == self.threshold
+        found = int(count(equal))
+        if found <= self.spare:
+            self.spare -= found
+            return zero_below(block, self.threshold)
+        trimmed = torch.hardshrink(block, self.threshold)
+        first = torch.as_tensor(places(equal)[: self.spare])
+        trimmed.view(-1)[first] = block.view(-1)[first]
+        self.spare = 0
         return trimmed
 
 
