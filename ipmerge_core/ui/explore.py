@@ -71,11 +71,10 @@ PRESETS: list[dict[str, Any]] = [
 
 # In the page: a commit was answered; and until all are, five seconds at most.
 _MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
-_ANSWERED = f"() => {{ const map = {_MAP}; if (map?.unanswered) map.unanswered -= 1; }}"
+_ANSWERED = f"() => {{ const map = {_MAP}; if (map) map.unanswered -= 1; }}"
 _UNTIL_SETTLED = f"""async () => {{
   for (let i = 0; i < 250 && {_MAP}?.isSettled() === false; i++)
     await new Promise((wake) => setTimeout(wake, 20));
-  if ({_MAP}) {_MAP}.unanswered = 0;  // a lost answer is waited for once
 }}"""
 
 

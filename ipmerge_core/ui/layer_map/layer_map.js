@@ -91,7 +91,7 @@ function post(name, data) {
 }
 
 // Whether the server knows the plan on show: other tabs wait for that before they ask about it.
-map.isSettled = () => map.unanswered === 0 && !waiting.commit?.data;
+map.isSettled = () => map.unanswered <= 0 && !waiting.commit?.data;
 
 // Say something where it is seen and where it is heard.
 function tell(words) {
