@@ -26,18 +26,11 @@ from ipmerge_core.checkpoint import Checkpoint, split_address
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging import reopen
 from ipmerge_core.methods import find_method
+from ipmerge_core.methods.ip_merging import ip_updates
 from ipmerge_core.plan import MergePlan
-from ipmerge_core.similarity import (
-    Update,
-    corresponding_angles,
-    importance,
-    nuclear_ratio,
-    top_k_importance,
-    update_factors,
-)
-from ipmerge_core.spectrum import svd, task_vector
+from ipmerge_core.similarity import Update
 from ipmerge_core.version import __version__
-from ipmerge_core.work import on_one_base, work_of
+from ipmerge_core.work import on_one_base, rounding_noise, work_of
 from ipmerge_core.writer import check_output, explained
 
 RESIDUAL = 1e-3  # Frobenius norm of what is left out, relative to the update's
@@ -123,9 +116,11 @@ def iter_adapter(
         height = pair.mllm.spec(tensor).shape[0]
         whole: list[Update] = []
         for matrix, experts in matrices:
-            inputs = on_one_base(pair.read(matrix, experts), torch.device(device))
+            weights = pair.read(matrix, experts)
+            inputs = on_one_base(weights, torch.device(device))
             with torch.no_grad():
-                update = update_of(*inputs, _per_unit_gain(plan, matrix.layer))
+                parameters = _per_unit_gain(plan, matrix.layer)
+                update = update_of(*inputs, parameters, rounding_noise(weights))
             rows = split_address(matrix.mllm)[1] or range(height)
             whole.append(_placed(update, rows, height))
         kept = truncated(_sum(whole), tolerance, max_rank)
@@ -142,30 +137,20 @@ def iter_adapter(
 
 
 def update_of(
-    base: Tensor, mllm: Tensor, experts: Sequence[Tensor], parameters: Mapping[str, Any]
+    base: Tensor,
+    mllm: Tensor,
+    experts: Sequence[Tensor],
+    parameters: Mapping[str, Any],
+    noise: Sequence[float] | None = None,
 ) -> Update:
-    """IP-Merging's change of one matrix as factors: lambda sum_k P_k = left @ right.
+    """IP-Merging's change of one matrix as factors, those of several experts side by side.
 
-    The same formula as the merge method's, which forms the matrix instead.
-
-    Math:   P_k = rho_k dM_k V_V diag(gamma_k^2) V_V^T; factors of several experts side by side.
+    Math:   lambda sum_k P_k = left right; see `ip_merging`.
     """
-    rank = parameters["rank"]
-    vision = svd(task_vector(mllm, base), rank=rank, vectors="right")
-    updates = []
-    for expert in experts:
-        M = task_vector(expert, base)
-        decomposed = svd(M, rank=rank, vectors="right")
-        angles = corresponding_angles(vision, decomposed)
-        gamma = (
-            top_k_importance(angles, parameters["top_k"])
-            if parameters["projector"] == "top_k"
-            else importance(angles, parameters["temperature"], parameters["gamma_norm"])
-        )
-        gain = parameters["lambda_"] * nuclear_ratio(vision, decomposed)
-        kept = decomposed if rank is not None else None
-        updates.append(update_factors(M, vision, gamma, gain, math=kept))
-    return _sum(updates)
+    chosen = dict(parameters)
+    gain, _ = chosen.pop("lambda_"), chosen.pop("ablation")
+    updates = ip_updates(base, mllm, experts, **chosen, noise=noise)
+    return _sum([Update(gain * update.left, update.right) for update in updates])
 
 
 def truncated(update: Update, tolerance: float, max_rank: int) -> Truncated:

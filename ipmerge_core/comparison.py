@@ -22,6 +22,7 @@ from ipmerge_core.records import LayerRecord, UpdateNorms
 
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
 _QUICK_RANK = 64  # leading directions of a quick analysis
+_QUICK_TOLERANCE = 0.1  # of its residuals, relative to S_1^2: leading values to five percent
 _PRINCIPAL = (1, 4, 16, 64)  # sizes of the leading subspaces that are compared
 _SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
 
@@ -32,36 +33,55 @@ class Options(NamedTuple):
     `rank` keeps the leading singular triplets only, None all of them. `temperature` is that of the
     softmax over directions. `quick` looks for the leading 64 directions by a randomized method, in
     a fraction of the time: its similarities of leading directions are good, its nuclear norms and
-    ranks are those of the leading part; packs made so say that they are approximate.
+    ranks are those of the leading part; packs made so say that they are approximate. `directions`
+    is "existing", so that what rounding of the stored weights may have made takes part in nothing,
+    or "all", the literal reading of the paper.
     """
 
     rank: int | None = None
     temperature: float = sim.TEMPERATURE
     quick: bool = False
+    directions: Literal["existing", "all"] = "existing"
 
     def check(self) -> Options:
-        """Return the options. Raises: PlanError for a rank or temperature that makes no sense."""
+        """Return the options. Raises: PlanError for a value that makes no sense."""
         if self.rank is not None and self.rank < 1:
             raise PlanError(f"The rank is {self.rank}; expected a whole number >= 1, or none.")
         if not 0 < self.temperature < inf:
             raise PlanError(f"The temperature is {self.temperature}; expected a number > 0, as 32.")
+        if self.directions not in ("existing", "all"):
+            raise PlanError(f"directions is {self.directions!r}; expected existing or all.")
         return self
 
-    def decompose(self, change: Tensor, name: str) -> spectrum.Spectrum:
-        """Decompose one task vector; `name` keys the randomized method's numbers."""
-        if self.quick:
-            rank = self.rank or _QUICK_RANK
-            return spectrum.svd(
-                change, method="randomized", rank=rank, vectors="right", key=(0, name)
-            )
-        return spectrum.svd(change, rank=self.rank, vectors="right", key=(0, name))
+    def decompose(self, change: Tensor, name: str, floor: float) -> spectrum.Spectrum:
+        """Decompose one task vector, sure of which directions stand above `floor`.
+
+        `name` keys the randomized method's numbers.
+        """
+        return spectrum.svd(
+            change,
+            method="randomized" if self.quick else "auto",
+            rank=self.rank or (_QUICK_RANK if self.quick else None),
+            vectors="right",
+            key=(0, name),
+            tolerance=_QUICK_TOLERANCE if self.quick else None,
+            floor=floor,
+        )
 
 
 class _Side(NamedTuple):
-    """One task vector with its spectrum and the numbers that every record repeats."""
+    """One task vector with its spectrum and the numbers that every record repeats.
+
+    `spectrum` holds the directions that take part, `sigma` every singular value that was found,
+    `noise` says how large the rounding of the files may be, and `existing` how many directions
+    stand clear of it.
+    """
 
     task_vector: Tensor
     spectrum: spectrum.Spectrum
+    sigma: Tensor
+    noise: float
+    existing: int
     norm2: float
     ranks: dict[str, float]
     nuclear: float
@@ -69,18 +89,23 @@ class _Side(NamedTuple):
     @property
     def kept(self) -> Tensor:
         """The task vector, or what of it lies in the kept directions of a truncated spectrum."""
-        Vh = self.spectrum.Vh
-        if len(Vh) == min(self.task_vector.shape):
+        if len(self.sigma) == min(self.task_vector.shape):
             return self.task_vector
-        return (self.task_vector @ Vh.T) @ Vh
+        return sim.truncated(self.task_vector, self.spectrum)
 
 
 def _side(tuned: Tensor, base: Tensor, options: Options, name: str) -> _Side:
     change = spectrum.task_vector(tuned, base)
-    decomposed = options.decompose(change, name)
+    noise = spectrum.noise_floor(tuned, base)
+    found = options.decompose(change, name, spectrum.EXISTS * noise)
+    existing = found.above(spectrum.EXISTS * noise)
+    decomposed = existing if options.directions == "existing" else found
     return _Side(
         task_vector=change,
         spectrum=decomposed,
+        sigma=found.S,
+        noise=noise,
+        existing=len(existing.S),
         norm2=_dot(change, change),
         ranks={
             "stable": float(spectrum.stable_rank(decomposed)),
@@ -100,14 +125,13 @@ def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> It
     """Yield the record of each expert for one matrix; see `LayerRecord` for every number."""
     mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
-    floor = spectrum.noise_floor(weights.mllm, weights.root)
     earlier: list[_Expert] = []
     for expert, tuned in enumerate(weights.math):
         math = _side(tuned, weights.base, options, f"{matrix.name}|math {expert}")
         found = _expert(mllm, math, options)
         norms = _update_norms(mllm, found, earlier)
         earlier.append(found)
-        yield _record(matrix, expert, mllm, math, norms, norms2, floor)
+        yield _record(matrix, expert, mllm, math, norms, norms2)
 
 
 def _norm2(weight: Tensor) -> float:
@@ -155,7 +179,7 @@ def _update_norms(mllm: _Side, expert: _Expert, earlier: list[_Expert]) -> dict[
             norm2=float((strength.square() * columns["norm2"]).sum()),
             inner=float((strength * columns["inner"]).sum()),
             cross=tuple(
-                float((strength * other.strengths[name] * column).sum())
+                float((strength[: len(column)] * other.strengths[name][: len(column)]) @ column)
                 for other, column in zip(earlier, crossed, strict=True)
             ),
         )
@@ -173,8 +197,9 @@ def _update_norms(mllm: _Side, expert: _Expert, earlier: list[_Expert]) -> dict[
 
 
 def _column_products(a: Tensor, b: Tensor) -> Tensor:
-    """<a_i, b_i> for each column i, accumulated in fp64."""
-    return (a * b).sum(0, dtype=torch.float64)
+    """<a_i, b_i> for each column i that both have, accumulated in fp64."""
+    r = min(a.shape[1], b.shape[1])
+    return (a[:, :r] * b[:, :r]).sum(0, dtype=torch.float64)
 
 
 def _record(
@@ -184,11 +209,11 @@ def _record(
     math: _Side,
     updates: Mapping[str, UpdateNorms],
     norms2: tuple[float, float],
-    floor: float | None,
 ) -> LayerRecord:
     angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
-    index = _sample(len(angles))
+    index = _sample(min(len(mllm.sigma), len(math.sigma)))
     picked = [i - 1 for i in index]
+    drawn = torch.nn.functional.pad(angles, (0, index[-1] - len(angles)))  # 0 where none exists
     return LayerRecord(
         name=matrix.name,
         mllm_name=matrix.mllm,
@@ -197,7 +222,7 @@ def _record(
         expert=expert,
         shape=matrix.shape,
         similarity=sim.similarities(angles, mllm.spectrum, math.spectrum),
-        best_index=int(angles.argmax()) + 1,
+        best_index=int(drawn.argmax()) + 1,
         gap=float(spectrum.spectral_gap(mllm.spectrum)),
         principal=_principal(mllm.spectrum, math.spectrum),
         rho=float(sim.nuclear_ratio(mllm.spectrum, math.spectrum)),
@@ -212,13 +237,16 @@ def _record(
         chance={
             kind: sim.chance_level(matrix.shape[1], kind, len(angles)) for kind in ("first", "max")
         },
-        noise_floor=floor,
+        noise_floor=mllm.noise,
         mllm_ranks=mllm.ranks,
         math_ranks=math.ranks,
         index=index,
-        mllm_sigma=_rounded(mllm.spectrum.S, picked),
-        math_sigma=_rounded(math.spectrum.S, picked),
-        angles=_rounded(angles, picked),
+        mllm_sigma=_rounded(mllm.sigma, picked),
+        math_sigma=_rounded(math.sigma, picked),
+        angles=_rounded(drawn, picked),
+        math_noise_floor=math.noise,
+        mllm_directions=mllm.existing,
+        math_directions=math.existing,
     )
 
 

@@ -29,6 +29,9 @@ _STRIP = 2048  # columns turned to fp64 at a time, so that no fp64 copy of A is 
 _HEAD = 24  # leading directions looked for before an fp32 eigensolver is let loose on the rest
 _BLOCK = 8  # Krylov vectors per step: fewer waste a pass over A, more converge slower
 _NUCLEAR = 1e-4  # allowed bound on the relative error of sum S; measured errors are 100 x smaller
+# What decompositions for an fp32 result tell from zero, relative to S_1, in either precision: a
+# Gram matrix in fp64 resolves a third of it, so that fp32 and fp64 find the same directions.
+RESOLUTION = 4 * _EPS32
 
 
 class Factors(NamedTuple):
@@ -98,15 +101,24 @@ def exact(A: Tensor) -> Factors:
 # --- gram ---
 
 
-def gram(A: Tensor, *, left: bool, right: bool, fp64: bool, key: Key = (0, "")) -> Factors:
+def gram(
+    A: Tensor,
+    *,
+    left: bool,
+    right: bool,
+    fp64: bool,
+    key: Key = (0, ""),
+    floor: float | None = None,
+) -> Factors:
     """Eigendecomposition of the smaller Gram matrix.
 
     Math:   B = A or A^T with p rows, G = B B^T = X diag(S^2) X^T, long side = B^T X / S.
     Error:  |dS_i| <= d / S_i where d bounds the eigenvalues' error. With `fp64` d is a few
             eps_64 S_1^2. Without, the leading directions are found in fp64 and moved down to the
             rest's level, fp32 eigh solves what remains, and d is a few eps_32 S_c^2 with S_c the
-            last of those; where that could change sum S by more than 1e-4 of itself, or make
-            the long side's vectors depend on each other, fp64 is used after all.
+            last of those; where that could change sum S by more than 1e-4 of itself, make the
+            long side's vectors depend on each other, or leave open which values stand above
+            `floor`, fp64 is used after all.
     Cost:   2 m n p flops for G (half by symmetry), 4/3 p^3 for the values or about 9 p^3 with
             vectors, 2 m n p for the long side. Memory 8 p^2 bytes, several times.
     """
@@ -117,7 +129,8 @@ def gram(A: Tensor, *, left: bool, right: bool, fp64: bool, key: Key = (0, "")) 
     G = _gram_matrix(B, scale)
     short_is_left = B is A
     wants_long = right if short_is_left else left
-    eigen = _eigen(G, vectors=left or right, fp64=fp64, safe_tail=wants_long, key=key)
+    cut = None if floor is None else floor / scale
+    eigen = _eigen(G, vectors=left or right, fp64=fp64, safe_tail=wants_long, key=key, floor=cut)
     del G
     squares = eigen.values.clamp(min=0)
     values = squares.sqrt()
@@ -157,7 +170,9 @@ def _gram_matrix(B: Tensor, scale: float) -> Tensor:
     return G
 
 
-def _eigen(G: Tensor, *, vectors: bool, fp64: bool, safe_tail: bool, key: Key) -> _Eigen:
+def _eigen(
+    G: Tensor, *, vectors: bool, fp64: bool, safe_tail: bool, key: Key, floor: float | None
+) -> _Eigen:
     p = len(G)
     if p < _DENSE:
         return _dense(G, vectors=vectors)
@@ -167,7 +182,7 @@ def _eigen(G: Tensor, *, vectors: bool, fp64: bool, safe_tail: bool, key: Key) -
     if trace - float(head.values.sum()) <= p * _EPS64 * trace:
         return _low_rank(head, p, trace)
     mixed = None if fp64 else _mixed(G, head, vectors=vectors)
-    if mixed is not None and _is_good_enough(mixed, safe_tail=safe_tail and vectors):
+    if mixed is not None and _is_good_enough(mixed, safe_tail=safe_tail and vectors, floor=floor):
         return mixed
     return _dense(G, vectors=vectors)
 
@@ -228,12 +243,20 @@ def _rounding64(values: Tensor, p: int) -> Tensor:
     return torch.full_like(values, 4 * _EPS64 * p**0.5) * values[0]
 
 
-def _is_good_enough(eigen: _Eigen, *, safe_tail: bool) -> bool:
+def _is_good_enough(eigen: _Eigen, *, safe_tail: bool, floor: float | None) -> bool:
     squares = eigen.values.clamp(min=0)
     values = squares.sqrt()
     if float(_error(values, eigen.slack).sum()) > _NUCLEAR * float(values.sum()):
         return False
+    if floor is not None and not _tells_apart(eigen, max(floor, RESOLUTION * float(values[0]))):
+        return False
     return not safe_tail or float(eigen.slack[-1]) <= 1e-3 * float(squares[-1])
+
+
+def _tells_apart(eigen: _Eigen, floor: float) -> bool:
+    """Whether it is certain, or a matter of a tenth of `floor`, which values stand above it."""
+    uncertain = (eigen.values - floor**2).abs() <= eigen.slack
+    return not bool((uncertain & (eigen.slack > 0.2 * floor**2)).any())
 
 
 def _error(values: Tensor, slack: Tensor) -> Tensor:
@@ -304,9 +327,10 @@ def randomized(
             larger value was missed is as sure as a random start has a part in every direction.
             Directions are right to about r_i / (distance of S_i^2 to its neighbours).
     Cost:   4 m n flops per vector of the basis, at most 3 rank + 64 of them; it ends as soon as
-            every residual is below tolerance * S_1^2. A Krylov space holds no more copies of one
-            singular value than its block has vectors, so ties that fill a block are solved by
-            `gram` instead.
+            every residual is below tolerance * S_1^2. Where that is not reached, as on a flat
+            spectrum, leading directions may be missing, so `gram` solves it instead; and so it
+            does where ties fill a block, since a Krylov space holds no more copies of one singular
+            value than its block has vectors.
     """
     B = A if A.shape[0] < A.shape[1] else A.T
     p = B.shape[0]
@@ -314,7 +338,8 @@ def randomized(
     found = krylov(
         lambda rows: (rows @ B) @ B.T, start(p, block, key, A), rank, tolerance, 3 * rank + 64
     )
-    if _may_hide_copies(found.values, block):
+    missed = float(found.residuals.max()) > tolerance * float(found.values[0])
+    if missed or _may_hide_copies(found.values, block):
         whole = gram(A, left=left, right=right, fp64=A.dtype == torch.float64, key=key)
         return whole.leading(rank)
     long = found.rows @ B

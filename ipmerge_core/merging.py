@@ -54,6 +54,7 @@ from ipmerge_core.work import (
     merging_of,
     on_one_base,
     parts,
+    rounding_noise,
     work_of,
 )
 from ipmerge_core.writer import (
@@ -336,7 +337,10 @@ class _Run:
             supplied["statistic"] = self.statistic
         if self.measurements is not None and part.matrix.module not in BESIDE:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, device)
-        models = on_one_base(weights, device, engine_anchor(self.method, self.plan.anchor))
+        anchor = engine_anchor(self.method, self.plan.anchor)
+        if "noise" in self.method.inputs and part.matrix.module not in BESIDE:
+            supplied["noise"] = rounding_noise(weights.to(device), anchor)
+        models = on_one_base(weights, device, anchor)
         parameters = self.plan.parameters_for(part.matrix.layer)
         return (yield from merging_of(self.method, part.matrix, models, **parameters, **supplied))
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from ipmerge_core.errors import PlanError
 
-_FORMAT, VERSION = "ipmerge-pack", 1
+_FORMAT, VERSION = "ipmerge-pack", 2
+_FIRST = 1  # packs in which every direction took part, whether it exists or not
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape causes
 
 
@@ -117,9 +118,11 @@ class LayerRecord:
     unit gain: "sum" and "max" (IP-Merging with gamma as the softmax gives it, and divided by its
     maximum), "rescale_only" (rho dM) and "select_only" (dM). `principal` is the mean cosine of the
     principal angles between the leading k right directions of both, for k = "1", "4", "16", "64".
-    `index` counts from 1 and says which singular values and angles were sampled. `noise_floor` is
-    the singular value below which a difference of weights in the stored dtype is rounding; None
-    for fp32.
+    `index` counts from 1 and says which singular values and angles were sampled. `noise_floor` and
+    `math_noise_floor` are the singular values below which dV and dM may be rounding of the stored
+    dtypes; `mllm_directions` and `math_directions` say how many directions exist, standing clear
+    of it (`spectrum.existing`). Only these take part in similarities, nuclear norms, ranks and
+    updates, unless the analysis took all. None in packs of version 1.
     """
 
     name: str
@@ -149,6 +152,9 @@ class LayerRecord:
     mllm_sigma: tuple[float, ...]
     math_sigma: tuple[float, ...]
     angles: tuple[float, ...]
+    math_noise_floor: float | None = None
+    mllm_directions: int | None = None
+    math_directions: int | None = None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LayerRecord:
@@ -174,6 +180,12 @@ class LayerRecord:
         }
 
 
+def check_version(content: Mapping[str, Any]) -> None:
+    """Raise ValueError unless this is a pack's content, of a version that can be read."""
+    if content["format"] != _FORMAT or content["version"] not in (_FIRST, VERSION):
+        raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+
+
 @dataclass(frozen=True)
 class Analysis:
     """All records of a pair, with the sources they were made from."""
@@ -182,7 +194,7 @@ class Analysis:
     created: str
     engine: str
     sources: Sources
-    parameters: Mapping[str, float | int | bool | None]
+    parameters: Mapping[str, float | int | bool | str | None]
     totals: Totals
     records: tuple[LayerRecord, ...]
 
@@ -208,14 +220,14 @@ class Analysis:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Analysis:
         """Rebuild an analysis from a pack's JSON content."""
-        if content["format"] != _FORMAT or content["version"] != VERSION:
-            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+        check_version(content)
+        former = {"directions": "all"} if content["version"] == _FIRST else {}
         return cls(
             name=content["name"],
             created=content["created"],
             engine=content["engine"],
             sources=Sources.from_dict(content["sources"]),
-            parameters=content["parameters"],
+            parameters={**former, **content["parameters"]},
             totals=Totals(**content["totals"]),
             records=tuple(LayerRecord.from_dict(record) for record in content["records"]),
         )

@@ -58,6 +58,8 @@ def similarity_of(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum, kind: s
             weighted  sum_i S_a,i S_b,i s_i / sum_i S_a,i S_b,i, 0 when the sum below is 0
     Raises: PlanError for another kind.
     """
+    if kind in KINDS and not len(angles):
+        return 0.0  # no direction exists in both
     if kind == "first":
         return float(angles[0])
     if kind == "max":
@@ -131,6 +133,8 @@ def importance(
     if gamma_norm not in ("sum", "max"):
         raise PlanError(f"Unknown gamma_norm '{gamma_norm}'. Available: sum, max.")
     gamma = torch.softmax(temperature * angles.double(), dim=0)
+    if not len(gamma):
+        return angles
     return (gamma / gamma.max() if gamma_norm == "max" else gamma).to(angles.dtype)
 
 
@@ -241,8 +245,8 @@ def _apply(dM: Tensor, directions: Tensor, math: Spectrum | None) -> Tensor:
 
 
 def _is_meant(spectrum: Spectrum) -> Tensor:
-    """Which directions stand above the rounding of fp32 weights; the others are arbitrary."""
-    return spectrum.S.gt(_EPS * float(spectrum.S[0]))
+    """Which directions stand above the rounding of fp32 arithmetic; the others are arbitrary."""
+    return spectrum.S.gt(_EPS * float(spectrum.S[:1].sum()))
 
 
 def _check_width(a: Spectrum, b: Spectrum) -> None:

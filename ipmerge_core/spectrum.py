@@ -19,6 +19,7 @@ from ipmerge_core import engines
 from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 
 METHODS = ("auto", "exact", "gram", "randomized")
+EXISTS = 4.0  # a direction's singular value stands this many noise floors high, see `existing`
 TOLERANCE = 2e-6  # of randomized: residual relative to S_1^2; fp32 products resolve about 3e-7
 
 
@@ -41,6 +42,25 @@ class Spectrum:
         """Multiply the factors together: A, truncated to the kept triplets."""
         assert self.U is not None, "a spectrum without U cannot be multiplied out"
         return (self.U * self.S) @ self.Vh
+
+    def leading(self, rank: int) -> Spectrum:
+        """Keep the first `rank` triplets, or all where there are fewer."""
+        return Spectrum(
+            None if self.U is None else self.U[:, :rank],
+            self.S[:rank],
+            self.Vh[:rank],
+            self.method,
+            None if self.error is None else self.error[:rank],
+        )
+
+    def above(self, floor: float) -> Spectrum:
+        """Keep the triplets that stand above a singular value and above rounding; see `existing`.
+
+        >>> svd(torch.diag(torch.tensor([3.0, 1.0, 1e-9]))).above(0.5).S
+        tensor([3., 1.])
+        """
+        strongest = float(self.S[0]) if len(self.S) else 0.0
+        return self.leading(int((max(floor, engines.RESOLUTION * strongest) < self.S).sum()))
 
 
 def as_float(tensor: Tensor) -> Tensor:
@@ -69,6 +89,8 @@ def svd(
     dtype: torch.dtype | None = None,
     vectors: str = "both",
     key: tuple[int, str] = (0, ""),
+    tolerance: float | None = None,
+    floor: float | None = None,
 ) -> Spectrum:
     """Decompose a matrix into A = U diag(S) Vh, signs fixed, strongest direction first.
 
@@ -88,7 +110,8 @@ def svd(
 
     For an fp32 result, gram finds the leading c or so directions in fp64 and the rest in fp32, and
     takes fp64 throughout where that could change sum S by 1e-4 of itself. Ask for
-    dtype=torch.float64 where the small end of the spectrum matters.
+    dtype=torch.float64 where the small end of the spectrum matters. A randomized result is never
+    worse than asked for: where a residual stays above `tolerance`, gram takes over.
 
     Args:
         matrix: (m, n) in any float dtype.
@@ -97,6 +120,10 @@ def svd(
         dtype: of the result, fp32 (default; fp64 for fp64 input) or fp64.
         vectors: "right" leaves U out, which saves a product.
         key: (seed, name) of the random start of randomized; no other state is used.
+        tolerance: of randomized: the largest residual ||A A^T u_i - S_i^2 u_i|| / S_1^2 that the
+            caller can bear; None is 2e-6 for fp32, which its products resolve, 1e-11 for fp64.
+        floor: a singular value; which S stand above it (and above 4 eps_32 S_1) must be certain,
+            as `existing` needs it.
 
     Raises:
         CheckpointError: the matrix holds NaN or infinity.
@@ -115,9 +142,9 @@ def svd(
             return engines.exact(A)
         if route == "gram":
             wide = dtype == torch.float64
-            return engines.gram(A, left=left, right=True, fp64=wide, key=key)
-        tolerance = TOLERANCE if dtype == torch.float32 else 1e-11
-        return engines.randomized(A, rank, left=left, right=True, tolerance=tolerance, key=key)
+            return engines.gram(A, left=left, right=True, fp64=wide, key=key, floor=floor)
+        bound = tolerance or (TOLERANCE if dtype == torch.float32 else 1e-11)
+        return engines.randomized(A, rank, left=left, right=True, tolerance=bound, key=key)
 
     found = _run(run, work)
     assert found.right is not None
@@ -240,7 +267,7 @@ def _signs(Vh: Tensor) -> Tensor:
 def stable_rank(spectrum: Spectrum) -> float:
     """Return sum S^2 / S_1^2: how many directions as strong as the first; 0 for a zero matrix."""
     S = spectrum.S.double()
-    top = float(S[0])
+    top = float(S[0]) if len(S) else 0.0
     return float((S / top).square().sum()) if top > 0 else 0.0
 
 
@@ -259,7 +286,7 @@ def energy_rank(spectrum: Spectrum, fraction: float = 0.9) -> int:
     if not 0 < fraction <= 1:
         raise PlanError(f"The energy fraction is {fraction}; expected a number in (0, 1].")
     energy = spectrum.S.double().square().cumsum(0)
-    if float(energy[-1]) <= 0:
+    if not len(energy) or float(energy[-1]) <= 0:
         return 0
     reached = energy < fraction * energy[-1]
     return min(int(reached.sum()) + 1, len(energy))
@@ -268,32 +295,69 @@ def energy_rank(spectrum: Spectrum, fraction: float = 0.9) -> int:
 def spectral_gap(spectrum: Spectrum) -> float:
     """(S_1 - S_2) / S_1, in [0, 1]: 1 for rank one, 0 for a tie and for a zero matrix."""
     S = spectrum.S.double()
-    if float(S[0]) <= 0:
+    if not len(S) or float(S[0]) <= 0:
         return 0.0
     return float((S[0] - S[1]) / S[0]) if len(S) > 1 else 1.0
 
 
-def noise_floor(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> float | None:
+# --- which directions exist ---
+
+
+def noise_floor(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> float:
     """Singular value of tuned - base below which it may all be rounding of the stored files.
 
     Both files round to the spacing of their dtype (ulp), so the difference carries independent
     errors of variance (ulp_tuned^2 + ulp_base^2) / 12 per element. The norm of such noise is
     at most its largest row norm plus its largest column norm (Marchenko-Pastur's edge
-    sigma (sqrt m + sqrt n) where all weights have one spacing).
-
-    Returns None when both are stored in fp32 or better, where rounding is below interest.
+    sigma (sqrt m + sqrt n) where all weights have one spacing). Weights that were widened after
+    they had been rounded, as a bf16 model saved in fp32, count with the dtype that holds them.
     """
-    coarse = [W for W in (tuned, base) if W.dtype.itemsize < 4]
-    if not coarse:
-        return None
-    squares = [_spacing(W).square_() for W in coarse]  # powers of two: exact in fp32
+    squares = [_spacing(W).square_() for W in (tuned, base)]
     sums = [[square.sum(axis, dtype=torch.float64) for square in squares] for axis in (1, 0)]
     return sum(math.sqrt(float(torch.stack(both).sum(0).max()) / 12) for both in sums)
 
 
+def existing(
+    matrix: Float[Tensor, "m n"],
+    noise: float,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    vectors: str = "both",
+    key: tuple[int, str] = (0, ""),
+) -> Spectrum:
+    """Decompose a task vector and keep the directions that rounding could not have made.
+
+    Math:   direction i exists iff S_i > max(c noise, 4 eps_32 S_1), c = `EXISTS` = 4.
+            Moving every weight of both files by one unit in the last place makes noise of at most
+            3.6 times the edge that `noise_floor` computes for their rounding; so no such noise
+            makes a direction. The second bound is what the arithmetic resolves; it is the same in
+            fp32 and fp64, so that both find the same directions.
+    Shapes: as `svd` with r <= min(m, n) directions; r = 0 for a zero matrix.
+    Raises: as `svd`.
+    """
+    floor = EXISTS * noise
+    found = svd(matrix, rank=rank, dtype=dtype, vectors=vectors, key=key, floor=floor)
+    return found.above(floor)
+
+
 def _spacing(weight: Tensor) -> Tensor:
-    """Distance between neighbouring numbers of the tensor's dtype at each element (ulp), fp32."""
-    info = torch.finfo(weight.dtype)
-    size = weight.float().abs().clamp(min=info.smallest_normal)
+    """Distance between neighbouring numbers of the dtype that holds the weights (ulp)."""
+    info = torch.finfo(_held_by(weight))
+    size = as_float(weight).abs().clamp(min=info.smallest_normal)
     exponent = torch.frexp(size).exponent - 1
     return torch.ldexp(torch.full_like(size, info.eps), exponent)
+
+
+def _held_by(weight: Tensor) -> torch.dtype:
+    """The coarsest dtype that holds every value exactly; it may be stored in a wider one."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype.itemsize > weight.dtype.itemsize or dtype == weight.dtype:
+            break
+        if _fits(weight.reshape(-1)[:4096], dtype) and _fits(weight, dtype):
+            return dtype
+    return weight.dtype
+
+
+def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
+    return bool(weight.to(dtype).to(weight.dtype).equal(weight))

@@ -22,6 +22,7 @@ from ipmerge_core.methods.blocks import blockwise
 from ipmerge_core.methods.traits import Anchor
 from ipmerge_core.pairing import BIAS, NORM, VOCABULARY, MatrixMatch, MatrixWeights, ModelPair
 from ipmerge_core.plan import MergePlan
+from ipmerge_core.spectrum import noise_floor
 from ipmerge_core.vocabulary import ROWS, shared_rows, shared_tokens
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
@@ -57,6 +58,18 @@ def on_one_base(
         return base, mllm, list(experts)
     moved = [blockwise(lambda e, b, r: (e - b) + r, expert, base, root) for expert in experts]
     return root, mllm, moved
+
+
+def rounding_noise(weights: MatrixWeights, anchor: Anchor = "two_base") -> tuple[float, ...]:
+    """Norm of the rounding of the files in each task vector that `on_one_base` leads to.
+
+    It is taken from the stored dtypes, before weights are moved: what was moved is in fp32.
+    """
+    base, root, mllm, experts = weights
+    own = {"two_base": root, "root": base}.get(anchor)
+    vision = noise_floor(mllm, own) if own is not None else 0.0  # on W_v it has none
+    origin = mllm if anchor == "interp" else base
+    return (vision, *(noise_floor(expert, origin) for expert in experts))
 
 
 def chosen(plan: MergePlan, pair: ModelPair) -> list[Chosen]:

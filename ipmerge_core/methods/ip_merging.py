@@ -8,22 +8,23 @@ choice the docstring names it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ipmerge_core.methods.registry import Experts, Gain, Range, merge_method
+from ipmerge_core.methods.registry import Experts, Gain, Noise, Range, merge_method
 from ipmerge_core.methods.traits import AffineUpdate, Matrix
 from ipmerge_core.similarity import (
+    Update,
     corresponding_angles,
     importance,
     nuclear_ratio,
-    projected_update,
     top_k_importance,
+    truncated,
+    update_factors,
 )
-from ipmerge_core.spectrum import as_float, svd, task_vector
+from ipmerge_core.spectrum import Spectrum, as_float, existing, noise_floor, svd, task_vector
 
 Ablation = Annotated[
     Literal["none", "rescale_only", "select_only"], Range(help="leave out the projection, or more")
@@ -36,6 +37,10 @@ Projector = Annotated[
 ]
 Temperature = Annotated[float, Range(low=0, low_open=True, help="of the softmax over directions")]
 TopK = Annotated[int, Range(low=1, help="directions of the projector top_k")]
+Directions = Annotated[
+    Literal["existing", "all"],
+    Range(help="those that rounding of the stored weights cannot have made, or every one"),
+]
 Rank = Annotated[int, Range(low=1, help="singular triplets kept; none: all")] | None
 
 
@@ -71,42 +76,108 @@ def ip_merging(
     top_k: TopK = 64,
     rank: Rank = None,
     ablation: Ablation = "none",
+    directions: Directions = "existing",
+    noise: Noise = None,
 ) -> Matrix:
     """Add every expert's rescaled task vector, projected on the MLLM's leading directions.
 
     Math:   dV = W_v - W0 = U_V S_V V_V^T,  dM_k = W_e,k - W0,  s_i = |<v_M,i , v_V,i>|
-            rho = sum(S_V) / sum(S_M),  gamma = softmax(temperature * s)
+            rho = sum(S_V) / sum(S_M), each over the directions that exist in it
+            gamma = softmax(temperature * s), over those that exist in both
             P_k = rho dM_k V_V diag(gamma^2) V_V^T
             W   = W_v + lambda sum_k P_k
+            A direction exists where its singular value stands above what rounding of the stored
+            weights can make (`spectrum.existing`); below it a direction is random.
     Variants, by name: `gamma_norm="max"` divides gamma by its largest value, so that the
             best-aligned direction passes in full; `projector="top_k"` lets the first `top_k`
             directions of the MLLM pass in full and no others; `rank` keeps that many singular
             triplets of both task vectors (the public snapshot: 1024); `ablation="rescale_only"`
-            adds rho dM_k unprojected, `"select_only"` dM_k itself.
+            adds rho dM_k unprojected, `"select_only"` dM_k itself; `directions="all"` is the
+            literal reading, in which every direction takes part, as in the public snapshot.
     Source: IP-Merging, arXiv 2510.14387. The absolute value is ours: a singular vector's sign is
-            arbitrary, and without it the result would depend on it.
+            arbitrary, and without it the result would depend on it. So are the directions that
+            exist: without them the update of a low-rank expert is decided by rounding.
     """
-    experts = [math] if isinstance(math, Tensor) else math
-    V = task_vector(mllm, base)
-    vision = None if ablation == "select_only" else svd(V, rank=rank, vectors="right")
+    experts = [math] if isinstance(math, Tensor) else list(math)
     merged = as_float(mllm)
-    for expert in experts:
-        M = task_vector(expert, base)
-        if vision is None:
-            merged = merged + lambda_ * M
-            continue
-        decomposed = svd(M, rank=rank, vectors="right")
-        rho = nuclear_ratio(vision, decomposed)
-        kept = decomposed if rank is not None else None
-        if ablation == "rescale_only":  # a projection on its own directions is a truncation
-            P = projected_update(M, kept, torch.ones_like(kept.S), rho) if kept else rho * M
-            merged = merged + lambda_ * P
-            continue
-        angles = corresponding_angles(vision, decomposed)
+    if ablation == "select_only":
+        for expert in experts:
+            merged = merged + lambda_ * task_vector(expert, base)
+        return merged
+    if ablation == "rescale_only":
+        for found in _compared(base, mllm, experts, rank, directions, noise):
+            kept = found.change if rank is None else truncated(found.change, found.expert)
+            merged = merged + lambda_ * (found.rho * kept)
+        return merged
+    updates = ip_updates(
+        base,
+        mllm,
+        experts,
+        temperature=temperature,
+        gamma_norm=gamma_norm,
+        projector=projector,
+        top_k=top_k,
+        rank=rank,
+        directions=directions,
+        noise=noise,
+    )
+    for update in updates:
+        merged = merged + lambda_ * update.matrix()
+    return merged
+
+
+def ip_updates(
+    base: Tensor,
+    mllm: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    temperature: float,
+    gamma_norm: str,
+    projector: str,
+    top_k: int,
+    rank: int | None,
+    directions: str,
+    noise: Sequence[float] | None = None,
+) -> Iterator[Update]:
+    """Yield the update P_k of every expert at lambda = 1, as factors; see `ip_merging`."""
+    for found in _compared(base, mllm, experts, rank, directions, noise):
+        angles = corresponding_angles(found.vision, found.expert)
         gamma = (
             top_k_importance(angles, top_k)
             if projector == "top_k"
             else importance(angles, temperature, gamma_norm)
         )
-        merged = merged + lambda_ * projected_update(M, vision, gamma, rho, math=kept)
-    return merged
+        kept = None if rank is None else found.expert
+        yield update_factors(found.change, found.vision, gamma, found.rho, math=kept)
+
+
+class _Compared(NamedTuple):
+    """An expert's task vector, both spectra, and the ratio of their nuclear norms."""
+
+    change: Tensor
+    vision: Spectrum
+    expert: Spectrum
+    rho: float
+
+
+def _compared(
+    base: Tensor,
+    mllm: Tensor,
+    experts: Sequence[Tensor],
+    rank: int | None,
+    directions: str,
+    noise: Sequence[float] | None,
+) -> Iterator[_Compared]:
+    """Decompose both task vectors of each expert; the MLLM's only once."""
+    floors = noise or [noise_floor(model, base) for model in (mllm, *experts)]
+
+    def decomposed(change: Tensor, floor: float) -> Spectrum:
+        if directions == "all":
+            return svd(change, rank=rank, vectors="right")
+        return existing(change, floor, rank=rank, vectors="right")
+
+    vision = decomposed(task_vector(mllm, base), floors[0])
+    for expert, floor in zip(experts, floors[1:], strict=True):
+        change = task_vector(expert, base)
+        own = decomposed(change, floor)
+        yield _Compared(change, vision, own, nuclear_ratio(vision, own))

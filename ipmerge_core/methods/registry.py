@@ -7,8 +7,10 @@ run time and no tensor is touched here.
 
 Some keywords are no form fields: what only a driver knows. Their annotation carries `Supplied`:
 `tensor_name` (randomness is keyed by it, and a layer swap reads the layer from it), `statistic` (a
-number of the whole model, see `Statistic`), and calibration data such as `mllm_gram`. Every method
-accepts `tensor_name`, whether it uses it or not; the others are legal where `inputs` lists them.
+number of the whole model, see `Statistic`), `noise` (how large the rounding of the files is in each
+task vector; without it, it is taken from the matrices), and calibration data such as `mllm_gram`.
+Every method accepts `tensor_name`, whether it uses it or not; the others are legal where `inputs`
+lists them.
 """
 
 from __future__ import annotations
@@ -95,6 +97,10 @@ class Supplied:
 TensorName: TypeAlias = Annotated[str, Supplied("the matrix' name; keys its random numbers")]
 WholeModel: TypeAlias = Annotated[
     tuple[float, ...] | None, Supplied("what the method's Statistic found over all matrices")
+]
+Noise: TypeAlias = Annotated[
+    Sequence[float] | None,
+    Supplied("norm of the stored weights' rounding in each task vector, the MLLM's first"),
 ]
 
 

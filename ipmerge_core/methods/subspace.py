@@ -8,12 +8,13 @@ whose weight is 0, has no directions and takes no part; a single one that is lef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ipmerge_core.engines import RESOLUTION
 from ipmerge_core.methods.blocks import result_dtype, task_vector_of
 from ipmerge_core.methods.election import (
     Normalize,
@@ -28,13 +29,16 @@ from ipmerge_core.methods.registry import (
     Density,
     Experts,
     Gain,
+    Noise,
     Range,
     merge_method,
 )
 from ipmerge_core.methods.selection import keep_largest_
 from ipmerge_core.methods.traits import Matrix
-from ipmerge_core.spectrum import Spectrum, as_float, svd
+from ipmerge_core.spectrum import EXISTS, Spectrum, as_float, existing, noise_floor, svd
 
+_NEAR = 2e-3  # 1 - c below which fp32 no longer says how far apart two directions are
+SHARED = 2e-5  # relative singular value below which two directions of a stack are one
 ANEW = "the directions of all task vectors are combined anew"
 Common: TypeAlias = Annotated[
     float, Range(low=0, high=1, help="share of directions taken from the sum of all")
@@ -44,15 +48,36 @@ Cutoff: TypeAlias = Annotated[
 ]
 
 
-def living_task_vectors(
-    base: Tensor, mllm: Tensor, experts: Sequence[Tensor], weights: Sequence[float]
-) -> list[Tensor]:
-    """Weighted task vectors of the models that change something."""
-    vectors = [
-        weight * task_vector_of(matrix, base)
-        for matrix, weight in zip([mllm, *experts], weights, strict=True)
+class Change(NamedTuple):
+    """A weighted task vector a dW, and the norm that rounding of the stored weights can give it."""
+
+    vector: Tensor
+    noise: float
+
+    @property
+    def arithmetic_noise(self) -> float:
+        """The same, or what arithmetic on a vector of this size can give a part of it."""
+        size = float(torch.linalg.matrix_norm(self.vector, dtype=torch.float64))
+        return max(self.noise, RESOLUTION / EXISTS * size)
+
+
+def changes_of(
+    base: Tensor,
+    mllm: Tensor,
+    experts: Sequence[Tensor],
+    weights: Sequence[float],
+    noise: Sequence[float] | None = None,
+) -> list[Change]:
+    """Weighted task vectors of the models that change something, in the result's precision."""
+    dtype = result_dtype(base, mllm, *experts)
+    models = [mllm, *experts]
+    floors = noise or [noise_floor(model, base) for model in models]
+    vectors = [task_vector_of(model, base).to(dtype) for model in models]
+    return [
+        Change(weight * vector, abs(weight) * floor)
+        for vector, weight, floor in zip(vectors, weights, floors, strict=True)
+        if weight and bool(vector.any())
     ]
-    return [vector for vector in vectors if bool(vector.any())]
 
 
 def mean_of_changes(parameters: Mapping[str, Any], experts: int) -> tuple[float, float]:
@@ -62,24 +87,28 @@ def mean_of_changes(parameters: Mapping[str, Any], experts: int) -> tuple[float,
 
 
 def _start(
-    base: Tensor, mllm: Tensor, math: Experts, mllm_weight: float, math_weight: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    base: Tensor,
+    mllm: Tensor,
+    math: Experts,
+    mllm_weight: float,
+    math_weight: float,
+    noise: Sequence[float] | None,
+) -> tuple[Tensor, Tensor, list[Change]]:
     experts = as_list(math)
     weights = [mllm_weight] + [math_weight] * len(experts)
     dtype = result_dtype(base, mllm, *experts)
-    vectors = living_task_vectors(base, mllm, experts, weights)
-    return as_float(base).to(dtype), as_float(mllm).to(dtype), [v.to(dtype) for v in vectors]
+    changes = changes_of(base, mllm, experts, weights, noise)
+    return as_float(base).to(dtype), as_float(mllm).to(dtype), changes
 
 
 def polar(matrix: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
     """Nearest matrix with orthonormal columns; the least one where columns depend on each other.
 
-    Math: A = P S Q^T -> P Q^T over the singular values that are not rounding.
+    Math: A = P S Q^T -> P Q^T over the singular values above `SHARED` S_1.
     """
-    found = svd(matrix)
-    kept = _rounding(matrix) * found.S[0] < found.S
-    U = _left(found)
-    return U[:, kept] @ found.Vh[kept]
+    found = svd(matrix, floor=0.0)
+    found = found.above(SHARED * float(found.S[0]))
+    return _left(found) @ found.Vh
 
 
 def orthogonalised_pair(
@@ -89,22 +118,32 @@ def orthogonalised_pair(
 
     Math:   A^T B = P diag(c) Q^T, x = 1 / sqrt(1 + c), y = 1 / sqrt(1 - c),
             a = (x + y) / 2, b = (x - y) / 2;  A' = A + [A P (a - 1) + B Q b] P^T and likewise B'.
-            A shared direction (c = 1) has y = 0: both halves get the common part.
+            1 - c of nearly shared directions is mostly rounding; these few columns of A P and B Q
+            are stacked, and their polar factor is taken in fp64.
     """
     found = svd(A.T @ B, dtype=torch.float64)
-    P, c, Q = _left(found).to(A), found.S.clamp(max=1.0), found.Vh.T.to(A)
-    x = (1 + c).rsqrt()
-    apart = 1 - c > 4 * _rounding(A)
-    y = torch.where(apart, (1 - c).clamp(min=_rounding(A)).rsqrt(), 0.0)
+    P, c, Q = _left(found), found.S, found.Vh.T
+    near = 1 - c < _NEAR
+    x, y = (1 + c).rsqrt(), (1 - c).clamp(min=_NEAR).rsqrt()
     a, b = ((x + y) / 2).to(A), ((x - y) / 2).to(A)
-    AP, BQ = A @ P, B @ Q
-    first = A + (AP * (a - 1) + BQ * b) @ P.T
-    second = B + (AP * b + BQ * (a - 1)) @ Q.T
+    a[near], b[near] = 0.0, 0.0
+    AP, BQ = A @ P.to(A), B @ Q.to(A)
+    first = A + (AP * (a - 1) + BQ * b) @ P.to(A).T
+    second = B + (AP * b + BQ * (a - 1)) @ Q.to(A).T
+    if bool(near.any()):
+        P, Q = P[:, near], Q[:, near]
+        both = polar(torch.cat([A.double() @ P, B.double() @ Q], dim=1))
+        first += (both[:, : P.shape[1]] @ P.T).to(A)
+        second += (both[:, P.shape[1] :] @ Q.T).to(A)
     return first, second
 
 
-def _rounding(matrix: Tensor) -> float:
-    return max(matrix.shape) * torch.finfo(matrix.dtype).eps
+def _orthogonalised(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Polar factor of the parts side by side, each with orthonormal columns, cut up again."""
+    if len(parts) == 2:
+        return list(orthogonalised_pair(parts[0], parts[1]))
+    sizes = [part.shape[1] for part in parts]
+    return list(torch.split(polar(torch.cat(list(parts), dim=1)), sizes, dim=1))
 
 
 def _left(found: Spectrum) -> Tensor:
@@ -129,40 +168,36 @@ def tsv(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 1.0,
     scale: Gain = 1.0,
+    noise: Noise = None,
 ) -> Matrix:
     """Keep the top directions of every task vector and make them orthogonal to each other.
 
-    Math:   a_i tau_i = U_i S_i V_i^T, the first k = int(min(m, n) / T) triplets; U = [U_1 .. U_T],
-            V likewise; U' = polar(U), V' = polar(V); W = W0 + s U' diag(S_1 .. S_T) V'^T.
+    Math:   a_i tau_i = U_i S_i V_i^T, of the first k = int(min(m, n) / T) triplets those that
+            exist (`spectrum.existing`); U = [U_1 .. U_T], V likewise; U' = polar(U),
+            V' = polar(V); W = W0 + s U' diag(S_1 .. S_T) V'^T.
             For T = 2 the polar factors come from the k x k overlap U_1^T U_2.
     Shapes: all (m, n). T counts the models whose task vector is not zero; one alone is taken
             whole. Matrices with fewer than T rows or columns get the mean of the task vectors.
-    Source: Task Singular Vectors, arXiv 2412.00081, where a_i = 1. Directions that two models share
-            have no unique polar factor; here both halves get the common direction.
+    Source: Task Singular Vectors, arXiv 2412.00081, where a_i = 1 and directions that do not exist
+            take part. Directions that two models share have no unique polar factor; here both
+            halves get the common direction.
     """
-    W0, W_v, vectors = _start(base, mllm, math, mllm_weight, math_weight)
+    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise)
+    vectors = [change.vector for change in changes]
     if len(vectors) < 2:
         return add_to_base(W0, W_v, vectors[0] if vectors else torch.zeros_like(W0), scale)
     k = min(W0.shape) // len(vectors)
     if k == 0:
         return add_to_base(W0, W_v, torch.stack(vectors).mean(0), scale)
-    found = [svd(vector, rank=k) for vector in vectors]
-    lefts, rights = [_left(s) for s in found], [s.Vh.T for s in found]
-    if len(found) == 2:
-        lefts = list(orthogonalised_pair(lefts[0], lefts[1]))
-        rights = list(orthogonalised_pair(rights[0], rights[1]))
-    else:
-        lefts = list(torch.split(polar(torch.cat(lefts, dim=1)), k, dim=1))
-        rights = list(torch.split(polar(torch.cat(rights, dim=1)), k, dim=1))
+    spectra = [existing(change.vector, change.noise).leading(k) for change in changes]
+    found = [spectrum for spectrum in spectra if len(spectrum.S)]
     delta = torch.zeros_like(W0)
-    for left, spectrum, right in zip(lefts, found, rights, strict=True):
-        delta.addmm_(left * spectrum.S, right.T)
+    if found:
+        lefts = _orthogonalised([_left(spectrum) for spectrum in found])
+        rights = _orthogonalised([spectrum.Vh.T for spectrum in found])
+        for left, spectrum, right in zip(lefts, found, rights, strict=True):
+            delta.addmm_(left * spectrum.S, right.T)
     return add_to_base(W0, W_v, delta, scale)
-
-
-def _numerical_rank(found: Spectrum, shape: torch.Size) -> int:
-    bound = max(shape) * torch.finfo(found.S.dtype).eps * found.S[0]
-    return int((bound < found.S).sum())
 
 
 @merge_method(
@@ -182,21 +217,21 @@ def iso_c(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 1.0,
     scale: Gain = 1.0,
+    noise: Noise = None,
 ) -> Matrix:
     """Sum the task vectors and make all directions of the sum equally strong.
 
-    Math:   sum_i a_i tau_i = U S V^T; W = W0 + s mean(S) U V^T over the r directions that are not
-            rounding, so that a low-rank sum is not filled up with noise.
+    Math:   sum_i a_i tau_i = U S V^T; W = W0 + s mean(S) U V^T over the directions that exist
+            (`spectrum.existing`), so that a low-rank sum is not filled up with noise.
     Shapes: all (m, n).
     Source: Isotropic merging, arXiv 2502.04959, where a_i = 1 and s is tuned.
     """
-    W0, W_v, vectors = _start(base, mllm, math, mllm_weight, math_weight)
+    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise)
     delta = torch.zeros_like(W0)
-    if vectors:
-        found = svd(torch.stack(vectors).sum(0))
-        r = _numerical_rank(found, W0.shape)
-        if r:
-            delta = found.S[:r].mean() * _left(found)[:, :r] @ found.Vh[:r]
+    if changes:
+        found = existing(*_sum(changes))
+        if len(found.S):
+            delta = found.S.mean() * _left(found) @ found.Vh
     return add_to_base(W0, W_v, delta, scale)
 
 
@@ -218,6 +253,7 @@ def iso_cts(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 1.0,
     scale: Gain = 1.0,
+    noise: Noise = None,
 ) -> Matrix:
     """Keep the common directions of the sum, fill up with each task's own, level all.
 
@@ -225,34 +261,37 @@ def iso_cts(
             first c = r - T t of sum_i a_i tau_i are common: U_c, S_c, V_c. Per task the first t of
             (I - U_c U_c^T) a_i tau_i. [tasks .., common] stacked; U' and V' their polar factors;
             W = W0 + s mean(all S) U' V'^T.
-    Shapes: all (m, n). Directions that are rounding are left out; f = 1 is `iso_c`.
+    Shapes: all (m, n). Directions that do not exist (`spectrum.existing`) are left out; f = 1 is
+            `iso_c`. Decomposed in fp64: what is left of a task beside the common directions is
+            small.
     Source: Isotropic merging in common and task-specific subspaces, arXiv 2502.04959.
     """
-    W0, W_v, vectors = _start(base, mllm, math, mllm_weight, math_weight)
-    if not vectors:
+    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise)
+    if not changes:
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
-    r, tasks = min(W0.shape), len(vectors)
+    r, tasks = min(W0.shape), len(changes)
     own = round((r - int(r * common_fraction)) / tasks)
-    whole = svd(torch.stack(vectors).sum(0))
-    common = _first(whole, min(r - own * tasks, _numerical_rank(whole, W0.shape)))
-    parts = []
-    if own:
-        U_c = common[0]
-        for vector in vectors:
-            found = svd(vector - U_c @ (U_c.T @ vector), rank=own)
-            floor = _rounding(vector) * torch.linalg.matrix_norm(vector)
-            parts.append(_first(found, int((floor < found.S).sum())))
+    common = existing(*_sum(changes), dtype=torch.float64).leading(r - own * tasks)
+    U_c, parts = _left(common), []
+    for change in changes if own else ():
+        vector = change.vector.double()
+        rest = vector - U_c @ (U_c.T @ vector)
+        parts.append(existing(rest, change.arithmetic_noise, dtype=torch.float64).leading(own))
     parts.append(common)
-    strengths = torch.cat([S for _, S, _ in parts])
+    strengths = torch.cat([part.S for part in parts])
     if not len(strengths):
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
-    left = polar(torch.cat([U for U, _, _ in parts], dim=1))
-    right = polar(torch.cat([V for _, _, V in parts], dim=1))
-    return add_to_base(W0, W_v, strengths.mean() * left @ right.T, scale)
+    left = polar(torch.cat([_left(part) for part in parts], dim=1))
+    right = polar(torch.cat([part.Vh.T for part in parts], dim=1))
+    return add_to_base(W0, W_v, (strengths.mean() * left @ right.T).to(W0), scale)
 
 
-def _first(found: Spectrum, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _left(found)[:, :count], found.S[:count], found.Vh[:count].T
+def _sum(changes: Sequence[Change]) -> Change:
+    """Sum task vectors; their noise adds up where they share a base."""
+    return Change(
+        torch.stack([change.vector for change in changes]).sum(0),
+        sum(change.noise for change in changes),
+    )
 
 
 @merge_method(
@@ -289,8 +328,8 @@ def knots_ties(
     Source: KnOTS, arXiv 2410.19735, with the election and mean of the TIES paper. The cutoff is
             relative here (1e-5 absolute in the authors' code), so small changes survive.
     """
-    W0, W_v, vectors = _start(base, mllm, math, 1.0, 1.0)
-    if not vectors:
+    W0, W_v, changes = _start(base, mllm, math, 1.0, 1.0, None)
+    if not changes:
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
     models = [task_vector_of(matrix, base).to(W0) for matrix in (mllm, *as_list(math))]
     found = svd(torch.cat(models, dim=1), dtype=torch.float64)

@@ -8,6 +8,7 @@ the steps are the authors' (Adam), which makes the result depend on the size of 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from math import hypot
 from typing import Annotated, TypeAlias
 
 import torch
@@ -15,10 +16,17 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import result_dtype
 from ipmerge_core.methods.elementwise import add_to_base, as_list
-from ipmerge_core.methods.registry import Coefficient, Experts, Gain, Range, merge_method
-from ipmerge_core.methods.subspace import living_task_vectors, mean_of_changes
+from ipmerge_core.methods.registry import (
+    Coefficient,
+    Experts,
+    Gain,
+    Noise,
+    Range,
+    merge_method,
+)
+from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
 from ipmerge_core.methods.traits import Matrix
-from ipmerge_core.spectrum import as_float, svd
+from ipmerge_core.spectrum import as_float, existing
 
 Steps: TypeAlias = Annotated[int, Range(low=0, help="steps of Adam")]
 Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]
@@ -47,6 +55,7 @@ def wudi(
     learning_rate: Rate = 1e-5,
     closed_form: Closed = False,
     scale: Gain = 1.0,
+    noise: Noise = None,
 ) -> Generator[float, None, Matrix]:
     """Move the sum of the task vectors towards least interference with each of them.
 
@@ -56,7 +65,8 @@ def wudi(
             X = sum_i tau_i by `iterations` of Adam; W = W0 + s X. With
             G = sum_i tau_i^T tau_i / ||tau_i||^2, C = sum_i tau_i tau_i^T tau_i / ||tau_i||^2 the
             gradient is 2 (X G - C).
-            closed_form: the minimum itself, X = C G^+ (RegMean with the Gram matrices tau^T tau).
+            closed_form: the minimum itself, X = C G^+ (RegMean with the Gram matrices tau^T tau),
+            over the directions of the stacked task vectors that exist (`spectrum.existing`).
     Shapes: all (m, n). Zero task vectors are left out; one model alone is taken whole.
     Source: WUDI-Merging, arXiv 2503.08099, where a_i = 1. An Adam step moves an element by at most
             about the learning rate, so task vectors larger than iterations * rate do not converge;
@@ -66,13 +76,14 @@ def wudi(
     dtype = result_dtype(base, mllm, *experts)
     W0, W_v = as_float(base).to(dtype), as_float(mllm).to(dtype)
     weights = [mllm_weight] + [math_weight] * len(experts)
-    vectors = living_task_vectors(base, mllm, experts, weights)
+    changes = changes_of(base, mllm, experts, weights, noise)
+    vectors = [change.vector for change in changes]
     if len(vectors) < 2:
         return add_to_base(W0, W_v, vectors[0] if vectors else torch.zeros_like(W0), scale)
     units = [vector / torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
     units = [unit.to(dtype) for unit in units]
     if closed_form:
-        return add_to_base(W0, W_v, _minimum(vectors, units), scale)
+        return add_to_base(W0, W_v, _minimum(changes, units), scale)
     start = torch.stack(vectors).sum(0)
     X = yield from _adam(start, _gradient_of(vectors, units), iterations, learning_rate)
     return add_to_base(W0, W_v, X, scale)
@@ -106,12 +117,12 @@ def _adam(
     return X
 
 
-def _minimum(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Tensor:
+def _minimum(changes: Sequence[Change], units: Sequence[Tensor]) -> Tensor:
     """C G^+ = D (R^T)^+ with the stacked unit task vectors R and D = [tau_i u_i^T ..]."""
-    rows = torch.cat(list(units))
-    D = torch.cat([v.double() @ u.double().T for v, u in zip(vectors, units, strict=True)], dim=1)
-    found = svd(rows, dtype=torch.float64)
+    rows = torch.cat(list(units)).double()
+    pairs = zip(changes, units, strict=True)
+    D = torch.cat([change.vector.double() @ u.double().T for change, u in pairs], dim=1)
+    noise = hypot(*(c.noise / float(torch.linalg.matrix_norm(c.vector)) for c in changes))
+    found = existing(rows, noise)
     assert found.U is not None, "svd without U"
-    kept = max(rows.shape) * torch.finfo(rows.dtype).eps * found.S[0] < found.S
-    U, S, Vh = found.U[:, kept], found.S[kept], found.Vh[kept]
-    return ((D @ U) / S @ Vh).to(vectors[0])
+    return ((D @ found.U) / found.S @ found.Vh).to(changes[0].vector)

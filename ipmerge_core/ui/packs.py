@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ipmerge_core.errors import CheckpointError, PlanError
 from ipmerge_core.jobs import home_folder
 from ipmerge_core.journal import Unfinished, journal_of, read_journal
+from ipmerge_core.records import check_version
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"
@@ -185,8 +186,7 @@ def _read(path: Path, _modified: int) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-        if content["format"] != "ipmerge-pack" or content["version"] != 1:
-            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+        check_version(content)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise CheckpointError(
             f"'{path.name}' is no pack of this version ({type(error).__name__}: {error}). Make it "
