@@ -15,6 +15,7 @@ import torch
 from ipmerge_core.catalogue import likely_base
 from ipmerge_core.checkpoint import Checkpoint, split_address
 from ipmerge_core.decoders import text_config
+from ipmerge_core.weight_files import ADAPTER_CONFIG
 
 SIBLING_DISTANCE = 0.1  # fine-tunes of one base usually lie closer than this
 REFUSED_DISTANCE = 0.3  # unrelated models lie near sqrt(2)
@@ -63,10 +64,37 @@ class Member(NamedTuple):
 def check_siblings(members: Sequence[Member], sample: Sequence[int]) -> list[Finding]:
     """Compare configs, dtypes and, for the matrices of `sample`, distances to the base."""
     return [
+        *_check_files(members),
         *_check_configs(members),
         *_check_dtypes(members),
         *_check_distances(members, sample),
     ]
+
+
+def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
+    """Name what lies beside a model's weights and could be taken for them."""
+    for member in members:
+        model, weights = member.model, member.model.weights
+        if weights.unused:
+            first, *more = weights.unused
+            read = weights.index or weights.shards[0]
+            yield Finding(
+                "warning",
+                f"{member.role}: weight files",
+                f"'{model.id}' is read from '{read}', as transformers loads it. Also in the "
+                f"folder, and not read: '{first}'{f' and {len(more)} more' if more else ''}.",
+                "If that is the model you mean, give it in a folder of its own; else delete it, as "
+                "other programs may load it.",
+            )
+        if weights.has_adapter:
+            yield Finding(
+                "warning",
+                f"{member.role}: adapter",
+                f"'{model.id}' holds a PEFT adapter ('{ADAPTER_CONFIG}') beside its weights. Only "
+                f"the weights are read and merged; transformers with PEFT adds the adapter.",
+                "If it belongs to the model, merge it into the weights first (merge_and_unload), "
+                "else delete it.",
+            )
 
 
 def _check_configs(members: Sequence[Member]) -> Iterator[Finding]:

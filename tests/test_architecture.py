@@ -24,7 +24,7 @@ PACKAGE = ROOT / "ipmerge_core"
 ORDER = [
     {"errors", "version"},
     {"pipeline", "devices", "ranks", "files"},
-    {"checkpoint", "writer"},
+    {"weight_files", "checkpoint", "writer"},
     {"catalogue", "decoders"},
     {"siblings"},
     {"pairing"},
