@@ -26,7 +26,7 @@ ORDER = [
     {"pipeline", "devices", "ranks", "files"},
     {"weight_files", "checkpoint", "writer"},
     {"catalogue", "decoders"},
-    {"siblings"},
+    {"differences", "siblings"},
     {"pairing"},
     {"measurements", "vocabulary"},
     {"engines"},
