@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import inf, isnan, prod, sqrt
+from math import inf, isfinite, prod, sqrt
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ipmerge_core.checkpoint import Checkpoint, split_address
+from ipmerge_core.checkpoint import Checkpoint, count_non_finite, split_address
 from ipmerge_core.files import FROM_DISK, OVER_NETWORK
 
 _SAMPLE_BYTES = 1 << 19  # of each sampled matrix: some ten megabytes in all, also from the hub
@@ -34,12 +34,16 @@ class Part(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Rows of a part that were compared: the squared norms of their change and of the base's."""
+    """Rows of a part that were compared: the squared norms of their change and of the base's.
+
+    `bad` counts the NaN and infinite values of the model and of its base, where there are any.
+    """
 
     part: Part
     changed: bool
     change2: float
     base2: float
+    bad: tuple[int, int] = (0, 0)
 
 
 class Differences(NamedTuple):
@@ -65,14 +69,19 @@ class Differences(NamedTuple):
 
     @property
     def largest(self) -> tuple[str, float]:
-        """The kind of matrix that differs most, with its distance; NaN counts as most.
+        """The kind of matrix that differs most, with its distance.
 
         The distance of a kind is ||W - W0||_F / ||W0||_F over its matrices that differ: neither do
         the parts that were not trained hide it, nor does one small matrix decide it.
         """
         kinds = dict.fromkeys(found.part.kind for found in self.changed)
         distances = [(kind, _distance(self.changed, kind)) for kind in kinds]
-        return max(distances, key=lambda d: inf if isnan(d[1]) else d[1], default=("", 0.0))
+        return max(distances, key=lambda found: found[1], default=("", 0.0))
+
+    @property
+    def damaged(self) -> Measured | None:
+        """The first matrix that holds values which are no finite numbers."""
+        return next((found for found in self.compared if any(found.bad)), None)
 
 
 Cut: TypeAlias = Callable[[Checkpoint, Checkpoint, Part], Iterable[range]]
@@ -131,8 +140,9 @@ def _measure(model: Checkpoint, root: Checkpoint, part: Part, rows: range) -> Me
     base = root.read(_address(part.root, rows))
     if torch.equal(tuned, base.to(tuned.dtype)):
         return Measured(part, changed=False, change2=0.0, base2=_norm2(base))
-    change = tuned.to(torch.float64) - base.to(torch.float64)
-    return Measured(part, changed=True, change2=_norm2(change), base2=_norm2(base))
+    change2 = _norm2(tuned.to(torch.float64) - base.to(torch.float64))
+    bad = (0, 0) if isfinite(change2) else (count_non_finite(tuned), count_non_finite(base))
+    return Measured(part, changed=True, change2=change2, base2=_norm2(base), bad=bad)
 
 
 def _first_difference(model: Checkpoint, root: Checkpoint, part: Part, cut: Cut) -> Measured | None:

@@ -14,7 +14,13 @@ from typing import Literal, NamedTuple
 from ipmerge_core.catalogue import likely_base
 from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.decoders import BIASES, EMBEDDINGS, HEAD, NORMS, text_config
-from ipmerge_core.differences import Differences, Part, find_differences, sample_differences
+from ipmerge_core.differences import (
+    Differences,
+    Measured,
+    Part,
+    find_differences,
+    sample_differences,
+)
 from ipmerge_core.weight_files import ADAPTER_CONFIG
 
 SIBLING_DISTANCE = 0.1  # fine-tunes of one base usually lie closer than this
@@ -187,8 +193,10 @@ def _judge(member: Member, root: Member, found: Differences) -> Finding:
     subject = f"{member.role}: distance to {'the base' if member.root is None else 'its base'}"
     if not found.changed and member.root is not None:
         return _judge_equal(member, root, found, subject)
+    if found.damaged is not None:
+        return _judge_damaged(member, root, found.damaged, subject)
     kind, distance = found.largest
-    if not distance <= REFUSED_DISTANCE:  # also catches NaN
+    if distance > REFUSED_DISTANCE:
         return Finding(
             "refusal",
             subject,
@@ -206,6 +214,18 @@ def _judge(member: Member, root: Member, found: Differences) -> Finding:
             "Large task vectors often merge badly: check that the base is the true parent.",
         )
     return Finding("ok", subject, message)
+
+
+def _judge_damaged(member: Member, root: Member, found: Measured, subject: str) -> Finding:
+    ours, theirs = found.bad
+    name, model = (found.part.name, member.model) if ours else (found.part.root, root.model)
+    return Finding(
+        "refusal",
+        subject,
+        f"'{name}' of '{model.id}' holds {ours or theirs} NaN or infinite values among those "
+        f"compared.",
+        "The file is damaged or the training diverged: use another copy.",
+    )
 
 
 def _judge_equal(member: Member, root: Member, found: Differences, subject: str) -> Finding:

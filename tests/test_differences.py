@@ -241,11 +241,21 @@ def test_a_stranger_is_as_far_in_one_kind_of_matrix_as_in_all(models: Models) ->
             file.rmdir() if file.is_dir() else file.unlink()
 
 
-def test_a_nan_is_refused(models: Models) -> None:
-    weights = tuned(within("q_proj"))
-    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_by_the_name_of_its_tensor(
+    value: float, models: Models
+) -> None:
+    name = "model.layers.4.mlp.up_proj.weight"
+    weights = {**BASE, name: BASE[name].clone()}
+    weights[name][2, :3] = value
     found = distance(models.check("math", weights), "math")
-    assert (found.level, "nan of the weights' norm" in found.message) == ("refusal", True)
+    assert found.level == "refusal"
+    assert f"'{name}' of" in found.message
+    assert "math' holds 3 NaN or infinite values" in found.message
+    write_model(models.folder / "bad", weights, CONFIG)
+    pair = ipm.open_pair(models.folder / "mllm", models.base, models.folder / "bad")
+    found = distance(pair.check(), "math")
+    assert (found.level, "bad' holds 3 NaN or" in found.message) == ("refusal", True)
 
 
 def test_a_partly_tuned_expert_is_analysed_and_changes_those_parts_alone(
