@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -61,10 +62,7 @@ class Target(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Size in fp32."""
-        size = 4
-        for extent in self.shape:
-            size *= extent
-        return size
+        return 4 * prod(self.shape)
 
 
 def calibrate(
@@ -301,9 +299,10 @@ def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
 
     means = passes.means()
     squares = sum(float(mean.double().square().sum()) for mean in means)
+    total = sum(float(mean.double().sum()) for mean in means)
     tensors = {target.matrix.name: mean for target, mean in zip(group, means, strict=True)}
     part = file.with_suffix(".part")
-    totals = json.dumps([squares, passes.tokens])  # one key: several would come in any order
+    totals = json.dumps([squares, passes.tokens, total])  # one key: several come in any order
     save_file(tensors, part, {"totals": totals})
     part.replace(file)
 
@@ -312,14 +311,16 @@ def _measured(out: Path, share: _Share) -> Measured:
     from safetensors import safe_open
 
     places: dict[str, tuple[str, str]] = {}
-    squares, tokens = 0.0, 0
+    squares, tokens, sums = 0.0, 0, []
     for number, group in enumerate(share.groups):
         file = share.file(number)
         with safe_open(out / file, framework="pt") as content:
-            found, tokens = json.loads(content.metadata()["totals"])
+            found, tokens, *total = json.loads(content.metadata()["totals"])
         squares += found
+        sums += total
         for target in group:
             places |= dict.fromkeys(target.names, (file, target.matrix.name))
+    size = sum(prod(target.shape) for group in share.groups for target in group)
     return Measured(
         role=share.role,
         id=share.checkpoint.id,
@@ -328,4 +329,5 @@ def _measured(out: Path, share: _Share) -> Measured:
         tokens=tokens,
         norm=squares**0.5,
         places=places,
+        mean=sum(sums) / size if len(sums) == len(share.groups) else None,
     )

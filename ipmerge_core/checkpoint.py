@@ -4,7 +4,7 @@ In: a folder or a hub id (`org/name` or `org/name@revision`). Out: a `TensorSpec
 reading any weight, and the bytes or values of one tensor on request, by positioned reads: memory
 never holds more than what was asked for. Format: safetensors (JSON header behind an 8-byte length,
 then the data). Every header is distrusted: sizes, offsets, overlaps and names are checked before
-use. Pickle files are refused, remote code is never run. Writing is `writer.py`.
+use. Which files hold the weights is `weight_files.py`'s choice, writing is `writer.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
 from ipmerge_core.files import Files, find_files
+from ipmerge_core.weight_files import find_weights, read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -44,10 +45,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 _HEADER_LIMIT = 100 * 2**20  # the safetensors library's own limit
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,9 @@ class Checkpoint:
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        self.config = _read_json(files, "config.json")
-        self.shards = _list_shards(files)
+        self.config = read_json(files, "config.json")
+        self.weights = find_weights(files, self.config)
+        self.shards = list(self.weights.shards)
         self.tensors: dict[str, TensorSpec] = {}
         for shard in self.shards:
             for spec in _read_header(files, shard):
@@ -88,7 +88,7 @@ class Checkpoint:
                         f"'{shard}' of '{self.id}'; each tensor must stand in one shard."
                     )
                 self.tensors[spec.name] = spec
-        _check_index(files, self.tensors)
+        self.weights.check_index(self.id, {name: spec.shard for name, spec in self.tensors.items()})
 
     @classmethod
     def open(cls, source: str | Path, *, hub_only: bool = False) -> Checkpoint:
@@ -233,75 +233,6 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data: bytes = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return data
-
-
-def _read_json(files: Files, name: str) -> dict[str, Any]:
-    if name not in files.names():
-        raise CheckpointError(
-            f"'{files.id}' has no {name}. Expected a model folder in the transformers layout."
-        )
-    try:
-        content = json.loads(files.read(name))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{name}' of '{files.id}' is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{name}' of '{files.id}' is not a JSON object.")
-    return content
-
-
-def _list_shards(files: Files) -> list[str]:
-    """Name the weight files: those of the index, else the single one."""
-    names = files.names()
-    if INDEX in names:
-        weight_map = _read_json(files, INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"'{INDEX}' of '{files.id}' has no weight_map.")
-        return sorted(set(_check_shard_names(files, list(weight_map.values()))))
-    if WEIGHTS in names:
-        return [WEIGHTS]
-    found = [name for name in names if name.endswith(".safetensors")]
-    if len(found) == 1:
-        return found
-    if found:
-        raise CheckpointError(
-            f"'{files.id}' has {len(found)} safetensors files and no {INDEX} that says which "
-            f"belong to the model. Add the index."
-        )
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles:
-        raise CheckpointError(
-            f"'{files.id}' has its weights only as pickle ('{pickles[0]}'), which can run code "
-            f"when read. Convert it to safetensors first (load it with transformers where you "
-            f"trust it, then save_pretrained)."
-        )
-    raise CheckpointError(f"'{files.id}' has no safetensors weights ({WEIGHTS} or {INDEX}).")
-
-
-def _check_shard_names(files: Files, shards: list[Any]) -> list[str]:
-    there = set(files.names())
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
-            raise CheckpointError(
-                f"'{INDEX}' of '{files.id}' names the shard {shard!r}; "
-                f"only bare file names are allowed."
-            )
-        if shard not in there:
-            raise MissingTensorError(
-                f"'{files.id}' lacks the shard '{shard}' that its index names. "
-                f"Was the download complete?"
-            )
-    return shards
-
-
-def _check_index(files: Files, tensors: Mapping[str, TensorSpec]) -> None:
-    if INDEX not in files.names():
-        return
-    for name, shard in _read_json(files, INDEX)["weight_map"].items():
-        if name not in tensors or tensors[name].shard != shard:
-            where = f"it is in '{tensors[name].shard}'" if name in tensors else "it is in no shard"
-            raise MissingTensorError(
-                f"The index of '{files.id}' says that '{name}' is in '{shard}', but {where}."
-            )
 
 
 def _read_header(files: Files, shard: str) -> list[TensorSpec]:

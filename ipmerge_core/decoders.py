@@ -25,6 +25,8 @@ MATRICES = {
 MOE = "mixture of experts: experts and router are kept, attention merges"
 CROSS_ATTENTION = "cross-attention layer: the text model has none"
 BUFFER = "buffer: computed, not learned"
+NORMS, BIASES, EMBEDDINGS, HEAD = "norms", "biases", "embeddings", "output head"
+MIXTURE = "experts of the mixture"
 
 _LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _MOE = re.compile(
@@ -57,6 +59,35 @@ class Decoder:
             for (layer, rest), spec in self.tensors.items()
             if rest in MATRICES
         }
+
+    def other_tensors(self, model: Checkpoint) -> dict[tuple[str, int, str], str]:
+        """Name the model's other tensors of the language model by (kind, text layer, name there).
+
+        Norms and biases, experts and router of a mixture, embeddings, output head.
+        """
+        found = {
+            (BIASES if rest.endswith(".bias") else NORMS, layer, rest): spec.name
+            for (layer, rest), spec in self.tensors.items()
+            if rest not in MATRICES
+        }
+        for name, reason in self.apart.items():
+            place = _LAYER.fullmatch(name)
+            if reason == MOE and place is not None:
+                layer = self.layers.index(int(place["layer"]))
+                found[MIXTURE, layer, place["rest"]] = name
+        for kind, name in ((NORMS, "norm.weight"), (EMBEDDINGS, "embed_tokens.weight")):
+            if self.prefix + name in model.tensors:
+                found[kind, len(self.layers), name] = self.prefix + name
+        head = output_head(model)
+        if head is not None:
+            found[HEAD, len(self.layers), "lm_head.weight"] = head
+        return {key: name for key, name in found.items() if any(model.spec(name).shape[:1])}
+
+
+def output_head(model: Checkpoint) -> str | None:
+    """Name the output head, if the model stores one."""
+    found = [name for name in model.tensors if name.split(".")[-2:] == ["lm_head", "weight"]]
+    return min(found, key=len, default=None)
 
 
 def text_config(model: Checkpoint) -> dict[str, Any]:

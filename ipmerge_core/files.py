@@ -50,6 +50,10 @@ class Files(Protocol):
         """Size of one file in bytes."""
         ...
 
+    def content_id(self, name: str) -> str | None:
+        """Return the hub's hash of one file's content; None on disk, where nobody has hashed it."""
+        ...
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) of one file."""
         ...
@@ -83,6 +87,10 @@ class LocalFiles:
             return (self.folder / name).stat().st_size
         except OSError as error:
             raise _unreadable(self.folder / name, error) from error
+
+    def content_id(self, name: str) -> str | None:
+        """Return None: nobody has hashed the files."""
+        return None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) of one file."""
@@ -131,10 +139,12 @@ class RemoteFiles:
         self.revision: str | None = revision
         self._system, self._folder = system, folder
         entries = self._ask(lambda: system.ls(folder, detail=True))
-        self._sizes = {
-            entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0)
-            for entry in entries
-            if entry["type"] == "file"
+        found = {
+            entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"
+        }
+        self._sizes = {name: int(entry["size"] or 0) for name, entry in found.items()}
+        self._blobs: dict[str, str | None] = {
+            name: entry.get("blob_id") for name, entry in found.items()
         }
 
     def names(self) -> list[str]:
@@ -144,6 +154,10 @@ class RemoteFiles:
     def size(self, name: str) -> int:
         """Size of one file in bytes, from the listing."""
         return self._sizes[name]
+
+    def content_id(self, name: str) -> str | None:
+        """Return git's hash of the file, or of the pointer that holds a large file's SHA-256."""
+        return self._blobs[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) by one range request."""

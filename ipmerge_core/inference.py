@@ -127,6 +127,7 @@ def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
 
     checkpoint = Checkpoint.open(Path(folder))
     _refuse_code(checkpoint)
+    _refuse_adapter(checkpoint)
     sees = _takes_images(checkpoint)
     processor = _load_processor(checkpoint, sees)
     model = _load_weights(checkpoint, sees)
@@ -261,6 +262,15 @@ def _refuse_code(checkpoint: Checkpoint) -> None:
         raise ModelLoadError(
             f"'{checkpoint.id}' needs code of its own to run (its config.json has an auto_map). "
             f"Code from model folders is never run; choose a model that transformers knows."
+        )
+
+
+def _refuse_adapter(checkpoint: Checkpoint) -> None:
+    if checkpoint.weights.has_adapter:
+        raise ModelLoadError(
+            f"'{checkpoint.id}' holds a PEFT adapter (adapter_config.json) beside its weights. "
+            f"Transformers would add it and a merge does not: merge it into the weights "
+            f"(merge_and_unload) or delete it."
         )
 
 

@@ -44,7 +44,7 @@ class Measured:
     """One model's share: which weights, on how many samples and tokens, in which files.
 
     `places` gives the file and the stored name for every decoder matrix, `norm` the Frobenius norm
-    of all that was measured.
+    of all that was measured, `mean` its mean; None where an older version did not record it.
     """
 
     role: str
@@ -54,6 +54,7 @@ class Measured:
     tokens: int
     norm: float
     places: dict[str, tuple[str, str]]
+    mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,27 @@ class Measurements:
             f"math_{self.kind}": [self._read(self.models[1 + k], name).to(device) for k in experts],
         }
 
-    @property
-    def norms(self) -> tuple[float, ...]:
-        """Norm of each model's measurement, over all matrices: Fisher merging's statistic."""
-        return tuple(model.norm for model in self.models)
+    def statistic(self, numbers: Sequence[Literal["norm", "mean"]]) -> tuple[float, ...]:
+        """Return numbers of all that was measured: the first one of every model, then the next.
+
+        Raises: CheckpointError when a mean was not recorded and a file is damaged.
+        """
+        return tuple(
+            model.norm if number == "norm" else self._mean(model)
+            for number in numbers
+            for model in self.models
+        )
+
+    def _mean(self, model: Measured) -> float:
+        """Return the mean of all that was measured of a model; read it all if nobody noted it."""
+        if model.mean is not None:
+            return model.mean
+        total, size = 0.0, 0
+        for name in {place: name for name, place in model.places.items()}.values():
+            matrix = self._read(model, name)
+            total += float(matrix.sum(dtype=torch.float64))
+            size += matrix.numel()
+        return total / max(1, size)
 
     def _read(self, model: Measured, name: str) -> Tensor:
         if name not in model.places:

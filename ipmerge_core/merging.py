@@ -357,7 +357,9 @@ class _Run:
         """
         self.statistic = self.plan.statistic
         if self.measurements is not None and self.method.needs_statistic(self.plan.parameters):
-            self.statistic = self.measurements.norms
+            assert self.method.statistic is not None, "numbers of the whole model for nobody"
+            numbers = self.method.statistic.calibrated(self.plan.parameters)
+            self.statistic = self.measurements.statistic(numbers)
         if not is_due(self.plan):
             return
         leads = self.ranks.rank == 0  # and writes the manifest

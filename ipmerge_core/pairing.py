@@ -147,12 +147,14 @@ class ModelPair:
         return " + ".join(Path(model.id).name for model in (self.mllm, *self.math))
 
     def check(self) -> list[Finding]:
-        """Compare the models from headers, configs and a few rows of small matrices.
+        """Compare the models from headers, configs and a few rows of every kind of matrix.
 
-        Returns findings, each ok, warning or refusal, with the numbers and a remedy. A merge of a
-        pair with a refusal is possible only when it is forced.
+        More is read only of a model that seems to be its base. Returns findings, each ok, warning
+        or refusal, with the numbers and a remedy. A merge of a pair with a refusal is possible only
+        when it is forced.
         """
-        return [self._tensor_finding(), *check_siblings(list(self._members()), self._sample())]
+        places = [(matrix.module, matrix.layer) for matrix in self.matrices]
+        return [self._tensor_finding(), *check_siblings(list(self._members()), places)]
 
     def refuse_strangers(self, way_out: str = "") -> None:
         """Raise PairingError for the first refusal of the check; `way_out` ends its message."""
@@ -213,25 +215,15 @@ class ModelPair:
     def _members(self) -> Iterator[Member]:
         own_base = self.base_mllm is not self.base
         root = "base of the mllm" if own_base else "base"
-        yield Member("mllm", self.mllm, [m.mllm for m in self.matrices], root)
-        yield Member("base", self.base, [m.name for m in self.matrices], None)
+        others = [decoder.other_tensors(model) for model, decoder in self.sides]
+        yield Member("mllm", self.mllm, [m.mllm for m in self.matrices], root, others[1])
+        yield Member("base", self.base, [m.name for m in self.matrices], None, others[0])
         if own_base:
             names = [m.base_mllm for m in self.matrices]
-            yield Member("base of the mllm", self.base_mllm, names, None)
+            yield Member("base of the mllm", self.base_mllm, names, None, others[2])
         for k, expert in enumerate(self.math):
             role = "math" if len(self.math) == 1 else f"math {k + 1}"
-            yield Member(role, expert, [m.math[k] for m in self.matrices], "base")
-
-    def _sample(self) -> list[int]:
-        """Choose three matrices, the smallest of the first, the middle and the last layer."""
-        last = max(matrix.layer for matrix in self.matrices)
-        return [
-            min(
-                (index for index, matrix in enumerate(self.matrices) if matrix.layer == layer),
-                key=lambda index: self.matrices[index].shape[0] * self.matrices[index].shape[1],
-            )
-            for layer in sorted({0, last // 2, last})
-        ]
+            yield Member(role, expert, [m.math[k] for m in self.matrices], "base", others[3 + k])
 
     def _tensor_finding(self) -> Finding:
         """Say of every tensor of the MLLM whether it can merge, or why it is kept."""

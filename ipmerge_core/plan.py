@@ -79,7 +79,7 @@ class MergePlan:
         """SHA-256 of all that decides the merged bytes."""
         fingerprints = [source.fingerprint for source in self.sources.all()]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
-        parameters = dict(sorted(self.parameters.items()))
+        parameters = dict(sorted(find_method(self.method).as_hashed(self.parameters).items()))
         data = [self.calibration.digest] if self.calibration else []
         content: list[Any] = [
             self.method,
@@ -194,10 +194,11 @@ class MergePlan:
         """Rebuild a plan from its JSON content and check its values again."""
         if content["format"] != _FORMAT or content["version"] != _VERSION:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+        method = find_method(content["method"])
         plan = cls(
             name=content["name"],
-            method=content["method"],
-            parameters=find_method(content["method"]).complete(content["parameters"]),
+            method=method.name,
+            parameters=method.complete(method.with_former_defaults(content["parameters"])),
             similarity=content["similarity"],
             similarity_threshold=content["similarity_threshold"],
             overrides=content["overrides"],

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ipmerge_core.checkpoint import Checkpoint
-from ipmerge_core.decoders import Decoder, text_config
+from ipmerge_core.decoders import Decoder, output_head, text_config
 from ipmerge_core.errors import PlanError, ShapeError
 from ipmerge_core.pairing import MatrixMatch, ModelPair
 
@@ -59,7 +59,9 @@ def shared_rows(pair: ModelPair) -> tuple[MatrixMatch, ...]:
         )
     last = max(matrix.layer for matrix in pair.matrices)
     embeddings = [_embedding(model, decoder) for model, decoder in pair.sides]
-    heads = [_head(model, name) for (model, _), name in zip(pair.sides, embeddings, strict=True)]
+    heads = [  # a model that stores none uses its embedding
+        output_head(model) or name for (model, _), name in zip(pair.sides, embeddings, strict=True)
+    ]
     own = heads[1]  # the MLLM's
     runs = list(_runs(models, embeddings, ids, layer=0))
     if own == embeddings[1]:
@@ -121,12 +123,6 @@ def _embedding(model: Checkpoint, decoder: Decoder) -> str:
             f"'{model.id}' has no '{name}', so its embeddings cannot be matched. Keep them."
         )
     return name
-
-
-def _head(model: Checkpoint, embedding: str) -> str:
-    """Name the output head; a model that stores none uses its embedding."""
-    found = [name for name in model.tensors if name.split(".")[-2:] == ["lm_head", "weight"]]
-    return min(found, key=len, default=embedding)
 
 
 def _runs(

@@ -34,8 +34,6 @@ _CHECKSUM = "xxh3_128"
 _NOTE = ".note.json"
 _RUN, _NEW_RUN = "run.json", "run.json.new"
 MANIFEST = "ipmerge.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
-_NOT_COPIED = (*_WEIGHTS, ".gguf", ".tflite", ".ot")
 _REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
 
@@ -186,7 +184,7 @@ class CheckpointWriter:
             for name, text in documents.items():
                 (model / name).write_text(text, encoding="utf-8")
             for shard in self.source.shards:
-                (model / (shard + _PARTIAL)).replace(model / shard)
+                (model / (shard + _PARTIAL)).replace(model / self.source.weights.saved_as(shard))
             model.replace(self.place.out)
             _remove(self.place)
 
@@ -242,7 +240,7 @@ class CheckpointWriter:
     def _undo_renames(self) -> None:
         """Give shards that a killed run had already renamed their partial names back."""
         for shard in self.source.shards:
-            final = self.place.model / shard
+            final = self.place.model / self.source.weights.saved_as(shard)
             if final.exists():
                 final.replace(self.place.model / (shard + _PARTIAL))
 
@@ -351,14 +349,16 @@ def tidy_finished(out: str | Path, run: str) -> bool:
 def files_to_copy(source: Checkpoint) -> list[str]:
     """List the files that a merged model takes over as they are: all but weights and model card.
 
-    Python files come along only where the config points to them (`auto_map`): without them such a
-    model cannot be loaded by those who trust it. They are copied, never run.
+    Of indexes only the one in use comes along. So do Python files where the config points to them
+    (`auto_map`): without them those who trust such a model cannot load it. They are never run.
     """
-    skipped = _NOT_COPIED if "auto_map" in source.config else (*_NOT_COPIED, ".py")
+    code = "auto_map" in source.config
     return [
         name
         for name in source.files.names()
-        if not name.endswith(skipped) and name not in _REPLACED
+        if source.weights.is_copied(name)
+        and name not in _REPLACED
+        and (code or not name.endswith(".py"))
     ]
 
 

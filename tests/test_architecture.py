@@ -24,9 +24,9 @@ PACKAGE = ROOT / "ipmerge_core"
 ORDER = [
     {"errors", "version"},
     {"pipeline", "devices", "ranks", "files"},
-    {"checkpoint", "writer"},
+    {"weight_files", "checkpoint", "writer"},
     {"catalogue", "decoders"},
-    {"siblings"},
+    {"differences", "siblings"},
     {"pairing"},
     {"measurements", "vocabulary"},
     {"engines"},

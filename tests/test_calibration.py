@@ -105,7 +105,7 @@ def test_fisher_is_the_mean_of_squared_gradients_one_sample_at_a_time(informatio
     norm2 = 0.0
     for name in information.models[1].places:
         norm2 += float(information.inputs(name, [0])["math_fisher"][0].double().square().sum())
-    assert information.norms[1] == pytest.approx(norm2**0.5)
+    assert information.statistic(["norm"])[1] == pytest.approx(norm2**0.5)
 
 
 def test_sampled_fisher_draws_answers_by_a_stream_of_its_own(pair, samples, tmp_path):
@@ -128,7 +128,7 @@ def test_small_budgets_measure_in_groups_to_the_same_numbers(pair, samples, tmp_
     for name in (QUERY, DOWN):
         one, other = measured.inputs(name, [0]), grams.inputs(name, [0])
         assert torch.equal(one["mllm_gram"], other["mllm_gram"])
-    assert measured.norms == pytest.approx(grams.norms)
+    assert measured.statistic(["norm"]) == pytest.approx(grams.statistic(["norm"]))
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same_files(pair, samples, tmp_path):
@@ -194,7 +194,8 @@ def test_measurements_are_what_the_methods_ask_for(pair, grams, information):
         assert loss[0] < loss[1]  # closer to both models on their own inputs than the mean
         data = information.inputs(matrix.name, [0])
         fisher = METHODS["fisher"]
-        merged = fisher(base, mllm, math, floor=1e-12, statistic=information.norms, **data)
+        found = information.statistic(("norm", "mean"))
+        merged = fisher(base, mllm, math, statistic=found, **data)
         low, high = torch.minimum(mllm, math), torch.maximum(mllm, math)
         assert (merged >= low - 1e-6).all()
         assert (merged <= high + 1e-6).all()
@@ -220,7 +221,8 @@ def test_a_plan_with_a_calibration_merges_the_whole_model(method, kind, pair, tm
     merge(plan, tmp_path / "out")
     merged = Checkpoint.open(tmp_path / "out")
     matrix = next(m for m in pair.matrices if m.name == QUERY)
-    statistic = {"statistic": measured.norms} if method == "fisher" else {}
+    numbers = {"statistic": measured.statistic(("norm", "mean"))}
+    statistic = numbers if method == "fisher" else {}
     data = measured.inputs(QUERY, [0])
     expected = METHODS[method](*read(pair, matrix), **statistic, **data)
     assert torch.equal(merged.read_matrix(matrix.mllm), expected)

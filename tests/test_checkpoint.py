@@ -25,6 +25,12 @@ def rewrite_header(file: Path, change: object) -> None:
     file.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
 
 
+def write_index(folder: Path, weight_map: dict[str, object]) -> None:
+    """Call the weights a shard, and let an index speak for them."""
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 @pytest.fixture
 def weights_file(own_trio: Trio) -> Path:
     return own_trio.base / "model.safetensors"
@@ -173,22 +179,19 @@ def test_an_impossible_header_length_is_refused(
 
 @pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "a\\b.safetensors", 7])
 def test_an_index_may_name_only_bare_files(own_trio: Trio, shard: object) -> None:
-    index = {"weight_map": {"model.norm.weight": shard}}
-    (own_trio.base / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(own_trio.base, {"model.norm.weight": shard})
     with pytest.raises(CheckpointError, match="only bare file names are allowed"):
         Checkpoint.open(own_trio.base)
 
 
 def test_an_index_that_misplaces_a_tensor_is_refused(own_trio: Trio) -> None:
-    index = {"weight_map": {"model.nothing": "model.safetensors"}}
-    (own_trio.base / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(own_trio.base, {"model.nothing": "part.safetensors"})
     with pytest.raises(MissingTensorError, match="but it is in no shard"):
         Checkpoint.open(own_trio.base)
 
 
 def test_an_index_that_names_a_missing_shard_is_refused(own_trio: Trio) -> None:
-    index = {"weight_map": {"model.norm.weight": "model-2.safetensors"}}
-    (own_trio.base / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(own_trio.base, {"model.norm.weight": "model-2.safetensors"})
     with pytest.raises(MissingTensorError, match="lacks the shard 'model-2.safetensors'"):
         Checkpoint.open(own_trio.base)
 

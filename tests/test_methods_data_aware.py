@@ -28,22 +28,25 @@ def test_fisher_matches_its_numbers():
         [0.7321428061225073, -1.1985292301038917, 2.21875],
         [1.25000014999988, 0.262499760000768, -0.5170453739670008],
     ]
-    assert close(merged_by("fisher", scope="none", **FISHER), expected)
+    absolute = {"floor": 1e-6, "floor_is": "absolute", **FISHER}
+    assert close(merged_by("fisher", scope="none", **absolute), expected)
     by_norm = [
         [0.5998745010855872, -1.1370106988154933, 2.2569022157975835],
         [1.3576856032931162, 0.21942549578081882, -0.6547869750497827],
     ]
-    assert close(merged_by("fisher", scope="tensor", **FISHER), by_norm)
-    assert close(merged_by("fisher", **FISHER), by_norm)  # no statistic: this matrix
+    assert close(merged_by("fisher", scope="tensor", **absolute), by_norm)
+    assert close(merged_by("fisher", **absolute), by_norm)  # no statistic: this matrix
 
 
-def test_fisher_norms_of_the_whole_model_are_one_pass():
+def test_fisher_norms_and_means_of_the_whole_model_are_one_pass():
     fisher = METHODS["fisher"]
     matrices = [(W0, W_V, [W_E], FISHER), (W0, W_V, [W_E], FISHER)]
-    norms = fisher.statistic.over(lambda: matrices, fisher.complete({}))
-    assert norms == pytest.approx((2**0.5 * 4.716990566028302, 2**0.5 * 1.9882467150733583))
-    merged = merged_by("fisher", statistic=norms, **FISHER)
-    assert torch.allclose(merged, merged_by("fisher", **FISHER), atol=1e-6)
+    found = fisher.statistic.over(lambda: matrices, fisher.complete({}))
+    norms = 2**0.5 * 4.716990566028302, 2**0.5 * 1.9882467150733583
+    assert found == pytest.approx((*norms, 8.5 / 6, 3.375 / 6))
+    merged = merged_by("fisher", statistic=found, **FISHER)
+    # two equal matrices: the mean stays, the norm and what the floor is beside it do not
+    assert torch.allclose(merged, merged_by("fisher", **FISHER), atol=1e-3)
 
 
 def test_equal_information_gives_the_weighted_mean():

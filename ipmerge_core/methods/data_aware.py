@@ -36,7 +36,16 @@ Normalised: TypeAlias = Annotated[
     Literal["model", "tensor", "none"],
     Range(help="information is divided by its norm over the model, the matrix, or not"),
 ]
-Floor: TypeAlias = Annotated[float, Range(low=0, help="added to the Fisher information")]
+Floor: TypeAlias = Annotated[
+    float, Range(low=0, help="added to the Fisher information, as `floor_is` says; 0 adds nothing")
+]
+FloorIs: TypeAlias = Annotated[
+    Literal["relative", "absolute"],
+    Range(
+        help="the floor is a factor on each model's mean information, or the number itself",
+        before="absolute",
+    ),
+]
 Measured: TypeAlias = Float[Tensor, "..."]  # shapes are compared in `_measured`, in words
 MeasuredList: TypeAlias = Measured | Sequence[Measured]
 FisherInput: TypeAlias = Annotated[Measured | None, Supplied("diagonal of the Fisher information")]
@@ -100,7 +109,8 @@ def _measure_fisher(
     **parameters: Any,  # noqa: ANN401
 ) -> Tensor:
     found = [mllm_fisher, *as_list(math_fisher)]
-    return blockwise_sum(squares, *found).cpu()
+    total = blockwise_sum(_squares_and_sums, *found).cpu()
+    return torch.cat([total, total.new_tensor([mllm_fisher.numel()])])
 
 
 def _combine_fisher(
@@ -108,18 +118,53 @@ def _combine_fisher(
     previous: tuple[float, ...],
     **parameters: Any,  # noqa: ANN401
 ) -> tuple[float, ...]:
-    return tuple(float(square) ** 0.5 for square in total)
+    *found, size = total.tolist()
+    models = len(found) // 2
+    norms = [square**0.5 for square in found[:models]]
+    return (*norms, *(value / size for value in found[models:]))
+
+
+def _squares_and_sums(*information: Tensor) -> Tensor:
+    sums = [F.sum(dtype=torch.float64) for F in information]
+    return torch.cat([squares(*information), torch.stack(sums)])
+
+
+def _is_relative(floor: float, floor_is: str) -> bool:
+    return floor_is == "relative" and floor > 0
+
+
+def _numbers_of_fisher(parameters: Mapping[str, Any]) -> tuple[Literal["norm", "mean"], ...]:
+    relative = _is_relative(parameters["floor"], parameters["floor_is"])
+    return ("norm", "mean") if relative else ("norm",)
+
+
+def _norms_and_means(
+    information: Sequence[Tensor], whole: Sequence[float] | None, *, means: bool
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Norm and mean of every model's information: over the whole model, or over this matrix."""
+    count = len(information)
+    if whole is None:
+        found = blockwise_sum(_squares_and_sums, *information).tolist()
+        size = max(1, information[0].numel())
+        return [square**0.5 for square in found[:count]], [sum_ / size for sum_ in found[count:]]
+    if len(whole) not in ((2 * count,) if means else (count, 2 * count)):
+        raise PlanError(
+            f"Fisher merging got {len(whole)} numbers of the whole models for {count} models; it "
+            f"needs the norm of each model's information, then the mean of each."
+        )
+    return whole[:count], whole[count:]
 
 
 @merge_method(
     label="Fisher merging",
     source="arXiv 2111.09832",
-    formula="W = sum_i c_i (F_i + floor) W_i / sum_i c_i (F_i + floor), elementwise",
+    formula="W = sum_i c_i (F_i + e_i) W_i / sum_i c_i (F_i + e_i), elementwise; "
+    "e_i = floor mean(F_i)",
     several_experts=True,
     unknown="every element moves by what the calibration measured for it",
     anchor="interp",
     vectors=_mean_of_weights,
-    statistic=Statistic(_measure_fisher, _combine_fisher),
+    statistic=Statistic(_measure_fisher, _combine_fisher, calibrated=_numbers_of_fisher),
     data="fisher",
 )
 def fisher(
@@ -128,7 +173,8 @@ def fisher(
     math: Experts,
     *,
     alpha: MllmShare = 0.5,
-    floor: Floor = 1e-6,
+    floor: Floor = 1e-3,
+    floor_is: FloorIs = "relative",
     scope: Normalised = "model",
     mllm_fisher: FisherInput = None,
     math_fisher: FisherInputs = None,
@@ -137,32 +183,37 @@ def fisher(
     """Average every element in proportion to how much each model's likelihood depends on it.
 
     Math:   F_i = mean over samples of (d log p(y | x) / dW)^2, one sample at a time;
-            w_i = c_i (F_i + floor) / (||F_i|| + floor);  W = sum_i w_i W_i / sum_i w_i.
-            c is alpha for the MLLM, the rest shared by the experts. ||F_i|| is the norm over the
-            whole model (`statistic`), over this matrix, or 1 with scope "none".
+            w_i = c_i (F_i + e_i) / (||F_i|| + e_i);  W = sum_i w_i W_i / sum_i w_i.
+            c is alpha for the MLLM, the rest shared by the experts. e_i is floor * mean(F_i), or
+            floor itself where it is absolute. Norm and mean are taken over the calibrated matrices
+            of the whole model (`statistic`), or over this one. With scope "none" the divisor
+            ||F_i|| + e_i is 1 and the mean that of this matrix.
     Shapes: W, F (m, n). Where no model has information the result is the mean weighted by c.
     Raises: PlanError without F, ShapeError for a wrong shape.
     Source: Fisher-weighted averaging, arXiv 2111.09832. The floor is added for every model; the
-            authors' code takes a maximum with it, by default for the first model only.
+            authors' code takes a maximum with it, by default for the first model only, and has
+            1e-6 for it, which in models of billions of weights is thousands of times the mean.
+
+    A relative floor makes the result the same whatever the scale of the information.
     """
     experts = as_list(math)
     label, what = "Fisher merging", "Fisher information"
     found = _measured(label, what, [tuple(mllm.shape)], mllm_fisher, math_fisher, len(experts))
-    norms = [1.0] * len(found)
-    if scope != "none":
-        whole = statistic if scope == "model" else None
-        own = whole or blockwise_sum(squares, *found).sqrt().tolist()
-        norms = [norm + floor for norm in own]
+    relative = _is_relative(floor, floor_is)
+    whole = statistic if scope == "model" else None
+    norms, means = _norms_and_means(found, whole, means=relative)
+    floors = [floor * mean for mean in means] if relative else [floor] * len(found)
+    divisors = [norm + own for norm, own in zip(norms, floors, strict=True)]
+    if scope == "none":
+        divisors = [1.0] * len(found)
     coefficients = shares(alpha, len(experts))
-    gains = [
-        share / norm if norm > 0 else share for share, norm in zip(coefficients, norms, strict=True)
-    ]
+    gains = [c / norm if norm > 0 else c for c, norm in zip(coefficients, divisors, strict=True)]
 
     def average(W_v: Tensor, *rest: Tensor) -> Tensor:
         others, information = rest[: len(experts)], rest[len(experts) :]
         weights = [
-            gain * (F + floor) + _NOTHING * share
-            for gain, share, F in zip(gains, coefficients, information, strict=True)
+            gain * (F + own) + _NOTHING * share
+            for gain, own, share, F in zip(gains, floors, coefficients, information, strict=True)
         ]
         total, change = weights[0].clone(), torch.zeros_like(W_v)
         for weight, W_e in zip(weights[1:], others, strict=True):

@@ -50,7 +50,8 @@ Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
 class Range:
     """Bounds, both included unless `low_open`, and one line of help for a parameter.
 
-    `usual` is where a slider runs, if not over the whole range. Choices have help only.
+    `usual` is where a slider runs, if not over the whole range. Choices have help only. `before`
+    is what plans did that were made when there was no such parameter.
     """
 
     low: float = -math.inf
@@ -58,6 +59,7 @@ class Range:
     help: str = ""
     low_open: bool = False
     usual: tuple[float, float] | None = None
+    before: str | float | None = None
 
     def __contains__(self, value: object) -> bool:
         """Whether a finite number lies inside."""
@@ -287,6 +289,27 @@ class MergeMethod:
         if self.check is not None:
             self.check(complete)
         return complete
+
+    def with_former_defaults(
+        self, parameters: Mapping[str, ParameterValue]
+    ) -> dict[str, ParameterValue]:
+        """Add to the parameters of a file what those that it cannot know of then stood for.
+
+        A plan names all parameters that there were when it was made. One that is missing came
+        later, and what was done before may not be its default.
+        """
+        before = {parameter.name: parameter.bounds.before for parameter in self.parameters}
+        known = {name: value for name, value in before.items() if value is not None}
+        return {**known, **parameters}
+
+    def as_hashed(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
+        """Leave out parameters that came later and say what was done before: hashes stay."""
+        before = {parameter.name: parameter.bounds.before for parameter in self.parameters}
+        return {
+            name: value
+            for name, value in parameters.items()
+            if before[name] is None or value != before[name]
+        }
 
 
 METHODS: dict[str, MergeMethod] = {}

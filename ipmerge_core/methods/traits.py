@@ -99,6 +99,10 @@ class Statistic:
     # analysis holds, and those from each model's own base whatever the anchor.
     of_norms: Callable[[Mapping[str, Any]], bool] = lambda parameters: False
     from_own_base: bool = False
+    # What a calibration supplies in its place: these numbers of what was measured of every model.
+    calibrated: Callable[[Mapping[str, Any]], tuple[Literal["norm", "mean"], ...]] = (
+        lambda parameters: ()
+    )
 
     def over(
         self,
