@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ipmerge_core.errors import PlanError
 
 _FORMAT, VERSION = "ipmerge-pack", 1
+TEMPERATURE = 32.0  # of an analysis where no other is asked for: `similarity.TEMPERATURE`
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape causes
 
 

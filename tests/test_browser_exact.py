@@ -35,10 +35,11 @@ PLANS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["one expert", "two experts"])
+@pytest.fixture(scope="module", params=["one expert", "two experts", "another temperature, rank"])
 def analysed(request: pytest.FixtureRequest, trio: Trio) -> Analysis:
-    experts = [trio.math, trio.math_2] if request.param == "two experts" else [trio.math]
-    return ipm.analyse(ipm.open_pair(trio.mllm, experts, trio.base))
+    experts = [trio.math] if request.param == "one expert" else [trio.math, trio.math_2]
+    options = {"temperature": 8.0, "rank": 5} if "rank" in request.param else {}
+    return ipm.analyse(ipm.open_pair(trio.mllm, experts, trio.base), **options)
 
 
 @pytest.fixture

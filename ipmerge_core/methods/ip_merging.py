@@ -39,14 +39,24 @@ TopK = Annotated[int, Range(low=1, help="directions of the projector top_k")]
 Rank = Annotated[int, Range(low=1, help="singular triplets kept; none: all")] | None
 
 
+# The options of an analysis that each of its directions depends on.
+_MEASURED_WITH = {
+    "sum": ("temperature", "rank"),
+    "max": ("temperature", "rank"),
+    "rescale_only": ("rank",),
+    "select_only": (),
+}
+
+
 def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     """Name the direction an analysis holds; None where these parameters change the direction."""
-    gain = parameters["lambda_"]
-    if parameters["ablation"] != "none":
-        return AffineUpdate(0.0, gain, parameters["ablation"])
-    if parameters["projector"] != "softmax" or parameters["temperature"] != 32.0:
+    ablated = parameters["ablation"] != "none"
+    if not ablated and parameters["projector"] != "softmax":
         return None
-    return AffineUpdate(0.0, gain, parameters["gamma_norm"])
+    direction = parameters["ablation" if ablated else "gamma_norm"]
+    return AffineUpdate(
+        0.0, parameters["lambda_"], direction, measured_with=_MEASURED_WITH[direction]
+    )
 
 
 @merge_method(
@@ -57,6 +67,7 @@ def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     several_experts=True,
     selective=True,
     affine=_affine,
+    from_analysis=("temperature", "rank"),
     matrixwise=True,
 )
 def ip_merging(

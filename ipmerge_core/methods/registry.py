@@ -149,7 +149,9 @@ class MergeMethod:
     `AffineUpdate`, which makes its preview exact, from the parameters and what else is known: the
     `statistic`, the `layer`, the number of `experts`, the `cosine` of the task vectors and their
     `squared_norms`; None where the change is not of that form, and `unknown` says why it is not.
-    `anchor` is what a plan measures changes from unless told otherwise. `statistic` is a first pass
+    `from_analysis` names the parameters that are options of an analysis, too: a plan takes their
+    values from its analysis unless they are given. `anchor` is what a plan measures changes from
+    unless told otherwise. `statistic` is a first pass
     over the whole model, `data` the calibration that it cannot do without, `inputs` the keywords
     that a driver supplies. `matrixwise` methods decompose or iterate on whole matrices, which
     vectors have no use for; all others do a few operations per element. `local` ones look at
@@ -172,6 +174,7 @@ class MergeMethod:
     selective: bool = False
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None
     unknown: str = "its change is not a multiple of a direction that the analysis measured"
+    from_analysis: tuple[str, ...] = ()
     anchor: Anchor = "two_base"
     statistic: Statistic | None = None
     data: Literal["fisher", "gram"] | None = None
