@@ -87,7 +87,7 @@ class MergePlan:
         """SHA-256 of all that decides the merged bytes."""
         fingerprints = [source.fingerprint for source in self.sources.all()]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
-        parameters = dict(sorted(self.parameters.items()))
+        parameters = dict(sorted(find_method(self.method).as_hashed(self.parameters).items()))
         data = [self.calibration.digest] if self.calibration else []
         content: list[Any] = [
             self.method,

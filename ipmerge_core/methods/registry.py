@@ -48,7 +48,9 @@ Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
 class Range:
     """Bounds, both included unless `low_open`, and one line of help for a parameter.
 
-    `usual` is where a slider runs, if not over the whole range. Choices have help only.
+    `usual` is where a slider runs, if not over the whole range. Choices have help only, and where
+    they once were true or false, `former` says which word each of the two has become. `before` is
+    what plans did that were made when there was no such parameter.
     """
 
     low: float = -math.inf
@@ -56,6 +58,8 @@ class Range:
     help: str = ""
     low_open: bool = False
     usual: tuple[float, float] | None = None
+    former: tuple[tuple[bool, str], ...] = ()
+    before: str | float | None = None
 
     def __contains__(self, value: object) -> bool:
         """Whether a finite number lies inside."""
@@ -108,6 +112,11 @@ class Parameter:
     bounds: Range = Range()
     choices: tuple[str, ...] = ()
     optional: bool = False  # None is legal
+
+    def read(self, value: ParameterValue) -> ParameterValue:
+        """Return the word that a true or false of former times stands for, else the value."""
+        words = dict(self.bounds.former)
+        return words.get(value, value) if isinstance(value, bool) else value
 
     def check(self, value: ParameterValue) -> None:
         """Raise PlanError unless `value` is legal for this parameter."""
@@ -274,6 +283,7 @@ class MergeMethod:
                 f"{self.label} has no parameter '{unknown[0]}'. "
                 f"It has: {', '.join(known) or 'none'}."
             )
+        parameters = {name: known[name].read(value) for name, value in parameters.items()}
         for name, value in parameters.items():
             known[name].check(value)
         complete = {name: parameters.get(name, known[name].default) for name in known}
@@ -284,6 +294,23 @@ class MergeMethod:
         if self.check is not None:
             self.check(complete)
         return complete
+
+    def as_hashed(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
+        """Return complete parameters as the first plans wrote them, which keeps their hash.
+
+        Words that were true or false are so again; parameters that came later and say what was
+        done before are left out.
+        """
+        known = {parameter.name: parameter.bounds for parameter in self.parameters}
+        written = {
+            name: {word: old for old, word in known[name].former}.get(str(value), value)
+            for name, value in parameters.items()
+        }
+        return {
+            name: value
+            for name, value in written.items()
+            if known[name].before is None or value != known[name].before
+        }
 
 
 METHODS: dict[str, MergeMethod] = {}
@@ -345,6 +372,7 @@ def _read_parameter(name: str, hint: Any, default: ParameterValue) -> Parameter:
     if get_origin(hint) is Annotated:
         hint, bounds = get_args(hint)
     if get_origin(hint) is Literal:
-        return Parameter(name, "choice", default, bounds, get_args(hint), optional)
+        words = tuple(choice for choice in get_args(hint) if isinstance(choice, str))
+        return Parameter(name, "choice", default, bounds, words, optional)
     kind: Literal["float", "int", "bool"] = hint.__name__
     return Parameter(name, kind, default, bounds, optional=optional)
