@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import ipmerge_core as ipm
 from ipmerge_core import cli, records, similarity
+from ipmerge_core.card import write_card
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS
 from ipmerge_core.pairing import ModelPair
@@ -239,6 +240,13 @@ def test_the_command_line_takes_the_analysis_options_and_says_so(
     assert "of its norm, with the analysis' temperature 8 and rank 4." in capsys.readouterr().out
     assert cli.main(["plan", pack, "--set", "rank=none", "-o", plan]) == 0
     assert "is not previewable: the analysis measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_model_card_says_whether_its_number_is_exact(quick: bool, analysed: Any) -> None:
+    card = write_card(ipm.make_plan(analysed(json.dumps(ANALYSES[-1] if quick else {}))))
+    assert "The decoder changed by" in card
+    assert ("(approximate: the analysis was a quick one" in card) == quick
 
 
 def test_the_usual_temperature_is_one_number() -> None:
