@@ -77,4 +77,5 @@ def _geometry(plan: MergePlan) -> list[str]:
         preview = plan.preview()
     except PlanError:  # no analysis, or a change that is not affine: nothing exact to say
         return []
-    return [f"The decoder changed by {preview.relative_change:.3%} of its weights' norm."]
+    loose = f" (approximate: {preview.approximate})" if preview.approximate else ""
+    return [f"The decoder changed by {preview.relative_change:.3%} of its weights' norm{loose}."]

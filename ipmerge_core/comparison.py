@@ -158,8 +158,9 @@ def _expert(mllm: _Side, math: _Side, options: Options) -> _Expert:
     return _Expert(
         through=kept @ mllm.spectrum.Vh[: len(angles)].T,
         strengths={
-            norm: rho * sim.importance(angles, options.temperature, norm).double().square()
+            norm: rho * sim.strengths(gamma.double(), mllm.spectrum)
             for norm in GAMMA_NORMS
+            for gamma in [sim.importance(angles, options.temperature, norm)]
         },
         unprojected={"rescale_only": rho * kept, "select_only": math.task_vector},
     )

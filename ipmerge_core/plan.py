@@ -23,7 +23,15 @@ from ipmerge_core.measurements import Measurements
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.traits import AffineUpdate, Anchor, ParameterValue
 from ipmerge_core.pairing import MatrixMatch, ModelPair, open_pair
-from ipmerge_core.preview import Decision, Preview, known_statistic, known_update, preview
+from ipmerge_core.preview import (
+    Decision,
+    Preview,
+    as_measured,
+    checked_options,
+    known_statistic,
+    known_update,
+    preview,
+)
 from ipmerge_core.records import Analysis, LayerRecord, Sources, Totals
 from ipmerge_core.scope import (
     Embeddings,
@@ -72,7 +80,7 @@ class MergePlan:
     tokens: SharedTokens | None = None  # rows of embeddings and head that merge too
     anchor: Anchor = "two_base"  # what changes are measured from
     statistic: tuple[float, ...] | None = None  # of the whole model, where it is known already
-    approximate: str = ""  # why the records are not exact, where they are not
+    analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, where known
 
     @cached_property
     def digest(self) -> str:
@@ -146,18 +154,17 @@ class MergePlan:
         return spread(self.layer_gains, {decision.layer for decision in self.decisions})
 
     def _update_of(self, decision: Decision, records: Sequence[LayerRecord]) -> AffineUpdate:
+        method, parameters = find_method(self.method), self.parameters_for(decision.layer)
         found = known_update(
-            find_method(self.method),
-            self.parameters_for(decision.layer),
+            method,
+            parameters,
             self.anchor,
             self.statistic,
             decision.layer,
             records,
             own_base=self.sources.base_mllm is not None,
         )
-        if found.direction == "select_only":  # exact in every analysis: no direction takes part
-            return found
-        return found._replace(approximate=found.approximate or self.approximate)
+        return as_measured(method, found, parameters, self.analysed, records[0].shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan's JSON content."""
@@ -217,7 +224,7 @@ class MergePlan:
             tokens=SharedTokens(**tokens) if (tokens := content.get("tokens")) else None,
             anchor=check_policy("anchor", content.get("anchor", "two_base"), Anchor),
             statistic=tuple(found) if (found := content.get("statistic")) else None,
-            approximate=content.get("approximate", ""),
+            analysed=checked_options(method, made) if (made := content.get("analysed")) else None,
         )
         if plan.hash != content["hash"]:
             raise ValueError(f"its hash is {plan.hash} and the file says {content['hash']}")
@@ -262,15 +269,15 @@ def make_plan(
             "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
             B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is
             the method's own: inject for plain sums, see `choose_anchor`.
-        **parameters: the method's own parameters; the rest take their defaults.
+        **parameters: the method's own; else the analysis' (temperature, rank), or the defaults.
 
     Raises:
         PlanError: a value is out of range, a name unknown, or the source does not suffice.
         CheckpointError, PairingError: no finished calibration there, or one of other models.
     """
-    chosen = find_method(method)
-    overrides = dict(overrides or {})
-    complete = chosen.complete(_with_lambda(chosen, lambda_, parameters))
+    chosen, overrides = find_method(method), dict(overrides or {})
+    analysed = checked_options(chosen, source.parameters if isinstance(source, Analysis) else {})
+    complete = _complete(chosen, {"lambda_": lambda_, **parameters}, analysed)
     check_choice(similarity_threshold, similarity, overrides)
     _check_source(chosen, source)
     scope = Scope.of(overrides, include, exclude)
@@ -302,22 +309,26 @@ def make_plan(
         tokens=_share_tokens(source, embeddings),
         anchor=choose_anchor(chosen, anchor, complete),
         statistic=known_statistic(chosen, complete, records, decisions),
-        approximate=_looseness(chosen, complete, source),
+        analysed=analysed or None,
     )
 
 
-def _with_lambda(
-    method: MergeMethod, lambda_: float, parameters: Mapping[str, ParameterValue]
+def _complete(
+    method: MergeMethod, given: Mapping[str, ParameterValue], analysed: Mapping[str, ParameterValue]
 ) -> dict[str, ParameterValue]:
+    """Return the method's parameters: as given, as analysed, else the defaults."""
     names = [parameter.name for parameter in method.parameters]
+    taken = {name: analysed[name] for name in method.from_analysis if name in analysed}
     if "lambda_" in names:
-        return {**parameters, "lambda_": lambda_}
-    if lambda_ != 1.0:
+        return method.complete({**taken, **given})
+    if given["lambda_"] != 1.0:
         raise PlanError(
-            f"{method.label} has no lambda (got {lambda_!r}). Its parameters are: "
+            f"{method.label} has no lambda (got {given['lambda_']!r}). Its parameters are: "
             f"{', '.join(names) or 'none'}."
         )
-    return dict(parameters)
+    return method.complete(
+        taken | {name: value for name, value in given.items() if name != "lambda_"}
+    )
 
 
 def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
@@ -385,20 +396,6 @@ def _open_calibration(
     found = Measurements.open(folder)
     found.check([sources.mllm, *sources.math], method.data)
     return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
-
-
-def _looseness(
-    method: MergeMethod, parameters: Mapping[str, ParameterValue], source: Analysis | ModelPair
-) -> str:
-    """Say what makes an analysis inexact for the method's directions."""
-    if isinstance(source, ModelPair) or not method.selective:
-        return ""
-    if source.approximate:
-        return "the analysis was a quick one, from the leading directions only"
-    kept = source.parameters.get("rank")
-    if kept != parameters.get("rank"):
-        return f"the analysis kept {kept or 'all'} directions of each task vector"
-    return ""
 
 
 def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]) -> None:

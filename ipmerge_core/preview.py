@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.traits import AffineUpdate, Anchor, ParameterValue
 from ipmerge_core.records import LayerRecord, Totals
+
+_QUICK = "the analysis was a quick one, from the leading directions only"
+_UNSAID = "the plan does not say how its analysis was made; make it again for an exact preview"
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,68 @@ def known_update(
             method, f"the analysis did not measure the changes that the anchor {anchor} is about"
         )
     return moved
+
+
+def checked_options(method: MergeMethod, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of an analysis, checked where the method depends on them.
+
+    Raises: PlanError for a value that the method could not compute with.
+    """
+    for parameter in method.parameters:
+        if parameter.name in method.from_analysis and parameter.name in options:
+            parameter.check(options[parameter.name])
+    return dict(options)
+
+
+def as_measured(
+    method: MergeMethod,
+    update: AffineUpdate,
+    parameters: Mapping[str, ParameterValue],
+    analysed: Mapping[str, ParameterValue] | None,
+    shape: tuple[int, int],
+) -> AffineUpdate:
+    """Return the update, marked as approximate where the analysis was not exact.
+
+    Args:
+        method: whose update it is.
+        update: the change of one matrix.
+        parameters: of the method.
+        analysed: the options that the analysis was made with; None where the plan does not say.
+        shape: of the matrix.
+
+    Raises: PlanError where the analysis measured the direction with other options.
+    """
+    if not update.measured_with:
+        return update
+    if analysed is None:
+        return update._replace(approximate=_UNSAID)
+    defaults = {parameter.name: parameter.default for parameter in method.parameters}
+    for name in update.measured_with:
+        there, here = analysed.get(name, defaults[name]), parameters[name]
+        if _effective(name, there, shape) != _effective(name, here, shape):
+            raise _unknown(
+                method,
+                f"the analysis measured its updates with {name} {shown(there)} and the plan has "
+                f"{name} {shown(here)}. Leave {name} out of the plan to take the analysis', or "
+                f"analyse the pair with {name} {shown(here)}",
+            )
+    return update._replace(approximate=_QUICK) if analysed.get("quick") else update
+
+
+def _effective(name: str, value: ParameterValue, shape: tuple[int, int]) -> ParameterValue:
+    """The value as one matrix sees it: a rank is at most all of its directions."""
+    if name != "rank":
+        return value
+    return min(shape) if value is None else min(int(value), *shape)
+
+
+def shown(value: ParameterValue) -> str:
+    """Write a parameter's value as --set takes it.
+
+    >>> shown(8.0), shown(None), shown("sum")
+    ('8', 'none', 'sum')
+    """
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def _unknown(method: MergeMethod, reason: str) -> PlanError:

@@ -105,7 +105,10 @@ def _write_elementwise(plan: MergePlan) -> dict[str, Any]:
 
 def _switches(plan: MergePlan) -> dict[str, Any]:
     p = plan.parameters
-    switches: dict[str, Any] = {"normalize": p.get("normalize", False) and p.get("elect", True)}
+    divides = p.get("elect", True) and p.get("normalize", "none") != "none"
+    if divides:  # by weights; mergekit cannot count
+        _refuse_unless(plan, normalize="weights")
+    switches: dict[str, Any] = {"normalize": divides}
     if "scale" in p:
         switches["lambda"] = _limited(p["scale"], 1.0)
     if "rescale" in p:

@@ -19,6 +19,7 @@ from ipmerge_core.errors import PlanError
 
 _FORMAT, VERSION = "ipmerge-pack", 2
 _FIRST = 1  # packs in which every direction took part, whether it exists or not
+TEMPERATURE = 32.0  # of an analysis where no other is asked for: `similarity.TEMPERATURE`
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape causes
 
 

@@ -145,6 +145,11 @@ def top_k_importance(angles: Float[Tensor, " r"], k: int) -> Float[Tensor, " r"]
     return (torch.arange(len(angles), device=angles.device) < k).to(angles.dtype)
 
 
+def strengths(gamma: Float[Tensor, " r"], mllm: Spectrum) -> Float[Tensor, " r"]:
+    """Return diag(gamma^2) of the projector: 0 where dV is zero, a direction that is arbitrary."""
+    return gamma.square() * _is_meant(mllm)[: len(gamma)]
+
+
 @dataclass(frozen=True)
 class Update:
     """A matrix kept as the product of two thin factors, P = left @ right.
@@ -201,7 +206,7 @@ def update_factors(
     """
     _check_matrix(math_task_vector, mllm)
     dM = as_float(math_task_vector)
-    strength = gamma.to(dM).square() * _is_meant(mllm)[: len(gamma)]
+    strength = strengths(gamma.to(dM), mllm)
     order = torch.argsort(strength, descending=True, stable=True)
     size = float(dM.double().norm())
     kept = 0

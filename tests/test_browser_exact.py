@@ -35,15 +35,16 @@ PLANS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["one expert", "two experts"])
+@pytest.fixture(scope="module", params=["one expert", "two experts", "another temperature, rank"])
 def analysed(request: pytest.FixtureRequest, trio: Trio) -> Analysis:
-    experts = [trio.math, trio.math_2] if request.param == "two experts" else [trio.math]
-    return ipm.analyse(ipm.open_pair(trio.mllm, experts, trio.base))
+    experts = [trio.math] if request.param == "one expert" else [trio.math, trio.math_2]
+    options = {"temperature": 8.0, "rank": 5} if "rank" in request.param else {}
+    return ipm.analyse(ipm.open_pair(trio.mllm, experts, trio.base), **options)
 
 
 @pytest.fixture
-def seen(new_page: Callable[..., Page], analysed: Analysis, tmp_path: Path) -> list[dict[str, Any]]:
-    """What the component itself previews for the plans, from the report's file."""
+def page(new_page: Callable[..., Page], analysed: Analysis, tmp_path: Path) -> Page:
+    """The component in the report's file."""
     content = {
         "id": "real",
         "pack": analysed.to_dict(),
@@ -54,6 +55,12 @@ def seen(new_page: Callable[..., Page], analysed: Analysis, tmp_path: Path) -> l
     path.write_text(report(json.loads(json.dumps(content))), encoding="utf-8")
     page = new_page()
     page.goto(path.as_uri())
+    return page
+
+
+@pytest.fixture
+def seen(page: Page) -> list[dict[str, Any]]:
+    """What the component itself previews for the plans."""
     return page.evaluate(
         "plans => { const { pack } = document.getElementById('ipmerge').ipmerge;"
         " return plans.map((plan) => window.ipmergePreview(pack, plan)); }",
@@ -81,6 +88,17 @@ def test_the_browser_previews_what_python_previews_and_what_a_merge_does(
         assert browser["keep"] == pytest.approx(measured["keep"], rel=1e-4)
         layers = {int(layer): change for layer, change in browser["layer_change"].items()}
         assert layers == pytest.approx(measured["layers"], rel=1e-4)
+
+
+def test_what_is_taken_away_says_how_the_pair_was_analysed(page: Page, analysed: Analysis):
+    saved = {}
+    for kind in ("json", "svg"):
+        with page.expect_download() as download:
+            page.locator(f"[data-act={kind}]").click()
+        saved[kind] = Path(download.value.path()).read_text(encoding="utf-8")
+    assert json.loads(saved["json"])["pair"]["parameters"] == analysed.parameters
+    unusual = analysed.parameters["rank"] is not None
+    assert (", rank 5, temperature 8. Geometry, not accuracy." in saved["svg"]) == unusual
 
 
 def measure(

@@ -90,6 +90,19 @@ def test_plan_takes_a_methods_own_parameters(pack: str, tmp_path: Path) -> None:
     assert parameters["rank"] is None
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("count", "count"), ("none", "none"), ("true", "weights"), ("False", "none")],
+)
+def test_plan_takes_words_and_what_they_were(
+    text: str, read: str, pack: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    arguments = ["plan", pack, "--method", "ties", "--set", f"normalize={text}", "-o", str(path)]
+    assert cli.main(arguments) == 0
+    assert json.loads(path.read_text())["parameters"]["normalize"] == read
+
+
 def test_plan_forces_single_matrices(pack: str, tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     path = tmp_path / "p.json"

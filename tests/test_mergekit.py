@@ -1,4 +1,4 @@
-"""Every method that mergekit has, against what mergekit 0.1.5 made of the same models.
+"""Every method that mergekit has, too, against what mergekit 0.1.5 made of the same models.
 
 Its results lie in `mergekit.safetensors`, recorded by `benchmarks/compare_mergekit.py`, whose pins
 do not agree with ours. Where a mergekit is at hand (IPMERGE_MERGEKIT names its `mergekit-yaml`, or

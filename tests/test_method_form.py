@@ -60,7 +60,7 @@ def test_every_parameter_of_every_method_has_a_field_with_its_default_and_help()
         ("ties", "density", gr.Slider),
         ("ties", "mllm_weight", gr.Slider),
         ("ties", "math_density", gr.Textbox),
-        ("ties", "normalize", gr.Checkbox),
+        ("ties", "normalize", gr.Dropdown),
         ("ties", "election", gr.Dropdown),
         ("wudi", "iterations", gr.Number),
         ("wudi", "learning_rate", gr.Number),
@@ -83,13 +83,13 @@ def test_the_default_is_the_plan_from_explore() -> None:
 
 def test_values_become_the_plans_parameters_and_defaults_fill_the_rest() -> None:
     chosen = MethodChoice("ties")
-    values = (("density", 0.4), ("normalize", True), ("math_weight", 1), ("math_density", "0.5"))
+    values = (("density", 0.4), ("normalize", "count"), ("math_weight", 1), ("math_density", "0.5"))
     for name, value in values:
         chosen = with_value(name, "ties", chosen, value)
     plan = chosen_plan(DEMO, PlanChoice(), chosen)
     assert plan.method == "ties"
     assert dict(plan.parameters) == METHODS["ties"].complete(
-        {"density": 0.4, "normalize": True, "math_weight": 1.0, "math_density": 0.5}
+        {"density": 0.4, "normalize": "count", "math_weight": 1.0, "math_density": 0.5}
     )
     assert len(plan.selected) == len(plan.decisions)
 

@@ -236,19 +236,21 @@ def test_iso_c_matches_its_definition_in_float64(shape, experts):
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
 @pytest.mark.parametrize("experts", [1, 2])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_knots_matches_its_definition_in_float64(shape, experts, normalize):
+@pytest.mark.parametrize("normalize", [True, False, "count"])
+@pytest.mark.parametrize("trim", ["exact", "official"])
+def test_knots_matches_its_definition_in_float64(shape, experts, normalize, trim):
     generator = torch.Generator().manual_seed(6)
     base, *taus = torch.randn(2 + experts, *shape, generator=generator, dtype=torch.float64)
     choice = {"density": 0.3, "scale": 0.7, "math_weight": 0.5, "normalize": normalize}
-    merged = METHODS["knots_ties"](base, base + taus[0], [base + t for t in taus[1:]], **choice)
+    models = base, base + taus[0], [base + t for t in taus[1:]]
+    merged = METHODS["knots_ties"](*models, trim=trim, **choice)
     U, S, Vh = torch.linalg.svd(torch.cat(taus, dim=1), full_matrices=False)
     kept = 1e-5 * S[0] < S
     parts = []
     for P in (S[kept, None] * Vh[kept]).split(shape[1], dim=1):
         order = P.abs().flatten().argsort(descending=True, stable=True)
         trimmed = torch.zeros(P.numel(), dtype=torch.float64)
-        most = order[: int(0.3 * P.numel())]
+        most = order[: int(0.3 * P.numel()) + (trim == "official")]
         trimmed[most] = P.flatten()[most]
         parts.append(trimmed.view(P.shape))
     elected = sum(parts).sign()
@@ -256,7 +258,7 @@ def test_knots_matches_its_definition_in_float64(shape, experts, normalize):
     for weight, part in zip([1.0] + [0.5] * experts, parts, strict=True):
         agrees = (part.sign() == elected) & (part != 0)
         top += weight * part * agrees
-        bottom += weight * agrees
+        bottom += (1 if normalize == "count" else weight) * agrees
     delta = top / bottom.where(bottom > 0, 1) if normalize else top
     assert torch.allclose(merged, base + 0.7 * U[:, kept] @ delta, atol=1e-8)
 

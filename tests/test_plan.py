@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Trio
@@ -179,6 +181,60 @@ def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
         MergePlan.load(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="Cannot read the plan"):
         MergePlan.load(tmp_path / "nowhere.json")
+
+
+# --- plans of earlier versions ---
+
+
+def as_it_was(plan: MergePlan) -> dict[str, Any]:
+    """A plan's file of the time when normalize was true or false and methods had fewer options."""
+    content = json.loads(json.dumps(plan.to_dict()))
+    parameters = content["parameters"]
+    if "normalize" in parameters:
+        parameters["normalize"] = parameters["normalize"] == "weights"
+    for method, later in (("dare_ties", "election"), ("della", "election"), ("knots_ties", "trim")):
+        if plan.method == method:
+            del parameters[later]
+    fingerprints = [source.fingerprint for source in plan.sources.all()]
+    chosen = [[d.name, list(d.experts)] for d in plan.decisions if d.experts]
+    hashed: list[Any] = [plan.method, dict(sorted(parameters.items())), [], chosen, fingerprints]
+    if plan.anchor != "two_base":
+        hashed.append(plan.anchor)
+    return {**content, "hash": hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:8]}
+
+
+@pytest.mark.parametrize(
+    ("method", "choice"),
+    [
+        ("ip_merging", {"gamma_norm": "max"}),
+        ("task_arithmetic", {}),
+        ("ties", {}),
+        ("ties", {"normalize": "weights", "election": "majority", "trim": "official"}),
+        ("dare_ties", {"normalize": "weights"}),
+        ("dare_ties", {"normalize": "none"}),
+        ("della", {}),
+        ("della", {"normalize": "none", "elect": False}),
+        ("knots_ties", {}),
+    ],
+)
+def test_a_plan_of_an_earlier_version_opens_and_merges_the_same(
+    method: str, choice: dict[str, Any], analysis: Analysis, tmp_path: Path
+) -> None:
+    plan = ipm.make_plan(analysis, method, **choice)
+    (tmp_path / "plan.json").write_text(json.dumps(as_it_was(plan)))
+    old = MergePlan.load(tmp_path / "plan.json")
+    assert old.digest == plan.digest
+    assert old == plan
+
+
+def test_what_is_new_in_a_plan_is_in_its_hash(analysis: Analysis) -> None:
+    choices: list[dict[str, Any]] = [
+        {}, {"normalize": "weights"}, {"normalize": "count"}, {"election": "majority"},
+        {"election": "unweighted"},
+    ]  # fmt: skip
+    plans = [ipm.make_plan(analysis, "dare_ties", **choice) for choice in choices]
+    assert len({plan.digest for plan in plans}) == len(plans)
+    assert plans[1].digest == ipm.make_plan(analysis, "dare_ties", normalize=True).digest
 
 
 # --- scopes ---

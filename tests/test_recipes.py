@@ -23,6 +23,8 @@ CHOICES: list[dict[str, Any]] = [
     {"method": "breadcrumbs", "density": 0.8, "gamma": 0.05},
     {"method": "breadcrumbs", "mllm_density": 1.0, "math_density": 0.8},
     {"method": "della", "density": 0.6, "epsilon": 0.1, "rescale": "l1", "elect": False},
+    {"method": "della", "density": 0.6, "rescale": "l1", "normalize": "none"},
+    {"method": "dare_ties", "density": 0.6, "rescale": "l1", "normalize": "weights"},
     {"method": "linear", "alpha": 0.75},
     {"method": "slerp", "t": 0.25},
     {"method": "slerp", "t": 1.0, "layer_gains": (0.0, 0.5)},
@@ -123,16 +125,16 @@ def test_a_recipe_from_mergekits_own_pages_is_understood() -> None:
     )
     assert (recipe.mllm, recipe.math, recipe.base) == ("org/host", ["org/math"], "org/base")
     assert recipe.arguments["math_density"] == 0.3
-    assert recipe.arguments["normalize"] is True
+    assert recipe.arguments["normalize"] == "weights"
 
 
 def test_where_a_recipe_is_silent_mergekits_defaults_hold() -> None:
     ties = imported("ties")
-    assert (ties["normalize"], ties["density"], ties["scale"]) == (True, 1.0, 1.0)
+    assert (ties["normalize"], ties["density"], ties["scale"]) == ("weights", 1.0, 1.0)
     della = imported("della")
     assert (della["rescale"], della["epsilon"], della["elect"]) == ("l1", 0.15, True)
     assert imported("dare_linear")["rescale"] == "l1"
-    assert imported("dare_ties")["normalize"] is False
+    assert imported("dare_ties")["normalize"] == "none"
     assert imported("breadcrumbs")["gamma"] == 0.01
     assert imported("della_linear", more="rescale: false")["elect"] is False
 
@@ -168,6 +170,15 @@ def test_slerp_starts_at_its_base_model_wherever_it_stands() -> None:
         ({"method": "task_arithmetic", "exclude": "mlp"}, "keeps 9 matrices"),
         ({"method": "dare_linear"}, "rescales by 1 / density here"),
         ({"method": "ties", "scope": "model"}, "has no scope=model"),
+        ({"method": "ties", "normalize": "count"}, "ties has no normalize=count"),
+        (
+            {"method": "dare_ties", "rescale": "l1", "election": "unweighted"},
+            "dare_ties has no election=unweighted. Plan with election=weighted",
+        ),
+        (
+            {"method": "della", "rescale": "l1", "normalize": "count"},
+            "della has no normalize=count. Plan with normalize=weights",
+        ),
         ({"method": "sce", "math_weight": 0.5}, "has no math_weight=0.5"),
         ({"method": "karcher", "alpha": 0.9}, "Plan with alpha=its default"),
         ({"method": "nuslerp", "layer_gains": (0.0, 1.0)}, "no t to grade"),

@@ -88,6 +88,7 @@ def test_the_json_holds_the_arguments_of_make_plan(choice: PlanChoice):
     assert content["arguments"] == choice.arguments
     assert content["plan"] == choice.to_browser()
     assert content["pair"]["id"] == "pack"
+    assert content["pair"]["parameters"] == load_pack("pack")["parameters"]
 
 
 def test_the_bibtex_names_the_authors_and_the_models_on_the_hub_but_no_local_folder():

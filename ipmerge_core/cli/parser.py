@@ -7,6 +7,7 @@ from typing import Any
 
 from ipmerge_core.cli import commands
 from ipmerge_core.options import OPTIONS
+from ipmerge_core.records import TEMPERATURE
 from ipmerge_core.version import __version__
 
 
@@ -36,7 +37,9 @@ def _analyse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="PACK", help="pack.json.gz")
     _add_device(parser)
     parser.add_argument("--rank", type=int, help="keep only the leading singular triplets")
-    parser.add_argument("--temperature", type=float, default=32.0, help="of the direction weights")
+    parser.add_argument(
+        "--temperature", type=float, default=TEMPERATURE, help="of the direction weights"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="approximate, from the leading directions only"
     )

@@ -42,7 +42,19 @@ def plan_sentence(plan: MergePlan) -> str:
         return f"{chosen}.{beside} {preview['preview']}"
     loose = f" (approximate: {preview['approximate']})" if preview["approximate"] else ""
     change = f"the decoder changes by {preview['relative_change']:.3%} of its norm{loose}"
-    return f"{chosen}, {change}.{beside}"
+    return f"{chosen}, {change}{_taken(plan)}.{beside}"
+
+
+def _taken(plan: MergePlan) -> str:
+    """Name the parameters that the plan took from its analysis and that are not the defaults."""
+    from ipmerge_core.methods import find_method
+    from ipmerge_core.preview import shown
+
+    method, values, analysed = find_method(plan.method), plan.parameters, plan.analysed or {}
+    defaults = {parameter.name: parameter.default for parameter in method.parameters}
+    names = [name for name in method.from_analysis if values[name] == analysed.get(name)]
+    words = [f"{name} {shown(values[name])}" for name in names if values[name] != defaults[name]]
+    return f", with the analysis' {' and '.join(words)}" if words else ""
 
 
 def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  # noqa: ANN401

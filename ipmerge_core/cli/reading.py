@@ -52,10 +52,12 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
+    if text.lower() in ("true", "false"):  # of choices, too: some once were
+        return text.lower() == "true"
     if kind == "choice":
         return text
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
+    if text.lower() == "none":
+        return None
     try:
         return int(text) if kind == "int" else float(text)
     except ValueError:

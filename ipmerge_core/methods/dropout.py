@@ -9,7 +9,7 @@ what is kept at a density is kept at every higher one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -22,10 +22,13 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import TaskVectors, blockwise_sum, result_dtype
 from ipmerge_core.methods.election import (
     UNREAD,
+    Elections,
+    LaterElection,
     Normalize,
     OwnDensity,
     agreeing_sum_,
     densities_of,
+    sign_of_ties,
 )
 from ipmerge_core.methods.elementwise import as_list, merge_cut, weighted_sum_
 from ipmerge_core.methods.registry import (
@@ -124,10 +127,16 @@ class Drop:
             self._chance = keep_chances(columns, density, window, dtype).to(tuned.device)
         self._bound = bound_of(self._chance)
         self.ratio = 1.0
-        self._generator = generator_for(*key)
+        self._key, self._generator = key, generator_for(*key)
         if rescale == "l1" and density < 1:
             self.ratio = self._l1_ratio(base, tuned)
             self._generator = generator_for(*key)
+
+    def __copy__(self) -> Drop:
+        """A copy begins with the first row again."""
+        fresh = object.__new__(Drop)
+        fresh.__dict__.update(self.__dict__, _generator=generator_for(*self._key))
+        return fresh
 
     def __call__(self, block: Tensor) -> Tensor:
         """Drop in the next block, in place."""
@@ -178,7 +187,7 @@ def _merge_dropped(
     densities: tuple[float, float | None, float | None],
     rescale: Rescale,
     key: tuple[int, str],
-    add: Callable[..., Tensor],
+    vote: tuple[Normalize, Elections] | None = None,
     *,
     window: float = 0.0,
     scale: float = 1.0,
@@ -186,7 +195,8 @@ def _merge_dropped(
     """Drop in every task vector, then add what is left.
 
     The weights are the MLLM's and the experts', the densities the shared one and their own; the
-    random numbers are keyed by (seed, tensor name) and the model's role.
+    random numbers are keyed by (seed, tensor name) and the model's role. A vote is how what agrees
+    is normalized, and the kind of election; without one everything is added.
     """
     experts = len(tuned) - 1
     drops = [
@@ -196,7 +206,12 @@ def _merge_dropped(
         )
     ]
     each = [weights[0]] + [weights[1]] * experts
-    return merge_cut(base, tuned, drops, partial(add, weights=each), scale)
+    add = partial(weighted_sum_, weights=each)
+    if vote is not None:
+        normalize, election = vote
+        tied = sign_of_ties(election, base, tuned, drops)
+        add = partial(agreeing_sum_, weights=each, normalize=normalize, default_sign=tied)
+    return merge_cut(base, tuned, drops, add, scale)
 
 
 def _own(parameters: Mapping[str, Any]) -> list[float]:
@@ -260,7 +275,7 @@ def dare_linear(
     tuned = [mllm, *as_list(math)]
     weights, densities = (mllm_weight, math_weight), (density, mllm_density, math_density)
     key = (seed, tensor_name)
-    return _merge_dropped(base, tuned, weights, densities, rescale, key, weighted_sum_)
+    return _merge_dropped(base, tuned, weights, densities, rescale, key)
 
 
 @merge_method(
@@ -281,20 +296,23 @@ def dare_ties(
     mllm_density: OwnDensity = None,
     math_density: OwnDensity = None,
     rescale: Rescale = "inverse_density",
-    normalize: Normalize = False,
+    normalize: Normalize = "none",
+    election: LaterElection = "weighted",
     seed: Seed = 0,
     tensor_name: TensorName = "",
 ) -> Matrix:
     """Keep elements at random, rescale, elect a sign per element, add what agrees with it.
 
-    Math:   as `dare_linear`, with the weighted sign election of `ties` in place of the sum.
+    Math:   as `dare_linear`, with the sign election of `ties` in place of the sum.
     Shapes: all (m, n).
-    Source: DARE, arXiv 2311.03099; the election of TIES without its trim, as in mergekit.
+    Source: DARE, arXiv 2311.03099; the election of TIES without its trim, as in mergekit. PEFT:
+            normalize "count", election "unweighted"; the code of BR2V, arXiv 2505.05464, the same
+            with rescale "none".
     """
     tuned = [mllm, *as_list(math)]
     weights, densities = (mllm_weight, math_weight), (density, mllm_density, math_density)
-    key, elect = (seed, tensor_name), partial(agreeing_sum_, normalize=normalize)
-    return _merge_dropped(base, tuned, weights, densities, rescale, key, elect)
+    key, vote = (seed, tensor_name), (normalize, election)
+    return _merge_dropped(base, tuned, weights, densities, rescale, key, vote)
 
 
 def _check_window(parameters: Mapping[str, Any]) -> None:
@@ -332,7 +350,8 @@ def della(
     epsilon: Window = 0.15,
     rescale: Rescale = "inverse_density",
     elect: Elect = True,
-    normalize: Normalize = True,
+    normalize: Normalize = "weights",
+    election: LaterElection = "weighted",
     scale: Gain = 1.1,
     seed: Seed = 0,
     tensor_name: TensorName = "",
@@ -350,9 +369,9 @@ def della(
     tuned = [mllm, *as_list(math)]
     weights, densities = (mllm_weight, math_weight), (density, mllm_density, math_density)
     key = (seed, tensor_name)
-    add = partial(agreeing_sum_, normalize=normalize) if elect else weighted_sum_
+    vote = (normalize, election) if elect else None
     return _merge_dropped(
-        base, tuned, weights, densities, rescale, key, add, window=epsilon, scale=scale
+        base, tuned, weights, densities, rescale, key, vote, window=epsilon, scale=scale
     )
 
 

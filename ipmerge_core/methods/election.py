@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, TypeAlias, cast
 
@@ -51,21 +52,30 @@ from ipmerge_core.methods.selection import (
 from ipmerge_core.methods.traits import Matrix, ParameterValue, Statistic
 
 UNREAD = "which elements are kept is known only when the weights are read"
+_FORMER = ((False, "none"), (True, "weights"))  # what plans said before there was "count"
 Normalize: TypeAlias = Annotated[
-    bool,
-    Range(help="divide by the weights of what agrees: only math_weight / mllm_weight matters then"),
+    Literal["none", "weights", "count", False, True],
+    Range(
+        help="divide by the weights of the models that agree (only math_weight / mllm_weight "
+        "matters then), or by how many they are",
+        former=_FORMER,
+    ),
 ]
 OwnDensity: TypeAlias = (
     Annotated[float, Range(low=0, high=1, low_open=True, help="in place of the shared density")]
     | None
 )
-Election: TypeAlias = Annotated[
-    Literal["weighted", "majority"],
-    Range(help="signs are elected by weighted sum, or unweighted as in the paper"),
-]
-TrimKind: TypeAlias = Annotated[
-    Literal["exact", "official"], Range(help="official keeps one element more, as the paper's code")
-]
+Elections: TypeAlias = Literal["weighted", "majority", "unweighted"]
+_ELECTION = Range(
+    help="signs are elected by weighted sum, or unweighted; an element without one gets the "
+    "majority sign of the matrix, as in the paper, else +"
+)
+Election: TypeAlias = Annotated[Elections, _ELECTION]
+LaterElection: TypeAlias = Annotated[Elections, replace(_ELECTION, before="weighted")]
+TrimKinds: TypeAlias = Literal["exact", "official"]
+_TRIM = Range(help="official keeps one element more, as the paper's code")
+TrimKind: TypeAlias = Annotated[TrimKinds, _TRIM]
+LaterTrimKind: TypeAlias = Annotated[TrimKinds, replace(_TRIM, before="exact")]
 Whole: TypeAlias = Annotated[
     Literal["tensor", "model"], Range(help="one threshold per matrix, or one for the whole model")
 ]
@@ -76,15 +86,15 @@ def agreeing_sum_(
     vectors: Sequence[Tensor],
     weights: Sequence[float],
     *,
-    normalize: bool = False,
+    normalize: Normalize = "none",
     default_sign: float | None = None,
     least_weight: float = 0.0,
 ) -> Tensor:
     """Add the weighted task vectors whose sign is the elected one, elementwise; overwrites them.
 
     Math:   d_i = w_i tau_i;  g = sign(sum_i d_i), zero counting as positive (weighted), or
-            g = sign(sum_i tau_i), zero counting as `default_sign` (majority, if that is given);
-            N = sum of the d_i of sign g;  divided by the sum of their w_i if `normalize`.
+            g = sign(sum_i tau_i), zero counting as `default_sign` (unweighted, if that is given);
+            N = sum of the d_i of sign g;  divided by the sum of their w_i, or by their number.
     """
     # Arithmetic in place on whole blocks: several times faster than masks and `where` on a CPU.
     factors = list(weights)
@@ -96,7 +106,9 @@ def agreeing_sum_(
     elected = _signs_(_sum(vectors), 1.0 if default_sign is None else default_sign)
     for vector in vectors:
         vector.mul_(elected).relu_()
-    share = _agreeing_weight(vectors, weights, least_weight) if normalize else None
+    kind = dict(_FORMER).get(normalize, normalize) if isinstance(normalize, bool) else normalize
+    counted = [1.0] * len(vectors) if kind == "count" else weights
+    share = None if kind == "none" else _agreeing_weight(vectors, counted, least_weight)
     total = weighted_sum_(vectors, factors).mul_(elected)
     return total if share is None else total.div_(share)
 
@@ -129,6 +141,18 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 def votes(*vectors: Tensor) -> Tensor:
     """Sum of all elementwise signs of sum_i tau_i, over a block."""
     return _sum(vectors).sign_().sum(dtype=torch.float64)
+
+
+def sign_of_ties(
+    election: Elections,
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    cuts: Sequence[Callable[[Tensor], Tensor]],
+) -> float | None:
+    """The sign of an element whose votes cancel; None where the votes are weighted."""
+    if election == "majority":
+        return _majority(base, tuned, cuts)
+    return None if election == "weighted" else 1.0
 
 
 def majority_sign(vectors: Sequence[Tensor]) -> float:
@@ -176,14 +200,24 @@ def _combine_magnitudes(
     densities = densities_of(shared, mllm, math, len(total) - 1)
     for counts, density in zip(total, densities, strict=True):
         size = int(counts.sum())
-        k = _count(size, density, official=parameters["trim"] == "official")
+        k = kept_count(size, density, official=parameters["trim"] == "official")
         prefix, above = bin_of_kth(counts, k)
         found += [prefix, k - above]
     return tuple(found)
 
 
-def _count(size: int, density: float, *, official: bool) -> int:
+def kept_count(size: int, density: float, *, official: bool) -> int:
+    """How many elements a trim keeps, those apart that equal the last of an official one."""
     return min(max(1, int(density * size)) + official, size)
+
+
+def trimmed_(values: Tensor, density: float, *, official: bool) -> Tensor:
+    """Zero all but the largest magnitudes, in place where the trim is exact."""
+    count = kept_count(values.numel(), density, official=official)
+    if not official:
+        return keep_largest_(values, count)
+    (((threshold, _),),) = kth_largest(TaskVectors([values]), [[count]])
+    return zero_below(values, threshold)
 
 
 def _trims(
@@ -197,7 +231,7 @@ def _trims(
     """Zero all but the largest magnitudes: by this matrix' densities or by given thresholds."""
     vectors = TaskVectors(tuned, base)
     if thresholds is None:
-        counts = [[_count(vectors.size, share, official=official)] for share in densities]
+        counts = [[kept_count(vectors.size, share, official=official)] for share in densities]
         if not official:
             return [trim for (trim,) in trims(vectors, counts)]
         thresholds = [threshold for ((threshold, _),) in kth_largest(vectors, counts)]
@@ -228,7 +262,7 @@ def ties(
     density: Density = 0.2,
     mllm_density: OwnDensity = None,
     math_density: OwnDensity = None,
-    normalize: Normalize = False,
+    normalize: Normalize = "none",
     election: Election = "weighted",
     trim: TrimKind = "exact",
     scope: Whole = "tensor",
@@ -238,24 +272,25 @@ def ties(
     """Trim the task vectors, elect a sign for every element, add what agrees with it.
 
     Math:   d_i = a_i trim(tau_i);  g = sign(sum_i d_i);  N = sum of the d_i of sign g;
-            W = W0 + s N, or W0 + s N / (sum of their a_i) with `normalize`.
+            W = W0 + s N; with `normalize` W0 + s N / (sum of their a_i), or s N / (their number).
             trim keeps exactly max(1, int(density * m n)) largest magnitudes, of equal ones the
             first; of the whole model with scope "model" (all equal to the threshold are kept).
     Shapes: all (m, n). Densities in (0, 1]; a density of its own overrides the shared one.
     Source: TIES-Merging, arXiv 2306.01708; per-tensor trim and weights inside the election as in
-            mergekit. The paper: a_i = 1, normalize, election "majority" (unweighted; a tied element
-            gets the majority sign of the matrix), scope "model". The paper's code: trim "official",
-            which keeps one element more, and all that equal the last.
+            mergekit. The paper: a_i = 1, normalize "weights", election "majority" (unweighted; a
+            tied element gets the majority sign of the matrix), scope "model". The paper's code:
+            trim "official", which keeps one element more, and all that equal the last. PEFT and
+            the code of BR2V, arXiv 2505.05464: normalize "count", election "unweighted".
 
-    With `normalize` only a_e / a_v matters, and an element that one model alone kept gets its full
-    task vector whatever its weight.
+    With normalize "weights" only a_e / a_v matters, and an element that one model alone kept gets
+    its full task vector whatever its weight.
     """
     tuned = [mllm, *as_list(math)]
     densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
     thresholds = statistic if scope == "model" else None
     cuts = _trims(base, tuned, densities, thresholds, official=trim == "official")
     weights = [mllm_weight] + [math_weight] * (len(tuned) - 1)
-    tied = _majority(base, tuned, cuts) if election == "majority" else None
+    tied = sign_of_ties(election, base, tuned, cuts)
     elect = partial(agreeing_sum_, weights=weights, normalize=normalize, default_sign=tied)
     return merge_cut(base, tuned, cuts, elect, scale)
 
@@ -317,7 +352,9 @@ def sce(
     def merge(W0: Tensor, W_v: Tensor, *rest: Tensor) -> Tensor:
         # Unweighted election; a tied element is positive, as in the weighted form.
         vectors = selected(W0, W_v, *rest)
-        delta = agreeing_sum_(vectors, weights, normalize=True, default_sign=1.0, least_weight=1e-6)
+        delta = agreeing_sum_(
+            vectors, weights, normalize="weights", default_sign=1.0, least_weight=1e-6
+        )
         return add_to_base_(W0, W_v, delta)
 
     return blockwise(merge, base, *tuned, *masks)

@@ -39,19 +39,32 @@ Temperature = Annotated[float, Range(low=0, low_open=True, help="of the softmax 
 TopK = Annotated[int, Range(low=1, help="directions of the projector top_k")]
 Directions = Annotated[
     Literal["existing", "all"],
-    Range(help="those that rounding of the stored weights cannot have made, or every one"),
+    Range(
+        help="those that rounding of the stored weights cannot have made, or every one",
+        before="all",
+    ),
 ]
 Rank = Annotated[int, Range(low=1, help="singular triplets kept; none: all")] | None
 
 
+# The options of an analysis that each of its directions depends on.
+_MEASURED_WITH = {
+    "sum": ("temperature", "rank", "directions"),
+    "max": ("temperature", "rank", "directions"),
+    "rescale_only": ("rank", "directions"),
+    "select_only": (),
+}
+
+
 def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     """Name the direction an analysis holds; None where these parameters change the direction."""
-    gain = parameters["lambda_"]
-    if parameters["ablation"] != "none":
-        return AffineUpdate(0.0, gain, parameters["ablation"])
-    if parameters["projector"] != "softmax" or parameters["temperature"] != 32.0:
+    ablated = parameters["ablation"] != "none"
+    if not ablated and parameters["projector"] != "softmax":
         return None
-    return AffineUpdate(0.0, gain, parameters["gamma_norm"])
+    direction = parameters["ablation" if ablated else "gamma_norm"]
+    return AffineUpdate(
+        0.0, parameters["lambda_"], direction, measured_with=_MEASURED_WITH[direction]
+    )
 
 
 @merge_method(
@@ -62,6 +75,7 @@ def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     several_experts=True,
     selective=True,
     affine=_affine,
+    from_analysis=("temperature", "rank", "directions"),
     matrixwise=True,
 )
 def ip_merging(
@@ -99,6 +113,7 @@ def ip_merging(
             exist: without them the update of a low-rank expert is decided by rounding.
     """
     experts = [math] if isinstance(math, Tensor) else list(math)
+    rank = None if rank is None or rank >= min(mllm.shape) else rank
     merged = as_float(mllm)
     if ablation == "select_only":
         for expert in experts:

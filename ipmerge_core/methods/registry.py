@@ -50,8 +50,9 @@ Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
 class Range:
     """Bounds, both included unless `low_open`, and one line of help for a parameter.
 
-    `usual` is where a slider runs, if not over the whole range. Choices have help only. `before`
-    is what plans did that were made when there was no such parameter.
+    `usual` is where a slider runs, if not over the whole range. Choices have help only, and where
+    they once were true or false, `former` says which word each of the two has become. `before` is
+    what plans did that were made when there was no such parameter.
     """
 
     low: float = -math.inf
@@ -59,6 +60,7 @@ class Range:
     help: str = ""
     low_open: bool = False
     usual: tuple[float, float] | None = None
+    former: tuple[tuple[bool, str], ...] = ()
     before: str | float | None = None
 
     def __contains__(self, value: object) -> bool:
@@ -117,6 +119,11 @@ class Parameter:
     choices: tuple[str, ...] = ()
     optional: bool = False  # None is legal
 
+    def read(self, value: ParameterValue) -> ParameterValue:
+        """Return the word that a true or false of former times stands for, else the value."""
+        words = dict(self.bounds.former)
+        return words.get(value, value) if isinstance(value, bool) else value
+
     def check(self, value: ParameterValue) -> None:
         """Raise PlanError unless `value` is legal for this parameter."""
         if value is None and self.optional:
@@ -157,7 +164,9 @@ class MergeMethod:
     `AffineUpdate`, which makes its preview exact, from the parameters and what else is known: the
     `statistic`, the `layer`, the number of `experts`, the `cosine` of the task vectors and their
     `squared_norms`; None where the change is not of that form, and `unknown` says why it is not.
-    `anchor` is what a plan measures changes from unless told otherwise. `statistic` is a first pass
+    `from_analysis` names the parameters that are options of an analysis, too: a plan takes their
+    values from its analysis unless they are given. `anchor` is what a plan measures changes from
+    unless told otherwise. `statistic` is a first pass
     over the whole model, `data` the calibration that it cannot do without, `inputs` the keywords
     that a driver supplies. `matrixwise` methods decompose or iterate on whole matrices, which
     vectors have no use for; all others do a few operations per element. `local` ones look at
@@ -180,6 +189,7 @@ class MergeMethod:
     selective: bool = False
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None
     unknown: str = "its change is not a multiple of a direction that the analysis measured"
+    from_analysis: tuple[str, ...] = ()
     anchor: Anchor = "two_base"
     statistic: Statistic | None = None
     data: Literal["fisher", "gram"] | None = None
@@ -279,6 +289,7 @@ class MergeMethod:
                 f"{self.label} has no parameter '{unknown[0]}'. "
                 f"It has: {', '.join(known) or 'none'}."
             )
+        parameters = {name: known[name].read(value) for name, value in parameters.items()}
         for name, value in parameters.items():
             known[name].check(value)
         complete = {name: parameters.get(name, known[name].default) for name in known}
@@ -303,12 +314,20 @@ class MergeMethod:
         return {**known, **parameters}
 
     def as_hashed(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
-        """Leave out parameters that came later and say what was done before: hashes stay."""
-        before = {parameter.name: parameter.bounds.before for parameter in self.parameters}
+        """Return complete parameters as the first plans wrote them, which keeps their hash.
+
+        Words that were true or false are so again; parameters that came later and say what was
+        done before are left out.
+        """
+        known = {parameter.name: parameter.bounds for parameter in self.parameters}
+        written = {
+            name: {word: old for old, word in known[name].former}.get(str(value), value)
+            for name, value in parameters.items()
+        }
         return {
             name: value
-            for name, value in parameters.items()
-            if before[name] is None or value != before[name]
+            for name, value in written.items()
+            if known[name].before is None or value != known[name].before
         }
 
 
@@ -371,6 +390,7 @@ def _read_parameter(name: str, hint: Any, default: ParameterValue) -> Parameter:
     if get_origin(hint) is Annotated:
         hint, bounds = get_args(hint)
     if get_origin(hint) is Literal:
-        return Parameter(name, "choice", default, bounds, get_args(hint), optional)
+        words = tuple(choice for choice in get_args(hint) if isinstance(choice, str))
+        return Parameter(name, "choice", default, bounds, words, optional)
     kind: Literal["float", "int", "bool"] = hint.__name__
     return Parameter(name, kind, default, bounds, optional=optional)

@@ -17,11 +17,13 @@ from torch import Tensor
 from ipmerge_core.engines import RESOLUTION
 from ipmerge_core.methods.blocks import result_dtype, task_vector_of
 from ipmerge_core.methods.election import (
+    LaterTrimKind,
     Normalize,
     OwnDensity,
     agreeing_sum_,
     densities_of,
     majority_sign,
+    trimmed_,
 )
 from ipmerge_core.methods.elementwise import add_to_base, as_list
 from ipmerge_core.methods.registry import (
@@ -33,7 +35,6 @@ from ipmerge_core.methods.registry import (
     Range,
     merge_method,
 )
-from ipmerge_core.methods.selection import keep_largest_
 from ipmerge_core.methods.traits import Matrix
 from ipmerge_core.spectrum import EXISTS, Spectrum, as_float, existing, noise_floor, svd
 
@@ -313,7 +314,8 @@ def knots_ties(
     density: Density = 0.2,
     mllm_density: OwnDensity = None,
     math_density: OwnDensity = None,
-    normalize: Normalize = True,
+    normalize: Normalize = "weights",
+    trim: LaterTrimKind = "exact",
     cutoff: Cutoff = 1e-5,
     scale: Gain = 1.0,
 ) -> Matrix:
@@ -321,12 +323,13 @@ def knots_ties(
 
     Math:   [tau_1 | .. | tau_T] = U S [V_1^T | .. | V_T^T]; P_i = S V_i^T = U^T tau_i over the
             S above the cutoff; delta = U ties(P_1 .. P_T) with the trim of exactly int(density N)
-            elements each and the unweighted majority of signs; W = W0 + s delta. A density of its
-            own overrides the shared one.
+            elements each, or the official one of `ties`, and the unweighted majority of signs;
+            W = W0 + s delta. A density of its own overrides the shared one.
     Shapes: all (m, n); the decomposed matrix is (m, T n). With density 1 and no conflict of signs
-            this is the mean of what is kept, or task arithmetic without `normalize`.
-    Source: KnOTS, arXiv 2410.19735, with the election and mean of the TIES paper. The cutoff is
-            relative here (1e-5 absolute in the authors' code), so small changes survive.
+            this is the mean of what is kept, or task arithmetic with normalize "none".
+    Source: KnOTS, arXiv 2410.19735, with the election and mean of the TIES paper; the authors'
+            code trims as trim "official" does. The cutoff is relative here (1e-5 absolute in the
+            authors' code), so small changes survive.
     """
     W0, W_v, changes = _start(base, mllm, math, 1.0, 1.0, None)
     if not changes:
@@ -336,8 +339,10 @@ def knots_ties(
     U = _left(found)[:, cutoff * found.S[0] < found.S]
     parts = [U.T @ model.double() for model in models]
     densities = densities_of(density, mllm_density, math_density, len(parts) - 1)
-    for part, share in zip(parts, densities, strict=True):
-        keep_largest_(part, max(1, int(share * part.numel())))
+    parts = [
+        trimmed_(part, share, official=trim == "official")
+        for part, share in zip(parts, densities, strict=True)
+    ]
     weights = [mllm_weight] + [math_weight] * (len(models) - 1)
     merged = agreeing_sum_(parts, weights, normalize=normalize, default_sign=majority_sign(parts))
     return add_to_base(W0, W_v, (U @ merged).to(W0), scale)

@@ -33,6 +33,8 @@ class AffineUpdate(NamedTuple):
             mllm_noise * ||dV||^2 + expert_noise * sum_k w_k^2 ||X_k||^2.
 
     `approximate` says why the change is only near to this, and how near; empty where it is exact.
+    `measured_with` names the options of an analysis that the products of `direction` depend on:
+    the method must compute with the same values for them.
     """
 
     mllm: float
@@ -42,6 +44,7 @@ class AffineUpdate(NamedTuple):
     mllm_noise: float = 0.0
     expert_noise: float = 0.0
     approximate: str = ""
+    measured_with: tuple[str, ...] = ()
 
     def from_anchor(self, anchor: Anchor, experts: int) -> AffineUpdate | None:
         """Rewrite for an anchor on one base; None where that is not of this form.

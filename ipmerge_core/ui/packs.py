@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from ipmerge_core.errors import CheckpointError, PlanError
 from ipmerge_core.jobs import home_folder
 from ipmerge_core.journal import Unfinished, journal_of, read_journal
-from ipmerge_core.records import check_version
+from ipmerge_core.records import TEMPERATURE, check_version
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"
@@ -171,14 +171,20 @@ def _name(path: Path, _modified: int) -> str:
 
 
 def depth_words(parameters: dict[str, Any]) -> str:
-    """Say how an analysis was made, where not exactly.
+    """Say how an analysis was made, where not in the usual way.
 
     >>> depth_words({"quick": True, "rank": None}), depth_words({"rank": 256}), depth_words({})
     (' (quick, approximate)', ' (rank 256)', '')
+    >>> depth_words({"temperature": 8.0, "rank": 256})
+    ' (rank 256, temperature 8)'
     """
-    if parameters.get("quick"):
-        return " (quick, approximate)"
-    return f" (rank {parameters['rank']})" if parameters.get("rank") else ""
+    words = ["quick, approximate"] if parameters.get("quick") else []
+    if not words and parameters.get("rank"):
+        words.append(f"rank {parameters['rank']}")
+    temperature = parameters.get("temperature", TEMPERATURE)
+    if isinstance(temperature, int | float) and temperature != TEMPERATURE:
+        words.append(f"temperature {temperature:g}")
+    return f" ({', '.join(words)})" if words else ""
 
 
 @lru_cache(maxsize=16)

@@ -119,7 +119,10 @@ def _json_text(pack_id: str, pack: Json, choice: PlanChoice) -> str:
     content = {
         "format": "ipmerge-choice",
         "version": 1,
-        "pair": {"id": pack_id, **{key: pack[key] for key in ("name", "engine", "created")}},
+        "pair": {
+            "id": pack_id,
+            **{key: pack[key] for key in ("name", "engine", "created", "parameters")},
+        },
         "plan": choice.to_browser(),
         "arguments": choice.arguments,
     }

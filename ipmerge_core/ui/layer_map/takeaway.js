@@ -2,8 +2,8 @@
 // plan in the caption (always light, drawn here and not a picture of the page).
 
 function planJson(map) {
-  const { masks, sums, ...preview } = map.result, { name, engine, created, sources } = map.pack;
-  return JSON.stringify({ format: "ipmerge-choice", version: 1, pair: { id: map.packId, name, engine, created, sources },
+  const { masks, sums, ...preview } = map.result, { name, engine, created, parameters, sources } = map.pack;
+  return JSON.stringify({ format: "ipmerge-choice", version: 1, pair: { id: map.packId, name, engine, created, parameters, sources },
     plan: map.plan, arguments: planArguments(map.plan), preview }, null, 1) + "\n";
 }
 
@@ -75,7 +75,13 @@ function pictureLegend(map, svg, text, height) {
 function sourceWords(map) {
   const name = (source) => (source ? shortId(source.id) + (source.revision ? `@${String(source.revision).slice(0, 8)}` : "") : "?");
   const { mllm, base, math } = map.pack.sources;
-  return `${name(mllm)} ← ${math.map(name).join(", ")} (base ${name(base)}); analysed ${String(map.pack.created).slice(0, 10)} with IPMerge ${map.pack.engine}. Geometry, not accuracy.`;
+  return `${name(mllm)} ← ${math.map(name).join(", ")} (base ${name(base)}); analysed ${String(map.pack.created).slice(0, 10)} with IPMerge ${map.pack.engine}${optionWords(map.pack.parameters)}. Geometry, not accuracy.`;
+}
+
+// How the pair was analysed, where not in the usual way; the plan merges with these, too.
+function optionWords({ quick, rank, temperature = 32 }) {
+  const words = [quick && "quick, approximate", rank && `rank ${rank}`, temperature !== 32 && `temperature ${temperature}`];
+  return words.filter(Boolean).map((word) => `, ${word}`).join("");
 }
 
 const svgText = (map) => '<?xml version="1.0" encoding="UTF-8"?>\n' + new XMLSerializer().serializeToString(mapPicture(map));
