@@ -113,7 +113,6 @@ def ip_merging(
             exist: without them the update of a low-rank expert is decided by rounding.
     """
     experts = [math] if isinstance(math, Tensor) else list(math)
-    rank = None if rank is None or rank >= min(mllm.shape) else rank
     merged = as_float(mllm)
     if ablation == "select_only":
         for expert in experts:
@@ -121,8 +120,8 @@ def ip_merging(
         return merged
     if ablation == "rescale_only":
         for found in _compared(base, mllm, experts, rank, directions, noise):
-            kept = found.change if rank is None else truncated(found.change, found.expert)
-            merged = merged + lambda_ * (found.rho * kept)
+            M = found.change if found.kept is None else truncated(found.change, found.kept)
+            merged = merged + lambda_ * (found.rho * M)
         return merged
     updates = ip_updates(
         base,
@@ -162,17 +161,20 @@ def ip_updates(
             if projector == "top_k"
             else importance(angles, temperature, gamma_norm)
         )
-        kept = None if rank is None else found.expert
-        yield update_factors(found.change, found.vision, gamma, found.rho, math=kept)
+        yield update_factors(found.change, found.vision, gamma, found.rho, math=found.kept)
 
 
 class _Compared(NamedTuple):
-    """An expert's task vector, both spectra, and the ratio of their nuclear norms."""
+    """An expert's task vector, both spectra, and the ratio of their nuclear norms.
+
+    `kept` is the spectrum that the task vector is truncated to; None where it is kept whole.
+    """
 
     change: Tensor
     vision: Spectrum
     expert: Spectrum
     rho: float
+    kept: Spectrum | None
 
 
 def _compared(
@@ -195,4 +197,5 @@ def _compared(
     for expert, floor in zip(experts, floors[1:], strict=True):
         change = task_vector(expert, base)
         own = decomposed(change, floor)
-        yield _Compared(change, vision, own, nuclear_ratio(vision, own))
+        kept = own if rank is not None and rank < min(change.shape) else None
+        yield _Compared(change, vision, own, nuclear_ratio(vision, own), kept)
