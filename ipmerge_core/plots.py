@@ -91,9 +91,10 @@ def spectra_figure(
 
 def _sigma_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
     lines = _sigma_lines(info, dark)
-    if info.noise_floor is None:
+    least = min(*info.mllm_sigma, *info.math_sigma)
+    if info.noise_floor is None or info.noise_floor < least / 10:  # far below what is drawn
         return lines
-    return [*lines, _level(info, info.noise_floor, "rounding of the stored dtype", dark)]
+    return [*lines, _level(info, info.noise_floor, "rounding of the stored weights", dark)]
 
 
 def _sigma_lines(info: SpectraInfo, dark: bool) -> list[go.Scatter]:

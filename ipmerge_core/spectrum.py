@@ -121,7 +121,8 @@ def svd(
         vectors: "right" leaves U out, which saves a product.
         key: (seed, name) of the random start of randomized; no other state is used.
         tolerance: of randomized: the largest residual ||A A^T u_i - S_i^2 u_i|| / S_1^2 that the
-            caller can bear; None is 2e-6 for fp32, which its products resolve, 1e-11 for fp64.
+            caller can bear; None is what is aimed at: 2e-6 for fp32, which its products resolve,
+            1e-11 for fp64.
         floor: a singular value; which S stand above it (and above 4 eps_32 S_1) must be certain,
             as `existing` needs it.
 
@@ -143,8 +144,11 @@ def svd(
         if route == "gram":
             wide = dtype == torch.float64
             return engines.gram(A, left=left, right=True, fp64=wide, key=key, floor=floor)
-        bound = tolerance or (TOLERANCE if dtype == torch.float32 else 1e-11)
-        return engines.randomized(A, rank, left=left, right=True, tolerance=bound, key=key)
+        goal = TOLERANCE if dtype == torch.float32 else 1e-11
+        accepted = goal if tolerance is None else max(goal, tolerance)
+        return engines.randomized(
+            A, rank, left=left, right=True, tolerance=goal, accepted=accepted, key=key
+        )
 
     found = _run(run, work)
     assert found.right is not None

@@ -171,13 +171,40 @@ def test_a_rank_keeps_the_leading_directions(trio: Trio) -> None:
     assert cut.updates["rescale_only"].norm2 < full.updates["rescale_only"].norm2 * 4
 
 
-def test_the_noise_floor_is_there_for_half_precision_only(tmp_path: Path, trio: Trio) -> None:
+def test_a_record_says_how_many_directions_stand_clear_of_rounding(
+    tmp_path: Path, trio: Trio
+) -> None:
     half = write_trio(tmp_path / "half", dtype=torch.bfloat16)
-    record = ipm.analyse(ipm.open_pair(half.mllm, half.math, half.base)).records[0]
-    assert record.noise_floor is not None
-    assert 0 < record.noise_floor < record.mllm_sigma[0]
-    full = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base)).records[0]
-    assert full.noise_floor is None
+    coarse, fine = (
+        ipm.analyse(ipm.open_pair(models.mllm, models.math, models.base)).records[0]
+        for models in (half, trio)
+    )
+    for record in (coarse, fine):
+        for sigma, floor, count in (
+            (record.mllm_sigma, record.noise_floor, record.mllm_directions),
+            (record.math_sigma, record.math_noise_floor, record.math_directions),
+        ):
+            assert len(sigma) == min(record.shape)  # every one is sampled
+            assert count == sum(value > 4 * floor for value in sigma)
+    assert fine.noise_floor < 1e-4 * coarse.noise_floor
+    assert fine.mllm_directions == min(fine.shape)
+
+
+def test_only_directions_that_exist_count_and_all_do_where_told_so(tmp_path: Path) -> None:
+    half = write_trio(tmp_path / "half", dtype=torch.bfloat16)
+    pair = ipm.open_pair(half.mllm, half.math, half.base)
+    found = list(ipm.iter_analysis(pair))
+    literal = list(ipm.iter_analysis(pair, Options(directions="all")))
+    fewer = 0
+    for existing, every in zip(found, literal, strict=True):
+        r = min(existing.mllm_directions, existing.math_directions)
+        assert all(angle == 0 for i, angle in zip(existing.index, existing.angles) if i > r)
+        assert existing.mllm_nuclear <= every.mllm_nuclear
+        assert existing.mllm_sigma == every.mllm_sigma
+        fewer += existing.mllm_nuclear < every.mllm_nuclear
+    assert fewer
+    with pytest.raises(PlanError, match="directions is 'some'"):
+        Options(directions="some").check()
 
 
 def test_an_expert_that_is_the_base_is_refused(trio: Trio) -> None:

@@ -294,12 +294,74 @@ def test_with_one_spacing_the_floor_is_the_marchenko_pastur_edge():
     assert sp.noise_floor(W, W) == pytest.approx(edge)
 
 
-def test_only_coarse_dtypes_make_noise():
+def test_every_dtype_makes_noise_and_two_files_more_than_one():
     W = matrix(4, 4)
-    assert sp.noise_floor(W, W) is None
     both, one = sp.noise_floor(W.bfloat16(), W.bfloat16()), sp.noise_floor(W.bfloat16(), W)
     assert both == pytest.approx(math.sqrt(2) * one)
-    assert sp.noise_floor(torch.zeros(3, 3, dtype=torch.bfloat16), W[:3, :3]) < 1e-30
+    assert sp.noise_floor(W, W) == pytest.approx(both / 2**16, rel=0.5)  # 24 bits for 8
+    assert sp.noise_floor(matrix(4, 4).double() / 3, W.double() / 7) < 1e-14
+    assert sp.noise_floor(torch.zeros(3, 3, dtype=torch.bfloat16), torch.zeros(3, 3)) < 1e-30
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_were_widened_keep_the_noise_of_the_dtype_that_holds_them(dtype):
+    base, tuned = matrix(20, 30).to(dtype), matrix(20, 30, seed=1).to(dtype)
+    stored = sp.noise_floor(tuned, base)
+    for wide in (torch.float32, torch.float64):
+        assert sp.noise_floor(tuned.to(wide), base.to(wide)) == pytest.approx(stored, rel=1e-9)
+
+
+def low_rank_pair(m, n, rank, dtype):
+    """Base and tuned as stored, whose difference has that rank but for rounding."""
+    base = 0.02 * matrix(m, n)
+    factors = matrix(m, rank, seed=1) @ matrix(rank, n, seed=2)
+    return base.to(dtype), (base.to(dtype).double() + 0.003 * factors.double()).to(dtype)
+
+
+def moved(weight, seed):
+    """Every weight moved by up to one unit in its last place, as a file can hold it."""
+    generator = torch.Generator().manual_seed(seed)
+    step = 2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64) - 1
+    return (weight.double() + step * sp._spacing(weight).double()).to(weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 100), (80, 400)], ids=str)
+def test_the_directions_of_a_low_rank_change_are_those_that_exist(shape, dtype):
+    base, tuned = low_rank_pair(*shape, 12, dtype)
+    for seed in (None, 0, 1):
+        pair = (tuned, base) if seed is None else (moved(tuned, seed), moved(base, 2 + seed))
+        noise = sp.noise_floor(*pair)
+        for wide in (torch.float32, torch.float64):
+            change = sp.task_vector(*(weight.to(wide) for weight in pair))
+            assert len(sp.existing(change, noise).S) == 12
+
+
+def test_more_directions_than_the_fp32_solver_tells_from_zero_are_counted_in_fp64():
+    # 64 directions leave a tail that fp32 eigenvalues drown in their own rounding.
+    base, tuned = low_rank_pair(800, 800, 64, torch.float32)
+    found = sp.existing(sp.task_vector(tuned, base), sp.noise_floor(tuned, base), vectors="right")
+    assert len(found.S) == 64
+
+
+def test_all_directions_of_a_full_rank_change_exist():
+    base, change = 0.02 * matrix(90, 120), 0.002 * matrix(90, 120, seed=1)
+    tuned = base + change
+    found = sp.existing(sp.task_vector(tuned, base), sp.noise_floor(tuned, base))
+    assert torch.equal(found.S, sp.svd(sp.task_vector(tuned, base)).S)
+    assert len(sp.existing(torch.zeros(5, 4), 0.0).S) == 0
+
+
+@pytest.mark.parametrize("method", ["auto", "randomized"])
+def test_a_flat_spectrum_is_not_left_to_an_unfinished_iteration(method):
+    A = matrix(400, 300)  # leading directions stand too close for the basis that is allowed
+    found = sp.svd(A, method=method, rank=20)
+    true = torch.linalg.svdvals(A.double())[:20]
+    assert found.method == "gram"
+    assert (found.S.double() - true).abs().max() < 1e-5 * true[0]
+    loose = sp.svd(A, method=method, rank=20, tolerance=0.2)
+    assert loose.method == "randomized"
+    assert (loose.S.double() - true).abs().max() < 0.05 * true[0]
 
 
 def test_nothing_here_warns():

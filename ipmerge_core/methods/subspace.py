@@ -38,7 +38,7 @@ from ipmerge_core.methods.registry import (
 from ipmerge_core.methods.traits import Matrix
 from ipmerge_core.spectrum import EXISTS, Spectrum, as_float, existing, noise_floor, svd
 
-_NEAR = 2e-3  # 1 - c below which fp32 no longer says how far apart two directions are
+_NEAR = 1e-2  # 1 - c below which fp32 no longer says how far apart two directions are
 SHARED = 2e-5  # relative singular value below which two directions of a stack are one
 ANEW = "the directions of all task vectors are combined anew"
 Common: TypeAlias = Annotated[
@@ -119,10 +119,11 @@ def orthogonalised_pair(
 
     Math:   A^T B = P diag(c) Q^T, x = 1 / sqrt(1 + c), y = 1 / sqrt(1 - c),
             a = (x + y) / 2, b = (x - y) / 2;  A' = A + [A P (a - 1) + B Q b] P^T and likewise B'.
-            1 - c of nearly shared directions is mostly rounding; these few columns of A P and B Q
-            are stacked, and their polar factor is taken in fp64.
+            The overlap is multiplied in fp64. Even so, 1 - c of nearly shared directions is mostly
+            rounding of A and B; these few columns of A P and B Q are stacked, and their polar
+            factor is taken in fp64.
     """
-    found = svd(A.T @ B, dtype=torch.float64)
+    found = svd(A.double().T @ B.double())
     P, c, Q = _left(found), found.S, found.Vh.T
     near = 1 - c < _NEAR
     x, y = (1 + c).rsqrt(), (1 - c).clamp(min=_NEAR).rsqrt()

@@ -121,6 +121,7 @@ function numbersTable(map, cells) {
   row("cosine of the two moves", (c, r) => fixed(r.inner / Math.sqrt(r.mllm_norm2 * r.math_norm2)));
   row("rescaling ρ", (c, r) => fixed(r.rho, 2), "ratio of nuclear norms, MLLM over math");
   row("gap (σ₁ − σ₂) / σ₁", (c, r) => percent(r.gap), "of the MLLM's task vector");
+  row("directions above rounding, MLLM | math", (c, r) => `${r.mllm_directions ?? "–"} | ${r.math_directions ?? "–"}`, `of ${Math.min(...cells[0].shape)}: only these take part; the others may be rounding of the stored weights`);
   row("stable rank, MLLM | math", (c, r) => `${fixed(r.mllm_ranks?.stable, 1)} | ${fixed(r.math_ranks?.stable, 1)}`);
   row("effective rank, MLLM | math", (c, r) => `${fixed(r.mllm_ranks?.effective, 1)} | ${fixed(r.math_ranks?.effective, 1)}`);
   row("ranks for 90 % energy, MLLM | math", (c, r) => `${r.mllm_ranks?.energy ?? "–"} | ${r.math_ranks?.energy ?? "–"}`);

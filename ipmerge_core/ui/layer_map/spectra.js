@@ -32,7 +32,7 @@ function sigmaFigure(map, records, width) {
       series: records.flatMap((r, i) => [
         { index: r.index, values: r.mllm_sigma, style: "lm-keep" + (i ? " thin" : "") },
         { index: r.index, values: r.math_sigma, style: "lm-absorb" + (i ? " thin" : "") }]),
-      marks: [{ value: record.noise_floor, text: "rounding of the stored dtype" }] }),
+      marks: [{ value: record.noise_floor, text: "rounding of the stored weights" }] }),
   });
 }
 
