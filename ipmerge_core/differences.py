@@ -34,15 +34,15 @@ class Part(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Rows of a part that were compared: the squared norms of their change and of the base's.
+    """Rows of a part that were compared, and where they differ the squared norms of both.
 
     `bad` counts the NaN and infinite values of the model and of its base, where there are any.
     """
 
     part: Part
     changed: bool
-    change2: float
-    base2: float
+    change2: float = 0.0
+    base2: float = 0.0
     bad: tuple[int, int] = (0, 0)
 
 
@@ -138,11 +138,24 @@ def _measure(model: Checkpoint, root: Checkpoint, part: Part, rows: range) -> Me
     """Compare rows of a part in the model's own dtype, and measure their change in fp64."""
     tuned = model.read(_address(part.name, rows))
     base = root.read(_address(part.root, rows))
-    if torch.equal(tuned, base.to(tuned.dtype)):
-        return Measured(part, changed=False, change2=0.0, base2=_norm2(base))
+    if _are_equal(tuned, base):
+        return Measured(part, changed=False)
     change2 = _norm2(tuned.to(torch.float64) - base.to(torch.float64))
     bad = (0, 0) if isfinite(change2) else (count_non_finite(tuned), count_non_finite(base))
     return Measured(part, changed=True, change2=change2, base2=_norm2(base), bad=bad)
+
+
+def _are_equal(tuned: Tensor, base: Tensor) -> bool:
+    """Whether all values are equal in the dtype of the first; bytes first, which is much faster."""
+    if tuned.dtype == base.dtype and torch.equal(_words(tuned), _words(base)):
+        return True
+    return torch.equal(tuned, base.to(tuned.dtype))
+
+
+def _words(values: Tensor) -> Tensor:
+    """Look at freshly read values as integers, the widest that fit."""
+    stored = values.reshape(-1).view(torch.uint8)
+    return stored if stored.numel() % 8 else stored.view(torch.int64)
 
 
 def _first_difference(model: Checkpoint, root: Checkpoint, part: Part, cut: Cut) -> Measured | None:
