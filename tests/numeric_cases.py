@@ -1,0 +1,284 @@
+"""Models as files hold them, and how far a merge of them is from its definition.
+
+A case is a base and two or three tuned matrices in a stored dtype, with singular values that stand
+clear of the rounding of that dtype: what exists is then no matter of opinion. `measure` merges them
+as a merge does, in fp32, and compares with `method_definitions` in fp64 on the same stored numbers.
+Used by `test_numerics.py`, `test_gpu.py` and `benchmarks/bench_numerics.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from method_definitions import defined
+from torch import Tensor
+
+from ipmerge_core.methods import METHODS
+
+NAME = "model.layers.7.mlp.up_proj.weight"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RANKS = ("full", "low", "mixed")  # mixed: the MLLM's change is full, the experts' are low
+RELATIONS = ("random", "aligned")
+SQUARE, TALL, WIDE = (256, 256), (688, 256), (256, 688)
+SHAPES = [(64, 64), SQUARE, TALL, WIDE, (64, 512), (512, 64), (512, 512), (1024, 128), (128, 1024)]
+LARGE = [(1024, 1024), (1024, 640), (640, 1024)]
+TOLERANCE = 1e-4  # relative error of the change, beyond the rounding of the result
+MOST_FLIPPED = 2e-3  # share of elements; exact ties of stored numbers go by the last bit of fp32
+LOOSER = {"wudi": 1e-3}  # 300 steps of Adam, which divides by gradients near zero
+FEW = ("wudi",)  # takes seconds a case: fewer and smaller ones in the suite
+_DEVIATION = 0.02  # of the base's weights
+_STRONGEST, _WEAKEST = 40.0, 6.0  # singular values of a change, in units of bf16's rounding noise
+_COMMON = 0.75  # cosine of directions that aligned models share, on either side
+_LOW = 16  # rank of a change that is low
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination of what the grid varies."""
+
+    dtype: str = "bf16"
+    experts: int = 1
+    shape: tuple[int, int] = SQUARE
+    rank: str = "full"
+    relation: str = "random"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        m, n = self.shape
+        return f"{self.dtype}-T{1 + self.experts}-{m}x{n}-{self.rank}-{self.relation}-{self.seed}"
+
+
+class Stored(NamedTuple):
+    """Matrices in their stored dtype, and the singular value above which a direction exists."""
+
+    base: Tensor
+    mllm: Tensor
+    experts: list[Tensor]
+    noise: float
+
+    def to(self, device: str) -> Stored:
+        """The same matrices on a device."""
+        experts = [expert.to(device) for expert in self.experts]
+        return self._replace(base=self.base.to(device), mllm=self.mllm.to(device), experts=experts)
+
+
+class Finding(NamedTuple):
+    """How far a merge is from its definition, relative to the change of the MLLM.
+
+    `error` is ||W - W_def||_F / ||W_def - W_v||_F, `stored` what of it a result in fp32 cannot
+    avoid, `flipped` the share of elements that a threshold or an election decided otherwise, which
+    `error` leaves out.
+    """
+
+    error: float
+    stored: float
+    flipped: float
+
+    @property
+    def excess(self) -> float:
+        """The error beyond twice the rounding of the result."""
+        return max(0.0, self.error - 2 * self.stored)
+
+
+def grid(shapes: list[tuple[int, int]], seeds: int = 1) -> Iterator[Case]:
+    """Every combination."""
+    for values in itertools.product(DTYPES, (1, 2), shapes, RANKS, RELATIONS, range(seeds)):
+        yield Case(*values)
+
+
+def sample(count: int, shapes: list[tuple[int, int]], seed: int) -> list[Case]:
+    """A few cases in which every value of every axis comes up as often as any other."""
+    generator = np.random.default_rng(seed)
+
+    def column(values: Any) -> list[Any]:
+        rounds = -(-count // len(values))
+        return [values[i] for _ in range(rounds) for i in generator.permutation(len(values))]
+
+    axes = (list(DTYPES), (1, 2), shapes, RANKS, RELATIONS)
+    rows = zip(*map(column, axes), strict=False)
+    return [Case(*row, seed=seed + number) for number, row in enumerate(rows)][:count]
+
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """The defaults, and every other choice that a method offers, one at a time."""
+    found: list[dict[str, Any]] = [{}]
+    for parameter in METHODS[name].parameters:
+        others: tuple[Any, ...] = ()
+        if parameter.kind == "choice":
+            others = parameter.choices
+        if parameter.kind == "bool":
+            others = (True, False)
+        found += [{parameter.name: value} for value in others if value != parameter.default]
+    return found + _NUMBERS.get(name, [])
+
+
+_NUMBERS: dict[str, list[dict[str, Any]]] = {
+    "ip_merging": [{"rank": 24}, {"projector": "top_k", "top_k": 8}, {"lambda_": 8.0}],
+    "linear": [{"mllm_weight": 0.7, "math_weight": 0.6}],
+    "layer_swap": [{"last_kept_layer": 7}],
+    "ties": [{"mllm_weight": 0.8, "math_weight": 0.4, "density": 0.5, "normalize": True}],
+    "sce": [{"select_topk": 0.4}],
+    "dare_linear": [{"mllm_density": 1.0, "math_density": 0.2}],
+    "tsv": [{"mllm_weight": 0.8, "math_weight": 0.4, "scale": 0.7}],
+    "iso_c": [{"mllm_weight": 0.8, "math_weight": 0.6, "scale": 0.7}],
+    "iso_cts": [{"common_fraction": 0.0}, {"common_fraction": 1.0}],
+    "knots_ties": [{"density": 1.0, "normalize": False}],
+    "regmean": [{"off_diagonal": 0.0}, {"alpha": 0.8}],
+}  # what no list of choices can say
+
+
+def tolerance_of(name: str) -> float:
+    """How far a method may be from its definition."""
+    return LOOSER.get(name, TOLERANCE)
+
+
+# --- models ---
+
+
+@lru_cache(maxsize=8)
+def models(case: Case) -> Stored:
+    """Draw a case."""
+    generator = torch.Generator().manual_seed(1000 * case.seed + 17 * sum(case.shape))
+    m, n = case.shape
+    dtype = DTYPES[case.dtype]
+    base = (_DEVIATION * _normal(generator, m, n)).to(dtype)
+    unit, own = edge(base.bfloat16()), edge(base)
+    shared = _frame(generator, m, min(m, n)), _frame(generator, n, min(m, n))
+    tuned = []
+    for number in range(1 + case.experts):
+        low = case.rank == "low" or (case.rank == "mixed" and number > 0)
+        count = min(_LOW, min(m, n) // 4) if low else min(m, n)
+        S = unit * torch.from_numpy(np.geomspace(_STRONGEST, _WEAKEST, count))
+        frames = [_frame(generator, size, count) for size in (m, n)]
+        if case.relation == "aligned":
+            frames = [_turned(f, s) for f, s in zip(frames, shared, strict=True)]
+        tuned.append((base.double() + (frames[0] * S) @ frames[1].T).to(dtype))
+    weakest = _WEAKEST * unit
+    return Stored(base, tuned[0], tuned[1:], float((weakest * 1.2 * own) ** 0.5))
+
+
+def edge(base: Tensor) -> float:
+    """Largest singular value to expect of the rounding of two files like this one."""
+    up = torch.nextafter(base.abs(), torch.full_like(base, torch.inf)).double()
+    spacing = up - base.abs().double()
+    m, n = base.shape
+    return float((2 * spacing.square().mean() / 12).sqrt()) * (m**0.5 + n**0.5)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _frame(generator: torch.Generator, size: int, count: int) -> Tensor:
+    return torch.linalg.qr(_normal(generator, size, count)).Q
+
+
+def _turned(own: Tensor, shared: Tensor) -> Tensor:
+    """Turn the leading quarter of some directions towards shared ones; orthonormal again."""
+    count = max(1, own.shape[1] // 4)
+    lead = _COMMON**0.5 * shared[:, :count] + (1 - _COMMON) ** 0.5 * own[:, :count]
+    return torch.linalg.qr(torch.cat([lead, own[:, count:]], dim=1)).Q
+
+
+def inputs(name: str, stored: Stored) -> dict[str, Any]:
+    """Calibration data, fp32 as a calibration leaves it, where a method needs some."""
+    kind = METHODS[name].data
+    if kind is None:
+        return {}
+    generator = torch.Generator().manual_seed(5)
+    m, n = stored.base.shape
+
+    def gram() -> Tensor:
+        x = torch.randn(3 * n, n, generator=generator) * torch.linspace(0.3, 3, n)
+        return (x.T @ x / len(x)).to(stored.base.device)
+
+    def information() -> Tensor:  # heavy-tailed, about 1e-6, as on a model of some size
+        return (1e-6 * torch.randn(m, n, generator=generator).pow(4)).to(stored.base.device)
+
+    draw = gram if kind == "gram" else information
+    return {f"mllm_{kind}": draw(), f"math_{kind}": [draw() for _ in stored.experts]}
+
+
+# --- comparisons ---
+
+
+def merged(name: str, stored: Stored, **parameters: Any) -> Tensor:
+    """Merge as a merge does: stored matrices in, fp32 out."""
+    base, mllm, experts, _ = stored
+    own = inputs(name, stored)
+    return METHODS[name](base, mllm, experts, tensor_name=NAME, **own, **parameters)
+
+
+def truth(name: str, stored: Stored, found: Tensor | None = None, **parameters: Any) -> Tensor:
+    """The definition on the same stored numbers, in fp64."""
+    base, mllm, experts, noise = stored
+    given = {**inputs(name, stored), **parameters, "tensor_name": NAME, "noise": noise}
+    if name == "iso_c" and found is not None:
+        given["noise"] = _floor_taken(stored, found, parameters)
+    return defined(name, base, mllm, experts, **given)
+
+
+def _floor_taken(stored: Stored, found: Tensor, parameters: Mapping[str, Any]) -> float:
+    """The noise floor that Iso-C took, where the sum of full square changes has no gap there.
+
+    Singular values of such a sum reach down to 0 without a gap; how many of them exist may be off
+    by what a factor of two in the floor makes, and the result must be right for that many.
+    """
+    whole = METHODS["iso_c"].complete(dict(parameters))
+    weights = [whole["mllm_weight"]] + [whole["math_weight"]] * len(stored.experts)
+    base = stored.base.double()
+    tuned = [stored.mllm, *stored.experts]
+    total = sum(w * (W.double() - base) for w, W in zip(weights, tuned, strict=True))
+    S = torch.linalg.svdvals(total)
+    level = torch.linalg.svdvals(found.double() - base)
+    count = int((level > 0.5 * level[0]).sum())
+    own = edge(stored.base)
+    least, most = (int((f * own < S).sum()) for f in (2 * len(tuned) ** 0.5, 0.5))
+    count = min(max(count, least, 1), most)
+    below = float(S[count]) if count < len(S) else 0.0
+    return (float(S[count - 1]) + below) / 2
+
+
+def measure(name: str, case: Case, device: str = "cpu", **parameters: Any) -> Finding | None:
+    """Compare a merge with its definition; None where the method does not take the case."""
+    if case.experts > 1 and not METHODS[name].several_experts:
+        return None
+    stored = models(case)
+    found = merged(name, stored.to(device), **parameters).cpu()
+    return compare(name, stored, found, truth(name, stored, found, **parameters), **parameters)
+
+
+def compare(
+    name: str, stored: Stored, found: Tensor, expected: Tensor, **parameters: Any
+) -> Finding:
+    """Measure how far a result is from what is expected."""
+    apart = found.double() - expected
+    change = expected - stored.mllm.double()
+    size = float(change.norm())
+    flipped = flips(name, apart, change) if chooses(name) else None
+    if flipped is not None:
+        apart = apart.masked_fill(flipped, 0)
+    rounding = float((expected.float().double() - expected).norm())
+    if size == 0:  # a kept layer
+        return Finding(float(apart.norm()), rounding, 0.0)
+    share = float(flipped.double().mean()) if flipped is not None else 0.0
+    return Finding(float(apart.norm()) / size, rounding / size, share)
+
+
+def chooses(name: str) -> bool:
+    """Whether a method decides element by element which models take part."""
+    return name in CHOOSERS
+
+
+CHOOSERS = ("ties", "sce", "dare_linear", "dare_ties", "della", "breadcrumbs")
+
+
+def flips(name: str, apart: Tensor, change: Tensor) -> Tensor:
+    """Elements that are off by what only another choice explains: 1e-3 of a usual change."""
+    return apart.abs() > 1e-3 * float(change.square().mean().sqrt())
