@@ -18,9 +18,8 @@ from time import perf_counter
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the package, when it is not installed
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package, when it is not installed
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the definitions are
 
 from numeric_cases import LARGE, SHAPES, Case, Finding, grid, measure, sample, tolerance_of
 from report import machine, table

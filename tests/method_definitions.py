@@ -5,7 +5,7 @@ engine, no selection of ours. A definition takes the base, all tuned matrices (t
 every parameter of its method; `test_numerics.py` fails for a method without one.
 
 Where a method looks at singular directions, `noise` says which exist: those whose singular value is
-larger. Without it they are those above the one clean gap of the spectrum, or all where there is
+larger. Without it they are those above the first clean gap of the spectrum, or all where there is
 none. The numbers that DARE and DELLA draw are the product's: its keyed generator is their
 definition.
 """
@@ -346,6 +346,21 @@ def regmean(base, tuned, *, off_diagonal, alpha, mllm_gram, math_gram):
 # --- singular directions ---
 
 
+class Noise:
+    """A floor of singular values that remembers whether all that it was asked about was clear of it.
+
+    Not clear is what lies where another estimate of the same noise might put the floor.
+    """
+
+    def __init__(self, floor: float) -> None:
+        self.floor, self.clear = floor, True
+
+    def __lt__(self, S: Tensor) -> Tensor:
+        near = (0.45 * self.floor < S) & (1.5 * self.floor > S)
+        self.clear = self.clear and not bool(near.any())
+        return self.floor < S
+
+
 def exist(S, noise):
     """Which singular values stand for a direction."""
     if noise is not None:
@@ -356,9 +371,10 @@ def exist(S, noise):
     return (torch.arange(len(S), device=S.device) < count) & (S > 0)
 
 
-def decomposed(matrix, noise):
-    """U, S, V of the directions that exist."""
+def decomposed(matrix, noise, count=None):
+    """U, S, V of the directions that exist, of the strongest `count`."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    U, S, Vh = U[:, :count], S[:count], Vh[:count]
     kept = exist(S, noise)
     return U[:, kept], S[kept], Vh[kept].T
 
@@ -413,7 +429,7 @@ def tsv(base, tuned, *, mllm_weight, math_weight, scale, noise=None):
     k = min(base.shape) // max(len(taus), 1)
     if len(taus) < 2 or k == 0:
         return base + scale * sum(taus) / max(1, len(taus))
-    found = [[part[..., :k] for part in decomposed(tau, noise)] for tau in taus]
+    found = [decomposed(tau, noise, k) for tau in taus]
     U, S, V = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
     return base + scale * (polar(U) * S) @ polar(V).T
 
@@ -434,12 +450,11 @@ def iso_cts(base, tuned, *, common_fraction, mllm_weight, math_weight, scale, no
         return base
     r = min(base.shape)
     own = round((r - int(r * common_fraction)) / len(taus))
-    U_c, S_c, V_c = (part[..., : r - own * len(taus)] for part in decomposed(sum(taus), noise))
-    parts = []
-    for tau in taus:
-        rest = tau - U_c @ (U_c.T @ tau)
-        parts.append([part[..., :own] for part in decomposed(rest, noise or 1e-12 * tau.norm())])
-    U, S, V = (torch.cat(one, dim=-1) for one in zip(*parts, (U_c, S_c, V_c), strict=True))
+    common = U_c, _, _ = decomposed(sum(taus), noise, r - own * len(taus))
+    rests = [tau - U_c @ (U_c.T @ tau) for tau in taus]
+    least = [1e-12 * float(tau.norm()) if noise is None else noise for tau in taus]
+    parts = [decomposed(rest, floor, own) for rest, floor in zip(rests, least, strict=True)]
+    U, S, V = (torch.cat(one, dim=-1) for one in zip(*parts, common, strict=True))
     return base + scale * S.mean() * polar(U) @ polar(V).T
 
 

@@ -9,14 +9,14 @@ Used by `test_numerics.py`, `test_gpu.py` and `benchmarks/bench_numerics.py`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from method_definitions import defined
+from method_definitions import Noise, defined
 from torch import Tensor
 
 from ipmerge_core.methods import METHODS
@@ -33,9 +33,10 @@ MOST_FLIPPED = 2e-3  # share of elements; exact ties of stored numbers go by the
 LOOSER = {"wudi": 1e-3}  # 300 steps of Adam, which divides by gradients near zero
 FEW = ("wudi",)  # takes seconds a case: fewer and smaller ones in the suite
 _DEVIATION = 0.02  # of the base's weights
-_STRONGEST, _WEAKEST = 40.0, 6.0  # singular values of a change, in units of bf16's rounding noise
+_STRONGEST = 40.0  # singular values of a change, in units of bf16's rounding noise
+_WEAKEST = {False: 6.0, True: 12.0}  # of a full change, of a low one
 _COMMON = 0.75  # cosine of directions that aligned models share, on either side
-_LOW = 16  # rank of a change that is low
+_LOW = 16  # a change is low with this rank, or a sixteenth of the full one
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,13 @@ def models(case: Case) -> Stored:
     tuned = []
     for number in range(1 + case.experts):
         low = case.rank == "low" or (case.rank == "mixed" and number > 0)
-        count = min(_LOW, min(m, n) // 4) if low else min(m, n)
-        S = unit * torch.from_numpy(np.geomspace(_STRONGEST, _WEAKEST, count))
+        count = min(_LOW, min(m, n) // 16) if low else min(m, n)
+        S = unit * torch.from_numpy(np.geomspace(_STRONGEST, _WEAKEST[low], count))
         frames = [_frame(generator, size, count) for size in (m, n)]
         if case.relation == "aligned":
             frames = [_turned(f, s) for f, s in zip(frames, shared, strict=True)]
         tuned.append((base.double() + (frames[0] * S) @ frames[1].T).to(dtype))
-    weakest = _WEAKEST * unit
-    return Stored(base, tuned[0], tuned[1:], float((weakest * 1.2 * own) ** 0.5))
+    return Stored(base, tuned[0], tuned[1:], (_WEAKEST[False] * unit * 1.2 * own) ** 0.5)
 
 
 def edge(base: Tensor) -> float:
@@ -215,34 +215,17 @@ def merged(name: str, stored: Stored, **parameters: Any) -> Tensor:
     return METHODS[name](base, mllm, experts, tensor_name=NAME, **own, **parameters)
 
 
-def truth(name: str, stored: Stored, found: Tensor | None = None, **parameters: Any) -> Tensor:
-    """The definition on the same stored numbers, in fp64."""
-    base, mllm, experts, noise = stored
-    given = {**inputs(name, stored), **parameters, "tensor_name": NAME, "noise": noise}
-    if name == "iso_c" and found is not None:
-        given["noise"] = _floor_taken(stored, found, parameters)
-    return defined(name, base, mllm, experts, **given)
+def truth(name: str, stored: Stored, **parameters: Any) -> Tensor | None:
+    """The definition on the same stored numbers, in fp64; None where it hangs on an opinion.
 
-
-def _floor_taken(stored: Stored, found: Tensor, parameters: Mapping[str, Any]) -> float:
-    """The noise floor that Iso-C took, where the sum of full square changes has no gap there.
-
-    Singular values of such a sum reach down to 0 without a gap; how many of them exist may be off
-    by what a factor of two in the floor makes, and the result must be right for that many.
+    That is where a singular value that the method looks at lies about as high as the noise: sums of
+    square changes, say, whose spectrum reaches down to 0 without a gap.
     """
-    whole = METHODS["iso_c"].complete(dict(parameters))
-    weights = [whole["mllm_weight"]] + [whole["math_weight"]] * len(stored.experts)
-    base = stored.base.double()
-    tuned = [stored.mllm, *stored.experts]
-    total = sum(w * (W.double() - base) for w, W in zip(weights, tuned, strict=True))
-    S = torch.linalg.svdvals(total)
-    level = torch.linalg.svdvals(found.double() - base)
-    count = int((level > 0.5 * level[0]).sum())
-    own = edge(stored.base)
-    least, most = (int((f * own < S).sum()) for f in (2 * len(tuned) ** 0.5, 0.5))
-    count = min(max(count, least, 1), most)
-    below = float(S[count]) if count < len(S) else 0.0
-    return (float(S[count - 1]) + below) / 2
+    base, mllm, experts, floor = stored
+    noise = Noise(floor)
+    given = {**inputs(name, stored), **parameters, "tensor_name": NAME, "noise": noise}
+    found = defined(name, base, mllm, experts, **given)
+    return found if noise.clear else None
 
 
 def measure(name: str, case: Case, device: str = "cpu", **parameters: Any) -> Finding | None:
@@ -250,13 +233,14 @@ def measure(name: str, case: Case, device: str = "cpu", **parameters: Any) -> Fi
     if case.experts > 1 and not METHODS[name].several_experts:
         return None
     stored = models(case)
+    expected = truth(name, stored, **parameters)
+    if expected is None:
+        return None
     found = merged(name, stored.to(device), **parameters).cpu()
-    return compare(name, stored, found, truth(name, stored, found, **parameters), **parameters)
+    return compare(name, stored, found, expected)
 
 
-def compare(
-    name: str, stored: Stored, found: Tensor, expected: Tensor, **parameters: Any
-) -> Finding:
+def compare(name: str, stored: Stored, found: Tensor, expected: Tensor) -> Finding:
     """Measure how far a result is from what is expected."""
     apart = found.double() - expected
     change = expected - stored.mllm.double()
