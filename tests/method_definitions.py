@@ -347,7 +347,7 @@ def regmean(base, tuned, *, off_diagonal, alpha, mllm_gram, math_gram):
 
 
 class Noise:
-    """A floor of singular values that remembers whether all that it was asked about was clear of it.
+    """A floor of singular values that remembers whether all it was asked about was clear of it.
 
     Not clear is what lies where another estimate of the same noise might put the floor.
     """

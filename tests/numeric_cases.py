@@ -9,7 +9,7 @@ Used by `test_numerics.py`, `test_gpu.py` and `benchmarks/bench_numerics.py`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -146,18 +146,29 @@ def tolerance_of(name: str) -> float:
 def models(case: Case) -> Stored:
     """Draw a case."""
     generator = torch.Generator().manual_seed(1000 * case.seed + 17 * sum(case.shape))
-    m, n = case.shape
-    dtype = DTYPES[case.dtype]
+    low = {"full": (False, False), "low": (True, True), "mixed": (False, True)}[case.rank]
+    lows = low[:1] + low[1:] * case.experts
+    return drawn(case.shape, DTYPES[case.dtype], lows, case.relation == "aligned", generator)
+
+
+def drawn(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    low: Sequence[bool],
+    aligned: bool,
+    generator: torch.Generator,
+) -> Stored:
+    """Draw a base and its fine-tunes, each with a change of full or of low rank."""
+    m, n = shape
     base = (_DEVIATION * _normal(generator, m, n)).to(dtype)
     unit, own = edge(base.bfloat16()), edge(base)
     shared = _frame(generator, m, min(m, n)), _frame(generator, n, min(m, n))
     tuned = []
-    for number in range(1 + case.experts):
-        low = case.rank == "low" or (case.rank == "mixed" and number > 0)
-        count = min(_LOW, min(m, n) // 16) if low else min(m, n)
-        S = unit * torch.from_numpy(np.geomspace(_STRONGEST, _WEAKEST[low], count))
+    for thin in low:
+        count = min(_LOW, min(m, n) // 16) if thin else min(m, n)
+        S = unit * torch.from_numpy(np.geomspace(_STRONGEST, _WEAKEST[thin], count))
         frames = [_frame(generator, size, count) for size in (m, n)]
-        if case.relation == "aligned":
+        if aligned:
             frames = [_turned(f, s) for f, s in zip(frames, shared, strict=True)]
         tuned.append((base.double() + (frames[0] * S) @ frames[1].T).to(dtype))
     return Stored(base, tuned[0], tuned[1:], (_WEAKEST[False] * unit * 1.2 * own) ** 0.5)
@@ -169,6 +180,23 @@ def edge(base: Tensor) -> float:
     spacing = up - base.abs().double()
     m, n = base.shape
     return float((2 * spacing.square().mean() / 12).sqrt()) * (m**0.5 + n**0.5)
+
+
+def nudged(stored: Stored, seed: int = 0) -> Stored:
+    """Move one weight in 24 of every model to a neighbour in its dtype, up or down.
+
+    So much that the changes hold as much noise again as the rounding of the files left in them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(W: Tensor) -> Tensor:
+        drawn = torch.rand(W.shape, generator=generator)
+        up = torch.nextafter(W, torch.full_like(W, torch.inf))
+        down = torch.nextafter(W, torch.full_like(W, -torch.inf))
+        return torch.where(drawn < 1 / 48, up, torch.where(drawn > 47 / 48, down, W))
+
+    base, mllm, experts, noise = stored
+    return Stored(moved(base), moved(mllm), [moved(expert) for expert in experts], noise)
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -260,7 +288,7 @@ def chooses(name: str) -> bool:
     return name in CHOOSERS
 
 
-CHOOSERS = ("ties", "sce", "dare_linear", "dare_ties", "della", "breadcrumbs")
+CHOOSERS = ("ties", "sce", "dare_ties", "della", "breadcrumbs")
 
 
 def flips(name: str, apart: Tensor, change: Tensor) -> Tensor:
