@@ -42,11 +42,23 @@ def defined(
     `given` holds parameters and inputs; what is not given has the method's default. Inputs that a
     definition does not know (a tensor name, a noise floor) are left out, parameters never.
     """
+    return _called(name, DEFINITIONS[name], base, [mllm, *experts], given)
+
+
+def coefficients(
+    name: str, base: Tensor, mllm: Tensor, experts: Sequence[Tensor], **given: Any
+) -> list[Tensor]:
+    """Matrices A_i with W = W0 + sum_i A_i dW_i, elementwise, of a method in `CHOOSERS`."""
+    return _called(name, CHOOSERS[name], base, [mllm, *experts], given)
+
+
+def _called(
+    name: str, function: Definition, base: Tensor, tuned: Sequence[Tensor], given: dict[str, Any]
+) -> Any:
     parameters = {p.name: given.pop(p.name, p.default) for p in METHODS[name].parameters}
-    known = inspect.signature(DEFINITIONS[name]).parameters
+    known = inspect.signature(function).parameters
     inputs = {key: _wide(value) for key, value in given.items() if key in known}
-    tuned = [matrix.double() for matrix in (mllm, *experts)]
-    return DEFINITIONS[name](base.double(), tuned, **parameters, **inputs)
+    return function(base.double(), [W.double() for W in tuned], **parameters, **inputs)
 
 
 def _wide(value: Any) -> Any:
@@ -125,11 +137,6 @@ def trimmed(vectors, shares, *, official=False, thresholds=None):
 
 def weights_of(mllm_weight, math_weight, tuned):
     return [mllm_weight] + [math_weight] * (len(tuned) - 1)
-
-
-def coefficients(name, base, tuned, **parameters):
-    """Matrices A_i with W = W0 + sum_i A_i tau_i, elementwise, of the methods that choose."""
-    return _COEFFICIENTS[name](base, tuned, **parameters)
 
 
 def _ties(
@@ -270,7 +277,7 @@ def _breadcrumbs(
     return found
 
 
-_COEFFICIENTS = {
+CHOOSERS = {  # they decide, element by element, which models take part
     "ties": _ties,
     "sce": _sce,
     "dare_ties": _dare_ties,
@@ -281,14 +288,14 @@ _COEFFICIENTS = {
 
 def _by_coefficients(name):
     def merged(base, tuned, **parameters):
-        found = _COEFFICIENTS[name](base, tuned, **parameters)
+        found = CHOOSERS[name](base, tuned, **parameters)
         return base + sum(A * (W - base) for A, W in zip(found, tuned, strict=True))
 
-    merged.__signature__ = inspect.signature(_COEFFICIENTS[name])
+    merged.__signature__ = inspect.signature(CHOOSERS[name])
     return merged
 
 
-DEFINITIONS |= {name: _by_coefficients(name) for name in _COEFFICIENTS}
+DEFINITIONS |= {name: _by_coefficients(name) for name in CHOOSERS}
 
 
 # --- weights from norms and from data ---

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from method_definitions import Noise, defined
+from method_definitions import CHOOSERS, Noise, coefficients, defined
 from torch import Tensor
 
 from ipmerge_core.methods import METHODS
@@ -132,6 +132,49 @@ _NUMBERS: dict[str, list[dict[str, Any]]] = {
     "knots_ties": [{"density": 1.0, "normalize": False}],
     "regmean": [{"off_diagonal": 0.0}, {"alpha": 0.8}],
 }  # what no list of choices can say
+
+
+def task_vectors(stored: Stored) -> list[Tensor]:
+    """Changes of all models, in fp64."""
+    base = stored.base.double()
+    return [matrix.double() - base for matrix in (stored.mllm, *stored.experts)]
+
+
+def noise_between(a: Stored, b: Stored) -> float:
+    """Norm of what moved in the task vectors of the model in which most moved."""
+    pairs = zip(task_vectors(a), task_vectors(b), strict=True)
+    return max(float((x - y).norm()) for x, y in pairs)
+
+
+def conditioning(name: str, case: Case, **parameters: Any) -> float | None:
+    """How far the definition's change moves, relative to itself, per relative noise in the inputs.
+
+    The noise is that of `nudged`, relative to the MLLM's task vector; the move is counted without
+    elements that were decided otherwise. None where the method does not take the case.
+    """
+    if case.experts > 1 and not METHODS[name].several_experts:
+        return None
+    first = models(case)
+    second = nudged(first)
+    before, after = truth(name, first, **parameters), truth(name, second, **parameters)
+    if before is None or after is None:
+        return None
+    change = before - first.mllm.double()
+    moved = after - second.mllm.double() - change
+    if name in CHOOSERS:
+        moved = moved.masked_fill(decided_otherwise(name, first, second, **parameters), 0)
+    noise = noise_between(first, second) / float(task_vectors(first)[0].norm())
+    return float(moved.norm() / change.norm()) / noise
+
+
+def decided_otherwise(name: str, a: Stored, b: Stored, **parameters: Any) -> Tensor:
+    """Elements in which another set of models takes part, by the definition."""
+    found = [
+        torch.stack(coefficients(name, s.base, s.mllm, s.experts, tensor_name=NAME, **parameters))
+        for s in (a, b)
+    ]
+    size = torch.maximum(found[0].abs(), found[1].abs())
+    return ((found[0] - found[1]).abs() > 0.05 * size).any(0)
 
 
 def tolerance_of(name: str) -> float:
@@ -273,7 +316,7 @@ def compare(name: str, stored: Stored, found: Tensor, expected: Tensor) -> Findi
     apart = found.double() - expected
     change = expected - stored.mllm.double()
     size = float(change.norm())
-    flipped = flips(name, apart, change) if chooses(name) else None
+    flipped = flips(apart, change) if name in CHOOSERS else None
     if flipped is not None:
         apart = apart.masked_fill(flipped, 0)
     rounding = float((expected.float().double() - expected).norm())
@@ -283,14 +326,6 @@ def compare(name: str, stored: Stored, found: Tensor, expected: Tensor) -> Findi
     return Finding(float(apart.norm()) / size, rounding / size, share)
 
 
-def chooses(name: str) -> bool:
-    """Whether a method decides element by element which models take part."""
-    return name in CHOOSERS
-
-
-CHOOSERS = ("ties", "sce", "dare_ties", "della", "breadcrumbs")
-
-
-def flips(name: str, apart: Tensor, change: Tensor) -> Tensor:
+def flips(apart: Tensor, change: Tensor) -> Tensor:
     """Elements that are off by what only another choice explains: 1e-3 of a usual change."""
     return apart.abs() > 1e-3 * float(change.square().mean().sqrt())

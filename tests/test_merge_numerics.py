@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from method_definitions import Noise, defined, whole_model
-from numeric_cases import CHOOSERS, DTYPES, drawn, edge
+from method_definitions import CHOOSERS, Noise, defined, whole_model
+from numeric_cases import DTYPES, drawn, edge
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
