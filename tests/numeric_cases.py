@@ -162,19 +162,23 @@ def conditioning(name: str, case: Case, **parameters: Any) -> float | None:
     change = before - first.mllm.double()
     moved = after - second.mllm.double() - change
     if name in CHOOSERS:
-        moved = moved.masked_fill(decided_otherwise(name, first, second, **parameters), 0)
+        moved = moved.masked_fill(decided_otherwise(name, first, second, **parameters)[0], 0)
     noise = noise_between(first, second) / float(task_vectors(first)[0].norm())
     return float(moved.norm() / change.norm()) / noise
 
 
-def decided_otherwise(name: str, a: Stored, b: Stored, **parameters: Any) -> Tensor:
-    """Elements in which another set of models takes part, by the definition."""
-    found = [
+def decided_otherwise(name: str, a: Stored, b: Stored, **parameters: Any) -> tuple[Tensor, Tensor]:
+    """Elements in which another set of models takes part, by the definition; and the drift.
+
+    The drift is what slowly changing weights, as those of DELLA's ranks, move an element by.
+    """
+    one, other = (
         torch.stack(coefficients(name, s.base, s.mllm, s.experts, tensor_name=NAME, **parameters))
         for s in (a, b)
-    ]
-    size = torch.maximum(found[0].abs(), found[1].abs())
-    return ((found[0] - found[1]).abs() > 0.05 * size).any(0)
+    )
+    apart = (one - other).abs()
+    decided = (apart > 0.05 * torch.maximum(one.abs(), other.abs())).any(0)
+    return decided, (apart * torch.stack(task_vectors(b)).abs()).sum(0)
 
 
 def tolerance_of(name: str) -> float:
