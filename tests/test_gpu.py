@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Trio
+from numeric_cases import MOST_FLIPPED, compare, measure, models, sample, tolerance_of
+from numeric_cases import merged as merged_matrix
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
@@ -117,6 +119,23 @@ def test_one_analysis_after_the_other_takes_no_more_memory(demo: ModelPair) -> N
 
 
 # --- merges ---
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_computes_what_its_definition_says_and_what_the_cpu_computes(name: str) -> None:
+    cases = sample(6, [(256, 256), (688, 256), (256, 512)], list(METHODS).index(name))
+    found = {case: measure(name, case, "cuda") for case in cases}
+    assert any(found.values())
+    for case, finding in found.items():
+        if finding is None:
+            continue
+        assert finding.excess <= tolerance_of(name), (case, finding)
+        assert finding.flipped <= MOST_FLIPPED, (case, finding)
+        stored = models(case)
+        on_cpu, on_gpu = (merged_matrix(name, stored.to(d)).cpu() for d in ("cpu", "cuda"))
+        apart = compare(name, stored, on_gpu, on_cpu.double())
+        assert apart.excess <= 2 * tolerance_of(name), (case, apart)
+        assert apart.flipped <= 2 * MOST_FLIPPED, (case, apart)
 
 
 @pytest.mark.parametrize("method", DATA_FREE)

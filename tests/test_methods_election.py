@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
+from method_definitions import defined, whole_model
 from small_matrices import W0, W_E, W_V, close, f64, merged_by
 
 from ipmerge_core.methods import METHODS, task_arithmetic
@@ -111,15 +112,12 @@ def test_whole_model_ties_trims_all_matrices_by_one_exact_threshold():
             descending=True
         )
         assert threshold == float(changes.values[int(0.25 * changes.values.numel()) - 1])
+    stored = [(base, mllm, *experts) for base, mllm, experts, _ in matrices]
+    truth = whole_model("ties", stored, parameters)
+    assert thresholds == pytest.approx(truth, rel=1e-6)
     merged = ties(*matrices[0][:3], statistic=thresholds, **parameters)
-    base, mllm, (math,), _ = matrices[0]
-    kept = [
-        (tuned - base) * ((tuned - base).abs() >= threshold)
-        for tuned, threshold in zip((mllm, math), thresholds, strict=True)
-    ]
-    d_v, d_e = kept[0], 0.3 * kept[1]
-    delta = torch.where(d_v + d_e >= 0, d_v.relu() + d_e.relu(), -((-d_v).relu() + (-d_e).relu()))
-    assert torch.allclose(merged, base + delta, atol=1e-6)
+    expected = defined("ties", *matrices[0][:3], statistic=truth, **parameters)
+    assert torch.allclose(merged.double(), expected, atol=1e-6)
 
 
 def test_whole_model_ties_without_a_statistic_uses_the_matrix_at_hand():

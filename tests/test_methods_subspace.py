@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from method_definitions import defined
 from small_matrices import W0, W_E, W_V, close, f64, merged_by
 
 from ipmerge_core.methods import METHODS, task_arithmetic
@@ -130,23 +131,30 @@ def test_a_task_vector_in_its_own_knots_is_itself():
     assert not torch.allclose(half, METHODS["knots_ties"](ZERO, A45, B45, density=0.5))
 
 
+def drawn(shape, experts, seed):
+    """A base, an MLLM and experts in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    base, *taus = torch.randn(2 + experts, *shape, generator=generator, dtype=torch.float64)
+    mllm, *others = (base + tau for tau in taus)
+    return base, mllm, others
+
+
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
 @pytest.mark.parametrize("experts", [1, 2])
-def test_tsv_matches_its_definition_in_float64(shape, experts):
-    generator = torch.Generator().manual_seed(0)
-    base, *taus = torch.randn(2 + experts, *shape, generator=generator, dtype=torch.float64)
-    merged = METHODS["tsv"](base, base + taus[0], [base + tau for tau in taus[1:]], scale=0.7)
-    k = min(shape) // len(taus)
-    found = [torch.linalg.svd(tau, full_matrices=False) for tau in taus]
-    U = torch.cat([u[:, :k] for u, _, _ in found], dim=1)
-    S = torch.cat([s[:k] for _, s, _ in found])
-    V = torch.cat([v[:k].T for _, _, v in found], dim=1)
-    orthonormal = []
-    for stacked in (U, V):
-        P, _, Q = torch.linalg.svd(stacked, full_matrices=False)
-        orthonormal.append(P @ Q)
-    delta = orthonormal[0] * S @ orthonormal[1].T
-    assert torch.allclose(merged, base + 0.7 * delta, atol=1e-9)
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("tsv", {"scale": 0.7}),
+        ("iso_c", {"mllm_weight": 0.9, "math_weight": 0.4, "scale": 0.7}),
+        ("iso_cts", {"common_fraction": 0.6}),
+        ("knots_ties", {"density": 0.3, "scale": 0.7, "math_weight": 0.5, "normalize": True}),
+        ("knots_ties", {"density": 0.3, "scale": 0.7, "math_weight": 0.5, "normalize": False}),
+    ],
+)
+def test_in_float64_a_method_is_its_definition(name, choice, experts, shape):
+    models = drawn(shape, experts, 5)
+    merged = METHODS[name](*models, **choice)
+    assert torch.allclose(merged, defined(name, *models, **choice), atol=1e-8)
 
 
 def test_the_polar_factor_of_two_bases_needs_only_their_overlap():
@@ -198,40 +206,6 @@ def test_iso_c_levels_the_spectrum_of_the_sum_and_keeps_its_rank():
 def test_iso_cts_with_everything_common_is_iso_c():
     merged = METHODS["iso_cts"](ZERO, A45, B45, common_fraction=1.0)
     assert torch.allclose(merged, METHODS["iso_c"](ZERO, A45, B45), atol=1e-12)
-
-
-def test_iso_cts_matches_its_definition_in_float64():
-    generator = torch.Generator().manual_seed(4)
-    taus = torch.randn(3, 20, 15, generator=generator, dtype=torch.float64)
-    zero = torch.zeros_like(taus[0])
-    merged = METHODS["iso_cts"](zero, taus[0], list(taus[1:]), common_fraction=0.6)
-    U, S, Vh = torch.linalg.svd(taus.sum(0), full_matrices=False)
-    own = round((15 - 9) / 3)
-    U, S, V = U[:, : 15 - 3 * own], S[: 15 - 3 * own], Vh[: 15 - 3 * own].T
-    lefts, strengths, rights = [], [], []
-    for tau in taus:
-        u, s, v = torch.linalg.svd(tau - U @ (U.T @ tau), full_matrices=False)
-        lefts.append(u[:, :own])
-        strengths.append(s[:own])
-        rights.append(v[:own].T)
-    stacks = [torch.cat([*lefts, U], dim=1), torch.cat([*rights, V], dim=1)]
-    factors = []
-    for stack in stacks:
-        P, _, Q = torch.linalg.svd(stack, full_matrices=False)
-        factors.append(P @ Q)
-    expected = torch.cat([*strengths, S]).mean() * factors[0] @ factors[1].T
-    assert torch.allclose(merged, expected, atol=1e-9)
-
-
-@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-@pytest.mark.parametrize("experts", [1, 2])
-def test_iso_c_matches_its_definition_in_float64(shape, experts):
-    generator = torch.Generator().manual_seed(5)
-    base, *taus = torch.randn(2 + experts, *shape, generator=generator, dtype=torch.float64)
-    weights = {"mllm_weight": 0.9, "math_weight": 0.4, "scale": 0.7}
-    merged = METHODS["iso_c"](base, base + taus[0], [base + t for t in taus[1:]], **weights)
-    U, S, Vh = torch.linalg.svd(0.9 * taus[0] + 0.4 * sum(taus[1:]), full_matrices=False)
-    assert torch.allclose(merged, base + 0.7 * S.mean() * U @ Vh, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
