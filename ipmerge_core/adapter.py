@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ipmerge_core.checkpoint import Checkpoint, split_address
+from ipmerge_core.devices import resolve_device
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging import reopen
 from ipmerge_core.methods import find_method
@@ -105,14 +106,16 @@ def iter_adapter(
         tolerance: relative Frobenius residual at which a matrix's rank is chosen.
         max_rank: directions kept at most. A matrix that needs more is cut there, with a warning,
             and reported with its residual.
-        device: where the matrices are decomposed, as torch names it.
+        device: where the matrices are decomposed: "auto", or as torch names it.
 
     Raises:
-        PlanError: the method's change is not of low rank, or no matrix is selected.
+        PlanError: the method's change is not of low rank, no matrix is selected, or the device is
+            not there.
         CheckpointError: `out` is not empty, or a source cannot be used.
         PairingError: a source is not the one the plan was made for.
         RunError: the target cannot be written.
     """
+    where = torch.device(resolve_device(device))
     _check(plan, tolerance, max_rank)
     out = check_output(out)
     pair = reopen(plan)
@@ -123,7 +126,7 @@ def iter_adapter(
         height = pair.mllm.spec(tensor).shape[0]
         whole: list[Update] = []
         for matrix, experts in matrices:
-            inputs = on_one_base(pair.read(matrix, experts), torch.device(device))
+            inputs = on_one_base(pair.read(matrix, experts), where)
             with torch.no_grad():
                 update = update_of(*inputs, _per_unit_gain(plan, matrix.layer))
             rows = split_address(matrix.mllm)[1] or range(height)
@@ -137,7 +140,12 @@ def iter_adapter(
             tensors[f"base_model.model.{module}.lora_B.weight"] = kept.update.left.cpu()
         steps.append(step)
         yield step
-    _write(plan, out, tensors, steps, {"tolerance": tolerance, "max_rank": max_rank})
+    how: dict[str, float | str] = {
+        "tolerance": tolerance,
+        "max_rank": max_rank,
+        "device": str(where),
+    }
+    _write(plan, out, tensors, steps, how)
     _warn_of_cuts(steps, max_rank)
 
 
@@ -269,7 +277,7 @@ def _write(
     out: Path,
     tensors: dict[str, Tensor],
     steps: Sequence[AdapterStep],
-    limits: Mapping[str, float],
+    how: Mapping[str, float | str],
 ) -> None:
     """Write everything beside `out` and rename it, so that no half adapter ever loads."""
     if not tensors:
@@ -285,7 +293,7 @@ def _write(
         nbytes = (partial / "adapter_model.safetensors").stat().st_size
         documents = {
             "adapter_config.json": json.dumps(_config(plan, steps), indent=1) + "\n",
-            REPORT: json.dumps(_report(plan, steps, limits, nbytes), indent=1) + "\n",
+            REPORT: json.dumps(_report(plan, steps, how, nbytes), indent=1) + "\n",
             "README.md": _card(plan, steps, nbytes),
         }
         for name, text in documents.items():
@@ -321,7 +329,7 @@ def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
 
 
 def _report(
-    plan: MergePlan, steps: Sequence[AdapterStep], limits: Mapping[str, float], nbytes: int
+    plan: MergePlan, steps: Sequence[AdapterStep], how: Mapping[str, float | str], nbytes: int
 ) -> dict[str, Any]:
     return {
         "format": "ipmerge-adapter",
@@ -331,7 +339,7 @@ def _report(
         "plan": {"hash": plan.hash, "method": plan.method, "parameters": dict(plan.parameters)},
         "sources": asdict(plan.sources),
         "scale": plan.parameters["lambda_"],
-        **limits,
+        **how,
         "nbytes": nbytes,
         "over_max_rank": [step.tensor for step in steps if step.needed > step.rank],
         "largest_residual": max(step.residual for step in steps),

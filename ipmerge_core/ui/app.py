@@ -122,7 +122,11 @@ def theme() -> gr.themes.Base:
 
 
 def launch(
-    host: str | None = None, port: int | None = None, *, block: bool = True
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    block: bool = True,
+    device: str = "auto",
 ) -> tuple[Any, str, str]:
     """Build the app and serve it; prints the address.
 
@@ -130,8 +134,9 @@ def launch(
         host: the interface; 127.0.0.1 if not given here or by GRADIO_SERVER_NAME.
         port: the first free one from 7860 on, if not given here or by GRADIO_SERVER_PORT.
         block: wait until the server is stopped.
+        device: of every run that is not given one: "auto" for the best, or as torch names it.
     """
-    backend = Backend()
+    backend = Backend(device=device)
     return build_app(backend).launch(
         server_name=host,
         server_port=port,

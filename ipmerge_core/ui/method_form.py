@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ipmerge_core.methods import Parameter
     from ipmerge_core.plan import MergePlan
+    from ipmerge_core.ui.start_gate import StartGate
 
 EXPLORED = ""  # the name that stands for the plan from Explore
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
@@ -54,16 +55,17 @@ class MethodForm(NamedTuple):
     data: gr.Column
 
 
-def method_form(method: gr.State, after: Callable[[Dependency], object]) -> MethodForm:
+def method_form(method: gr.State, gate: StartGate) -> MethodForm:
     """Lay out the method's name, its fields and the options; what is chosen goes into `method`.
 
     Args:
         method: holds a MethodChoice.
-        after: wires what follows a change of a field or an option.
+        gate: what keeps Start off until a change of a field or an option is checked.
     """
     name = gr.Dropdown(
         [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
     )
+    gate.at_once(name.change)
     changed = name.change(with_method, [method, name], method, queue=False, **QUIET)
 
     @gr.render(inputs=name, triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
@@ -77,7 +79,7 @@ def method_form(method: gr.State, after: Callable[[Dependency], object]) -> Meth
         with gr.Row(elem_classes="fields"):
             for parameter in found.parameters:
                 keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
-                _keep(_field(parameter), keep, method, after)
+                _keep(_field(parameter), keep, method, gate)
 
     data = gr.Column(elem_id="calibration", visible=False)
     with (
@@ -85,7 +87,7 @@ def method_form(method: gr.State, after: Callable[[Dependency], object]) -> Meth
         gr.Row(elem_classes="fields"),
     ):
         for option in OPTIONS:
-            _keep(_option_field(option), partial(with_option, option.name), method, after)
+            _keep(_option_field(option), partial(with_option, option.name), method, gate)
     return MethodForm(name, changed, data)
 
 
@@ -93,13 +95,14 @@ def _keep(
     field: Any,  # noqa: ANN401 (a component; their events are made at run time)
     keep: Callable[..., MethodChoice],
     method: gr.State,
-    after: Callable[[Dependency], object],
+    gate: StartGate,
 ) -> None:
     """Put a field's value into the choice whenever it changes, the last one for sure."""
+    gate.at_once(field.change)
     change = field.change(
         keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
     )
-    after(change)
+    gate.after(change.then)
 
 
 def offered() -> dict[str, Any]:
