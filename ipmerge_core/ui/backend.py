@@ -209,9 +209,11 @@ class Backend:
         return self.free_name_like(f"{Path(plan.sources.mllm.id).name}-{plan.hash}")
 
     def free_name_like(self, name: str) -> str:
-        """Suggest the name of a folder that is not taken: this one, or it with a number."""
+        """Suggest a folder that is not taken: this one, or it with a number; "" for no name."""
         stem = _NUMBER.sub("", name.strip())
-        return next(filter(self._is_free, _numbered(stem)), stem)
+        with contextlib.suppress(RunError):
+            return next(filter(self._is_free, _numbered(stem)), "")
+        return ""
 
     def folder_problem(self, name: str) -> str:
         """Say why a merge cannot write to the folder of this name; "" where it can."""

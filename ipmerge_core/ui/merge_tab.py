@@ -258,7 +258,7 @@ def note_html(backend: Backend, name: str, *, busy: bool) -> str:
     if busy:
         return f'<p class="waiting">{escape(problem)}</p>'
     free = backend.free_name_like(name)
-    advice = f" <em>This name is free: {escape(free)}</em>" if free else ""
+    advice = f" <em>A free name: {escape(free)}</em>" if free else ""
     return f'<p class="failure">✕ {escape(public_text(problem))}{advice}</p>'
 
 

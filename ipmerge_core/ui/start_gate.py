@@ -84,12 +84,21 @@ class StartGate:
         self.busy = _hidden("merge-busy")  # "1" while a run of this browser goes
         may_start = [self._asked, self._ready, self.busy, shown.note]
         self._unlock: dict[str, Any] = {
-            "fn": None, "inputs": may_start, "outputs": shown.start, "js": _MAY_START, **QUIET
-        }  # fmt: skip
-        typed = shown.folder.input(
-            say, [shown.folder, self.busy], shown.note, queue=False,
-            trigger_mode="always_last", **QUIET,
-        )  # fmt: skip
+            "fn": None,
+            "inputs": may_start,
+            "outputs": shown.start,
+            "js": _MAY_START,
+            "queue": False,
+            **QUIET,
+        }
+        self._note: dict[str, Any] = {
+            "fn": self._say_once_asked,
+            "inputs": [self._asked, shown.folder, self.busy],
+            "outputs": shown.note,
+            "queue": False,
+            **QUIET,
+        }
+        typed = shown.folder.input(**self._note, trigger_mode="always_last")
         typed.then(**self._unlock)
         self.at_once(self.busy.change)
         self.after(self.busy.change)
@@ -120,9 +129,12 @@ class StartGate:
         ]  # fmt: skip
         said = found.then(
             None, [self._asked, self._answer, shown.folder], filled, js=_SHOW, queue=False, **QUIET
-        ).then(self._say, [shown.folder, self.busy], shown.note, queue=False, **QUIET)
+        ).then(**self._note)
         then: Dependency = said.then(**self._unlock)
         return then
+
+    def _say_once_asked(self, asked: str, name: str, busy: str) -> str:
+        return self._say(name, busy) if asked else ""
 
 
 def _hidden(elem_id: str) -> gr.Textbox:
