@@ -18,12 +18,11 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.merge_words import size_words
 from ipmerge_core.ui.messages import QUIET, told
 from ipmerge_core.ui.method_form import MethodChoice
+from ipmerge_core.ui.start_gate import LAST, StartGate
 from ipmerge_core.ui.watching import POLL_SECONDS, RunView, find_run, off_at_once, steer
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
-
-    from ipmerge_core.ui.start_gate import StartGate
 
 JOB_KEY = "ipmerge.calibration.v1"
 JOB_SECRET = "ipmerge-calibration"  # noqa: S105 (it only keeps the entry readable after a restart)
@@ -103,7 +102,7 @@ def calibration_form(
     parts.start.click(told(begin), asked, job, **QUIET).then(watch, job, watching, **QUIET)
     view = RunView(parts.progress, parts.cancel, parts.resume, timer)
     steer(app, backend, job, view, watch, watching, queued=True)  # `made` has a listener
-    return lambda event: event.then(told(show), [pair, method, made], filled, **QUIET)
+    return lambda event: event.then(told(show), [pair, method, made], filled, **LAST)
 
 
 def remembered_calibration() -> gr.BrowserState:
@@ -119,7 +118,7 @@ def shown(backend: Backend, pack_id: str, how: MethodChoice, just_made: str) -> 
     """
     method = data_method(how.name)
     if method is None:
-        return [gr.update(visible=False), gr.skip(), gr.skip(), how]
+        return [gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()]
     folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
     elsewhere = Path(how.calibration).parent != backend.calibrations_folder
     chosen_before = how.calibration if elsewhere or how.calibration in folders else ""

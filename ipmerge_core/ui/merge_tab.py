@@ -28,7 +28,14 @@ from ipmerge_core.ui.merge_words import (
     result_html,
 )
 from ipmerge_core.ui.messages import QUIET, public_finding, public_text, sentence_of, told
-from ipmerge_core.ui.method_form import MethodChoice, chosen_plan, method_form, offered
+from ipmerge_core.ui.method_form import (
+    MethodChoice,
+    chosen_plan,
+    method_form,
+    method_names,
+    offered,
+    with_method,
+)
 from ipmerge_core.ui.start_gate import Answer, Shown, StartGate
 from ipmerge_core.ui.watching import POLL_SECONDS, Remembered, RunView, Watched, find_run, steer
 
@@ -91,30 +98,68 @@ def merge_tab(
     tab: gr.Tab,
 ) -> None:
     """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers."""
-    # layout
     method = gr.State(MethodChoice())
     steps = _steps(backend)
-    timer = gr.Timer(POLL_SECONDS, active=False)
+    with steps.form:
+        named = method_names()
+    # The form's own name counts: it may be ahead of what is known of its values.
+    chosen = [pair, choice, method, named, steps.device]
+    gate = _gate(backend, steps, chosen)
+    with steps.form:
+        form = method_form(named, method, gate)
+        shows = calibration_form(app, backend, form.data, pair, method, job=calibration, gate=gate)
+    gate.after(shows(form.changed).then)
+    gate.at_once(pair.change)
+    gate.after(shows(after_commits(pair.change, pair)).then)
+    gate.at_once(steps.device.input)
+    gate.after(steps.device.input)
+    gate.at_once(tab.select, first=True)
+    _wire_run(app, backend, steps, gate, chosen, job, tab)
+    opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
+    checked = gate.after(shows(after_commits(opened.then, pair)).then)
+    filled = checked.then(offered, None, named, **QUIET)
+    filled.then(lambda: offered_devices(backend), None, steps.device, **QUIET)
+    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **QUIET)
 
-    # handlers
-    def check(pack_id: str, plan: PlanChoice, how: MethodChoice, device: str) -> Answer:
-        found = readiness(backend, pack_id, plan, how, device)
+
+def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:
+    """Make what keeps Start off until everything that is `chosen` has been checked."""
+
+    def check(pack_id: str, plan: PlanChoice, how: MethodChoice, named: str, device: str) -> Answer:
+        found = readiness(backend, pack_id, plan, with_method(how, named), device)
         listed = findings_html(found.findings)
         return Answer(listed, found.confirmation, found.folder, found.digest, found.ready)
 
     def say(name: str, busy: str) -> str:
         return note_html(backend, name, busy=bool(busy))
 
+    shown = Shown(steps.findings, steps.confirmation, steps.folder, steps.note, steps.start)
+    return StartGate(shown, check, chosen, say)
+
+
+def _wire_run(
+    app: gr.Blocks,
+    backend: Backend,
+    steps: _Steps,
+    gate: StartGate,
+    chosen: list[Any],
+    job: gr.BrowserState,
+    tab: gr.Tab,
+) -> None:
+    """Wire Start, and what shows the run that it starts or finds."""
+    timer = gr.Timer(POLL_SECONDS, active=False)
+
     def begin(
         mine: Remembered | None,
         digest: str,
+        name: str,
         pack_id: str,
         plan: PlanChoice,
         how: MethodChoice,
+        named: str,
         device: str,
-        name: str,
     ) -> Remembered:
-        made = chosen_plan(pack_id, plan, how)
+        made = chosen_plan(pack_id, plan, with_method(how, named))
         check_digest(backend, digest, pack_id, made, device)
         return started_merge(backend, with_secret(mine), made, name, device)
 
@@ -124,41 +169,18 @@ def merge_tab(
     def watch(mine: Remembered | None) -> list[Any]:
         return watched(backend, mine or {})
 
-    # wiring
-    shown = Shown(steps.findings, steps.confirmation, steps.folder, steps.note, steps.start)
-    chosen = [pair, choice, method, steps.device]
-    gate = StartGate(shown, check, chosen, say)
     watching = [
         steps.progress, steps.cancel, steps.resume, timer, steps.result, steps.try_it, gate.busy
     ]  # fmt: skip
-    with steps.form:
-        form = method_form(method, gate)
-        shows = calibration_form(app, backend, form.data, pair, method, job=calibration, gate=gate)
-    gate.after(shows(form.changed).then)
-    gate.at_once(pair.change)
-    gate.after(shows(after_commits(pair.change, pair)).then)
-    gate.at_once(steps.device.input)
-    gate.after(steps.device.input)
-
-    gate.at_once(tab.select, first=True)
-    tab.select(attach, job, job, queue=False, **QUIET).then(
-        watch, job, watching, queue=False, **QUIET
-    )
-    opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
-    checked = gate.after(shows(after_commits(opened.then, pair)).then)
-    checked.then(offered, None, form.name, **QUIET).then(
-        lambda: offered_devices(backend), None, steps.device, **QUIET
-    )
-
+    for arrives in (app.load, tab.select):
+        found = arrives(attach, job, job, queue=False, **QUIET)
+        found.then(watch, job, watching, queue=False, **QUIET)
     gate.at_once(steps.start.click)
-    pressed = steps.start.click(
-        told(begin), [job, gate.digest, *chosen, steps.folder], job, **QUIET
-    )
+    asked = [job, gate.digest, steps.folder, *chosen]
+    pressed = steps.start.click(told(begin), asked, job, **QUIET)
     gate.after(pressed.then(watch, job, watching, **QUIET).then)
-    app.load(attach, job, job, queue=False, **QUIET)
     view = RunView(steps.progress, steps.cancel, steps.resume, timer)
     steer(app, backend, job, view, watch, watching)
-    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **QUIET)
 
 
 def _steps(backend: Backend) -> _Steps:

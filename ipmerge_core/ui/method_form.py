@@ -50,21 +50,25 @@ class MethodChoice(NamedTuple):
 class MethodForm(NamedTuple):
     """The parts of the form that others listen to or lay something beside."""
 
-    name: gr.Dropdown
     changed: Dependency  # another method was chosen, and the choice knows it
     data: gr.Column
 
 
-def method_form(method: gr.State, gate: StartGate) -> MethodForm:
-    """Lay out the method's name, its fields and the options; what is chosen goes into `method`.
+def method_names() -> gr.Dropdown:
+    """Lay out the choice of a method; `offered` fills it."""
+    return gr.Dropdown(
+        [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
+    )
+
+
+def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodForm:
+    """Lay out the method's fields and the options; what is chosen goes into `method`.
 
     Args:
+        name: the choice of a method, as `method_names` lays it out.
         method: holds a MethodChoice.
         gate: what keeps Start off until a change of a field or an option is checked.
     """
-    name = gr.Dropdown(
-        [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
-    )
     gate.at_once(name.change)
     changed = name.change(with_method, [method, name], method, queue=False, **QUIET)
 
@@ -88,7 +92,7 @@ def method_form(method: gr.State, gate: StartGate) -> MethodForm:
     ):
         for option in OPTIONS:
             _keep(_option_field(option), partial(with_option, option.name), method, gate)
-    return MethodForm(name, changed, data)
+    return MethodForm(changed, data)
 
 
 def _keep(
@@ -115,8 +119,8 @@ def offered() -> dict[str, Any]:
 
 
 def with_method(choice: MethodChoice, name: str) -> MethodChoice:
-    """Return the choice of another method; values go, options stay."""
-    return MethodChoice(name, options=choice.options)
+    """Return the choice of a method; another's values go, options stay."""
+    return choice if name == choice.name else MethodChoice(name, options=choice.options)
 
 
 def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) -> MethodChoice:

@@ -19,6 +19,8 @@ from ipmerge_core.ui.messages import QUIET
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
+# What comes while a link of a chain is pending runs after it; by default it would be dropped.
+LAST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 CHECKING = '<p class="waiting">Checking …</p>'
 
 # Every change has a number, from the first visit of the tab on. Start goes off with it, at once.
@@ -96,9 +98,9 @@ class StartGate:
             "inputs": [self._asked, shown.folder, self.busy],
             "outputs": shown.note,
             "queue": False,
-            **QUIET,
+            **LAST,
         }
-        typed = shown.folder.input(**self._note, trigger_mode="always_last")
+        typed = shown.folder.input(**self._note)
         typed.then(**self._unlock)
         self.at_once(self.busy.change)
         self.after(self.busy.change)
@@ -123,7 +125,7 @@ class StartGate:
             return json.dumps({"asked": asked, **self._check(*values)._asdict()})
 
         shown = self._shown
-        found = listener(check, [self._asked, *self._inputs], self._answer, **QUIET)
+        found = listener(check, [self._asked, *self._inputs], self._answer, **LAST)
         filled = [
             shown.findings, shown.confirmation, self.digest, self._ready, shown.folder
         ]  # fmt: skip
