@@ -48,11 +48,14 @@ def page(place: Place, new_page: Callable[..., Page]) -> Page:
     return open_merge(new_page(), place.url)
 
 
-def open_merge(page: Page, url: str) -> Page:
+def open_merge(page: Page, url: str, *, ready: bool = True) -> Page:
+    """Open the tab and wait for the check; Start is off while a run of this browser goes."""
     page.goto(url)
     expect(page.locator("#layer-map .sum")).not_to_be_empty()
     page.locator("#tabs").get_by_role("tab", name="Merge").click()
-    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    expect(page.locator("#confirmation dl")).to_be_visible(timeout=LOADING)
+    if ready:
+        expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
     return page
 
 
@@ -82,7 +85,7 @@ def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):
     first = int(re.search(r"(\d+) of 98 tensors", run_words(page)).group(1))
 
     page.reload()
-    open_merge(page, place.url)
+    open_merge(page, place.url, ready=False)
     expect(page.locator("#run-status")).to_contain_text("through-it-all")
     expect(page.locator("#cancel-merge")).to_be_visible()
     assert int(re.search(r"(\d+) of 98 tensors", run_words(page)).group(1)) >= first

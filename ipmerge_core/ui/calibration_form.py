@@ -99,7 +99,9 @@ def calibration_form(
     gate.at_once(made.change)
     gate.after(made.change(told(show), [pair, method, made], filled, **QUIET).then)
     off_at_once(parts.start)
-    parts.start.click(told(begin), asked, job, **QUIET).then(watch, job, watching, **QUIET)
+    pressed = parts.start.click(told(begin), asked, job, **QUIET)
+    for follows in (pressed.success, pressed.failure):  # Gradio lets no `then` follow an error
+        follows(watch, job, watching, **QUIET)
     view = RunView(parts.progress, parts.cancel, parts.resume, timer)
     steer(app, backend, job, view, watch, watching, queued=True)  # `made` has a listener
     return lambda event: event.then(told(show), [pair, method, made], filled, **LAST)
@@ -119,7 +121,10 @@ def shown(backend: Backend, pack_id: str, how: MethodChoice, just_made: str) -> 
     method = data_method(how.name)
     if method is None:
         return [gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()]
-    folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
+    try:
+        folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
+    except IPMergeError:
+        folders = []  # of a pair that cannot be read: the check says why
     elsewhere = Path(how.calibration).parent != backend.calibrations_folder
     chosen_before = how.calibration if elsewhere or how.calibration in folders else ""
     wanted = [just_made if just_made in folders else "", chosen_before, *folders[-1:]]

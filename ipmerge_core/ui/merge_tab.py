@@ -178,7 +178,8 @@ def _wire_run(
     gate.at_once(steps.start.click)
     asked = [job, gate.digest, steps.folder, *chosen]
     pressed = steps.start.click(told(begin), asked, job, **QUIET)
-    gate.after(pressed.then(watch, job, watching, **QUIET).then)
+    gate.after(pressed.success(watch, job, watching, **QUIET).then)
+    gate.after(pressed.failure)  # Gradio lets no `then` follow an error
     view = RunView(steps.progress, steps.cancel, steps.resume, timer)
     steer(app, backend, job, view, watch, watching)
 

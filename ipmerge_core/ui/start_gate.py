@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # What comes while a link of a chain is pending runs after it; by default it would be dropped.
 LAST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 CHECKING = '<p class="waiting">Checking …</p>'
+FAILED = (
+    '<p class="failure">✕ The check could not be carried out. Choose something else, or open this '
+    "tab again.</p>"
+)
 
 # Every change has a number, from the first visit of the tab on. Start goes off with it, at once.
 _FIRST = f"""(asked) =>
@@ -100,7 +104,7 @@ class StartGate:
             "queue": False,
             **LAST,
         }
-        typed = shown.folder.input(**self._note)
+        typed = shown.folder.change(**self._note)  # an input event comes before its value
         typed.then(**self._unlock)
         self.at_once(self.busy.change)
         self.after(self.busy.change)
@@ -126,6 +130,7 @@ class StartGate:
 
         shown = self._shown
         found = listener(check, [self._asked, *self._inputs], self._answer, **LAST)
+        found.failure(None, None, shown.note, js=f"() => {FAILED!r}", queue=False, **QUIET)
         filled = [
             shown.findings, shown.confirmation, self.digest, self._ready, shown.folder
         ]  # fmt: skip
