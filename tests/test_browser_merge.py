@@ -49,11 +49,10 @@ def page(place: Place, new_page: Callable[..., Page]) -> Page:
 
 
 def open_merge(page: Page, url: str, *, ready: bool = True) -> Page:
-    """Open the tab and wait for the check; Start is off while a run of this browser goes."""
+    """Open the tab; `ready` waits for Start, which is off while a run of this browser goes."""
     page.goto(url)
     expect(page.locator("#layer-map .sum")).not_to_be_empty()
     page.locator("#tabs").get_by_role("tab", name="Merge").click()
-    expect(page.locator("#confirmation dl")).to_be_visible(timeout=LOADING)
     if ready:
         expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
     return page

@@ -166,7 +166,7 @@ def test_a_merge_of_the_app_runs_on_the_gpu_and_says_so(
     plan = plan_of("pack", PlanChoice())
     assert devices.resolve_device() == devices.resolve_device("cuda") == "cuda"
     found = readiness(backend, "pack", PlanChoice())
-    assert "on the GPU cuda, estimated" in found.confirmation
+    assert "on the GPU (cuda), estimated" in found.confirmation
     assert torch.cuda.get_device_name() in found.confirmation
     for device in ("auto", "cpu"):
         run = backend.start_merge(plan, f"on-{device}", device=device)

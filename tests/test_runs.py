@@ -166,7 +166,7 @@ def test_confirm_names_the_device_and_estimates_for_it(machine, monkeypatch):
     machine(cuda=1)
     on_gpu = readiness(Backend(), PACK, PlanChoice())
     assert "<dt>Device</dt><dd>NVIDIA H200 (cuda)</dd>" in on_gpu.confirmation
-    assert "on the GPU cuda, estimated" in on_gpu.confirmation
+    assert "on the GPU (cuda), estimated" in on_gpu.confirmation
     assert "CPU" not in on_gpu.confirmation
     assert (on_gpu.device, on_cpu.device) == ("cuda", "cpu")
     refused = readiness(Backend(), PACK, PlanChoice(), device="cuda:5")
@@ -204,13 +204,13 @@ def test_an_analysis_is_estimated_for_the_device_that_it_takes(machine, trio: Tr
     named = Named(str(trio.mllm), (str(trio.math),), str(trio.base))
     *_, found = check_trio(named, hub_only=False)
     assert isinstance(found, Checked)
-    assert "on the GPU cuda, estimated" in needs_html(found, hosted=False)
+    assert "on the GPU (cuda), estimated" in needs_html(found, hosted=False)
     assert "CPU" not in needs_html(found, hosted=False)
 
 
 def test_a_run_and_its_result_say_where():
     status = JobStatus("0", "Merge", "running", {}, {"device": "cuda:1"})
-    assert "on the GPU cuda:1" in progress_html(status)
+    assert "on the GPU (cuda:1)" in progress_html(status)
     assert "Merged on the CPU" in result_html("/m", None, show_path=True, device="cpu")
 
 

@@ -97,8 +97,11 @@ def wire_panel(
     choice: gr.State,
     explore: ExploreTab,
     tabs: gr.Tabs,
-) -> None:
-    """Wire the panel to the frame's pair and to the map."""
+) -> Dependency:
+    """Wire the panel to the frame's pair and to the map.
+
+    Returns the event after which a pair has come, or become whole.
+    """
     job, waiting = remembered_analysis(), gr.State("")
     shown = [pair, explore.layer_map, choice, explore.spectra]
     started = _wire_form(backend, panel, pair, job, waiting)
@@ -113,6 +116,7 @@ def wire_panel(
     pair.change(told(describe), pair, panel.details, queue=False, **QUIET)
     arrived.success(told(describe), pair, panel.details, **QUIET)
     app.load(refresh, pair, pair, queue=False, **QUIET)
+    return arrived
 
 
 def _wire_form(

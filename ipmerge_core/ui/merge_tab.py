@@ -96,8 +96,11 @@ def merge_tab(
     calibration: gr.BrowserState,
     tabs: gr.Tabs,
     tab: gr.Tab,
-) -> None:
-    """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers."""
+) -> StartGate:
+    """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers.
+
+    Returns what lets a check follow events outside of the tab.
+    """
     method = gr.State(MethodChoice())
     steps = _steps(backend)
     with steps.form:
@@ -120,6 +123,7 @@ def merge_tab(
     filled = checked.then(offered, None, named, **QUIET)
     filled.then(lambda: offered_devices(backend), None, steps.device, **QUIET)
     steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **QUIET)
+    return gate
 
 
 def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:
@@ -200,7 +204,12 @@ def _steps(backend: Backend) -> _Steps:
                     scale=3,
                 )
                 device = gr.Dropdown(  # filled when the tab opens: finding devices takes torch
-                    [AUTO], value=AUTO, label="Device", visible=False, elem_id="merge-device"
+                    [AUTO],
+                    value=AUTO,
+                    label="Device",
+                    info="Where the matrices are merged",
+                    visible=False,
+                    elem_id="merge-device",
                 )
                 start = gr.Button(
                     "Start merge", variant="primary", interactive=False, elem_id="start-merge"

@@ -76,8 +76,7 @@ def confirm_html(
     rows = {
         "Pair": escape(plan.name),
         "Method": escape(method_words(plan)),
-        "Plan": f"<code>{plan.hash}</code>, checked with pair and device as "
-        f"<code>{digest[:8]}</code>",
+        "Plan": f"<code>{plan.hash}</code>; with pair and device <code>{digest[:8]}</code>",
         "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
         f"{count_words(touched)} parameters ({share:.0%} of the language model)"
         f"{''.join(f', {escape(what)}' for what in plan.beside)}; {escape(change)}",
@@ -114,16 +113,16 @@ def device_words(device: str) -> str:
     """Write a device for people, as far as its name says.
 
     >>> device_words("cpu"), device_words("cuda:1"), device_words("mps")
-    ('the CPU', 'the GPU cuda:1', 'the GPU mps')
+    ('the CPU', 'the GPU (cuda:1)', 'the GPU (mps)')
     """
-    return "the CPU" if device == "cpu" else f"the GPU {device}"
+    return "the CPU" if device == "cpu" else f"the GPU ({device})"
 
 
 def estimate_words(seconds: float, device: str) -> str:
     """Write how long a run takes on a device.
 
     >>> estimate_words(90, "cpu"), estimate_words(4, "cuda")
-    ('about 2 minutes on one CPU core', 'about 4 seconds on the GPU cuda')
+    ('about 2 minutes on one CPU core', 'about 4 seconds on the GPU (cuda)')
     """
     where = "one CPU core" if device == "cpu" else device_words(device)
     return f"about {time_words(seconds)} on {where}"
