@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ipmerge_core.checkpoint import Checkpoint, split_address
+from ipmerge_core.devices import resolve_device
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging import reopen
 from ipmerge_core.methods import find_method
@@ -98,14 +99,16 @@ def iter_adapter(
         tolerance: relative Frobenius residual at which a matrix's rank is chosen.
         max_rank: directions kept at most. A matrix that needs more is cut there, with a warning,
             and reported with its residual.
-        device: where the matrices are decomposed, as torch names it.
+        device: where the matrices are decomposed: "auto", or as torch names it.
 
     Raises:
-        PlanError: the method's change is not of low rank, or no matrix is selected.
+        PlanError: the method's change is not of low rank, no matrix is selected, or the device is
+            not there.
         CheckpointError: `out` is not empty, or a source cannot be used.
         PairingError: a source is not the one the plan was made for.
         RunError: the target cannot be written.
     """
+    where = torch.device(resolve_device(device))
     _check(plan, tolerance, max_rank)
     out = check_output(out)
     pair = reopen(plan)
@@ -117,7 +120,7 @@ def iter_adapter(
         whole: list[Update] = []
         for matrix, experts in matrices:
             weights = pair.read(matrix, experts)
-            inputs = on_one_base(weights, torch.device(device))
+            inputs = on_one_base(weights, where)
             with torch.no_grad():
                 parameters = _per_unit_gain(plan, matrix.layer)
                 update = update_of(*inputs, parameters, rounding_noise(weights))
@@ -132,7 +135,12 @@ def iter_adapter(
             tensors[f"base_model.model.{module}.lora_B.weight"] = kept.update.left.cpu()
         steps.append(step)
         yield step
-    _write(plan, out, tensors, steps, {"tolerance": tolerance, "max_rank": max_rank})
+    how: dict[str, float | str] = {
+        "tolerance": tolerance,
+        "max_rank": max_rank,
+        "device": str(where),
+    }
+    _write(plan, out, tensors, steps, how)
     _warn_of_cuts(steps, max_rank)
 
 
@@ -254,7 +262,7 @@ def _write(
     out: Path,
     tensors: dict[str, Tensor],
     steps: Sequence[AdapterStep],
-    limits: Mapping[str, float],
+    how: Mapping[str, float | str],
 ) -> None:
     """Write everything beside `out` and rename it, so that no half adapter ever loads."""
     if not tensors:
@@ -270,7 +278,7 @@ def _write(
         nbytes = (partial / "adapter_model.safetensors").stat().st_size
         documents = {
             "adapter_config.json": json.dumps(_config(plan, steps), indent=1) + "\n",
-            REPORT: json.dumps(_report(plan, steps, limits, nbytes), indent=1) + "\n",
+            REPORT: json.dumps(_report(plan, steps, how, nbytes), indent=1) + "\n",
             "README.md": _card(plan, steps, nbytes),
         }
         for name, text in documents.items():
@@ -306,7 +314,7 @@ def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
 
 
 def _report(
-    plan: MergePlan, steps: Sequence[AdapterStep], limits: Mapping[str, float], nbytes: int
+    plan: MergePlan, steps: Sequence[AdapterStep], how: Mapping[str, float | str], nbytes: int
 ) -> dict[str, Any]:
     return {
         "format": "ipmerge-adapter",
@@ -316,7 +324,7 @@ def _report(
         "plan": {"hash": plan.hash, "method": plan.method, "parameters": dict(plan.parameters)},
         "sources": asdict(plan.sources),
         "scale": plan.parameters["lambda_"],
-        **limits,
+        **how,
         "nbytes": nbytes,
         "over_max_rank": [step.tensor for step in steps if step.needed > step.rank],
         "largest_residual": max(step.residual for step in steps),

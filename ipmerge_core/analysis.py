@@ -25,7 +25,7 @@ import torch
 from ipmerge_core import similarity as sim
 from ipmerge_core.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.comparison import Options, compare
-from ipmerge_core.devices import free_memory, stream, streams, warn_of_cpu
+from ipmerge_core.devices import free_memory, resolve_device, stream, streams, warn_of_cpu
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.journal import Journal, Place, journal_of
 from ipmerge_core.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
@@ -54,7 +54,7 @@ def analyse(
 
     Args:
         pair: the models, opened by `open_pair`.
-        device: where the decompositions run, as torch names it.
+        device: where the decompositions run: "auto", or as torch names it.
         rank: keep only the leading singular triplets; None keeps all.
         temperature: of the softmax over directions, > 0.
         quick: an approximate preview from the leading directions, see `Options`.
@@ -164,7 +164,7 @@ def iter_analysis(
     `journal`, a file of JSON lines; given again for the same weights and options, its records come
     from there. Errors as for `analyse`.
     """
-    options = (options or Options()).check()
+    options, device = (options or Options()).check(), resolve_device(device)
     done = _open_journal(Path(journal), pair, options) if journal is not None else None
     found = done.records if done else {}
     waiting = [matrix for matrix in pair.matrices if matrix.name not in found]
@@ -227,9 +227,11 @@ def iter_pack(
     Raises:
         PairingError: the sibling check refuses the models, or nothing is to be compared.
         CheckpointError: a model cannot be opened; with `hub_only`, one that is no hub id.
+        PlanError: the device is not there.
         RunError: `out` exists, or memory does not suffice.
     """
     out, options = Path(out), Options(rank, quick=quick).check()
+    device = resolve_device(device)
     if out.exists():
         raise RunError(f"'{out}' exists already. Give the pack another name.")
     opened = partial(Checkpoint.open, hub_only=hub_only)

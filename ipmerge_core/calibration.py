@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ipmerge_core.devices import best_device
+from ipmerge_core.devices import AUTO, resolve_device
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference import LoadedModel, load_model
 from ipmerge_core.measurements import RECORD, Kind, Measured, Measurements
@@ -103,14 +103,15 @@ def iter_calibration(
         settings: what to measure and how.
         mllm_samples: with images where the MLLM is to see some.
         math_samples: text, for every expert.
-        device: where the models run, as torch names it.
+        device: where the models run: "auto", or as torch names it.
 
     Raises:
-        PlanError: no samples, or an answer is missing that the Fisher information needs.
+        PlanError: no samples, an answer is missing that the Fisher information needs, or the device
+            is not there.
         RunError: the folder holds another calibration, or the disk is too small.
         ModelLoadError: a model cannot be loaded, or its matrices are not found in it.
     """
-    out = Path(out).expanduser()
+    device, out = resolve_device(device, fp64=False), Path(out).expanduser()
     work = _plan_work(pair, settings, mllm_samples, math_samples)
     _claim(out, settings, work, estimate(pair, out, settings, len(mllm_samples), len(math_samples)))
     models = []
@@ -155,17 +156,15 @@ def iter_calibration_of(
     mllm_samples: str = DEMO,
     math_samples: str = DEMO,
     limit: int = 500,
-    device: str | None = None,
+    device: str = AUTO,
 ) -> Iterator[CalibrationStep]:
     """Open the models, load the samples, and measure; from plain values, as a job has them.
 
-    Args and Raises: as `open_pair`, `load_samples` and `iter_calibration`; without a device the
-        best one there is.
+    Args and Raises: as `open_pair`, `load_samples` and `iter_calibration`.
     """
     pair = open_pair(mllm, math, base, base_mllm=base_mllm)
     seen = load_samples(mllm_samples, limit, sees=True)
     told = load_samples(math_samples, limit, sees=False)
-    device = device or best_device()
     yield from iter_calibration(pair, out, Settings(kind), seen, told, device=device)
 
 

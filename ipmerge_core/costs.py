@@ -16,6 +16,7 @@ import psutil
 
 from ipmerge_core.analysis import comparing_cost, working_set
 from ipmerge_core.comparison import Options
+from ipmerge_core.devices import is_cpu
 from ipmerge_core.errors import RunError
 from ipmerge_core.methods import find_method
 from ipmerge_core.pairing import ModelPair
@@ -29,6 +30,11 @@ SVD_RATE = 8e9 / 20  # m n min(m, n) per second on one core: 20 operations each 
 # Of each task vector on one busy core, as benchmarks/bench_analysis.py prints them.
 ANALYSIS_RATE = 3e9  # m n min(m, n) per second, exact
 QUICK_RATE = 6e6  # elements per second, leading directions only
+# On a GPU, rates of one H200 as benchmarks/README.md prints them; other cards differ several times.
+GPU_DECOMPOSING_RATE = 1.7e12  # m n min(m, n) per second, exact analyses and merges
+GPU_QUICK_RATE = 3e9  # elements per second, leading directions only
+# Of one step of an iterated method, floating point operations per second; both rough.
+CPU_STEP_RATE, GPU_STEP_RATE = 8e9, 1e13
 RECORD_BYTES = 1400  # of one record in a pack, gzipped
 
 
@@ -44,12 +50,13 @@ class Estimate(NamedTuple):
     nbytes_memory: int = 0  # peak, beside the interpreter
     nbytes_fetched: int = 0  # of what is read, over the network
     nbytes_whole: int = 0  # of the repositories, if they were downloaded whole
-    seconds: float = 0.0  # rough, on one CPU core
+    seconds: float = 0.0  # rough, on the device; of a CPU on one core
     advice: str = ""
+    device: str = "cpu"
 
 
-def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path) -> Estimate:
-    """Work out bytes, memory and time of a plan's merge."""
+def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path, device: str = "cpu") -> Estimate:
+    """Work out bytes, memory and time of a plan's merge on a device, as torch names it."""
     merged = chosen(plan, pair)
     held = [input_sizes(pair, matrix, experts) for matrix, experts in merged]
     outside = pair.mllm.nbytes - sum(pair.mllm.spec(matrix.mllm).nbytes for matrix, _ in merged)
@@ -65,6 +72,7 @@ def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path) -> Estimate:
         nbytes_memory=2 * max((sum(sizes) for sizes in held), default=0) + 3 * largest + (1 << 28),
         nbytes_fetched=_fetched(pair, held, outside),
         nbytes_whole=sum(model.nbytes for model in remote.values()),
+        device=device,
     )
     seconds = _seconds(plan, need, merged)
     return need._replace(seconds=seconds, advice=_advice(plan, pair, need, seconds))
@@ -79,20 +87,27 @@ class AnalysisEstimate(NamedTuple):
     nbytes_memory: int  # for the largest matrix and what is read ahead, beside the interpreter
     nbytes_memory_free: int
     nbytes_written: int
-    seconds: float  # rough, on one CPU core
+    seconds: float  # rough, on the device; of a CPU on one core
+    device: str = "cpu"
 
 
-def estimate_analysis(pair: ModelPair, options: Options) -> AnalysisEstimate:
-    """Work out bytes, memory and time of an analysis; only the decoder's matrices are read."""
+def estimate_analysis(pair: ModelPair, options: Options, device: str = "cpu") -> AnalysisEstimate:
+    """Work out bytes, memory and time of an analysis on a device, as torch names it.
+
+    Only the decoder's matrices are read.
+    """
+    on_cpu = is_cpu(device)
     experts = range(len(pair.math))
     held = [input_sizes(pair, matrix, experts) for matrix in pair.matrices]
     nbytes_read, fetched = sum(sum(sizes) for sizes in held), _fetched(pair, held, 0)
     task_vectors = 1 + len(pair.math)
     if options.quick:
-        seconds = task_vectors * sum(prod(m.shape) for m in pair.matrices) / QUICK_RATE
+        work = sum(prod(matrix.shape) for matrix in pair.matrices)
+        rate = QUICK_RATE if on_cpu else GPU_QUICK_RATE
     else:
         work = sum(comparing_cost(matrix.shape) for matrix in pair.matrices)
-        seconds = task_vectors * work / ANALYSIS_RATE
+        rate = ANALYSIS_RATE if on_cpu else GPU_DECOMPOSING_RATE
+    seconds = task_vectors * work / rate
     moved = (nbytes_read - fetched) / DISK_RATE + fetched / HUB_RATE
     return AnalysisEstimate(
         n_matrices=len(pair.matrices),
@@ -103,6 +118,7 @@ def estimate_analysis(pair: ModelPair, options: Options) -> AnalysisEstimate:
         nbytes_memory_free=psutil.virtual_memory().available,
         nbytes_written=RECORD_BYTES * len(pair.matrices) * len(pair.math),
         seconds=max(seconds, moved),  # the next matrix is read while one is decomposed
+        device=device,
     )
 
 
@@ -143,10 +159,24 @@ def _fetched(pair: ModelPair, held: list[list[int]], outside: int) -> int:
 
 def _seconds(plan: MergePlan, need: Estimate, merged: list[Chosen]) -> float:
     moved = (need.nbytes_read + need.nbytes_written) / DISK_RATE + need.nbytes_fetched / HUB_RATE
-    if find_method(plan.method).matrixwise:
+    method, on_cpu = find_method(plan.method), is_cpu(need.device)
+    if method.matrixwise:
         work = sum(merging_cost(matrix.shape) * (1 + len(experts)) for matrix, experts in merged)
-        return moved + work / SVD_RATE
-    return moved + sum(prod(matrix.shape) for matrix, _ in merged) / ELEMENT_RATE
+        seconds = work / (SVD_RATE if on_cpu else GPU_DECOMPOSING_RATE)
+        operations = _step_operations(plan, merged) if method.stepwise else 0.0
+        return moved + seconds + operations / (CPU_STEP_RATE if on_cpu else GPU_STEP_RATE)
+    if on_cpu:
+        return moved + sum(prod(matrix.shape) for matrix, _ in merged) / ELEMENT_RATE
+    return moved  # a GPU merges elements faster than they arrive
+
+
+def _step_operations(plan: MergePlan, merged: list[Chosen]) -> float:
+    """Count the floating point operations of an iterated method's steps."""
+    steps = float(plan.parameters.get("iterations") or 0)
+    return steps * sum(
+        2.0 * m * n * min(n, 2 * (1 + len(experts)) * m)
+        for (m, n), experts in ((matrix.shape, experts) for matrix, experts in merged)
+    )
 
 
 def _advice(plan: MergePlan, pair: ModelPair, need: Estimate, seconds: float) -> str:
@@ -165,9 +195,9 @@ def _advice(plan: MergePlan, pair: ModelPair, need: Estimate, seconds: float) ->
             f"of this pair on."
         )
     method = find_method(plan.method)
-    if method.matrixwise and seconds > 1800 and need.n_merged:
+    if is_cpu(need.device) and method.matrixwise and seconds > 1800 and need.n_merged:
         return (
-            f"{method.label} decomposes every selected matrix: with `--device cuda`, or under "
+            f"{method.label} decomposes every selected matrix: on a GPU, or under "
             f"`torchrun --nproc_per_node N -m ipmerge_core merge` on several devices, it is many "
             f"times faster."
         )

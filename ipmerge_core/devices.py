@@ -1,12 +1,14 @@
 """Where matrices are computed: which device, and how many at once on a GPU.
 
-In: a device as torch names it, and the memory that one matrix takes. Out: numbers and contexts. On
-a CPU a matrix uses the threads that torch was given; on a GPU some matrices run at once, each in a
-stream of its own, so that one is copied there while another is computed.
+In: a device as torch names it or "auto", and the memory that one matrix takes. Out: the name of a
+device that is there, numbers and contexts. On a CPU a matrix uses the threads that torch was given;
+on a CUDA GPU some matrices run at once, each in a stream of its own, so that one is copied there
+while another is computed.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -14,15 +16,106 @@ from contextlib import contextmanager
 
 import torch
 
+from ipmerge_core.errors import PlanError
+
+AUTO = "auto"
+KINDS = ("cuda", "xpu", "mps", "cpu")  # the best first; torch's ROCm builds call their GPUs cuda
 STREAMS = 3  # one computes, one is on its way in, one on its way out
+
+_NAME = re.compile(rf"({'|'.join(KINDS)})(?::([0-9]{{1,3}}))?")
 
 # torch keeps the memory that was freed on a stream for that stream, so a few are used for ever.
 _idle: dict[torch.device, deque[torch.cuda.Stream]] = defaultdict(deque)
 
 
-def best_device() -> str:
-    """Name the device to compute on: the GPU where torch sees one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def available_devices(*, fp64: bool = True) -> list[str]:
+    """List the devices that torch sees here, the best first, the CPU last.
+
+    Args:
+        fp64: only those that compute in 64 bits, as analyses and merges do. Apple's GPUs do not.
+    """
+    found: list[str] = []
+    for kind in KINDS:
+        count = _count(kind)
+        names = [kind] if count == 1 else [f"{kind}:{index}" for index in range(count)]
+        found += [name for name in names if has_fp64(name) or not fp64]
+    return found
+
+
+def resolve_device(name: str = AUTO, *, fp64: bool = True) -> str:
+    """Return the device to compute on.
+
+    Args:
+        name: as torch names it, such as "cpu", "cuda" or "cuda:1"; "auto" is the best one here.
+        fp64: whether the work needs 64-bit floating point: True for all work on weights, False for
+            running a model.
+
+    Raises: PlanError for a device that does not exist, is not here, or cannot do this work.
+    """
+    here = available_devices(fp64=fp64)
+    if name == AUTO:
+        return here[0].partition(":")[0]  # "cuda" lets several processes take a GPU each
+    found = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if found is None:
+        raise PlanError(
+            f"Unknown device {str(name)[:40]!r}. Expected auto, or one that torch sees here: "
+            f"{', '.join(here)}."
+        )
+    kind, index = found[1], int(found[2] or 0)
+    if index >= _count(kind):
+        raise PlanError(
+            f"The device '{name}' is not available: torch {torch.__version__} sees "
+            f"{_count(kind) or 'no'} {kind} device{'' if _count(kind) == 1 else 's'} on this "
+            f"machine. Use auto, or one of: {', '.join(here)}."
+        )
+    if fp64 and not has_fp64(name):
+        raise PlanError(
+            f"The device '{name}' has no 64-bit floating point, which this work needs. Use auto, "
+            f"or one of: {', '.join(here)}."
+        )
+    return "cpu" if kind == "cpu" else name
+
+
+def describe_device(name: str) -> str:
+    """Return a device's name for people.
+
+    >>> describe_device("cpu")
+    'CPU'
+    """
+    kind = torch.device(name).type
+    if kind == "cpu":
+        return "CPU"
+    model = (
+        "Apple GPU" if kind == "mps" else getattr(torch, kind).get_device_name(torch.device(name))
+    )
+    return f"{model} ({name})"
+
+
+def is_cpu(name: str) -> bool:
+    """Whether a device is the CPU.
+
+    >>> is_cpu("cpu"), is_cpu("cuda:1")
+    (True, False)
+    """
+    return name.partition(":")[0] == "cpu"
+
+
+def has_fp64(device: str | torch.device) -> bool:
+    """Whether a device computes in 64-bit floating point."""
+    where = torch.device(device)
+    if where.type == "xpu":
+        return bool(torch.xpu.get_device_properties(where).has_fp64)
+    return where.type != "mps"
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind torch can use here."""
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    if kind == "cpu":
+        return 1
+    room = getattr(torch, kind)
+    return int(room.device_count()) if room.is_available() else 0
 
 
 def streams(device: str | torch.device, working_set: int) -> int:

@@ -9,7 +9,8 @@
     ├── PlanError                a plan or a parameter makes no sense
     │   └── UnknownMethodError   no merge method has that name
     ├── RunError                 a run could not go on
-    │   └── RunCancelled         the user stopped it; finished work is kept
+    │   ├── RunCancelled         the user stopped it; finished work is kept
+    │   └── FolderInUseError     another run is writing to the same folder
     └── ModelLoadError           transformers could not load or run a model
 
 A message is one or two sentences: what happened, with the values; what was expected; what to do.
@@ -70,6 +71,20 @@ class RunError(IPMergeError):
 
 class RunCancelled(RunError):  # noqa: N818 (a state the user asked for, not a fault)
     """The user stopped the run; what it finished is kept for a resume."""
+
+
+class FolderInUseError(RunError):
+    """Another run is writing to the same folder: `job` is its id.
+
+    `same_work` says whether that run makes the very thing that was asked for.
+    """
+
+    def __init__(self, folder: str, job: str, *, same_work: bool) -> None:
+        super().__init__(
+            f"Another run is writing to '{folder}' right now. Wait for it, cancel it, or choose "
+            f"another output folder."
+        )
+        self.job, self.same_work = job, same_work
 
 
 class ModelLoadError(IPMergeError):

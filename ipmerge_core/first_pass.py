@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ipmerge_core.devices import resolve_device
 from ipmerge_core.methods import find_method
 from ipmerge_core.methods.traits import Models, relayed
 from ipmerge_core.pairing import MatrixMatch, ModelPair
@@ -51,11 +52,12 @@ def iter_measure(
 
     The plan then says what the method found in the whole models, its preview is exact where that
     was missing, and its merge does not measure again. A plan without a first pass comes back as it
-    is. Raises: as `reopen`.
+    is. Raises: as `reopen`; PlanError for a device that is not there.
     """
+    where = torch.device(resolve_device(device))
     if not is_due(plan):
         return plan
-    found = yield from measure(plan, reopen(plan), torch.device(device))
+    found = yield from measure(plan, reopen(plan), where)
     return replace(plan, statistic=found)
 
 

@@ -86,7 +86,9 @@ class ModelCache:
         Raises: as `load_model`.
         """
         from ipmerge_core.checkpoint import Checkpoint
+        from ipmerge_core.devices import resolve_device
 
+        device = resolve_device(device, fp64=False)
         with self._lock:
             path = Path(folder).expanduser().resolve()
             key = (path, Checkpoint.open(path).fingerprint, device)
@@ -116,15 +118,18 @@ def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
 
     Args:
         folder: a local folder with config.json, safetensors weights and a tokenizer or processor.
-        device: where to put it, as torch names it.
+        device: where to put it: "auto", or as torch names it.
 
     Raises:
         CheckpointError: there is no such folder, or its files are damaged.
         ModelLoadError: transformers cannot build the model, or a weight has no place or no value.
+        PlanError: the device is not there.
     """
     # Imported here, as transformers is: pictures and settings are checked before torch is loaded.
     from ipmerge_core.checkpoint import Checkpoint
+    from ipmerge_core.devices import resolve_device
 
+    device = resolve_device(device, fp64=False)
     checkpoint = Checkpoint.open(Path(folder))
     _refuse_code(checkpoint)
     _refuse_adapter(checkpoint)
@@ -184,13 +189,16 @@ def answer(
     temperature: float = 0.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    device: str = "cpu",
 ) -> str:
     """Return the whole answer at once; models and images may be given by their paths.
+
+    `device` is where a model that is given by its path is put.
 
     Raises: as `load_model`, `open_image` and `stream_answer`.
     """
     settings = Settings(temperature, max_new_tokens, seed)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, device)
     picture = open_image(image) if isinstance(image, str | Path) else image
     return "".join(stream_answer(loaded, question, picture, settings)).strip()
 

@@ -3,8 +3,9 @@
 In: a generator function that yields one small step at a time (any driver of this package) and its
 arguments. Out: a job folder with what was asked (`job.json`), where it stands (`status.json`), what
 happened (`journal.jsonl`) and what was printed (`log.txt`). The run outlives the browser tab and
-the server; whoever knows the id may watch, whoever holds the key may cancel and resume. Knows
-callables, not what they do.
+the server; whoever knows the id may watch, whoever holds the key may cancel and resume. Starts
+and resumes are taken one at a time, by every process that uses the folder, so that neither a limit
+nor an output folder is shared by accident. Knows callables, not what they do.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
 from ipmerge_core.pipeline import keep_freed_memory
 
 State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
 _ID = re.compile(r"[0-9a-f]{32}")
+SHORTEST_SECRET = 32  # letters of an owner's secret
 _WRITE_EVERY = 0.1  # seconds between two writes of status.json
 _JOURNAL_EVERY = 2.0  # seconds between two journal lines about progress
 _LOCK_PATIENCE = 10.0  # seconds that a process may take to let go after its last word
@@ -72,6 +74,13 @@ class JobStatus:
         return self.state in ("cancelled", "failed", "interrupted")
 
 
+class Claim(NamedTuple):
+    """A folder that a run alone may write to while it runs, and what it makes there."""
+
+    folder: str
+    work: str = ""
+
+
 class Started(NamedTuple):
     """What `JobStore.start` hands to the one who asked: the key is kept nowhere else."""
 
@@ -98,6 +107,8 @@ class JobStore:
         arguments: Mapping[str, Any],
         *,
         title: str,
+        claim: Claim | None = None,
+        owner: str = "",
     ) -> Started:
         """Start `target(**arguments)` in a new process.
 
@@ -105,16 +116,25 @@ class JobStore:
             target: a generator function that can be imported by its module and name.
             arguments: JSON values, or objects with `save` and a class method `load`.
             title: what people call this run.
+            claim: the folder that no other run may write to meanwhile.
+            owner: a secret of the one who asks; the run's key is then `key_of(job, owner)`.
 
-        Raises: RunError when too many jobs are running.
+        Raises: RunError when too many jobs are running, FolderInUseError for a claimed folder.
         """
-        running = [status for status in self.all() if status.is_running]
-        if len(running) >= self.most_running:
-            raise RunError(
-                f"{len(running)} runs are in progress and at most {self.most_running} may be. "
-                f"Wait for one to finish, or cancel it: {running[0].title}."
-            )
-        job, key = secrets.token_hex(16), secrets.token_urlsafe(24)
+        with self._one_at_a_time():
+            self._admit(claim)
+            return self._start(target, arguments, title, claim, owner)
+
+    def _start(
+        self,
+        target: Callable[..., Iterator[Any]],
+        arguments: Mapping[str, Any],
+        title: str,
+        claim: Claim | None,
+        owner: str,
+    ) -> Started:
+        job = secrets.token_hex(16)
+        key = self.key_of(job, owner) or secrets.token_urlsafe(24)
         folder = self.folder / job
         folder.mkdir(parents=True, mode=0o700)
         plain, files = _store_arguments(folder, arguments)
@@ -123,6 +143,7 @@ class JobStore:
             "title": title,
             "arguments": plain,
             "files": files,
+            "claim": claim,
             "key": _digest(key),
         }
         _write_json(folder / "job.json", content)
@@ -163,16 +184,31 @@ class JobStore:
     def resume(self, job: str, key: str) -> JobStatus:
         """Run a stopped job again with the same arguments; its target skips what is done.
 
-        Raises: RunError for an unknown id, a wrong key, or a job that is running or finished.
+        Raises: RunError for an unknown id, a wrong key, a job that is running or finished, or when
+            too many jobs are running; FolderInUseError when another run is writing to its folder.
         """
         self._authorise(job, key)
-        status = self.status(job)
-        if not status.can_resume:
-            raise RunError(
-                f"The run '{status.title}' is {status.state}; there is nothing to resume."
-            )
-        self._spawn(job)
+        with self._one_at_a_time():
+            status = self.status(job)
+            if not status.can_resume:
+                raise RunError(
+                    f"The run '{status.title}' is {status.state}; there is nothing to resume."
+                )
+            self._admit(self._claim(job))
+            self._spawn(job)
         return self.status(job)
+
+    def writer_of(self, folder: str | Path) -> str | None:
+        """Return the id of the running job that has claimed a folder."""
+        running = [status.id for status in self.all() if status.is_running]
+        return next((job for job in running if _same(self._claim(job), str(folder))), None)
+
+    @staticmethod
+    def key_of(job: str, owner: str) -> str:
+        """Return the key of a job that was started by `owner`; "" where that is no secret."""
+        if len(owner) < SHORTEST_SECRET:
+            return ""
+        return hmac.new(owner.encode(), job.encode(), hashlib.sha256).hexdigest()
 
     def holds_key(self, job: str, key: str) -> bool:
         """Whether `key` is the one that `start` gave out for this job."""
@@ -184,6 +220,32 @@ class JobStore:
             raise RunError(
                 "Only the browser that started this run can cancel or resume it. Others can watch."
             )
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Hold the store's lock: what is counted inside stays true until the end."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _admit(self, claim: Claim | None) -> None:
+        """Refuse one more run where its folder is claimed, or too many are running."""
+        running = [status.id for status in self.all() if status.is_running]
+        for job in running:
+            found = self._claim(job)
+            if claim and found and _same(found, claim.folder):
+                raise FolderInUseError(claim.folder, job, same_work=found.work == claim.work)
+        if len(running) >= self.most_running:
+            number = "1 run is" if len(running) == 1 else f"{len(running)} runs are"
+            raise RunError(
+                f"{number} already in progress (limit {self.most_running}). Wait for one to "
+                f"finish, or cancel one."
+            )
+
+    def _claim(self, job: str) -> Claim | None:
+        content = json.loads((self._folder(job) / "job.json").read_text("utf-8"))
+        return Claim(*content["claim"]) if content.get("claim") else None
 
     def _folder(self, job: str) -> Path:
         folder = self.folder / job
@@ -308,6 +370,11 @@ def _store_arguments(
         else:
             plain[name] = value
     return plain, files
+
+
+def _same(claim: Claim | None, folder: str) -> bool:
+    """Whether a claim is for this folder, however its path is written."""
+    return claim is not None and os.path.realpath(claim.folder) == os.path.realpath(folder)
 
 
 def _read_status(folder: Path) -> JobStatus:

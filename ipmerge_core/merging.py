@@ -31,7 +31,7 @@ from ipmerge_core.checkpoint import (
 )
 from ipmerge_core.comparison import Options
 from ipmerge_core.costs import Estimate, check_space, estimate_pair, merging_cost
-from ipmerge_core.devices import stream, streams, warn_of_cpu
+from ipmerge_core.devices import resolve_device, stream, streams, warn_of_cpu
 from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
 from ipmerge_core.files import FROM_DISK
 from ipmerge_core.first_pass import MeasureStep, is_due, measure
@@ -121,16 +121,17 @@ def iter_merge(
     Args:
         plan: what to do; its sources are opened again and compared by fingerprint.
         out: a folder that does not exist or is empty. It appears when the model is whole.
-        device: where the matrices are merged, as torch names it.
+        device: where the matrices are merged: "auto", or as torch names it.
         resume: go on with an unfinished run of the same plan.
 
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
         PairingError: a source is not the one the plan was made for.
-        PlanError: the plan's calibration has changed.
+        PlanError: the plan's calibration has changed, or the device is not there.
         RunError: the target cannot be written, another run is writing there, a source could not
             be read to the end, or another process of this run failed.
     """
+    device = resolve_device(device)
     method = find_method(plan.method)
     measurements = _open_measurements(plan)
     if resume and tidy_finished(out, plan.digest):
@@ -155,9 +156,10 @@ def iter_merge(
         run.conclude(failure, lambda: _documents(run, time.perf_counter() - started))
 
 
-def estimate(plan: MergePlan, out: str | Path) -> Estimate:
+def estimate(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
     """Work out bytes, memory and time from headers alone. Raises: as `iter_merge`, before work."""
-    return estimate_pair(plan, reopen(plan), check_output(out))
+    device = resolve_device(device)
+    return estimate_pair(plan, reopen(plan), check_output(out), device)
 
 
 def _open_measurements(plan: MergePlan) -> Measurements | None:

@@ -157,7 +157,7 @@ class Passes:
 
         key = hashlib.sha256(f"{self.settings.seed}|{self.role}|{number}".encode()).digest()
         stream = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-        chances = logits.detach().double().softmax(-1).cpu()
+        chances = logits.detach().cpu().double().softmax(-1)  # in fp64, which not all GPUs have
         return torch.multinomial(chances, 1, generator=stream)[:, 0].to(logits.device)
 
     def _forward(self, inputs: Any) -> Any:  # noqa: ANN401

@@ -63,8 +63,8 @@ class Ranks(AbstractContextManager["Ranks"]):
 
     def device(self, device: str) -> str:
         """Give each process of a machine its own GPU where just "cuda" was asked for."""
-        if device == "cuda" and self.size > 1:
-            return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        if device in ("cuda", "xpu") and self.size > 1:
+            return f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
         return device
 
     def led(self, work: Callable[[], _T]) -> _T:

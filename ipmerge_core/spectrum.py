@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core import engines
+from ipmerge_core.devices import has_fp64
 from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 
 METHODS = ("auto", "exact", "gram", "randomized")
@@ -218,7 +219,7 @@ def _route(method: str, p: int, rank: int) -> str:
 def _run(run: Callable[[Tensor], engines.Factors], matrix: Tensor) -> engines.Factors:
     """Run a route where the matrix lies; on the CPU when the device lacks memory or fp64."""
     with engines.full_precision:
-        if not _has_fp64(matrix.device):
+        if not has_fp64(matrix.device):
             return run(matrix.cpu())
         try:
             return run(matrix)
@@ -232,10 +233,6 @@ def _run(run: Callable[[Tensor], engines.Factors], matrix: Tensor) -> engines.Fa
             )
         torch.cuda.empty_cache()
         return run(matrix.cpu())
-
-
-def _has_fp64(device: torch.device) -> bool:
-    return device.type != "mps"
 
 
 def working_bytes(m: int, n: int) -> int:

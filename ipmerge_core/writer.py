@@ -215,14 +215,8 @@ class CheckpointWriter:
         run = self.place.run
         record = run / _RUN
         if record.exists():
-            found = _recorded_run(record)
-            if found != self.run and self._resume:
-                raise RunError(
-                    f"'{run}' holds an unfinished merge of another plan ({str(found)[:8]}; "
-                    f"this one is {self.run[:8]}). Finish it with its own plan, delete that "
-                    f"folder, or choose another output folder."
-                )
             if self._resume:
+                check_unfinished(self.place.out, self.run)
                 self._undo_renames()
                 self.done = self._verified()
                 return
@@ -327,6 +321,20 @@ def check_output(out: str | Path) -> Path:
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise CheckpointError(f"The output '{path}' is a file. Give the name of a new folder.")
     return path
+
+
+def check_unfinished(out: str | Path, run: str) -> None:
+    """Make sure that what lies unfinished beside `out`, if anything, is of this run.
+
+    Raises: RunError for the unfinished result of another plan.
+    """
+    place = place_of(out)
+    if (place.run / _RUN).exists() and (found := _recorded_run(place.run / _RUN)) != run:
+        raise RunError(
+            f"'{place.run}' holds an unfinished merge of another plan ({str(found)[:8]}; this one "
+            f"is {run[:8]}). Finish it with its own plan, delete that folder, or choose another "
+            f"output folder."
+        )
 
 
 def tidy_finished(out: str | Path, run: str) -> bool:

@@ -240,6 +240,22 @@ def expect_python_s_numbers(page: Page, place: Place, pack_id: str) -> None:
     ) in text
 
 
+def test_an_open_merge_tab_follows_to_the_new_pair_and_waits_until_it_is_whole(page, place):
+    page.locator("#tabs").get_by_role("tab", name="Merge").click()
+    confirmation, start_merge = page.locator("#confirmation"), page.locator("#start-merge")
+    expect(start_merge).to_be_enabled(timeout=LOADING)
+    expect(confirmation).to_contain_text("demo trio")
+    trio = place.trio
+    fill(page, mllm=trio.mllm, math=trio.math, base=trio.base)
+    check(page)
+    page.locator("#start-analysis").click()
+    expect(page.locator("#findings")).to_contain_text("cannot be made", timeout=LOADING)
+    expect(start_merge).to_be_disabled()
+    expect(page.locator("#analysis-status")).to_contain_text("Finished", timeout=LOADING)
+    expect(confirmation).to_contain_text("mllm + math", timeout=LOADING)
+    expect(start_merge).to_be_enabled(timeout=LOADING)
+
+
 def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):
     start(page, place, math=place.trio.math_2)
     pack_id = pack_on_show(page)

@@ -9,15 +9,18 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from browser_fixtures import free_port, serving
+from gradio_client import Client
 from playwright.sync_api import Page, expect
 from transformers import AutoModelForImageTextToText
 
 from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.ui.choice import analysis_of
 
 pytestmark = pytest.mark.browser
 
@@ -45,11 +48,13 @@ def page(place: Place, new_page: Callable[..., Page]) -> Page:
     return open_merge(new_page(), place.url)
 
 
-def open_merge(page: Page, url: str) -> Page:
+def open_merge(page: Page, url: str, *, ready: bool = True) -> Page:
+    """Open the tab; `ready` waits for Start, which is off while a run of this browser goes."""
     page.goto(url)
     expect(page.locator("#layer-map .sum")).not_to_be_empty()
     page.locator("#tabs").get_by_role("tab", name="Merge").click()
-    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    if ready:
+        expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
     return page
 
 
@@ -79,7 +84,7 @@ def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):
     first = int(re.search(r"(\d+) of 98 tensors", run_words(page)).group(1))
 
     page.reload()
-    open_merge(page, place.url)
+    open_merge(page, place.url, ready=False)
     expect(page.locator("#run-status")).to_contain_text("through-it-all")
     expect(page.locator("#cancel-merge")).to_be_visible()
     assert int(re.search(r"(\d+) of 98 tensors", run_words(page)).group(1)) >= first
@@ -117,15 +122,157 @@ def test_a_stranger_has_no_buttons_and_no_run(page, place, new_page):
     expect(other.locator("#run-status")).to_contain_text("No run yet")
 
 
-def test_a_folder_that_is_not_empty_is_refused_and_nothing_is_written(page, place):
+def test_a_folder_that_is_taken_is_said_before_start_and_a_free_name_suggested(page, place):
     taken = place.home / "models" / "taken"
     taken.mkdir(parents=True)
     (taken / "note.txt").write_text("mine")
-    page.get_by_label("Output folder").fill("taken")
-    page.locator("#start-merge").click()
-    expect(page.get_by_test_id("toast-body")).to_contain_text("exists and is not empty")
-    expect(page.get_by_label("Output folder")).to_have_value("taken")
+    folder, note = page.get_by_label("Output folder"), page.locator("#start-note")
+    folder.fill("taken")
+    expect(note).to_contain_text("exists and is not empty")
+    expect(note).to_contain_text("A free name: taken-2")
+    expect(page.locator("#start-merge")).to_be_disabled()
+    expect(folder).to_have_value("taken")
+    folder.fill("taken-2")
+    expect(note).to_be_empty()
+    expect(page.locator("#start-merge")).to_be_enabled()
+    folder.fill("../up")
+    expect(note).to_contain_text("neither a plain name")
+    expect(page.locator("#start-merge")).to_be_disabled()
     assert [path.name for path in taken.iterdir()] == ["note.txt"]
+
+
+# --- one run per press ---
+
+
+def jobs(place: Place) -> list[dict]:
+    """The status of every run of this app, as it stands on disk."""
+    return [json.loads(path.read_text()) for path in place.home.glob("runs/*/status.json")]
+
+
+def merges_into(place: Place, name: str) -> list[dict]:
+    return [job for job in jobs(place) if Path(job["arguments"]["out"]).name == name]
+
+
+def checked_digest(page: Page) -> str:
+    return page.locator("#confirmation dl").get_attribute("data-digest")
+
+
+def test_many_presses_make_one_run_and_start_is_off_while_it_goes(page, place):
+    page.get_by_label("Output folder").fill("pressed")
+    page.locator("#start-merge").evaluate(
+        "button => { for (let i = 0; i < 5; i++) button.click(); }"
+    )
+    expect(page.locator("#run-status")).to_contain_text("pressed", timeout=LOADING)
+    expect(page.locator("#start-merge")).to_be_disabled()
+    expect(page.locator("#start-note")).to_contain_text("A merge is in progress")
+    expect(page.locator("#run-status")).to_contain_text("tensors", timeout=LOADING)
+    expect(page.locator("#start-merge")).to_be_disabled()
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    expect(page.locator("#start-note")).to_contain_text("exists and is not empty")
+    assert [job["state"] for job in merges_into(place, "pressed")] == ["finished"]
+
+
+def test_a_second_tab_attaches_to_the_run_of_the_first_and_may_cancel_it(page, place):
+    second = page.context.new_page()
+    open_merge(second, place.url)
+    for each in (page, second):
+        each.get_by_label("Output folder").fill("by-two")
+        expect(each.locator("#start-merge")).to_be_enabled()
+    page.locator("#start-merge").click()
+    expect(page.locator("#run-status")).to_contain_text("by-two", timeout=LOADING)
+    second.locator("#start-merge").click()
+    expect(second.locator("#run-status")).to_contain_text("by-two", timeout=LOADING)
+    second.locator("#cancel-merge").click()
+    for each in (page, second):
+        expect(each.locator("#run-status")).to_contain_text("Cancelled", timeout=LOADING)
+    assert len(merges_into(place, "by-two")) == 1
+    page.locator("#resume-merge").click()
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+
+
+def test_a_run_of_a_program_in_the_same_folder_is_shown_without_buttons(page, place):
+    page.get_by_label("Output folder").fill("by-program")
+    expect(page.locator("#start-merge")).to_be_enabled()
+    client = Client(place.url, verbose=False)
+    started = client.predict(pack="pack", folder="by-program", api_name="/merge_start")
+    client.close()
+    page.locator("#start-merge").click()
+    expect(page.locator("#run-status")).to_contain_text("by-program", timeout=LOADING)
+    expect(page.locator("#cancel-merge")).to_be_hidden()
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    assert [job["id"] for job in merges_into(place, "by-program")] == [started["job_id"]]
+
+
+# --- Start makes what Confirm shows ---
+
+
+CHOOSE_AND_PRESS = """async (option) => {
+  option.dispatchEvent(new MouseEvent("mousedown", { bubbles: true }));
+  const start = document.querySelector("#start-merge"), shown = [];
+  for (let i = 0; i < 40; i++) {
+    if (!start.disabled) shown.push(document.querySelector("#confirmation code").textContent);
+    start.click();
+    await new Promise((wake) => setTimeout(wake, 5));
+  }
+  return shown;
+}"""
+
+
+def test_a_press_right_after_another_choice_makes_what_confirm_showed_or_nothing(page, place):
+    before = checked_digest(page)
+    expect(page.locator("#confirmation")).to_contain_text("IP-Merging: similarity threshold")
+    page.get_by_label("Output folder").fill("at-once")
+    page.get_by_label("Method", exact=True).click()
+    shown = page.get_by_role("option", name="TIES", exact=True).evaluate(CHOOSE_AND_PRESS)
+    expect(page.locator("#confirmation")).to_contain_text("TIES", timeout=LOADING)
+    assert checked_digest(page) != before
+    expect(page.locator("#start-note")).not_to_contain_text("Checking")
+    made = merges_into(place, "at-once")
+    assert len(made) <= 1
+    if made:
+        expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+        assert manifest_of(place, "at-once")["hash"] in shown
+
+
+def own_pair(place: Place) -> str:
+    """Add a pair of the demo models under another name, and return its label."""
+    path = place.home / "packs" / "another.pack.json.gz"
+    path.parent.mkdir(exist_ok=True)
+    replace(analysis_of("pack"), name="another pair").save(path)
+    return "own: another pair"
+
+
+def test_a_change_of_pair_is_checked_again_and_start_makes_the_pair_on_show(place, new_page):
+    label = own_pair(place)
+    page = open_merge(new_page(), place.url)
+    before = checked_digest(page)
+    expect(page.locator("#confirmation")).to_contain_text("demo trio")
+    page.get_by_role("combobox", name="Pair", exact=True).click()
+    page.get_by_role("option", name=re.compile(label)).click()
+    expect(page.locator("#confirmation")).to_contain_text("another pair", timeout=LOADING)
+    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    assert checked_digest(page) != before
+    start(page, "other-pair")
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    made = json.loads((place.home / "models" / "other-pair" / "ipmerge.json").read_text())
+    shown = page.locator("#confirmation code").first.inner_text()
+    assert made["plan"]["hash"] == shown
+
+
+def test_the_server_refuses_what_confirm_does_not_show(page, place):
+    """The page is made to press with the digest of something else."""
+    page.get_by_label("Output folder").fill("refused")
+    expect(page.locator("#start-merge")).to_be_enabled()
+    page.locator("#confirmed-digest textarea, #confirmed-digest input").first.evaluate(
+        """field => {
+          field.value = "0".repeat(64);
+          field.dispatchEvent(new Event("input", { bubbles: true }));
+        }"""
+    )
+    page.locator("#start-merge").click()
+    expect(page.get_by_test_id("toast-body")).to_contain_text("has changed since the check")
+    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    assert not merges_into(place, "refused")
 
 
 def test_a_plan_that_selects_nothing_says_so(new_page, place):

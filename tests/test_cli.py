@@ -276,4 +276,4 @@ def test_the_number_of_threads_is_told_where_nobody_chose_it(
     assert "one thread" not in capsys.readouterr().err
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert cli.main(arguments) == 0
-    assert "Computing with one thread" in capsys.readouterr().err
+    assert "Computing on CPU with one thread" in capsys.readouterr().err

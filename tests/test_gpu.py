@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from ipmerge_core.pairing import ModelPair
 from ipmerge_core.passes import Settings
 from ipmerge_core.samples import load_samples
 from ipmerge_core.spectrum import svd
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.choice import plan_of
+from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.merge_tab import readiness
 
 pytestmark = [
     pytest.mark.gpu,
@@ -167,6 +172,32 @@ def test_an_adapter_holds_the_same_change(demo: ModelPair, tmp_path: Path) -> No
         down = {name: weight for name, weight in factors.items() if "lora_A" in name}
         changes.append({n: factors[n.replace("lora_A", "lora_B")] @ w for n, w in down.items()})
     assert_close(*changes, 1e-4)
+
+
+# --- runs of the app ---
+
+
+def test_a_merge_of_the_app_runs_on_the_gpu_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path))
+    backend = Backend()
+    plan = plan_of("pack", PlanChoice())
+    assert devices.resolve_device() == devices.resolve_device("cuda") == "cuda"
+    found = readiness(backend, "pack", PlanChoice())
+    assert "on the GPU (cuda), estimated" in found.confirmation
+    assert torch.cuda.get_device_name() in found.confirmation
+    for device in ("auto", "cpu"):
+        run = backend.start_merge(plan, f"on-{device}", device=device)
+        while backend.store.status(run.id).is_running:
+            time.sleep(0.1)
+        status = backend.store.status(run.id)
+        assert status.state == "finished", status.error
+        manifest = json.loads((Path(status.arguments["out"]) / "ipmerge.json").read_text())
+        assert manifest["device"] == status.arguments["device"]
+        assert manifest["device"] == {"auto": "cuda", "cpu": "cpu"}[device]
+    preview = backend.merged_folder(plan_of("pack", PlanChoice(0.1)), lambda _: None)
+    assert json.loads((preview / "ipmerge.json").read_text())["device"] == "cuda"
 
 
 # --- models that run ---

@@ -224,10 +224,10 @@ def test_the_journal_tells_what_happened_in_order(store, folder):
     ]  # fmt: skip
 
 
-def test_too_many_runs_are_refused_by_name(tmp_path, folder):
+def test_too_many_runs_are_refused(tmp_path, folder):
     store = JobStore(tmp_path / "runs", most_running=1)
     started = start_slow(store, folder)
-    with pytest.raises(RunError, match=r"1 runs are in progress and at most 1 may be.*slow"):
+    with pytest.raises(RunError, match=r"1 run is already in progress \(limit 1\)"):
         store.start(count, {"folder": str(folder), "total": 1}, title="second")
     store.cancel(started.id, started.key)
     wait_until_over(store, started.id)

@@ -12,13 +12,14 @@ import pytest
 
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.jobs import JobStatus
+from ipmerge_core.merging import estimate
 from ipmerge_core.methods import METHODS
 from ipmerge_core.options import ANCHORS, OPTIONS
 from ipmerge_core.ui import calibration_form
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_tab import readiness
-from ipmerge_core.ui.merge_words import change_words, estimated_seconds, progress_html
+from ipmerge_core.ui.merge_words import change_words, progress_html
 from ipmerge_core.ui.method_form import (
     MethodChoice,
     _field,
@@ -246,9 +247,10 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
     assert "Calibrate mllm-" in running[0]
     status = wait_for(backend, started.id)
     assert status.state == "finished", status.error
-    words, _, _, timer, made = calibration_form.watched(backend, started._asdict())
+    words, _, _, timer, made, start = calibration_form.watched(backend, started._asdict())
     assert "4 of 4 passes" in words
     assert not timer.active
+    assert start["interactive"]
     assert Path(made).parent == home / "calibrations"
     *_, listed, chosen = calibration_form.shown(backend, DEMO, MethodChoice(method), made)
     assert listed["value"] == chosen.calibration == made
@@ -302,11 +304,11 @@ def test_a_calibration_counts_passes() -> None:
     assert "MB/s" not in words
 
 
-def test_steps_of_wudi_are_part_of_the_time() -> None:
-    from ipmerge_core.costs import Estimate
-
-    need = Estimate(**dict.fromkeys(Estimate._fields, 0))
+def test_steps_of_wudi_are_part_of_the_time(tmp_path: Path) -> None:
     few, many = (
-        chosen_plan(DEMO, PlanChoice(), MethodChoice("wudi", {"iterations": n})) for n in (1, 3000)
+        estimate(
+            chosen_plan(DEMO, PlanChoice(), MethodChoice("wudi", {"iterations": n})), tmp_path
+        ).seconds
+        for n in (1, 3000)
     )
-    assert estimated_seconds(many, need) > 10 * estimated_seconds(few, need)
+    assert many > 10 * few

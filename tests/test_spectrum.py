@@ -203,7 +203,7 @@ def test_lack_of_memory_falls_back_to_the_cpu_with_a_warning(monkeypatch):
 
 
 def test_a_device_without_float64_is_served_by_the_cpu(monkeypatch):
-    monkeypatch.setattr(sp, "_has_fp64", lambda device: False)
+    monkeypatch.setattr(sp, "has_fp64", lambda device: False)
     A = planted(450, 400)
     assert_decomposes(sp.svd(A), A)
 

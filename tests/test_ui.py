@@ -41,12 +41,13 @@ ENDPOINTS = {
     "/pack": ["pack"],
     "/preview": ["pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides"],
     "/plan_check": [
-        "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
+        "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides", "device",
     ],
     "/merge_start": [
         "pack", "folder", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
+        "device", "digest",
     ],
-    "/analyse_start": ["mllm", "math", "base", "base_mllm", "quick", "rank"],
+    "/analyse_start": ["mllm", "math", "base", "base_mllm", "quick", "rank", "device"],
     "/job_status": ["job_id"],
     "/job_cancel": ["job_id", "key"],
     "/job_resume": ["job_id", "key"],

@@ -8,6 +8,7 @@ is imported before a command needs it.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.one_thread:  # two threads on one busy core mostly wait for each other
         os.environ["OMP_NUM_THREADS"] = "1"
     try:
+        _resolve_device(options)
         code: int = options.run(options)
     except IPMergeError as error:
         print(f"ipmerge: {error}", file=sys.stderr)
@@ -31,3 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nipmerge: interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
     return code
+
+
+def _resolve_device(options: argparse.Namespace) -> None:
+    """Replace "auto" by the best device, of a command that computes. Raises: PlanError."""
+    if "fp64" in options:
+        from ipmerge_core.devices import resolve_device
+
+        options.device = resolve_device(options.device, fp64=options.fp64)

@@ -68,7 +68,12 @@ def analyse(options: argparse.Namespace) -> int:
     analysis = assemble(pair, tuple(records), how)
     analysis.save(options.output)
     journal.unlink()
-    summary = {"pack": options.output, "records": len(records), "seconds": progress.seconds}
+    summary = {
+        "pack": options.output,
+        "records": len(records),
+        "device": options.device,
+        "seconds": progress.seconds,
+    }
     quality = ", approximate" if analysis.approximate else ""
     text = f"Wrote {options.output}: {len(records)} records of {analysis.name}{quality}."
     return print_result(options, summary, text)
@@ -108,7 +113,12 @@ def calibrate(options: argparse.Namespace) -> int:
         f"`ipmerge plan --calibration {options.output}`."
         f"{''.join(f' WARNING: {what} {remedy}' for what, remedy in doubts)}"
     )
-    result = {"calibration": options.output, "kind": options.kind, "tokens": tokens}
+    result = {
+        "calibration": options.output,
+        "kind": options.kind,
+        "device": options.device,
+        "tokens": tokens,
+    }
     return print_result(options, result, text)
 
 
@@ -144,7 +154,7 @@ def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
         progress = Progress.of(progress, "measuring", step.nbytes_total, options)
         progress.show(step.nbytes_done, f"{step.number}/{step.total} {step.tensor}")
 
-    made = drained(relayed(iter_measure(plan), show))
+    made = drained(relayed(iter_measure(plan, device=options.device), show))
     if progress is not None:
         progress.close()
     return made
@@ -163,6 +173,7 @@ def recipe(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Carry out a plan, or with --dry-run only say what it would take."""
+    from ipmerge_core.devices import describe_device
     from ipmerge_core.merging import MANIFEST, estimate, iter_merge
     from ipmerge_core.pipeline import keep_freed_memory
     from ipmerge_core.plan import MergePlan
@@ -170,11 +181,12 @@ def merge(options: argparse.Namespace) -> int:
     keep_freed_memory()
     plan = MergePlan.load(options.plan)
     if options.dry_run:
-        need = estimate(plan, options.output)
+        need = estimate(plan, options.output, device=options.device)
         text = (
             f"Plan {plan.hash}, {plan_sentence(plan)}\nReads {need.nbytes_read / 1e9:.3f} GB, "
             f"writes {need.nbytes_written / 1e9:.3f} GB to '{options.output}' "
-            f"({need.nbytes_free / 1e9:.1f} GB free). Nothing was written."
+            f"({need.nbytes_free / 1e9:.1f} GB free), takes about {max(need.seconds, 1):.0f} s on "
+            f"{describe_device(need.device)}. Nothing was written."
         )
         return print_result(options, need._asdict(), text)
     progress = None
@@ -186,7 +198,8 @@ def merge(options: argparse.Namespace) -> int:
     progress.close()
     manifest = json.loads((Path(options.output) / MANIFEST).read_text(encoding="utf-8"))
     text = f"Wrote {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
-    return print_result(options, {"model": options.output, "hash": plan.hash}, text)
+    result = {"model": options.output, "hash": plan.hash, "device": manifest["device"]}
+    return print_result(options, result, text)
 
 
 def adapter(options: argparse.Namespace) -> int:
@@ -216,10 +229,8 @@ def chat(options: argparse.Namespace) -> int:
     from ipmerge_core.inference import answer
 
     models = [options.model, *([options.compare] if options.compare else [])]
-    answers = {
-        model: answer(model, options.prompt, options.image, max_new_tokens=options.max_new_tokens)
-        for model in models
-    }
+    how = {"max_new_tokens": options.max_new_tokens, "device": options.device}
+    answers = {model: answer(model, options.prompt, options.image, **how) for model in models}
     text = "\n\n".join(f"{model}:\n{reply}" for model, reply in answers.items())
     return print_result(options, answers, text)
 
@@ -228,5 +239,9 @@ def app(options: argparse.Namespace) -> int:
     """Serve the app until it is stopped."""
     from ipmerge_core.ui.app import launch
 
-    launch(host=options.host, port=options.port)
+    if options.device != "auto":
+        from ipmerge_core.devices import resolve_device
+
+        resolve_device(options.device)  # here, before the app is served
+    launch(host=options.host, port=options.port, device=options.device)
     return 0

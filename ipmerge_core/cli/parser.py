@@ -49,7 +49,7 @@ def _analyse(parser: argparse.ArgumentParser) -> None:
 def _calibrate(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
     _add_calibration(parser)
-    _add_device(parser)
+    _add_device(parser, fp64=False)
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +60,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="YAML", help="take models and method from a recipe of mergekit"
     )
     parser.add_argument("-o", "--output", required=True, metavar="PLAN", help="plan.json")
+    _add_device(parser)
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
@@ -94,11 +95,15 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="an image file")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    _add_device(parser, fp64=False)
 
 
 def _app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, help="the first free one from 7860 on, if not given")
+    parser.add_argument(
+        "--device", default="auto", help="for its runs: auto (the default), cpu, cuda, cuda:1, xpu"
+    )
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +115,14 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-mllm", metavar="MODEL", help="the MLLM's own base, if another")
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1")
+def _add_device(parser: argparse.ArgumentParser, *, fp64: bool = True) -> None:
+    """Let `main` choose the device before any work; `fp64` says what it must be able to do."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto (the default: the best one here), cpu, cuda, cuda:1, xpu, mps",
+    )
+    parser.set_defaults(fp64=fp64)
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:

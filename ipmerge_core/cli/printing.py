@@ -66,15 +66,13 @@ def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  
 class Progress:
     """One line on stderr: percent, what is done, time left; by cost, not by count.
 
-    Says first how many threads compute, where nobody chose that.
+    Says first on which device, and how many threads compute where nobody chose that.
     """
 
     def __init__(self, verb: str, total: int, options: argparse.Namespace) -> None:
         self.verb, self.total, self.quiet = verb, max(total, 1), options.quiet
-        if options.one_thread and not self.quiet:
-            print(
-                "Computing with one thread; OMP_NUM_THREADS sets another number.", file=sys.stderr
-            )
+        if not self.quiet:
+            print(_place(options), file=sys.stderr)
         self.live = sys.stderr.isatty()
         self.started = monotonic()
         self.last = 0.0
@@ -114,3 +112,12 @@ class Progress:
         """End the line."""
         if self.live and not self.quiet:
             print(file=sys.stderr)
+
+
+def _place(options: argparse.Namespace) -> str:
+    from ipmerge_core.devices import describe_device, is_cpu
+
+    where = f"Computing on {describe_device(options.device)}"
+    if options.one_thread and is_cpu(options.device):
+        where += " with one thread; OMP_NUM_THREADS sets another number"
+    return f"{where}."

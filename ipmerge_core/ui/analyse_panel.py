@@ -97,8 +97,11 @@ def wire_panel(
     choice: gr.State,
     explore: ExploreTab,
     tabs: gr.Tabs,
-) -> None:
-    """Wire the panel to the frame's pair and to the map."""
+) -> Dependency:
+    """Wire the panel to the frame's pair and to the map.
+
+    Returns the event after which a pair has come, or become whole.
+    """
     job, waiting = remembered_analysis(), gr.State("")
     shown = [pair, explore.layer_map, choice, explore.spectra]
     started = _wire_form(backend, panel, pair, job, waiting)
@@ -113,6 +116,7 @@ def wire_panel(
     pair.change(told(describe), pair, panel.details, queue=False, **QUIET)
     arrived.success(told(describe), pair, panel.details, **QUIET)
     app.load(refresh, pair, pair, queue=False, **QUIET)
+    return arrived
 
 
 def _wire_form(
@@ -236,7 +240,7 @@ def checked_views(backend: Backend, *typed: Any) -> Iterator[list[Any]]:  # noqa
     off = gr.update(interactive=False)
     found: Checked | None = None
     try:
-        for news in check_trio(_read(*typed), hub_only=backend.hosted):
+        for news in _checks(backend, *typed):
             if isinstance(news, Checked):
                 found = news
             else:
@@ -247,7 +251,7 @@ def checked_views(backend: Backend, *typed: Any) -> Iterator[list[Any]]:  # noqa
     yield [
         _words(READY if found.ready else REFUSED),
         findings_html(found.findings),
-        needs_html(found, hosted=backend.hosted, device=_device()) if found.ready else "",
+        needs_html(found, hosted=backend.hosted) if found.ready else "",
         gr.update(interactive=found.ready),
         found,
     ]
@@ -257,10 +261,8 @@ def _read(mllm: str, math: str, base: str, own: str, depth: str, rank: float | N
     return read_trio(mllm, math, base, own, depth == QUICK, rank)
 
 
-def _device() -> str:
-    from ipmerge_core.devices import best_device
-
-    return best_device()
+def _checks(backend: Backend, *typed: Any) -> Iterator[str | Checked]:  # noqa: ANN401
+    return check_trio(_read(*typed), hub_only=backend.hosted, device=backend.device)
 
 
 def _words(text: str) -> str:

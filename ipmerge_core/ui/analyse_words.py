@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ipmerge_core.catalogue import KnownPair, find_model
-from ipmerge_core.ui.merge_words import size_words, time_words
+from ipmerge_core.ui.merge_words import estimate_words, size_words
 from ipmerge_core.ui.messages import public_text
 from ipmerge_core.ui.packs import depth_words, packs_folder
 from ipmerge_core.ui.trio import Checked
@@ -47,7 +47,7 @@ def _licence(name: str) -> str:
     return f"<code>{escape(name)}</code> {escape(words + note)}"
 
 
-def needs_html(checked: Checked, *, hosted: bool, device: str) -> str:
+def needs_html(checked: Checked, *, hosted: bool) -> str:
     """Say what an analysis would read, hold and leave, and about how long it takes."""
     need, trio = checked.need, checked.asked
     if need is None or trio is None:
@@ -60,7 +60,6 @@ def needs_html(checked: Checked, *, hosted: bool, device: str) -> str:
         )
     depth = depth_words({"quick": trio.quick, "rank": trio.rank}).strip(" ()") or "exact"
     experts = f" for each of {len(trio.math)} math models" if len(trio.math) > 1 else ""
-    gpu = "; it runs on this machine's GPU, which takes less" if device != "cpu" else ""
     where = "" if hosted else f" in <code>{escape(str(packs_folder()))}</code>"
     return _facts(
         {
@@ -68,8 +67,7 @@ def needs_html(checked: Checked, *, hosted: bool, device: str) -> str:
             "Reads": reads,
             "Memory": f"about {size_words(need.nbytes_memory)} for the largest matrix "
             f"({size_words(need.nbytes_memory_free)} free)",
-            "Time": f"about {time_words(need.seconds)} on one CPU core, estimated from the sizes"
-            f"{gpu}",
+            "Time": f"{estimate_words(need.seconds, need.device)}, estimated from the sizes",
             "Leaves": f"a pack of about {size_words(need.nbytes_written)}{where}: small numbers, "
             f"no weights. Everyone who uses this app sees the pair.",
         }

@@ -21,7 +21,7 @@ from ipmerge_core.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.choice import plan_of
 from ipmerge_core.ui.layer_map import PlanChoice, read_commit
-from ipmerge_core.ui.merge_tab import readiness
+from ipmerge_core.ui.merge_tab import check_digest, readiness
 from ipmerge_core.ui.messages import told
 from ipmerge_core.ui.packs import list_packs, load_pack
 from ipmerge_core.ui.sides import Question, Side, answer_both
@@ -76,12 +76,18 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
         similarity: str = "first",
         variant: str = "sum",
         overrides: dict[str, str] = {},  # noqa: B006
+        device: str = "auto",
     ) -> Json:
-        """Check that a plan can be merged here: models, dtypes, distances, room on the disk."""
+        """Check that a plan can be merged here: models, dtypes, distances, room on the disk.
+
+        Give the digest to /merge_start to merge exactly what was checked, or nothing.
+        """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
-        found = readiness(backend, pack, choice)
+        found = readiness(backend, pack, choice, device=device)
         return {
             "ready": found.ready,
+            "digest": found.digest,
+            "device": found.device,
             "suggested_folder": found.folder,
             "findings": [finding._asdict() for finding in found.findings],
         }
@@ -98,10 +104,19 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         similarity: str = "first",
         variant: str = "sum",
         overrides: dict[str, str] = {},  # noqa: B006
+        device: str = "auto",
+        digest: str = "",
     ) -> dict[str, str]:
-        """Start merging into a new folder; answers at once with the run's id and its key."""
+        """Start merging into a new folder; answers at once with the run's id and its key.
+
+        The device is auto (the best one), cpu, cuda, cuda:1 or as torch names it. With the digest
+        of /plan_check nothing else is merged than what was checked.
+        """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
-        started = backend.start_merge(plan_of(pack, choice), folder)
+        plan = plan_of(pack, choice)
+        if digest:
+            check_digest(backend, digest, pack, plan, device)
+        started = backend.start_merge(plan, folder, device=device)
         return {"job_id": started.id, "key": started.key}
 
     def analyse_start(
@@ -111,6 +126,7 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         base_mllm: str = "",
         quick: bool = False,
         rank: int = 0,
+        device: str = "auto",
     ) -> dict[str, str]:
         """Start analysing models by hub id (or folder, off a Space) into a new pair of that id.
 
@@ -118,7 +134,7 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         directions. The run fails with a sentence where the sibling check refuses the models.
         """
         asked = Trio(mllm, _several(math), base, base_mllm, quick, rank or None)
-        started = start_analysis(backend, asked)
+        started = start_analysis(backend, asked, device)
         return {"job_id": started.id, "key": started.key, "pack": started.pack}
 
     def job_status(job_id: str) -> Json:

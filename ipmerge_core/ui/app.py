@@ -24,6 +24,7 @@ from ipmerge_core.ui.explore import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_tab import merge_tab, remembered_job
 from ipmerge_core.ui.packs import DEMO, ROOT, list_packs, load_pack
+from ipmerge_core.ui.start_gate import StartGate
 from ipmerge_core.ui.trio import is_running
 from ipmerge_core.ui.try_it import try_tab
 
@@ -67,8 +68,9 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:
-            explore, tabs = _add_tabs(app, backend, pair, choice)
-            wire_panel(app, backend, panel, pair, choice, explore, tabs)
+            explore, tabs, gate = _add_tabs(app, backend, pair, choice)
+            arrived = wire_panel(app, backend, panel, pair, choice, explore, tabs)
+            gate.after(arrived.success)  # a pair that is on show may have become whole
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
     return app  # type: ignore[no-any-return]
@@ -76,7 +78,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
 
 def _add_tabs(
     app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State
-) -> tuple[ExploreTab, gr.Tabs]:
+) -> tuple[ExploreTab, gr.Tabs, StartGate]:
     job, calibration = remembered_job(), remembered_calibration()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
@@ -85,14 +87,14 @@ def _add_tabs(
             try_tab(backend, pair, choice)
         asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
-            merge_tab(
+            gate = merge_tab(
                 app, backend, pair, choice, job=job, calibration=calibration, tabs=tabs, tab=merge
             )
         with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
             compare_tab(pair, choice, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(pair, choice, cite, explore.opened)
-    return explore, tabs
+    return explore, tabs, gate
 
 
 def theme() -> gr.themes.Base:
@@ -122,7 +124,11 @@ def theme() -> gr.themes.Base:
 
 
 def launch(
-    host: str | None = None, port: int | None = None, *, block: bool = True
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    block: bool = True,
+    device: str = "auto",
 ) -> tuple[Any, str, str]:
     """Build the app and serve it; prints the address.
 
@@ -130,8 +136,9 @@ def launch(
         host: the interface; 127.0.0.1 if not given here or by GRADIO_SERVER_NAME.
         port: the first free one from 7860 on, if not given here or by GRADIO_SERVER_PORT.
         block: wait until the server is stopped.
+        device: of every run that is not given one: "auto" for the best, or as torch names it.
     """
-    backend = Backend()
+    backend = Backend(device=device)
     return build_app(backend).launch(
         server_name=host,
         server_port=port,

@@ -12,13 +12,13 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import CheckpointError, RunError
-from ipmerge_core.jobs import JobStore, Started, home_folder
+from ipmerge_core.errors import CheckpointError, FolderInUseError, IPMergeError, RunError
+from ipmerge_core.jobs import Claim, JobStore, Started, home_folder
 from ipmerge_core.ui.choice import analysis_of
 from ipmerge_core.ui.messages import is_hosted
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SMALL_MODEL = 200_000_000  # bytes; up to here the chat merges by itself, in seconds
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+_NUMBER = re.compile(r"-[0-9]{1,3}\Z")  # that was put behind a taken name
+MOST_NAMES = 999  # that differ in a number only
 KEPT_PREVIEWS = 6  # merged models that the chat made, kept for the next question
 
 Progress = Callable[[str], None]
@@ -40,6 +42,7 @@ class Backend:
 
     store: JobStore = field(default_factory=lambda: JobStore(home_folder() / "runs"))
     hosted: bool = field(default_factory=is_hosted)
+    device: str = "auto"  # of every run that is not given one
     _models: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _preview_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -66,27 +69,51 @@ class Backend:
         threading.Thread(target=self.import_libraries, daemon=True).start()
 
     def load(self, folder: Path) -> LoadedModel:
-        """Return the model in a folder, on the best device there is."""
-        from ipmerge_core.devices import best_device
+        """Return the model in a folder, on the device of this app."""
+        return self.models.get(folder, self.device_for(fp64=False))
 
-        return self.models.get(folder, best_device())
+    def device_for(self, asked: str = "auto", *, fp64: bool = True) -> str:
+        """Return the device that a run takes: the one that was asked for, else this app's.
+
+        Raises: PlanError for a device that is not here, or cannot do this work (see
+            `resolve_device`).
+        """
+        from ipmerge_core.devices import AUTO, resolve_device
+
+        return resolve_device(self.device if asked == AUTO else asked, fp64=fp64)
 
     @property
     def packs_folder(self) -> Path:
         """Where the user's own packs are looked for."""
         return home_folder() / "packs"
 
-    def start_merge(self, plan: MergePlan, name: str) -> Started:
+    def start_merge(
+        self, plan: MergePlan, name: str, *, device: str = "auto", owner: str = ""
+    ) -> Started:
         """Start a run that merges `plan` into a new folder.
 
-        Raises: CheckpointError when the folder is not empty, RunError when it may not be used.
+        Asked by the `owner` (see `JobStore.start`) of a run that is making the very same there,
+        this returns that run.
+
+        Raises: CheckpointError when the folder is not empty, PlanError for a device that is not
+            here, FolderInUseError or RunError when the folder may not be used.
         """
         from ipmerge_core.merging import iter_merge
-        from ipmerge_core.writer import check_output
+        from ipmerge_core.writer import check_output, check_unfinished
 
+        device = self.device_for(device)
         out = check_output(self.output_folder(name))
+        check_unfinished(out, plan.digest)
+        arguments = {"plan": plan, "out": str(out), "device": device}
         title = f"Merge plan {plan.hash} into {out.name}"
-        return self.store.start(iter_merge, {"plan": plan, "out": str(out)}, title=title)
+        claim = Claim(str(out), plan.digest)
+        try:
+            return self.store.start(iter_merge, arguments, title=title, claim=claim, owner=owner)
+        except FolderInUseError as error:
+            key = self.store.key_of(error.job, owner)
+            if error.same_work and self.store.holds_key(error.job, key):
+                return Started(error.job, key)
+            raise
 
     @property
     def calibrations_folder(self) -> Path:
@@ -111,20 +138,27 @@ class Backend:
         kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"
-        names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
-        out = next(f for name in names if not (f := self.calibrations_folder / name).exists())
         arguments = {
             "mllm": sources.mllm.location,
             "math": [expert.location for expert in sources.math],
             "base": sources.base.location,
             "base_mllm": sources.base_mllm.location if sources.base_mllm else None,
-            "out": str(out),
             "kind": kind,
             "mllm_samples": seen,
             "math_samples": read,
             "limit": limit,
+            "device": self.device_for(fp64=False),
         }
-        return self.store.start(iter_calibration_of, arguments, title=f"Calibrate {out.name}")
+        for name in _numbered(stem):
+            out = self.calibrations_folder / name
+            with contextlib.suppress(FolderInUseError):
+                if not out.exists():
+                    arguments["out"] = str(out)
+                    claim, title = Claim(str(out)), f"Calibrate {name}"
+                    return self.store.start(
+                        iter_calibration_of, arguments, title=title, claim=claim
+                    )
+        raise RunError(f"There are {MOST_NAMES} calibrations named '{stem}'. Remove some.")
 
     def finished_calibrations(self, pack_id: str, method: str) -> list[Path]:
         """List the calibrations that this method can use for this pair, the newest last."""
@@ -172,9 +206,32 @@ class Backend:
 
     def free_name(self, plan: MergePlan) -> str:
         """Suggest a folder name that is not taken: the model's, the plan's hash, and a number."""
-        stem = f"{Path(plan.sources.mllm.id).name}-{plan.hash}"
-        names = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
-        return next((name for name in names if not self.output_folder(name).exists()), stem)
+        return self.free_name_like(f"{Path(plan.sources.mllm.id).name}-{plan.hash}")
+
+    def free_name_like(self, name: str) -> str:
+        """Suggest a folder that is not taken: this one, or it with a number; "" for no name."""
+        stem = _NUMBER.sub("", name.strip())
+        with contextlib.suppress(RunError):
+            return next(filter(self._is_free, _numbered(stem)), "")
+        return ""
+
+    def folder_problem(self, name: str) -> str:
+        """Say why a merge cannot write to the folder of this name; "" where it can."""
+        from ipmerge_core.writer import check_output
+
+        try:
+            out = check_output(self.output_folder(name))
+        except IPMergeError as error:
+            return str(error)
+        job = self.store.writer_of(out)
+        return str(FolderInUseError(str(out), job, same_work=False)) if job else ""
+
+    def _is_free(self, name: str) -> bool:
+        from ipmerge_core.writer import place_of
+
+        place = place_of(self.output_folder(name))
+        taken = place.out.exists() or place.run.exists()
+        return not taken and self.store.writer_of(place.out) is None
 
     def base_folder(self, pack_id: str) -> Path:
         """Return the folder of the pair's vision-language model. Raises: CheckpointError."""
@@ -215,10 +272,16 @@ class Backend:
         if _plan_hash(out) != plan.hash:
             previews.mkdir(parents=True, exist_ok=True)
             _remove_oldest(previews, keep=KEPT_PREVIEWS - 1)
-            for step in iter_merge(plan, out):
+            for step in iter_merge(plan, out, device=self.device_for()):
                 progress(f"merging plan {plan.hash[:4]}: {step.index} of {step.total}")
         out.touch()
         return out
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    """Yield a name, then the same with a number: `a`, `a-2`, `a-3`, ..."""
+    yield stem
+    yield from (f"{stem}-{number}" for number in range(2, MOST_NAMES + 1))
 
 
 def _from_hub_cache(source_id: str, revision: str | None) -> Path:

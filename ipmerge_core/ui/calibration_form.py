@@ -18,7 +18,8 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.merge_words import size_words
 from ipmerge_core.ui.messages import QUIET, told
 from ipmerge_core.ui.method_form import MethodChoice
-from ipmerge_core.ui.watching import POLL_SECONDS, RunView, find_run, steer
+from ipmerge_core.ui.start_gate import LAST, StartGate
+from ipmerge_core.ui.watching import POLL_SECONDS, RunView, find_run, off_at_once, steer
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -54,7 +55,7 @@ def calibration_form(
     method: gr.State,
     *,
     job: gr.BrowserState,
-    after: Callable[[Dependency], object],
+    gate: StartGate,
 ) -> Callable[[Dependency], Dependency]:
     """Lay out the block inside `block` and wire it; returns what fills it when it is needed.
 
@@ -65,7 +66,7 @@ def calibration_form(
         pair: the chosen pair.
         method: holds a MethodChoice.
         job: what the browser remembers of a run.
-        after: wires what follows a change of the choice.
+        gate: what keeps Start off until a change of the choice is checked.
     """
     with block:
         parts = _layout(hosted=backend.hosted)
@@ -90,14 +91,20 @@ def calibration_form(
         return watched(backend, mine or {})
 
     filled = [block, parts.intro, parts.folder, method]
-    watching = [parts.progress, parts.cancel, parts.resume, timer, made]
+    watching = [parts.progress, parts.cancel, parts.resume, timer, made, parts.start]
     asked = [pair, method, parts.seen, parts.told, parts.limit]
-    after(parts.folder.input(keep, [pair, method, parts.folder], method, queue=False, **QUIET))
-    after(made.change(told(show), [pair, method, made], filled, **QUIET))
-    parts.start.click(told(begin), asked, job, **QUIET).success(watch, job, watching, **QUIET)
+    kept = parts.folder.input
+    gate.at_once(kept)
+    gate.after(kept(keep, [pair, method, parts.folder], method, queue=False, **QUIET).then)
+    gate.at_once(made.change)
+    gate.after(made.change(told(show), [pair, method, made], filled, **QUIET).then)
+    off_at_once(parts.start)
+    pressed = parts.start.click(told(begin), asked, job, **QUIET)
+    for follows in (pressed.success, pressed.failure):  # Gradio lets no `then` follow an error
+        follows(watch, job, watching, **QUIET)
     view = RunView(parts.progress, parts.cancel, parts.resume, timer)
     steer(app, backend, job, view, watch, watching, queued=True)  # `made` has a listener
-    return lambda event: event.then(told(show), [pair, method, made], filled, **QUIET)
+    return lambda event: event.then(told(show), [pair, method, made], filled, **LAST)
 
 
 def remembered_calibration() -> gr.BrowserState:
@@ -108,13 +115,19 @@ def remembered_calibration() -> gr.BrowserState:
 def shown(backend: Backend, pack_id: str, how: MethodChoice, just_made: str) -> list[Any]:
     """Fill the block for a method: visible or not, what it needs, the finished ones, the choice.
 
-    A calibration that was just made is chosen; else the one chosen before, if it is still there.
+    A calibration that was just made is chosen; else the one chosen before, if it is not one made
+    here for another pair or method.
     """
     method = data_method(how.name)
     if method is None:
-        return [gr.update(visible=False), gr.skip(), gr.skip(), how]
-    folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
-    wanted = [just_made if just_made in folders else "", how.calibration, *folders[-1:]]
+        return [gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()]
+    try:
+        folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
+    except IPMergeError:
+        folders = []  # of a pair that cannot be read: the check says why
+    elsewhere = Path(how.calibration).parent != backend.calibrations_folder
+    chosen_before = how.calibration if elsewhere or how.calibration in folders else ""
+    wanted = [just_made if just_made in folders else "", chosen_before, *folders[-1:]]
     chosen = next(filter(None, wanted), "")
     intro = (
         f"{method.label} needs to know {WHAT[str(method.data)]}, measured by running both models "
@@ -131,6 +144,8 @@ def shown(backend: Backend, pack_id: str, how: MethodChoice, just_made: str) -> 
 
 def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are imported late)
     """Return the method of that name if it needs data."""
+    if not name:  # the plan from Explore; no methods are loaded for it
+        return None
     from ipmerge_core.methods import METHODS
 
     method = METHODS.get(name)
@@ -138,10 +153,10 @@ def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are i
 
 
 def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
-    """Return how far a run is: a `RunView`, then the folder once it is finished."""
+    """Return how far a run is: a `RunView`, the folder once it is finished, and the button."""
     run = find_run(backend, mine)
     made = str(run.status.arguments.get("out", "")) if run.status and run.finished else ""
-    return [*run.updates(), made]
+    return [*run.updates(), made, gr.update(interactive=not (run.owned and run.running))]
 
 
 def _cost_words(backend: Backend, pack_id: str, name: str) -> str:

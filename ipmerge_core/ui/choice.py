@@ -7,6 +7,8 @@ where the values arrive.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +49,15 @@ def describe_choice(choice: PlanChoice) -> str:
     if choice.overrides:
         words.append(f"{len(choice.overrides)} set by hand")
     return ", ".join(words)
+
+
+def choice_digest(pack_id: str, plan: MergePlan, device: str) -> str:
+    """Return the SHA-256 of exactly what a merge would do: pair, plan and device.
+
+    Unlike the plan's own digest it covers how the plan came about, as it is shown to people.
+    """
+    content = [pack_id, device, plan.to_dict()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def analysis_of(pack_id: str) -> Analysis:

@@ -69,11 +69,12 @@ PRESETS: list[dict[str, Any]] = [
     },
 ]
 
-# In the page: a commit was answered; and until all are, five seconds at most.
+# In the page: a commit was answered; and until all are (and a pair is shown), 5 seconds at most.
 _MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
 _ANSWERED = f"() => {{ const map = {_MAP}; if (map) map.unanswered -= 1; }}"
-_UNTIL_SETTLED = f"""async () => {{
-  for (let i = 0; i < 250 && {_MAP}?.isSettled() === false; i++)
+_UNTIL_SETTLED = f"""async (pair) => {{
+  const isSettled = (map) => map.isSettled() && (!pair || map.packId === pair);
+  for (let i = 0; i < 250 && {_MAP} && !isSettled({_MAP}); i++)
     await new Promise((wake) => setTimeout(wake, 20));
 }}"""
 
@@ -165,12 +166,15 @@ def explore_tab(
     return ExploreTab(layer_map, spectra, committed, opened)
 
 
-def after_commits(listener: Callable[..., Dependency]) -> Dependency:
+def after_commits(
+    listener: Callable[..., Dependency], pair: gr.Dropdown | None = None
+) -> Dependency:
     """Let an event wait, in the page, until the session's choice is the plan on show in Explore.
 
-    Two requests that leave at nearly the same time may arrive in any order.
+    Two requests that leave at nearly the same time may arrive in any order. With `pair`, wait also
+    until the map shows the pair that is chosen: the choice comes with it.
     """
-    return listener(None, None, None, js=_UNTIL_SETTLED, queue=False, **QUIET)
+    return listener(None, pair, None, js=_UNTIL_SETTLED, queue=False, **QUIET)
 
 
 def opened_pair(pack_id: str, is_running: IsRunning) -> tuple[Any, ...]:

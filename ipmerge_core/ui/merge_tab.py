@@ -7,13 +7,17 @@ What is true stands in the job's folder, never in this page.
 
 from __future__ import annotations
 
+import secrets
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ipmerge_core.errors import IPMergeError, PlanError
+from ipmerge_core.errors import FolderInUseError, IPMergeError, PlanError
+from ipmerge_core.jobs import SHORTEST_SECRET
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.calibration_form import calibration_form
+from ipmerge_core.ui.choice import choice_digest
 from ipmerge_core.ui.download import download_link
 from ipmerge_core.ui.explore import after_commits
 from ipmerge_core.ui.layer_map import PlanChoice
@@ -23,23 +27,33 @@ from ipmerge_core.ui.merge_words import (
     findings_html,
     result_html,
 )
-from ipmerge_core.ui.messages import QUIET, public_finding, sentence_of, told
-from ipmerge_core.ui.method_form import MethodChoice, chosen_plan, method_form, offered
-from ipmerge_core.ui.watching import POLL_SECONDS, RunView, Watched, find_run, steer
+from ipmerge_core.ui.messages import QUIET, public_finding, public_text, sentence_of, told
+from ipmerge_core.ui.method_form import (
+    MethodChoice,
+    chosen_plan,
+    method_form,
+    method_names,
+    offered,
+    with_method,
+)
+from ipmerge_core.ui.start_gate import Answer, Shown, StartGate
+from ipmerge_core.ui.watching import POLL_SECONDS, Remembered, RunView, Watched, find_run, steer
 
 if TYPE_CHECKING:
-    from gradio.events import Dependency
-
     from ipmerge_core.pairing import Finding
     from ipmerge_core.plan import MergePlan
 
+AUTO = "auto"
 JOB_KEY = "ipmerge.job.v1"
 JOB_SECRET = "ipmerge-job"  # noqa: S105 (it only keeps the entry readable after a restart)
 READING = '<p class="waiting">Reading headers and a few small matrices …</p>'
 NO_RUN = '<p class="waiting">No run yet.</p>'
 NOTHING_MERGED = '<p class="waiting">Nothing has been merged yet.</p>'
-# A visitor's own name stays; suggested ones end in a plan's hash.
-SUGGEST = r"(typed, name) => typed && !/-[0-9a-f]{8}(-\d+)?$/.test(typed) ? typed : name"
+BUSY = "A merge is in progress. Start is available again when it has ended."
+CHANGED = (
+    "What would be merged has changed since the check: another pair, plan or device. Check it "
+    "again, then start."
+)
 FOLDER_HINT = "A name, or the path of a new folder"
 FOLDER_HINT_HOSTED = "A name"
 
@@ -51,7 +65,9 @@ class _Steps(NamedTuple):
     findings: gr.HTML
     confirmation: gr.HTML
     folder: gr.Textbox
+    device: gr.Dropdown
     start: gr.Button
+    note: gr.HTML
     progress: gr.HTML
     cancel: gr.Button
     resume: gr.Button
@@ -66,6 +82,8 @@ class Readiness(NamedTuple):
     confirmation: str
     folder: str
     ready: bool
+    digest: str = ""  # of exactly what was checked
+    device: str = ""
 
 
 def merge_tab(
@@ -78,55 +96,96 @@ def merge_tab(
     calibration: gr.BrowserState,
     tabs: gr.Tabs,
     tab: gr.Tab,
-) -> None:
-    """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers."""
-    # layout
+) -> StartGate:
+    """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers.
+
+    Returns what lets a check follow events outside of the tab.
+    """
     method = gr.State(MethodChoice())
     steps = _steps(backend)
+    with steps.form:
+        named = method_names()
+    # The form's own name counts: it may be ahead of what is known of its values.
+    chosen = [pair, choice, method, named, steps.device]
+    gate = _gate(backend, steps, chosen)
+    with steps.form:
+        form = method_form(named, method, gate)
+        shows = calibration_form(app, backend, form.data, pair, method, job=calibration, gate=gate)
+    gate.after(shows(form.changed).then)
+    gate.at_once(pair.change)
+    gate.after(shows(after_commits(pair.change, pair)).then)
+    gate.at_once(steps.device.input)
+    gate.after(steps.device.input)
+    gate.at_once(tab.select, first=True)
+    _wire_run(app, backend, steps, gate, chosen, job, tab)
+    opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
+    checked = gate.after(shows(after_commits(opened.then, pair)).then)
+    filled = checked.then(offered, None, named, **QUIET)
+    filled.then(lambda: offered_devices(backend), None, steps.device, **QUIET)
+    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **QUIET)
+    return gate
+
+
+def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:
+    """Make what keeps Start off until everything that is `chosen` has been checked."""
+
+    def check(pack_id: str, plan: PlanChoice, how: MethodChoice, named: str, device: str) -> Answer:
+        found = readiness(backend, pack_id, plan, with_method(how, named), device)
+        listed = findings_html(found.findings)
+        return Answer(listed, found.confirmation, found.folder, found.digest, found.ready)
+
+    def say(name: str, busy: str) -> str:
+        return note_html(backend, name, busy=bool(busy))
+
+    shown = Shown(steps.findings, steps.confirmation, steps.folder, steps.note, steps.start)
+    return StartGate(shown, check, chosen, say)
+
+
+def _wire_run(
+    app: gr.Blocks,
+    backend: Backend,
+    steps: _Steps,
+    gate: StartGate,
+    chosen: list[Any],
+    job: gr.BrowserState,
+    tab: gr.Tab,
+) -> None:
+    """Wire Start, and what shows the run that it starts or finds."""
     timer = gr.Timer(POLL_SECONDS, active=False)
 
-    # handlers
-    def check(
-        pack_id: str, plan: PlanChoice, how: MethodChoice
-    ) -> tuple[str, str, dict[str, Any], str]:
-        found = readiness(backend, pack_id, plan, how)
-        start = gr.update(interactive=found.ready)
-        return findings_html(found.findings), found.confirmation, start, found.folder
+    def begin(
+        mine: Remembered | None,
+        digest: str,
+        name: str,
+        pack_id: str,
+        plan: PlanChoice,
+        how: MethodChoice,
+        named: str,
+        device: str,
+    ) -> Remembered:
+        made = chosen_plan(pack_id, plan, with_method(how, named))
+        check_digest(backend, digest, pack_id, made, device)
+        return started_merge(backend, with_secret(mine), made, name, device)
 
-    def begin(pack_id: str, plan: PlanChoice, how: MethodChoice, name: str) -> dict[str, str]:
-        started = backend.start_merge(chosen_plan(pack_id, plan, how), name)
-        return started._asdict()
+    def attach(mine: Remembered | None) -> Remembered:
+        return attached(backend, mine)
 
-    def watch(mine: dict[str, str] | None) -> list[Any]:
+    def watch(mine: Remembered | None) -> list[Any]:
         return watched(backend, mine or {})
 
-    # wiring
-    watching = [steps.progress, steps.cancel, steps.resume, timer, steps.result, steps.try_it]
-    suggested = gr.Textbox(visible="hidden", elem_id="suggested-folder")
-    checked = [steps.findings, steps.confirmation, steps.start, suggested]
-
-    def checks(event: Dependency) -> Dependency:
-        found = event.then(told(check), [pair, choice, method], checked, **QUIET)
-        # In the page itself, at once: what a visitor wrote during the check stays.
-        named = [steps.folder, suggested]
-        then: Dependency = found.then(None, named, steps.folder, js=SUGGEST, **QUIET)
-        return then
-
-    with steps.form:
-        form = method_form(method, checks)
-        shows = calibration_form(
-            app, backend, form.data, pair, method, job=calibration, after=checks
-        )
-    checks(shows(form.changed))
-    tab.select(watch, job, watching, queue=False, **QUIET)
-    opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
-    checks(shows(after_commits(opened.then))).then(offered, None, form.name, **QUIET)
-    steps.start.click(told(begin), [pair, choice, method, steps.folder], job, **QUIET).success(
-        watch, job, watching, **QUIET
-    )
+    watching = [
+        steps.progress, steps.cancel, steps.resume, timer, steps.result, steps.try_it, gate.busy
+    ]  # fmt: skip
+    for arrives in (app.load, tab.select):
+        found = arrives(attach, job, job, queue=False, **QUIET)
+        found.then(watch, job, watching, queue=False, **QUIET)
+    gate.at_once(steps.start.click)
+    asked = [job, gate.digest, steps.folder, *chosen]
+    pressed = steps.start.click(told(begin), asked, job, **QUIET)
+    gate.after(pressed.success(watch, job, watching, **QUIET).then)
+    gate.after(pressed.failure)  # Gradio lets no `then` follow an error
     view = RunView(steps.progress, steps.cancel, steps.resume, timer)
     steer(app, backend, job, view, watch, watching)
-    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **QUIET)
 
 
 def _steps(backend: Backend) -> _Steps:
@@ -144,9 +203,18 @@ def _steps(backend: Backend) -> _Steps:
                     elem_id="output-folder",
                     scale=3,
                 )
+                device = gr.Dropdown(  # filled when the tab opens: finding devices takes torch
+                    [AUTO],
+                    value=AUTO,
+                    label="Device",
+                    info="Where the matrices are merged",
+                    visible=False,
+                    elem_id="merge-device",
+                )
                 start = gr.Button(
                     "Start merge", variant="primary", interactive=False, elem_id="start-merge"
                 )
+            note = gr.HTML("", elem_id="start-note")
         with _card("3", "Run", "run"):
             progress = gr.HTML(NO_RUN, elem_id="run-status", elem_classes="run-status")
             with gr.Row(elem_classes="run-row"):
@@ -156,8 +224,9 @@ def _steps(backend: Backend) -> _Steps:
             result = gr.HTML(NOTHING_MERGED, elem_id="result")
             try_it = gr.Button("Try it", visible=False, size="sm", elem_id="try-merged")
     return _Steps(
-        form, findings, confirmation, folder, start, progress, cancel, resume, result, try_it
-    )
+        form, findings, confirmation, folder, device, start, note,
+        progress, cancel, resume, result, try_it,
+    )  # fmt: skip
 
 
 def remembered_job() -> gr.BrowserState:
@@ -169,35 +238,122 @@ def remembered_job() -> gr.BrowserState:
 
 
 def readiness(
-    backend: Backend, pack_id: str, choice: PlanChoice, method: MethodChoice | None = None
+    backend: Backend,
+    pack_id: str,
+    choice: PlanChoice,
+    method: MethodChoice | None = None,
+    device: str = AUTO,
 ) -> Readiness:
-    """Check pair, plan and room before anything is written."""
+    """Check pair, plan, device and room before anything is written."""
+    from ipmerge_core.devices import describe_device
     from ipmerge_core.merging import estimate, reopen
     from ipmerge_core.pairing import Finding
     from ipmerge_core.work import work_of
 
     try:
+        device = backend.device_for(device)
         plan = chosen_plan(pack_id, choice, method or MethodChoice())
         models = reopen(plan)
         name = backend.free_name(plan)
-        need = estimate(plan, backend.output_folder(name))
+        need = estimate(plan, backend.output_folder(name), device=device)
         found = [public_finding(finding) for finding in models.check()]
         found.append(_room(need.nbytes_written, need.nbytes_free))
         beside = work_of(plan, models)
         kept = {name: reason for name, reason in models.kept.items() if name not in beside}
-        words = confirm_html(plan, change_words(plan), need, kept)
+        digest = choice_digest(pack_id, plan, device)
+        where = describe_device(device)
+        words = confirm_html(plan, change_words(plan), need, kept, device=where, digest=digest)
     except IPMergeError as error:
         refusal = Finding("refusal", "This merge cannot be made.", sentence_of(error))
         return Readiness([refusal], "", "", ready=False)
     found += _doubts(plan)
     ready = all(finding.level != "refusal" for finding in found)
-    return Readiness(found, words, name, ready)
+    return Readiness(found, words, name, ready, digest, device)
+
+
+def offered_devices(backend: Backend) -> dict[str, Any]:
+    """Return the update of the choice of devices: shown where there is more than one."""
+    from ipmerge_core.devices import available_devices, describe_device
+
+    here = available_devices()
+    best = describe_device(backend.device_for())
+    choices = [(f"auto: {best}", AUTO), *((describe_device(name), name) for name in here)]
+    update: dict[str, Any] = gr.update(choices=choices, visible=len(here) > 1)
+    return update
+
+
+def note_html(backend: Backend, name: str, *, busy: bool) -> str:
+    """Say why Start is off: a run in progress, or a folder that cannot be used; else nothing."""
+    problem = BUSY if busy else backend.folder_problem(name)
+    if not problem:
+        return ""
+    if busy:
+        return f'<p class="waiting">{escape(problem)}</p>'
+    free = backend.free_name_like(name)
+    advice = f" <em>A free name: {escape(free)}</em>" if free else ""
+    return f'<p class="failure">✕ {escape(public_text(problem))}{advice}</p>'
+
+
+# --- starting, and finding a run again -------------------------------------------------------
+
+
+def check_digest(
+    backend: Backend, digest: str, pack_id: str, plan: MergePlan, device: str = AUTO
+) -> None:
+    """Refuse a start of anything but what was checked. Raises: PlanError."""
+    if digest != choice_digest(pack_id, plan, backend.device_for(device)):
+        raise PlanError(CHANGED)
+
+
+def started_merge(
+    backend: Backend, mine: Remembered, plan: MergePlan, name: str, device: str = AUTO
+) -> Remembered:
+    """Start a merge for a browser, or attach it to the run that is making the very same there.
+
+    Returns what the browser remembers. Off a Space, that may be a run that was started elsewhere;
+    the browser then only watches it.
+
+    Raises: as `Backend.start_merge`.
+    """
+    try:
+        started = backend.start_merge(plan, name, device=device, owner=mine["owner"])
+    except FolderInUseError as error:
+        if backend.hosted or not error.same_work:
+            raise
+        return {**mine, "id": error.job, "key": ""}
+    return {**mine, **started._asdict()}
+
+
+def with_secret(mine: Remembered | None) -> Remembered:
+    """Return what a browser remembers, with the secret from which its runs' keys are made."""
+    mine = mine or {}
+    if len(mine.get("owner", "")) >= SHORTEST_SECRET:
+        return mine
+    return {**mine, "owner": secrets.token_urlsafe(SHORTEST_SECRET)}
+
+
+def attached(backend: Backend, mine: Remembered | None) -> Remembered:
+    """Return what a browser remembers, turned to a run of its own that is in progress, if any."""
+    mine = with_secret(mine)
+    remembered = find_run(backend, mine)
+    if remembered.owned and remembered.running:
+        return mine
+    for status in backend.store.all():
+        key = backend.store.key_of(status.id, mine["owner"])
+        if status.is_running and backend.store.holds_key(status.id, key):
+            return {**mine, "id": status.id, "key": key}
+    return mine
 
 
 def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
-    """Return what the third and fourth card show of a run: a `RunView`, then the result."""
+    """Return what shows a run: a `RunView`, the result, and "1" while it keeps Start off."""
     run = find_run(backend, mine)
-    return [*run.updates(NO_RUN), _result(backend, run, mine), gr.update(visible=run.finished)]
+    return [
+        *run.updates(NO_RUN),
+        _result(backend, run, mine),
+        gr.update(visible=run.finished),
+        "1" if run.owned and run.running else "",
+    ]
 
 
 def _result(backend: Backend, run: Watched, mine: dict[str, str]) -> str:
@@ -206,7 +362,10 @@ def _result(backend: Backend, run: Watched, mine: dict[str, str]) -> str:
     if not run.finished:
         return '<p class="waiting">The run is not finished.</p>'
     link = download_link(run.status.id, mine.get("key", "")) if run.owned else None
-    return result_html(str(run.status.arguments["out"]), link, show_path=not backend.hosted)
+    made = run.status.arguments
+    return result_html(
+        str(made["out"]), link, show_path=not backend.hosted, device=str(made.get("device", ""))
+    )
 
 
 def _card(number: str, title: str, name: str) -> gr.Column:

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from ipmerge_core.plan import MergePlan
 
 SIGNS = {"ok": "✓", "warning": "!", "refusal": "✕"}
-COPY_SPEED = 300e6  # bytes per second, a slow disk
-ARITHMETIC_SPEED = 8e9  # operations per second, one core of a CPU
-SVD_OPERATIONS = 20  # times m n min(m, n), for a thin decomposition
-
 STATE_WORDS = {
     "running": "running",
     "cancelling": "stopping after this tensor",
@@ -58,8 +54,19 @@ def change_words(plan: MergePlan) -> str:
     return f"{words} (approximate: {found.approximate})" if found.approximate else words
 
 
-def confirm_html(plan: MergePlan, change: str, need: Estimate, kept: Mapping[str, str]) -> str:
-    """Say what changes (`change` says how far), what stays, and what it takes."""
+def confirm_html(
+    plan: MergePlan,
+    change: str,
+    need: Estimate,
+    kept: Mapping[str, str],
+    *,
+    device: str,
+    digest: str,
+) -> str:
+    """Say what changes (`change` says how far), what stays, and what it takes.
+
+    `device` is the name of the device for people, `digest` that of all that was checked.
+    """
     reasons = Counter(kept.values())
     unselected = len(plan.decisions) - len(plan.selected)
     stays = [f"{unselected} decoder matrices that the plan does not select"] if unselected else []
@@ -67,7 +74,9 @@ def confirm_html(plan: MergePlan, change: str, need: Estimate, kept: Mapping[str
     touched = sum(decision.numel for decision in plan.selected)
     share = touched / max(plan.totals.llm_parameters, 1)
     rows = {
-        "Plan": f"<code>{plan.hash}</code> {escape(plan.name)}",
+        "Pair": escape(plan.name),
+        "Method": escape(method_words(plan)),
+        "Plan": f"<code>{plan.hash}</code>; with pair and device <code>{digest[:8]}</code>",
         "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
         f"{count_words(touched)} parameters ({share:.0%} of the language model)"
         f"{''.join(f', {escape(what)}' for what in plan.beside)}; {escape(change)}",
@@ -75,11 +84,48 @@ def confirm_html(plan: MergePlan, change: str, need: Estimate, kept: Mapping[str
         "Stays, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor and configs",
         "Reads, writes": f"{size_words(need.nbytes_read)}, {size_words(need.nbytes_written)} "
         f"({size_words(need.nbytes_free)} free)",
-        "Time": f"about {time_words(estimated_seconds(plan, need))} on one CPU core, estimated "
-        f"from the sizes",
+        "Device": escape(device),
+        "Time": f"{estimate_words(need.seconds, need.device)}, estimated from the sizes",
     }
     cells = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows.items())
-    return f'<dl class="facts">{cells}</dl>'
+    return f'<dl class="facts" data-digest="{digest}">{cells}</dl>'
+
+
+def method_words(plan: MergePlan) -> str:
+    """Name a plan's method with its parameters."""
+    from ipmerge_core.methods import find_method
+
+    values = {name.rstrip("_"): value for name, value in plan.parameters.items()}
+    if plan.similarity is not None and plan.similarity_threshold is not None:
+        threshold = f"{plan.similarity_threshold:g} ({plan.similarity})"
+        values = {"similarity threshold": threshold, **values}
+    if plan.layer_gains:
+        values["layer gains"] = " ".join(f"{gain:g}" for gain in plan.layer_gains)
+    words = [
+        f"{name} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in values.items()
+        if value is not None
+    ]
+    return f"{find_method(plan.method).label}{': ' if words else ''}{', '.join(words)}"
+
+
+def device_words(device: str) -> str:
+    """Write a device for people, as far as its name says.
+
+    >>> device_words("cpu"), device_words("cuda:1"), device_words("mps")
+    ('the CPU', 'the GPU (cuda:1)', 'the GPU (mps)')
+    """
+    return "the CPU" if device == "cpu" else f"the GPU ({device})"
+
+
+def estimate_words(seconds: float, device: str) -> str:
+    """Write how long a run takes on a device.
+
+    >>> estimate_words(90, "cpu"), estimate_words(4, "cuda")
+    ('about 2 minutes on one CPU core', 'about 4 seconds on the GPU (cuda)')
+    """
+    where = "one CPU core" if device == "cpu" else device_words(device)
+    return f"about {time_words(seconds)} on {where}"
 
 
 def progress_html(status: JobStatus) -> str:
@@ -89,6 +135,8 @@ def progress_html(status: JobStatus) -> str:
     fresh = done - step.get(f"{unit}before", 0)  # what an earlier run had done came at once
     share = done / total if total else 0.0
     words = [f"<b>{STATE_WORDS[status.state].capitalize()}</b>", *_counted(step)]
+    device = str(status.arguments.get("device", ""))
+    where = f' <span class="run-device">on {escape(device_words(device))}</span>' if device else ""
     elapsed = max(status.updated - status.started, 0.0)
     if status.is_running and fresh > 0 and elapsed > 0.5:
         words += [f"{fresh / elapsed / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
@@ -98,7 +146,7 @@ def progress_html(status: JobStatus) -> str:
         name = f"in {time_words(elapsed)}"
     error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
     return (
-        f'<p class="run-title">{escape(status.title)}</p>'
+        f'<p class="run-title">{escape(status.title)}{where}</p>'
         f'<progress max="1" value="{share:.4f}" aria-label="{escape(status.title)}">'
         f"{share:.0%}</progress>"
         f'<p class="run-words">{" · ".join(words)}</p><p class="run-step">{name}</p>{error}'
@@ -138,8 +186,9 @@ def _place(step: Mapping[str, Any]) -> str:
     return f"<code>{escape(name)}</code>" if name else "reading weights"
 
 
-def result_html(out: str, link: str | None, *, show_path: bool) -> str:
-    """Say where the model is, and offer it as one file to whoever made it."""
+def result_html(out: str, link: str | None, *, show_path: bool, device: str = "") -> str:
+    """Say where the model is and where it was made; offer it as one file to whoever made it."""
+    made = f'<p class="run-device">Merged on {escape(device_words(device))}.</p>' if device else ""
     path = (
         f'<p>The model is in <code id="result-path">{escape(out)}</code></p>' if show_path else ""
     )
@@ -148,24 +197,7 @@ def result_html(out: str, link: str | None, *, show_path: bool) -> str:
         if link
         else "<p>Only the browser that started this run can download it.</p>"
     )
-    return f"{path}{download}"
-
-
-def estimated_seconds(plan: MergePlan, need: Estimate) -> float:
-    """Estimate a merge's time: bytes at a slow disk's speed, decompositions at one core's."""
-    from ipmerge_core.methods import find_method
-
-    operations = 0.0
-    shapes: dict[str, tuple[int, int]] = {record.name: record.shape for record in plan.records}
-    method = find_method(plan.method)
-    for decision in plan.selected if method.matrixwise else ():
-        m, n = shapes[decision.name]
-        models = 1 + len(decision.experts)
-        operations += SVD_OPERATIONS * m * n * min(m, n) * models
-        if method.stepwise:
-            steps = float(plan.parameters.get("iterations") or 0)
-            operations += steps * 2 * m * n * min(n, 2 * models * m)
-    return (need.nbytes_read + need.nbytes_written) / COPY_SPEED + operations / ARITHMETIC_SPEED
+    return f"{path}{made}{download}"
 
 
 def size_words(nbytes: float) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ipmerge_core.methods import Parameter
     from ipmerge_core.plan import MergePlan
+    from ipmerge_core.ui.start_gate import StartGate
 
 EXPLORED = ""  # the name that stands for the plan from Explore
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
@@ -49,21 +50,26 @@ class MethodChoice(NamedTuple):
 class MethodForm(NamedTuple):
     """The parts of the form that others listen to or lay something beside."""
 
-    name: gr.Dropdown
     changed: Dependency  # another method was chosen, and the choice knows it
     data: gr.Column
 
 
-def method_form(method: gr.State, after: Callable[[Dependency], object]) -> MethodForm:
-    """Lay out the method's name, its fields and the options; what is chosen goes into `method`.
-
-    Args:
-        method: holds a MethodChoice.
-        after: wires what follows a change of a field or an option.
-    """
-    name = gr.Dropdown(
+def method_names() -> gr.Dropdown:
+    """Lay out the choice of a method; `offered` fills it."""
+    return gr.Dropdown(
         [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
     )
+
+
+def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodForm:
+    """Lay out the method's fields and the options; what is chosen goes into `method`.
+
+    Args:
+        name: the choice of a method, as `method_names` lays it out.
+        method: holds a MethodChoice.
+        gate: what keeps Start off until a change of a field or an option is checked.
+    """
+    gate.at_once(name.change)
     changed = name.change(with_method, [method, name], method, queue=False, **QUIET)
 
     @gr.render(inputs=name, triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
@@ -77,7 +83,7 @@ def method_form(method: gr.State, after: Callable[[Dependency], object]) -> Meth
         with gr.Row(elem_classes="fields"):
             for parameter in found.parameters:
                 keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
-                _keep(_field(parameter), keep, method, after)
+                _keep(_field(parameter), keep, method, gate)
 
     data = gr.Column(elem_id="calibration", visible=False)
     with (
@@ -85,21 +91,22 @@ def method_form(method: gr.State, after: Callable[[Dependency], object]) -> Meth
         gr.Row(elem_classes="fields"),
     ):
         for option in OPTIONS:
-            _keep(_option_field(option), partial(with_option, option.name), method, after)
-    return MethodForm(name, changed, data)
+            _keep(_option_field(option), partial(with_option, option.name), method, gate)
+    return MethodForm(changed, data)
 
 
 def _keep(
     field: Any,  # noqa: ANN401 (a component; their events are made at run time)
     keep: Callable[..., MethodChoice],
     method: gr.State,
-    after: Callable[[Dependency], object],
+    gate: StartGate,
 ) -> None:
     """Put a field's value into the choice whenever it changes, the last one for sure."""
+    gate.at_once(field.change)
     change = field.change(
         keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
     )
-    after(change)
+    gate.after(change.then)
 
 
 def offered() -> dict[str, Any]:
@@ -112,8 +119,8 @@ def offered() -> dict[str, Any]:
 
 
 def with_method(choice: MethodChoice, name: str) -> MethodChoice:
-    """Return the choice of another method; values go, options stay."""
-    return MethodChoice(name, options=choice.options)
+    """Return the choice of a method; another's values go, options stay."""
+    return choice if name == choice.name else MethodChoice(name, options=choice.options)
 
 
 def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) -> MethodChoice:

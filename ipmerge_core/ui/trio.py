@@ -107,10 +107,13 @@ def refuse_impossible(trio: Trio) -> Trio:
     return trio
 
 
-def check_trio(trio: Trio, *, hub_only: bool) -> Iterator[str | Checked]:
-    """Check models by headers, configs and a few rows; yields words, and at last what it found."""
+def check_trio(trio: Trio, *, hub_only: bool, device: str = "auto") -> Iterator[str | Checked]:
+    """Check models by headers, configs and a few rows; yields words, and at last what it found.
+
+    What the analysis takes is worked out for `device`.
+    """
     try:
-        yield from _check(trio, hub_only)
+        yield from _check(trio, hub_only, device)
     except IPMergeError as error:
         yield refused(error)
 
@@ -123,10 +126,11 @@ def refused(error: IPMergeError) -> Checked:
     return Checked(None, [refusal])
 
 
-def _check(trio: Trio, hub_only: bool) -> Iterator[str | Checked]:
+def _check(trio: Trio, hub_only: bool, device: str) -> Iterator[str | Checked]:
     mllm, base, *rest = yield from _open_all(trio, hub_only)  # says so before torch is loaded
     from ipmerge_core.comparison import Options
     from ipmerge_core.costs import estimate_analysis
+    from ipmerge_core.devices import resolve_device
     from ipmerge_core.pairing import open_pair
 
     options = Options(trio.rank, quick=trio.quick).check()
@@ -134,7 +138,7 @@ def _check(trio: Trio, hub_only: bool) -> Iterator[str | Checked]:
     pair = open_pair(mllm, rest, base, base_mllm=own)
     yield "Comparing a few rows of every model"
     findings = [public_finding(finding) for finding in pair.check()]
-    need = estimate_analysis(pair, options)
+    need = estimate_analysis(pair, options, resolve_device(device))
     findings += [*_memory(need), *_known(pair, options._asdict())]
     yield Checked(trio, findings, _pinned(trio, pair), need)
 
@@ -209,21 +213,21 @@ def fingerprints(sources: Mapping[str, Any]) -> Iterator[str]:
 # --- the run ---------------------------------------------------------------------------------
 
 
-def start_analysis(backend: Backend, trio: Trio) -> StartedAnalysis:
+def start_analysis(backend: Backend, trio: Trio, device: str = "auto") -> StartedAnalysis:
     """Start a run that analyses a trio into a new pack of the user's own.
 
-    Raises: PlanError or, on a Space, CheckpointError for names that make no sense, RunError when
-        too much is running.
+    Raises: PlanError or, on a Space, CheckpointError for names that make no sense, PlanError for a
+        device that is not here, RunError when too much is running.
     """
     from ipmerge_core.analysis import iter_pack
     from ipmerge_core.comparison import Options
-    from ipmerge_core.devices import best_device
 
     refuse_impossible(trio)
     if backend.hosted:
         for _, address in trio.addresses():
             as_hub_id(address)
     Options(trio.rank, quick=trio.quick).check()
+    device = backend.device_for(device)
     names = [Path(address.partition("@")[0]).name for address in (trio.mllm, *trio.math)]
     depth = "quick" if trio.quick else f"rank{trio.rank}" if trio.rank else ""
     out = reserve_name(*names, depth)
@@ -235,7 +239,7 @@ def start_analysis(backend: Backend, trio: Trio) -> StartedAnalysis:
         "out": str(out),
         "rank": trio.rank,
         "quick": trio.quick,
-        "device": best_device(),
+        "device": device,
         "hub_only": backend.hosted,
     }
     try:

@@ -42,6 +42,11 @@ class Watched(NamedTuple):
         """Whether it came to its end."""
         return self.status is not None and self.status.state == "finished"
 
+    @property
+    def running(self) -> bool:
+        """Whether a process is working on it now."""
+        return self.status is not None and self.status.is_running
+
     def updates(self, nothing: str = "") -> list[Any]:
         """Return the updates of a `RunView`; `nothing` is what stands there where no run is."""
         if self.status is None:
@@ -65,6 +70,12 @@ def find_run(backend: Backend, mine: Remembered | None) -> Watched:
     except IPMergeError:
         return Watched(None, owned=False)
     return Watched(status, backend.store.holds_key(status.id, str(mine.get("key", ""))))
+
+
+def off_at_once(button: gr.Button) -> None:
+    """Turn a button off in the page when it is pressed; what answers turns it on again."""
+    off = "() => ({ __type__: 'update', interactive: false })"
+    button.click(None, None, button, js=off, queue=False, **QUIET)
 
 
 def steer(
