@@ -59,6 +59,13 @@ class _Steps(NamedTuple):
     try_it: gr.Button
 
 
+class MergeTab(NamedTuple):
+    """What other tabs listen to: a run was started, "Try it" was pressed beside its result."""
+
+    started: Dependency
+    try_it: gr.Button
+
+
 class Readiness(NamedTuple):
     """What the check found: findings, what would change, and whether it may start."""
 
@@ -76,9 +83,8 @@ def merge_tab(
     *,
     job: gr.BrowserState,
     calibration: gr.BrowserState,
-    tabs: gr.Tabs,
     tab: gr.Tab,
-) -> None:
+) -> MergeTab:
     """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers."""
     # layout
     method = gr.State(MethodChoice())
@@ -121,12 +127,12 @@ def merge_tab(
     tab.select(watch, job, watching, queue=False, **QUIET)
     opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
     checks(shows(after_commits(opened.then))).then(offered, None, form.name, **QUIET)
-    steps.start.click(told(begin), [pair, choice, method, steps.folder], job, **QUIET).success(
-        watch, job, watching, **QUIET
-    )
+    inputs = [pair, choice, method, steps.folder]
+    started = steps.start.click(told(begin), inputs, job, **QUIET)
+    started.success(watch, job, watching, **QUIET)
     view = RunView(steps.progress, steps.cancel, steps.resume, timer)
     steer(app, backend, job, view, watch, watching)
-    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **QUIET)
+    return MergeTab(started, steps.try_it)
 
 
 def _steps(backend: Backend) -> _Steps:
