@@ -156,7 +156,7 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
     ) -> Iterator[Json]:
         """Answer with two models, `base` the left and `merged` the right one.
 
-        Each is "base" (the vision-language model as it is), "plan" (of the values given here), or a
+        Each is "base" (the unmerged vision-language model), "plan" (of the values given here), or a
         finished merge of the pair: its run's id, or its folder's name. On a Space a merge takes the
         id and the key that `merge_start` gave. The image is the base64 text of a file.
         """

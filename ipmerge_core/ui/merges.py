@@ -115,14 +115,13 @@ def method_label(name: str) -> str:
     return METHODS[name].label if name in METHODS else name
 
 
-def model_name(source_id: str) -> str:
-    """Return a model's name: a hub id as it is, of a folder the last part.
+def unmerged_words(source_id: str) -> str:
+    """Name a pair's own vision-language model.
 
-    >>> model_name("Qwen/Qwen2-VL-7B"), model_name("/data/models/mllm")
-    ('Qwen/Qwen2-VL-7B', 'mllm')
+    >>> unmerged_words("Qwen/Qwen2-VL-7B"), unmerged_words("/data/models/mllm")
+    ('Qwen/Qwen2-VL-7B, unmerged', 'mllm, unmerged')
     """
-    path = Path(source_id)
-    return path.name if path.is_absolute() else source_id
+    return f"{_model_name(source_id)}, unmerged"
 
 
 def _visible(backend: Backend, keys: Keys) -> list[JobStatus]:
@@ -190,4 +189,10 @@ def _fingerprints(sources: Sources) -> tuple[str | None, ...]:
 
 
 def _names(sources: Sources) -> str:
-    return ", ".join(model_name(source.id) for source in sources.all())
+    return ", ".join(_model_name(source.id) for source in sources.all())
+
+
+def _model_name(source_id: str) -> str:
+    """Return a hub id as it is, and of a folder the last part."""
+    path = Path(source_id)
+    return path.name if path.is_absolute() else str(path)

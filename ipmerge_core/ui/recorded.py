@@ -1,7 +1,7 @@
 """Recorded answers: what both models said when somebody ran them, shown at once and labelled so.
 
 In: `recorded.json` beside the demo trio, and its pictures. Out: examples with a question, the right
-answer, both replies and when they were given under which plan. Runs nothing.
+answer, both replies, what gave them and when. Runs nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ipmerge_core.ui.merges import unmerged_words
 from ipmerge_core.ui.packs import DEMO, read_pack_file
 
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
@@ -91,7 +92,7 @@ def _read(path: Path, _modified: int) -> list[Example]:
             merged=entry["merged"],
             plan=content["plan"],
             recorded=content["recorded"],
-            base_model=f"{Path(pack['sources']['mllm']['id']).name} as it is",
+            base_model=unmerged_words(pack["sources"]["mllm"]["id"]),
             pair=pack["name"],
         )
         for entry in content["examples"]

@@ -1,7 +1,7 @@
 """Which two models the chat asks: a choice per side, kept for each pair.
 
 In: the frame's pair, the runs that this browser started, and a press on "Try it" beside a finished
-merge. Out: two dropdowns. A side is the model as it is, Explore's plan or a finished merge; what is
+merge. Out: two dropdowns. A side is the unmerged model, Explore's plan or a finished merge; what is
 chosen for one pair is never used for another. Whether a merge may answer is checked when it is
 asked, in `sides.py`.
 """
@@ -22,7 +22,7 @@ from ipmerge_core.ui.sides import BASE, PLAN
 RUNS_KEY = "ipmerge.merges.v1"
 RUNS_SECRET = "ipmerge-merges"  # noqa: S105 (it only keeps the entry readable after a restart)
 MOST_RUNS = 30  # that a browser remembers
-ALWAYS = [("The vision-language model as it is", BASE), ("Your plan in Explore", PLAN)]
+ALWAYS = [("Vision-language model, unmerged", BASE), ("Your plan in Explore", PLAN)]
 
 Run = dict[str, str]  # a run's id and key, as a browser remembers them
 Chosen = Mapping[str, tuple[str, str]]  # by pair, what is chosen for left and right

@@ -1,7 +1,7 @@
 """Both answers to one question, growing side by side, with one Stop for the two.
 
 In: a pair, what answers on either side, a question and perhaps a picture. Out: a generator of two
-`Side`s, about ten times a second. A side is the vision-language model as it is, the plan in
+`Side`s, about ten times a second. A side is the unmerged vision-language model, the plan in
 Explore, or a finished merge. Each finds, loads and runs its model in a thread of its own, and fails
 alone.
 """
@@ -20,7 +20,7 @@ from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.ui.backend import Backend, Progress
 from ipmerge_core.ui.choice import analysis_of, describe_choice, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merges import Keys, find_merge, method_label, model_name
+from ipmerge_core.ui.merges import Keys, find_merge, method_label, unmerged_words
 from ipmerge_core.ui.messages import sentence_of
 
 if TYPE_CHECKING:
@@ -111,10 +111,8 @@ def find_answerer(backend: Backend, asked: Question, who: str, progress: Progres
     Raises: IPMergeError when it is not there, or is no model of the pair.
     """
     if who == BASE:
-        folder = backend.base_folder(asked.pack_id)
-        return Answerer(
-            folder, f"{model_name(analysis_of(asked.pack_id).sources.mllm.id)} as it is"
-        )
+        words = unmerged_words(analysis_of(asked.pack_id).sources.mllm.id)
+        return Answerer(backend.base_folder(asked.pack_id), words)
     if who == PLAN:
         progress("reading the plan")
         plan = plan_of(asked.pack_id, asked.choice)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTRODUCTION = (
-    "One question, two answers. Each side is the vision-language model as it is, your plan in "
+    "One question, two answers. Each side is the unmerged vision-language model, your plan in "
     "Explore, or a finished merge. Each question is asked afresh."
 )
 SEND_HINT = "Type a question and add an image; the newest image counts"

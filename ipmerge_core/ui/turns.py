@@ -6,6 +6,7 @@ tab. Pure: no components here and no models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ipmerge_core.ui.latex import show_math
-from ipmerge_core.ui.messages import as_markdown
 from ipmerge_core.ui.recorded import Example, Reference, differ, is_right
 from ipmerge_core.ui.sides import Side
 
 Message = dict[str, Any]
+# Everywhere; at the edge of a word; at the start of a line.
+_SIGNS = re.compile(r"[\\`*~$<>&\[\]]|(?<!\w)_|_(?!\w)|^[\W\d]")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,18 @@ def _messages(turns: Sequence[Turn], name: Literal["left", "right"]) -> list[Mes
 def _caption(turn: Turn, side: Side) -> str:
     """Say above an answer what gave it: the model, the pair, and when, if not just now."""
     words = [side.source, turn.pair, *([f"recorded {turn.recorded}"] if turn.recorded else [])]
-    return f"<small>{as_markdown(' · '.join(words))}</small>"
+    return _as_it_is_written(" · ".join(words))
+
+
+def _as_it_is_written(text: str) -> str:
+    r"""Write what Markdown or LaTeX would read as a sign as the number of its character.
+
+    >>> _as_it_is_written("my_model (plan 1a), *x* $y$")
+    'my_model (plan 1a), &#42;x&#42; &#36;y&#36;'
+    >>> _as_it_is_written("1. _model_")
+    '&#49;. &#95;model&#95;'
+    """
+    return _SIGNS.sub(lambda sign: f"&#{ord(sign[0])};", " ".join(text.split()))
 
 
 def _answer(side: Side) -> str:
@@ -145,8 +158,8 @@ def _compare(turn: Turn) -> str:
 
 
 def _source(turn: Turn) -> str:
-    names = " against ".join(side.source or side.name for side in (turn.left, turn.right))
-    asked = f"{escape(names)}. Pair: {escape(turn.pair)}."
+    left, right = (escape(side.source or side.name) for side in (turn.left, turn.right))
+    asked = f"Left: {left}. Right: {right}. Pair: {escape(turn.pair)}."
     if turn.recorded:
         return (
             f'<span class="chip recorded">Recorded {escape(turn.recorded)}</span> '
