@@ -198,7 +198,9 @@ def test_only_directions_that_exist_count_and_all_do_where_told_so(tmp_path: Pat
     fewer = 0
     for existing, every in zip(found, literal, strict=True):
         r = min(existing.mllm_directions, existing.math_directions)
-        assert all(angle == 0 for i, angle in zip(existing.index, existing.angles, strict=True) if i > r)
+        assert all(
+            angle == 0 for i, angle in zip(existing.index, existing.angles, strict=True) if i > r
+        )
         assert existing.mllm_nuclear <= every.mllm_nuclear
         assert existing.mllm_sigma == every.mllm_sigma
         fewer += existing.mllm_nuclear < every.mllm_nuclear

@@ -22,9 +22,10 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.choice import plan_of
 from ipmerge_core.ui.layer_map import PlanChoice, read_commit
 from ipmerge_core.ui.merge_tab import check_digest, readiness
+from ipmerge_core.ui.merges import find_merge
 from ipmerge_core.ui.messages import told
 from ipmerge_core.ui.packs import list_packs, load_pack
-from ipmerge_core.ui.sides import Question, Side, answer_both
+from ipmerge_core.ui.sides import BASE, PLAN, Question, Side, answer_both
 from ipmerge_core.ui.trio import Trio, start_analysis
 
 Json = dict[str, Any]
@@ -164,14 +165,24 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         temperature: float = 0.0,
         max_new_tokens: int = 128,
         seed: int = 0,
+        left: str = BASE,
+        right: str = PLAN,
+        left_key: str = "",
+        right_key: str = "",
     ) -> Iterator[Json]:
-        """Answer with the base and the merged model; the image is the base64 text of a file."""
+        """Answer with two models, `base` the left and `merged` the right one.
+
+        Each is "base" (the unmerged vision-language model), "plan" (of the values given here), or a
+        finished merge of the pair: its run's id, or its folder's name. On a Space a merge takes the
+        id and the key that `merge_start` gave. The image is the base64 text of a file.
+        """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, {})
         settings = Settings(temperature, max_new_tokens, seed)
         picture = open_image(_decoded(image)) if image else None
-        asked = Question(pack, choice, question, picture, settings)
-        for base, merged in answer_both(backend, asked):
-            yield {"base": _told_side(base), "merged": _told_side(merged)}
+        keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
+        asked = Question(pack, choice, question, picture, settings, left, right, keys)
+        for first, second in answer_both(backend, asked):
+            yield {"base": _told_side(first), "merged": _told_side(second)}
 
     return [answer_pair]
 
@@ -215,8 +226,15 @@ def _told_status(backend: Backend, status: JobStatus) -> Json:
     return {**values, "arguments": arguments, "can_resume": status.can_resume}
 
 
+def _checked_sides(backend: Backend, pack: str, keys: dict[str, str]) -> dict[str, str]:
+    """Check that both sides of a question are there, before anything runs. Raises: IPMergeError."""
+    for who in set(keys) - {BASE, PLAN}:
+        find_merge(backend, pack, who, keys)
+    return keys
+
+
 def _told_side(side: Side) -> Json:
-    return {"state": side.state, "text": side.text, "note": side.note}
+    return {"state": side.state, "text": side.text, "note": side.note, "source": side.source}
 
 
 def _decoded(image: str) -> io.BytesIO:

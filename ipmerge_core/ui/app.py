@@ -23,7 +23,9 @@ from ipmerge_core.ui.download import download_route
 from ipmerge_core.ui.explore import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_tab import merge_tab, remembered_job
+from ipmerge_core.ui.messages import QUIET
 from ipmerge_core.ui.packs import DEMO, ROOT, list_packs, load_pack
+from ipmerge_core.ui.side_choice import remembered_merges, wire_try_it, with_run
 from ipmerge_core.ui.start_gate import StartGate
 from ipmerge_core.ui.trio import is_running
 from ipmerge_core.ui.try_it import try_tab
@@ -79,22 +81,24 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
 def _add_tabs(
     app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State
 ) -> tuple[ExploreTab, gr.Tabs, StartGate]:
-    job, calibration = remembered_job(), remembered_calibration()
+    job, runs, calibration = remembered_job(), remembered_merges(), remembered_calibration()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
             explore = explore_tab(pair, choice, partial(is_running, backend))
         with gr.Tab("Try it", id="try", elem_id="tab-try") as asking:
-            try_tab(backend, pair, choice)
+            sides = try_tab(backend, pair, choice, runs=runs, last=job, tab=asking)
         asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
-            gate = merge_tab(
-                app, backend, pair, choice, job=job, calibration=calibration, tabs=tabs, tab=merge
+            merging = merge_tab(
+                app, backend, pair, choice, job=job, calibration=calibration, tab=merge
             )
+        merging.started.success(with_run, [runs, job], runs, queue=False, **QUIET)
+        wire_try_it(backend, sides, pair, merging.try_it, tabs)
         with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
             compare_tab(pair, choice, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(pair, choice, cite, explore.opened)
-    return explore, tabs, gate
+    return explore, tabs, merging.gate
 
 
 def theme() -> gr.themes.Base:

@@ -8,7 +8,6 @@ before it is needed.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 import threading
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ipmerge_core.errors import CheckpointError, FolderInUseError, IPMergeError, RunError
 from ipmerge_core.jobs import Claim, JobStore, Started, home_folder
 from ipmerge_core.ui.choice import analysis_of
+from ipmerge_core.ui.merges import read_made
 from ipmerge_core.ui.messages import is_hosted
 
 if TYPE_CHECKING:
@@ -297,11 +297,8 @@ def _from_hub_cache(source_id: str, revision: str | None) -> Path:
 
 def _plan_hash(folder: Path) -> str | None:
     """Read from a merged model's manifest which plan made it."""
-    try:
-        manifest = json.loads((folder / "ipmerge.json").read_text("utf-8"))
-        return str(manifest["plan"]["hash"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    made = read_made(folder)
+    return made.plan if made else None
 
 
 def _remove_oldest(folder: Path, *, keep: int) -> None:

@@ -40,6 +40,8 @@ from ipmerge_core.ui.start_gate import Answer, Shown, StartGate
 from ipmerge_core.ui.watching import POLL_SECONDS, Remembered, RunView, Watched, find_run, steer
 
 if TYPE_CHECKING:
+    from gradio.events import Dependency
+
     from ipmerge_core.pairing import Finding
     from ipmerge_core.plan import MergePlan
 
@@ -75,6 +77,17 @@ class _Steps(NamedTuple):
     try_it: gr.Button
 
 
+class MergeTab(NamedTuple):
+    """What other tabs listen to: a run was started, "Try it" was pressed beside its result.
+
+    `gate` lets a check follow events outside of the tab.
+    """
+
+    started: Dependency
+    try_it: gr.Button
+    gate: StartGate
+
+
 class Readiness(NamedTuple):
     """What the check found: findings, what would change, and whether it may start."""
 
@@ -94,13 +107,9 @@ def merge_tab(
     *,
     job: gr.BrowserState,
     calibration: gr.BrowserState,
-    tabs: gr.Tabs,
     tab: gr.Tab,
-) -> StartGate:
-    """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers.
-
-    Returns what lets a check follow events outside of the tab.
-    """
+) -> MergeTab:
+    """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers."""
     method = gr.State(MethodChoice())
     steps = _steps(backend)
     with steps.form:
@@ -117,13 +126,12 @@ def merge_tab(
     gate.at_once(steps.device.input)
     gate.after(steps.device.input)
     gate.at_once(tab.select, first=True)
-    _wire_run(app, backend, steps, gate, chosen, job, tab)
+    started = _wire_run(app, backend, steps, gate, chosen, job, tab)
     opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
     checked = gate.after(shows(after_commits(opened.then, pair)).then)
     filled = checked.then(offered, None, named, **QUIET)
     filled.then(lambda: offered_devices(backend), None, steps.device, **QUIET)
-    steps.try_it.click(lambda: gr.Tabs(selected="try"), None, tabs, queue=False, **QUIET)
-    return gate
+    return MergeTab(started, steps.try_it, gate)
 
 
 def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:
@@ -149,8 +157,8 @@ def _wire_run(
     chosen: list[Any],
     job: gr.BrowserState,
     tab: gr.Tab,
-) -> None:
-    """Wire Start, and what shows the run that it starts or finds."""
+) -> Dependency:
+    """Wire Start, and what shows the run that it starts or finds; returns the press of Start."""
     timer = gr.Timer(POLL_SECONDS, active=False)
 
     def begin(
@@ -186,6 +194,7 @@ def _wire_run(
     gate.after(pressed.failure)  # Gradio lets no `then` follow an error
     view = RunView(steps.progress, steps.cancel, steps.resume, timer)
     steer(app, backend, job, view, watch, watching)
+    return pressed
 
 
 def _steps(backend: Backend) -> _Steps:

@@ -74,6 +74,14 @@ def find_pack(pack_id: str) -> PackEntry:
     raise PlanError(f"Unknown pair '{str(pack_id)[:60]}'. Available: {known}.")
 
 
+def pair_name(pack_id: str) -> str:
+    """Return what people call a pair; its id where it has no finished pack."""
+    try:
+        return find_pack(pack_id).label
+    except PlanError:
+        return str(pack_id)
+
+
 def load_pack(pack_id: str) -> dict[str, Any]:
     """Read a finished pack's content; the caller must not change it. Raises: PlanError."""
     return read_pack_file(find_pack(pack_id).path)

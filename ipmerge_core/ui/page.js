@@ -11,8 +11,8 @@
   };
   const repair = () => {
     set("#prompt textarea", { "aria-label": "Question" });
-    set("#chat-base [role=log]", { "aria-live": "off", "aria-label": "Answers of the base model" });
-    set("#chat-merged [role=log]", { "aria-live": "off", "aria-label": "Answers of the merged model" });
+    set("#chat-base [role=log]", { "aria-live": "off", "aria-label": "Answers of the left model" });
+    set("#chat-merged [role=log]", { "aria-live": "off", "aria-label": "Answers of the right model" });
     set("#answers-status, #run-status, #analyse-status, #start-note", { role: "status", "aria-live": "polite" });
     set("#analyse-open", { "aria-expanded": String(Boolean(document.querySelector("#analyse-panel"))), "aria-controls": "analyse-panel" });
   };

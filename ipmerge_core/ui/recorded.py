@@ -1,7 +1,7 @@
 """Recorded answers: what both models said when somebody ran them, shown at once and labelled so.
 
 In: `recorded.json` beside the demo trio, and its pictures. Out: examples with a question, the right
-answer, both replies and when they were given under which plan. Runs nothing.
+answer, both replies, what gave them and when. Runs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ipmerge_core.ui.packs import DEMO
+from ipmerge_core.ui.merges import unmerged_words
+from ipmerge_core.ui.packs import DEMO, read_pack_file
 
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 
@@ -34,6 +35,8 @@ class Example(NamedTuple):
     merged: str
     plan: str  # hash and settings, in words
     recorded: str  # date
+    base_model: str  # what answered on the base's side, in words
+    pair: str  # the name of the pair that was asked
 
     @property
     def outcome(self) -> str:
@@ -75,6 +78,7 @@ def recorded_examples(folder: Path = DEMO) -> list[Example]:
 @lru_cache(maxsize=4)
 def _read(path: Path, _modified: int) -> list[Example]:
     content = json.loads(path.read_text("utf-8"))
+    pack = read_pack_file(path.with_name("pack.json.gz"))
     examples = [
         Example(
             reference=Reference(
@@ -88,6 +92,8 @@ def _read(path: Path, _modified: int) -> list[Example]:
             merged=entry["merged"],
             plan=content["plan"],
             recorded=content["recorded"],
+            base_model=unmerged_words(pack["sources"]["mllm"]["id"]),
+            pair=pack["name"],
         )
         for entry in content["examples"]
     ]

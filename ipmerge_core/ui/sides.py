@@ -1,29 +1,34 @@
 """Both answers to one question, growing side by side, with one Stop for the two.
 
-In: a pair, a choice, a question and perhaps a picture. Out: a generator of two `Side`s, about ten
-times a second. Each side finds, loads and runs its model in a thread of its own, and fails alone.
+In: a pair, what answers on either side, a question and perhaps a picture. Out: a generator of two
+`Side`s, about ten times a second. A side is the unmerged vision-language model, the plan in
+Explore, or a finished merge. Each finds, loads and runs its model in a thread of its own, and fails
+alone.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.ui.backend import Backend, Progress
-from ipmerge_core.ui.choice import plan_of
+from ipmerge_core.ui.choice import analysis_of, describe_choice, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.merges import Keys, find_merge, method_label, unmerged_words
 from ipmerge_core.ui.messages import sentence_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ipmerge_core.inference import Settings
+    from ipmerge_core.inference import LoadedModel, Settings
 
+BASE, PLAN = "base", "plan"  # what may answer, besides finished merges, named by their run
 YIELD_EVERY = 0.1  # seconds
 PATIENCE = 10.0  # seconds that a stopped model may take to notice
 
@@ -33,6 +38,7 @@ class Side:
     """One of the two answers, as far as it has come."""
 
     name: str
+    source: str = ""  # what answers, in words; empty until it is found
     state: Literal["waiting", "answering", "finished", "stopped", "failed"] = "waiting"
     text: str = ""
     note: str = ""  # what it is doing, or why it failed
@@ -49,13 +55,23 @@ class Side:
 
 
 class Question(NamedTuple):
-    """What both models are asked."""
+    """What is asked, and of whom: `left` and `right` are BASE, PLAN, or a merge's run or folder."""
 
     pack_id: str
     choice: PlanChoice
     text: str
     image: Image | None
     settings: Settings
+    left: str = BASE
+    right: str = PLAN
+    keys: Keys = MappingProxyType({})
+
+
+class Answerer(NamedTuple):
+    """A model that can answer: where it is, and what it is in words."""
+
+    folder: Path
+    words: str
 
 
 @dataclass
@@ -78,35 +94,59 @@ class Turnstile:
             self._stops.pop(visitor).set()
 
 
+def new_sides(left: str, right: str) -> tuple[Side, Side]:
+    """Return two sides that wait, under names that tell them apart.
+
+    >>> [side.name for side in new_sides(BASE, PLAN)], [s.name for s in new_sides(PLAN, PLAN)]
+    (['Base', 'Merged'], ['Left', 'Right'])
+    """
+    names = ["Base" if who == BASE else "Merged" for who in (left, right)]
+    first, second = ("Left", "Right") if names[0] == names[1] else names
+    return Side(first), Side(second)
+
+
+def find_answerer(backend: Backend, asked: Question, who: str, progress: Progress) -> Answerer:
+    """Find the model that answers on a side; a small plan that was never merged is merged now.
+
+    Raises: IPMergeError when it is not there, or is no model of the pair.
+    """
+    if who == BASE:
+        words = unmerged_words(analysis_of(asked.pack_id).sources.mllm.id)
+        return Answerer(backend.base_folder(asked.pack_id), words)
+    if who == PLAN:
+        progress("reading the plan")
+        plan = plan_of(asked.pack_id, asked.choice)
+        method = f"{method_label(plan.method)}, {describe_choice(asked.choice)}"
+        words = f"your plan in Explore · {method} · plan {plan.hash}"
+        return Answerer(backend.merged_folder(plan, progress), words)
+    merge = find_merge(backend, asked.pack_id, who, asked.keys)
+    return Answerer(merge.folder, merge.words)
+
+
 def answer_both(
     backend: Backend, question: Question, stop: threading.Event | None = None
 ) -> Iterator[tuple[Side, Side]]:
-    """Answer with the model as it is and with the merged one, both at the same time.
+    """Answer with the models of both sides, at the same time.
 
     Yields copies of both sides until both are over. Setting `stop`, or closing the generator, stops
     both models at their next token.
     """
-    base, merged = Side("Base"), Side("Merged")
+    left, right = new_sides(question.left, question.right)
     stop = stop or threading.Event()
-
-    def find_base(_: Progress) -> Path:
-        return backend.base_folder(question.pack_id)
-
-    def find_merged(progress: Progress) -> Path:
-        progress("reading the plan")
-        return backend.merged_folder(plan_of(question.pack_id, question.choice), progress)
-
+    turns: dict[str, threading.Lock] = {}
     threads = [
-        threading.Thread(target=_fill, args=(backend, side, find, question, stop), daemon=True)
-        for side, find in ((base, find_base), (merged, find_merged))
+        threading.Thread(
+            target=_fill, args=(backend, side, who, question, stop, turns), daemon=True
+        )
+        for side, who in ((left, question.left), (right, question.right))
     ]
     for thread in threads:
         thread.start()
     try:
-        while not ((base.is_over and merged.is_over) or stop.is_set()):
-            yield replace(base), replace(merged)
+        while not ((left.is_over and right.is_over) or stop.is_set()):
+            yield replace(left), replace(right)
             time.sleep(YIELD_EVERY)
-        yield base.stopped(), merged.stopped()
+        yield left.stopped(), right.stopped()
     finally:
         stop.set()
         for thread in threads:
@@ -116,11 +156,15 @@ def answer_both(
 def _fill(
     backend: Backend,
     side: Side,
-    find: Callable[[Progress], Path],
+    who: str,
     question: Question,
     stop: threading.Event,
+    turns: dict[str, threading.Lock],
 ) -> None:
-    """Fill one side; whatever goes wrong is told there and leaves the other side alone."""
+    """Fill one side; whatever goes wrong is told there and leaves the other side alone.
+
+    Sides that run the same model take `turns` at it: a model answers one question at a time.
+    """
 
     def progress(words: str) -> None:
         side.note = words
@@ -128,21 +172,16 @@ def _fill(
             raise RunCancelled("Stopped before the model was ready.")
 
     try:
-        from ipmerge_core.inference import stream_answer
-
         progress("loading the libraries")
         backend.import_libraries()
-        folder = find(progress)
+        found = find_answerer(backend, question, who, progress)
+        side.source = found.words
         progress("loading weights")
-        loaded = backend.load(folder)
-        progress("thinking")
-        started = time.perf_counter()
-        for piece in stream_answer(loaded, question.text, question.image, question.settings, stop):
-            side.state, side.note = "answering", ""
-            side.text += piece
-            side.seconds = time.perf_counter() - started
-        side.note = ""
-        side.state = "stopped" if stop.is_set() else "finished"
+        loaded = backend.load(found.folder)
+        progress("waiting for the other side, which runs the same model")
+        with turns.setdefault(str(loaded.folder), threading.Lock()):
+            progress("thinking")
+            _answer(loaded, side, question, stop)
     except RunCancelled:
         side.note, side.state = "", "stopped"
     except IPMergeError as error:
@@ -150,3 +189,15 @@ def _fill(
     except Exception as error:  # noqa: BLE001 (a bug on one side must not take the other along)
         side.note = f"Unexpected {type(error).__name__}: {error}"
         side.state = "failed"
+
+
+def _answer(loaded: LoadedModel, side: Side, question: Question, stop: threading.Event) -> None:
+    from ipmerge_core.inference import stream_answer
+
+    started = time.perf_counter()
+    for piece in stream_answer(loaded, question.text, question.image, question.settings, stop):
+        side.state, side.note = "answering", ""
+        side.text += piece
+        side.seconds = time.perf_counter() - started
+    side.note = ""
+    side.state = "stopped" if stop.is_set() else "finished"

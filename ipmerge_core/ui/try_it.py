@@ -1,8 +1,9 @@
-"""The Try it tab: one question, two chats, the model as it is and the merged one side by side.
+"""The Try it tab: one question, two chats, two models side by side.
 
-In: the frame's pair and the session's `PlanChoice`. Out: answers that grow together, from one
-generator, with a Stop for both. What was typed stays in the box until the visitor clears it, so no
-failure can lose it. Every question is asked afresh: the models do not see earlier turns.
+In: the frame's pair, the session's `PlanChoice`, and the model chosen for each side. Out: answers
+that grow together, from one generator, with a Stop for both. What was typed stays in the box until
+the visitor clears it, so no failure can lose it. Every question is asked afresh: the models do not
+see earlier turns.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ import gradio as gr
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference import Settings, open_image
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.choice import describe_choice
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.messages import QUIET, told
+from ipmerge_core.ui.packs import pair_name
 from ipmerge_core.ui.recorded import Example, Reference, recorded_examples
-from ipmerge_core.ui.sides import Question, Turnstile, answer_both
+from ipmerge_core.ui.side_choice import SideChoice, keys_of, side_choice, wire_choice
+from ipmerge_core.ui.sides import Question, Turnstile, answer_both, new_sides
 from ipmerge_core.ui.turns import Turn, View, turn_of_example, view
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTRODUCTION = (
-    "One question, two answers: the vision-language model as it is, and merged with your plan. "
-    "Each question is asked afresh."
+    "One question, two answers. Each side is the unmerged vision-language model, your plan in "
+    "Explore, or a finished merge. Each question is asked afresh."
 )
 SEND_HINT = "Type a question and add an image; the newest image counts"
 LONGEST_ANSWER = 512
@@ -48,6 +50,7 @@ OUTCOMES = {
 class Parts(NamedTuple):
     """The components of the tab that handlers read or write."""
 
+    sides: SideChoice
     turns: gr.State
     prompt: gr.MultimodalTextbox
     numbers: list[Any]  # temperature, longest answer, seed
@@ -64,11 +67,24 @@ class Parts(NamedTuple):
         return [self.turns, *self.view, self.stop, self.again, self.clear, *self.examples]
 
 
-def try_tab(backend: Backend, pair: gr.Dropdown, choice: gr.State) -> None:
-    """Lay out the tab inside the open `gr.Tab` and wire it."""
-    parts = _layout(recorded_examples())
+def try_tab(
+    backend: Backend,
+    pair: gr.Dropdown,
+    choice: gr.State,
+    *,
+    runs: gr.BrowserState,
+    last: gr.BrowserState,
+    tab: gr.Tab,
+) -> SideChoice:
+    """Lay out the tab inside the open `tab` and wire it; returns who answers on each side.
+
+    `runs` and `last` are the merges that the browser remembers, see `side_choice`.
+    """
+    parts = _layout(recorded_examples(), runs, last)
+    wire_choice(backend, parts.sides, pair, tab)
     _wire_questions(backend, parts, [pair, choice])
     _wire_the_rest(parts)
+    return parts.sides
 
 
 # --- wiring ----------------------------------------------------------------------------------
@@ -83,45 +99,36 @@ def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> No
         _read_settings(*numbers)
         _open(image)
 
+    # `how` is what stands in `inputs` after the turns: see `_question`.
     def ask(
+        request: gr.Request,
         typed: dict[str, Any],
         before: list[Turn],
-        pack_id: str,
-        plan: PlanChoice,
-        temperature: float,
-        longest: float,
-        seed: float,
-        request: gr.Request,
+        *how: Any,  # noqa: ANN401
     ) -> Iterator[list[Any]]:
         text, image = _read_prompt(typed)
-        turn = Turn(text, image, describe_choice(plan), reference=_known(text, image))
-        settings = _read_settings(temperature, longest, seed)
-        question = Question(pack_id, plan, text, _open(image), settings)
-        yield from _run(backend, doors.enter(_visitor(request)), before, turn, question)
+        asked = _question(text, image, *how)
+        turn = _new_turn(asked, image, _known(text, image))
+        yield from _run(backend, doors.enter(_visitor(request)), before, turn, asked)
 
     def check_again(before: list[Turn]) -> None:
         if not before:
             raise RunError("There is nothing to ask again. Type a question first.")
 
     def ask_again(
-        before: list[Turn],
-        pack_id: str,
-        plan: PlanChoice,
-        temperature: float,
-        longest: float,
-        seed: float,
         request: gr.Request,
+        before: list[Turn],
+        *how: Any,  # noqa: ANN401
     ) -> Iterator[list[Any]]:
         last = before[-1]
-        turn = Turn(last.question, last.image, describe_choice(plan), reference=last.reference)
-        settings = _read_settings(temperature, longest, seed)
-        question = Question(pack_id, plan, last.question, _open(last.image), settings)
-        yield from _run(backend, doors.enter(_visitor(request)), before[:-1], turn, question)
+        asked = _question(last.question, last.image, *how)
+        turn = _new_turn(asked, last.image, last.reference)
+        yield from _run(backend, doors.enter(_visitor(request)), before[:-1], turn, asked)
 
     def stop_both(request: gr.Request) -> None:
         doors.stop(_visitor(request))
 
-    inputs = [parts.turns, *plan_parts, *parts.numbers]
+    inputs = [parts.turns, *plan_parts, *parts.sides.inputs, *parts.numbers]
     models: dict[str, Any] = {**QUIET, "concurrency_id": "models", "concurrency_limit": 1}
     # Checks have no outputs: a refusal then shows its message and leaves the answers in sight.
     parts.prompt.submit(told(check), [parts.prompt, *parts.numbers], None, **QUIET).success(
@@ -162,7 +169,7 @@ def _wire_the_rest(parts: Parts) -> None:
 # --- layout ----------------------------------------------------------------------------------
 
 
-def _layout(examples: list[Example]) -> Parts:
+def _layout(examples: list[Example], runs: gr.BrowserState, last: gr.BrowserState) -> Parts:
     first = [turn_of_example(examples[0])] if examples else []
     gr.Markdown(INTRODUCTION, elem_classes="lead")
     buttons = _example_buttons(examples)
@@ -190,8 +197,9 @@ def _layout(examples: list[Example]) -> Parts:
             gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Longest answer in tokens"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         ]
+    sides = side_choice(runs, last)
     turns, shown = gr.State(first), _answers(view(first))
-    return Parts(turns, prompt, numbers, stop, again, clear, undo, buttons, shown)
+    return Parts(sides, turns, prompt, numbers, stop, again, clear, undo, buttons, shown)
 
 
 def _example_buttons(examples: list[Example]) -> list[gr.Button]:
@@ -219,14 +227,14 @@ def _answers(first: View) -> list[Any]:
         status = gr.HTML(first.status, elem_id="answers-status")
     with gr.Row(elem_id="chats"):
         with gr.Column(min_width=300):
-            base = _chat("Base: the model as it is", "chat-base", first.chat_base)
-            verdict_base = gr.HTML(first.verdict_base, elem_id="verdict-base", elem_classes="chips")
+            left = _chat("Left model", "chat-base", first.chat_left)
+            verdict_left = gr.HTML(first.verdict_left, elem_id="verdict-base", elem_classes="chips")
         with gr.Column(min_width=300):
-            merged = _chat("Merged: with your plan", "chat-merged", first.chat_merged)
-            verdict_merged = gr.HTML(
-                first.verdict_merged, elem_id="verdict-merged", elem_classes="chips"
+            right = _chat("Right model", "chat-merged", first.chat_right)
+            verdict_right = gr.HTML(
+                first.verdict_right, elem_id="verdict-merged", elem_classes="chips"
             )
-    return [base, merged, verdict_base, verdict_merged, status, source]
+    return [left, right, verdict_left, verdict_right, status, source]
 
 
 def _chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
@@ -252,8 +260,8 @@ def _run(
 ) -> Iterator[list[Any]]:
     """Ask both models and yield the whole view about ten times a second."""
     yield _shown([*before, turn])  # at once: torch may still have to be loaded
-    for base, merged in answer_both(backend, asked, stop):
-        yield _shown([*before, replace(turn, base=base, merged=merged)])
+    for left, right in answer_both(backend, asked, stop):
+        yield _shown([*before, replace(turn, left=left, right=right)])
 
 
 def _shown(turns: list[Turn]) -> list[Any]:
@@ -261,6 +269,28 @@ def _shown(turns: list[Turn]) -> list[Any]:
     running = bool(turns) and not turns[-1].is_over
     idle = [gr.update(interactive=not running)] * (len(recorded_examples()) + 2)
     return [turns, *view(turns), gr.update(interactive=running), *idle]
+
+
+def _new_turn(asked: Question, image: str | None, reference: Reference | None) -> Turn:
+    """Return the turn of a question that nobody has answered yet."""
+    sides = new_sides(asked.left, asked.right)
+    return Turn(asked.text, image, pair_name(asked.pack_id), *sides, reference)
+
+
+def _question(  # the components of the tab, in order
+    text: str,
+    image: str | None,
+    pack_id: str,
+    plan: PlanChoice,
+    left: str,
+    right: str,
+    runs: object,
+    last: object,
+    *numbers: float,
+) -> Question:
+    """Put together what is asked of whom. Raises: RunError for a setting out of its range."""
+    settings, keys = _read_settings(*numbers), keys_of(runs, last)
+    return Question(pack_id, plan, text, _open(image), settings, left, right, keys)
 
 
 def _open(image: str | None) -> Image | None:

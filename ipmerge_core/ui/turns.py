@@ -6,6 +6,7 @@ tab. Pure: no components here and no models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -17,6 +18,8 @@ from ipmerge_core.ui.recorded import Example, Reference, differ, is_right
 from ipmerge_core.ui.sides import Side
 
 Message = dict[str, Any]
+# Everywhere; at the edge of a word; at the start of a line.
+_SIGNS = re.compile(r"[\\`*~$<>&\[\]]|(?<!\w)_|_(?!\w)|^[\W\d]")
 
 
 @dataclass(frozen=True)
@@ -25,25 +28,25 @@ class Turn:
 
     question: str
     image: str | None
-    plan: str  # what the merged side stands for, in words
-    base: Side = field(default_factory=lambda: Side("Base"))
-    merged: Side = field(default_factory=lambda: Side("Merged"))
+    pair: str  # what the pair of models is called
+    left: Side = field(default_factory=lambda: Side("Base"))
+    right: Side = field(default_factory=lambda: Side("Merged"))
     reference: Reference | None = None
     recorded: str = ""  # the date, if nothing was run now
 
     @property
     def is_over(self) -> bool:
         """Whether both answers are."""
-        return self.base.is_over and self.merged.is_over
+        return self.left.is_over and self.right.is_over
 
 
 class View(NamedTuple):
     """What the Try it tab shows of its turns."""
 
-    chat_base: list[Message]
-    chat_merged: list[Message]
-    verdict_base: str
-    verdict_merged: str
+    chat_left: list[Message]
+    chat_right: list[Message]
+    verdict_left: str
+    verdict_right: str
     status: str
     source: str
 
@@ -53,9 +56,9 @@ def turn_of_example(example: Example) -> Turn:
     return Turn(
         question=example.reference.question,
         image=str(example.image),
-        plan=example.plan,
-        base=Side("Base", "finished", example.base),
-        merged=Side("Merged", "finished", example.merged),
+        pair=example.pair,
+        left=Side("Base", example.base_model, "finished", example.base),
+        right=Side("Merged", example.plan, "finished", example.merged),
         reference=example.reference,
         recorded=example.recorded,
     )
@@ -67,29 +70,43 @@ def view(turns: Sequence[Turn]) -> View:
         return View([], [], "", "", "", "")
     last = turns[-1]
     return View(
-        chat_base=_messages(turns, "base"),
-        chat_merged=_messages(turns, "merged"),
-        verdict_base=_verdict(last, last.base),
-        verdict_merged=_verdict(last, last.merged),
+        chat_left=_messages(turns, "left"),
+        chat_right=_messages(turns, "right"),
+        verdict_left=_verdict(last, last.left),
+        verdict_right=_verdict(last, last.right),
         status=_status(last),
         source=_source(last),
     )
 
 
-def _messages(turns: Sequence[Turn], name: Literal["base", "merged"]) -> list[Message]:
+def _messages(turns: Sequence[Turn], name: Literal["left", "right"]) -> list[Message]:
     messages: list[Message] = []
-    plan = turns[0].plan
     for turn in turns:
-        if name == "merged" and turn.plan != plan:
-            messages.append({"role": "assistant", "content": f"*Plan changed: {turn.plan}*"})
-            plan = turn.plan
         content: list[Any] = [show_math(turn.question)]
         if turn.image and Path(turn.image).is_file():
             content.insert(0, {"path": turn.image, "alt_text": "The picture asked about"})
         messages.append({"role": "user", "content": content})
-        side = turn.base if name == "base" else turn.merged
-        messages.append({"role": "assistant", "content": _answer(side)})
+        side = turn.left if name == "left" else turn.right
+        answer = [*([_caption(turn, side)] if side.source else []), _answer(side)]
+        messages.append({"role": "assistant", "content": answer})
     return messages
+
+
+def _caption(turn: Turn, side: Side) -> str:
+    """Say above an answer what gave it: the model, the pair, and when, if not just now."""
+    words = [side.source, turn.pair, *([f"recorded {turn.recorded}"] if turn.recorded else [])]
+    return _as_it_is_written(" · ".join(words))
+
+
+def _as_it_is_written(text: str) -> str:
+    r"""Write what Markdown or LaTeX would read as a sign as the number of its character.
+
+    >>> _as_it_is_written("my_model (plan 1a), *x* $y$")
+    'my_model (plan 1a), &#42;x&#42; &#36;y&#36;'
+    >>> _as_it_is_written("1. _model_")
+    '&#49;. &#95;model&#95;'
+    """
+    return _SIGNS.sub(lambda sign: f"&#{ord(sign[0])};", " ".join(text.split()))
 
 
 def _answer(side: Side) -> str:
@@ -128,22 +145,24 @@ _WORDS = {
 def _status(turn: Turn) -> str:
     if turn.recorded:
         return _compare(turn)
-    words = [f"{side.name} {_WORDS[side.state]}." for side in (turn.base, turn.merged)]
+    words = [f"{side.name} {_WORDS[side.state]}." for side in (turn.left, turn.right)]
     return " ".join([*words, _compare(turn)]).strip()
 
 
 def _compare(turn: Turn) -> str:
-    if turn.base.state != "finished" or turn.merged.state != "finished":
+    if turn.left.state != "finished" or turn.right.state != "finished":
         return ""
-    if not differ(turn.base.text, turn.merged.text):
+    if not differ(turn.left.text, turn.right.text):
         return "Both give the same answer."
     return "Answers differ."
 
 
 def _source(turn: Turn) -> str:
+    left, right = (escape(side.source or side.name) for side in (turn.left, turn.right))
+    asked = f"Left: {left}. Right: {right}. Pair: {escape(turn.pair)}."
     if turn.recorded:
         return (
             f'<span class="chip recorded">Recorded {escape(turn.recorded)}</span> '
-            f"<span>{escape(turn.plan)}. Nothing was run just now; Send asks both models.</span>"
+            f"<span>{asked} Nothing was run just now; Send asks the models chosen above.</span>"
         )
-    return f'<span class="chip live">Live</span> <span>Merged with {escape(turn.plan)}.</span>'
+    return f'<span class="chip live">Live</span> <span>{asked}</span>'

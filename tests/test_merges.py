@@ -1,0 +1,294 @@
+"""Which finished merges may answer in the chat, whose they are, and what a side then says."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from quick_runs import fail, write_manifest
+
+from ipmerge_core import make_plan
+from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.inference import Settings, answer
+from ipmerge_core.jobs import JobStatus, Started
+from ipmerge_core.records import Sources
+from ipmerge_core.ui.api import _answers
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.choice import analysis_of
+from ipmerge_core.ui.layer_map import PlanChoice
+from ipmerge_core.ui.merges import find_merge, lost_words, merges_of_pair, read_made
+from ipmerge_core.ui.recorded import recorded_examples
+from ipmerge_core.ui.side_choice import ALWAYS, MOST_RUNS, keys_of, shown, with_run
+from ipmerge_core.ui.sides import BASE, PLAN, Question, Side, answer_both
+
+PACK = "pack"
+OTHER = "packs-other"
+QUESTION = recorded_examples()[0]
+
+MakeRun = Callable[..., Started]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep what tests make out of the user's own folder; beside the demo pair there is another."""
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    (tmp_path / "home" / "packs").mkdir(parents=True)
+    other = replace(analysis_of(PACK), name="another pair", sources=other_sources())
+    other.save(tmp_path / "home" / "packs" / "other.pack.json.gz")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+@pytest.fixture
+def make_run(backend: Backend) -> MakeRun:
+    """Make runs that end at once: `make_run("by-ties", "ties", sources)`."""
+
+    def make(name: str, method: str = "ties", sources: Sources | None = None, **more: object):
+        out = backend.output_folder(name)
+        manifest = {
+            "format": "ipmerge-manifest",
+            "plan": {"hash": f"{len(name):08x}", "method": method},
+            "sources": asdict(sources or analysis_of(PACK).sources),
+        }
+        target = more.get("target", write_manifest)
+        arguments = {"out": str(out), "manifest": manifest}
+        started = backend.store.start(target, arguments, title=f"Merge into {name}")
+        wait_for(backend, started)
+        return started
+
+    return make
+
+
+def other_sources() -> Sources:
+    """Return the demo pair's sources with another math model."""
+    sources = analysis_of(PACK).sources
+    return replace(sources, math=(replace(sources.math[0], id="org/other", fingerprint="f" * 64),))
+
+
+def wait_for(backend: Backend, started: Started) -> JobStatus:
+    while (status := backend.store.status(started.id)).is_running:
+        time.sleep(0.02)
+    return status
+
+
+def values(update: dict[str, object]) -> list[object]:
+    return [value for _, value in update["choices"]]
+
+
+def ended(sides: Iterator[tuple[Side, Side]]) -> tuple[Side, Side]:
+    *_, last = sides
+    return last
+
+
+# --- which merges there are ----------------------------------------------------------------
+
+
+def test_the_merges_of_a_pair_are_listed_and_named_the_newest_first(backend, make_run):
+    older, newer = make_run("by-ties"), make_run("by-wudi-2", "wudi")
+    make_run("elsewhere", sources=other_sources())
+    found = merges_of_pair(backend, PACK, {})
+    assert [merge.run for merge in found] == [newer.id, older.id]
+    assert [merge.words for merge in found] == [
+        "by-wudi-2 · WUDI-Merging · plan 00000009",
+        "by-ties · TIES · plan 00000007",
+    ]
+    assert [merge.folder.name for merge in merges_of_pair(backend, OTHER, {})] == ["elsewhere"]
+
+
+def test_a_merge_belongs_to_every_pack_of_the_same_models(backend, make_run, home):
+    analysis_of(PACK).save(home / "packs" / "again.pack.json.gz")
+    run = make_run("by-ties")
+    assert find_merge(backend, "packs-again", run.id, {}).run == run.id
+
+
+def test_a_merge_is_found_by_its_run_and_by_its_folder_s_name(backend, make_run):
+    run = make_run("by-ties")
+    assert find_merge(backend, PACK, run.id, {}) == find_merge(backend, PACK, "by-ties", {})
+    for wanted in ("by-tie", "", "../by-ties", "0" * 32, str(backend.output_folder("by-ties"))):
+        with pytest.raises(RunError, match="There is no merge"):
+            find_merge(backend, PACK, wanted, {})
+
+
+def test_a_folder_that_is_gone_is_said_and_no_longer_listed(backend, make_run):
+    run = make_run("by-ties")
+    shutil.rmtree(backend.output_folder("by-ties"))
+    assert merges_of_pair(backend, PACK, {}) == []
+    with pytest.raises(RunError, match="'by-ties' is gone: its folder was deleted"):
+        find_merge(backend, PACK, run.id, {})
+    assert lost_words(backend, run.id, {}) == "by-ties · no longer here"
+    assert lost_words(backend, "0" * 32, {}) == "This merge · no longer here"
+
+
+def test_a_later_merge_in_the_same_folder_takes_its_place(backend, make_run):
+    first = make_run("by-ties")
+    shutil.rmtree(backend.output_folder("by-ties"))
+    second = make_run("by-ties", "wudi")
+    assert [merge.run for merge in merges_of_pair(backend, PACK, {})] == [second.id]
+    assert find_merge(backend, PACK, "by-ties", {}).run == second.id
+    with pytest.raises(RunError, match="later merge replaced the model in 'by-ties'"):
+        find_merge(backend, PACK, first.id, {})
+
+
+def test_a_merge_of_another_pair_is_refused_with_its_models(backend, make_run):
+    run = make_run("elsewhere", sources=other_sources())
+    with pytest.raises(RunError, match="other models .*org/other.* than the pair 'demo trio'"):
+        find_merge(backend, PACK, run.id, {})
+    assert find_merge(backend, OTHER, run.id, {}).run == run.id
+
+
+def test_a_run_that_did_not_finish_is_refused_with_its_state(backend, make_run):
+    run = make_run("by-ties", target=fail)
+    assert merges_of_pair(backend, PACK, {}) == []
+    with pytest.raises(RunError, match="'Merge into by-ties' is failed; only a finished merge"):
+        find_merge(backend, PACK, run.id, {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "[" * 100_000, '{"plan": 1}', '{"plan": {"hash": "1"}, "sources": {}}'],
+    ids=["empty", "cut", "list", "null", "deep", "number", "half"],
+)
+def test_a_damaged_manifest_is_no_merge(backend, make_run, content):
+    run = make_run("by-ties")
+    manifest = backend.output_folder("by-ties") / "ipmerge.json"
+    manifest.write_text(content)
+    assert read_made(manifest.parent) is None
+    assert merges_of_pair(backend, PACK, {}) == []
+    with pytest.raises(RunError, match="is gone"):
+        find_merge(backend, PACK, run.id, {})
+
+
+def test_a_method_of_another_version_keeps_its_name(backend, make_run):
+    make_run("by-newer", "a_later_method")
+    assert "by-newer · a_later_method" in merges_of_pair(backend, PACK, {})[0].words
+
+
+# --- whose they are ------------------------------------------------------------------------
+
+
+def test_on_a_space_a_merge_answers_only_to_the_browser_that_holds_its_key(make_run):
+    mine, theirs = make_run("mine"), make_run("theirs")
+    space = Backend(hosted=True)
+    assert merges_of_pair(space, PACK, {}) == []
+    keys = {mine.id: mine.key, theirs.id: mine.key, "../x": "y", "": ""}
+    assert [merge.run for merge in merges_of_pair(space, PACK, keys)] == [mine.id]
+    assert find_merge(space, PACK, mine.id, keys).folder.name == "mine"
+    said = set()
+    for wanted in (theirs.id, "0" * 32, "theirs"):  # what is there must not be told apart
+        with pytest.raises(RunError, match="that this browser may use") as caught:
+            find_merge(space, PACK, wanted, keys)
+        said.add(str(caught.value).replace(wanted, ""))
+    assert len(said) == 1
+    assert lost_words(space, theirs.id, keys) == "This merge · no longer here"
+
+
+def test_the_endpoint_keeps_to_the_same_rules(make_run):
+    mine, theirs = make_run("mine"), make_run("theirs")
+    (answer_pair,) = _answers(Backend(hosted=True))
+    for sides in (
+        {"right": theirs.id},
+        {"left": theirs.id, "left_key": mine.key},
+        {"right": "theirs", "right_key": theirs.key},
+        {"right": "no-such-model"},
+    ):
+        with pytest.raises(RunError, match="that this browser may use"):
+            next(answer_pair(PACK, "What is this?", **sides))
+    with pytest.raises(IPMergeError, match="other models"):
+        next(answer_pair(OTHER, "What is this?", right=mine.id, right_key=mine.key))
+
+
+# --- the choice ----------------------------------------------------------------------------
+
+
+def test_until_something_is_chosen_the_base_stands_against_the_plan(backend, make_run):
+    run = make_run("by-ties")
+    left, right = shown(backend, PACK, {}, {})
+    assert (left["value"], right["value"]) == (BASE, PLAN)
+    assert values(left) == values(right) == [BASE, PLAN, run.id]
+
+
+def test_a_choice_is_kept_for_its_pair_and_used_for_no_other(backend, make_run):
+    run = make_run("by-ties")
+    chosen = {PACK: (run.id, BASE)}
+    assert [side["value"] for side in shown(backend, PACK, chosen, {})] == [run.id, BASE]
+    other = shown(backend, OTHER, chosen, {})
+    assert [side["value"] for side in other] == [BASE, PLAN]
+    assert values(other[0]) == [BASE, PLAN]
+
+
+def test_a_chosen_merge_that_is_gone_stays_chosen_and_says_so(backend, make_run):
+    run = make_run("by-ties")
+    shutil.rmtree(backend.output_folder("by-ties"))
+    for chosen in ((BASE, run.id), (run.id, run.id)):
+        left, right = shown(backend, PACK, {PACK: chosen}, {})
+        assert right["value"] == run.id
+        assert left["choices"] == [*ALWAYS, ("by-ties · no longer here", run.id)]
+
+
+def test_a_pair_that_is_still_being_analysed_offers_no_merge(backend, make_run):
+    make_run("by-ties")
+    assert values(shown(backend, "packs-nobody", {}, {})[1]) == [BASE, PLAN]
+
+
+@pytest.mark.parametrize("odd", [None, {}, "x", 3, [[]], [{"id": 1}], {"id": "a"}])
+def test_whatever_a_browser_remembers_is_read_as_runs_or_left_out(odd):
+    assert keys_of(odd, None) == {}
+    assert keys_of([], odd) == {}
+    assert keys_of(odd, {"id": "a", "key": "b"}) == {"a": "b"}
+
+
+def test_a_browser_remembers_its_latest_runs_each_once():
+    runs: list[dict[str, str]] = []
+    for number in range(MOST_RUNS + 5):
+        runs = with_run(runs, {"id": f"run{number}", "key": "k"})
+    assert with_run(runs, runs[-1]) == runs
+    assert [run["id"] for run in runs] == [f"run{n}" for n in range(5, MOST_RUNS + 5)]
+
+
+# --- the answers ---------------------------------------------------------------------------
+
+
+def ask(backend: Backend, left: str, right: str) -> tuple[Side, Side]:
+    from ipmerge_core.inference import open_image
+
+    text, picture = QUESTION.reference.question, open_image(QUESTION.image)
+    choice, settings = PlanChoice(), Settings(max_new_tokens=24)
+    return ended(answer_both(backend, Question(PACK, choice, text, picture, settings, left, right)))
+
+
+def test_both_sides_answer_with_the_models_they_were_given_and_name_them(backend):
+    plan = make_plan(analysis_of(PACK), "ties", math_weight=1.0)
+    run = backend.start_merge(plan, "by-ties")
+    assert wait_for(backend, run).state == "finished"
+    folder = backend.output_folder("by-ties")
+    expected = answer(folder, QUESTION.reference.question, QUESTION.image, max_new_tokens=24)
+
+    left, right = ask(backend, BASE, run.id)
+    assert (left.name, right.name) == ("Base", "Merged")
+    assert (left.source, right.source) == ("mllm, unmerged", f"by-ties · TIES · plan {plan.hash}")
+    assert right.text.strip() == expected != left.text.strip()
+
+    left, right = ask(backend, "by-ties", PLAN)
+    assert (left.name, right.name) == ("Left", "Right")
+    explored = make_plan(analysis_of(PACK))
+    assert left.text.strip() == expected != right.text.strip()
+    assert right.source == (
+        f"your plan in Explore · IP-Merging, S_α 0.4, λ 1 · plan {explored.hash}"
+    )
+
+    left, right = ask(backend, run.id, run.id)  # one model, asked twice
+    assert left.text.strip() == right.text.strip() == expected
+
+    shutil.rmtree(folder)
+    left, right = ask(backend, BASE, run.id)
+    assert (left.state, right.state) == ("finished", "failed")
+    assert "'by-ties' is gone" in right.note
