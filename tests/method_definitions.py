@@ -105,21 +105,27 @@ def densities(density, mllm_density, math_density, models):
     return [density if share is None else share for share in own]
 
 
-def elected(vectors, weights, *, normalize=False, majority=False, least=0.0):
-    """What each model contributes to every element: 0, or its weight, divided if `normalize`."""
+def elected(vectors, weights, *, normalize="none", election="weighted"):
+    """What each model contributes to every element: 0, or its weight, divided as `normalize` says.
+
+    Weighted elections count a zero sum as positive, unweighted ones too; with "majority" it gets
+    the majority sign of the matrix.
+    """
     scaled = [w * vector for w, vector in zip(weights, vectors, strict=True)]
-    if majority:
-        sign = sum(vectors).sign()
-        sign = torch.where(sign == 0, sign.sum().sign(), sign)
-        agrees = [(vector.sign() == sign) & (vector != 0) for vector in vectors]
-    else:
+    if election == "weighted":
         sign = torch.where(sum(scaled) >= 0, 1.0, -1.0).double()
         agrees = [vector.sign() == sign for vector in scaled]
+    else:
+        sign = sum(vectors).sign()
+        tied = sign.sum().sign() if election == "majority" else torch.ones_like(sign[0, 0])
+        sign = torch.where(sign == 0, tied, sign)
+        agrees = [(vector.sign() == sign) & (vector != 0) for vector in vectors]
     parts = [w * a.double() for w, a in zip(weights, agrees, strict=True)]
-    if not normalize:
+    kind = {False: "none", True: "weights"}.get(normalize, normalize)
+    if kind == "none":
         return parts
-    total = sum(parts)
-    total = total.clamp(min=least) if least else torch.where(total == 0, 1.0, total)
+    total = sum(parts) if kind == "weights" else sum(a.double() for a in agrees)
+    total = torch.where(total == 0, 1.0, total)
     return [part / total for part in parts]
 
 
@@ -154,7 +160,7 @@ def _ties(
         [k * tau for k, tau in zip(kept, taus, strict=True)],
         weights_of(mllm_weight, math_weight, tuned),
         normalize=normalize,
-        majority=election == "majority",
+        election=election,
     )
     return [scale * k * part for k, part in zip(kept, parts, strict=True)]
 
@@ -226,7 +232,7 @@ def dare_linear(
 
 def _dare_ties(
     base, tuned, *, mllm_weight, math_weight, density, mllm_density, math_density, rescale,
-    normalize, seed, tensor_name="",
+    normalize, election, seed, tensor_name="",
 ):  # fmt: skip
     return _dropped(
         base,
@@ -234,16 +240,18 @@ def _dare_ties(
         weights_of(mllm_weight, math_weight, tuned),
         densities(density, mllm_density, math_density, len(tuned)),
         (rescale, seed, tensor_name),
-        lambda left, weights: elected(left, weights, normalize=normalize),
+        lambda left, weights: elected(left, weights, normalize=normalize, election=election),
     )
 
 
 def _della(
     base, tuned, *, mllm_weight, math_weight, density, mllm_density, math_density, epsilon,
-    rescale, elect, normalize, scale, seed, tensor_name="",
+    rescale, elect, normalize, election, scale, seed, tensor_name="",
 ):  # fmt: skip
     def chosen(left, weights):
-        return elected(left, weights, normalize=normalize) if elect else weights
+        if not elect:
+            return weights
+        return elected(left, weights, normalize=normalize, election=election)
 
     return _dropped(
         base,
@@ -325,16 +333,20 @@ def nan(base, tuned, *, norm_of, scope, global_scale, statistic=None):
 
 
 @definition
-def fisher(base, tuned, *, alpha, floor, scope, mllm_fisher, math_fisher, statistic=None):
+def fisher(base, tuned, *, alpha, floor, floor_is, scope, mllm_fisher, math_fisher, statistic=None):
     information = [mllm_fisher, *math_fisher]
     shares = [alpha] + [(1 - alpha) / (len(tuned) - 1)] * (len(tuned) - 1)
     norms = [float(F.norm()) for F in information]
+    means = [float(F.mean()) for F in information]
     if statistic is not None and scope == "model":
-        norms = list(statistic)
-    scales = [1.0 if scope == "none" else norm + floor for norm in norms]
+        norms, means = statistic[: len(tuned)], statistic[len(tuned) :]
+    floors = [floor] * len(tuned)
+    if floor_is == "relative" and floor:
+        floors = [floor * mean for mean in means]
+    scales = [1.0 if scope == "none" else n + e for n, e in zip(norms, floors, strict=True)]
     weights = [
-        c * (F + floor) / scale if scale else c * torch.ones_like(F)
-        for c, F, scale in zip(shares, information, scales, strict=True)
+        c * (F + e) / scale if scale else c * torch.ones_like(F)
+        for c, F, e, scale in zip(shares, information, floors, scales, strict=True)
     ]
     return sum(w * W for w, W in zip(weights, tuned, strict=True)) / sum(weights)
 
@@ -468,16 +480,17 @@ def iso_cts(base, tuned, *, common_fraction, mllm_weight, math_weight, scale, no
 @definition
 def knots_ties(
     base, tuned, *, mllm_weight, math_weight, density, mllm_density, math_density, normalize,
-    cutoff, scale, noise=None,
+    trim, cutoff, scale,
 ):  # fmt: skip
     taus = [W - base for W in tuned]
     U, S, Vh = torch.linalg.svd(torch.cat(taus, dim=1), full_matrices=False)
-    kept = exist(S, noise) & (cutoff * S[0] < S)
+    kept = cutoff * S[0] < S
     parts = list((S[kept, None] * Vh[kept]).split(base.shape[1], dim=1))
     shares = densities(density, mllm_density, math_density, len(tuned))
-    parts = [k * P for k, P in zip(trimmed(parts, shares), parts, strict=True)]
+    kept_parts = trimmed(parts, shares, official=trim == "official")
+    parts = [k * P for k, P in zip(kept_parts, parts, strict=True)]
     weights = weights_of(mllm_weight, math_weight, tuned)
-    factors = elected(parts, weights, normalize=normalize, majority=True)
+    factors = elected(parts, weights, normalize=normalize, election="majority")
     merged = sum(A * P for A, P in zip(factors, parts, strict=True))
     return base + scale * U[:, kept] @ merged
 
@@ -565,7 +578,10 @@ def whole_model(
         return None
     wide = [[W.double() for W in matrix] for matrix in matrices]
     if name == "fisher":
-        return tuple(_norm(column) for column in zip(*wide, strict=True))
+        columns = list(zip(*wide, strict=True))
+        sizes = [sum(F.numel() for F in column) for column in columns]
+        means = [sum(float(F.sum()) for F in c) / n for c, n in zip(columns, sizes, strict=True)]
+        return (*(_norm(column) for column in columns), *means)
     models = list(zip(*([W - base for W in tuned] for base, *tuned in wide), strict=True))
     if name == "ties":
         shares = densities(
