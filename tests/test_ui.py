@@ -52,7 +52,7 @@ ENDPOINTS = {
     "/job_resume": ["job_id", "key"],
     "/answer_pair": [
         "pack", "question", "image", "similarity_threshold", "lambda_", "similarity", "variant",
-        "temperature", "max_new_tokens", "seed",
+        "temperature", "max_new_tokens", "seed", "left", "right", "left_key", "right_key",
     ],
 }  # fmt: skip
 
@@ -138,6 +138,15 @@ def test_a_merge_by_endpoints_runs_to_its_end(client):
         client.predict(job_id=started["job_id"], key="guess", api_name="/job_cancel")
     with pytest.raises(AppError, match="nothing to resume"):
         client.predict(**started, api_name="/job_resume")
+
+    asked = {"pack": PACK, "question": "What is this?", "max_new_tokens": 4}
+    sides = {"left": started["job_id"], "right": "by-api"}
+    last = client.submit(**asked, **sides, api_name="/answer_pair").result(timeout=120)
+    assert {side["state"] for side in last.values()} == {"finished"}
+    assert last["base"]["text"] == last["merged"]["text"]
+    assert last["base"]["source"].startswith("by-api · IP-Merging · plan ")
+    with pytest.raises(AppError, match="There is no merge 'by-nobody'"):
+        client.submit(**asked, right="by-nobody", api_name="/answer_pair").result(timeout=60)
 
 
 def test_an_analysis_by_endpoints_adds_a_pair(client):
@@ -371,27 +380,69 @@ def test_growing_answers_hold_back_what_is_not_closed(text, shown):
 
 
 def test_a_view_says_what_both_sides_do():
-    turn = Turn("How many?", None, "S_α 0.1, λ 1")
+    turn = Turn("How many?", None, "a pair")
     assert view([turn]).status == "Base is getting ready. Merged is getting ready."
-    both = [Side(name, "finished", text) for name, text in (("Base", "2+3."), ("Merged", "2+3=5."))]
+    replies = (("Base", "2+3."), ("Merged", "2+3=5."))
+    both = [Side(name, "", "finished", text) for name, text in replies]
     turn = Turn("How many?", None, "p", *both, Reference("How many?", "x.png", "5", True))
     shown = view([turn])
     assert shown.status == "Base finished. Merged finished. Answers differ."
-    assert "✕ wrong" in shown.verdict_base
-    assert "✓ right" in shown.verdict_merged
-    failed = Turn("How many?", None, "p", both[0], Side("Merged", "failed", "", "No <room>."))
+    assert "✕ wrong" in shown.verdict_left
+    assert "✓ right" in shown.verdict_right
+    failed = Turn("How many?", None, "p", both[0], Side("Merged", "", "failed", "", "No <room>."))
     assert view([failed]).status == "Base finished. Merged failed."
-    assert "**No answer.** No &lt;room>." in view([failed]).chat_merged[-1]["content"]
-    assert view([]).chat_base == []
+    assert view([failed]).chat_right[-1]["content"] == ["**No answer.** No &lt;room>."]
+    assert view([]).chat_left == []
 
 
-def test_a_changed_plan_is_marked_in_the_merged_chat_only():
-    turns = [Turn("a", None, "first"), Turn("b", None, "second")]
+def test_every_answer_says_what_gave_it():
+    def side(source: str) -> Side:
+        return Side("Merged", source, "finished", "5.")
+
+    turns = [
+        Turn("a", None, "first pair", side("mllm, unmerged"), side("by-ties · TIES · plan 1a2b")),
+        Turn("b", None, "second pair", side("org/b, unmerged"), side("")),
+    ]
     shown = view(turns)
-    assert [m["content"] for m in shown.chat_merged if m["role"] == "assistant"][1] == (
-        "*Plan changed: second*"
+    assert [m["content"] for m in shown.chat_left if m["role"] == "assistant"] == [
+        ["mllm, unmerged · first pair", "5."],
+        ["org/b, unmerged · second pair", "5."],
+    ]
+    assert [m["content"] for m in shown.chat_right if m["role"] == "assistant"] == [
+        ["by-ties · TIES · plan 1a2b · first pair", "5."],
+        ["5."],  # nothing was found that could have answered
+    ]
+    assert "Left: mllm, unmerged. Right: by-ties · TIES · plan 1a2b. Pair: first pair." in (
+        view(turns[:1]).source
     )
-    assert len(shown.chat_merged) == len(shown.chat_base) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("my_model", "my_model"),
+        ("_m_", "&#95;m&#95;"),
+        ("*m* `m` ~m~", "&#42;m&#42; &#96;m&#96; &#126;m&#126;"),
+        ("[m](x) <b>&amp;", "&#91;m&#93;(x) &#60;b&#62;&#38;amp;"),
+        (r"\(m\) $m$", "&#92;(m&#92;) &#36;m&#36;"),
+        ("1. m", "&#49;. m"),
+        ("- m\n# m", "&#45; m # m"),
+    ],
+)
+def test_the_name_of_what_answered_is_shown_as_it_is_written(name, shown):
+    turn = Turn("q", None, "pair", right=Side("Merged", name, "finished", "5."))
+    assert view([turn]).chat_right[-1]["content"][0] == f"{shown} · pair"
+
+
+def test_a_recorded_answer_says_what_gave_it_and_when():
+    example = recorded_examples()[0]
+    shown = view([turn_of_example(example)])
+    assert shown.chat_left[-1]["content"][0] == (
+        f"mllm, unmerged · demo trio · recorded {example.recorded}"
+    )
+    said = shown.chat_right[-1]["content"][0]
+    assert said.startswith("IP-Merging") == example.plan.startswith("IP-Merging")
+    assert said.endswith(f" · demo trio · recorded {example.recorded}")
 
 
 def test_recorded_examples_judge_as_they_were_recorded():
@@ -426,9 +477,9 @@ def test_names_in_html_are_escaped():
     ]
     assert not any("<script" in piece for piece in pieces)
     assert "expected &lt;script" in view(
-        [Turn("q", None, evil, Side("Base", "finished", "1"), Side("Merged", "finished", "1"),
-              Reference("q", "i", evil, True))]
-    ).verdict_base  # fmt: skip
+        [Turn("q", None, evil, Side("Base", evil, "finished", "1"),
+              Side("Merged", evil, "finished", "1"), Reference("q", "i", evil, True))]
+    ).verdict_left  # fmt: skip
 
 
 def test_a_choice_is_described_in_a_few_words():

@@ -118,7 +118,7 @@ def method_label(name: str) -> str:
 def unmerged_words(source_id: str) -> str:
     """Name a pair's own vision-language model.
 
-    >>> unmerged_words("Qwen/Qwen2-VL-7B"), unmerged_words("/data/models/mllm")
+    >>> unmerged_words("Qwen/Qwen2-VL-7B"), unmerged_words("/models/mllm")
     ('Qwen/Qwen2-VL-7B, unmerged', 'mllm, unmerged')
     """
     return f"{_model_name(source_id)}, unmerged"

@@ -1,0 +1,202 @@
+"""What answers in the chat, in a real Chromium: a merge just made, the plan, another pair."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from browser_fixtures import free_port, serving
+from PIL import Image
+from playwright.sync_api import Page, expect
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ipmerge_core.ui.choice import analysis_of
+from ipmerge_core.ui.recorded import recorded_examples
+
+pytestmark = pytest.mark.browser
+
+LOADING = 90_000  # the first check and the first question load torch
+EXPLORED = "Your plan in Explore"
+UNMERGED = "Vision-language model, unmerged"
+
+
+class Place(NamedTuple):
+    """A running app and the folder where it keeps what it makes."""
+
+    url: str
+    home: Path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """The app over the demo trio and a second pair, whose math model is another one."""
+    home = tmp_path_factory.mktemp("sides")
+    (home / "packs").mkdir()
+    demo = analysis_of("pack")
+    expert = replace(demo.sources.math[0], fingerprint="f" * 64)
+    other = replace(demo, name="second pair", sources=replace(demo.sources, math=(expert,)))
+    other.save(home / "packs" / "second.pack.json.gz")
+    with serving(home / "log", "tests/slow_app.py", str(home), port=free_port()) as url:
+        yield Place(url, home)
+
+
+@pytest.fixture
+def page(place: Place, new_page: Callable[..., Page]) -> Page:
+    """Explore, ready."""
+    page = new_page()
+    page.goto(place.url)
+    expect(page.locator("#layer-map .sum")).not_to_be_empty(timeout=LOADING)
+    return page
+
+
+def open_tab(page: Page, name: str) -> None:
+    page.locator("#tabs").get_by_role("tab", name=name).click()
+
+
+def merge_with_ties(page: Page, name: str) -> None:
+    """Merge by TIES with the whole math vector: it computes where Explore's plan does not."""
+    open_tab(page, "Merge")
+    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    page.get_by_label("Method", exact=True).click()
+    page.get_by_role("option", name="TIES", exact=True).click()
+    weight = page.get_by_label("number input for math weight", exact=True)
+    expect(weight).to_be_visible(timeout=LOADING)
+    expect(page.locator("#confirmation")).to_contain_text("not previewable", timeout=LOADING)
+    before = page.locator("#confirmation code").first.inner_text()
+    weight.fill("1")
+    weight.blur()
+    expect(page.locator("#confirmation code").first).not_to_have_text(before, timeout=LOADING)
+    page.get_by_label("Output folder").fill(name)
+    page.locator("#start-merge").click()
+    expect(page.locator("#run-status")).to_contain_text(name, timeout=LOADING)
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+
+
+def side(page: Page, name: str) -> str:
+    return str(page.get_by_role("combobox", name=f"{name} model").input_value())
+
+
+def choose(page: Page, name: str, option: str) -> None:
+    page.get_by_role("combobox", name=f"{name} model").click()
+    page.get_by_role("option", name=option).click()
+    expect(page.get_by_role("combobox", name=f"{name} model")).to_have_value(option)
+
+
+def choose_pair(page: Page, option: str) -> None:
+    page.get_by_role("combobox", name="Pair").click()
+    page.get_by_role("option", name=option).click()
+    expect(page.get_by_role("combobox", name="Pair")).to_have_value(option)
+
+
+def ask(page: Page, *, ends: str = "Base finished. Merged finished.") -> list[str]:
+    """Ask about the first example; return what the right chat shows: who answers, the answer."""
+    page.locator("#clear").click()
+    expect(page.locator("#chat-base [data-testid=bot]")).to_have_count(0, timeout=LOADING)
+    page.locator("#example-0").click()
+    expect(page.locator("#answers-source")).to_contain_text("Recorded", timeout=LOADING)
+    page.locator("#retry").click()
+    expect(page.locator("#answers-status")).to_contain_text(ends, timeout=LOADING)
+    return page.locator("#chat-merged [data-testid=bot]").all_inner_texts()
+
+
+def said_by_transformers(folder: Path, question: str, picture: Path) -> str:
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    turns = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompt = prompt.removeprefix(processor.tokenizer.bos_token)
+    image = Image.open(picture).convert("RGB")
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt")
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=128)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return str(processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def test_try_it_answers_with_the_folder_just_made(page, place):
+    example = recorded_examples()[0]
+    open_tab(page, "Try it")
+    expect(page.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
+    explored = ask(page)
+    merge_with_ties(page, "by-ties")
+    open_tab(page, "Try it")
+    expect(page.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
+
+    open_tab(page, "Merge")
+    page.locator("#try-merged").click()
+    folder = place.home / "models" / "by-ties"
+    plan = json.loads((folder / "ipmerge.json").read_text())["plan"]["hash"]
+    words = f"by-ties · TIES · plan {plan}"
+    expect(page.get_by_role("combobox", name="Right model")).to_have_value(words)
+    assert side(page, "Left") == UNMERGED
+    asked, said = ask(page)
+    assert asked == f"{words} · demo trio"
+    assert said == said_by_transformers(folder, example.reference.question, example.image)
+    assert said != explored[1]
+    assert "your plan in Explore · IP-Merging, S_α 0.4, λ 1 · plan " in explored[0]
+    expect(page.locator("#chat-base [data-testid=bot]").first).to_have_text(
+        "mllm, unmerged · demo trio"
+    )
+
+    # Another plan in Explore and other tabs change nothing; the plan is one choice away.
+    open_tab(page, "Explore")
+    number = page.get_by_label("S alpha as a number")
+    number.fill("0.9")
+    number.press("Enter")
+    page.wait_for_timeout(500)
+    open_tab(page, "Try it")
+    assert ask(page) == [asked, said]
+    choose(page, "Right", EXPLORED)
+    assert "your plan in Explore · IP-Merging, S_α 0.9" in ask(page)[0]
+
+    # The same merge on the left, against the plan.
+    choose(page, "Left", words)
+    ask(page, ends="Left finished. Right finished.")
+    assert page.locator("#chat-base [data-testid=bot]").all_inner_texts() == [asked, said]
+
+
+def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, place):
+    merge_with_ties(page, "to-be-lost")
+    page.locator("#try-merged").click()
+    right = page.get_by_role("combobox", name="Right model")
+    expect(right).to_have_value(lost := side(page, "Right"))
+    assert lost.startswith("to-be-lost")
+
+    choose_pair(page, "own: second pair")
+    expect(right).to_have_value(EXPLORED)
+    right.click()
+    expect(page.get_by_role("option")).to_have_count(2)
+    page.keyboard.press("Escape")
+    open_tab(page, "Merge")
+    page.locator("#try-merged").click()
+    expect(page.get_by_test_id("toast-body")).to_contain_text(
+        "'to-be-lost' was merged from other models", timeout=LOADING
+    )
+    expect(page.locator("#tab-merge")).to_be_visible()
+
+    choose_pair(page, "demo trio")
+    open_tab(page, "Try it")
+    expect(right).to_have_value(lost)
+    shutil.rmtree(place.home / "models" / "to-be-lost")
+    failed = ask(page, ends="Base finished. Merged failed.")
+    assert "The merged model 'to-be-lost' is gone" in failed[-1]
+    open_tab(page, "Merge")
+    open_tab(page, "Try it")
+    expect(right).to_have_value("to-be-lost · no longer here")
+    choose(page, "Right", EXPLORED)
+    assert "your plan in Explore" in ask(page)[0]
+
+
+def test_what_answers_fits_on_a_phone(place, new_page):
+    page = new_page(width=390, height=844)
+    page.goto(place.url)
+    open_tab(page, "Try it")
+    expect(page.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
