@@ -94,7 +94,8 @@ def wire_try_it(
 
     asked = [pair, sides.chosen, sides.runs, sides.last]
     filled = [sides.chosen, sides.left, sides.right, tabs]
-    button.click(told(take), asked, filled, queue=False, **QUIET)
+    # In the queue: the page shows no message of a refusal that comes from outside of it.
+    button.click(told(take), asked, filled, **QUIET)
 
 
 def remembered_merges() -> gr.BrowserState:
