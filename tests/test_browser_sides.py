@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -200,3 +201,30 @@ def test_what_answers_fits_on_a_phone(place, new_page):
     open_tab(page, "Try it")
     expect(page.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_on_a_space_a_browser_chooses_among_its_own_merges(tmp_path, new_page, monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "org/ipmerge")
+    with serving(tmp_path / "log", "tests/slow_app.py", str(tmp_path), port=free_port()) as url:
+        page, stranger = new_page(), new_page()
+        for name in ("first-mine", "second-mine"):
+            page.goto(url)
+            open_tab(page, "Merge")
+            expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+            page.get_by_label("Output folder").fill(name)
+            page.locator("#start-merge").click()
+            expect(page.locator("#run-status")).to_contain_text(name, timeout=LOADING)
+            expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+        page.locator("#try-merged").click()
+        right = page.get_by_role("combobox", name="Right model")
+        expect(right).to_have_value(re.compile("^second-mine · IP-Merging · plan "))
+        right.click()
+        expect(page.get_by_role("option", name="first-mine")).to_be_visible()
+        page.keyboard.press("Escape")
+        assert ask(page)[0].startswith("second-mine")
+
+        stranger.goto(url)
+        open_tab(stranger, "Try it")
+        expect(stranger.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
+        stranger.get_by_role("combobox", name="Right model").click()
+        expect(stranger.get_by_role("option")).to_have_count(2)

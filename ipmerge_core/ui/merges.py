@@ -56,9 +56,9 @@ def merges_of_pair(backend: Backend, pack_id: str, keys: Keys) -> list[FinishedM
     Raises: PlanError for an unknown pair, or one whose analysis is not finished.
     """
     sources = analysis_of(pack_id).sources
-    writers = _last_writers(backend)
-    visible = [s for s in _visible(backend, keys) if writers.get(_folder(s)) == s.id]
-    found = [_opened(status) for status in visible]
+    visible = _visible(backend, keys)
+    writers = _last_writers(backend) if visible else {}
+    found = [_opened(status) for status in visible if writers.get(_folder(status)) == status.id]
     return [merge for merge in found if merge and _same(merge.made.sources, sources)]
 
 
