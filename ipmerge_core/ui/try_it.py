@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTRODUCTION = (
-    "One question, two answers. Each side is the unmerged vision-language model, your plan in "
-    "Explore, or a finished merge. Each question is asked afresh."
+    "One question, two models: the unmerged one, your plan in Explore, or a finished merge. "
+    "Earlier turns are not sent."
 )
 SEND_HINT = "Type a question and add an image; the newest image counts"
 LONGEST_ANSWER = 512
