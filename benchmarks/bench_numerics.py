@@ -50,7 +50,7 @@ HEAD = (
     "method", *(f"error, {dtype} stored" for dtype in DTYPES), "decided otherwise", "bar",
     "conditioning: median, largest", "cases", "worst case",
 )  # fmt: skip
-NARROW = [shape for shape in SHAPES if max(shape) <= 512]
+NARROW = [shape for shape in SHAPES if max(shape) < 1024]
 INTRODUCTION = """\
 # Numerics
 

@@ -1,0 +1,158 @@
+"""Definitions of the merge methods that look at singular directions; see `method_definitions`.
+
+Every decomposition is `torch.linalg.svd` of the whole matrix in fp64. `noise` says which directions
+exist: those whose singular value is larger. Without it they are those above the first clean gap of
+the spectrum, or all where there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+from elementwise_definitions import densities, elected, trimmed, weights_of
+from torch import Tensor
+
+_CLEAN = 1e3  # a ratio of neighbouring singular values that nothing but rounding leaves
+
+
+class Noise:
+    """A floor of singular values that remembers whether all it was asked about was clear of it.
+
+    Not clear is what lies where another estimate of the same noise might put the floor.
+    """
+
+    def __init__(self, floor: float) -> None:
+        self.floor, self.clear = floor, True
+
+    def __lt__(self, S: Tensor) -> Tensor:
+        near = (0.45 * self.floor < S) & (1.5 * self.floor > S)
+        self.clear = self.clear and not bool(near.any())
+        return self.floor < S
+
+
+def exist(S, noise):
+    """Which singular values stand for a direction."""
+    if noise is not None:
+        return noise < S
+    ratios = S[:-1] / S[1:].clamp(min=1e-300)
+    clean = (ratios > _CLEAN).nonzero()
+    count = int(clean[0]) + 1 if len(clean) else len(S)
+    return (torch.arange(len(S), device=S.device) < count) & (S > 0)
+
+
+def decomposed(matrix, noise, count=None):
+    """U, S, V of the directions that exist, of the strongest `count`."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    U, S, Vh = U[:, :count], S[:count], Vh[:count]
+    kept = exist(S, noise)
+    return U[:, kept], S[kept], Vh[kept].T
+
+
+def polar(stacked):
+    """Nearest matrix with orthonormal columns; where columns are shared, the least of them."""
+    U, S, Vh = torch.linalg.svd(stacked, full_matrices=False)
+    kept = S > 1e-7
+    return U[:, kept] @ Vh[kept]
+
+
+def living(base, tuned, mllm_weight, math_weight):
+    """Weighted task vectors of the models that change something."""
+    weights = weights_of(mllm_weight, math_weight, tuned)
+    taus = [w * (W - base) for w, W in zip(weights, tuned, strict=True)]
+    return [tau for tau in taus if bool(tau.any())]
+
+
+def ip_merging(
+    base, tuned, *, lambda_, temperature, gamma_norm, projector, top_k, rank, ablation,
+    directions="existing", noise=None,
+):  # fmt: skip
+    noise = 0.0 if directions == "all" else noise
+    dV, *changes = (W - base for W in tuned)
+    _, S_V, Vh_V = torch.linalg.svd(dV, full_matrices=False)
+    merged = tuned[0]
+    for dM in changes:
+        U_M, S_M, Vh_M = torch.linalg.svd(dM, full_matrices=False)
+        q = len(S_M) if rank is None else min(rank, len(S_M))
+        own, other = exist(S_V, noise)[:q], exist(S_M, noise)[:q]
+        total = float(S_M[:q][other].sum())
+        rho = float(S_V[:q][own].sum()) / total if total else 0.0
+        cut = dM if rank is None else (U_M[:, :q] * S_M[:q]) @ Vh_M[:q]
+        both = own & other
+        s = (Vh_V[:q] * Vh_M[:q]).sum(1).abs()[both]
+        gamma = torch.softmax(temperature * s, dim=0)
+        if gamma_norm == "max" and len(gamma):
+            gamma = gamma / gamma.max()
+        if projector == "top_k":
+            gamma = (torch.arange(len(s), device=s.device) < top_k).double()
+        V = Vh_V[:q][both].T
+        P = rho * cut @ V @ torch.diag(gamma.square()) @ V.T
+        P = {"none": P, "rescale_only": rho * cut, "select_only": dM}[ablation]
+        merged = merged + lambda_ * P
+    return merged
+
+
+def tsv(base, tuned, *, mllm_weight, math_weight, scale, noise=None):
+    taus = living(base, tuned, mllm_weight, math_weight)
+    k = min(base.shape) // max(len(taus), 1)
+    if len(taus) < 2 or k == 0:
+        return base + scale * sum(taus) / max(1, len(taus))
+    found = [decomposed(tau, noise, k) for tau in taus]
+    U, S, V = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return base + scale * (polar(U) * S) @ polar(V).T
+
+
+def iso_c(base, tuned, *, mllm_weight, math_weight, scale, noise=None):
+    taus = living(base, tuned, mllm_weight, math_weight)
+    if not taus:
+        return base
+    U, S, V = decomposed(sum(taus), noise)
+    return base + scale * S.mean() * U @ V.T
+
+
+def iso_cts(base, tuned, *, common_fraction, mllm_weight, math_weight, scale, noise=None):
+    taus = living(base, tuned, mllm_weight, math_weight)
+    if not taus:
+        return base
+    r = min(base.shape)
+    own = round((r - int(r * common_fraction)) / len(taus))
+    common = U_c, _, _ = decomposed(sum(taus), noise, r - own * len(taus))
+    rests = [tau - U_c @ (U_c.T @ tau) for tau in taus]
+    least = [1e-12 * float(tau.norm()) if noise is None else noise for tau in taus]
+    parts = [decomposed(rest, floor, own) for rest, floor in zip(rests, least, strict=True)]
+    U, S, V = (torch.cat(one, dim=-1) for one in zip(*parts, common, strict=True))
+    return base + scale * S.mean() * polar(U) @ polar(V).T
+
+
+def knots_ties(
+    base, tuned, *, mllm_weight, math_weight, density, mllm_density, math_density, normalize,
+    trim, cutoff, scale,
+):  # fmt: skip
+    taus = [W - base for W in tuned]
+    U, S, Vh = torch.linalg.svd(torch.cat(taus, dim=1), full_matrices=False)
+    kept = cutoff * S[0] < S
+    parts = list((S[kept, None] * Vh[kept]).split(base.shape[1], dim=1))
+    shares = densities(density, mllm_density, math_density, len(tuned))
+    kept_parts = trimmed(parts, shares, official=trim == "official")
+    parts = [k * P for k, P in zip(kept_parts, parts, strict=True)]
+    weights = weights_of(mllm_weight, math_weight, tuned)
+    factors = elected(parts, weights, normalize=normalize, election="majority")
+    merged = sum(A * P for A, P in zip(factors, parts, strict=True))
+    return base + scale * U[:, kept] @ merged
+
+
+def wudi(base, tuned, *, mllm_weight, math_weight, iterations, learning_rate, closed_form, scale):
+    taus = living(base, tuned, mllm_weight, math_weight)
+    if len(taus) < 2:
+        return base + scale * sum(taus)
+    grams = [tau.T @ tau / tau.square().sum() for tau in taus]
+    if closed_form:
+        C = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True))
+        return base + scale * C @ torch.linalg.pinv(sum(grams), rtol=1e-12, hermitian=True)
+    X = sum(taus)
+    adam = torch.optim.Adam([X], lr=learning_rate)
+    for _ in range(iterations):
+        X.grad = 2 * sum((X - tau) @ gram for tau, gram in zip(taus, grams, strict=True))
+        adam.step()
+    return base + scale * X
+
+
+DIRECTIONS = {f.__name__: f for f in (ip_merging, tsv, iso_c, iso_cts, knots_ties, wudi)}
