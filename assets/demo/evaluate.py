@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installe
 
 import torch  # noqa: E402
 from draws import PER_TASK, Draw, evaluation_problems, recurring  # noqa: E402
-from variants import Trio, Variant  # noqa: E402
+from variants import Trio, Variant, norm  # noqa: E402
 
 from ipmerge_core.evaluate import (  # noqa: E402
     MATH_TASKS,
@@ -34,9 +35,12 @@ from ipmerge_core.evaluate import (  # noqa: E402
     TASKS,
     Problem,
     Score,
+    answer,
     is_right,
+    score,
     sign_test,
 )
+from ipmerge_core.inference import load_model  # noqa: E402
 
 GAINS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
 WEIGHTS = (0.3, 0.5, 0.7, 1.0, 1.5)
@@ -250,6 +254,41 @@ def comparisons(mllm: Result, arithmetic: Result, gamma_max: Result) -> Iterator
         yield f"* {label}: {result.first_only} / {result.second_only} / {result.p_value:.2g}"
 
 
+class Worked(Problem):
+    """A problem in words that asks for a worked solution, as the base was taught to give one."""
+
+    @property
+    def text_prompt(self) -> str:
+        """The question in words, with the word WORKED in place of ASSISTANT."""
+        return super().text_prompt.removesuffix("ASSISTANT:") + "WORKED:"
+
+
+def words_table(folder: Path, asked: Sequence[Problem]) -> Iterator[str]:
+    """Yield what the two language models do with the math problems of a draw, told in words."""
+    asked = [problem for problem in asked if problem.is_math]
+    worked = [Worked(*(getattr(p, field.name) for field in fields(p))) for p in asked]
+    yield "| math in words, % | right |"
+    yield "|---|---|"
+    for label, name, problems in (
+        ("base, asked for an answer", "base", asked),
+        ("base, asked for a WORKED solution", "base", worked),
+        ("math model, asked for an answer", "math", asked),
+    ):
+        loaded = load_model(folder / name)
+        replies = answer(loaded.model, loaded.tokenizer, problems)
+        yield f"| {label} | {score(problems, replies)} |"
+
+
+def task_vectors(trio: Trio) -> str:
+    """Say how large the two task vectors are beside the base's matrices."""
+    base = norm(m.base for m in trio.matrices.values())
+    vision = norm(m.mllm - m.base for m in trio.matrices.values())
+    return (
+        f"Task vectors over the {len(trio.matrices)} matrices: ||dM|| is "
+        f"{100 * trio.math_norm / base:.2f} % of ||W0||, ||dV|| is {100 * vision / base:.2f} %."
+    )
+
+
 def main() -> None:
     """Parse the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -263,7 +302,9 @@ def main() -> None:
     started = time.process_time()
     counts: dict[Draw, int] = {"validation": arguments.n_validation, "test": arguments.n}
     bench = Bench(Trio(arguments.trio), counts, arguments.seed)
-    lines = list(measure_all(bench, arguments.controls))
+    lines = [task_vectors(bench.trio), ""]
+    lines += [*words_table(arguments.trio, bench.draws["test"]), ""]
+    lines += measure_all(bench, arguments.controls)
     skipped = {
         draw: sum(recurring(task, n, draw, arguments.seed) for task in TASKS)
         for draw, n in counts.items()
