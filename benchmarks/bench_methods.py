@@ -3,12 +3,14 @@
     python benchmarks/bench_methods.py [--n 300] [--methods ties,tsv] [--samples 200]
 
 Each method merges the trio into a folder with its default parameters, in a process of its own, as
-`ipmerge merge` does; the folder is then loaded and asked the test draw of the demo problems. Some
-rows more have other settings, which stand beside their names. Intervals are 95 % Wilson intervals
-over all tasks of a kind. Seconds are those of the merge alone, memory is the process' peak over
-that of a process that only imports torch. Methods that need data are calibrated on demo problems of
-the training draw first, which is timed apart. Defaults are defaults: the table compares what a user
-gets first, not what tuning could reach.
+`ipmerge merge` does; the folder is then loaded and asked the test draw of the demo problems, which
+shows no drawing of training. Some rows more have other settings, which stand beside their names.
+Intervals are 95 % Wilson intervals over all tasks of a kind. Seconds are those of the merge alone,
+memory is the process' peak over that of a process that only imports torch. Methods that need data
+are calibrated first, which is timed apart: the math model on math problems in words, the MLLM on
+perception problems, so that neither sees an image-and-math item; a second row also shows the MLLM
+image-and-math problems with their answers, which no other method is given. Defaults are defaults:
+the table compares what a user gets first, not what tuning could reach.
 """
 
 from __future__ import annotations
@@ -22,17 +24,19 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package, when it is not installed
+sys.path.append(str(Path(__file__).parents[1] / "assets" / "demo"))
 
+from draws import evaluation_problems
 from report import machine, table
 
 import ipmerge_core as ipm
 from ipmerge_core.checkpoint import Checkpoint
-from ipmerge_core.evaluate import MATH_TASKS, PERCEPTION_TASKS, Score, answer, is_right, problems
+from ipmerge_core.evaluate import MATH_TASKS, PERCEPTION_TASKS, Score, answer, is_right
 from ipmerge_core.inference import load_model
 from ipmerge_core.pairing import ModelPair
 from ipmerge_core.plan import MergePlan
@@ -40,22 +44,45 @@ from ipmerge_core.records import Analysis
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "assets" / "demo"
-TEST_SEED = 2
 BETWEEN = (
     "import resource, subprocess, sys\n"
     "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode\n"
     "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
 )
-MORE: list[tuple[str, dict[str, Any]]] = [
-    ("ip_merging", {"lambda_": 8.0}),
-    ("ip_merging", {"gamma_norm": "max", "lambda_": 4.0}),
-    ("linear", {"alpha": 0.5}),
-    ("task_arithmetic", {"math_weight": 1.0}),
-    ("layer_swap", {"last_kept_layer": 1, "alpha": 0.5}),
-    ("ties", {"math_weight": 1.0, "mllm_density": 1.0, "math_density": 0.5}),
-    ("ties", {"math_weight": 1.0, "density": 0.5, "anchor": "inject"}),
-    ("dare_linear", {"math_weight": 1.0, "mllm_density": 1.0, "math_density": 0.5}),
-    ("wudi", {"closed_form": True}),
+
+
+class Run(NamedTuple):
+    """One row: a method, settings other than its defaults, and the MLLM's calibration samples."""
+
+    method: str
+    settings: Mapping[str, Any] = {}
+    samples: str = "demo:perception"
+
+    @property
+    def name(self) -> str:
+        """The method and what the row says beside it."""
+        beside = ", ".join(f"{key.rstrip('_')}={value}" for key, value in self.settings.items())
+        if ipm.METHODS[self.method].data is not None:
+            beside = SAMPLES[self.samples] + (f", {beside}" if beside else "")
+        return f"`{self.method}` {beside}".strip()
+
+
+SAMPLES = {
+    "demo:perception": "MLLM calibrated on perception",
+    "demo": "MLLM calibrated on perception and image+math with answers",
+}
+MORE = [
+    Run("ip_merging", {"lambda_": 8.0}),
+    Run("ip_merging", {"gamma_norm": "max", "lambda_": 4.0}),
+    Run("linear", {"alpha": 0.5}),
+    Run("task_arithmetic", {"math_weight": 1.0}),
+    Run("layer_swap", {"last_kept_layer": 1, "alpha": 0.5}),
+    Run("ties", {"math_weight": 1.0, "mllm_density": 1.0, "math_density": 0.5}),
+    Run("ties", {"math_weight": 1.0, "density": 0.5, "anchor": "inject"}),
+    Run("dare_linear", {"math_weight": 1.0, "mllm_density": 1.0, "math_density": 0.5}),
+    Run("fisher", samples="demo"),
+    Run("regmean", samples="demo"),
+    Run("wudi", {"closed_form": True}),
 ]  # what a default leaves open on this trio
 HEAD = ("method", "image+math, %", "perception, %", "s", "MB", "change per layer, %")
 
@@ -72,25 +99,26 @@ def main() -> None:
     pair = ipm.open_pair(DEMO / "mllm", DEMO / "math", DEMO / "base")
     analysis = Analysis.load(DEMO / "pack.json.gz")
     chosen = arguments.methods.split(",")
-    runs = [(name, {}) for name in chosen] + [(name, more) for name, more in MORE if name in chosen]
+    runs = [Run(name) for name in chosen] + [run for run in MORE if run.method in chosen]
     rows = [["none (the MLLM)", *scores(DEMO / "mllm", arguments.n), "", "", ""]]
-    told = []
+    calibrations = []
     with tempfile.TemporaryDirectory() as folder:
         idle = peak_of(["-c", "import torch"])[1]
-        for number, (name, more) in enumerate(runs):
+        for number, run in enumerate(runs):
             out = Path(folder) / str(number)
-            kind = ipm.METHODS[name].data
-            if kind is not None:
-                told.append(calibrate(kind, arguments.samples, out.with_suffix(".calibration")))
-                more = {**more, "calibration": out.with_suffix(".calibration")}  # noqa: PLW2901
-            seconds, peak = merge(plan_for(name, pair, analysis, more), out)
+            settings = dict(run.settings)
+            if ipm.METHODS[run.method].data is not None:
+                settings["calibration"] = out.with_suffix(".calibration")
+                calibrations.append(calibrate(run, arguments.samples, settings["calibration"]))
+            seconds, peak = merge(plan_for(run.method, pair, analysis, settings), out)
             change = " ".join(f"{100 * share:.2f}" for share in change_per_layer(pair, out))
             memory = f"{(peak - idle) / 1e6:.0f}"
             found = scores(out, arguments.n)
-            rows.append([words_of(name, more), *found, f"{seconds:.2f}", memory, change])
+            rows.append([run.name, *found, f"{seconds:.2f}", memory, change])
             print(f"{len(rows)}/{1 + len(runs)} {rows[-1]}", file=sys.stderr, flush=True)
     print(table(HEAD, rows))
-    print("\n" + "\n".join(told))
+    print("\n" + "\n".join(calibrations))
+    print(f"\nWhole run: {sum(os.times()[:4]):.0f} processor seconds.")
 
 
 def plan_for(name: str, pair: ModelPair, analysis: Analysis, more: Mapping[str, Any]) -> MergePlan:
@@ -100,24 +128,21 @@ def plan_for(name: str, pair: ModelPair, analysis: Analysis, more: Mapping[str, 
     return ipm.make_plan(pair, name, **more)
 
 
-def words_of(name: str, more: Mapping[str, Any]) -> str:
-    """Write a row's name."""
-    settings = [f"{key.rstrip('_')}={v}" for key, v in more.items() if key != "calibration"]
-    return f"`{name}` {', '.join(settings)}".strip()
-
-
-def calibrate(kind: str, samples: int, out: Path) -> str:
+def calibrate(run: Run, samples: int, out: Path) -> str:
     """Measure the models on demo problems, in a process of its own; return a line about it."""
+    kind = str(ipm.METHODS[run.method].data)
     models = [f"--{role}={DEMO / role}" for role in ("mllm", "math", "base")]
+    sources = [f"--mllm-samples={run.samples}", "--math-samples=demo:math"]
     options = ["--kind", kind, "--limit", str(samples), "-o", str(out), "--quiet"]
     started = perf_counter()
-    code, _ = peak_of(["-m", "ipmerge_core", "calibrate", *models, *options])
+    code, _ = peak_of(["-m", "ipmerge_core", "calibrate", *models, *sources, *options])
     if code:
         raise SystemExit(f"the calibration {kind} failed")
     size = sum(file.stat().st_size for file in out.iterdir())
     return (
-        f"Calibration `{kind}`: {samples} demo problems of the training draw for each model, "
-        f"{perf_counter() - started:.0f} s with imports, {size / 1e6:.1f} MB."
+        f"* Calibration `{kind}`: {samples} demo problems of the training split for each model "
+        f"(MLLM {run.samples}, math model demo:math), {perf_counter() - started:.0f} s with "
+        f"imports, {size / 1e6:.1f} MB."
     )
 
 
@@ -150,7 +175,7 @@ def scores(folder: Path, n: int) -> list[str]:
     loaded = load_model(folder)
     cells = []
     for tasks in (MATH_TASKS, PERCEPTION_TASKS):
-        asked = [problem for task in tasks for problem in problems(task, n, TEST_SEED, "test")]
+        asked = evaluation_problems(tasks, n, "test")
         replies = answer(loaded.model, loaded.processor, asked)
         right = sum(is_right(p, reply) for p, reply in zip(asked, replies, strict=True))
         cells.append(str(Score(right, len(asked))))

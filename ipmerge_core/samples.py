@@ -1,8 +1,9 @@
 """Calibration samples: a question, its answer, perhaps an image; from wherever they are kept.
 
 In: a jsonl file with `question`, `answer` and, for a model with eyes, `image` (a path beside the
-file) on each line; `datasets:NAME`, what the datasets library loads under that name; or the word
-`demo`, the demo problems. Out: frozen `Sample`s; images are opened when asked for. Loads no model.
+file) on each line; `datasets:NAME`, what the datasets library loads under that name; or `demo`, the
+demo problems, with `demo:perception` and the like for some of their tasks. Out: frozen `Sample`s;
+images are opened when asked for. Loads no model.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.evaluate.demo import MATH_TASKS, TASKS, problems
+from ipmerge_core.evaluate.demo import MATH_TASKS, PERCEPTION_TASKS, TASKS, Task, problems
 from ipmerge_core.inference import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEMO, DATASETS = "demo", "datasets:"
+DEMO_TASKS: dict[str, tuple[Task, ...]] = {
+    "perception": PERCEPTION_TASKS,
+    "math": MATH_TASKS,
+    **{task: (task,) for task in TASKS},
+}
 COLUMNS = {
     "question": ("question", "problem", "instruction", "prompt"),
     "answer": ("answer", "solution", "output", "response"),
@@ -65,18 +71,19 @@ def load_samples(source: str | Path, limit: int, *, sees: bool) -> list[Sample]:
 
     Args:
         source: a path; "datasets:NAME", "datasets:NAME:SPLIT" or "datasets:NAME:CONFIG:SPLIT" for
-            a dataset on the hub or in a folder; or "demo": drawings for a model that sees, the same
-            in words otherwise.
+            a dataset on the hub or in a folder; "demo": drawings of all tasks for a model that
+            takes images, math problems in words otherwise; or "demo:TASKS", of `DEMO_TASKS`,
+            separated by commas: "demo:perception", "demo:sides,area".
         limit: how many; the first ones are taken.
         sees: whether the samples are for a vision-language model.
 
     Raises:
-        RunError: no such file, a line that is no sample, or no sample at all.
+        RunError: no such file, a line that is no sample, no sample at all, or an unknown task.
     """
     if limit < 1:
         raise RunError(f"Asked for {limit} calibration samples; expected 1 or more.")
-    if str(source) == DEMO:
-        return _demo(limit, sees=sees)
+    if is_demo(source):
+        return _demo(_demo_tasks(str(source), sees=sees), limit, sees=sees)
     if str(source).startswith(DATASETS):
         return _from_dataset(str(source).removeprefix(DATASETS), limit, sees=sees)
     path = Path(source).expanduser()
@@ -92,6 +99,11 @@ def load_samples(source: str | Path, limit: int, *, sees: bool) -> list[Sample]:
     if not samples:
         raise RunError(f"'{path}' holds no samples. Write one JSON object on each line.")
     return samples
+
+
+def is_demo(source: str | Path) -> bool:
+    """Whether a source of samples means demo problems, and so reads nothing."""
+    return str(source) == DEMO or str(source).startswith(f"{DEMO}:")
 
 
 def _parse(path: Path, number: int, line: str) -> Sample:
@@ -144,12 +156,27 @@ def _from_dataset(name: str, limit: int, *, sees: bool) -> list[Sample]:
     return samples
 
 
-def _demo(limit: int, *, sees: bool) -> list[Sample]:
+def _demo_tasks(source: str, *, sees: bool) -> tuple[Task, ...]:
+    if source == DEMO:
+        return TASKS if sees else MATH_TASKS
+    names = [name.strip() for name in source.removeprefix(f"{DEMO}:").split(",")]
+    unknown = next((name for name in names if name not in DEMO_TASKS), None)
+    if unknown is not None:
+        raise RunError(
+            f"Unknown demo task '{unknown}' in the samples '{source}'. Expected demo, or demo: and "
+            f"one or more of {', '.join(DEMO_TASKS)}, separated by commas."
+        )
+    return tuple(dict.fromkeys(task for name in names for task in DEMO_TASKS[name]))
+
+
+def _demo(tasks: tuple[Task, ...], limit: int, *, sees: bool) -> list[Sample]:
     """Problems of the training split, task by task in turn."""
-    tasks = TASKS if sees else MATH_TASKS
     each = -(-limit // len(tasks))
     turns = zip(*(problems(task, each, seed=1, split="train") for task in tasks), strict=True)
     found = [problem for turn in turns for problem in turn][:limit]
     if sees:
         return [Sample(problem.question, problem.answer, problem.image) for problem in found]
-    return [Sample(f"{problem.words}\n{problem.question}", problem.worked) for problem in found]
+    return [
+        Sample(f"{problem.words}\n{problem.question}", problem.worked or problem.answer)
+        for problem in found
+    ]

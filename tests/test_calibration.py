@@ -18,6 +18,7 @@ from ipmerge_core.calibration import calibrate, estimate, iter_calibration
 from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, ModelLoadError, PairingError, PlanError, RunError
+from ipmerge_core.evaluate import MATH_TASKS, PERCEPTION_TASKS, problems
 from ipmerge_core.inference import load_model
 from ipmerge_core.measurements import Measurements
 from ipmerge_core.merging import merge
@@ -505,3 +506,31 @@ def test_demo_samples_are_drawn_for_eyes_and_told_in_words_otherwise():
     assert len(seen) == len(told) == 12
     assert all(sample.image is not None for sample in seen)
     assert all(sample.image is None and sample.answer for sample in told)
+
+
+@pytest.mark.parametrize(
+    ("source", "tasks"),
+    [
+        ("demo:perception", PERCEPTION_TASKS),
+        ("demo:math", MATH_TASKS),
+        ("demo:dots", ("dots",)),
+        ("demo:area, sides,area", ("area", "sides")),
+        ("demo:shape,perception", ("shape", "sides", "written", "dots")),
+    ],
+)
+def test_demo_samples_can_be_of_some_tasks_only(source, tasks):
+    seen, told = (load_samples(source, 2 * len(tasks), sees=sees) for sees in (True, False))
+    for i, task in enumerate(tasks):
+        first, second = problems(task, 2, seed=1, split="train")
+        for sample, problem in ((seen[i], first), (seen[i + len(tasks)], second)):
+            assert (sample.question, sample.answer) == (problem.question, problem.answer)
+            assert sample.image.tobytes() == problem.image.tobytes()
+        assert told[i].question == f"{first.words}\n{first.question}"
+        assert told[i].answer == (first.worked if first.is_math else first.answer)
+    assert load_samples("demo:math", 7, sees=False) == load_samples("demo", 7, sees=False)
+
+
+@pytest.mark.parametrize("source", ["demo:", "demo:reading", "demo:dots,reading", "demo:dots,"])
+def test_unknown_demo_tasks_are_refused_with_the_known_ones(source):
+    with pytest.raises(RunError, match=r"Unknown demo task '(reading)?' .*perception, math, add"):
+        load_samples(source, 4, sees=True)

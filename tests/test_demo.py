@@ -123,6 +123,24 @@ def test_every_question_of_a_task_is_asked_and_prompts_hold_it(task):
         assert item.text_prompt == f"USER: {item.words}\n{item.question} ASSISTANT:"
 
 
+@pytest.mark.parametrize("task", ["dots", "area"])
+def test_drawings_can_be_left_out_and_the_next_problems_take_their_place(task):
+    stream = problems(task, 12, seed=2)
+    left_out = {stream[0].marks, stream[3].marks, stream[4].marks}
+    found = problems(task, 9, seed=2, without=left_out)
+    assert found == [problem for problem in stream if problem.marks not in left_out]
+    assert problems(task, 4, seed=2, without=left_out) == found[:4]
+
+
+def test_leaving_out_too_many_drawings_is_refused_with_the_counts():
+    class Everything(frozenset):
+        def __contains__(self, _):
+            return True
+
+    with pytest.raises(RunError, match="Only 0 of the first 130 problems of 'dots'"):
+        problems("dots", 3, without=Everything())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -270,8 +270,11 @@ def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.Monk
     backend = Backend(hosted=True)
     with pytest.raises(RunError, match="the demo problems"):
         backend.start_calibration(DEMO, "regmean", "/etc/passwd", "demo", 2)
-    with pytest.raises(RunError, match="expected 1 or more"):
-        backend.start_calibration(DEMO, "regmean", "demo", "demo", 0)
+    with pytest.raises(RunError, match="the demo problems"):
+        backend.start_calibration(DEMO, "regmean", "demo:perception", "demonstration.jsonl", 2)
+    for seen in ("demo", "demo:perception"):
+        with pytest.raises(RunError, match="expected 1 or more"):
+            backend.start_calibration(DEMO, "regmean", seen, "demo", 0)
     assert calibration_form.watched(backend, {})[0] == ""
 
 

@@ -1,10 +1,12 @@
 """Measure the demo trio and print its table as Markdown.
 
-    python assets/demo/evaluate.py [--trio assets/demo] [--n 300] [--permutations 5]
+    python assets/demo/evaluate.py [--trio assets/demo] [--seed 0] [--n 300] [--controls 5]
 
-In: a trained trio. Out: on stdout, the table of assets/demo/README.md with 95 % Wilson intervals.
-Gains are chosen on a validation draw (most image+math right, perception at most 2 points below the
-MLLM's), scores are of a test draw with other handwriting.
+In: a trained trio and the seed it was trained with. Out: on stdout, the tables of
+assets/demo/README.md with 95 % Wilson intervals. Gains are chosen on a validation draw (most
+image+math right, perception at most 2 points below the MLLM's), scores are of a test draw with
+other handwriting; no problem of either shows a drawing of training. A control changes every matrix
+by as much as the merge it controls.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +26,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
 
 import torch  # noqa: E402
-from variants import Trio, Variant  # noqa: E402
+from draws import PER_TASK, Draw, evaluation_problems, recurring  # noqa: E402
+from variants import Trio, Variant, norm  # noqa: E402
 
 from ipmerge_core.evaluate import (  # noqa: E402
     MATH_TASKS,
@@ -31,19 +35,19 @@ from ipmerge_core.evaluate import (  # noqa: E402
     TASKS,
     Problem,
     Score,
+    answer,
     is_right,
-    problems,
+    score,
     sign_test,
 )
+from ipmerge_core.inference import load_model  # noqa: E402
 
 GAINS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
 WEIGHTS = (0.3, 0.5, 0.7, 1.0, 1.5)
-CONTROL_GAINS = (4.0, 8.0, 16.0, 32.0)
 THRESHOLDS = {"first": (0.0, 0.1, 0.2, 0.3), "max": (0.3,)}
 ABLATION_THRESHOLDS = {"first": (0.1, 0.2), "max": (0.3,)}
 ABLATION_GAINS = (0.5, 1.0, 2.0)
 ALLOWED_LOSS = 0.02  # of perception, when a gain is chosen
-VALIDATION_SEED, TEST_SEED = 1, 2
 
 
 class Result(NamedTuple):
@@ -72,20 +76,16 @@ class Result(NamedTuple):
 class Bench:
     """A trio and the two draws it is measured on."""
 
-    def __init__(self, trio: Trio, n_validation: int, n_test: int) -> None:
+    def __init__(self, trio: Trio, counts: Mapping[Draw, int], training_seed: int) -> None:
         self.trio = trio
         self.draws = {
-            split: [p for task in TASKS for p in problems(task, n, seed, split)]
-            for split, n, seed in (
-                ("validation", n_validation, VALIDATION_SEED),
-                ("test", n_test, TEST_SEED),
-            )
+            draw: evaluation_problems(TASKS, n, draw, training_seed) for draw, n in counts.items()
         }
         self.start = self.measure(Variant("MLLM", {}), 0.0, "validation")
 
-    def measure(self, variant: Variant, gain: float, split: str) -> Result:
+    def measure(self, variant: Variant, gain: float, draw: Draw) -> Result:
         """Answer a draw and compare."""
-        asked: list[Problem] = self.draws[split]
+        asked: list[Problem] = self.draws[draw]
         outcomes: dict[str, list[bool]] = {task: [] for task in TASKS}
         replies = self.trio.answer(variant, gain, asked)
         for problem, reply in zip(asked, replies, strict=True):
@@ -122,9 +122,22 @@ def selections(
                 yield variant.only(set(names), label if threshold else variant.label)
 
 
-def measure_all(trio: Trio, n_validation: int, n_test: int, permutations: int) -> Iterator[str]:
+def controls(bench: Bench, controlled: Result, draws: int) -> Iterator[str]:
+    """Yield the rows of the controls, all of the size of the merge they control."""
+    for name, make in (
+        ("gamma permuted", bench.trio.permuted),
+        ("random direction", bench.trio.random_direction),
+    ):
+        made = [make(controlled.variant, seed) for seed in range(draws)]
+        same = [bench.measure(control, controlled.gain, "test") for control in made]
+        own = [bench.test(bench.choose(bench.sweep(control, GAINS))) for control in made]
+        yield control_row(bench.trio, f"{name}, same gain", same)
+        yield control_row(bench.trio, f"{name}, gain chosen for each", own)
+
+
+def measure_all(bench: Bench, control_draws: int) -> Iterator[str]:
     """Run everything, yielding Markdown line by line."""
-    bench = Bench(trio, n_validation, n_test)
+    trio = bench.trio
     exact = trio.variant("IP-Merging", "ip_merging", lambda_=1.0)
     gamma_max = trio.variant('`gamma_norm="max"`', "ip_merging", lambda_=1.0, gamma_norm="max")
     arithmetic = trio.variant("task arithmetic", "task_arithmetic", math_weight=1.0)
@@ -143,11 +156,6 @@ def measure_all(trio: Trio, n_validation: int, n_test: int, permutations: int) -
     max_sweep = bench.sweep(gamma_max, GAINS)
     best_max = bench.choose(max_sweep)
     tested_max = bench.test(best_max)
-    controls = [trio.permuted(seed) for seed in range(permutations)]
-    same_gain = [bench.measure(control, best_max.gain, "test") for control in controls]
-    own_gain = [
-        bench.test(bench.choose(bench.sweep(control, CONTROL_GAINS))) for control in controls
-    ]
     ablations = [
         bench.test(
             bench.choose(
@@ -169,8 +177,7 @@ def measure_all(trio: Trio, n_validation: int, n_test: int, permutations: int) -
         *ablations,
     ]
     yield from main_table(trio, rows)
-    yield control_row("same gain", same_gain)
-    yield control_row("gain chosen for each", own_gain)
+    yield from controls(bench, tested_max, control_draws)
     yield ""
     yield from task_table([mllm, task_arithmetic, rows[4], tested_max])
     yield ""
@@ -191,16 +198,18 @@ def main_table(trio: Trio, rows: Iterable[Result]) -> Iterator[str]:
         )
 
 
-def control_row(how: str, draws: Sequence[Result]) -> str:
-    """Return one line for all permutations together, with the worst draw named."""
+def control_row(trio: Trio, name: str, draws: Sequence[Result]) -> str:
+    """Return one line for all draws of a control together, with the highest named."""
     math = sum((draw.math for draw in draws), Score(0, 0))
     perception = sum((draw.perception for draw in draws), Score(0, 0))
-    gains = ", ".join(sorted({f"{draw.gain:g}" for draw in draws}))
+    gains = ", ".join(f"{gain:g}" for gain in sorted({draw.gain for draw in draws}))
+    sizes = sorted(
+        {f"{trio.relative_norm(draw.variant, draw.gain):.2f}" for draw in draws}, key=float
+    )
     highest = 100 * max(draw.math.share for draw in draws)
     return (
-        f"| control: gamma permuted, {how}, {len(draws)} draws | {gains} "
-        f"| {len(draws[0].variant.updates)} | | {math}, highest draw {highest:.1f} "
-        f"| {perception} |"
+        f"| control: {name}, {len(draws)} draws | {gains} | {len(draws[0].variant.updates)} "
+        f"| {', '.join(sizes)} | {math}, highest draw {highest:.1f} | {perception} |"
     )
 
 
@@ -245,22 +254,67 @@ def comparisons(mllm: Result, arithmetic: Result, gamma_max: Result) -> Iterator
         yield f"* {label}: {result.first_only} / {result.second_only} / {result.p_value:.2g}"
 
 
+class Worked(Problem):
+    """A problem in words that asks for a worked solution, as the base was taught to give one."""
+
+    @property
+    def text_prompt(self) -> str:
+        """The question in words, with the word WORKED in place of ASSISTANT."""
+        return super().text_prompt.removesuffix("ASSISTANT:") + "WORKED:"
+
+
+def words_table(folder: Path, asked: Sequence[Problem]) -> Iterator[str]:
+    """Yield what the two language models do with the math problems of a draw, told in words."""
+    asked = [problem for problem in asked if problem.is_math]
+    worked = [Worked(*(getattr(p, field.name) for field in fields(p))) for p in asked]
+    yield "| math in words, % | right |"
+    yield "|---|---|"
+    for label, name, problems in (
+        ("base, asked for an answer", "base", asked),
+        ("base, asked for a WORKED solution", "base", worked),
+        ("math model, asked for an answer", "math", asked),
+    ):
+        loaded = load_model(folder / name)
+        replies = answer(loaded.model, loaded.tokenizer, problems)
+        yield f"| {label} | {score(problems, replies)} |"
+
+
+def task_vectors(trio: Trio) -> str:
+    """Say how large the two task vectors are beside the base's matrices."""
+    base = norm(m.base for m in trio.matrices.values())
+    vision = norm(m.mllm - m.base for m in trio.matrices.values())
+    return (
+        f"Task vectors over the {len(trio.matrices)} matrices: ||dM|| is "
+        f"{100 * trio.math_norm / base:.2f} % of ||W0||, ||dV|| is {100 * vision / base:.2f} %."
+    )
+
+
 def main() -> None:
     """Parse the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trio", type=Path, default=HERE)
-    parser.add_argument("--n", type=int, default=300, help="test problems of each task")
-    parser.add_argument("--n-validation", type=int, default=100)
-    parser.add_argument("--permutations", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="the seed the trio was trained with")
+    parser.add_argument("--n", type=int, default=PER_TASK["test"], help="test problems of a task")
+    parser.add_argument("--n-validation", type=int, default=PER_TASK["validation"])
+    parser.add_argument("--controls", type=int, default=5, help="draws of each control")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    started = time.perf_counter()
-    trio = Trio(arguments.trio)
-    lines = list(measure_all(trio, arguments.n_validation, arguments.n, arguments.permutations))
+    started = time.process_time()
+    counts: dict[Draw, int] = {"validation": arguments.n_validation, "test": arguments.n}
+    bench = Bench(Trio(arguments.trio), counts, arguments.seed)
+    lines = [task_vectors(bench.trio), ""]
+    lines += [*words_table(arguments.trio, bench.draws["test"]), ""]
+    lines += measure_all(bench, arguments.controls)
+    skipped = {
+        draw: sum(recurring(task, n, draw, arguments.seed) for task in TASKS)
+        for draw, n in counts.items()
+    }
     print(
         f"Measured {datetime.date.today()} on {os.cpu_count()} {platform.machine()} cores, one "
-        f"thread, torch {torch.__version__}, {time.perf_counter() - started:.0f} s: "
-        f"{arguments.n} problems of each task (test), {arguments.n_validation} (validation)."
+        f"thread, torch {torch.__version__}, {time.process_time() - started:.0f} processor "
+        f"seconds: {counts['test']} problems of each task (test), {counts['validation']} "
+        f"(validation); {skipped['test']} and {skipped['validation']} whose drawing training "
+        f"showed are replaced by the next of their stream."
     )
     print()
     print("\n".join(lines))

@@ -1,10 +1,11 @@
 """Record what the demo's MLLM and two of its merges answer, for the app to show at once.
 
-    python assets/demo/record.py --lambda 4 --math-weight 1 [--trio assets/demo]
+    python assets/demo/record.py --lambda 4 --math-weight 1 [--trio assets/demo] [--seed 0]
 
-In: a trained trio with its pack. Out: recorded.json and the pictures in examples/. The merges are
-written to disk and loaded again, as a user's would be; the replies are kept as they were decoded.
-Among the problems of a draw the first of each task is taken, and the first few that a merge breaks.
+In: a trained trio with its pack, and the seed it was trained with. Out: recorded.json and the
+pictures in examples/. The merges are written to disk and loaded again, as a user's would be; the
+replies are kept as they were decoded. Among the problems of a draw the first of each task is taken,
+and the first few that a merge breaks. No drawing of training is among them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
 
 import torch  # noqa: E402
+from draws import DRAWS, PER_TASK, evaluation_problems  # noqa: E402
 
 import ipmerge_core as ipm  # noqa: E402
 from ipmerge_core.evaluate import (  # noqa: E402
@@ -31,12 +33,9 @@ from ipmerge_core.evaluate import (  # noqa: E402
     Problem,
     answer,
     is_right,
-    problems,
 )
 from ipmerge_core.inference import load_model  # noqa: E402
 
-SEED = 3  # neither the validation nor the test draw of evaluate.py
-PER_TASK = 60
 FIRST_SHOWN = ("mul", "area", "perimeter", "add", "sub", "sides", "shape", "dots")
 
 
@@ -53,9 +52,11 @@ def plans(trio: Path, lambda_: float, math_weight: float) -> dict[str, ipm.Merge
     }
 
 
-def collect(trio: Path, chosen: dict[str, ipm.MergePlan]) -> list[tuple[Problem, dict[str, str]]]:
+def collect(
+    trio: Path, chosen: dict[str, ipm.MergePlan], training_seed: int
+) -> list[tuple[Problem, dict[str, str]]]:
     """Answer a draw with the MLLM and with every merge."""
-    asked = [problem for task in TASKS for problem in problems(task, PER_TASK, SEED)]
+    asked = evaluation_problems(TASKS, PER_TASK["recorded"], "recorded", training_seed)
     replies = {"base": ask(trio / "mllm", asked)}
     for name, plan in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -119,6 +120,7 @@ def main() -> None:
     """Parse the arguments, merge, ask, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trio", type=Path, default=HERE)
+    parser.add_argument("--seed", type=int, default=0, help="the seed the trio was trained with")
     parser.add_argument("--lambda", dest="lambda_", type=float, required=True)
     parser.add_argument("--math-weight", type=float, required=True)
     arguments = parser.parse_args()
@@ -128,12 +130,12 @@ def main() -> None:
     for old in (out / "examples").glob("*.png"):
         old.unlink()
     chosen = plans(out, arguments.lambda_, arguments.math_weight)
-    rows = pick(collect(out, chosen))
+    rows = pick(collect(out, chosen, arguments.seed))
     content = {
         "recorded": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} {platform.machine()} cores, one thread, "
         f"torch {torch.__version__}",
-        "trio": f"assets/demo, problems of seed {SEED}, greedy decoding",
+        "trio": f"assets/demo, problems of seed {DRAWS['recorded'][1]}, greedy decoding",
         "plan": f"IP-Merging, gamma_norm=max, lambda {arguments.lambda_:g}, all matrices "
         f"(plan {chosen['merged'].hash})",
         "task_arithmetic_plan": f"Task arithmetic, math_weight {arguments.math_weight:g} "

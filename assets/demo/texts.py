@@ -48,9 +48,25 @@ class Document(NamedTuple):
     ends: bool = True
 
 
+class TrainingItem(NamedTuple):
+    """A problem of the training split, named by its task and the seed it is drawn with."""
+
+    task: Task
+    seed: int
+
+    def problem(self) -> Problem:
+        """Make the problem."""
+        return make_problem(self.task, self.seed, "train", 0)
+
+
+def training_item(task: Task, rng: np.random.Generator) -> TrainingItem:
+    """Draw the seed of a fresh problem."""
+    return TrainingItem(task, int(rng.integers(2**31)))
+
+
 def train_problem(task: Task, rng: np.random.Generator) -> Problem:
     """Draw a fresh problem of the training split."""
-    return make_problem(task, int(rng.integers(2**31)), "train", 0)
+    return training_item(task, rng).problem()
 
 
 def base_document(rng: np.random.Generator) -> Document:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
 
+from draws import MLLM_STEPS, mllm_steps  # noqa: E402
 from models import (  # noqa: E402
     BOS,
     EOS,
@@ -44,7 +45,6 @@ from texts import (  # noqa: E402
     cells,
     math_document,
     reading_document,
-    train_problem,
 )
 from transformers import (  # noqa: E402
     LlamaForCausalLM,
@@ -53,12 +53,7 @@ from transformers import (  # noqa: E402
 )
 
 from ipmerge_core.analysis import analyse  # noqa: E402
-from ipmerge_core.evaluate.demo import (  # noqa: E402
-    MATH_TASKS,
-    PERCEPTION_TASKS,
-    TASKS,
-    Problem,
-)
+from ipmerge_core.evaluate import Problem  # noqa: E402
 from ipmerge_core.pairing import open_pair  # noqa: E402
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,11 +100,11 @@ def train_mllm(
     base: LlamaForCausalLM,
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
-    steps: tuple[int, int, int] = (1300, 240, 120),
+    counts: tuple[int, int, int] = MLLM_STEPS,
 ) -> LlavaForConditionalGeneration:
     """Teach the base to see: tower and projector first, then its own projections a little."""
     mllm = new_mllm(base, seed)
-    rng = np.random.default_rng([seed, 3])
+    steps = mllm_steps(seed, counts)
     eyes = [*mllm.model.vision_tower.parameters(), *mllm.model.multi_modal_projector.parameters()]
     mllm.requires_grad_(False)
     for parameter in eyes:
@@ -120,7 +115,7 @@ def train_mllm(
     scale = torch.pdist(names).square().mean()
 
     def naming_loss(_: int) -> Tensor:
-        seen = [train_problem(TASKS[rng.integers(len(TASKS))], rng) for _ in range(96)]
+        seen = next(steps).problems()
         held = torch.tensor([list(CELL_CHARACTERS).index(c) for p in seen for c in cells(p)])
         features = mllm.model.vision_tower(pixels(seen)).last_hidden_state[:, 1:]
         named = mllm.model.multi_modal_projector(features).flatten(0, 1)
@@ -129,19 +124,20 @@ def train_mllm(
         return off + nn.functional.cross_entropy(-8 * distances, held)
 
     def reading_loss(_: int) -> Tensor:
-        return mllm(**image_batch(drawings(48, rng), tokenizer), use_cache=False).loss
+        return mllm(**image_batch(next(steps).problems(), tokenizer), use_cache=False).loss
 
     def joint_loss(_: int) -> Tensor:
-        replay = text_batch([base_document(rng) for _ in range(10)], tokenizer)
-        seen = image_batch(drawings(38, rng), tokenizer)
+        step = next(steps)
+        replay = text_batch(step.replay, tokenizer)
+        seen = image_batch(step.problems(), tokenizer)
         return 0.8 * mllm(**seen, use_cache=False).loss + 0.2 * mllm(**replay, use_cache=False).loss
 
-    fit("cells", eyes, naming_loss, steps[0], learning_rate=2e-3)
-    fit("eyes", eyes, reading_loss, steps[1], learning_rate=1e-3)
+    fit("cells", eyes, naming_loss, counts[0], learning_rate=2e-3)
+    fit("eyes", eyes, reading_loss, counts[1], learning_rate=1e-3)
     tuned = projections(mllm.model.language_model)
     for parameter in tuned:
         parameter.requires_grad_(True)
-    fit("mllm", [*eyes, *tuned], joint_loss, steps[2], learning_rate=3e-4)
+    fit("mllm", [*eyes, *tuned], joint_loss, counts[2], learning_rate=3e-4)
     return mllm
 
 
@@ -216,12 +212,6 @@ def text_batch(
         if reply_only:
             labels[i, : len(prompt) + 1] = IGNORED
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
-
-
-def drawings(count: int, rng: np.random.Generator, math_share: float = 0.3) -> list[Problem]:
-    """Draw problems to read; the math ones are only ever answered by writing them down."""
-    kinds = (MATH_TASKS if share else PERCEPTION_TASKS for share in rng.random(count) < math_share)
-    return [train_problem(tasks[rng.integers(len(tasks))], rng) for tasks in kinds]
 
 
 def image_batch(seen: list[Problem], tokenizer: PreTrainedTokenizerFast) -> Batch:

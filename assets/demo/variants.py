@@ -1,8 +1,8 @@
 """The merges compared on the demo trio, in memory: one trio, many updates of its decoder.
 
 In: a folder with base, math and mllm. Out: replies of the MLLM with an update added. The updates
-come from the package's own methods at gain 1; only the two controls, which no user would want, are
-made here. Writes no model.
+come from the package's own methods at gain 1; only the controls, which no user would want, are made
+here. Writes no model.
 """
 
 from __future__ import annotations
@@ -84,17 +84,32 @@ class Trio:
         updates = {name: m.math - m.mllm for name, m in self.matrices.items()}
         return Variant("math LLM swapped in (control)", updates)
 
-    def permuted(self, seed: int) -> Variant:
-        """Return gamma_norm="max" with every gamma permuted over its directions (control)."""
+    def permuted(self, controlled: Variant, seed: int) -> Variant:
+        """Return gamma_norm="max" with gamma permuted over directions, sized as another merge.
+
+        A permuted gamma alone gives updates of other norms, and a smaller change can do less: each
+        matrix's update is scaled to the norm that it has in `controlled`.
+        """
         shuffle = torch.Generator().manual_seed(seed)
         updates = {}
-        for name, m in self.matrices.items():
+        for name, like in controlled.updates.items():
+            m = self.matrices[name]
             dM = task_vector(m.math, m.base)
             vision, expert = svd(task_vector(m.mllm, m.base)), svd(dM)
             gamma = importance(corresponding_angles(vision, expert), gamma_norm="max")
             gamma = gamma[torch.randperm(len(gamma), generator=shuffle)]
-            updates[name] = projected_update(dM, vision, gamma, nuclear_ratio(vision, expert))
+            update = projected_update(dM, vision, gamma, nuclear_ratio(vision, expert))
+            updates[name] = sized_as(like, update)
         return Variant(f"control: gamma permuted, draw {seed}", updates)
+
+    def random_direction(self, controlled: Variant, seed: int) -> Variant:
+        """Return Gaussian noise, each matrix scaled to the norm of its update in `controlled`."""
+        noise = torch.Generator().manual_seed(seed)
+        updates = {
+            name: sized_as(like, torch.randn(like.shape, generator=noise))
+            for name, like in controlled.updates.items()
+        }
+        return Variant(f"control: random direction, draw {seed}", updates)
 
     def similarities(self) -> dict[str, dict[str, float]]:
         """Return each matrix's similarities, by kind."""
@@ -116,6 +131,11 @@ class Trio:
     def relative_norm(self, variant: Variant, gain: float) -> float:
         """Return the size of the update over the size of the math task vector."""
         return gain * norm(variant.updates.values()) / self.math_norm
+
+
+def sized_as(like: Tensor, update: Tensor) -> Tensor:
+    """Return an update scaled to the Frobenius norm of another; zero stays zero."""
+    return update * (norm([like]) / (norm([update]) or 1.0))
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

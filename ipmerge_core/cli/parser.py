@@ -127,8 +127,8 @@ def _add_device(parser: argparse.ArgumentParser, *, fp64: bool = True) -> None:
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=("gram", "fisher"), required=True)
-    for role in ("mllm", "math"):
-        words = "a jsonl file, datasets:NAME, or demo"
+    for role, tasks in (("mllm", "all"), ("math", "math")):
+        words = f"a jsonl file, datasets:NAME, demo ({tasks} tasks), demo:perception or demo:math"
         parser.add_argument(f"--{role}-samples", default="demo", help=words)
     parser.add_argument("--limit", type=int, default=500, help="samples of each, at most")
     parser.add_argument("--estimator", choices=("sampled", "empirical"), default="sampled")

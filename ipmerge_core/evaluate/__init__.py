@@ -5,6 +5,7 @@ from ipmerge_core.evaluate.demo import (
     MATH_TASKS,
     PERCEPTION_TASKS,
     TASKS,
+    Drawing,
     Problem,
     problems,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "TASKS",
     "MATH_TASKS",
     "PERCEPTION_TASKS",
+    "Drawing",
     "Problem",
     "problems",
     "answer",

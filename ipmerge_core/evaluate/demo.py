@@ -3,14 +3,16 @@
 In: a task name, a count, a seed, a split. Out: frozen `Problem`s, whose image is drawn when asked
 for. Answers follow from the drawn values, so they are right by construction. The three splits use
 disjoint handwriting (scikit-learn's `load_digits`) and disjoint random streams; the test split has
-the last 497 digits. Every problem can also be put in words, for a model without eyes.
-Does not score answers (`scores`) and loads no model.
+the last 497 digits. Shapes and dots have no handwriting, so two streams can draw the same picture:
+drawings that a model was trained on are left out by naming them. Every problem can also be put in
+words, for a model without eyes. Does not score answers (`scores`) and loads no model.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
@@ -89,6 +91,9 @@ class Mark:
     tilt: int = 0  # degrees, for a digit
 
 
+Drawing: TypeAlias = tuple[Mark, ...]  # equal drawings are equal pixel by pixel
+
+
 @dataclass(frozen=True)
 class Problem:
     """A drawing, a question about it and the one right answer.
@@ -101,7 +106,7 @@ class Problem:
     question: str
     answer: str
     words: str
-    marks: tuple[Mark, ...]
+    marks: Drawing
     calculation: str = ""
     worked: str = ""
 
@@ -126,10 +131,25 @@ class Problem:
         return self.task in MATH_TASKS
 
 
-def problems(task: Task, n: int, seed: int = 0, split: Split = "test") -> list[Problem]:
+def problems(
+    task: Task,
+    n: int,
+    seed: int = 0,
+    split: Split = "test",
+    *,
+    without: Collection[Drawing] = frozenset(),
+) -> list[Problem]:
     """Make the first `n` problems of a task; problem i does not depend on `n`.
 
-    Raises: RunError for an unknown task or split, or a negative count.
+    Args:
+        task: One of `TASKS`.
+        n: How many.
+        seed: Of the random stream.
+        split: Whose handwriting and random stream.
+        without: Drawings to leave out; the next problems of the stream take their place.
+
+    Raises: RunError for an unknown task or split, a negative count, or when `without` leaves fewer
+        than `n` among the first 10 `n` + 100 problems.
 
     >>> problem = problems("mul", 1, seed=3)[0]
     >>> problem.question, problem.calculation, problem.answer
@@ -141,7 +161,15 @@ def problems(task: Task, n: int, seed: int = 0, split: Split = "test") -> list[P
         raise RunError(f"Unknown split '{split}'. Available: {', '.join(SPLITS)}.")
     if n < 0:
         raise RunError(f"Asked for {n} problems of '{task}'; the count must be 0 or more.")
-    return [make_problem(task, seed, split, index) for index in range(n)]
+    tried = 10 * n + 100
+    stream = (make_problem(task, seed, split, index) for index in range(tried))
+    found = list(itertools.islice((p for p in stream if p.marks not in without), n))
+    if len(found) < n:
+        raise RunError(
+            f"Only {len(found)} of the first {tried} problems of '{task}' show a drawing that is "
+            f"not left out; expected {n}. Ask for fewer, or leave out fewer drawings."
+        )
+    return found
 
 
 def make_problem(task: Task, seed: int, split: Split, index: int) -> Problem:
@@ -219,7 +247,7 @@ _MAKERS: dict[Task, Callable[[Task, str, np.random.Generator, range], Problem]] 
 # --- layout ----------------------------------------------------------------------------------
 
 
-def _row_of_marks(written: str, rng: np.random.Generator, glyphs: range) -> tuple[Mark, ...]:
+def _row_of_marks(written: str, rng: np.random.Generator, glyphs: range) -> Drawing:
     row = int(rng.integers(4))
     column = int(rng.integers(0, 5 - len(written)))
     return tuple(
@@ -229,7 +257,7 @@ def _row_of_marks(written: str, rng: np.random.Generator, glyphs: range) -> tupl
 
 def _labelled_rectangle(
     width: int, height: int, rng: np.random.Generator, glyphs: range
-) -> tuple[Mark, ...]:
+) -> Drawing:
     scale = (2 * CELL - 6) / max(width, height)
     half_x, half_y = (max(8, round(side * scale / 2)) for side in (width, height))
     middle = IMAGE_SIZE // 2
@@ -263,7 +291,7 @@ def _symbol_in_cell(
 # --- drawing ---------------------------------------------------------------------------------
 
 
-def draw(marks: tuple[Mark, ...]) -> Image.Image:
+def draw(marks: Drawing) -> Image.Image:
     """Draw the marks in dark ink on white paper."""
     page = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 255)
     pen = ImageDraw.Draw(page)

@@ -129,9 +129,9 @@ class Backend:
         """
         from ipmerge_core.calibration import iter_calibration_of
         from ipmerge_core.methods import find_method
-        from ipmerge_core.samples import DEMO, load_samples
+        from ipmerge_core.samples import is_demo, load_samples
 
-        if self.hosted and (seen, read) != (DEMO, DEMO):
+        if self.hosted and not (is_demo(seen) and is_demo(read)):
             raise RunError("Here the samples are the demo problems; on your own machine, any file.")
         for source, sees in ((seen, True), (read, False)):
             load_samples(source, limit, sees=sees)

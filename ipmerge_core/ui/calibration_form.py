@@ -30,7 +30,10 @@ WHAT = {
     "gram": "what every matrix reads",
     "fisher": "how much every answer depends on every weight",
 }
-SAMPLES_HINT = "demo, datasets:NAME, or a jsonl file with question, answer and image on each line"
+SAMPLES_HINT = (
+    "demo ({tasks} tasks), demo:perception, demo:math, datasets:NAME, or a jsonl file with "
+    "{columns} on each line"
+)
 
 
 class _Parts(NamedTuple):
@@ -180,13 +183,13 @@ def _layout(*, hosted: bool) -> _Parts:
         words: dict[str, Any] = {"value": "demo", "interactive": not hosted}
         seen = gr.Textbox(
             label="Samples for the vision model",
-            info=SAMPLES_HINT,
+            info=SAMPLES_HINT.format(tasks="all", columns="question, answer and image"),
             elem_id="samples-seen",
             **words,
         )
         read = gr.Textbox(
             label="Samples for the math model",
-            info=SAMPLES_HINT.replace(", answer and image", " and answer"),
+            info=SAMPLES_HINT.format(tasks="math", columns="question and answer"),
             elem_id="samples-told",
             **words,
         )

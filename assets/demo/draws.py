@@ -1,0 +1,133 @@
+"""What the MLLM is shown in training, and evaluation draws that show nothing of it.
+
+    python assets/demo/draws.py [--seed 0]
+
+In: the seed a trio is trained with. Out: the drawings of every training step (`train` trains on
+them), and problems whose drawings are not among them. Run as a script, it prints how many problems
+are left out of each evaluation draw because training showed the same drawing. Handwriting keeps the
+splits apart; shapes and dots have none, and a few of their drawings come up twice. Loads no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
+
+import numpy as np  # noqa: E402
+from texts import Document, TrainingItem, base_document, training_item  # noqa: E402
+
+from ipmerge_core.evaluate.demo import (  # noqa: E402
+    MATH_TASKS,
+    PERCEPTION_TASKS,
+    TASKS,
+    Drawing,
+    Problem,
+    Split,
+    Task,
+    problems,
+)
+
+MLLM_STEPS = (1300, 240, 120)  # naming cells, reading with new eyes, reading with all
+WITHOUT_HANDWRITING: tuple[Task, ...] = ("shape", "dots")
+_MATH_SHARE = 0.3  # of the drawings that are read
+
+Draw: TypeAlias = Literal["validation", "test", "recorded"]
+DRAWS: dict[Draw, tuple[Split, int]] = {
+    "validation": ("validation", 1),
+    "test": ("test", 2),
+    "recorded": ("test", 3),
+}
+PER_TASK: dict[Draw, int] = {"validation": 100, "test": 300, "recorded": 60}
+
+
+class Step(NamedTuple):
+    """What one step of the MLLM's training is about."""
+
+    shown: list[TrainingItem]
+    replay: list[Document]  # documents of the base, without a drawing
+
+    def problems(self) -> list[Problem]:
+        """Make the problems that are shown."""
+        return [item.problem() for item in self.shown]
+
+
+def mllm_steps(seed: int, counts: tuple[int, int, int] = MLLM_STEPS) -> Iterator[Step]:
+    """Yield what the MLLM is shown, step by step, in the three stages of its training."""
+    rng = np.random.default_rng([seed, 3])
+    for _ in range(counts[0]):
+        yield Step([training_item(_pick(TASKS, rng), rng) for _ in range(96)], [])
+    for _ in range(counts[1]):
+        yield Step(_to_read(48, rng), [])
+    for _ in range(counts[2]):
+        replay = [base_document(rng) for _ in range(10)]
+        yield Step(_to_read(38, rng), replay)
+
+
+@functools.cache
+def training_drawings(
+    seed: int = 0, counts: tuple[int, int, int] = MLLM_STEPS
+) -> frozenset[Drawing]:
+    """Collect the drawings without handwriting that training shows; the others cannot recur."""
+    return frozenset(
+        item.problem().marks
+        for step in mllm_steps(seed, counts)
+        for item in step.shown
+        if item.task in WITHOUT_HANDWRITING
+    )
+
+
+def evaluation_problems(
+    tasks: Sequence[Task], n: int, draw: Draw, training_seed: int = 0
+) -> list[Problem]:
+    """Return `n` problems of each task, of a draw, none of them with a drawing of training."""
+    split, seed = DRAWS[draw]
+    seen = training_drawings(training_seed)
+    return [p for task in tasks for p in problems(task, n, seed, split, without=seen)]
+
+
+def recurring(task: Task, n: int, draw: Draw, training_seed: int = 0) -> int:
+    """Count the problems among the first `n` of a draw that are left out of it."""
+    split, seed = DRAWS[draw]
+    seen = training_drawings(training_seed)
+    return sum(problem.marks in seen for problem in problems(task, n, seed, split))
+
+
+def _to_read(count: int, rng: np.random.Generator) -> list[TrainingItem]:
+    """Draw problems to read; the math ones are only ever answered by writing them down."""
+    is_math = rng.random(count) < _MATH_SHARE
+    return [
+        training_item(_pick(MATH_TASKS if math else PERCEPTION_TASKS, rng), rng) for math in is_math
+    ]
+
+
+def _pick(tasks: Sequence[Task], rng: np.random.Generator) -> Task:
+    return tasks[int(rng.integers(len(tasks)))]
+
+
+def main() -> None:
+    """Print how many problems of each draw show a drawing of training."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="the seed the trio is trained with")
+    seed = parser.parse_args().seed
+    shown = sum(len(step.shown) for step in mllm_steps(seed))
+    print(
+        f"Training shows the MLLM {shown} drawings, among them {len(training_drawings(seed))} "
+        f"different ones without handwriting.\nProblems left out of each evaluation draw because "
+        f"training showed the same drawing:\n"
+    )
+    print("| draw | " + " | ".join(TASKS) + " |")
+    print("|---" * (len(TASKS) + 1) + "|")
+    for draw, n in PER_TASK.items():
+        counts = " | ".join(f"{recurring(task, n, draw, seed)}" for task in TASKS)
+        print(f"| {draw}, the first {n} of each task | {counts} |")
+
+
+if __name__ == "__main__":
+    main()
