@@ -25,7 +25,6 @@ from ipmerge_core.ui import messages, packs
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.choice import analysis_of, describe_choice, plan_of
 from ipmerge_core.ui.download import finished_folder, zip_pieces
-from ipmerge_core.ui.latex import show_math
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merge_tab import readiness, watched
 from ipmerge_core.ui.merge_words import findings_html, progress_html, result_html
@@ -328,48 +327,6 @@ def test_the_turnstile_stops_what_the_same_visitor_asked_before():
 # --- words -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("$x$", r"\(x\)"),
-        ("$5 and $6", "$5 and $6"),
-        ("$5-$6", "$5-$6"),
-        (r"\$x\$", r"\$x\$"),
-        ("`$x$` and ```\n$y$\n```", "`$x$` and ```\n$y$\n```"),
-        (r"\boxed{\frac{1}{2}}", r"\(\boxed{\frac{1}{2}}\)"),
-        (r"\(\boxed{3}\)", r"\(\boxed{3}\)"),
-        (r"\boxed{3", r"\boxed{3"),
-        ("2*3*4", r"2\*3\*4"),
-        ("**bold** 2 * 3", "**bold** 2 * 3"),
-        ("a < b", "a &lt; b"),
-        (r"\(a < b\)", r"\(a < b\)"),
-        ("![x](y)", "! [x](y)"),
-        (r"open \( stays", "open &#92;( stays"),
-        ("", ""),
-    ],
-)
-def test_finished_answers_are_fit_for_the_chat(text, shown):
-    assert show_math(text) == shown
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        (r"so \[ a +", "so "),
-        ("so $$ a", "so "),
-        (r"so \begin{align} a", "so "),
-        (r"so \boxed{1", "so "),
-        (r"so $x", "so "),
-        ("pay $5", "pay $5"),
-        (r"done \(a\) and \(b", r"done \(a\) and "),
-        ("half a comma\\", "half a comma"),
-        ("`code $x", "`code "),
-    ],
-)
-def test_growing_answers_hold_back_what_is_not_closed(text, shown):
-    assert show_math(text, finished=False) == shown
-
-
 def test_a_view_says_what_both_sides_do():
     turn = Turn("How many?", None, "S_α 0.1, λ 1")
     assert view([turn]).status == "Base is getting ready. Merged is getting ready."
@@ -381,16 +338,16 @@ def test_a_view_says_what_both_sides_do():
     assert "✓ right" in shown.verdict_merged
     failed = Turn("How many?", None, "p", both[0], Side("Merged", "failed", "", "No <room>."))
     assert view([failed]).status == "Base finished. Merged failed."
-    assert "**No answer.** No &lt;room>." in view([failed]).chat_merged[-1]["content"]
+    shown = view([failed]).chat_merged[-1]["content"]["text"]
+    assert "<strong>No answer.</strong> No &lt;room&gt;." in shown
     assert view([]).chat_base == []
 
 
 def test_a_changed_plan_is_marked_in_the_merged_chat_only():
     turns = [Turn("a", None, "first"), Turn("b", None, "second")]
     shown = view(turns)
-    assert [m["content"] for m in shown.chat_merged if m["role"] == "assistant"][1] == (
-        "*Plan changed: second*"
-    )
+    said = [m["content"]["text"] for m in shown.chat_merged if m["role"] == "assistant"]
+    assert said[1] == '<p class="note">Plan changed: second</p>'
     assert len(shown.chat_merged) == len(shown.chat_base) + 1
 
 

@@ -17,7 +17,7 @@ from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.ui.backend import Backend, Progress
 from ipmerge_core.ui.choice import plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import sentence_of
+from ipmerge_core.ui.messages import public_text, sentence_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -148,5 +148,5 @@ def _fill(
     except IPMergeError as error:
         side.note, side.state = sentence_of(error), "failed"
     except Exception as error:  # noqa: BLE001 (a bug on one side must not take the other along)
-        side.note = f"Unexpected {type(error).__name__}: {error}"
+        side.note = public_text(f"Unexpected {type(error).__name__}: {error}")
         side.state = "failed"

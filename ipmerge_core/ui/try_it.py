@@ -18,6 +18,7 @@ import gradio as gr
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference import Settings, open_image
+from ipmerge_core.prompts import check_question
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.choice import describe_choice
 from ipmerge_core.ui.latex import DELIMITERS
@@ -219,22 +220,24 @@ def _answers(first: View) -> list[Any]:
         status = gr.HTML(first.status, elem_id="answers-status")
     with gr.Row(elem_id="chats"):
         with gr.Column(min_width=300):
-            base = _chat("Base: the model as it is", "chat-base", first.chat_base)
+            base = lay_out_chat("Base: the model as it is", "chat-base", first.chat_base)
             verdict_base = gr.HTML(first.verdict_base, elem_id="verdict-base", elem_classes="chips")
         with gr.Column(min_width=300):
-            merged = _chat("Merged: with your plan", "chat-merged", first.chat_merged)
+            merged = lay_out_chat("Merged: with your plan", "chat-merged", first.chat_merged)
             verdict_merged = gr.HTML(
                 first.verdict_merged, elem_id="verdict-merged", elem_classes="chips"
             )
     return [base, merged, verdict_base, verdict_merged, status, source]
 
 
-def _chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
+def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
+    """Lay out a chat whose messages are HTML made by `written`: it must not render Markdown."""
     return gr.Chatbot(
         value,
         label=label,
         elem_id=elem_id,
         height=420,
+        render_markdown=False,
         latex_delimiters=DELIMITERS,
         sanitize_html=True,
         allow_tags=False,
@@ -280,12 +283,12 @@ def _visitor(request: gr.Request) -> str:
 
 def _read_prompt(typed: dict[str, Any]) -> tuple[str, str | None]:
     """Take question and newest picture from the prompt. Raises: RunError with what is missing."""
-    question, files = (typed.get("text") or "").strip(), typed.get("files") or []
+    question, files = typed.get("text") or "", typed.get("files") or []
     if not question and not files:
         raise RunError("There is nothing to ask yet. Type a question; a picture may go with it.")
     if not question:
         raise RunError("A picture came without a question. Type what you want to know about it.")
-    return question, str(files[-1]) if files else None
+    return check_question(question), str(files[-1]) if files else None
 
 
 def _prompt_value(turn: Turn) -> dict[str, Any]:

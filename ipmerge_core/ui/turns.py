@@ -1,20 +1,19 @@
 """One question with its two answers, and how a list of them is shown in two chats.
 
-In: plain values in gr.State. Out: messages, chips and sentences for the components of the Try it
-tab. Pure: no components here and no models.
+In: plain values in gr.State. Out: messages (HTML), chips and sentences for the components of the
+Try it tab. Pure: no components here and no models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ipmerge_core.ui.latex import show_math
 from ipmerge_core.ui.recorded import Example, Reference, differ, is_right
 from ipmerge_core.ui.sides import Side
+from ipmerge_core.ui.written import as_html, show_text
 
 Message = dict[str, Any]
 
@@ -81,26 +80,38 @@ def _messages(turns: Sequence[Turn], name: Literal["base", "merged"]) -> list[Me
     plan = turns[0].plan
     for turn in turns:
         if name == "merged" and turn.plan != plan:
-            messages.append({"role": "assistant", "content": f"*Plan changed: {turn.plan}*"})
+            messages.append(
+                {"role": "assistant", "content": _html(_note(f"Plan changed: {turn.plan}"))}
+            )
             plan = turn.plan
-        content: list[Any] = [show_math(turn.question)]
+        content: list[Any] = [_html(show_text(turn.question))]
         if turn.image and Path(turn.image).is_file():
             content.insert(0, {"path": turn.image, "alt_text": "The picture asked about"})
         messages.append({"role": "user", "content": content})
         side = turn.base if name == "base" else turn.merged
-        messages.append({"role": "assistant", "content": _answer(side)})
+        messages.append({"role": "assistant", "content": _html(_answer(side))})
     return messages
 
 
+def _html(html: str) -> dict[str, str]:
+    """Return a part of a message; of a bare string Gradio would change tabs and indents."""
+    return {"type": "text", "text": html}
+
+
 def _answer(side: Side) -> str:
-    text = show_math(side.text, finished=side.is_over)
+    text = show_text(side.text, finished=side.is_over) if side.text.strip() else ""
     if side.state == "failed":
-        return f"{text}\n\n**No answer.** {show_math(side.note)}".strip()
+        return f"{text}<p><strong>No answer.</strong> {as_html(side.note)}</p>"
     if side.state == "stopped":
-        return f"{text} *(stopped)*".strip()
+        return f"{text}{_note('(stopped)')}"
     if not text:
-        return "*(an empty answer)*" if side.is_over else f"*{side.note or 'waiting'} …*"
+        return _note("(an empty answer)" if side.is_over else f"{side.note or 'waiting'} …")
     return text
+
+
+def _note(words: str) -> str:
+    """Words of the app's own among the messages."""
+    return f'<p class="note">{as_html(words)}</p>'
 
 
 def _verdict(turn: Turn, side: Side) -> str:
@@ -110,7 +121,7 @@ def _verdict(turn: Turn, side: Side) -> str:
         right = is_right(turn.reference, side.text)
         sign, word, kind = ("✓", "right", "right") if right else ("✕", "wrong", "wrong")
         parts.append(f'<span class="chip {kind}">{sign} {word}</span>')
-        parts.append(f"<span>expected {escape(turn.reference.answer)}</span>")
+        parts.append(f"<span>expected {as_html(turn.reference.answer)}</span>")
     if side.seconds:
         parts.append(f"<span>{side.seconds:.1f} s</span>")
     return "".join(parts)
@@ -143,7 +154,7 @@ def _compare(turn: Turn) -> str:
 def _source(turn: Turn) -> str:
     if turn.recorded:
         return (
-            f'<span class="chip recorded">Recorded {escape(turn.recorded)}</span> '
-            f"<span>{escape(turn.plan)}. Nothing was run just now; Send asks both models.</span>"
+            f'<span class="chip recorded">Recorded {as_html(turn.recorded)}</span> '
+            f"<span>{as_html(turn.plan)}. Nothing was run just now; Send asks both models.</span>"
         )
-    return f'<span class="chip live">Live</span> <span>Merged with {escape(turn.plan)}.</span>'
+    return f'<span class="chip live">Live</span> <span>Merged with {as_html(turn.plan)}.</span>'
