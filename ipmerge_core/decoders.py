@@ -26,7 +26,8 @@ MOE = "mixture of experts: experts and router are kept, attention merges"
 CROSS_ATTENTION = "cross-attention layer: the text model has none"
 BUFFER = "buffer: computed, not learned"
 
-_LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+# Names are a stranger's: a match ends at the first layer number, and no number is too long to read.
+_LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
 _MOE = re.compile(
     r"(mlp\.(experts|gate|router|shared_experts?|shared_expert_gate)\.|block_sparse_moe\.).+"
 )

@@ -59,7 +59,7 @@ class UnknownMethodError(PlanError):
     """
 
     def __init__(self, name: str, available: Iterable[str]) -> None:
-        names = sorted(available)
+        names, name = sorted(available), name[:80]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         super().__init__(f"Unknown merge method '{name}'.{hint} Available: {', '.join(names)}.")
