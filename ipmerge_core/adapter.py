@@ -192,7 +192,7 @@ def module_name(tensor: str, mllm: Checkpoint) -> str:
     multimodal model lies under `model.language_model` (or, in Idefics, `model.text_model`).
     """
     name = tensor.removesuffix(".weight")
-    found = re.fullmatch(r"(?P<prefix>.*?)(?P<rest>layers\.\d+\..*)", name)
+    found = re.fullmatch(r"(?P<prefix>.*?)(?P<rest>layers\.[0-9]{1,6}\..*)", name, re.DOTALL)
     if found is None or "text_model." in found["prefix"]:
         return name
     if "language_model." in found["prefix"] or "vision_config" in mllm.config:

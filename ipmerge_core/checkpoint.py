@@ -45,7 +45,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
-_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
+_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
 _HEADER_LIMIT = 100 * 2**20  # the safetensors library's own limit
 
 

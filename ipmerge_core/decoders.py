@@ -28,7 +28,8 @@ BUFFER = "buffer: computed, not learned"
 NORMS, BIASES, EMBEDDINGS, HEAD = "norms", "biases", "embeddings", "output head"
 MIXTURE = "experts of the mixture"
 
-_LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+# Names are a stranger's: a match ends at the first layer number, and no number is too long to read.
+_LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
 _MOE = re.compile(
     r"(mlp\.(experts|gate|router|shared_experts?|shared_expert_gate)\.|block_sparse_moe\.).+"
 )

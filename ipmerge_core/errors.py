@@ -20,7 +20,8 @@ Imports nobody.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class IPMergeError(Exception):
@@ -59,7 +60,7 @@ class UnknownMethodError(PlanError):
     """
 
     def __init__(self, name: str, available: Iterable[str]) -> None:
-        names = sorted(available)
+        names, name = sorted(available), name[:80]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         super().__init__(f"Unknown merge method '{name}'.{hint} Available: {', '.join(names)}.")
@@ -89,3 +90,33 @@ class FolderInUseError(RunError):
 
 class ModelLoadError(IPMergeError):
     """Transformers could not load or run a model."""
+
+
+@contextmanager
+def explained(explain: Callable[[Exception], IPMergeError]) -> Iterator[None]:
+    """Turn whatever goes wrong inside into an error of this package; its own errors pass.
+
+    For calls that let another library read a stranger's files, such as a tokenizer or a chat
+    template: what these raise is no closed list, and none of it is a fault of this program.
+
+    >>> with explained(lambda error: RunError(f"No answer ({error}).")):
+    ...     raise ZeroDivisionError("by zero")
+    Traceback (most recent call last):
+    ipmerge_core.errors.RunError: No answer (by zero).
+    """
+    try:
+        yield
+    except IPMergeError:
+        raise
+    except Exception as error:
+        raise explain(error) from error
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return what another library's error says first, short enough for a sentence.
+
+    >>> first_line(ValueError("no such token\nin line 3"))
+    'ValueError: no such token'
+    """
+    said = str(error).strip()[:200].split("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -11,14 +11,16 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ipmerge_core.errors import ModelLoadError, RunError
+from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
+from ipmerge_core.prompts import ChatFormat, Message, chat_template, check_question, render_chat
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
     from ipmerge_core.checkpoint import Checkpoint
 
-LONGEST_PROMPT = 4000  # characters
 MOST_NEW_TOKENS = 2048
 MOST_PIXELS = 20_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -70,6 +71,13 @@ class LoadedModel:
     def tokenizer(self) -> Any:  # noqa: ANN401 (transformers shares no type that mypy can see)
         """The tokenizer, inside the processor or by itself."""
         return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """What decides how its prompts look."""
+        return ChatFormat(
+            self.folder.name, self.processor, self.tokenizer, self.model.config, self.sees
+        )
 
 
 class ModelCache:
@@ -167,16 +175,18 @@ def stream_answer(
     closed = threading.Event()
     stops = [closed, *([cancelled] if cancelled else [])]
     streamer = _new_streamer(loaded)
-    with ThreadPoolExecutor(1) as threads:
+
+    def stopped(error: Exception) -> ModelLoadError:
+        return ModelLoadError(
+            f"'{loaded.folder.name}' stopped while answering ({first_line(error)}). "
+            f"A shorter question or smaller image may help."
+        )
+
+    with ThreadPoolExecutor(1) as threads, explained(stopped):
         try:
             run = threads.submit(_generate, loaded, inputs, settings, streamer, stops)
             yield from _pieces(streamer, run)
             run.result()
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ModelLoadError(
-                f"'{loaded.folder.name}' stopped while answering "
-                f"({type(error).__name__}: {error}). A shorter question or smaller image may help."
-            ) from error
         finally:
             closed.set()
 
@@ -232,34 +242,39 @@ def open_image(file: str | Path | BinaryIO) -> Image:
         ) from error
 
 
-def encode_prompt(loaded: LoadedModel, question: str, image: Image | None) -> Any:  # noqa: ANN401
+def encode_prompt(
+    loaded: LoadedModel, question: str, image: Image | None, before: Sequence[Message] = ()
+) -> Any:  # noqa: ANN401
     """Put the question into the model's own chat format and turn it into tensors.
+
+    Args:
+        loaded: the model that is asked.
+        question: what is asked.
+        image: the image that goes with it, if any.
+        before: what precedes the question: a system prompt, earlier questions and answers.
 
     Raises:
         RunError: the question is empty or too long.
-        ModelLoadError: an image for a model that takes none.
+        ModelLoadError: an image for a model that takes none, or the model's chat template or
+            processor cannot be used.
     """
-    question = question.strip()
-    if not question:
-        raise RunError("There is no question. Type one; an image alone is not enough.")
-    if len(question) > LONGEST_PROMPT:
-        raise RunError(
-            f"The question has {len(question)} characters; at most {LONGEST_PROMPT} are taken."
-        )
-    if image is not None and not loaded.sees:
+    messages = [*before, Message("user", check_question(question), image)]
+    images = [message.image.convert("RGB") for message in messages if message.image is not None]
+    if images and not loaded.sees:
         raise ModelLoadError(
             f"'{loaded.folder.name}' is a text model and takes no image. Ask it in words, or "
             f"choose a vision-language model."
         )
-    text = _prompt_text(loaded, question, with_image=image is not None)
-    if loaded.sees:
-        images = {} if image is None else {"images": [image.convert("RGB")]}
-        return loaded.processor(text=[text], return_tensors="pt", **images)
-    # A chat template writes the special tokens itself; without one the tokenizer has to.
-    special = loaded.tokenizer.chat_template is None
-    tokens = loaded.tokenizer([text], return_tensors="pt", add_special_tokens=special)
-    tokens.pop("token_type_ids", None)
-    return tokens
+    text = render_chat(loaded.chat_format, messages)
+
+    def refused(error: Exception) -> ModelLoadError:
+        return ModelLoadError(
+            f"The processor of '{loaded.folder.name}' cannot encode the question "
+            f"({first_line(error)}). Are its processor and tokenizer files those of this model?"
+        )
+
+    with explained(refused):
+        return _encode(loaded, text, images)
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -292,17 +307,15 @@ def _load_processor(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
     from transformers import AutoProcessor, AutoTokenizer
 
     kind = AutoProcessor if sees else AutoTokenizer
-    try:
+    with explained(partial(_explain, checkpoint, "processor" if sees else "tokenizer")):
         return kind.from_pretrained(checkpoint.id, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise _explain(checkpoint, "processor" if sees else "tokenizer", error) from error
 
 
 def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    try:
+    with explained(partial(_explain, checkpoint, "model")):
         model, notes = kind.from_pretrained(
             checkpoint.id,
             dtype="auto",
@@ -312,8 +325,6 @@ def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
-        raise _explain(checkpoint, "model", error) from error
     for what, sentence in (
         ("missing_keys", "has no weight for"),
         ("unexpected_keys", "has a weight that its architecture does not use:"),
@@ -335,7 +346,6 @@ def _weight_name(note: str | tuple[object, ...]) -> str:
 
 
 def _explain(checkpoint: Checkpoint, what: str, error: Exception) -> ModelLoadError:
-    first = str(error).strip().split("\n")[0][:200]
     if "torchvision" in str(error):
         remedy = "Install torchvision, which this model's image processor needs."
     elif isinstance(error, ImportError):
@@ -343,31 +353,30 @@ def _explain(checkpoint: Checkpoint, what: str, error: Exception) -> ModelLoadEr
     else:
         remedy = "Is the folder complete, and does this version of transformers know the model?"
     return ModelLoadError(
-        f"Cannot load the {what} of '{checkpoint.id}' ({type(error).__name__}: {first}). {remedy}"
+        f"Cannot load the {what} of '{checkpoint.id}' ({first_line(error)}). {remedy}"
     )
 
 
 # --- prompting and generating ------------------------------------------------------------------
 
 
-def _prompt_text(loaded: LoadedModel, question: str, *, with_image: bool) -> str:
-    template = getattr(loaded.processor, "chat_template", None) or loaded.tokenizer.chat_template
-    if template:
-        content: Any = [{"type": "text", "text": question}]
-        if with_image:
-            content.insert(0, {"type": "image"})
-        elif not loaded.sees:
-            content = question  # templates of text models expect plain strings
-        text: str = loaded.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        begin = loaded.tokenizer.bos_token
-        # Processors add the first token again, and a model that sees it twice answers worse.
-        if loaded.sees and begin and text.startswith(begin) and _adds_bos(loaded.tokenizer):
-            text = text.removeprefix(begin)
-        return text
-    token = getattr(loaded.processor, "image_token", "<image>") if with_image else ""
-    return f"USER: {token}\n{question} ASSISTANT:" if token else f"USER: {question} ASSISTANT:"
+def _encode(loaded: LoadedModel, text: str, images: list[Image]) -> Any:  # noqa: ANN401
+    if loaded.sees:
+        more = {"images": images} if images else {}
+        return loaded.processor(text=[_without_begin(loaded, text)], return_tensors="pt", **more)
+    # A chat template writes the special tokens itself; without one the tokenizer has to.
+    special = chat_template(loaded.chat_format) is None
+    tokens = loaded.tokenizer([text], return_tensors="pt", add_special_tokens=special)
+    tokens.pop("token_type_ids", None)
+    return tokens
+
+
+def _without_begin(loaded: LoadedModel, text: str) -> str:
+    """Drop the first token of a template's text where the processor adds it once more."""
+    begin = loaded.tokenizer.bos_token
+    if begin and text.startswith(begin) and _adds_bos(loaded.tokenizer):
+        return text.removeprefix(begin)
+    return text
 
 
 def _adds_bos(tokenizer: Any) -> bool:  # noqa: ANN401

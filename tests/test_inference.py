@@ -180,7 +180,7 @@ def test_no_question_gets_a_sentence(mllm, question):
 
 
 def test_a_question_that_is_too_long_is_refused_with_its_length(mllm):
-    with pytest.raises(RunError, match="4001 characters; at most 4000"):
+    with pytest.raises(RunError, match="4001 characters; at most 4000 are taken"):
         answer(mllm, "a" * 4001)
 
 

@@ -228,6 +228,6 @@ def layer_swap(
             "Layer swap reads a matrix' layer from its name and got none; pass tensor_name, such "
             "as 'model.layers.7.mlp.up_proj.weight'."
         )
-    found = re.search(r"\blayers\.(\d+)\.", tensor_name)
+    found = re.search(r"\blayers\.([0-9]{1,6})\.", tensor_name)
     kept = found is None or int(found[1]) <= last_kept_layer
     return linear(base, mllm, math, alpha=1.0 if kept else alpha)

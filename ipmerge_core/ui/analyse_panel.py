@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +34,7 @@ from ipmerge_core.ui.trio import (
     start_analysis,
 )
 from ipmerge_core.ui.watching import Remembered, RunView, Watched, find_run, steer
+from ipmerge_core.ui.written import as_html
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -266,7 +266,7 @@ def _checks(backend: Backend, *typed: Any) -> Iterator[str | Checked]:  # noqa: 
 
 
 def _words(text: str) -> str:
-    return f'<p class="waiting">{escape(text)}</p>'
+    return f'<p class="waiting">{as_html(text)}</p>'
 
 
 # --- layout ----------------------------------------------------------------------------------

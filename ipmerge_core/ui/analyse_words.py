@@ -7,7 +7,6 @@ escaped. Pure, and without torch; the panel decides when to show them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ipmerge_core.ui.merge_words import estimate_words, size_words
 from ipmerge_core.ui.messages import public_text
 from ipmerge_core.ui.packs import depth_words, packs_folder
 from ipmerge_core.ui.trio import Checked
+from ipmerge_core.ui.written import as_html
 
 DAY = 10  # letters of a date and time that are the day
 
@@ -29,9 +29,9 @@ def known_label(pair: KnownPair) -> str:
 
 def known_html(pair: KnownPair) -> str:
     """Say what is known of a pair: skill, source, notes, and the licence of every model."""
-    rows = {"Skill": escape(pair.skill), "Source": escape(pair.source)}
+    rows = {"Skill": as_html(pair.skill), "Source": as_html(pair.source)}
     if pair.note:
-        rows["Note"] = escape(pair.note)
+        rows["Note"] = as_html(pair.note)
     own = [pair.base_mllm] if pair.base_mllm else []
     licences = [_licence(name) for name in (pair.mllm, *pair.math, pair.base, *own)]
     return _facts({**rows, "Licences": "<br>".join(licences)})
@@ -44,7 +44,7 @@ def _licence(name: str) -> str:
     else:
         words = f"{model.licence} ({model.sources['licence']})"
     note = f"; {model.note}" if model is not None and model.note else ""
-    return f"<code>{escape(name)}</code> {escape(words + note)}"
+    return f"<code>{as_html(name)}</code> {as_html(words + note)}"
 
 
 def needs_html(checked: Checked, *, hosted: bool) -> str:
@@ -60,7 +60,7 @@ def needs_html(checked: Checked, *, hosted: bool) -> str:
         )
     depth = depth_words({"quick": trio.quick, "rank": trio.rank}).strip(" ()") or "exact"
     experts = f" for each of {len(trio.math)} math models" if len(trio.math) > 1 else ""
-    where = "" if hosted else f" in <code>{escape(str(packs_folder()))}</code>"
+    where = "" if hosted else f" in <code>{as_html(str(packs_folder()))}</code>"
     return _facts(
         {
             "Compares": f"{need.n_matrices} matrices{experts}, {depth}",
@@ -77,7 +77,7 @@ def needs_html(checked: Checked, *, hosted: bool) -> str:
 def pair_html(pack: Mapping[str, Any]) -> str:
     """Say in a line when and how a pair was analysed, and below it, folded away, of what."""
     sources, growing = pack["sources"], pack.get("growing")
-    day, engine = escape(str(pack["created"])[:DAY]), escape(str(pack["engine"]))
+    day, engine = as_html(str(pack["created"])[:DAY]), as_html(str(pack["engine"]))
     verb = "Analysis begun" if growing else "Analysed"
     matrices = len({record["name"] for record in pack["records"]})
     own = sources.get("base_mllm")
@@ -87,7 +87,7 @@ def pair_html(pack: Mapping[str, Any]) -> str:
         "Base": _source(sources["base"]),
         **({"Base of the vision-language model": _source(own)} if own else {}),
         "Matrices": f"{matrices} of {growing['total']} so far" if growing else str(matrices),
-        "Depth": escape(depth_words(pack["parameters"]).strip(" ()") or "exact"),
+        "Depth": as_html(depth_words(pack["parameters"]).strip(" ()") or "exact"),
     }
     return (
         f'<details class="pair-details"><summary>{verb} {day} with IPMerge {engine}</summary>'
@@ -96,10 +96,10 @@ def pair_html(pack: Mapping[str, Any]) -> str:
 
 
 def _source(source: Mapping[str, Any]) -> str:
-    name = escape(public_text(str(source["id"])))
+    name = as_html(public_text(str(source["id"])))
     if source.get("revision"):
-        return f"<code>{name}</code> at commit <code>{escape(str(source['revision']))}</code>"
-    return f"<code>{name}</code>, weights <code>{escape(str(source['fingerprint'])[:16])}</code>"
+        return f"<code>{name}</code> at commit <code>{as_html(str(source['revision']))}</code>"
+    return f"<code>{name}</code>, weights <code>{as_html(str(source['fingerprint'])[:16])}</code>"
 
 
 def _facts(rows: Mapping[str, str]) -> str:

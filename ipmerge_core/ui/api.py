@@ -23,7 +23,7 @@ from ipmerge_core.ui.choice import plan_of
 from ipmerge_core.ui.layer_map import PlanChoice, read_commit
 from ipmerge_core.ui.merge_tab import check_digest, readiness
 from ipmerge_core.ui.merges import find_merge
-from ipmerge_core.ui.messages import told
+from ipmerge_core.ui.messages import public_text, told
 from ipmerge_core.ui.packs import list_packs, load_pack
 from ipmerge_core.ui.sides import BASE, PLAN, Question, Side, answer_both
 from ipmerge_core.ui.trio import Trio, start_analysis
@@ -37,7 +37,7 @@ def add_endpoints(backend: Backend) -> None:
     for make in (_packs, _plans, _runs, _answers):
         for endpoint in make(backend):
             api(
-                told(endpoint),
+                told(endpoint, in_page=False),
                 api_name=endpoint.__name__,
                 concurrency_id="models" if endpoint.__name__ == "answer_pair" else None,
                 concurrency_limit=1 if endpoint.__name__ == "answer_pair" else "default",
@@ -223,6 +223,7 @@ def _several(names: object) -> tuple[str, ...]:
 def _told_status(backend: Backend, status: JobStatus) -> Json:
     values = asdict(status)
     arguments = {} if backend.hosted else dict(status.arguments)
+    values |= {"error": status.error and public_text(status.error)}
     return {**values, "arguments": arguments, "can_resume": status.can_resume}
 
 

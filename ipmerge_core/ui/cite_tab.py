@@ -13,9 +13,10 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.choice import describe_choice, plan_of
 from ipmerge_core.ui.explore import after_commits
 from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.messages import QUIET, as_markdown, sentence_of, told
+from ipmerge_core.ui.messages import QUIET, sentence_of, told
 from ipmerge_core.ui.packs import EVERYTHING, find_growing, load_pack
 from ipmerge_core.ui.snippets import Snippets, page_address, snippets_of
+from ipmerge_core.ui.written import as_markdown
 
 LABELS = {
     "json": "Plan as JSON",

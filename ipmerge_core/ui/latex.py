@@ -1,98 +1,240 @@
-"""What a model writes, made fit for the chat: formulas render, money and code stay as they are.
+r"""Where the formulas and code spans of a text are, and which delimiters the chat renders.
 
-In: a model's answer, finished or still growing. Out: Markdown in which every formula stands between
-delimiters that the chat is set to. The raw text is kept elsewhere; this is for the eye only.
+In: text that a model or a person wrote. Out: `Atom`s, the stretches of it that are set as a formula
+or as code; everything between them is prose. One pass over the text and a bounded look at each
+candidate: the time is linear in the length. What is not surely a formula is none.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-ENVIRONMENTS = ("align", "align*", "equation", "equation*", "cases", "aligned", "gather")
-
-
-def _delimiter(left: str, right: str, *, display: bool) -> dict[str, str | bool]:
-    return {"left": left, "right": right, "display": display}
-
-
-DELIMITERS = [
-    _delimiter("$$", "$$", display=True),
-    _delimiter(r"\[", r"\]", display=True),
-    _delimiter(r"\(", r"\)", display=False),
-    *(_delimiter(rf"\begin{{{e}}}", rf"\end{{{e}}}", display=True) for e in ENVIRONMENTS),
+# The chat renders these two; every other notation is rewritten to one of them.
+INLINE, DISPLAY = (r"\(", r"\)"), (r"\[", r"\]")
+DELIMITERS: list[dict[str, str | bool]] = [
+    {"left": INLINE[0], "right": INLINE[1], "display": False},
+    {"left": DISPLAY[0], "right": DISPLAY[1], "display": True},
 ]
+LONGEST_FORMULA = 4000  # characters; anything longer is shown as it is written
+_LINES = ("align", "align*", "equation", "equation*", "gather", "gather*")
+_BLOCKS = ("aligned", "gathered", "cases", "array", "matrix", "pmatrix", "bmatrix", "Bmatrix",
+           "vmatrix", "Vmatrix", "smallmatrix")  # fmt: skip
+_KNOWN = frozenset((*_LINES, *_BLOCKS))
 
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
-_FORMULA = re.compile(
-    r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\\begin\{([a-z]+\*?)\}.+?\\end\{\1\}", re.DOTALL
+_TOKEN = re.compile(
+    r"\\(?:[\\`$*{}]|[()\[\]]|begin\{[A-Za-z]{1,12}\*?\}|end\{[A-Za-z]{1,12}\*?\}|boxed\{)"
+    r"|`+|\$+|[{}]|\n[ \t]*\n"
 )
-_OPENING = re.compile(r"\$\$|\\\[|\\\(|\\begin\{|\\boxed\{|\\[A-Za-z]*\Z")
-# A dollar pair is a formula only if it hugs its content and no digit follows: "$5 and $6" is money.
-_DOLLARS = re.compile(r"(?<![\\$\w])\$(?![\s$])([^$\n]*?)(?<![\s\\])\$(?![\d$])")
-_HALF_DOLLARS = re.compile(r"(?<![\\$\w])\$[A-Za-z\\({][^$\n]{0,80}\Z")
-_ALONE = re.compile(r"\\([()\[\]])")
-_STAR = re.compile(r"(?<=[\w)])\*(?=[\w(])")
+_OPENING = {r"\(": r"\)", r"\[": r"\]", "$": "$", "$$": "$$"}
+_DELIMITING = {r"\(", r"\)", r"\[", r"\]"}
+_TWO_WORDS = re.compile(r"(?<![A-Za-z])[A-Za-z]{2,} +[A-Za-z]{2,}")
+_SURELY_MATH = re.compile(r"[\\^_={}<>]")
+_MAYBE_MATH = re.compile(r"[\\^_={}<>+*/-]")
+_HALF_DOLLARS = 80  # characters of a growing text after a dollar that may still become a formula
+_LONGEST_COMMAND = 30
 
 
-def show_math(text: str, *, finished: bool = True) -> str:
-    r"""Prepare an answer for display.
+class Atom(NamedTuple):
+    """A stretch of text that is no prose: `content` is what is inside its delimiters."""
 
-    Single dollars around a formula and a bare `\boxed{}` get delimiters; stars between factors stay
-    stars. Of an unfinished answer, a formula that is not closed yet is held back.
+    start: int
+    end: int
+    content: str
+    delimiters: tuple[str, str] | None  # INLINE or DISPLAY; None for code
 
-    >>> show_math(r"It costs $5, so $x$ is 3*4*5 = \boxed{60}.")
-    'It costs $5, so \\(x\\) is 3\\*4\\*5 = \\(\\boxed{60}\\).'
-    >>> show_math(r"So \(a = \frac{1}", finished=False)
-    'So '
+    @property
+    def is_display(self) -> bool:
+        """Whether it stands on a line of its own."""
+        return self.delimiters == DISPLAY
+
+
+class _Token(NamedTuple):
+    start: int
+    end: int
+    text: str
+
+
+def find_atoms(text: str) -> list[Atom]:
+    r"""Find the formulas and code spans of a text, in order.
+
+    >>> [atom.content for atom in find_atoms(r"It costs $5, so $x$ is \boxed{60} or `a`.")]
+    ['x', '\\boxed{60}', 'a']
     """
-    pieces, position = [], 0
-    for code in _CODE.finditer(text):
-        pieces += [_outside_code(text[position : code.start()], finished=True), code.group()]
-        position = code.end()
-    return "".join([*pieces, _outside_code(text[position:], finished=finished)])
+    return _Scan(text).atoms()
 
 
-def _outside_code(text: str, *, finished: bool) -> str:
-    text = _DOLLARS.sub(lambda found: rf"\({found[1]}\)", text)
-    pieces, position = [], 0
-    for formula in _FORMULA.finditer(text):
-        pieces += [_prose(text[position : formula.start()]), formula.group()]
-        position = formula.end()
-    rest = text[position:]
-    return "".join([*pieces, _prose(rest if finished else _held_back(rest))])
+def cut_growing(text: str) -> str:
+    r"""Leave out the formula that a text which is still growing has begun and not ended.
+
+    >>> cut_growing(r"So \(a\) is \(b = \frac{1}")
+    'So \\(a\\) is '
+    """
+    return text[: _Scan(text).growing_from()]
 
 
-def _held_back(text: str) -> str:
-    """Cut a formula that has begun and not ended."""
-    for opening in _OPENING.finditer(text):
-        boxed = opening.group() == r"\boxed{"
-        if not boxed or _closing_brace(text, opening.end()) < 0:
-            return text[: opening.start()]
-    return _HALF_DOLLARS.sub("", text)
+class _Scan:
+    """The tokens of a text outside code, with the partner of each that opens something."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens = _outside_code([_Token(*m.span(), m.group()) for m in _TOKEN.finditer(text)])
+        self.partner = _nested_partners(self.tokens) | _flat_partners(self.tokens, _OPENING)
+        self._first_open: int | None = None
+
+    def atoms(self) -> list[Atom]:
+        found, number = [], 0
+        while number < len(self.tokens):
+            atom = self._atom_at(number)
+            if atom is None:
+                number += 1
+                continue
+            found.append(atom)
+            number = self.partner.get(number, number) + 1
+        return found
+
+    def growing_from(self) -> int:
+        """Position from which a growing text may still become a formula."""
+        self._first_open = None
+        self.atoms()
+        tail = self.text.rfind("\\", max(len(self.text) - _LONGEST_COMMAND, 0))
+        after = self.text[tail + 1 :]
+        is_command = tail >= 0 and (not after or (after.isascii() and after.isalpha()))
+        ends = [len(self.text), tail if is_command else len(self.text)]
+        return min([*ends, *([self._first_open] if self._first_open is not None else [])])
+
+    def _atom_at(self, number: int) -> Atom | None:
+        token = self.tokens[number]
+        if token.text[0] == "`" and token.end - token.start > len(token.text):
+            ticks = len(token.text)
+            content = self.text[token.start + ticks : token.end - ticks]
+            return Atom(token.start, token.end, content, None)
+        partner = self.partner.get(number)
+        if partner is None:
+            self._note_open(token)
+            return None
+        end = self.tokens[partner]
+        inside = self.text[token.end : min(end.start, token.end + LONGEST_FORMULA + 1)]
+        if not inside or len(inside) > LONGEST_FORMULA:
+            return None
+        whole = self.text[token.start : end.end]
+        if token.text == r"\boxed{":
+            return Atom(token.start, end.end, whole, INLINE)
+        if not self._is_sound(number, partner):
+            return None
+        if token.text.startswith(r"\begin"):
+            is_lines = _environment(token.text) in _LINES
+            return Atom(token.start, end.end, whole, DISPLAY if is_lines else INLINE)
+        if token.text == "$" and not self._is_dollar_math(token, end, inside):
+            return None
+        display = token.text in ("$$", r"\[")
+        return Atom(token.start, end.end, inside, DISPLAY if display else INLINE)
+
+    def _is_sound(self, number: int, partner: int) -> bool:
+        """Whether braces are balanced inside and no delimiter stands outside of them."""
+        depth = 0
+        for token in self.tokens[number + 1 : partner]:
+            depth += token.text.endswith("{") and token.text != r"\{"
+            depth -= token.text == "}"
+            if depth < 0 or (depth == 0 and token.text in _DELIMITING):
+                return False
+        return depth == 0
+
+    def _is_dollar_math(self, token: _Token, end: _Token, inside: str) -> bool:
+        """Whether two dollars hold a formula and not the amounts of two prices."""
+        if not self._may_open(token) or self.text[end.end : end.end + 1].isalnum():
+            return False
+        if inside[0].isspace() != inside[-1].isspace():
+            return False
+        if "\\" not in inside and _TWO_WORDS.search(inside):
+            return False
+        if inside[0].isspace() or "\n" in inside:
+            return bool(_SURELY_MATH.search(inside)) or len(inside.strip()) == 1
+        is_amount = inside[0].isdigit() and any(letter.isspace() for letter in inside)
+        return not is_amount or bool(_MAYBE_MATH.search(inside))
+
+    def _may_open(self, token: _Token) -> bool:
+        before = self.text[token.start - 1 : token.start] if token.start else ""
+        return not (before.isalnum() or before in ("\\", "_"))
+
+    def _note_open(self, token: _Token) -> None:
+        """Remember the first thing that begins here and may end in what is still to come."""
+        rest = len(self.text) - token.end
+        if self._first_open is not None or rest > LONGEST_FORMULA:
+            return
+        if token.text == "$":
+            after = self.text[token.end : token.end + 1]
+            likely = after.isalpha() or after in ("\\", "(", "{")
+            if rest > _HALF_DOLLARS or not after or not likely or not self._may_open(token):
+                return
+            if "\n" in self.text[token.end :]:
+                return
+        elif token.text not in (r"\(", r"\[", "$$") and not _opens(token.text):
+            return
+        self._first_open = token.start
 
 
-def _prose(text: str) -> str:
-    """Wrap bare boxes, keep stars, and do not load pictures that a model names."""
-    pieces, position = [], 0
-    for box in re.finditer(r"\\boxed\{", text):
-        end = _closing_brace(text, box.end())
-        if box.start() < position or end < 0:
+def _opens(text: str) -> bool:
+    return text == r"\boxed{" or (text.startswith(r"\begin") and _environment(text) in _KNOWN)
+
+
+def _environment(text: str) -> str:
+    return text[text.index("{") + 1 : -1]
+
+
+def _outside_code(tokens: Sequence[_Token]) -> list[_Token]:
+    """Leave out what is inside code spans; the two ends of each span stay, joined as one token."""
+    ticks = {token.text: token.text for token in tokens if token.text[0] == "`"}
+    partner = _flat_partners(tokens, ticks)
+    kept: list[_Token] = []
+    number = 0
+    while number < len(tokens):
+        token = tokens[number]
+        end = partner.get(number, number) if token.text[0] == "`" else number
+        kept.append(token if end == number else token._replace(end=tokens[end].end))
+        number = end + 1
+    return kept
+
+
+def _flat_partners(tokens: Sequence[_Token], closing_of: Mapping[str, str]) -> dict[int, int]:
+    """Pair what does not nest: each opening with the next closing, if no opening comes between.
+
+    Code spans and dollars end with their paragraph.
+    """
+    partner: dict[int, int] = {}
+    following: dict[str, int] = {}
+    for number in range(len(tokens) - 1, -1, -1):
+        text = tokens[number].text
+        if text[0] == "\n":
+            following = {key: value for key, value in following.items() if key in _DELIMITING}
             continue
-        pieces += [_plain(text[position : box.start()]), rf"\({text[box.start() : end]}\)"]
-        position = end
-    return "".join([*pieces, _plain(text[position:])])
+        if text in closing_of:
+            closing, again = following.get(closing_of[text]), following.get(text)
+            if closing is not None and (again is None or again >= closing):
+                partner[number] = closing
+        following[text] = number
+        if text[0] == "$" and text != "$":
+            following.pop("$", None)  # two dollars or more end a formula between single ones
+    return partner
 
 
-def _plain(text: str) -> str:
-    text = _STAR.sub(r"\\*", text.replace("<", "&lt;").replace("![", "! ["))
-    return _ALONE.sub(r"&#92;\1", text)  # Markdown would eat the backslash
-
-
-def _closing_brace(text: str, start: int) -> int:
-    """Return the position after the brace that closes the one before `start`, or -1."""
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return position + 1
-    return -1
+def _nested_partners(tokens: Sequence[_Token]) -> dict[int, int]:
+    """Pair braces and environments, which nest."""
+    partner: dict[int, int] = {}
+    braces: list[int] = []
+    environments: dict[str, list[int]] = {}
+    for number, token in enumerate(tokens):
+        if token.text in ("{", r"\boxed{"):
+            braces.append(number)
+        elif token.text == "}" and braces:
+            opening = braces.pop()
+            if tokens[opening].text != "{":
+                partner[opening] = number
+        elif token.text.startswith(r"\begin"):
+            environments.setdefault(_environment(token.text), []).append(number)
+        elif token.text.startswith(r"\end"):
+            name = _environment(token.text)
+            if name in _KNOWN and environments.get(name):
+                partner[environments[name].pop()] = number
+    return partner

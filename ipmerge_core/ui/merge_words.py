@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.jobs import JobStatus
 from ipmerge_core.options import ANCHORS
+from ipmerge_core.ui.written import as_html as escape
 
 if TYPE_CHECKING:
     from ipmerge_core.merging import Estimate

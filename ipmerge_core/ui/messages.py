@@ -7,10 +7,8 @@ In: a handler, plain or a generator. Out: the same handler, whose `IPMergeError`
 from __future__ import annotations
 
 import functools
-import html
 import inspect
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -20,6 +18,7 @@ import gradio as gr
 from ipmerge_core.errors import IPMergeError
 from ipmerge_core.jobs import home_folder
 from ipmerge_core.ui.packs import ROOT
+from ipmerge_core.ui.written import as_html
 
 if TYPE_CHECKING:
     from ipmerge_core.pairing import Finding
@@ -36,8 +35,8 @@ def is_hosted() -> bool:
     return bool(os.environ.get("SPACE_ID"))
 
 
-def told(handler: Callable[P, R]) -> Callable[P, R]:
-    """Let a handler's errors reach the visitor in words."""
+def told(handler: Callable[P, R], *, in_page: bool = True) -> Callable[P, R]:
+    """Let a handler's errors reach the visitor in words; the page reads messages as HTML."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
@@ -45,7 +44,7 @@ def told(handler: Callable[P, R]) -> Callable[P, R]:
             try:
                 yield from handler(*args, **kwargs)
             except IPMergeError as error:
-                raise _as_message(error) from error
+                raise _as_message(error, in_page) from error
 
         return stepping
 
@@ -54,7 +53,7 @@ def told(handler: Callable[P, R]) -> Callable[P, R]:
         try:
             return handler(*args, **kwargs)
         except IPMergeError as error:
-            raise _as_message(error) from error
+            raise _as_message(error, in_page) from error
 
     return at_once
 
@@ -62,15 +61,6 @@ def told(handler: Callable[P, R]) -> Callable[P, R]:
 def sentence_of(error: BaseException) -> str:
     """Return an error's sentence, fit for whoever reads it here."""
     return public_text(str(error))
-
-
-def as_markdown(text: str) -> str:
-    r"""Escape a text that stands in Markdown, so that a name stays a name.
-
-    >>> as_markdown("<b>a_b</b>")
-    '&lt;b&gt;a\\_b&lt;/b&gt;'
-    """
-    return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", html.escape(text, quote=False))
 
 
 def public_text(text: str) -> str:
@@ -88,8 +78,10 @@ def public_finding(finding: Finding) -> Finding:
     )
 
 
-def _as_message(error: IPMergeError) -> gr.Error:
-    return gr.Error(sentence_of(error), title="That did not work", print_exception=False)
+def _as_message(error: IPMergeError, in_page: bool) -> gr.Error:
+    sentence = sentence_of(error)
+    message = as_html(sentence) if in_page else sentence
+    return gr.Error(message, title="That did not work", print_exception=False)
 
 
 def _private_folders() -> Iterator[Path]:

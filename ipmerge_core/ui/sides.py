@@ -21,7 +21,7 @@ from ipmerge_core.ui.backend import Backend, Progress
 from ipmerge_core.ui.choice import analysis_of, describe_choice, plan_of
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.merges import Keys, find_merge, method_label, unmerged_words
-from ipmerge_core.ui.messages import sentence_of
+from ipmerge_core.ui.messages import public_text, sentence_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -187,7 +187,7 @@ def _fill(
     except IPMergeError as error:
         side.note, side.state = sentence_of(error), "failed"
     except Exception as error:  # noqa: BLE001 (a bug on one side must not take the other along)
-        side.note = f"Unexpected {type(error).__name__}: {error}"
+        side.note = public_text(f"Unexpected {type(error).__name__}: {error}")
         side.state = "failed"
 
 

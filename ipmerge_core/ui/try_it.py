@@ -19,6 +19,7 @@ import gradio as gr
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference import Settings, open_image
+from ipmerge_core.prompts import check_question
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.layer_map import PlanChoice
@@ -227,22 +228,24 @@ def _answers(first: View) -> list[Any]:
         status = gr.HTML(first.status, elem_id="answers-status")
     with gr.Row(elem_id="chats"):
         with gr.Column(min_width=300):
-            left = _chat("Left model", "chat-base", first.chat_left)
+            left = lay_out_chat("Left model", "chat-base", first.chat_left)
             verdict_left = gr.HTML(first.verdict_left, elem_id="verdict-base", elem_classes="chips")
         with gr.Column(min_width=300):
-            right = _chat("Right model", "chat-merged", first.chat_right)
+            right = lay_out_chat("Right model", "chat-merged", first.chat_right)
             verdict_right = gr.HTML(
                 first.verdict_right, elem_id="verdict-merged", elem_classes="chips"
             )
     return [left, right, verdict_left, verdict_right, status, source]
 
 
-def _chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
+def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
+    """Lay out a chat whose messages are HTML made by `written`: it must not render Markdown."""
     return gr.Chatbot(
         value,
         label=label,
         elem_id=elem_id,
         height=420,
+        render_markdown=False,
         latex_delimiters=DELIMITERS,
         sanitize_html=True,
         allow_tags=False,
@@ -310,12 +313,12 @@ def _visitor(request: gr.Request) -> str:
 
 def _read_prompt(typed: dict[str, Any]) -> tuple[str, str | None]:
     """Take question and newest picture from the prompt. Raises: RunError with what is missing."""
-    question, files = (typed.get("text") or "").strip(), typed.get("files") or []
+    question, files = typed.get("text") or "", typed.get("files") or []
     if not question and not files:
         raise RunError("There is nothing to ask yet. Type a question; a picture may go with it.")
     if not question:
         raise RunError("A picture came without a question. Type what you want to know about it.")
-    return question, str(files[-1]) if files else None
+    return check_question(question), str(files[-1]) if files else None
 
 
 def _prompt_value(turn: Turn) -> dict[str, Any]:

@@ -1,25 +1,21 @@
 """One question with its two answers, and how a list of them is shown in two chats.
 
-In: plain values in gr.State. Out: messages, chips and sentences for the components of the Try it
-tab. Pure: no components here and no models.
+In: plain values in gr.State. Out: messages (HTML), chips and sentences for the components of the
+Try it tab. Pure: no components here and no models.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ipmerge_core.ui.latex import show_math
 from ipmerge_core.ui.recorded import Example, Reference, differ, is_right
 from ipmerge_core.ui.sides import Side
+from ipmerge_core.ui.written import as_html, show_text
 
 Message = dict[str, Any]
-# Everywhere; at the edge of a word; at the start of a line.
-_SIGNS = re.compile(r"[\\`*~$<>&\[\]]|(?<!\w)_|_(?!\w)|^[\W\d]")
 
 
 @dataclass(frozen=True)
@@ -82,42 +78,41 @@ def view(turns: Sequence[Turn]) -> View:
 def _messages(turns: Sequence[Turn], name: Literal["left", "right"]) -> list[Message]:
     messages: list[Message] = []
     for turn in turns:
-        content: list[Any] = [show_math(turn.question)]
+        content: list[Any] = [_html(show_text(turn.question))]
         if turn.image and Path(turn.image).is_file():
             content.insert(0, {"path": turn.image, "alt_text": "The picture asked about"})
         messages.append({"role": "user", "content": content})
         side = turn.left if name == "left" else turn.right
-        answer = [*([_caption(turn, side)] if side.source else []), _answer(side)]
+        answer = [*([_caption(turn, side)] if side.source else []), _html(_answer(side))]
         messages.append({"role": "assistant", "content": answer})
     return messages
 
 
-def _caption(turn: Turn, side: Side) -> str:
+def _caption(turn: Turn, side: Side) -> dict[str, str]:
     """Say above an answer what gave it: the model, the pair, and when, if not just now."""
     words = [side.source, turn.pair, *([f"recorded {turn.recorded}"] if turn.recorded else [])]
-    return _as_it_is_written(" · ".join(words))
+    return _html(_note(" · ".join(words)))
 
 
-def _as_it_is_written(text: str) -> str:
-    r"""Write what Markdown or LaTeX would read as a sign as the number of its character.
-
-    >>> _as_it_is_written("my_model (plan 1a), *x* $y$")
-    'my_model (plan 1a), &#42;x&#42; &#36;y&#36;'
-    >>> _as_it_is_written("1. _model_")
-    '&#49;. &#95;model&#95;'
-    """
-    return _SIGNS.sub(lambda sign: f"&#{ord(sign[0])};", " ".join(text.split()))
+def _html(html: str) -> dict[str, str]:
+    """Return a part of a message; of a bare string Gradio would change tabs and indents."""
+    return {"type": "text", "text": html}
 
 
 def _answer(side: Side) -> str:
-    text = show_math(side.text, finished=side.is_over)
+    text = show_text(side.text, finished=side.is_over) if side.text.strip() else ""
     if side.state == "failed":
-        return f"{text}\n\n**No answer.** {show_math(side.note)}".strip()
+        return f"{text}<p><strong>No answer.</strong> {as_html(side.note)}</p>"
     if side.state == "stopped":
-        return f"{text} *(stopped)*".strip()
+        return f"{text}{_note('(stopped)')}"
     if not text:
-        return "*(an empty answer)*" if side.is_over else f"*{side.note or 'waiting'} …*"
+        return _note("(an empty answer)" if side.is_over else f"{side.note or 'waiting'} …")
     return text
+
+
+def _note(words: str) -> str:
+    """Words of the app's own among the messages."""
+    return f'<p class="note">{as_html(words)}</p>'
 
 
 def _verdict(turn: Turn, side: Side) -> str:
@@ -127,7 +122,7 @@ def _verdict(turn: Turn, side: Side) -> str:
         right = is_right(turn.reference, side.text)
         sign, word, kind = ("✓", "right", "right") if right else ("✕", "wrong", "wrong")
         parts.append(f'<span class="chip {kind}">{sign} {word}</span>')
-        parts.append(f"<span>expected {escape(turn.reference.answer)}</span>")
+        parts.append(f"<span>expected {as_html(turn.reference.answer)}</span>")
     if side.seconds:
         parts.append(f"<span>{side.seconds:.1f} s</span>")
     return "".join(parts)
@@ -158,11 +153,11 @@ def _compare(turn: Turn) -> str:
 
 
 def _source(turn: Turn) -> str:
-    left, right = (escape(side.source or side.name) for side in (turn.left, turn.right))
-    asked = f"Left: {left}. Right: {right}. Pair: {escape(turn.pair)}."
+    left, right = (as_html(side.source or side.name) for side in (turn.left, turn.right))
+    asked = f"Left: {left}. Right: {right}. Pair: {as_html(turn.pair)}."
     if turn.recorded:
         return (
-            f'<span class="chip recorded">Recorded {escape(turn.recorded)}</span> '
+            f'<span class="chip recorded">Recorded {as_html(turn.recorded)}</span> '
             f"<span>{asked} Nothing was run just now; Send asks the models chosen above.</span>"
         )
     return f'<span class="chip live">Live</span> <span>{asked}</span>'

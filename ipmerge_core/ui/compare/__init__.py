@@ -6,7 +6,6 @@ computed in the browser by the layer map's own arithmetic.
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ipmerge_core.ui.explore import after_commits, map_content
 from ipmerge_core.ui.layer_map import PlanChoice
 from ipmerge_core.ui.messages import QUIET, sentence_of, told
 from ipmerge_core.ui.packs import list_packs
+from ipmerge_core.ui.written import as_html
 
 HERE = Path(__file__).parent
 SHARED = ("preview", "scales", "tables", "memory", "grid")  # of the layer map's scripts
@@ -60,7 +60,7 @@ def compared_or_reason(pack_id: str, choice: PlanChoice, other_id: str) -> list[
     try:
         return [compare_content(pack_id, choice, other_id), ""]
     except PlanError as error:
-        return [None, f'<p class="waiting">{html.escape(sentence_of(error))}</p>']
+        return [None, f'<p class="waiting">{as_html(sentence_of(error))}</p>']
 
 
 def compare_content(pack_id: str, choice: PlanChoice, other_id: str) -> dict[str, Any]:

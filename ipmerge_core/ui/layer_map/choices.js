@@ -4,7 +4,7 @@
 
 const options = (entries) => entries.map(([value, text]) => node("option", { value }, text));
 const expertName = (map, k) => shortId((map.pack.sources?.math || [])[k]?.id, k);
-const shortId = (id, k) => (id ? String(id).replace(/\/+$/, "").split("/").pop() : `expert ${k + 1}`);
+const shortId = (id, k) => (id ? String(id).split("/").filter(Boolean).pop() : `expert ${k + 1}`);
 
 function buildPicks() {
   const { pick } = map.dom;

@@ -1,0 +1,276 @@
+"""Chat prompts: messages rendered by a model's own chat template, whichever content it takes.
+
+In: the processor or tokenizer of a model and the messages of a conversation. Out: the text of the
+prompt, with the model's image placeholders in it. Templates are files of strangers: whatever one
+does wrong becomes a `ModelLoadError`. This does not tokenize and loads nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LONGEST_QUESTION = 4000  # characters
+REMEDY = (
+    "Correct chat_template.jinja, or chat_template in tokenizer_config.json, in the model's "
+    "folder; without a template the prompt is 'USER: ... ASSISTANT:'."
+)
+# Attributes of processors and tokenizers that hold a placeholder for an image or another input.
+_PLACEHOLDERS = ("image_token", "boi_token", "eoi_token", "video_token", "audio_token")
+_BRACKETS = (
+    ("vision_start_token_id", "vision_end_token_id"),
+    ("image_start_token_id", "image_end_token_id"),
+)
+
+
+class Message(NamedTuple):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    image: Image | None = None
+
+
+class ChatFormat(NamedTuple):
+    """What of a model decides how its prompts look."""
+
+    name: str  # for error messages
+    processor: Any  # the processor of an MLLM, the tokenizer of a text model
+    tokenizer: Any
+    config: Any
+    takes_images: bool
+
+    @property
+    def image_token(self) -> str | None:
+        """The text that the processor replaces by an image, if the model names one."""
+        for owner in (self.processor, self.tokenizer):
+            if token := getattr(owner, "image_token", None):
+                return str(token)
+        for name in ("image_token_id", "image_token_index"):
+            if token := self._token_of(name):
+                return token
+        return None
+
+    @property
+    def image_text(self) -> str:
+        """What stands for an image in a message that is a string: the token in its brackets."""
+        token = self.image_token or "<image>"
+        for names in _BRACKETS:
+            start, end = (self._token_of(name) for name in names)
+            if start and end:
+                return f"{start}{token}{end}"
+        return f"{token}\n"
+
+    def _token_of(self, name: str) -> str | None:
+        number = getattr(self.config, name, None)
+        if not isinstance(number, int):
+            return None
+        token = self.tokenizer.convert_ids_to_tokens(number)
+        return None if token is None else str(token)
+
+
+class _Layout(NamedTuple):
+    """One way of writing messages: whose content is a list of parts, and where images go."""
+
+    lists: Literal["all", "user", "none"]
+    image_parts: bool  # images are parts of a list; else their placeholder stands in the text
+
+
+_PARTS_FIRST = [_Layout("all", True), _Layout("user", True), _Layout("none", False)]
+_TEXT_FIRST = [_Layout("none", False), _Layout("user", False), _Layout("all", False)]
+
+
+def check_question(question: str) -> str:
+    """Return a question without the white space around it, once its length is known.
+
+    Raises: RunError when it is empty or too long.
+    """
+    if len(question) > LONGEST_QUESTION:
+        raise RunError(
+            f"The question has {len(question)} characters; at most {LONGEST_QUESTION} are taken. "
+            f"Shorten it."
+        )
+    question = question.strip()
+    if not question:
+        raise RunError("There is no question. Type one; an image alone is not enough.")
+    return question
+
+
+def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> str:
+    """Write a conversation, ending where the model is to answer.
+
+    Texts of messages never act as control tokens: a special token spelled in one is broken by a
+    space. A system message that the template refuses or drops opens the first user message.
+
+    Raises: ModelLoadError when the template cannot be used.
+    """
+    template = chat_template(chat)
+    control = _control_tokens(chat, template or "")
+    messages = [message._replace(text=_without(control, message.text)) for message in messages]
+    if template is None:
+        return _plain_prompt(chat, messages)
+    attempt = _Attempt(chat, template)
+    layout = attempt.find_layout(messages)
+    if layout is None and len(messages) > 1 and messages[0].role == "system":
+        messages = _fold_system(messages)
+        layout = attempt.find_layout(messages)
+    if layout is None:
+        raise attempt.failure
+    return attempt.render(messages, layout)
+
+
+def chat_template(chat: ChatFormat) -> str | None:
+    """Return the default chat template of a processor, else of its tokenizer, else None.
+
+    Raises: ModelLoadError when there are named templates only, or something that is no template.
+    """
+    names: list[str] = []
+    for owner in (chat.processor, chat.tokenizer):
+        found = getattr(owner, "chat_template", None)
+        if isinstance(found, dict):
+            names += [str(name) for name in found if name != "default"]
+            found = found.get("default")
+        if found and not isinstance(found, str):
+            raise ModelLoadError(
+                f"The chat template of '{chat.name}' is a {type(found).__name__}; expected the "
+                f"text of a Jinja template. {REMEDY}"
+            )
+        if found:
+            return str(found)
+    if names:
+        listed = ", ".join(f"'{name}'" for name in sorted(set(names)))
+        raise ModelLoadError(
+            f"'{chat.name}' has chat templates named {listed} and none named 'default'. Rename the "
+            f"one to use to 'default' in tokenizer_config.json, or save it as chat_template.jinja."
+        )
+    return None
+
+
+class _Attempt:
+    """Renders conversations with one template and remembers what went wrong first."""
+
+    def __init__(self, chat: ChatFormat, template: str) -> None:
+        self.chat = chat
+        self.template = template
+        self.failure = self._error("leaves the text or the image of a message out of the prompt")
+        self._has_failed = False
+
+    def find_layout(self, messages: Sequence[Message]) -> _Layout | None:
+        """Return the first layout that carries every text and image into the prompt."""
+        layouts = self._layouts(messages)
+        return next((layout for layout in layouts if self._works(messages, layout)), None)
+
+    def render(self, messages: Sequence[Message], layout: _Layout) -> str:
+        """Render the messages. Raises: ModelLoadError when the template fails."""
+        written = [_as_dict(message, layout, self.chat.image_text) for message in messages]
+        with explained(lambda error: self._error(f"cannot be rendered ({first_line(error)})")):
+            prompt: str = self.chat.tokenizer.apply_chat_template(
+                written, chat_template=self.template, tokenize=False, add_generation_prompt=True
+            )
+        return prompt
+
+    def _error(self, what: str) -> ModelLoadError:
+        return ModelLoadError(f"The chat template of '{self.chat.name}' {what}. {REMEDY}")
+
+    def _layouts(self, messages: Sequence[Message]) -> Iterator[_Layout]:
+        if not self.chat.takes_images:
+            yield from _TEXT_FIRST
+            return
+        yield from _PARTS_FIRST
+        if any(message.image for message in messages):
+            yield from (_Layout("all", False), _Layout("user", False))
+
+    def _works(self, messages: Sequence[Message], layout: _Layout) -> bool:
+        probes = [
+            message._replace(text=_marker(number, as_list=_is_list(message, layout)))
+            for number, message in enumerate(messages)
+        ]
+        try:
+            prompt = self.render(probes, layout)
+        except ModelLoadError as error:
+            if not self._has_failed:
+                self.failure, self._has_failed = error, True
+            return False
+        if not _contains_in_order(prompt, [probe.text for probe in probes]):
+            return False
+        images = sum(message.image is not None for message in messages)
+        token = self.chat.image_token
+        if not images or not layout.image_parts:
+            return True
+        if token is not None:
+            return prompt.count(token) == images
+        return prompt != self.render([probe._replace(image=None) for probe in probes], layout)
+
+
+def _marker(number: int, *, as_list: bool) -> str:
+    r"""Return a text to look for in a prompt.
+
+    In a list it has quotes and a backslash, which a repr or JSON of that list would escape, so that
+    it comes through whole only where the template takes the text out of its part.
+    """
+    return f'probe {number} it\'s "\\q" end' if as_list else f"probe {number} end"
+
+
+def _contains_in_order(text: str, wanted: Sequence[str]) -> bool:
+    position = 0
+    for each in wanted:
+        found = text.find(each, position)
+        if found < 0:
+            return False
+        position = found + len(each)
+    return True
+
+
+def _is_list(message: Message, layout: _Layout) -> bool:
+    return layout.lists == "all" or (layout.lists == "user" and message.role == "user")
+
+
+def _as_dict(message: Message, layout: _Layout, image_text: str) -> dict[str, Any]:
+    text, parts = message.text, []
+    if message.image is not None and layout.image_parts and _is_list(message, layout):
+        parts = [{"type": "image"}]
+    elif message.image is not None:
+        text = image_text + text
+    if not _is_list(message, layout):
+        return {"role": message.role, "content": text}
+    return {"role": message.role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+def _fold_system(messages: Sequence[Message]) -> list[Message]:
+    system, first, *rest = messages
+    return [first._replace(text=f"{system.text}\n\n{first.text}"), *rest]
+
+
+def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
+    """Write a conversation for a model without a template, as LLaVA's first version did."""
+    pieces = []
+    for message in messages:
+        if message.role == "system":
+            pieces.append(message.text)
+            continue
+        image = "" if message.image is None else chat.image_text
+        pieces.append(f"{message.role.upper()}: {image}{message.text}")
+    return " ".join([*pieces, "ASSISTANT:"])
+
+
+def _control_tokens(chat: ChatFormat, template: str) -> list[str]:
+    """Name what the tokenizer or the processor would take for more than text, longest first."""
+    added = getattr(chat.tokenizer, "added_tokens_decoder", {}).values()
+    tokens = {token.content for token in added if token.special or token.content in template}
+    for owner in (chat.processor, chat.tokenizer):
+        tokens |= {str(getattr(owner, name, None) or "") for name in _PLACEHOLDERS}
+    return sorted((token for token in tokens if len(token.strip()) > 1), key=len, reverse=True)
+
+
+def _without(tokens: Sequence[str], text: str) -> str:
+    """Put a space into every control token that a text spells: `<image>` becomes `< image>`."""
+    if not any(token in text for token in tokens):
+        return text
+    starts = "|".join(map(re.escape, tokens))
+    return re.sub(rf"(?=(?:{starts}))(.)", r"\1 ", text, flags=re.DOTALL)

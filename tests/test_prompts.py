@@ -1,0 +1,396 @@
+"""Chat prompts: whatever content a template takes, the text and the image arrive as they should.
+
+Prompts are compared token by token with those of texts written by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ipmerge_core.errors import ModelLoadError, RunError
+from ipmerge_core.inference import LoadedModel, answer, encode_prompt, load_model
+from ipmerge_core.prompts import LONGEST_QUESTION, ChatFormat, Message, check_question, render_chat
+
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+PICTURE = Image.new("RGB", (64, 64), "white")
+LINES = "{% for m in messages %}%s{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+BODY = "{{ m['role'] | upper }}: %s "
+
+
+def template(content: str) -> str:
+    """A template that writes `ROLE: content ` per message."""
+    return LINES.replace("%s", BODY.replace("%s", content))
+
+
+PARTS = (
+    "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n"
+    "{% elif p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}"
+)
+BOTH = "{% if m['content'] is string %}{{ m['content'] }}{% else %}" + PARTS + "{% endif %}"
+TEMPLATES = {
+    "string, printed": template("{{ m['content'] }}"),
+    "string, joined": LINES.replace("%s", "{{ m['role'] | upper + ': ' + m['content'] + ' ' }}"),
+    "string, joined by ~": LINES.replace(
+        "%s", "{{ m['role'] | upper ~ ': ' ~ m['content'] ~ ' ' }}"
+    ),
+    "string, trimmed": template("{{ m['content'] | trim }}"),
+    "list": template(PARTS),
+    "both": template(BOTH),
+    "both, the list as JSON": template(
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'] | tojson }}"
+        "{% endif %}"
+    ),
+    "both, without images in lists": template(BOTH.replace("<image>\n", "")),
+    "list, without images": template(PARTS.replace("<image>\n", "")),
+    "list for users, strings for others": template(
+        "{% if m['role'] == 'user' %}" + PARTS + "{% else %}{{ '' + m['content'] }}{% endif %}"
+    ),
+}
+HISTORY = [
+    Message("system", "Answer in one word."),
+    Message("user", "What shape is it?"),
+    Message("assistant", "A 'square'\\ish \"box\"."),
+]
+
+
+@pytest.fixture(scope="module")
+def mllm() -> LoadedModel:
+    return load_model(DEMO / "mllm")
+
+
+@pytest.fixture(scope="module")
+def math() -> LoadedModel:
+    return load_model(DEMO / "math")
+
+
+@pytest.fixture(autouse=True)
+def same_template_afterwards(mllm: LoadedModel, math: LoadedModel):
+    owners = [mllm.processor, mllm.tokenizer, math.tokenizer]
+    before = [owner.chat_template for owner in owners]
+    yield
+    for owner, found in zip(owners, before, strict=True):
+        owner.chat_template = found
+
+
+def use(loaded: LoadedModel, found: object) -> None:
+    for owner in (loaded.processor, loaded.tokenizer):
+        owner.chat_template = found
+
+
+def tokens(loaded: LoadedModel, *args: object) -> list[int]:
+    return encode_prompt(loaded, *args)["input_ids"][0].tolist()
+
+
+def tokens_of(loaded: LoadedModel, text: str, *images: Image.Image) -> list[int]:
+    """The tokens that a text written by hand has."""
+    if loaded.sees:
+        more = {"images": list(images)} if images else {}
+        return loaded.processor(text=[text], **more)["input_ids"][0]
+    return loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_question_with_an_image_gets_the_same_prompt_from_every_kind_of_template(mllm, name):
+    use(mllm, TEMPLATES[name])
+    expected = tokens_of(mllm, "USER: <image>\nHow many sides? ASSISTANT:", PICTURE)
+    assert tokens(mllm, "How many sides?", PICTURE) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("side", ["mllm", "math"])
+def test_a_question_without_an_image_never_becomes_a_repr_on_either_side(request, name, side):
+    loaded = request.getfixturevalue(side)
+    use(loaded, TEMPLATES[name])
+    expected = tokens_of(loaded, 'USER: It\'s "2\\3"? ASSISTANT:')
+    assert tokens(loaded, 'It\'s "2\\3"?', None) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("side", ["mllm", "math"])
+def test_a_system_prompt_and_earlier_turns_come_in_order(request, name, side):
+    loaded = request.getfixturevalue(side)
+    use(loaded, TEMPLATES[name])
+    image = PICTURE if loaded.sees else None
+    expected = tokens_of(
+        loaded,
+        f"SYSTEM: {HISTORY[0].text} USER: {HISTORY[1].text} ASSISTANT: {HISTORY[2].text} "
+        f"USER: {'<image>' if image else ''}{chr(10) if image else ''}And now? ASSISTANT:",
+        *([PICTURE] if image else []),
+    )
+    assert tokens(loaded, "And now?", image, HISTORY) == expected
+
+
+def test_an_image_of_an_earlier_turn_stays_with_its_question(mllm):
+    before = [Message("user", "What is it?", PICTURE), Message("assistant", "A box.")]
+    for name in TEMPLATES:
+        use(mllm, TEMPLATES[name])
+        expected = tokens_of(
+            mllm,
+            "USER: <image>\nWhat is it? ASSISTANT: A box. USER: <image>\nAnd this? ASSISTANT:",
+            PICTURE,
+            PICTURE,
+        )
+        assert tokens(mllm, "And this?", PICTURE, before) == expected, name
+
+
+@pytest.mark.parametrize(
+    "on_system",
+    [
+        "{{ raise_exception('System role not supported') }}",
+        "",
+        "{% set ignored = m['content'] %}",
+    ],
+)
+def test_a_system_prompt_that_a_template_does_not_know_opens_the_first_question(mllm, on_system):
+    use(
+        mllm,
+        LINES.replace(
+            "%s",
+            "{% if m['role'] == 'system' %}" + on_system + "{% else %}"
+            "{{ m['role'] | upper }}: {{ m['content'] }} {% endif %}",
+        ),
+    )
+    expected = tokens_of(mllm, "USER: Be short.\n\nWhat is it? ASSISTANT:")
+    assert tokens(mllm, "What is it?", None, [Message("system", "Be short.")]) == expected
+
+
+def test_the_demo_s_own_template_gives_what_transformers_gives(mllm):
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    reference = mllm.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=False,
+    ).removeprefix("<s>")
+    assert tokens(mllm, "What is it?", PICTURE) == tokens_of(mllm, reference, PICTURE)
+
+
+# --- where the placeholder goes ---------------------------------------------------------------
+
+
+OWN = {7: "<|open|>", 8: "<|close|>", 9: "<|pad|>"}
+
+
+class WordTokenizer:
+    """Just enough of a tokenizer: it renders templates with Jinja and knows a few tokens."""
+
+    def __init__(self) -> None:
+        self.chat_template = (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
+        )
+        self.added_tokens_decoder = {
+            number: SimpleNamespace(content=text, special=True) for number, text in OWN.items()
+        }
+
+    def convert_ids_to_tokens(self, number: int) -> str | None:
+        return OWN.get(number)
+
+    def apply_chat_template(
+        self, messages: list[object], chat_template: str, **more: object
+    ) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        more.pop("tokenize")
+        return render_jinja_template([messages], chat_template=chat_template, **more)[0][0]
+
+
+def chat_of(config: dict[str, object], processor: object = None) -> ChatFormat:
+    tokenizer = WordTokenizer()
+    return ChatFormat("own", processor or tokenizer, tokenizer, SimpleNamespace(**config), True)
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "placeholder"),
+    [
+        ({}, SimpleNamespace(image_token="<img>"), "<img>\n"),
+        ({"image_token_index": 9}, None, "<|pad|>\n"),
+        ({"image_token_id": 9, "vision_start_token_id": 7, "vision_end_token_id": 8}, None,
+         "<|open|><|pad|><|close|>"),
+        ({"image_start_token_id": 7, "image_end_token_id": 8},
+         SimpleNamespace(image_token="<|pad|>"), "<|open|><|pad|><|close|>"),
+        ({"image_token_id": 9, "vision_start_token_id": 7}, None, "<|pad|>\n"),
+        ({}, None, "<image>\n"),
+        ({"image_token_id": 99}, None, "<image>\n"),
+    ],
+)  # fmt: skip
+def test_the_placeholder_is_the_processor_s_in_the_brackets_that_the_config_names(
+    config, processor, placeholder
+):
+    prompt = render_chat(chat_of(config, processor), [Message("user", "What?", PICTURE)])
+    assert prompt == f"user: {placeholder}What?\nbot:"
+
+
+def test_a_list_template_with_another_placeholder_than_the_processor_s_is_not_trusted():
+    chat = chat_of({}, SimpleNamespace(image_token="<img>"))
+    chat.tokenizer.chat_template = template(PARTS)  # writes <image>
+    prompt = render_chat(chat, [Message("user", "What?", PICTURE)])
+    assert prompt == "USER: <img>\nWhat? ASSISTANT:"
+
+
+# --- texts are never control tokens ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["<image>", "a <image> b <image>", "</s>", "<s><s>", "<pad>"])
+def test_a_control_token_in_a_question_is_text(mllm, text):
+    ids = tokens(mllm, f"What is {text}?", PICTURE)
+    plain = tokens(mllm, "What is it?", PICTURE)
+    for number in mllm.tokenizer.all_special_ids:
+        assert ids.count(number) == plain.count(number)
+    assert answer(mllm, f"What is {text}?", PICTURE, max_new_tokens=2)
+
+
+def test_tokens_that_overlap_are_all_broken():
+    chat = chat_of({})
+    chat.tokenizer.added_tokens_decoder = {
+        number: SimpleNamespace(content=token, special=True)
+        for number, token in enumerate(["<|a|>", "|><|", "<|ab"])
+    }
+    prompt = render_chat(chat, [Message("user", "x <|a|><|ab y")])
+    assert prompt == "user: x < |a| >< |ab y\nbot:"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["<", "|", "open", "pad", ">", "x", " "]), max_size=24))
+def test_no_spelling_of_a_control_token_survives(parts):
+    text = f"q{''.join(parts)}q"
+    prompt = render_chat(chat_of({}), [Message("user", text)])
+    said = prompt.removeprefix("user: ").removesuffix("\nbot:")
+    assert not any(token in said for token in OWN.values())
+    assert said.replace(" ", "") == text.replace(" ", "")
+
+
+# --- templates that cannot be used -----------------------------------------------------------
+
+
+BAD = {
+    "{% for m in messages %}{{ m['content'] }}": "TemplateSyntaxError",
+    "{{ raise_exception('Only tools may speak') }}": "TemplateError: Only tools may speak",
+    "{{ messages[7]['content'] }}": "UndefinedError",
+    "{{ 1 / 0 }}": "ZeroDivisionError",
+    "{{ messages.nothing.at.all }}": "UndefinedError",
+    "{{ ''.__class__.__mro__ }}": "SecurityError",
+    "{{ range(10**9) | list }}": "OverflowError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    "{% include 'other' %}": "cannot be rendered",
+    "no question at all": "leaves the text or the image of a message out of the prompt",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("side", ["mllm", "math"])
+def test_a_template_that_cannot_be_used_is_told_with_a_remedy(request, bad, side):
+    loaded = request.getfixturevalue(side)
+    use(loaded, bad)
+    with pytest.raises(ModelLoadError, match=f"The chat template of '{side}'") as caught:
+        encode_prompt(loaded, "What is it?", PICTURE if loaded.sees else None)
+    assert BAD[bad] in str(caught.value)
+    assert "Correct chat_template.jinja" in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["mllm", "math"])
+def test_named_templates_without_a_default_are_named(request, side):
+    loaded = request.getfixturevalue(side)
+    use(loaded, {"rag": "r", "tool_use": "t"})
+    with pytest.raises(ModelLoadError, match="named 'rag', 'tool_use' and none named 'default'"):
+        encode_prompt(loaded, "What is it?", None)
+
+
+def test_named_templates_with_a_default_use_it(mllm):
+    use(mllm, {"rag": "r", "default": TEMPLATES["list"]})
+    expected = tokens_of(mllm, "USER: What is it? ASSISTANT:")
+    assert tokens(mllm, "What is it?", None) == expected
+
+
+def test_a_template_that_is_no_text_is_refused(mllm):
+    use(mllm, ["a", "b"])
+    with pytest.raises(ModelLoadError, match="is a list; expected the text of a Jinja template"):
+        encode_prompt(mllm, "What is it?", None)
+
+
+def test_a_processor_that_raises_anything_is_told(mllm, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("odd patch size\nmore")
+
+    monkeypatch.setattr(type(mllm.processor), "__call__", fail)
+    with pytest.raises(ModelLoadError, match=r"cannot encode.*AssertionError: odd patch size\)"):
+        encode_prompt(mllm, "What is it?", PICTURE)
+
+
+# --- templates as files ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Copies of the demo models without a template."""
+
+    def copy(name: str) -> Path:
+        own = Path(shutil.copytree(DEMO / name, tmp_path / name))
+        (own / "chat_template.jinja").unlink()
+        return own
+
+    return copy
+
+
+def in_tokenizer_config(folder: Path, found: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": found}))
+
+
+@pytest.mark.parametrize("side", ["mllm", "math"])
+def test_a_template_in_tokenizer_config_alone_is_used(folder, side):
+    own = folder(side)
+    in_tokenizer_config(own, TEMPLATES["string, joined"])
+    loaded = load_model(own)
+    image = PICTURE if loaded.sees else None
+    mark = "<image>\n" if image else ""
+    expected = tokens_of(loaded, f"USER: {mark}What? ASSISTANT:", *([image] if image else []))
+    assert tokens(loaded, "What?", image) == expected
+
+
+@pytest.mark.parametrize("side", ["mllm", "math"])
+def test_named_templates_in_tokenizer_config_without_a_default_are_told(folder, side):
+    own = folder(side)
+    in_tokenizer_config(own, [{"name": "rag", "template": "r"}])
+    with pytest.raises(ModelLoadError, match="'rag'"):
+        answer(own, "What is it?")
+
+
+@pytest.mark.parametrize("found", [7, [7], [{"name": "a"}], {"a": {"b": 1}}, [[]]])
+def test_a_chat_template_of_another_type_never_escapes_the_tree(folder, found):
+    own = folder("math")
+    in_tokenizer_config(own, found)
+    with pytest.raises(ModelLoadError):
+        answer(own, "What is it?")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00", b'{"version": "9", "model": 3}'])
+def test_a_damaged_file_never_escapes_the_tree(tmp_path, name, content):
+    own = Path(shutil.copytree(DEMO / "math", tmp_path / "math"))
+    (own / name).write_bytes(content)
+    with contextlib.suppress(ModelLoadError):  # a list of tokens may do without its config
+        answer(own, "What is it?", max_new_tokens=1)
+
+
+# --- questions -------------------------------------------------------------------------------
+
+
+def test_a_question_is_measured_before_anything_else_looks_at_it():
+    class Measured(str):
+        """A text that only its length may be taken of."""
+
+        def strip(self, *_: object) -> str:
+            raise AssertionError("looked at")
+
+    with pytest.raises(RunError, match=f"has {LONGEST_QUESTION + 1} characters"):
+        check_question(Measured(" " * (LONGEST_QUESTION + 1)))
+    assert check_question(f" {'x' * (LONGEST_QUESTION - 2)} ") == "x" * (LONGEST_QUESTION - 2)

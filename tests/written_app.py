@@ -1,0 +1,33 @@
+"""One chat of the Try it tab, filled with texts: each is asked, and each is the answer to itself.
+
+    python tests/written_app.py TEXTS.json
+
+The component, the page's script and its style are the app's own; the address is Gradio's usual.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import gradio as gr
+
+    from ipmerge_core.ui.app import SCRIPT, STYLE, theme
+    from ipmerge_core.ui.sides import Side
+    from ipmerge_core.ui.try_it import lay_out_chat
+    from ipmerge_core.ui.turns import Turn, view
+
+    texts = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    turns = [Turn(text, None, "p", Side("Base", "finished", text)) for text in texts]
+    with gr.Blocks(fill_width=True, analytics_enabled=False) as app, gr.Row(elem_id="chats"):
+        lay_out_chat("Base: the model as it is", "chat-base", view(turns).chat_base)
+    app.launch(
+        theme=theme(),
+        css_paths=[STYLE],
+        js=SCRIPT.read_text(encoding="utf-8"),
+        ssr_mode=False,
+        run_history=False,
+    )
