@@ -17,7 +17,7 @@ from ipmerge_core.inference import stream_answer as quick_answer
 from ipmerge_core.merging import MergeStep
 from ipmerge_core.merging import iter_merge as quick_merge
 
-STEP_SECONDS = 0.04
+STEP_SECONDS = 0.06
 PIECE_SECONDS = 0.04
 MATRIX_SECONDS = 0.5
 

@@ -83,8 +83,7 @@ def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):
     start(page, "through-it-all")
     first = int(re.search(r"(\d+) of 98 tensors", run_words(page)).group(1))
 
-    page.reload()
-    open_merge(page, place.url, ready=False)
+    open_merge(page, place.url, ready=False)  # which loads the page again
     expect(page.locator("#run-status")).to_contain_text("through-it-all")
     expect(page.locator("#cancel-merge")).to_be_visible()
     assert int(re.search(r"(\d+) of 98 tensors", run_words(page)).group(1)) >= first
