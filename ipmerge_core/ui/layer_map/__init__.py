@@ -10,7 +10,6 @@ preview itself; Python sees only the finished plan, and treats it as text from a
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import gradio as gr
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.ui.written import as_html
 
 HERE = Path(__file__).parent
 SCRIPTS = (
@@ -166,7 +166,7 @@ def scripts() -> str:
 def report(content: Mapping[str, Any]) -> str:
     """Make one HTML file of the component and its content, for anyone, without a server."""
     parts = {
-        "TITLE": html.escape(f"IPMerge: {content['pack']['name']}"),
+        "TITLE": as_html(f"IPMerge: {content['pack']['name']}"),
         "STYLE": "#ipmerge {" + (HERE / "style.css").read_text(encoding="utf-8") + "}",
         "TEMPLATE": (HERE / "template.html").read_text(encoding="utf-8"),
         "CONTENT": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
