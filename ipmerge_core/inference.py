@@ -20,7 +20,14 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
-from ipmerge_core.prompts import ChatFormat, Message, chat_template, check_question, render_chat
+from ipmerge_core.prompts import (
+    ChatFormat,
+    Message,
+    chat_template,
+    check_question,
+    render_chat,
+    without_begin,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -330,7 +337,8 @@ def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
         ("unexpected_keys", "has a weight that its architecture does not use:"),
         ("mismatched_keys", "has a weight of the wrong shape:"),
     ):
-        names = sorted(_weight_name(note) for note in notes.get(what) or [])
+        found = notes.get(what) or []  # a mismatch comes with its two shapes
+        names = sorted(note if isinstance(note, str) else str(note[0]) for note in found)
         if names:
             raise ModelLoadError(
                 f"'{checkpoint.id}' {sentence} '{names[0]}'"
@@ -338,11 +346,6 @@ def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
                 f"wrong, so it is not used. Are config.json and the weights of one model?"
             )
     return model
-
-
-def _weight_name(note: str | tuple[object, ...]) -> str:
-    """A mismatch is reported with its two shapes, everything else by name alone."""
-    return note if isinstance(note, str) else str(note[0])
 
 
 def _explain(checkpoint: Checkpoint, what: str, error: Exception) -> ModelLoadError:
@@ -363,25 +366,14 @@ def _explain(checkpoint: Checkpoint, what: str, error: Exception) -> ModelLoadEr
 def _encode(loaded: LoadedModel, text: str, images: list[Image]) -> Any:  # noqa: ANN401
     if loaded.sees:
         more = {"images": images} if images else {}
-        return loaded.processor(text=[_without_begin(loaded, text)], return_tensors="pt", **more)
+        return loaded.processor(
+            text=[without_begin(loaded.tokenizer, text)], return_tensors="pt", **more
+        )
     # A chat template writes the special tokens itself; without one the tokenizer has to.
     special = chat_template(loaded.chat_format) is None
     tokens = loaded.tokenizer([text], return_tensors="pt", add_special_tokens=special)
     tokens.pop("token_type_ids", None)
     return tokens
-
-
-def _without_begin(loaded: LoadedModel, text: str) -> str:
-    """Drop the first token of a template's text where the processor adds it once more."""
-    begin = loaded.tokenizer.bos_token
-    if begin and text.startswith(begin) and _adds_bos(loaded.tokenizer):
-        return text.removeprefix(begin)
-    return text
-
-
-def _adds_bos(tokenizer: Any) -> bool:  # noqa: ANN401
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def _new_streamer(loaded: LoadedModel) -> Any:  # noqa: ANN401
@@ -419,6 +411,8 @@ def _generate(
         stopped = any(event.is_set() for event in stops)
         return torch.full((ids.shape[0],), stopped, device=ids.device)
 
+    tokenizer = loaded.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     noise = [_Sampler(settings)] if settings.temperature else []
     with torch.inference_mode():
         loaded.model.generate(
@@ -428,7 +422,7 @@ def _generate(
             top_p=None,
             top_k=None,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=_pad_token(loaded),
+            pad_token_id=pad,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([stop]),
             logits_processor=LogitsProcessorList(noise),
@@ -454,9 +448,3 @@ class _Sampler:
         uniform = torch.rand(scores.shape, generator=self.random, dtype=torch.float64)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
         return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)
-
-
-def _pad_token(loaded: LoadedModel) -> int | None:
-    tokenizer = loaded.tokenizer
-    token: int | None = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if token is None else token

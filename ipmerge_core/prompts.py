@@ -274,3 +274,16 @@ def _without(tokens: Sequence[str], text: str) -> str:
         return text
     starts = "|".join(map(re.escape, tokens))
     return re.sub(rf"(?=(?:{starts}))(.)", r"\1 ", text, flags=re.DOTALL)
+
+
+def without_begin(tokenizer: Any, text: str) -> str:  # noqa: ANN401
+    """Drop the first token of a template's text where encoding adds it once more."""
+    begin = tokenizer.bos_token
+    if begin and text.startswith(begin) and _adds_begin(tokenizer):
+        return text.removeprefix(begin)
+    return text
+
+
+def _adds_begin(tokenizer: Any) -> bool:  # noqa: ANN401
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id

@@ -151,18 +151,24 @@ def svd(
             A, rank, left=left, right=True, tolerance=goal, accepted=accepted, key=key
         )
 
-    found = _run(run, work)
+    return _signed(_run(run, work), rank, matrix.device, dtype, left=left)
+
+
+def _signed(
+    found: engines.Factors, rank: int, device: torch.device, dtype: torch.dtype, *, left: bool
+) -> Spectrum:
+    """Put the triplets in order and fix their signs."""
     assert found.right is not None
     order = found.values.argsort(descending=True, stable=True)[:rank]  # rounding can swap ties
     Vh = found.right[order]
     sign = _signs(Vh)
     U = None if found.left is None or not left else found.left[:, order] * sign
     return Spectrum(
-        None if U is None else U.to(matrix.device, dtype),
-        found.values[order].to(matrix.device, dtype),
-        (Vh * sign[:, None]).to(matrix.device, dtype),
+        None if U is None else U.to(device, dtype),
+        found.values[order].to(device, dtype),
+        (Vh * sign[:, None]).to(device, dtype),
         found.route,
-        found.error[order].to(matrix.device, dtype),
+        found.error[order].to(device, dtype),
     )
 
 

@@ -7,6 +7,8 @@ the spectrum, or all where there is none.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from elementwise_definitions import densities, elected, trimmed, weights_of
 from torch import Tensor
@@ -20,13 +22,22 @@ class Noise:
     Not clear is what lies where another estimate of the same noise might put the floor.
     """
 
-    def __init__(self, floor: float) -> None:
-        self.floor, self.clear = floor, True
+    def __init__(self, floor: float, whole: Noise | None = None) -> None:
+        self.floor, self.clear, self.whole = floor, True, whole or self
 
     def __lt__(self, S: Tensor) -> Tensor:
         near = (0.45 * self.floor < S) & (1.5 * self.floor > S)
-        self.clear = self.clear and not bool(near.any())
+        self.whole.clear = self.whole.clear and not bool(near.any())
         return self.floor < S
+
+    def of_sum(self, count: int) -> Noise:
+        """The floor of a sum of so many task vectors; half of the noise of each is the base's."""
+        return Noise(self.floor * math.sqrt(count * (count + 1) / 2), self.whole)
+
+
+def of_sum(noise, count):
+    """The same, where a floor is given."""
+    return noise.of_sum(count) if isinstance(noise, Noise) else noise
 
 
 def exist(S, noise):
@@ -104,7 +115,7 @@ def iso_c(base, tuned, *, mllm_weight, math_weight, scale, noise=None):
     taus = living(base, tuned, mllm_weight, math_weight)
     if not taus:
         return base
-    U, S, V = decomposed(sum(taus), noise)
+    U, S, V = decomposed(sum(taus), of_sum(noise, len(taus)))
     return base + scale * S.mean() * U @ V.T
 
 
@@ -114,7 +125,7 @@ def iso_cts(base, tuned, *, common_fraction, mllm_weight, math_weight, scale, no
         return base
     r = min(base.shape)
     own = round((r - int(r * common_fraction)) / len(taus))
-    common = U_c, _, _ = decomposed(sum(taus), noise, r - own * len(taus))
+    common = U_c, _, _ = decomposed(sum(taus), of_sum(noise, len(taus)), r - own * len(taus))
     rests = [tau - U_c @ (U_c.T @ tau) for tau in taus]
     least = [1e-12 * float(tau.norm()) if noise is None else noise for tau in taus]
     parts = [decomposed(rest, floor, own) for rest, floor in zip(rests, least, strict=True)]

@@ -8,6 +8,7 @@ whose weight is 0, has no directions and takes no part; a single one that is lef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import hypot
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
@@ -289,10 +290,15 @@ def iso_cts(
 
 
 def _sum(changes: Sequence[Change]) -> Change:
-    """Sum task vectors; their noise adds up where they share a base."""
+    """Sum task vectors, with the noise of the sum.
+
+    Math:   half of a task vector's variance is the base's, which all share, half its own:
+            n^2 = (sum_i n_i^2 + (sum_i n_i)^2) / 2.
+    """
+    noise = [change.noise for change in changes]
     return Change(
         torch.stack([change.vector for change in changes]).sum(0),
-        sum(change.noise for change in changes),
+        hypot(sum(noise), *noise) / 2**0.5,
     )
 
 
