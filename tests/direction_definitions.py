@@ -26,7 +26,7 @@ class Noise:
         self.floor, self.clear, self.whole = floor, True, whole or self
 
     def __lt__(self, S: Tensor) -> Tensor:
-        near = (0.45 * self.floor < S) & (1.5 * self.floor > S)
+        near = (0.45 * self.floor < S) & (1.8 * self.floor > S)
         self.whole.clear = self.whole.clear and not bool(near.any())
         return self.floor < S
 
