@@ -281,3 +281,21 @@ def test_impossible_layer_gains_are_refused(factors: tuple, analysis: Analysis) 
 def test_a_method_without_a_gain_takes_no_layer_gains(analysis: Analysis) -> None:
     with pytest.raises(PlanError, match="no gain that could differ"):
         ipm.make_plan(analysis, method="karcher", layer_gains=(0, 1))
+
+
+def test_plans_of_a_pack_of_version_1_take_every_direction_as_they_did():
+    # Written by the version that made such packs, from the demo trio; so are hashes and changes.
+    analysis = ipm.Analysis.load(Path(__file__).parent / "pack_version_1.json.gz")
+    assert analysis.parameters["directions"] == "all"
+    assert analysis.records[0].mllm_directions is None
+    stronger = {"similarity_threshold": 0.1, "lambda_": 8.0, "gamma_norm": "max"}
+    for choice, name, change in (
+        ({}, "17a97113", 0.007829405515212962),
+        (stronger, "3d325188", 0.07541334405462403),
+    ):
+        plan = ipm.make_plan(analysis, **choice)
+        assert (plan.hash, plan.parameters["directions"]) == (name, "all")
+        assert plan.preview().relative_change == change
+        assert not plan.preview().approximate
+    with pytest.raises(PlanError, match="with directions all and the plan has directions existing"):
+        ipm.make_plan(analysis, directions="existing").preview()
