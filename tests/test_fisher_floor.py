@@ -346,8 +346,9 @@ def test_parameters_that_came_later_mean_what_was_done_before(name: str) -> None
     assert read == {**complete, **later}
     assert method.as_hashed(read).keys() == written.keys()
     assert method.with_former_defaults(complete) == complete
+    former = {p.name: {word: old for old, word in p.bounds.former} for p in method.parameters}
     assert method.as_hashed(complete) == {
-        key: value
+        key: former[key].get(value, value)
         for key, value in complete.items()
         if later.get(key) is None or later[key] != value
     }
