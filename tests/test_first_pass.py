@@ -372,4 +372,3 @@ def test_a_quick_analysis_makes_projections_approximate(pair: ModelPair) -> None
     some = ipm.make_plan(ipm.analyse(pair, rank=4), similarity_threshold=0)
     assert some.parameters["rank"] == 4  # the merge keeps as many
     assert some.preview().approximate == ""
-    assert ipm.make_plan(some, similarity_threshold=0, rank=4).preview().approximate == ""
