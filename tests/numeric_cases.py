@@ -204,6 +204,7 @@ def drawn(
     low: Sequence[bool],
     aligned: bool,
     generator: torch.Generator,
+    strength: float = 1.0,
 ) -> Stored:
     """Draw a base and its fine-tunes, each with a change of full or of low rank."""
     m, n = shape
@@ -213,7 +214,7 @@ def drawn(
     tuned = []
     for thin in low:
         count = min(_LOW, min(m, n) // 16) if thin else min(m, n)
-        S = unit * torch.from_numpy(np.geomspace(_STRONGEST, _WEAKEST[thin], count))
+        S = strength * unit * torch.from_numpy(np.geomspace(_STRONGEST, _WEAKEST[thin], count))
         frames = [_frame(generator, size, count) for size in (m, n)]
         if aligned:
             frames = [_turned(f, s) for f, s in zip(frames, shared, strict=True)]
