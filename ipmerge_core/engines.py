@@ -325,8 +325,8 @@ def randomized(
     left: bool,
     right: bool,
     tolerance: float,
-    accepted: float,
     key: Key,
+    accepted: float | None = None,
 ) -> Factors:
     """Leading `rank` triplets by block Krylov iteration on the smaller side; A is only multiplied.
 
@@ -334,10 +334,10 @@ def randomized(
             larger value was missed is as sure as a random start has a part in every direction.
             Directions are right to about r_i / (distance of S_i^2 to its neighbours).
     Cost:   4 m n flops per vector of the basis, at most 3 rank + 64 of them; it ends as soon as
-            every residual is below tolerance * S_1^2. Where one is then above accepted * S_1^2, as
-            on a flat spectrum, leading directions may be missing, so `gram` solves it instead; and
-            so it does where ties fill a block, since a Krylov space holds no more copies of one
-            singular value than its block has vectors.
+            every residual is below tolerance * S_1^2. Where one is then above accepted * S_1^2
+            (None: tolerance), as on a flat spectrum, leading directions may be missing, so `gram`
+            solves it instead; and so it does where ties fill a block, since a Krylov space holds no
+            more copies of one singular value than its block has vectors.
     """
     B = A if A.shape[0] < A.shape[1] else A.T
     p = B.shape[0]
@@ -345,7 +345,8 @@ def randomized(
     found = krylov(
         lambda rows: (rows @ B) @ B.T, start(p, block, key, A), rank, tolerance, 3 * rank + 64
     )
-    missed = float(found.residuals.max()) > accepted * float(found.values[0])
+    bound = tolerance if accepted is None else accepted
+    missed = float(found.residuals.max()) > bound * float(found.values[0])
     if missed or _may_hide_copies(found.values, block):
         whole = gram(A, left=left, right=right, fp64=A.dtype == torch.float64, key=key)
         return whole.leading(rank)

@@ -146,9 +146,8 @@ def svd(
             wide = dtype == torch.float64
             return engines.gram(A, left=left, right=True, fp64=wide, key=key, floor=floor)
         goal = TOLERANCE if dtype == torch.float32 else 1e-11
-        accepted = goal if tolerance is None else max(goal, tolerance)
         return engines.randomized(
-            A, rank, left=left, right=True, tolerance=goal, accepted=accepted, key=key
+            A, rank, left=left, right=True, tolerance=goal, accepted=tolerance, key=key
         )
 
     return _signed(_run(run, work), rank, matrix.device, dtype, left=left)

@@ -52,10 +52,10 @@ def test_a_pinned_matrix_is_drawn_beside_the_chosen_one_in_thinner_lines_that_na
     assert max(line.line.width for line in added) < both.data[0].line.width
 
 
-@pytest.mark.parametrize(("floor", "drawn"), [(0.01, True), (None, False)])
-def test_the_noise_floor_is_drawn_where_the_dtype_has_one(floor, drawn):
+@pytest.mark.parametrize(("floor", "drawn"), [(0.01, True), (1e-9, False), (None, False)])
+def test_the_noise_floor_is_drawn_where_it_lies_near_the_spectrum(floor, drawn):
     figure = spectra_figure(spectra_info({**RECORD, "noise_floor": floor}))
-    assert ("rounding of the stored dtype" in {trace.name for trace in figure.data}) == drawn
+    assert ("rounding of the stored weights" in {trace.name for trace in figure.data}) == drawn
 
 
 @pytest.mark.parametrize("narrow", [False, True])
