@@ -219,7 +219,7 @@ def drawn(
         if aligned:
             frames = [_turned(f, s) for f, s in zip(frames, shared, strict=True)]
         tuned.append((base.double() + (frames[0] * S) @ frames[1].T).to(dtype))
-    return Stored(base, tuned[0], tuned[1:], (_WEAKEST[False] * unit * 1.2 * own) ** 0.5)
+    return Stored(base, tuned[0], tuned[1:], (1.2 * _WEAKEST[False]) ** 0.5 * own)
 
 
 def edge(base: Tensor) -> float:
