@@ -21,6 +21,7 @@ from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 
 METHODS = ("auto", "exact", "gram", "randomized")
 EXISTS = 4.0  # a direction's singular value stands this many noise floors high, see `existing`
+_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
 TOLERANCE = 2e-6  # of randomized: residual relative to S_1^2; fp32 products resolve about 3e-7
 
 
@@ -349,10 +350,10 @@ def existing(
 
 def _spacing(weight: Tensor) -> Tensor:
     """Distance between neighbouring numbers of the dtype that holds the weights (ulp)."""
-    info = torch.finfo(_held_by(weight))
-    size = as_float(weight).abs().clamp(min=info.smallest_normal)
-    exponent = torch.frexp(size).exponent - 1
-    return torch.ldexp(torch.full_like(size, info.eps), exponent)
+    info, size = torch.finfo(_held_by(weight)), as_float(weight)
+    kind, exponent = _BITS[size.dtype]
+    power = (size.view(kind) & exponent).view(size.dtype)  # 2^floor(log2 |w|)
+    return power.clamp_(min=info.smallest_normal).mul_(info.eps)
 
 
 def _held_by(weight: Tensor) -> torch.dtype:

@@ -139,7 +139,7 @@ def test_try_it_answers_with_the_folder_just_made(page, place):
     assert side(page, "Left") == UNMERGED
     asked, said = ask(page)
     assert asked == f"{words} · demo trio"
-    assert said == said_by_transformers(folder, example.reference.question, example.image)
+    assert said.strip() == said_by_transformers(folder, example.reference.question, example.image)
     assert said != explored[1]
     assert "your plan in Explore · IP-Merging, S_α 0.4, λ 1 · plan " in explored[0]
     expect(page.locator("#chat-base [data-testid=bot]").first).to_have_text(
