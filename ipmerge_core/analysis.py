@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -48,6 +48,7 @@ def analyse(
     rank: int | None = None,
     temperature: float = sim.TEMPERATURE,
     quick: bool = False,
+    directions: Literal["existing", "all"] = "existing",
     cache_dir: str | Path | None = None,
 ) -> Analysis:
     """Decompose every matched matrix once and keep what all later questions need.
@@ -58,6 +59,7 @@ def analyse(
         rank: keep only the leading singular triplets; None keeps all.
         temperature: of the softmax over directions, > 0.
         quick: an approximate preview from the leading directions, see `Options`.
+        directions: those that rounding of the stored weights cannot have made, or all.
         cache_dir: a folder in which a finished pack is found again for the same weights and
             options, and an interrupted analysis goes on.
 
@@ -65,7 +67,7 @@ def analyse(
         PairingError: an expert or the MLLM equals its base, so that there is nothing to compare.
         CheckpointError: a matrix holds NaN or infinity.
     """
-    options = Options(rank, temperature, quick).check()
+    options = Options(rank, temperature, quick, directions).check()
     if cache_dir is None:
         return assemble(pair, tuple(iter_analysis(pair, options, device=device)), options)
     folder = Path(cache_dir)

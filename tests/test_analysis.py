@@ -205,6 +205,9 @@ def test_only_directions_that_exist_count_and_all_do_where_told_so(tmp_path: Pat
         assert existing.mllm_sigma == every.mllm_sigma
         fewer += existing.mllm_nuclear < every.mllm_nuclear
     assert fewer
+    whole = ipm.analyse(pair, directions="all")
+    assert list(whole.records) == literal
+    assert ipm.make_plan(whole).parameters["directions"] == "all"
     with pytest.raises(PlanError, match="directions is 'some'"):
         Options(directions="some").check()
 

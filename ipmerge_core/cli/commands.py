@@ -53,7 +53,7 @@ def analyse(options: argparse.Namespace) -> int:
     if not options.force:
         pair.refuse_strangers("(--force analyses anyway.)")
     check_target(options.output)
-    how = Options(options.rank, options.temperature, options.quick).check()
+    how = Options(options.rank, options.temperature, options.quick, options.directions).check()
     journal = Path(options.output + ".journal")
     costs = [comparing_cost(matrix.shape) for matrix in pair.matrices for _ in pair.math]
     progress = Progress("analysing", sum(costs), options)

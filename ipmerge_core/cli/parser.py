@@ -41,6 +41,12 @@ def _analyse(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=TEMPERATURE, help="of the direction weights"
     )
     parser.add_argument(
+        "--directions",
+        choices=("existing", "all"),
+        default="existing",
+        help="leave out directions that rounding may have made, or take all (the literal reading)",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="approximate, from the leading directions only"
     )
     parser.add_argument("--force", action="store_true", help="go on although the check refuses")
