@@ -21,9 +21,9 @@ if __name__ == "__main__":
     from ipmerge_core.ui.turns import Turn, view
 
     texts = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    turns = [Turn(text, None, "p", Side("Base", "finished", text)) for text in texts]
+    turns = [Turn(text, None, "p", Side("Base", "", "finished", text)) for text in texts]
     with gr.Blocks(fill_width=True, analytics_enabled=False) as app, gr.Row(elem_id="chats"):
-        lay_out_chat("Base: the model as it is", "chat-base", view(turns).chat_base)
+        lay_out_chat("Left model", "chat-base", view(turns).chat_left)
     app.launch(
         theme=theme(),
         css_paths=[STYLE],
