@@ -328,6 +328,7 @@ def existing(
     matrix: Float[Tensor, "m n"],
     noise: float,
     *,
+    method: str = "auto",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
     vectors: str = "both",
@@ -344,7 +345,9 @@ def existing(
     Raises: as `svd`.
     """
     floor = EXISTS * noise
-    found = svd(matrix, rank=rank, dtype=dtype, vectors=vectors, key=key, floor=floor)
+    found = svd(
+        matrix, method=method, rank=rank, dtype=dtype, vectors=vectors, key=key, floor=floor
+    )
     return found.above(floor)
 
 

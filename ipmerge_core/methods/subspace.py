@@ -39,7 +39,7 @@ from ipmerge_core.methods.registry import (
 from ipmerge_core.methods.traits import Matrix
 from ipmerge_core.spectrum import EXISTS, Spectrum, as_float, existing, noise_floor, svd
 
-_NEAR = 1e-2  # 1 - c below which fp32 no longer says how far apart two directions are
+_NEAR = 3e-3  # 1 - c below which fp32 no longer says how far apart two directions are
 SHARED = 2e-5  # relative singular value below which two directions of a stack are one
 ANEW = "the directions of all task vectors are combined anew"
 Common: TypeAlias = Annotated[
@@ -76,7 +76,7 @@ def changes_of(
     floors = noise or [noise_floor(model, base) for model in models]
     vectors = [task_vector_of(model, base).to(dtype) for model in models]
     return [
-        Change(weight * vector, abs(weight) * floor)
+        Change(vector if weight == 1 else weight * vector, abs(weight) * floor)
         for vector, weight, floor in zip(vectors, weights, floors, strict=True)
         if weight and bool(vector.any())
     ]
@@ -192,7 +192,7 @@ def tsv(
     k = min(W0.shape) // len(vectors)
     if k == 0:
         return add_to_base(W0, W_v, torch.stack(vectors).mean(0), scale)
-    spectra = [existing(change.vector, change.noise).leading(k) for change in changes]
+    spectra = [existing(c.vector, c.noise, method="gram", rank=k) for c in changes]
     found = [spectrum for spectrum in spectra if len(spectrum.S)]
     delta = torch.zeros_like(W0)
     if found:
