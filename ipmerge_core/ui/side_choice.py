@@ -63,7 +63,7 @@ def side_choice(runs: gr.BrowserState, last: gr.BrowserState) -> SideChoice:
 
 
 def wire_choice(backend: Backend, sides: SideChoice, pair: gr.Dropdown, tab: gr.Tab) -> None:
-    """Keep what is chosen per pair, and list the merges anew where they may have changed."""
+    """Keep what is chosen per pair, and list the merges again where they may have changed."""
 
     def keep(pack_id: str, left: str, right: str, chosen: Chosen) -> Chosen:
         return {**chosen, pack_id: (left, right)}
