@@ -119,7 +119,7 @@ def iter_adapter(
         height = pair.mllm.spec(tensor).shape[0]
         whole: list[Update] = []
         for matrix, experts in matrices:
-            weights = pair.read(matrix, experts)
+            weights = pair.read(matrix, experts).to(where)
             inputs = on_one_base(weights, where)
             with torch.no_grad():
                 parameters = _per_unit_gain(plan, matrix.layer)

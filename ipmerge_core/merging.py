@@ -339,9 +339,9 @@ class _Run:
             supplied["statistic"] = self.statistic
         if self.measurements is not None and part.matrix.module not in BESIDE:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, device)
-        anchor = engine_anchor(self.method, self.plan.anchor)
+        anchor, weights = engine_anchor(self.method, self.plan.anchor), weights.to(device)
         if "noise" in self.method.inputs and part.matrix.module not in BESIDE:
-            supplied["noise"] = rounding_noise(weights.to(device), anchor)
+            supplied["noise"] = rounding_noise(weights, anchor)
         models = on_one_base(weights, device, anchor)
         parameters = self.plan.parameters_for(part.matrix.layer)
         return (yield from merging_of(self.method, part.matrix, models, **parameters, **supplied))

@@ -1,8 +1,8 @@
 """Chat prompts: messages rendered by a model's own chat template, whichever content it takes.
 
 In: the processor or tokenizer of a model and the messages of a conversation. Out: the text of the
-prompt, with the model's image placeholders in it. Templates are files of strangers: whatever one
-does wrong becomes a `ModelLoadError`. This does not tokenize and loads nothing.
+prompt, with the model's image placeholders in it. Templates come from untrusted files: any error
+in one is raised as a `ModelLoadError`. This does not tokenize and loads nothing.
 """
 
 from __future__ import annotations

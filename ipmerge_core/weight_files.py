@@ -203,7 +203,7 @@ def _why_none(files: Files, names: Sequence[str], found: Sequence[str], pickled:
     if variants:
         return (
             f"'{files.id}' has its weights only as a variant ('{variants[0]}'), which transformers "
-            f"loads only when told so. Load it with variant=... and save it with save_pretrained."
+            f"does not load by default. Load it with variant=... and save it with save_pretrained."
         )
     if found:
         return (

@@ -161,7 +161,7 @@ def _fill(
     stop: threading.Event,
     turns: dict[str, threading.Lock],
 ) -> None:
-    """Fill one side; whatever goes wrong is told there and leaves the other side alone.
+    """Fill one side. An error is shown on that side and does not affect the other.
 
     Sides that run the same model take `turns` at it: a model answers one question at a time.
     """
