@@ -13,13 +13,13 @@ from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
-from ipmerge_core import adapter
-from ipmerge_core.adapter import export_adapter, iter_adapter, module_name, truncated
-from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.adapters import export as adapter
+from ipmerge_core.adapters.export import export_adapter, iter_adapter, module_name, truncated
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, PlanError
-from ipmerge_core.plan import MergePlan, make_plan
-from ipmerge_core.similarity import Update
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.planning.plan import MergePlan, make_plan
+from ipmerge_core.spectral.similarity import Update
 
 Plan = Callable[..., MergePlan]
 

@@ -15,10 +15,10 @@ from conftest import TEXT_CONFIG, Trio, fine_tuned, text_weights, write_model, w
 from explore_page import COMPONENT, Traffic, count, percent, plan_on_page
 from playwright.sync_api import Page, Request, expect
 
-from ipmerge_core.journal import read_journal
-from ipmerge_core.plan import make_plan
-from ipmerge_core.records import Analysis
-from ipmerge_core.ui.layer_map import read_commit
+from ipmerge_core.analysis.partial import read_journal
+from ipmerge_core.analysis.records import Analysis
+from ipmerge_core.planning.plan import make_plan
+from ipmerge_core.ui.plan_choice import read_commit
 
 pytestmark = pytest.mark.browser
 

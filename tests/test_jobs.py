@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import pytest
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.jobs import JobStatus, JobStore, Started, home_folder, run_job
+from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, home_folder, run_job
 
 WAIT = 30  # seconds that a process may take to do what a test waits for
 

@@ -12,12 +12,12 @@ from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
-from ipmerge_core import merging
-from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError
-from ipmerge_core.merging import estimate, iter_merge
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.records import Analysis
+from ipmerge_core.merging import merge as merging
+from ipmerge_core.merging.merge import estimate, iter_merge
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.planning.plan import MergePlan
 
 PLANS = [
     {"similarity_threshold": 0.7, "lambda_": 4.0},

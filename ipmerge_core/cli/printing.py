@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ipmerge_core.errors import PlanError
 
 if TYPE_CHECKING:
-    from ipmerge_core.pairing import Finding
-    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.models.pairing import Finding
+    from ipmerge_core.planning.plan import MergePlan
 
 _MARKS = {"ok": "ok     ", "warning": "WARNING", "refusal": "REFUSAL"}
 
@@ -48,7 +48,7 @@ def plan_sentence(plan: MergePlan) -> str:
 def _taken(plan: MergePlan) -> str:
     """Name the parameters that the plan took from its analysis and that are not the defaults."""
     from ipmerge_core.methods import find_method
-    from ipmerge_core.preview import shown
+    from ipmerge_core.planning.preview import shown
 
     method, values, analysed = find_method(plan.method), plan.parameters, plan.analysed or {}
     defaults = {parameter.name: parameter.default for parameter in method.parameters}
@@ -115,7 +115,7 @@ class Progress:
 
 
 def _place(options: argparse.Namespace) -> str:
-    from ipmerge_core.devices import describe_device, is_cpu
+    from ipmerge_core.runtime.devices import describe_device, is_cpu
 
     where = f"Computing on {describe_device(options.device)}"
     if options.one_thread and is_cpu(options.device):
