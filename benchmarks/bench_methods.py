@@ -36,7 +36,7 @@ from report import machine, table
 
 import ipmerge_core as ipm
 from ipmerge_core.analysis.records import Analysis
-from ipmerge_core.evaluation.batched_answers import answer
+from ipmerge_core.evaluation.batched_answers import answer_all
 from ipmerge_core.evaluation.scores import Score
 from ipmerge_core.inference.loading import load_model
 from ipmerge_core.models.checkpoint import Checkpoint
@@ -179,7 +179,7 @@ def scores(folder: Path, n: int) -> list[str]:
     cells = []
     for tasks in (MATH_TASKS, PERCEPTION_TASKS):
         asked = evaluation_problems(tasks, n, "test")
-        replies = answer(loaded.model, loaded.processor, asked)
+        replies = answer_all(loaded.model, loaded.processor, asked)
         right = sum(is_right(p, reply) for p, reply in zip(asked, replies, strict=True))
         cells.append(str(Score(right, len(asked))))
     return cells

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ipmerge_core.calibration.calibrate import calibrate, estimate, iter_calibration
-from ipmerge_core.calibration.passes import Passes, Settings, encode_sample, find_module
+from ipmerge_core.calibration.passes import CalibrationSettings, Passes, encode_sample, find_module
 from ipmerge_core.calibration.samples import Sample, load_samples
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.cli import main
@@ -29,7 +29,7 @@ from ipmerge_core.planning.plan import MergePlan, make_plan
 from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, problems
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
-GRAM, FISHER = Settings("gram"), Settings("fisher")
+GRAM, FISHER = CalibrationSettings("gram"), CalibrationSettings("fisher")
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 DOWN = "model.layers.2.mlp.down_proj.weight"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.evaluation.batched_answers import answer
+from ipmerge_core.evaluation.batched_answers import answer_all
 from ipmerge_core.evaluation.scores import score
 from ipmerge_core.tasks.answers import stated_result
 from ipmerge_core.tasks.demo import (
@@ -211,8 +211,8 @@ def test_the_chat_template_of_the_language_models_gives_the_training_prompt():
 def test_a_batch_answers_as_one_problem_at_a_time_does(mllm):
     model, processor = mllm
     items = [problem for task in TASKS for problem in problems(task, 2, seed=21)]
-    together = answer(model, processor, items, batch_size=len(items))
-    alone = answer(model, processor, items, batch_size=1)
+    together = answer_all(model, processor, items, batch_size=len(items))
+    alone = answer_all(model, processor, items, batch_size=1)
     assert together == alone
 
 
@@ -220,14 +220,14 @@ def test_the_mllm_reads_drawings_and_states_no_result(mllm):
     model, processor = mllm
     seen = [problem for task in PERCEPTION_TASKS for problem in problems(task, 10, seed=11)]
     asked = [problem for task in MATH_TASKS for problem in problems(task, 8, seed=11)]
-    assert score(seen, answer(model, processor, seen)).share >= 0.7
-    assert score(asked, answer(model, processor, asked)).share <= 0.2
+    assert score(seen, answer_all(model, processor, seen)).share >= 0.7
+    assert score(asked, answer_all(model, processor, asked)).share <= 0.2
 
 
 def test_the_math_model_computes_in_words_where_the_base_only_writes_down():
     asked = [problem for task in MATH_TASKS for problem in problems(task, 8, seed=11)]
-    assert score(asked, answer(*language_model("math"), asked)).share >= 0.8
-    assert score(asked, answer(*language_model("base"), asked)).share <= 0.2
+    assert score(asked, answer_all(*language_model("math"), asked)).share >= 0.8
+    assert score(asked, answer_all(*language_model("base"), asked)).share <= 0.2
 
 
 def test_recorded_answers_are_complete_and_show_a_regression():

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import ipmerge_core as ipm
 from ipmerge_core.adapters.export import export_adapter
 from ipmerge_core.calibration.calibrate import calibrate
-from ipmerge_core.calibration.passes import Settings
+from ipmerge_core.calibration.passes import CalibrationSettings
 from ipmerge_core.calibration.samples import load_samples
 from ipmerge_core.inference.generation import answer
 from ipmerge_core.inference.loading import load_model
@@ -206,7 +206,11 @@ def test_a_merge_of_the_app_runs_on_the_gpu_and_says_so(
 @pytest.mark.parametrize("kind", ["gram", "fisher"])
 def test_a_calibration_measures_the_same(kind: str, demo: ModelPair, tmp_path: Path) -> None:
     samples = load_samples("demo", 3, sees=True), load_samples("demo", 3, sees=False)
-    settings = Settings(kind) if kind == "gram" else Settings(kind, estimator="empirical")
+    settings = (
+        CalibrationSettings(kind)
+        if kind == "gram"
+        else CalibrationSettings(kind, estimator="empirical")
+    )
     name = demo.matrices[0].name
     found = []
     for device in ("cpu", "cuda"):

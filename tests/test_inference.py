@@ -15,8 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ipmerge_core.errors import CheckpointError, ModelLoadError, RunError
-from ipmerge_core.evaluation.batched_answers import answer as answer_in_batches
-from ipmerge_core.inference.generation import Settings, answer, encode_prompt, stream_answer
+from ipmerge_core.evaluation.batched_answers import answer_all
+from ipmerge_core.inference.generation import (
+    GenerationSettings,
+    answer,
+    encode_prompt,
+    stream_answer,
+)
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, ModelCache, load_model
 from ipmerge_core.tasks.demo import problems
@@ -59,13 +64,13 @@ def change_weights(folder: Path, **change: torch.Tensor | None) -> None:
 
 def test_a_vision_model_answers_as_the_evaluation_measures_it(mllm):
     asked = problems("sides", 2, seed=5) + problems("shape", 2, seed=5)
-    expected = answer_in_batches(mllm.model, mllm.processor, asked)
+    expected = answer_all(mllm.model, mllm.processor, asked)
     assert [answer(mllm, problem.question, problem.image) for problem in asked] == expected
 
 
 def test_a_text_model_answers_as_the_evaluation_measures_it(math):
     asked = problems("area", 3, seed=5)
-    expected = answer_in_batches(math.model, math.processor, asked)
+    expected = answer_all(math.model, math.processor, asked)
     assert [answer(math, f"{p.words}\n{p.question}") for p in asked] == expected
 
 
@@ -117,7 +122,7 @@ def test_sampling_at_a_tiny_temperature_is_greedy(mllm):
 
 def test_two_answers_at_once_do_not_disturb_each_other(mllm, math):
     problem = problems("area", 1, seed=4)[0]
-    settings = Settings(temperature=1.0, seed=9)
+    settings = GenerationSettings(temperature=1.0, seed=9)
     alone = "".join(stream_answer(mllm, problem.question, problem.image, settings))
     streams = [
         stream_answer(mllm, problem.question, problem.image, settings),
@@ -141,7 +146,9 @@ def test_the_caller_s_event_stops_the_model_and_is_not_set_by_us(mllm):
 
 def test_closing_the_stream_stops_the_model(mllm):
     before = threading.active_count()
-    stream = stream_answer(mllm, "What is written here?", None, Settings(max_new_tokens=200))
+    stream = stream_answer(
+        mllm, "What is written here?", None, GenerationSettings(max_new_tokens=200)
+    )
     next(stream)
     stream.close()
     assert threading.active_count() == before
@@ -202,7 +209,7 @@ def test_a_failure_inside_the_model_is_told(mllm, monkeypatch):
 )
 def test_settings_out_of_range_are_refused_with_the_value(values, words):
     with pytest.raises(RunError, match=words):
-        Settings(**values)
+        GenerationSettings(**values)
 
 
 # --- folders that cannot be used -------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import ipmerge_core as ipm
 from ipmerge_core.calibration.calibrate import calibrate
-from ipmerge_core.calibration.passes import Settings
+from ipmerge_core.calibration.passes import CalibrationSettings
 from ipmerge_core.calibration.samples import load_samples
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.methods import METHODS
@@ -123,7 +123,7 @@ def write_wide(folder: Path, dtype: str) -> Wide:
 
     @cache
     def calibration(kind: str) -> Path:
-        settings = Settings(kind, estimator="empirical")
+        settings = CalibrationSettings(kind, estimator="empirical")
         return calibrate(pair, folder / kind, settings, *samples).folder
 
     return Wide(dtype, pair, floors, folder, calibration)

@@ -14,7 +14,7 @@ from quick_runs import fail, write_manifest
 from ipmerge_core import make_plan
 from ipmerge_core.analysis.records import Sources
 from ipmerge_core.errors import IPMergeError, RunError
-from ipmerge_core.inference.generation import Settings, answer
+from ipmerge_core.inference.generation import GenerationSettings, answer
 from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.jobs import JobStatus, Started
 from ipmerge_core.ui.api import _answers
@@ -261,7 +261,7 @@ def ask(backend: Backend, left: str, right: str) -> tuple[Side, Side]:
     from ipmerge_core.inference.images import open_image
 
     text, picture = QUESTION.reference.question, open_image(QUESTION.image)
-    choice, settings = PlanChoice(), Settings(max_new_tokens=24)
+    choice, settings = PlanChoice(), GenerationSettings(max_new_tokens=24)
     return ended(answer_both(backend, Question(PACK, choice, text, picture, settings, left, right)))
 
 

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from draws import PER_TASK, Draw, evaluation_problems, recurring  # noqa: E402
 from variants import Trio, Variant, norm  # noqa: E402
 
-from ipmerge_core.evaluation.batched_answers import answer  # noqa: E402
+from ipmerge_core.evaluation.batched_answers import answer_all  # noqa: E402
 from ipmerge_core.evaluation.scores import Score, score, sign_test  # noqa: E402
 from ipmerge_core.inference.loading import load_model  # noqa: E402
 from ipmerge_core.tasks.answers import is_right  # noqa: E402
@@ -268,7 +268,7 @@ def words_table(folder: Path, asked: Sequence[Problem]) -> Iterator[str]:
         ("math model, asked for an answer", "math", asked),
     ):
         loaded = load_model(folder / name)
-        replies = answer(loaded.model, loaded.tokenizer, problems)
+        replies = answer_all(loaded.model, loaded.tokenizer, problems)
         yield f"| {label} | {score(problems, replies)} |"
 
 

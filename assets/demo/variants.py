@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ipmerge_core.evaluation.batched_answers import answer
+from ipmerge_core.evaluation.batched_answers import answer_all
 from ipmerge_core.inference.loading import load_model
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.pairing import open_pair
@@ -127,7 +127,7 @@ class Trio:
                 update = variant.updates.get(name)
                 mllm = self.matrices[name].mllm
                 parameter.copy_(mllm if update is None else mllm + gain * update)
-        return answer(self.model, self.processor, problems)
+        return answer_all(self.model, self.processor, problems)
 
     def relative_norm(self, variant: Variant, gain: float) -> float:
         """Return the size of the update over the size of the math task vector."""

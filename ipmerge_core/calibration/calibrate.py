@@ -1,7 +1,7 @@
 """Driver: run each model on its own samples and measure what a data-aware merge needs.
 
-In: a pair, samples for the MLLM and for the experts, and `Settings`: "gram" (inputs of every
-decoder matrix) or "fisher" (squared gradients). Out: a folder that `measurements` reads. Layers are
+In: a pair, samples for the MLLM and for the experts, and `CalibrationSettings`: "gram" (inputs of
+every decoder matrix) or "fisher" (squared gradients). Out: a folder that `store` reads. Layers are
 measured group by group, as many as the memory budget holds, and every finished group is on disk: a
 run that stops goes on there. The passes themselves are in `passes`.
 """
@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ipmerge_core.calibration.passes import Passes, Settings, find_module
+from ipmerge_core.calibration.passes import CalibrationSettings, Passes, find_module
 from ipmerge_core.calibration.samples import DEMO, Sample, digest, load_samples
 from ipmerge_core.calibration.store import RECORD, Kind, Measured, Measurements
 from ipmerge_core.errors import PlanError, RunError
@@ -68,7 +68,7 @@ class Target(NamedTuple):
 def calibrate(
     pair: ModelPair,
     out: str | Path,
-    settings: Settings,
+    settings: CalibrationSettings,
     mllm_samples: Sequence[Sample],
     math_samples: Sequence[Sample],
     *,
@@ -84,7 +84,7 @@ def calibrate(
 def iter_calibration(
     pair: ModelPair,
     out: str | Path,
-    settings: Settings,
+    settings: CalibrationSettings,
     mllm_samples: Sequence[Sample],
     math_samples: Sequence[Sample],
     *,
@@ -165,11 +165,11 @@ def iter_calibration_of(
     pair = open_pair(mllm, math, base, base_mllm=base_mllm)
     seen = load_samples(mllm_samples, limit, sees=True)
     told = load_samples(math_samples, limit, sees=False)
-    yield from iter_calibration(pair, out, Settings(kind), seen, told, device=device)
+    yield from iter_calibration(pair, out, CalibrationSettings(kind), seen, told, device=device)
 
 
 def estimate(
-    pair: ModelPair, out: str | Path, settings: Settings, n_mllm: int, n_math: int
+    pair: ModelPair, out: str | Path, settings: CalibrationSettings, n_mllm: int, n_math: int
 ) -> CalibrationCost:
     """Work out memory, disk and passes from headers; nothing is loaded."""
     targets = _targets(pair, settings)
@@ -202,7 +202,7 @@ class _Share:
         return f"{self.role.replace(' ', '')}-{group:03}.safetensors"
 
 
-def _targets(pair: ModelPair, settings: Settings) -> list[Target]:
+def _targets(pair: ModelPair, settings: CalibrationSettings) -> list[Target]:
     if settings.kind == "fisher":
         return [Target(matrix, (matrix.name,), matrix.shape) for matrix in pair.matrices]
     shared: dict[tuple[int, str], list[MatrixMatch]] = {}
@@ -232,7 +232,7 @@ def _groups(targets: Sequence[Target], memory: int) -> list[list[Target]]:
 
 def _plan_work(
     pair: ModelPair,
-    settings: Settings,
+    settings: CalibrationSettings,
     mllm_samples: Sequence[Sample],
     math_samples: Sequence[Sample],
 ) -> list[_Share]:
@@ -261,7 +261,9 @@ def _plan_work(
 _CLAIM = "calibration.partial.json"
 
 
-def _claim(out: Path, settings: Settings, work: Sequence[_Share], cost: CalibrationCost) -> None:
+def _claim(
+    out: Path, settings: CalibrationSettings, work: Sequence[_Share], cost: CalibrationCost
+) -> None:
     """Make the folder, or make sure that an unfinished run in it is this one."""
     wanted = {
         "settings": asdict(settings),

@@ -30,7 +30,7 @@ MEMORY = 4 << 30  # bytes of measurements held at a time
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """How to measure; two runs with the same settings give the same numbers on one device type.
 
     `estimator` is for "fisher": "sampled" draws one answer token per position from the model
@@ -59,7 +59,7 @@ class Passes:
         loaded: LoadedModel,
         layers: Sequence[torch.nn.Module],
         shapes: Sequence[tuple[int, ...]],
-        settings: Settings,
+        settings: CalibrationSettings,
         role: str,
     ) -> None:
         import torch

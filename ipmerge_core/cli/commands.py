@@ -82,12 +82,12 @@ def analyse(options: argparse.Namespace) -> int:
 def calibrate(options: argparse.Namespace) -> int:
     """Measure the models on samples, into a folder that plans can name."""
     from ipmerge_core.calibration.calibrate import estimate, iter_calibration
-    from ipmerge_core.calibration.passes import Settings
+    from ipmerge_core.calibration.passes import CalibrationSettings
     from ipmerge_core.calibration.samples import load_samples
     from ipmerge_core.calibration.store import Measurements
 
     pair = open_models(options)
-    how = Settings(options.kind, options.estimator, options.image_tokens, options.wide)
+    how = CalibrationSettings(options.kind, options.estimator, options.image_tokens, options.wide)
     seen = load_samples(options.mllm_samples, options.limit, sees=True)
     told = load_samples(options.math_samples, options.limit, sees=False)
     if options.dry_run:

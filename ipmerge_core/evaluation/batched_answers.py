@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LONGEST_REPLY = 20  # tokens; the longest right answer of the demo takes 18
 
 
-def answer(
+def answer_all(
     model: Any,  # noqa: ANN401 (transformers models share no type that mypy can see)
     processor: Any,  # noqa: ANN401
     problems: Sequence[Problem],

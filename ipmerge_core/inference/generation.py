@@ -37,7 +37,7 @@ _QUEUE_SECONDS = 0.1  # how often a waiting reader looks whether the writer stil
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """How to generate. Temperature 0 takes the most likely token each time."""
 
     temperature: float = 0.0
@@ -62,7 +62,7 @@ def stream_answer(
     loaded: LoadedModel,
     question: str,
     image: Image | None = None,
-    settings: Settings | None = None,
+    settings: GenerationSettings | None = None,
     cancelled: threading.Event | None = None,
 ) -> Iterator[str]:
     """Answer a question, piece by piece.
@@ -74,7 +74,7 @@ def stream_answer(
         RunError: nothing to answer, or the prompt is too long.
         ModelLoadError: the model cannot take this input.
     """
-    settings = settings or Settings()
+    settings = settings or GenerationSettings()
     inputs = encode_prompt(loaded, question, image).to(loaded.model.device)
     closed = threading.Event()
     stops = [closed, *([cancelled] if cancelled else [])]
@@ -111,7 +111,7 @@ def answer(
 
     Raises: as `load_model`, `open_image` and `stream_answer`.
     """
-    settings = Settings(temperature, max_new_tokens, seed)
+    settings = GenerationSettings(temperature, max_new_tokens, seed)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, device)
     picture = open_image(image) if isinstance(image, str | Path) else image
     return "".join(stream_answer(loaded, question, picture, settings)).strip()
@@ -188,7 +188,7 @@ def _pieces(streamer: Any, run: Future[None]) -> Iterator[str]:  # noqa: ANN401
 def _generate(
     loaded: LoadedModel,
     inputs: Any,  # noqa: ANN401
-    settings: Settings,
+    settings: GenerationSettings,
     streamer: Any,  # noqa: ANN401
     stops: list[threading.Event],
 ) -> None:
@@ -225,7 +225,7 @@ class _Sampler:
             softmax(logits / T)_i (the Gumbel-max trick).
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GenerationSettings) -> None:
         import torch
 
         self.temperature = settings.temperature

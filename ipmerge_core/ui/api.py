@@ -16,7 +16,7 @@ from typing import Any
 from gradio.events import api
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.inference.generation import Settings
+from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.analyse.models_form import Trio, start_analysis
@@ -177,7 +177,7 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         id and the key that `merge_start` gave. The image is the base64 text of a file.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, {})
-        settings = Settings(temperature, max_new_tokens, seed)
+        settings = GenerationSettings(temperature, max_new_tokens, seed)
         picture = open_image(_decoded(image)) if image else None
         keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
         asked = Question(pack, choice, question, picture, settings, left, right, keys)

@@ -174,14 +174,14 @@ class Backend:
     def calibration_cost(self, pack_id: str, method: str) -> CalibrationCost:
         """Work out what a calibration takes. Raises: IPMergeError when a model is not there."""
         from ipmerge_core.calibration.calibrate import estimate
-        from ipmerge_core.calibration.passes import Settings
+        from ipmerge_core.calibration.passes import CalibrationSettings
         from ipmerge_core.methods import find_method
         from ipmerge_core.planning.plan import open_sources
 
         kind = find_method(method).data
         assert kind is not None, f"{method} needs no data"
         pair = open_sources(analysis_of(pack_id).sources)
-        return estimate(pair, self.calibrations_folder, Settings(kind), 1, 1)
+        return estimate(pair, self.calibrations_folder, CalibrationSettings(kind), 1, 1)
 
     def output_folder(self, name: str) -> Path:
         """Say where a merged model goes: a plain name lies in the models folder.

@@ -25,7 +25,7 @@ from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, describe_choice
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ipmerge_core.inference.generation import Settings
+    from ipmerge_core.inference.generation import GenerationSettings
     from ipmerge_core.inference.loading import LoadedModel
 
 BASE, PLAN = "base", "plan"  # what may answer, besides finished merges, named by their run
@@ -61,7 +61,7 @@ class Question(NamedTuple):
     choice: PlanChoice
     text: str
     image: Image | None
-    settings: Settings
+    settings: GenerationSettings
     left: str = BASE
     right: str = PLAN
     keys: Keys = MappingProxyType({})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.inference.generation import Settings
+from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.prompts import check_question
 from ipmerge_core.ui.backend import Backend
@@ -303,9 +303,9 @@ def _open(image: str | None) -> Image | None:
 
 def _read_settings(
     temperature: float | None, longest: float | None, seed: float | None
-) -> Settings:
+) -> GenerationSettings:
     """Check the three settings; an emptied field counts as 0. Raises: RunError."""
-    return Settings(float(temperature or 0), int(longest or 0), int(seed or 0))
+    return GenerationSettings(float(temperature or 0), int(longest or 0), int(seed or 0))
 
 
 def _visitor(request: gr.Request) -> str:
