@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +29,7 @@ from ipmerge_core.methods.ip_merging import ip_updates
 from ipmerge_core.models.checkpoint import Checkpoint, split_address
 from ipmerge_core.models.writer import check_output, explained
 from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.runtime.atomic import atomic_path
 from ipmerge_core.runtime.devices import resolve_device
 from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.version import __version__
@@ -270,9 +270,7 @@ def _write(
             "The update of every selected matrix is zero: the math models do not differ from "
             "their base there. Give fine-tuned models as math."
         )
-    partial = out.with_name(f".{out.name}.partial")
-    with explained(out):
-        shutil.rmtree(partial, ignore_errors=True)
+    with explained(out), atomic_path(out) as partial:
         partial.mkdir(parents=True)
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         nbytes = (partial / "adapter_model.safetensors").stat().st_size
@@ -283,9 +281,6 @@ def _write(
         }
         for name, text in documents.items():
             (partial / name).write_text(text, encoding="utf-8")
-        if out.exists():
-            out.rmdir()  # empty, as checked
-        partial.rename(out)
 
 
 def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:

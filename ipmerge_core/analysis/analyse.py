@@ -252,15 +252,8 @@ def _pack_steps(
             done = sum(costs[:number])
             step = step._replace(number=number, matrix=record.name, cost_done=done)
             yield step
-    _publish(assemble(pair, tuple(records), options), out)
+    assemble(pair, tuple(records), options).save(out)
     journal.path.unlink()
-
-
-def _publish(analysis: Analysis, out: Path) -> None:
-    """Write a pack that appears when it is whole."""
-    temporary = out.with_name(f".{out.name}")
-    analysis.save(temporary)
-    temporary.replace(out)
 
 
 # --- the pipeline: read, decompose, in order ---

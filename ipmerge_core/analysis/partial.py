@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ipmerge_core.analysis.records import LayerRecord
 from ipmerge_core.errors import PlanError
+from ipmerge_core.runtime.atomic import write_whole
 
 _FORMAT = "ipmerge-journal"
 
@@ -79,9 +80,8 @@ class Journal:
             records = [LayerRecord.from_dict(record) for record in json.loads(line)]
             self.records[records[0].name] = records
         new = {"format": _FORMAT, "identity": identity, "pack": pack, "places": list(places)}
-        temporary = path.with_name(f".{path.name}")  # a kill in mid-write must not cost the lines
-        temporary.write_text("\n".join([json.dumps(new), *lines]) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        # A kill in mid-write must not cost the lines.
+        write_whole(path, "\n".join([json.dumps(new), *lines]) + "\n")
 
     def append(self, records: Sequence[LayerRecord]) -> None:
         """Add the records of one matrix, one for each expert."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.runtime.atomic import write_whole
 
 _FORMAT, VERSION = "ipmerge-pack", 2
 _FIRST = 1  # packs in which every direction took part, whether it exists or not
@@ -243,7 +244,7 @@ class Analysis:
         content = {**self.to_dict(), "sources": asdict(self.sources.relative_to(folder))}
         text = json.dumps(content, separators=(",", ":")) + "\n"
         data = text.encode()
-        Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+        write_whole(path, gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
 
     @classmethod
     def load(cls, path: str | Path) -> Analysis:

@@ -22,6 +22,7 @@ from ipmerge_core.calibration.store import RECORD, Kind, Measured, Measurements
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
+from ipmerge_core.runtime.atomic import atomic_path, is_temporary, write_whole
 from ipmerge_core.runtime.devices import AUTO, resolve_device
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def _claim(
         "settings": asdict(settings),
         "models": [[s.role, s.checkpoint.fingerprint, digest(s.samples)] for s in work],
     }
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not all(is_temporary(entry) for entry in out.iterdir()):
         claim = out / _CLAIM
         if not claim.exists() or json.loads(claim.read_text(encoding="utf-8")) != wanted:
             what = "a finished calibration" if (out / RECORD).exists() else "something else"
@@ -285,7 +286,7 @@ def _claim(
             f"keep only the diagonal of wide Gram matrices."
         )
     out.mkdir(parents=True, exist_ok=True)
-    (out / _CLAIM).write_text(json.dumps(wanted), encoding="utf-8")
+    write_whole(out / _CLAIM, json.dumps(wanted))
 
 
 def _existing(path: Path) -> Path:
@@ -302,10 +303,9 @@ def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
     squares = sum(float(mean.double().square().sum()) for mean in means)
     total = sum(float(mean.double().sum()) for mean in means)
     tensors = {target.matrix.name: mean for target, mean in zip(group, means, strict=True)}
-    part = file.with_suffix(".part")
     totals = json.dumps([squares, passes.tokens, total])  # one key: several come in any order
-    save_file(tensors, part, {"totals": totals})
-    part.replace(file)
+    with atomic_path(file) as temporary:
+        save_file(tensors, temporary, {"totals": totals})
 
 
 def _measured(out: Path, share: _Share) -> Measured:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, PairingError
+from ipmerge_core.runtime.atomic import write_whole
 
 Kind: TypeAlias = Literal["gram", "fisher"]
 RECORD = "calibration.json"
@@ -103,10 +104,7 @@ class Measurements:
             "settings": self.settings,
             "models": models,
         }
-        target = self.folder / RECORD
-        part = target.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(target)
+        write_whole(self.folder / RECORD, json.dumps(content, indent=1) + "\n")
 
     @property
     def digest(self) -> str:

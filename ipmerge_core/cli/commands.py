@@ -21,6 +21,7 @@ from ipmerge_core.cli.reading import (
     read_overrides,
     read_recipe,
 )
+from ipmerge_core.runtime.atomic import write_whole
 
 if TYPE_CHECKING:
     from ipmerge_core.merging.whole_model import MeasureStep
@@ -127,6 +128,7 @@ def plan(options: argparse.Namespace) -> int:
     from ipmerge_core.analysis.records import Analysis
     from ipmerge_core.planning.plan import make_plan
 
+    check_target(options.output)
     source: Analysis | ModelPair
     if options.recipe:
         source, choice = read_recipe(options)
@@ -167,7 +169,7 @@ def recipe(options: argparse.Namespace) -> int:
 
     check_target(options.output)
     text = export_recipe(MergePlan.load(options.plan))
-    Path(options.output).write_text(text, encoding="utf-8")
+    write_whole(options.output, text)
     return print_result(options, {"recipe": options.output}, f"Wrote {options.output}.")
 
 

@@ -28,11 +28,12 @@ from xxhash import xxh3_128
 from ipmerge_core.errors import CheckpointError, RunError
 from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec
 from ipmerge_core.models.files import LocalFiles
+from ipmerge_core.runtime.atomic import is_temporary, write_whole
 
 _PARTIAL = ".partial"
 _CHECKSUM = "xxh3_128"
 _NOTE = ".note.json"
-_RUN, _NEW_RUN = "run.json", "run.json.new"
+_RUN = "run.json"
 MANIFEST = "ipmerge.json"
 _REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
@@ -133,9 +134,7 @@ class CheckpointWriter:
     def note(self, name: str, content: object) -> None:
         """Keep a JSON value with the run until it is finished."""
         with explained(self.place.run):
-            part = self.place.run / f"{name}{_NOTE}.new"
-            part.write_text(json.dumps(content), encoding="utf-8")
-            part.replace(self.place.run / f"{name}{_NOTE}")
+            write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(content))
 
     def noted(self, name: str) -> Any:  # noqa: ANN401
         """Return what an earlier part of this run has noted, or None."""
@@ -223,13 +222,11 @@ class CheckpointWriter:
             shutil.rmtree(self.place.model, ignore_errors=True)
             for old in [*self._journals(), *run.glob(f"*{_NOTE}*")]:
                 old.unlink()
-        elif any(entry.name not in ("lock", _NEW_RUN) for entry in run.iterdir()):
+        elif any(not (entry.name == "lock" or is_temporary(entry)) for entry in run.iterdir()):
             raise CheckpointError(
                 f"'{run}' exists and was not made by a merge. Choose another output folder."
             )
-        fresh = run / _NEW_RUN  # a kill leaves the record whole or absent
-        fresh.write_text(json.dumps({"run": self.run}), encoding="utf-8")
-        fresh.replace(record)
+        write_whole(record, json.dumps({"run": self.run}))
 
     def _undo_renames(self) -> None:
         """Give shards that a killed run had already renamed their partial names back."""

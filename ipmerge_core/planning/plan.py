@@ -46,6 +46,7 @@ from ipmerge_core.planning.scope import (
     choose_anchor,
     spread,
 )
+from ipmerge_core.runtime.atomic import write_whole
 
 _FORMAT, _VERSION = "ipmerge-plan", 1
 
@@ -180,7 +181,7 @@ class MergePlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> MergePlan:

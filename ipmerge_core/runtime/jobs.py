@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
+from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.pipeline import keep_freed_memory
 
 State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
@@ -396,9 +397,7 @@ def _write_status(folder: Path, status: JobStatus) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write at once or not at all, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(content) + "\n")
 
 
 def _journal(folder: Path, entry: Mapping[str, Any]) -> None:
