@@ -6,14 +6,12 @@ when they differ from what is made here.
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 
 from ipmerge_core.methods import METHODS, MergeMethod
 from ipmerge_core.methods.registry import Parameter
 from ipmerge_core.planning.options import OPTIONS
-from ipmerge_core.planning.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 HEADING = "## Merge methods\n\n"
@@ -40,11 +38,12 @@ def methods_page() -> str:
 
 def _options() -> str:
     lines = ["| option | default | values | meaning |", "|---|---|---|---|"]
-    defaults = inspect.signature(make_plan).parameters
-    for option in OPTIONS:
+    for option in OPTIONS.values():
         values = ", ".join(f"`{value}`" for value in option.choices or ()) or "text"
-        values = "numbers" if option.name == "layer_gains" else values
-        default = f"`{defaults[option.name].default!r}`"
+        values = {"factors": "numbers", "rules": "`merge`, `keep`, by name"}.get(
+            option.kind, values
+        )
+        default = f"`{option.default!r}`"
         lines.append(f"| `{option.name}` | {default} | {values} | {_cell(option.help)} |")
     return "\n".join(lines)
 

@@ -13,12 +13,13 @@ import pytest
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.merging.merge import estimate
 from ipmerge_core.methods import METHODS
-from ipmerge_core.planning.options import ANCHORS, OPTIONS
+from ipmerge_core.planning.options import ANCHORS
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.format import progress_html
 from ipmerge_core.ui.merge import calibration_form
 from ipmerge_core.ui.merge.method_form import (
+    FIELDS,
     MethodChoice,
     _field,
     _option_field,
@@ -138,7 +139,7 @@ def test_the_confirmation_previews_what_is_affine_and_says_why_not_otherwise() -
 
 
 def test_every_option_has_a_field_and_every_field_an_option() -> None:
-    for option in OPTIONS:
+    for option in FIELDS:
         field = _option_field(option)
         assert field.info == option.help
         if option.choices:
@@ -159,10 +160,14 @@ def test_options_reach_the_plan_of_any_method_and_stay_when_another_is_chosen() 
         chosen = with_option(name, chosen, text)
     plan = chosen_plan(DEMO, PlanChoice(), chosen)
     assert len(plan.selected) == 9
-    assert (plan.norms, plan.anchor, plan.layer_gains) == ("merge", "interp", (0.0, 1.0))
+    assert (plan.options.norms, plan.anchor, plan.options.layer_gains) == (
+        "merge",
+        "interp",
+        (0.0, 1.0),
+    )
     other = with_method(chosen, "ties")
     assert other.values == {}
-    assert chosen_plan(DEMO, PlanChoice(), other).include == "mlp"
+    assert chosen_plan(DEMO, PlanChoice(), other).options.include == "mlp"
     explored = with_option("norms", with_method(chosen, ""), "")
     explored = with_option("anchor", explored, "")
     plan = chosen_plan(DEMO, PlanChoice(0.0), explored)

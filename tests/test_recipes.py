@@ -51,7 +51,7 @@ def test_a_plan_that_goes_out_and_in_again_is_the_same(
     assert recipe.mllm == plan.sources.mllm.id
     assert recipe.math == [plan.sources.math[0].id]
     again = ipm.make_plan(pair, **recipe.arguments)
-    assert again.layer_gains == plan.layer_gains
+    assert again.options == plan.options
     shared = "density" in plan.parameters and "mllm_density" in choice
     assert again.parameters == {
         name: pytest.approx(value) if isinstance(value, float) else value

@@ -18,7 +18,7 @@ from ipmerge_core.cli.reading import (
     check_target,
     open_models,
     read_method_options,
-    read_overrides,
+    read_plan_options,
     read_recipe,
 )
 from ipmerge_core.runtime.atomic import write_whole
@@ -135,7 +135,7 @@ def plan(options: argparse.Namespace) -> int:
     else:
         choice = read_method_options(options)
         source = Analysis.load(options.pack) if options.pack else open_models(options)
-    made = make_plan(source, overrides=read_overrides(options), **choice)
+    made = make_plan(source, options=read_plan_options(options), **choice)
     if options.measure:
         made = _measured(made, options)
     made.save(options.output)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ipmerge_core.analysis.records import TEMPERATURE
 from ipmerge_core.cli import commands
-from ipmerge_core.planning.options import OPTIONS
+from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.version import __version__
 
 
@@ -146,13 +146,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what it would take")
 
 
-_FORMS: dict[str, dict[str, Any]] = {
-    "include": {"metavar": "REGEX"},
-    "exclude": {"metavar": "REGEX"},
-    "layer_gains": {"metavar": "FACTOR", "type": float, "nargs": "+", "default": ()},
-    "norms": {"default": "keep"},
-    "embeddings": {"default": "keep"},
-    "anchor": {},
+_FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan's options
+    "pattern": {"metavar": "REGEX"},
+    "factors": {"metavar": "FACTOR", "type": float, "nargs": "+"},
+    "choice": {},
 }
 
 
@@ -170,19 +167,30 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="make a method's first pass over the weights now; the plan holds what it finds",
     )
-    for known in OPTIONS:
-        more: dict[str, Any] = {"choices": tuple(known.choices)} if known.choices else {}
-        parser.add_argument(
-            f"--{known.name.replace('_', '-')}", help=known.help, **more, **_FORMS[known.name]
-        )
-    for option, words in (("--force-merge", "merge"), ("--force-keep", "keep")):
-        parser.add_argument(
-            option,
-            metavar="MATRIX",
-            action="append",
-            default=[],
-            help=f"{words} it at any similarity",
-        )
+    for option in OPTIONS.values():
+        _add_option(parser, option)
+
+
+def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    """Add one of a plan's options; rules by matrix as one flag for each value of a rule."""
+    if option.kind == "rules":
+        for rule in ("merge", "keep"):
+            parser.add_argument(
+                f"--force-{rule}",
+                metavar="MATRIX",
+                action="append",
+                default=[],
+                help=f"{rule} it at any similarity",
+            )
+        return
+    more: dict[str, Any] = {"choices": tuple(option.choices)} if option.choices else {}
+    parser.add_argument(
+        f"--{option.name.replace('_', '-')}",
+        default=option.default,
+        help=option.help,
+        **more,
+        **_FORMS[option.kind],
+    )
 
 
 COMMANDS = (

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.planning.options import OPTIONS
+from ipmerge_core.planning.options import PlanOptions
 
 if TYPE_CHECKING:
     from ipmerge_core.models.pairing import ModelPair
-    from ipmerge_core.planning.scope import Override
 
 
 def open_models(options: argparse.Namespace) -> ModelPair:
@@ -31,7 +30,7 @@ def check_target(path: str) -> None:
 
 
 def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of make_plan that the options give."""
+    """Return the method and its values, as make_plan takes them."""
     from ipmerge_core.methods import find_method
 
     kinds = {parameter.name: parameter.kind for parameter in find_method(options.method).parameters}
@@ -41,8 +40,7 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         "lambda_": options.lambda_,
         "similarity": options.similarity,
     }
-    for name in ("calibration", *(option.name for option in OPTIONS)):
-        chosen[name] = getattr(options, name)
+    chosen["calibration"] = options.calibration
     for assignment in options.set:
         name, equals, text = assignment.partition("=")
         if not equals:
@@ -79,8 +77,7 @@ def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]
     return open_pair(recipe.mllm, recipe.math, base), recipe.arguments
 
 
-def read_overrides(options: argparse.Namespace) -> dict[str, Override]:
-    """Return the matrices that are forced to merge or to stay."""
-    merged: dict[str, Override] = dict.fromkeys(options.force_merge, "merge")
-    kept: dict[str, Override] = dict.fromkeys(options.force_keep, "keep")
-    return merged | kept
+def read_plan_options(options: argparse.Namespace) -> PlanOptions:
+    """Return what the plan is told beside its method. Raises: PlanError."""
+    rules = {name: rule for rule in ("merge", "keep") for name in vars(options)[f"force_{rule}"]}
+    return PlanOptions.read({**vars(options), "overrides": rules})

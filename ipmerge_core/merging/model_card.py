@@ -30,7 +30,7 @@ def write_card(plan: MergePlan) -> str:
     ]
     settings = {**plan.parameters, "similarity": plan.similarity}
     settings["similarity_threshold"] = plan.similarity_threshold
-    settings["anchor"] = plan.anchor
+    settings |= plan.options.describe()
     lines = [
         "# A merged vision-language model",
         "",
@@ -50,7 +50,7 @@ def write_card(plan: MergePlan) -> str:
         "",
         "| parameter | value |",
         "|---|---|",
-        *(f"| {name.rstrip('_')} | {value} |" for name, value in settings.items()),
+        *(f"| {name.rstrip('_')} | {_cell(value)} |" for name, value in settings.items()),
         "",
         "`ipmerge.json` lists every tensor with its hash and what was done to it. No benchmark was "
         "run by the merge: measure before you rely on it, perception as well as reasoning.",
@@ -70,6 +70,14 @@ def _row(role: str, source: Source) -> str:
     name = source.id if source.revision else Path(source.id).name
     safe = "".join(c if c.isalnum() or c in "/._- " else "_" for c in name)
     return f"| {role} | `{safe}` | `{(source.revision or source.fingerprint)[:12]}` |"
+
+
+def _cell(value: object) -> str:
+    """Show a value of the plan; a pattern as code, so that it is no markup and no cell's end."""
+    text = str(value)
+    if all(c.isalnum() or c in "/._-+ " for c in text):
+        return text
+    return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"
 
 
 def _geometry(plan: MergePlan) -> list[str]:

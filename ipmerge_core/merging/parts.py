@@ -98,7 +98,7 @@ def chosen_matrices(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
 
 
 def _beside(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
-    if plan.norms == "merge":
+    if plan.options.norms == "merge":
         yield from pair.vectors
     if plan.tokens:
         if shared_tokens(pair) != plan.tokens:
@@ -146,7 +146,7 @@ def merging_of(
 def reason_to_copy(plan: MergePlan, pair: ModelPair, name: str) -> str:
     """Say why a tensor that the plan does not merge is the MLLM's."""
     reason = pair.kept.get(name, "not selected")
-    could = (reason in (NORM, BIAS) and plan.norms == "merge") or (
+    could = (reason in (NORM, BIAS) and plan.options.norms == "merge") or (
         reason == VOCABULARY and plan.tokens is not None
     )
     return "not selected" if could else reason

@@ -126,8 +126,8 @@ def _write_linear(plan: MergePlan) -> dict[str, Any]:
     if p["mllm_weight"] is None:
         share = cast("float", p["alpha"])
         weights: tuple[Any, Any] = (share, 1.0 - share)
-        if plan.layer_gains:
-            rest = [(1.0 - share) * factor for factor in plan.layer_gains]
+        if plan.options.layer_gains:
+            rest = [(1.0 - share) * factor for factor in plan.options.layer_gains]
             weights = ([1.0 - value for value in rest], rest)
     else:
         weights = (p["mllm_weight"], _graded(plan, "math_weight"))
@@ -151,7 +151,7 @@ def _write_slerp(plan: MergePlan) -> dict[str, Any]:
 
 
 def _write_nuslerp(plan: MergePlan) -> dict[str, Any]:
-    if plan.layer_gains:
+    if plan.options.layer_gains:
         raise PlanError("mergekit's nuslerp has weights and no t to grade. Plan without gains.")
     t = cast("float", plan.parameters["t"])
     recipe: dict[str, Any] = {"merge_method": "nuslerp"}
@@ -212,7 +212,7 @@ def _limited(value: Any, rest: float) -> list[dict[str, Any]]:  # noqa: ANN401
 def _graded(plan: MergePlan, gain: str) -> Any:  # noqa: ANN401
     """A gain, or its values from the first layer to the last where the plan grades it."""
     value = cast("float", plan.parameters[gain])
-    return [value * factor for factor in plan.layer_gains] if plan.layer_gains else value
+    return [value * factor for factor in plan.options.layer_gains] or value
 
 
 def _refuse_unless(plan: MergePlan, **expected: str | float | None) -> None:

@@ -1,13 +1,28 @@
-"""What a plan can be told beside its method, in the words of forms, commands and tables.
+"""What a plan is told beside its method: one field per option, with its form, checks and words.
 
-In: nothing. Out: one `Option` for each; `make_plan` says what it does, `scope` what is legal.
-Imports neither torch nor a method, so that a form can be laid out before either is loaded.
+In: text of a form or a command, values of Python or JSON. Out: a checked `PlanOptions`, and what
+surfaces need to ask for each field (`OPTIONS`). The meaning of an option, and what a method allows,
+stand in `scope`. A new option is a field here and its meaning there. Imports neither torch nor a
+method, so that a form can be laid out before either is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ipmerge_core.errors import PlanError
+
+if TYPE_CHECKING:
+    from ipmerge_core.methods.declarations import Anchor
+
+Override = Literal["merge", "keep"]
+Norms = Literal["keep", "merge"]
+Embeddings = Literal["keep", "merge-shared"]
+Kind = Literal["pattern", "factors", "choice", "rules"]
 
 ANCHORS = {
     "inject": "the experts' changes, added to the whole MLLM",
@@ -18,44 +33,203 @@ ANCHORS = {
 
 
 class Option(NamedTuple):
-    """One thing that a plan can be told. `choices` are values with their meaning; else a text."""
+    """How one field of `PlanOptions` is asked for.
+
+    A "pattern" is a regular expression, "factors" are numbers >= 0, a "choice" is one of `choices`
+    (with their meanings), and "rules" say of matrices by name "merge" or "keep": a form gives them
+    matrix by matrix, as the map does, and not as a field.
+    """
 
     name: str
+    default: Any
+    kind: Kind
     label: str
     help: str
-    choices: Mapping[str, str] | None = None
+    choices: Mapping[str, str] = {}
 
 
-OPTIONS = (
-    Option(
-        "include",
-        "Only these matrices",
-        "a regular expression: matrices whose names it finds merge",
-    ),
-    Option(
-        "exclude", "But not these", "a regular expression: matrices whose names it finds are kept"
-    ),
-    Option(
-        "layer_gains",
-        "Gain over the layers",
-        "factors on the experts' part from the first layer to the last, interpolated: 0 1 fades in",
-    ),
-    Option(
-        "norms",
-        "Norms and biases",
-        "stay the MLLM's, or merge as matrices of one row",
-        {"keep": "", "merge": ""},
-    ),
-    Option(
-        "embeddings",
-        "Embeddings and head",
-        "stay the MLLM's, or merge the rows of tokens that every model has",
-        {"keep": "", "merge-shared": ""},
-    ),
-    Option(
-        "anchor",
-        "Anchor",
-        "what changes are measured from; the method's own where none is chosen",
-        ANCHORS,
-    ),
-)
+def _asked(
+    kind: Kind, label: str, words: str, choices: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the metadata of a field: the rest of its `Option`."""
+    return {"asked": (kind, label, words, choices or {})}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The options of a plan, checked when they are made.
+
+    Attributes:
+        include: a regular expression; only matrices whose name it finds are merged.
+        exclude: a regular expression; matrices whose name it finds are kept.
+        overrides: per matrix name "merge" or "keep", whatever else is said of it.
+        layer_gains: factors on the experts' part from the first layer to the last, evenly spread
+            and interpolated: (0, 1) fades the update in.
+        norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
+        embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
+            token every model has. Include and exclude hold for both.
+        anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
+            "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
+            B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is
+            the method's own: inject for plain sums, see `scope.choose_anchor`.
+
+    Raises: PlanError for a value that is out of range or of another kind.
+    """
+
+    include: str | None = field(
+        default=None,
+        metadata=_asked(
+            "pattern",
+            "Only these matrices",
+            "a regular expression: matrices whose names it finds merge",
+        ),
+    )
+    exclude: str | None = field(
+        default=None,
+        metadata=_asked(
+            "pattern",
+            "But not these",
+            "a regular expression: matrices whose names it finds are kept",
+        ),
+    )
+    overrides: Mapping[str, Override] = field(
+        default_factory=dict,
+        metadata=_asked("rules", "Set by hand", "matrices that merge or stay at any similarity"),
+    )
+    layer_gains: tuple[float, ...] = field(
+        default=(),
+        metadata=_asked(
+            "factors",
+            "Gain over the layers",
+            "factors on the experts' part from the first layer to the last, interpolated: "
+            "0 1 fades in",
+        ),
+    )
+    norms: Norms = field(
+        default="keep",
+        metadata=_asked(
+            "choice",
+            "Norms and biases",
+            "stay the MLLM's, or merge as matrices of one row",
+            {"keep": "", "merge": ""},
+        ),
+    )
+    embeddings: Embeddings = field(
+        default="keep",
+        metadata=_asked(
+            "choice",
+            "Embeddings and head",
+            "stay the MLLM's, or merge the rows of tokens that every model has",
+            {"keep": "", "merge-shared": ""},
+        ),
+    )
+    anchor: Anchor | None = field(
+        default=None,
+        metadata=_asked(
+            "choice",
+            "Anchor",
+            "what changes are measured from; the method's own where none is chosen",
+            ANCHORS,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        """Read and check every value. Raises: PlanError."""
+        for option in OPTIONS.values():
+            value = _READERS[option.kind](option, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> PlanOptions:
+        """Read options by name, as text, Python or JSON has them; other names are not looked at.
+
+        >>> PlanOptions.read({"layer_gains": "0, 0.5 1", "method": "ties"}).changed()
+        {'layer_gains': (0.0, 0.5, 1.0)}
+        """
+        return cls().updated(values)
+
+    def updated(self, values: Mapping[str, Any]) -> PlanOptions:
+        """Return these options with some replaced; names and values are as in `read`."""
+        return replace(self, **{name: values[name] for name in OPTIONS if name in values})
+
+    def changed(self) -> dict[str, Any]:
+        """Return the options that differ from their default."""
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in values.items() if value != OPTIONS[name].default}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values by name, which `read` takes."""
+        return {name: _plain(getattr(self, name)) for name in OPTIONS}
+
+    def describe(self) -> dict[str, str]:
+        """Return what differs from the default, as words for a table.
+
+        >>> PlanOptions(layer_gains=(0, 1), overrides={"a.weight": "keep"}).describe()
+        {'overrides': '1 set by hand', 'layer gains': '0 1'}
+        """
+        return {name.replace("_", " "): _words(value) for name, value in self.changed().items()}
+
+
+def _option(of: Field[Any]) -> Option:
+    default = of.default if of.default_factory is MISSING else of.default_factory()
+    return Option(of.name, default, *of.metadata["asked"])
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 (a field's value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _words(value: Any) -> str:  # noqa: ANN401 (a field's value)
+    if isinstance(value, Mapping):
+        return f"{len(value)} set by hand"
+    return " ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+
+
+def _read_pattern(option: Option, value: Any) -> str | None:  # noqa: ANN401 (whatever was given)
+    try:
+        return None if value is None else str(re.compile(value).pattern)
+    except (re.error, TypeError) as error:
+        raise PlanError(
+            f"The {option.name} pattern {value!r} is no regular expression: {error}. "
+            f"Expected one such as 'mlp' or 'layers\\.(0|1)\\.'."
+        ) from error
+
+
+def _read_factors(option: Option, value: Any) -> tuple[float, ...]:  # noqa: ANN401
+    if isinstance(value, str):
+        try:
+            value = [float(part) for part in re.split(r"[\s,;]+", value.strip())]
+        except ValueError:
+            raise PlanError(
+                f"The {option.label.lower()} is '{value[:40]}'; expected numbers such as 0 0.5 1, "
+                f"from the first layer to the last."
+            ) from None
+    wrong = [f for f in value if not isinstance(f, int | float) or not 0 <= f < math.inf]
+    if wrong:
+        raise PlanError(f"A layer gain is {wrong[0]!r}; expected finite numbers >= 0, as 0, 1.")
+    return tuple(float(factor) for factor in value)
+
+
+def _read_choice(option: Option, value: Any) -> Any:  # noqa: ANN401
+    if value != option.default and value not in tuple(option.choices):
+        expected = " or ".join(option.choices)
+        raise PlanError(f"{option.name} is {value!r}; expected {expected}.")
+    return value
+
+
+def _read_rules(_: Option, value: Any) -> dict[str, Override]:  # noqa: ANN401
+    for name, rule in value.items():
+        if rule not in ("merge", "keep"):
+            raise PlanError(f"The override of '{name}' is {rule!r}; expected merge or keep.")
+    return dict(value)
+
+
+_READERS: dict[Kind, Callable[[Option, Any], Any]] = {
+    "pattern": _read_pattern,
+    "factors": _read_factors,
+    "choice": _read_choice,
+    "rules": _read_rules,
+}
+OPTIONS: Mapping[str, Option] = {each.name: _option(each) for each in fields(PlanOptions)}

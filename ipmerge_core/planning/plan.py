@@ -25,6 +25,7 @@ from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.models.shared_tokens import SharedTokens, shared_tokens
+from ipmerge_core.planning.options import OPTIONS, Override, PlanOptions
 from ipmerge_core.planning.preview import (
     Decision,
     Preview,
@@ -35,14 +36,10 @@ from ipmerge_core.planning.preview import (
     preview,
 )
 from ipmerge_core.planning.scope import (
-    Embeddings,
-    Norms,
-    Override,
     Scope,
     check_beside,
     check_choice,
     check_layer_gains,
-    check_policy,
     choose_anchor,
     spread,
 )
@@ -68,24 +65,20 @@ class MergePlan:
     parameters: Mapping[str, ParameterValue]
     similarity: str | None
     similarity_threshold: float | None
-    overrides: Mapping[str, Override]
-    include: str | None
-    exclude: str | None
-    layer_gains: tuple[float, ...]
+    options: PlanOptions  # its anchor is the one that was chosen, never None
     sources: Sources
     totals: Totals
     decisions: tuple[Decision, ...]
     records: tuple[LayerRecord, ...] = ()  # without spectra; empty for a plan from a ModelPair
     calibration: Calibrated | None = None  # for the methods that need data
-    norms: Norms = "keep"  # of the decoder, and its biases
     tokens: SharedTokens | None = None  # rows of embeddings and head that merge too
-    anchor: Anchor = "two_base"  # what changes are measured from
     statistic: tuple[float, ...] | None = None  # of the whole model, where it is known already
     analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, where known
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that decides the merged bytes."""
+        options = self.options
         fingerprints = [source.fingerprint for source in self.sources.all()]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
         parameters = dict(sorted(find_method(self.method).as_hashed(self.parameters).items()))
@@ -93,13 +86,13 @@ class MergePlan:
         content: list[Any] = [
             self.method,
             parameters,
-            list(self.layer_gains),
+            list(options.layer_gains),
             chosen,
             fingerprints,
             *data,
         ]
-        if self.norms != "keep" or self.tokens:
-            content.append([self.norms, self.tokens, self.include, self.exclude])
+        if options.norms != "keep" or self.tokens:
+            content.append([options.norms, self.tokens, options.include, options.exclude])
         if self.anchor != "two_base":
             content.append(self.anchor)
         if self.statistic:
@@ -112,6 +105,12 @@ class MergePlan:
         return self.digest[:8]
 
     @property
+    def anchor(self) -> Anchor:
+        """What changes are measured from."""
+        assert self.options.anchor is not None, "make_plan chooses one"
+        return self.options.anchor
+
+    @property
     def selected(self) -> tuple[Decision, ...]:
         """The decisions that merge at least one expert."""
         return tuple(decision for decision in self.decisions if decision.experts)
@@ -119,14 +118,14 @@ class MergePlan:
     @property
     def beside(self) -> tuple[str, ...]:
         """What merges beside the decoder's matrices, in words."""
-        found = ["the decoder's norms and biases"] if self.norms == "merge" else []
+        found = ["the decoder's norms and biases"] if self.options.norms == "merge" else []
         if self.tokens:
             found.append(f"{self.tokens.rows} rows of embeddings and head, of shared tokens")
         return tuple(found)
 
     def allows(self, name: str) -> bool:
         """Whether a tensor beside the matrices is included and not excluded, by the base's name."""
-        return Scope.of({}, self.include, self.exclude).allows(name, True)
+        return Scope.of(replace(self.options, overrides={})).allows(name, True)
 
     def preview(self) -> Preview:
         """Compute what the merge will change, without reading a weight.
@@ -144,7 +143,7 @@ class MergePlan:
 
     def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
         """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
-        if not self.layer_gains:
+        if not self.options.layer_gains:
             return dict(self.parameters)
         scaled = find_method(self.method).scaled(self.parameters, self._schedule[layer])
         assert scaled is not None, "layer gains without a gain"
@@ -152,7 +151,7 @@ class MergePlan:
 
     @cached_property
     def _schedule(self) -> dict[int, float]:
-        return spread(self.layer_gains, {decision.layer for decision in self.decisions})
+        return spread(self.options.layer_gains, {decision.layer for decision in self.decisions})
 
     def _update_of(self, decision: Decision, records: Sequence[LayerRecord]) -> AffineUpdate:
         method, parameters = find_method(self.method), self.parameters_for(decision.layer)
@@ -169,11 +168,15 @@ class MergePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan's JSON content."""
+        content = asdict(self)
+        options = self.options.to_dict()
+        del content["options"], options["embeddings"]  # which `tokens` says
         return {
             "format": _FORMAT,
             "version": _VERSION,
             "hash": self.hash,
-            **asdict(self),
+            **content,
+            **options,
             "totals": self.totals._asdict(),
             "tokens": self.tokens._asdict() if self.tokens else None,
             "records": [record.to_dict() for record in self.records],
@@ -203,16 +206,18 @@ class MergePlan:
         if content["format"] != _FORMAT or content["version"] != _VERSION:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
         method = find_method(content["method"])
+        tokens = SharedTokens(**found) if (found := content.get("tokens")) else None
+        policies = {
+            "anchor": content.get("anchor") or "two_base",  # of files from before there were others
+            "embeddings": "merge-shared" if tokens else "keep",
+        }
         plan = cls(
             name=content["name"],
             method=method.name,
             parameters=method.complete(method.with_former_defaults(content["parameters"])),
             similarity=content["similarity"],
             similarity_threshold=content["similarity_threshold"],
-            overrides=content["overrides"],
-            include=content["include"],
-            exclude=content["exclude"],
-            layer_gains=tuple(content["layer_gains"]),
+            options=PlanOptions.read({**content, **policies}),
             sources=Sources.from_dict(content["sources"]),
             totals=Totals(**content["totals"]),
             decisions=tuple(
@@ -221,9 +226,7 @@ class MergePlan:
             ),
             records=tuple(LayerRecord.from_dict(entry) for entry in content["records"]),
             calibration=Calibrated(**data) if (data := content.get("calibration")) else None,
-            norms=check_policy("norms", content.get("norms", "keep"), Norms),
-            tokens=SharedTokens(**tokens) if (tokens := content.get("tokens")) else None,
-            anchor=check_policy("anchor", content.get("anchor", "two_base"), Anchor),
+            tokens=tokens,
             statistic=tuple(found) if (found := content.get("statistic")) else None,
             analysed=checked_options(method, made) if (made := content.get("analysed")) else None,
         )
@@ -240,14 +243,9 @@ def make_plan(
     similarity: str = "first",
     overrides: Mapping[str, Override] | None = None,
     *,
-    include: str | None = None,
-    exclude: str | None = None,
-    layer_gains: Sequence[float] = (),
+    options: PlanOptions | None = None,
     calibration: str | Path | None = None,
-    norms: Norms = "keep",
-    embeddings: Embeddings = "keep",
-    anchor: Anchor | None = None,
-    **parameters: ParameterValue,
+    **parameters: Any,  # noqa: ANN401 (options have types of their own)
 ) -> MergePlan:
     """Decide what merges.
 
@@ -258,30 +256,25 @@ def make_plan(
         lambda_: gain >= 0 on the update, for the methods that have one.
         similarity: "first", "max" or "weighted".
         overrides: per matrix name "merge" or "keep", whatever else is said of it.
-        include: a regular expression; only matrices whose name it finds are merged.
-        exclude: a regular expression; matrices whose name it finds are kept.
-        layer_gains: factors on the experts' part from the first layer to the last, evenly spread
-            and interpolated: (0, 1) fades the update in.
+        options: `PlanOptions`, which lists them: include, exclude, layer_gains, norms, embeddings,
+            anchor. Each may be given by its own name instead, as `norms="merge"`.
         calibration: a folder that `calibrate` made, for the methods that need data.
-        norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
-        embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
-            token every model has. Include and exclude hold for both.
-        anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
-            "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
-            B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is
-            the method's own: inject for plain sums, see `choose_anchor`.
-        **parameters: the method's own; else the analysis' (temperature, rank), or the defaults.
+        **parameters: options by name, and the method's own parameters; else the analysis'
+            (temperature, rank), or the defaults.
 
     Raises:
         PlanError: a value is out of range, a name unknown, or the source does not suffice.
         CheckpointError, PairingError: no finished calibration there, or one of other models.
     """
-    chosen, overrides = find_method(method), dict(overrides or {})
+    chosen = find_method(method)
+    named = parameters if overrides is None else {**parameters, "overrides": overrides}
+    options = (options or PlanOptions()).updated(named)
+    own = {name: value for name, value in parameters.items() if name not in OPTIONS}
     analysed = checked_options(chosen, source.parameters if isinstance(source, Analysis) else {})
-    complete = _complete(chosen, {"lambda_": lambda_, **parameters}, analysed)
-    check_choice(similarity_threshold, similarity, overrides)
+    complete = _complete(chosen, {"lambda_": lambda_, **own}, analysed)
+    check_choice(similarity_threshold, similarity)
     _check_source(chosen, source)
-    scope = Scope.of(overrides, include, exclude)
+    scope = Scope.of(options)
     threshold = similarity_threshold if chosen.selective else None
     if isinstance(source, Analysis):
         decisions = _decide(source, similarity, threshold, scope)
@@ -289,26 +282,22 @@ def make_plan(
     else:
         decisions = _take_all(source.matrices, len(source.math), scope)
         (sources, totals), records = describe(source), ()
-    _check_overrides(overrides, decisions)
-    check_beside(chosen, norms, embeddings)
+    _check_overrides(options.overrides, decisions)
+    check_beside(chosen, options)
+    check_layer_gains(chosen, options.layer_gains, complete)
     return MergePlan(
         name=source.name,
         method=method,
         parameters=complete,
         similarity=similarity if chosen.selective else None,
         similarity_threshold=threshold,
-        overrides=overrides,
-        include=include,
-        exclude=exclude,
-        layer_gains=check_layer_gains(chosen, layer_gains, complete),
+        options=replace(options, anchor=choose_anchor(chosen, options.anchor, complete)),
         sources=sources,
         totals=totals,
         decisions=tuple(decisions),
         records=records,
         calibration=_open_calibration(chosen, calibration, sources),
-        norms=norms,
-        tokens=_share_tokens(source, embeddings),
-        anchor=choose_anchor(chosen, anchor, complete),
+        tokens=_share_tokens(source) if options.embeddings == "merge-shared" else None,
         statistic=known_statistic(chosen, complete, records, decisions),
         analysed=analysed or None,
     )
@@ -374,9 +363,7 @@ def reopen(plan: MergePlan) -> ModelPair:
     return pair
 
 
-def _share_tokens(source: Analysis | ModelPair, embeddings: Embeddings) -> SharedTokens | None:
-    if embeddings == "keep":
-        return None
+def _share_tokens(source: Analysis | ModelPair) -> SharedTokens:
     return shared_tokens(open_sources(source.sources) if isinstance(source, Analysis) else source)
 
 

@@ -1,25 +1,23 @@
-"""What a plan may merge, how much, from where: patterns, what is beside matrices, gains, anchors.
+"""What a plan may merge, how much, from where: the meaning of `PlanOptions` for a method.
 
-In: what a user says. Out: a `Scope` that answers for a name, or a PlanError. Knows no model.
+In: options, a method and its parameters. Out: a `Scope` that answers for a name, the anchor, or a
+PlanError where the method cannot follow. Knows no model.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.declarations import Anchor
+from ipmerge_core.planning.options import PlanOptions
 
 SIMILARITIES = ("first", "max", "weighted")
-Override = Literal["merge", "keep"]
-Norms = Literal["keep", "merge"]
-Embeddings = Literal["keep", "merge-shared"]
 
 
 class Scope(NamedTuple):
@@ -30,9 +28,9 @@ class Scope(NamedTuple):
     exclude: re.Pattern[str] | None
 
     @classmethod
-    def of(cls, overrides: Mapping[str, str], include: str | None, exclude: str | None) -> Scope:
-        """Make a scope of what a user says. Raises: PlanError for a pattern that is none."""
-        return cls(overrides, _compile("include", include), _compile("exclude", exclude))
+    def of(cls, options: PlanOptions) -> Scope:
+        """Make the scope of a plan's options."""
+        return cls(options.overrides, _compile(options.include), _compile(options.exclude))
 
     def allows(self, name: str, wanted: bool) -> bool:
         """Whether a tensor merges, if it is wanted at all."""
@@ -43,21 +41,14 @@ class Scope(NamedTuple):
         return wanted and not (self.exclude and self.exclude.search(name))
 
 
-def _compile(role: str, pattern: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise PlanError(
-            f"The {role} pattern {pattern!r} is no regular expression: {error}. "
-            f"Expected one such as 'mlp' or 'layers\\.(0|1)\\.'."
-        ) from error
+def _compile(pattern: str | None) -> re.Pattern[str] | None:
+    return None if pattern is None else re.compile(pattern)
 
 
-def check_beside(method: MergeMethod, norms: Norms, embeddings: Embeddings) -> None:
+def check_beside(method: MergeMethod, options: PlanOptions) -> None:
     """Refuse what the method cannot merge beside matrices. Raises: PlanError."""
-    check_policy("norms", norms, Norms)
-    check_policy("embeddings", embeddings, Embeddings)
-    asked = ["norms and biases"] * (norms != "keep") + ["embeddings"] * (embeddings != "keep")
+    asked = ["norms and biases"] if options.norms != "keep" else []
+    asked += ["embeddings"] if options.embeddings != "keep" else []
     if asked and method.matrixwise and method.vectors is None:
         raise PlanError(
             f"{method.label} works on whole matrices and has nothing to say of {asked[0]}. Keep "
@@ -65,8 +56,8 @@ def check_beside(method: MergeMethod, norms: Norms, embeddings: Embeddings) -> N
         )
 
 
-def check_choice(threshold: float, similarity: str, overrides: Mapping[str, str]) -> None:
-    """Refuse an impossible threshold, similarity or override. Raises: PlanError."""
+def check_choice(threshold: float, similarity: str) -> None:
+    """Refuse an impossible threshold or similarity. Raises: PlanError."""
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
         raise PlanError(f"The similarity threshold is {threshold!r}; expected a number in [0, 1].")
     if not 0 <= threshold <= 1:  # also refuses NaN
@@ -76,24 +67,17 @@ def check_choice(threshold: float, similarity: str, overrides: Mapping[str, str]
         )
     if similarity not in SIMILARITIES:
         raise PlanError(f"Unknown similarity {similarity!r}. Available: {', '.join(SIMILARITIES)}.")
-    for name, override in overrides.items():
-        if override not in ("merge", "keep"):
-            raise PlanError(f"The override of '{name}' is {override!r}; expected merge or keep.")
 
 
 def check_layer_gains(
     method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any]
-) -> tuple[float, ...]:
+) -> None:
     """Refuse a schedule that the method cannot follow. Raises: PlanError."""
-    wrong = [f for f in factors if not isinstance(f, int | float) or not 0 <= f < math.inf]
-    if wrong:
-        raise PlanError(f"A layer gain is {wrong[0]!r}; expected finite numbers >= 0, as 0, 1.")
     for factor in factors:
         scaled = method.scaled(parameters, factor)
         if scaled is None:
             raise PlanError(f"{method.label} has no gain that could differ from layer to layer.")
         method.complete(scaled)
-    return tuple(float(factor) for factor in factors)
 
 
 def spread(factors: Sequence[float], layers: Iterable[int]) -> dict[int, float]:
@@ -122,7 +106,6 @@ def choose_anchor(
     if anchor is None:
         scaled = method.anchor == "inject" and parameters.get("mllm_weight") != 1.0
         return "two_base" if scaled else method.anchor
-    check_policy("anchor", anchor, Anchor)
     if method.selective and anchor != "two_base":
         raise PlanError(
             f"{method.label} always adds to the whole MLLM and needs both task vectors, each from "
@@ -156,10 +139,3 @@ def engine_anchor(method: MergeMethod, anchor: Anchor) -> Anchor:
     base nothing has to be moved, which costs time and a rounding.
     """
     return "root" if anchor == "inject" and method.anchor == "inject" else anchor
-
-
-def check_policy(role: str, value: Any, legal: Any) -> Any:  # noqa: ANN401
-    """Return the value if it is one of a Literal's. Raises: PlanError."""
-    if value not in get_args(legal):
-        raise PlanError(f"{role} is {value!r}; expected {' or '.join(get_args(legal))}.")
-    return value

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.planning.options import OPTIONS, Option
+from ipmerge_core.planning.options import OPTIONS, Option, PlanOptions
 from ipmerge_core.runtime.host import is_hosted
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, plan_of
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 EXPLORED = ""  # the name that stands for the plan from Explore
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
 _SLIDER_STEP = 0.01
+# Rules by matrix are the map's.
+FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
 OWN = ""  # the choice that leaves an option to the method
 Value = float | int | bool | str | None
 
@@ -90,7 +92,7 @@ def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodF
         gr.Accordion("Advanced: scope and anchor", open=False),
         gr.Row(elem_classes="fields"),
     ):
-        for option in OPTIONS:
+        for option in FIELDS:
             _keep(_option_field(option), partial(with_option, option.name), method, gate)
     return MethodForm(changed, data)
 
@@ -165,25 +167,26 @@ def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> Merge
     Raises: PlanError for a value that the method refuses, more experts than it merges, or samples
         that it needs and nobody measured.
     """
-    options: dict[str, Any] = dict(method.options)
-    for name in ("include", "exclude"):
-        _refuse_slow(options.get(name, ""))
-    if "layer_gains" in options:
-        options["layer_gains"] = read_gains(options["layer_gains"])
+    for option in FIELDS:
+        if option.kind == "pattern":
+            _refuse_slow(method.options.get(option.name, ""))
+    options = PlanOptions.read(method.options)
     if method.name == EXPLORED:
-        return plan_of(pack_id, choice, **options)
+        return plan_of(pack_id, choice, options=options)
     from ipmerge_core.methods import find_method
     from ipmerge_core.planning.plan import make_plan
 
-    found = find_method(method.name)
+    found, calibration = find_method(method.name), None
     if found.data is not None:
         if not method.calibration:
             raise PlanError(
                 f"{found.label} needs a calibration of these models. Choose a finished one above, "
                 f"or press Calibrate."
             )
-        options["calibration"] = method.calibration
-    return make_plan(analysis_of(pack_id), method.name, **method.values, **options)  # type: ignore[arg-type]
+        calibration = method.calibration
+    values: dict[str, Any] = dict(method.values)
+    analysis = analysis_of(pack_id)
+    return make_plan(analysis, method.name, options=options, calibration=calibration, **values)
 
 
 def _refuse_slow(pattern: str) -> None:
@@ -193,21 +196,6 @@ def _refuse_slow(pattern: str) -> None:
             f"The pattern {pattern[:40]!r} repeats or groups, which is not offered here; expected "
             f"parts of names, as 'mlp|layers\\.0\\.'."
         )
-
-
-def read_gains(text: str) -> tuple[float, ...]:
-    """Read factors that are separated by spaces or commas. Raises: PlanError.
-
-    >>> read_gains("0, 0.5 1")
-    (0.0, 0.5, 1.0)
-    """
-    try:
-        return tuple(float(part) for part in re.split(r"[\s,;]+", text.strip()))
-    except ValueError:
-        raise PlanError(
-            f"The gain over the layers is '{text[:40]}'; expected numbers such as 0 0.5 1, from "
-            f"the first layer to the last."
-        ) from None
 
 
 def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:
@@ -253,7 +241,7 @@ def _option_field(option: Option) -> gr.Dropdown | gr.Textbox:
         "info": option.help,
         "elem_id": f"option-{option.name.replace('_', '-')}",
     }
-    if option.choices is None:
+    if not option.choices:
         return gr.Textbox(**common)
     meant = [
         (value if words in (value, "") else f"{value.replace('_', ' ')}: {words}", value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ipmerge_core.errors import PlanError
@@ -75,8 +76,7 @@ def method_words(plan: MergePlan) -> str:
     if plan.similarity is not None and plan.similarity_threshold is not None:
         threshold = f"{plan.similarity_threshold:g} ({plan.similarity})"
         values = {"similarity threshold": threshold, **values}
-    if plan.layer_gains:
-        values["layer gains"] = " ".join(f"{gain:g}" for gain in plan.layer_gains)
+    values |= replace(plan.options, anchor=None).describe()  # the anchor has a row of its own
     words = [
         f"{name} {f'{value:g}' if isinstance(value, float) else value}"
         for name, value in values.items()
