@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package, when it is no
 from report import machine, table
 
 from ipmerge_core.spectral import similarity as sim
+from ipmerge_core.spectral.kinds import SIMILARITIES
 from ipmerge_core.spectral.spectrum import Spectrum, singular_values, svd
 
 LEADING = 8  # directions looked at to select a matrix
@@ -198,7 +199,7 @@ def errors(pair: Pair) -> tuple[float, float, float, float]:
     relative = [abs(x / y - 1) for x, y in zip(values(pair), nuclear, strict=True)]
     return (
         abs(leading(pair) - similar["first"]),
-        max(abs(found[kind] - similar[kind]) for kind in sim.KINDS),
+        max(abs(found[kind] - similar[kind]) for kind in SIMILARITIES),
         max(relative),
         float((update.matrix() - P).norm() / P.norm()),
     )

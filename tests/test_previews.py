@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import ipmerge_core as ipm
 from ipmerge_core import cli
-from ipmerge_core.analysis import records
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.model_card import write_card
@@ -23,7 +22,7 @@ from ipmerge_core.methods import METHODS
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.planning.preview import Preview
-from ipmerge_core.spectral import similarity
+from ipmerge_core.spectral.kinds import TEMPERATURE
 
 ANALYSES: list[dict[str, Any]] = [
     {},
@@ -251,6 +250,5 @@ def test_the_model_card_says_whether_its_number_is_exact(quick: bool, analysed: 
     assert ("(approximate: the analysis was a quick one" in card) == quick
 
 
-def test_the_usual_temperature_is_one_number() -> None:
-    assert records.TEMPERATURE == similarity.TEMPERATURE
-    assert METHODS["ip_merging"].complete({})["temperature"] == similarity.TEMPERATURE
+def test_the_method_and_the_analysis_have_one_default_temperature() -> None:
+    assert METHODS["ip_merging"].complete({})["temperature"] == TEMPERATURE

@@ -284,7 +284,7 @@ def test_packs_tell_how_they_were_made_and_a_broken_one_is_only_listed():
         "own: synthetic 2 layers",
         "own: d (cannot be read)",
     ]
-    with pytest.raises(CheckpointError, match="no pack of this version"):
+    with pytest.raises(PlanError, match="is not a pack of this version"):
         load_pack("packs-d")
 
 

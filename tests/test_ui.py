@@ -19,7 +19,7 @@ from browser_fixtures import free_port, serving
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from ipmerge_core.errors import CheckpointError, PlanError, RunError
+from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.tasks.answers import differ, is_right
 from ipmerge_core.tasks.demo import problems
 from ipmerge_core.ui import errors as messages
@@ -323,7 +323,7 @@ def test_a_pair_whose_models_are_gone_is_refused_in_the_check(home, tmp_path):
     assert readiness(Backend(), own.id, PlanChoice(0.0)).ready
     damaged = (home / "packs" / "moved.pack.json.gz").read_bytes()[:100]
     (home / "packs" / "moved.pack.json.gz").write_bytes(damaged)
-    with pytest.raises(CheckpointError, match="no pack of this version"):
+    with pytest.raises(PlanError, match="is not a pack of this version"):
         packs.load_pack(own.id)
 
 

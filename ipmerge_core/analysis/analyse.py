@@ -30,7 +30,7 @@ from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
 from ipmerge_core.runtime.devices import free_memory, resolve_device, stream, streams, warn_of_cpu
 from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
-from ipmerge_core.spectral import similarity as sim
+from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.version import __version__
 
 
@@ -39,7 +39,7 @@ def analyse(
     *,
     device: str = "cpu",
     rank: int | None = None,
-    temperature: float = sim.TEMPERATURE,
+    temperature: float = TEMPERATURE,
     quick: bool = False,
     directions: Literal["existing", "all"] = "existing",
     cache_dir: str | Path | None = None,

@@ -19,6 +19,7 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral import spectrum
+from ipmerge_core.spectral.kinds import TEMPERATURE
 
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
 _QUICK_RANK = 64  # leading directions of a quick analysis
@@ -39,7 +40,7 @@ class Options(NamedTuple):
     """
 
     rank: int | None = None
-    temperature: float = sim.TEMPERATURE
+    temperature: float = TEMPERATURE
     quick: bool = False
     directions: Literal["existing", "all"] = "existing"
 

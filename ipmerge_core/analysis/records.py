@@ -20,7 +20,6 @@ from ipmerge_core.runtime.atomic import write_whole
 
 _FORMAT, VERSION = "ipmerge-pack", 2
 _FIRST = 1  # packs in which every direction took part, whether it exists or not
-TEMPERATURE = 32.0  # of an analysis where no other is asked for: `similarity.TEMPERATURE`
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape causes
 
 
@@ -48,6 +47,15 @@ class Source:
         return replace(self, id=str(folder / self.id)) if self.id.startswith("./") else self
 
 
+class Locations(NamedTuple):
+    """The models of a pair by folder or hub id."""
+
+    mllm: str
+    math: list[str]
+    base: str
+    base_mllm: str | None
+
+
 @dataclass(frozen=True)
 class Sources:
     """The models of a pair. `base_mllm` is None where the MLLM shares the experts' base."""
@@ -61,6 +69,19 @@ class Sources:
         """List the sources in the order of `ModelPair.roles`."""
         own = [self.base_mllm] if self.base_mllm else []
         return [self.mllm, self.base, *own, *self.math]
+
+    def merged(self) -> list[Source]:
+        """List the models that a merge puts together: the MLLM and the experts."""
+        return [self.mllm, *self.math]
+
+    def locations(self) -> Locations:
+        """Return what opens exactly these models again, by the arguments of `open_pair`."""
+        return Locations(
+            mllm=self.mllm.location,
+            math=[expert.location for expert in self.math],
+            base=self.base.location,
+            base_mllm=self.base_mllm.location if self.base_mllm else None,
+        )
 
     def relative_to(self, folder: Path) -> Sources:
         """Name model folders below `folder` relative to it."""
@@ -182,12 +203,6 @@ class LayerRecord:
         }
 
 
-def check_version(content: Mapping[str, Any]) -> None:
-    """Raise ValueError unless this is a pack's content, of a version that can be read."""
-    if content["format"] != _FORMAT or content["version"] not in (_FIRST, VERSION):
-        raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-
-
 @dataclass(frozen=True)
 class Analysis:
     """All records of a pair, with the sources they were made from."""
@@ -222,7 +237,8 @@ class Analysis:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Analysis:
         """Rebuild an analysis from a pack's JSON content."""
-        check_version(content)
+        if content["format"] != _FORMAT or content["version"] not in (_FIRST, VERSION):
+            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
         former = {"directions": "all"} if content["version"] == _FIRST else {}
         return cls(
             name=content["name"],
@@ -249,17 +265,24 @@ class Analysis:
     @classmethod
     def load(cls, path: str | Path) -> Analysis:
         """Read a pack that `save` wrote. Raises: PlanError when it is no pack."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise PlanError(f"Cannot read the pack '{path}': {error.strerror or error}.") from error
-        try:
-            content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-            analysis = cls.from_dict(content)
-        except (*_MALFORMED, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise PlanError(
-                f"'{path}' is not a pack of this version ({type(error).__name__}: {error}). "
-                f"Make it again with `ipmerge analyse`."
-            ) from error
-        folder = Path(path).absolute().parent
+        analysis, folder = read_pack(path)[1], Path(path).absolute().parent
         return replace(analysis, sources=analysis.sources.resolved_in(folder))
+
+
+def read_pack(path: str | Path) -> tuple[dict[str, Any], Analysis]:
+    """Read a pack's file: its JSON content, and the analysis in it, with sources as written.
+
+    Raises: PlanError when it is no pack.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise PlanError(f"Cannot read the pack '{path}': {error.strerror or error}.") from error
+    try:
+        content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        return content, Analysis.from_dict(content)
+    except (*_MALFORMED, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise PlanError(
+            f"'{path}' is not a pack of this version ({type(error).__name__}: {error}). "
+            f"Make it again with `ipmerge analyse`."
+        ) from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ipmerge_core.analysis.records import TEMPERATURE
 from ipmerge_core.cli import commands
 from ipmerge_core.planning.options import OPTIONS, Option
+from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
 from ipmerge_core.version import __version__
 
 
@@ -156,7 +156,7 @@ _FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan'
 def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="ip_merging")
     parser.add_argument("--similarity-threshold", type=float, default=0.4, metavar="S_ALPHA")
-    parser.add_argument("--similarity", default="first", help="first, max or weighted")
+    parser.add_argument("--similarity", default="first", help=" | ".join(SIMILARITIES))
     parser.add_argument("--lambda", dest="lambda_", type=float, default=1.0)
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], help="a method's parameter"

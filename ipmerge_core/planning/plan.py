@@ -337,12 +337,7 @@ def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
 
 def open_sources(sources: Sources) -> ModelPair:
     """Open the models that a plan or an analysis names, whatever weights they hold now."""
-    return open_pair(
-        sources.mllm.location,
-        [expert.location for expert in sources.math],
-        sources.base.location,
-        base_mllm=sources.base_mllm.location if sources.base_mllm else None,
-    )
+    return open_pair(**sources.locations()._asdict())
 
 
 def reopen(plan: MergePlan) -> ModelPair:
@@ -382,7 +377,7 @@ def _open_calibration(
             f"calibration, or choose a method that needs no data."
         )
     found = Measurements.open(folder)
-    found.check([sources.mllm, *sources.math], method.data)
+    found.check(sources.merged(), method.data)
     return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
 
 

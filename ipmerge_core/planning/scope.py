@@ -16,8 +16,7 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.declarations import Anchor
 from ipmerge_core.planning.options import PlanOptions
-
-SIMILARITIES = ("first", "max", "weighted")
+from ipmerge_core.spectral.kinds import SIMILARITIES
 
 
 class Scope(NamedTuple):

@@ -15,10 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError, ShapeError
+from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
 from ipmerge_core.spectral.spectrum import Spectrum, as_float
 
-KINDS = ("first", "max", "weighted")
-TEMPERATURE = 32.0  # the public snapshot's constant; with 1 the update all but vanishes
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -47,7 +46,7 @@ def corresponding_angles(a: Spectrum, b: Spectrum) -> Float[Tensor, " r"]:
 
 def similarities(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum) -> dict[str, float]:
     """Return all three summaries of `similarity_of`, by name."""
-    return {kind: similarity_of(angles, a, b, kind) for kind in KINDS}
+    return {kind: similarity_of(angles, a, b, kind) for kind in SIMILARITIES}
 
 
 def similarity_of(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum, kind: str) -> float:
@@ -58,7 +57,7 @@ def similarity_of(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum, kind: s
             weighted  sum_i S_a,i S_b,i s_i / sum_i S_a,i S_b,i, 0 when the sum below is 0
     Raises: PlanError for another kind.
     """
-    if kind in KINDS and not len(angles):
+    if kind in SIMILARITIES and not len(angles):
         return 0.0  # no direction exists in both
     if kind == "first":
         return float(angles[0])
@@ -69,7 +68,7 @@ def similarity_of(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum, kind: s
         total = float(weights.sum())
         mean = float(weights @ angles.double()) / total if total > 0 else 0.0
         return min(mean, 1.0)
-    raise PlanError(f"Unknown similarity '{kind}'. Available: {', '.join(KINDS)}.")
+    raise PlanError(f"Unknown similarity '{kind}'. Available: {', '.join(SIMILARITIES)}.")
 
 
 def principal_cosines(a: Spectrum, b: Spectrum, k: int) -> Float[Tensor, " k"]:
@@ -100,7 +99,7 @@ def chance_level(n: int, kind: str, r: int | None = None) -> float:
     if kind in ("first", "weighted"):
         return min(math.sqrt(2 / (math.pi * n)), 1.0)
     if kind != "max":
-        raise PlanError(f"Unknown similarity '{kind}'. Available: {', '.join(KINDS)}.")
+        raise PlanError(f"Unknown similarity '{kind}'. Available: {', '.join(SIMILARITIES)}.")
     share = torch.tensor(0.5 ** (1 / (r or n)), dtype=torch.float64)
     return min(math.sqrt(2 / n) * float(torch.erfinv(share)), 1.0)
 

@@ -139,10 +139,7 @@ class Backend:
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"
         arguments = {
-            "mllm": sources.mllm.location,
-            "math": [expert.location for expert in sources.math],
-            "base": sources.base.location,
-            "base_mllm": sources.base_mllm.location if sources.base_mllm else None,
+            **sources.locations()._asdict(),
             "kind": kind,
             "mllm_samples": seen,
             "math_samples": read,
@@ -168,7 +165,7 @@ class Backend:
         sources = analysis_of(pack_id).sources
         kind = find_method(method).data
         assert kind is not None, f"{method} needs no data"
-        found = find_finished(self.calibrations_folder, [sources.mllm, *sources.math], kind)
+        found = find_finished(self.calibrations_folder, sources.merged(), kind)
         return sorted(found, key=lambda folder: folder.stat().st_mtime)
 
     def calibration_cost(self, pack_id: str, method: str) -> CalibrationCost:

@@ -153,10 +153,8 @@ def _same(first: Sources, second: Sources) -> bool:
 
 
 def _fingerprints(sources: Sources) -> tuple[str | None, ...]:
-    root = sources.base_mllm
-    experts = [expert.fingerprint for expert in sources.math]
-    own = root.fingerprint if root else None
-    return (sources.mllm.fingerprint, sources.base.fingerprint, own, *experts)
+    named = [sources.base_mllm, sources.base, *sources.merged()]
+    return tuple(source.fingerprint if source else None for source in named)
 
 
 def _names(sources: Sources) -> str:

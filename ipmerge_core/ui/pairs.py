@@ -8,11 +8,8 @@ analysed, the content so far. Reads no weights and loads no torch; what a pack m
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipmerge_core.analysis.partial import Unfinished, journal_of, read_journal
-from ipmerge_core.analysis.records import TEMPERATURE, check_version
-from ipmerge_core.errors import CheckpointError, PlanError
+from ipmerge_core.analysis.records import read_pack
+from ipmerge_core.errors import PlanError
 from ipmerge_core.runtime.jobs import home_folder
+from ipmerge_core.spectral.kinds import TEMPERATURE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"
@@ -88,7 +86,7 @@ def load_pack(pack_id: str) -> dict[str, Any]:
 
 
 def read_pack_file(path: Path) -> dict[str, Any]:
-    """Read one pack, once per version of the file. Raises: CheckpointError."""
+    """Read one pack, once per version of the file. Raises: PlanError."""
     return _read(path, path.stat().st_mtime_ns)
 
 
@@ -174,7 +172,7 @@ def _name(path: Path, _modified: int) -> str:
     try:
         content = read_pack_file(path)
         return f"{content['name']}{depth_words(content['parameters'])}"
-    except (CheckpointError, KeyError):
+    except PlanError:
         return f"{_stem(path)} (cannot be read)"
 
 
@@ -197,13 +195,4 @@ def depth_words(parameters: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def _read(path: Path, _modified: int) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-        content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-        check_version(content)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
-        raise CheckpointError(
-            f"'{path.name}' is no pack of this version ({type(error).__name__}: {error}). Make it "
-            f"again with `ipmerge analyse`."
-        ) from error
-    return dict(content)
+    return read_pack(path)[0]

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
+from ipmerge_core.spectral.kinds import SIMILARITIES
 from ipmerge_core.ui.pairs import find_pack
 
 if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
-SIMILARITIES = ("first", "max", "weighted")
 VARIANTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "sum": {},

@@ -8,11 +8,12 @@ says in words what it is at. On a Space only hub ids are taken, and the core loo
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ipmerge_core.analysis.partial import journal_of
+from ipmerge_core.analysis.records import Sources
 from ipmerge_core.errors import IPMergeError, PlanError
 from ipmerge_core.models.files import as_hub_id
 from ipmerge_core.ui.backend import Backend
@@ -159,12 +160,9 @@ def _pinned(trio: Trio, pair: ModelPair) -> Trio:
     """Name each model so that exactly the checked one is opened again."""
     from ipmerge_core.analysis.analyse import describe
 
-    sources, _ = describe(pair)
+    found = describe(pair)[0].locations()
     return trio._replace(
-        mllm=sources.mllm.location,
-        math=tuple(expert.location for expert in sources.math),
-        base=sources.base.location,
-        base_mllm=sources.base_mllm.location if sources.base_mllm else "",
+        mllm=found.mllm, math=tuple(found.math), base=found.base, base_mllm=found.base_mllm or ""
     )
 
 
@@ -193,7 +191,9 @@ def _known(pair: ModelPair, options: dict[str, object]) -> Iterator[Finding]:
         except IPMergeError:
             continue
         how = (pack["parameters"], pack["engine"])
-        if how == (options, __version__) and weights == list(fingerprints(pack["sources"])):
+        models = Sources.from_dict(pack["sources"]).all()
+        same = weights == [model.fingerprint for model in models]
+        if same and how == (options, __version__):
             yield Finding(
                 "warning",
                 "analysed before",
@@ -201,13 +201,6 @@ def _known(pair: ModelPair, options: dict[str, object]) -> Iterator[Finding]:
                 "Choose it under Pair; analysing again gives the same numbers.",
             )
             return
-
-
-def fingerprints(sources: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the fingerprints of a pack's models, in the order of `ModelPair.roles`."""
-    own = [sources["base_mllm"]] if sources["base_mllm"] else []
-    for source in (sources["mllm"], sources["base"], *own, *sources["math"]):
-        yield source["fingerprint"]
 
 
 # --- the run ---------------------------------------------------------------------------------
