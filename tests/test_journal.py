@@ -13,6 +13,7 @@ from ipmerge_core.analysis.analyse import AnalysisStep, iter_pack
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.analysis.partial import journal_of, read_journal
 from ipmerge_core.analysis.records import Analysis
+from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, PairingError, PlanError, RunError
 from ipmerge_core.merging.estimates import estimate_analysis
 
@@ -41,6 +42,19 @@ def test_a_finished_run_leaves_the_pack_that_analyse_makes_and_nothing_else(
     expected = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
     assert made.records == expected.records
     assert made.sources == expected.sources
+
+
+def test_the_command_and_python_go_on_with_each_others_work(trio: Trio, out: Path) -> None:
+    run(trio, out, steps=6)
+    names = ["--mllm", str(trio.mllm), "--math", str(trio.math), "--base", str(trio.base)]
+    assert main(["analyse", *names, "-o", str(out), "--device", "cpu", "--quiet"]) == 0
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    made = Analysis.load(out)
+    cached = ipm.analyse(
+        ipm.open_pair(trio.mllm, trio.math, trio.base), cache_dir=out.with_name("cache")
+    )
+    assert (made.records, made.sources) == (cached.records, cached.sources)
+    assert len(list(out.with_name("cache").iterdir())) == 1
 
 
 def test_watchers_see_the_records_so_far_and_ask_only_for_new_ones(trio: Trio, out: Path) -> None:

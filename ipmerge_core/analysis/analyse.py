@@ -3,7 +3,8 @@
 In: a `ModelPair`. Out: an `Analysis` with one `LayerRecord` per matrix and expert: similarities,
 norms, inner products, sampled spectra; no weights. Everything that a plan or a plot needs later is
 there, so that no slider ever asks for a decomposition. `iter_analysis` yields the records one by
-one and can be closed at any time; `iter_pack` does the same as a run that leaves a pack.
+one and can be closed at any time; `iter_pack_of` is the run that leaves a pack, for Python, the
+command line and, from names of models, the app (`iter_pack`).
 """
 
 from __future__ import annotations
@@ -62,21 +63,17 @@ def analyse(
     """
     options = Options(rank, temperature, quick, directions).check()
     if cache_dir is None:
-        return assemble(pair, tuple(iter_analysis(pair, options, device=device)), options)
+        return _assemble(pair, tuple(iter_analysis(pair, options, device=device)), options)
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     pack = folder / (_identity(pair, options)[:32] + ".json.gz")
-    if pack.exists():
-        return Analysis.load(pack)
-    journal = journal_of(pack)
-    records = tuple(iter_analysis(pair, options, device=device, journal=journal))
-    analysis = assemble(pair, records, options)
-    analysis.save(pack)
-    journal.unlink()
-    return analysis
+    if not pack.exists():
+        for _ in iter_pack_of(pair, pack, options, device=device):
+            pass
+    return Analysis.load(pack)
 
 
-def assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
+def _assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
     """Make an Analysis of the records that `iter_analysis` yielded."""
     _check_not_zero(pair, records)
     return _with_records(pair, options, records)
@@ -186,11 +183,11 @@ def comparing_cost(shape: tuple[int, int]) -> int:
     return prod(shape) * min(shape)
 
 
-# --- the analysis as a run: from names of models to a pack on disk ---
+# --- the analysis as a run: a pack on disk ---
 
 
 class AnalysisStep(NamedTuple):
-    """How far a run of `iter_pack` is, in matrices and in cost.
+    """How far a run of `iter_pack_of` is, in matrices and in cost.
 
     `cost_before` is what an earlier run of the same work had done.
     """
@@ -215,9 +212,7 @@ def iter_pack(
     device: str = "cpu",
     hub_only: bool = False,
 ) -> Iterator[AnalysisStep]:
-    """Analyse models by name into the new pack `out`, step by step; interrupted, it goes on.
-
-    What is found stands in the journal beside `out` (see `journal_of`) until the pack is whole.
+    """Open models by name and analyse them into the new pack `out`, see `iter_pack_of`.
 
     Raises:
         PairingError: the sibling check refuses the models, or nothing is to be compared.
@@ -226,19 +221,25 @@ def iter_pack(
         RunError: `out` exists, or memory does not suffice.
     """
     out, options = Path(out), Options(rank, quick=quick).check()
-    device = resolve_device(device)
+    device = resolve_device(device)  # a fault before any model is opened
     if out.exists():
         raise RunError(f"'{out}' exists already. Give the pack another name.")
     opened = partial(Checkpoint.open, hub_only=hub_only)
     own = opened(base_mllm) if base_mllm else None
     pair = open_pair(opened(mllm), [opened(name) for name in math], opened(base), base_mllm=own)
     pair.refuse_strangers()
-    yield from _pack_steps(pair, options, out, device)
+    yield from iter_pack_of(pair, out, options, device=device)
 
 
-def _pack_steps(
-    pair: ModelPair, options: Options, out: Path, device: str
+def iter_pack_of(
+    pair: ModelPair, out: Path, options: Options, *, device: str = "cpu"
 ) -> Iterator[AnalysisStep]:
+    """Analyse a pair into the pack `out`, step by step; interrupted, it goes on.
+
+    What is found stands in the journal beside `out` (see `journal_of`) until the pack is whole.
+    Errors as for `analyse`.
+    """
+    device = resolve_device(device)  # a fault before any file
     costs = [comparing_cost(matrix.shape) for matrix in pair.matrices]
     journal = _open_journal(journal_of(out), pair, options)
     before = sum(costs[: len(journal.records)])
@@ -252,7 +253,7 @@ def _pack_steps(
             done = sum(costs[:number])
             step = step._replace(number=number, matrix=record.name, cost_done=done)
             yield step
-    assemble(pair, tuple(records), options).save(out)
+    _assemble(pair, tuple(records), options).save(out)
     journal.path.unlink()
 
 

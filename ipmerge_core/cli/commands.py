@@ -45,8 +45,9 @@ def check(options: argparse.Namespace) -> int:
 
 def analyse(options: argparse.Namespace) -> int:
     """Write a pack; an interrupted analysis goes on."""
-    from ipmerge_core.analysis.analyse import assemble, comparing_cost, iter_analysis
+    from ipmerge_core.analysis.analyse import iter_pack_of
     from ipmerge_core.analysis.comparison import Options
+    from ipmerge_core.analysis.records import Analysis
     from ipmerge_core.runtime.pipeline import keep_freed_memory
 
     keep_freed_memory()
@@ -55,28 +56,21 @@ def analyse(options: argparse.Namespace) -> int:
         pair.refuse_strangers("(--force analyses anyway.)")
     check_target(options.output)
     how = Options(options.rank, options.temperature, options.quick, options.directions).check()
-    journal = Path(options.output + ".journal")
-    costs = [comparing_cost(matrix.shape) for matrix in pair.matrices for _ in pair.math]
-    progress = Progress("analysing", sum(costs), options)
-    records, done = [], 0
-    for cost, record in zip(
-        costs, iter_analysis(pair, how, device=options.device, journal=journal), strict=True
-    ):
-        records.append(record)
-        done += cost
-        progress.show(done, f"{len(records)}/{len(costs)} {record.name}")
+    progress = None
+    for step in iter_pack_of(pair, Path(options.output), how, device=options.device):
+        progress = progress or Progress("analysing", step.cost_total, options)
+        progress.show(step.cost_done, f"{step.number}/{step.total} {step.matrix}")
+    assert progress is not None
     progress.close()
-    analysis = assemble(pair, tuple(records), how)
-    analysis.save(options.output)
-    journal.unlink()
+    analysis = Analysis.load(options.output)
     summary = {
         "pack": options.output,
-        "records": len(records),
+        "records": len(analysis.records),
         "device": options.device,
         "seconds": progress.seconds,
     }
     quality = ", approximate" if analysis.approximate else ""
-    text = f"Wrote {options.output}: {len(records)} records of {analysis.name}{quality}."
+    text = f"Wrote {options.output}: {len(analysis.records)} records of {analysis.name}{quality}."
     return print_result(options, summary, text)
 
 
