@@ -13,6 +13,7 @@ import shlex
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from ipmerge_core.files import is_hub_id
 from ipmerge_core.ui.layer_map import VARIANTS, PlanChoice
 from ipmerge_core.ui.messages import is_hosted
 from ipmerge_core.ui.packs import ROOT, find_pack, load_pack
@@ -41,7 +42,6 @@ TASK_ARITHMETIC = """\
   archiveprefix = {arXiv}
 }
 """
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Snippets(NamedTuple):
@@ -99,7 +99,7 @@ def bibtex_of(pack: Json) -> str:
     """
     sources = pack["sources"]
     named = [sources["mllm"], sources["base"], sources.get("base_mllm"), *sources["math"]]
-    ids = {source["id"]: source for source in named if source and _HUB_ID.fullmatch(source["id"])}
+    ids = {source["id"]: source for source in named if source and is_hub_id(source["id"])}
     return "\n".join([IP_MERGING, TASK_ARITHMETIC, *(_model_entry(s) for s in ids.values())])
 
 
