@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ipmerge_core.card import front_matter
 from ipmerge_core.checkpoint import Checkpoint, split_address
 from ipmerge_core.devices import resolve_device
 from ipmerge_core.errors import PlanError
@@ -344,11 +345,7 @@ def _card(plan: MergePlan, steps: Sequence[AdapterStep], nbytes: int) -> str:
     ranks = [step.rank for step in steps]
     return "\n".join(
         [
-            "---",
-            "library_name: peft",
-            "tags: [lora, merge, ipmerge]",
-            "---",
-            "",
+            front_matter([plan.sources.mllm], library="peft", tags=["lora", "merge", "ipmerge"]),
             "# IP-Merging as a LoRA adapter",
             "",
             f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices, rank "

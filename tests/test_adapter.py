@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
@@ -18,6 +20,7 @@ from ipmerge_core.adapter import export_adapter, iter_adapter, module_name, trun
 from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, PlanError
+from ipmerge_core.merging import reopen
 from ipmerge_core.plan import MergePlan, make_plan
 from ipmerge_core.similarity import Update
 
@@ -197,6 +200,20 @@ def write_llava(folder: Path) -> Trio:
         math=write_model(folder / "math", fine_tuned(base, 2), TEXT_CONFIG),
         math_2=folder,
     )
+
+
+def test_the_adapter_s_card_names_its_model_on_the_hub(plan_of, tmp_path, monkeypatch):
+    plan = plan_of()
+    export_adapter(plan, tmp_path / "local")
+    local = ModelCard.load(tmp_path / "local" / "README.md")
+    assert local.data.to_dict() == {"library_name": "peft", "tags": ["lora", "merge", "ipmerge"]}
+    mllm = replace(plan.sources.mllm, id="org/mllm", revision="a1b2")
+    on_hub = replace(plan, sources=replace(plan.sources, mllm=mllm))
+    monkeypatch.setattr(adapter, "reopen", lambda _: reopen(plan))
+    export_adapter(on_hub, tmp_path / "hub")
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert card.data.base_model == ["org/mllm"]
+    assert "# IP-Merging as a LoRA adapter" in card.text
 
 
 # PEFT 0.21 itself asks transformers 5.23 by a name that is on its way out.
