@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError
+from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError, first_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -188,8 +188,8 @@ class RemoteFiles:
             return request()
         except _request_errors() as error:
             raise RunError(
-                f"Reading '{self.id}' failed ({type(error).__name__}: {_first_line(error)}). Check "
-                f"the connection and run the same command again; finished tensors are kept."
+                f"Reading '{self.id}' failed ({first_line(error)}). Check the connection and run "
+                f"the same command again; finished tensors are kept."
             ) from error
 
 
@@ -323,7 +323,3 @@ def _unreadable(path: Path, error: OSError) -> RunError:
         f"Cannot read '{path}': {error.strerror or error}. Was it moved, or its disk unmounted? "
         f"Put it back and run the same command again; finished tensors are kept."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
