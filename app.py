@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 
 def main() -> None:
@@ -10,6 +11,13 @@ def main() -> None:
     # Two threads on a busy core spin for each other; small models answer much faster with one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+    from ipmerge_core.errors import RunError
+    from ipmerge_core.runtime.host import check_platform
+
+    try:
+        check_platform()
+    except RunError as error:
+        sys.exit(str(error))
     from ipmerge_core.ui.app import launch
 
     launch()

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package, when it is no
 from report import machine, seconds, table
 
 import ipmerge_core as ipm
-from ipmerge_core.analysis import comparing_cost
-from ipmerge_core.pairing import ModelPair
+from ipmerge_core.analysis.analyse import comparing_cost
+from ipmerge_core.models.pairing import ModelPair
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 LAYERS = 2

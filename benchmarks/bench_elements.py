@@ -25,7 +25,7 @@ from ipmerge_core import METHODS
 from ipmerge_core.methods.blocks import TaskVectors, blocks, row_blocks, task_vector_of
 from ipmerge_core.methods.dropout import generator_for
 from ipmerge_core.methods.selection import ascending_order, kth_largest
-from ipmerge_core.pipeline import keep_freed_memory
+from ipmerge_core.runtime.pipeline import keep_freed_memory
 
 NAME = "model.layers.7.mlp.up_proj.weight"
 

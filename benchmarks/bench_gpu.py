@@ -28,9 +28,9 @@ from bench_spectrum import Times, speed_row, synthetic, timed
 from report import machine, table
 
 import ipmerge_core as ipm
-from ipmerge_core import devices
-from ipmerge_core.pairing import ModelPair
-from ipmerge_core.pipeline import keep_freed_memory
+from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.runtime import devices
+from ipmerge_core.runtime.pipeline import keep_freed_memory
 
 HIDDEN, FEED, NARROW = 3584, 18944, 512
 SHAPES = {

@@ -94,7 +94,7 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
                 theirs.setdefault(method, []).append(
                     mergekit(options.mergekit, trio, folder, method)
                 )
-    bare = run([sys.executable, "-c", "import torch, ipmerge_core.merging"])
+    bare = run([sys.executable, "-c", "import torch, ipmerge_core.merging.merge"])
     least = min(floors)
     print(f"\nBase and two fine-tunes of {size / 1e9:.2f} GB, minimum of {options.repeat}.\n")
     rows = []
@@ -220,7 +220,7 @@ def processes(folder: Path, options: argparse.Namespace) -> None:
     for _ in range(options.repeat):
         for count in walls:
             walls[count].append(merge(trio, folder, "iso_c", processes=count).wall)
-    start = run([sys.executable, "-c", "import torch, ipmerge_core.merging"]).wall
+    start = run([sys.executable, "-c", "import torch, ipmerge_core.merging.merge"]).wall
     one, two = min(walls[1]), min(walls[2])
     print(
         f"\nIsotropic merging (a decomposition per matrix): one process {one:.1f} s, two "

@@ -35,12 +35,15 @@ from draws import evaluation_problems
 from report import machine, table
 
 import ipmerge_core as ipm
-from ipmerge_core.checkpoint import Checkpoint
-from ipmerge_core.evaluate import MATH_TASKS, PERCEPTION_TASKS, Score, answer, is_right
-from ipmerge_core.inference import load_model
-from ipmerge_core.pairing import ModelPair
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.records import Analysis
+from ipmerge_core.analysis.records import Analysis
+from ipmerge_core.evaluation.batched_answers import answer
+from ipmerge_core.evaluation.scores import Score
+from ipmerge_core.inference.loading import load_model
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.tasks.answers import is_right
+from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "assets" / "demo"

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package, when it is no
 
 from report import machine, table
 
-from ipmerge_core import similarity as sim
-from ipmerge_core.spectrum import Spectrum, singular_values, svd
+from ipmerge_core.spectral import similarity as sim
+from ipmerge_core.spectral.spectrum import Spectrum, singular_values, svd
 
 LEADING = 8  # directions looked at to select a matrix
 SNAPSHOT_RANK = 1024  # of the public snapshot's svd_lowrank

@@ -29,7 +29,7 @@ from report import machine, table
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
-from ipmerge_core.recipes import export_recipe
+from ipmerge_core.planning.mergekit import export_recipe
 
 CHOICES: list[dict[str, Any]] = [
     {"method": "task_arithmetic", "mllm_weight": 0.9, "math_weight": 0.4},

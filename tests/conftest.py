@@ -22,7 +22,7 @@ from jaxtyping import install_import_hook
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as in mypy
 
 # Shape and type annotations of the mathematical rooms are checked at every call in the suite.
-for _room in ("engines", "spectrum", "similarity", "methods"):
+for _room in ("spectral", "methods"):
     install_import_hook(f"ipmerge_core.{_room}", "conftest.typechecked")
 
 import torch  # noqa: E402

@@ -12,9 +12,9 @@ from pathlib import Path
 from playwright.sync_api import Download, Page, expect
 from synthetic_pack import make_pack
 
-from ipmerge_core.analysis import Analysis
-from ipmerge_core.plan import Preview, make_plan
-from ipmerge_core.ui.layer_map import read_commit
+from ipmerge_core.analysis.analyse import Analysis
+from ipmerge_core.planning.plan import Preview, make_plan
+from ipmerge_core.ui.plan_choice import read_commit
 
 COMPONENT = "document.querySelector('#layer-map .lm').parentNode.ipmerge"
 SMALL = {"hidden": 128, "feed": 352}

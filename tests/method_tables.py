@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ipmerge_core.methods import METHODS, MergeMethod
 from ipmerge_core.methods.registry import Parameter
-from ipmerge_core.options import OPTIONS
-from ipmerge_core.plan import make_plan
+from ipmerge_core.planning.options import OPTIONS
+from ipmerge_core.planning.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 HEADING = "## Merge methods\n\n"

@@ -14,7 +14,9 @@ if __name__ == "__main__":
     os.environ["IPMERGE_HOME"] = sys.argv[1]
     import slow_steps
 
-    from ipmerge_core import analysis, inference, merging
+    from ipmerge_core.analysis import analyse as analysis
+    from ipmerge_core.inference import loading as inference
+    from ipmerge_core.merging import merge as merging
     from ipmerge_core.ui.app import launch
 
     inference.stream_answer = slow_steps.slow_answer

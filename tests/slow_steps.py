@@ -10,12 +10,12 @@ import re
 import time
 from collections.abc import Iterator
 
-from ipmerge_core.analysis import AnalysisStep
-from ipmerge_core.analysis import iter_pack as quick_pack
+from ipmerge_core.analysis.analyse import AnalysisStep
+from ipmerge_core.analysis.analyse import iter_pack as quick_pack
 from ipmerge_core.errors import ModelLoadError
-from ipmerge_core.inference import stream_answer as quick_answer
-from ipmerge_core.merging import MergeStep
-from ipmerge_core.merging import iter_merge as quick_merge
+from ipmerge_core.inference.generation import stream_answer as quick_answer
+from ipmerge_core.merging.merge import MergeStep
+from ipmerge_core.merging.merge import iter_merge as quick_merge
 
 STEP_SECONDS = 0.06
 PIECE_SECONDS = 0.04

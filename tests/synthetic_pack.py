@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ipmerge_core.records import VERSION
+from ipmerge_core.analysis.records import VERSION
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 PLACES = {

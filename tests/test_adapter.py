@@ -16,14 +16,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
-from ipmerge_core import adapter
-from ipmerge_core.adapter import export_adapter, iter_adapter, module_name, truncated
-from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.adapters import export as adapter
+from ipmerge_core.adapters.export import export_adapter, iter_adapter, module_name, truncated
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, PlanError
-from ipmerge_core.merging import reopen
-from ipmerge_core.plan import MergePlan, make_plan
-from ipmerge_core.similarity import Update
+from ipmerge_core.merging.merge import reopen
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.planning.plan import MergePlan, make_plan
+from ipmerge_core.spectral.similarity import Update
 
 Plan = Callable[..., MergePlan]
 

@@ -13,11 +13,12 @@ from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
-from ipmerge_core import analysis as analysis_room
-from ipmerge_core import devices, spectrum
-from ipmerge_core.comparison import Options
+from ipmerge_core.analysis import analyse as analysis_room
+from ipmerge_core.analysis.comparison import Options
+from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import CheckpointError, PairingError, PlanError, RunError
-from ipmerge_core.records import Analysis
+from ipmerge_core.runtime import devices
+from ipmerge_core.spectral import spectrum
 
 
 @pytest.fixture(scope="module")

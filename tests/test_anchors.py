@@ -16,9 +16,9 @@ from torch import Tensor
 import ipmerge_core as ipm
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS
-from ipmerge_core.pairing import ModelPair
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.scope import choose_anchor
+from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.planning.scope import choose_anchor
 
 Truth = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of W0, B_v, W_v, W_e
 TRUTHS: dict[str, Truth] = {

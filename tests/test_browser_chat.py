@@ -11,7 +11,7 @@ from browser_fixtures import free_port, serving
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
-from ipmerge_core.ui.recorded import recorded_examples
+from ipmerge_core.ui.chat.recorded import recorded_examples
 
 pytestmark = pytest.mark.browser
 

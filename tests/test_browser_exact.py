@@ -14,8 +14,9 @@ from playwright.sync_api import Page
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
-from ipmerge_core.records import Analysis
-from ipmerge_core.ui.layer_map import PlanChoice, read_commit, report
+from ipmerge_core.analysis.records import Analysis
+from ipmerge_core.ui.explore.layer_map import report
+from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
 pytestmark = pytest.mark.browser
 

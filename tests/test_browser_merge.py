@@ -19,8 +19,8 @@ from gradio_client import Client
 from playwright.sync_api import Page, expect
 from transformers import AutoModelForImageTextToText
 
-from ipmerge_core.checkpoint import Checkpoint
-from ipmerge_core.ui.choice import analysis_of
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.ui.plan_choice import analysis_of
 
 pytestmark = pytest.mark.browser
 

@@ -44,7 +44,8 @@ def test_no_tour_is_offered_on_a_stage_or_behind_a_link(
 
 
 def test_no_tour_is_offered_in_the_report(new_page: NewPage, tmp_path: Path):
-    from ipmerge_core.ui.layer_map import PlanChoice, report
+    from ipmerge_core.ui.explore.layer_map import report
+    from ipmerge_core.ui.plan_choice import PlanChoice
 
     path = tmp_path / "report.html"
     content = {"id": "b", "pack": PACKS["b"], "plan": PlanChoice().to_browser(), "presets": []}

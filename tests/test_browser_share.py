@@ -23,8 +23,8 @@ from explore_page import (
 )
 from playwright.sync_api import Download, Page, expect
 
-from ipmerge_core.analysis import Analysis
-from ipmerge_core.plan import make_plan
+from ipmerge_core.analysis.analyse import Analysis
+from ipmerge_core.planning.plan import make_plan
 
 pytestmark = pytest.mark.browser
 
@@ -192,7 +192,8 @@ def test_the_report_works_from_a_file_without_any_server(
 
 
 def test_names_from_a_pack_never_become_markup(new_page: Callable[..., Page], tmp_path: Path):
-    from ipmerge_core.ui.layer_map import PlanChoice, report
+    from ipmerge_core.ui.explore.layer_map import report
+    from ipmerge_core.ui.plan_choice import PlanChoice
 
     pack = json.loads(json.dumps(PACKS["b"]))
     pack["name"] = "</script><img src=x onerror=alert(1)>"

@@ -17,8 +17,8 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ipmerge_core.ui.choice import analysis_of
-from ipmerge_core.ui.recorded import recorded_examples
+from ipmerge_core.ui.chat.recorded import recorded_examples
+from ipmerge_core.ui.plan_choice import analysis_of
 
 pytestmark = pytest.mark.browser
 

@@ -11,7 +11,7 @@ import pytest
 from browser_fixtures import free_port, serving
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from ipmerge_core.ui.written import clean_text
+from ipmerge_core.ui.safe_text import clean_text
 
 LOADING = 60_000  # milliseconds
 pytestmark = pytest.mark.browser

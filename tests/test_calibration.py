@@ -14,19 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from ipmerge_core.calibration import calibrate, estimate, iter_calibration
-from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.calibration.calibrate import calibrate, estimate, iter_calibration
+from ipmerge_core.calibration.passes import Passes, Settings, encode_sample, find_module
+from ipmerge_core.calibration.samples import Sample, load_samples
+from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, ModelLoadError, PairingError, PlanError, RunError
-from ipmerge_core.evaluate import MATH_TASKS, PERCEPTION_TASKS, problems
-from ipmerge_core.inference import load_model
-from ipmerge_core.measurements import Measurements
-from ipmerge_core.merging import merge
+from ipmerge_core.inference.loading import load_model
+from ipmerge_core.merging.merge import merge
 from ipmerge_core.methods import METHODS
-from ipmerge_core.pairing import open_pair
-from ipmerge_core.passes import Passes, Settings, encode_sample, find_module
-from ipmerge_core.plan import MergePlan, make_plan
-from ipmerge_core.samples import Sample, load_samples
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.pairing import open_pair
+from ipmerge_core.planning.plan import MergePlan, make_plan
+from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, problems
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 GRAM, FISHER = Settings("gram"), Settings("fisher")
@@ -306,7 +306,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_runs(
     pair, samples, tmp_path, monkeypatch
 ):
     full = namedtuple("Usage", "free")(10)
-    monkeypatch.setattr("ipmerge_core.calibration.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("ipmerge_core.calibration.calibrate.shutil.disk_usage", lambda _: full)
     with pytest.raises(RunError, match="Free some space"):
         calibrate(pair, tmp_path / "out", GRAM, *samples)
     assert not (tmp_path / "out").exists()
@@ -368,7 +368,9 @@ EXAMPLES = [([1.0, 2.0], 0), ([-1.0, 0.5], 2)]
 def estimated(monkeypatch, settings, draws=1, dtype=torch.float32, scale=1.0):
     """Fisher information of the head over both examples, each taken `draws` times."""
     head = Head(dtype)
-    monkeypatch.setattr("ipmerge_core.passes.encode_sample", lambda _, sample: (sample, 1))
+    monkeypatch.setattr(
+        "ipmerge_core.calibration.passes.encode_sample", lambda _, sample: (sample, 1)
+    )
     passes = Passes(SimpleNamespace(model=head), [head.layer], [(3, 2)], settings, "mllm")
     for number in range(draws):
         for place, (x, label) in enumerate(EXAMPLES):

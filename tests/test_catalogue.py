@@ -8,9 +8,9 @@ import pytest
 from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model
 
 import ipmerge_core as ipm
-from ipmerge_core.catalogue import find_model, likely_base, load_catalogue
-from ipmerge_core.checkpoint import Checkpoint
-from ipmerge_core.pairing import open_pair
+from ipmerge_core.models.catalogue import find_model, likely_base, load_catalogue
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.pairing import open_pair
 
 CATALOGUE = load_catalogue()
 

@@ -11,8 +11,8 @@ import torch
 from conftest import TEXT_CONFIG, Trio, text_weights, write_model
 from safetensors.torch import load_file, save_file
 
-from ipmerge_core.checkpoint import DTYPES, Checkpoint, tensor_bytes
 from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
+from ipmerge_core.models.checkpoint import DTYPES, Checkpoint, tensor_bytes
 
 
 def rewrite_header(file: Path, change: object) -> None:

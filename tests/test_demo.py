@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.evaluate import (
+from ipmerge_core.evaluation.batched_answers import answer
+from ipmerge_core.evaluation.scores import score
+from ipmerge_core.tasks.answers import stated_result
+from ipmerge_core.tasks.demo import (
+    GLYPHS,
     MATH_TASKS,
     PERCEPTION_TASKS,
+    QUESTIONS,
+    SPLITS,
     TASKS,
-    answer,
     problems,
-    score,
-    stated_result,
 )
-from ipmerge_core.evaluate.demo import GLYPHS, QUESTIONS, SPLITS
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 MEGABYTE = 1_000_000

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipmerge_core.evaluate import TASKS, problems
+from ipmerge_core.tasks.demo import TASKS, problems
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 sys.path.append(str(DEMO))  # scripts that import each other

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from ipmerge_core import devices
+from ipmerge_core.runtime import devices
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import torch
 from conftest import TEXT_CONFIG, Weights, as_mllm, text_weights, write_model
 
 import ipmerge_core as ipm
-from ipmerge_core import differences
-from ipmerge_core.checkpoint import Checkpoint
-from ipmerge_core.files import LocalFiles
-from ipmerge_core.siblings import Finding
+from ipmerge_core.models import differences
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.files import LocalFiles
+from ipmerge_core.models.siblings import Finding
 
 LAYERS = 9  # the check samples 0, 4 and 8
 CONFIG = {**TEXT_CONFIG, "num_hidden_layers": LAYERS}

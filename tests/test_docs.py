@@ -52,7 +52,7 @@ def code_block_after(heading: str) -> str:
 def tree_paths() -> set[str]:
     """Paths drawn in README's tree: two spaces of indent per level, `name   comment` per line."""
     paths, parents = set(), []
-    for line in code_block_after("The house").splitlines():
+    for line in code_block_after("Repository layout").splitlines():
         name, indent = line.split()[0], len(line) - len(line.lstrip())
         parents = [*parents[: indent // 2], name]
         paths.add("".join(parents).rstrip("/"))

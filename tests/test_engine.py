@@ -17,15 +17,15 @@ import torch
 from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model, write_trio
 
 import ipmerge_core as ipm
-from ipmerge_core import writer as writing
-from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import CheckpointError, IPMergeError, RunError
-from ipmerge_core.files import Pace
-from ipmerge_core.merging import iter_merge
-from ipmerge_core.pairing import MatrixMatch
-from ipmerge_core.pipeline import Load, WriteBehind, compute_ahead, read_ahead
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.work import rows_of
+from ipmerge_core.merging.merge import iter_merge
+from ipmerge_core.merging.parts import rows_of
+from ipmerge_core.models import writer as writing
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.files import Pace
+from ipmerge_core.models.pairing import MatrixMatch
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.runtime.pipeline import Load, WriteBehind, compute_ahead, read_ahead
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -42,7 +42,7 @@ def arithmetic(trio: Trio, **parameters: float) -> MergePlan:
 
 def in_pieces(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """Let files on disk be read in small pieces."""
-    monkeypatch.setattr("ipmerge_core.pairing.FROM_DISK", Pace(nbytes, 1 << 26, 1))
+    monkeypatch.setattr("ipmerge_core.models.pairing.FROM_DISK", Pace(nbytes, 1 << 26, 1))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_fifty_kills_at_random_moments_end_in_the_same_bytes(
     plan, out = arithmetic(sharded), tmp_path / "out"
     chance = random.Random(3)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["ipmerge_core.merging"])
+    processes.set_forkserver_preload(["ipmerge_core.merging.merge"])
     kills = 0
     while kills < 50:
         child = processes.Process(target=ipm.merge, args=(plan, out))
@@ -288,7 +288,7 @@ def test_merging_in_pieces_or_in_threads_gives_the_same_bytes(
     plan = ipm.make_plan(pair, name, **changes)
     ipm.merge(plan, tmp_path / "whole")
     in_pieces(monkeypatch, 300)
-    monkeypatch.setattr("ipmerge_core.ranks.Ranks.cores", 3)
+    monkeypatch.setattr("ipmerge_core.runtime.processes.Ranks.cores", 3)
     ipm.merge(plan, tmp_path / "pieces")
     shard = "model.safetensors"
     assert (tmp_path / "whole" / shard).read_bytes() == (tmp_path / "pieces" / shard).read_bytes()

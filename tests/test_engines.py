@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ipmerge_core import engines
-from ipmerge_core.engines import Factors
+from ipmerge_core.spectral import svd_algorithms as engines
+from ipmerge_core.spectral.svd_algorithms import Factors
 
 WIDTH = 400
 SHAPES = [(WIDTH, WIDTH), (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH)]

@@ -12,10 +12,10 @@ import torch
 from families import FAMILIES, LAYERS, build, rewrite, set_config
 
 import ipmerge_core as ipm
-from ipmerge_core.checkpoint import Checkpoint
-from ipmerge_core.decoders import CROSS_ATTENTION, MOE
 from ipmerge_core.errors import PairingError, ShapeError
-from ipmerge_core.pairing import MODULES, VOCABULARY, ModelPair, open_pair
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.decoders import CROSS_ATTENTION, MOE
+from ipmerge_core.models.pairing import MODULES, VOCABULARY, ModelPair, open_pair
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"
 CASES = [(name, layout) for name, family in FAMILIES.items() for layout in family.layouts]

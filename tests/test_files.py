@@ -14,12 +14,12 @@ from conftest import Trio
 from huggingface_hub import errors as hub_errors
 
 import ipmerge_core as ipm
-from ipmerge_core import files
-from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import CheckpointError, RunError
-from ipmerge_core.files import LocalFiles, RemoteFiles, as_hub_id, is_hub_id, open_hub
-from ipmerge_core.merging import estimate
-from ipmerge_core.plan import MergePlan
+from ipmerge_core.merging.merge import estimate
+from ipmerge_core.models import files
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.files import LocalFiles, RemoteFiles, as_hub_id, is_hub_id, open_hub
+from ipmerge_core.planning.plan import MergePlan
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CLIENT = sys.modules[hub_errors.HfHubHTTPError.__mro__[1].__module__]  # httpx, or its successor

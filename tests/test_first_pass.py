@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 import ipmerge_core as ipm
 from ipmerge_core.cli import main
 from ipmerge_core.errors import PlanError
-from ipmerge_core.first_pass import is_due, iter_measure
-from ipmerge_core.merging import iter_merge
+from ipmerge_core.merging.merge import iter_merge
+from ipmerge_core.merging.whole_model import is_due, iter_measure
 from ipmerge_core.methods import METHODS
-from ipmerge_core.methods.traits import drained
-from ipmerge_core.pairing import ModelPair
-from ipmerge_core.plan import MergePlan
+from ipmerge_core.methods.declarations import drained
+from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.planning.plan import MergePlan
 
 WHOLE: list[tuple[str, dict[str, Any]]] = [
     ("metagpt", {}),

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ipmerge_core as ipm
-from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.calibration.store import RECORD, Measured, Measurements
 from ipmerge_core.errors import PlanError
-from ipmerge_core.measurements import RECORD, Measured, Measurements
 from ipmerge_core.methods import METHODS
-from ipmerge_core.plan import MergePlan
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.planning.plan import MergePlan
 
 FISHER = METHODS["fisher"]
 SCOPES = ("model", "tensor", "none")

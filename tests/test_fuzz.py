@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
 from ipmerge_core.errors import IPMergeError
-from ipmerge_core.pairing import open_pair
-from ipmerge_core.writer import place_of
+from ipmerge_core.models.pairing import open_pair
+from ipmerge_core.models.writer import place_of
 
 INDEX = "model.safetensors.index.json"
 Header = dict[str, dict[str, object]]

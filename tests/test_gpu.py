@@ -21,20 +21,20 @@ from numeric_cases import merged as merged_matrix
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
-from ipmerge_core import devices
-from ipmerge_core.adapter import export_adapter
-from ipmerge_core.calibration import calibrate
-from ipmerge_core.evaluate import problems
-from ipmerge_core.inference import answer, load_model
+from ipmerge_core.adapters.export import export_adapter
+from ipmerge_core.calibration.calibrate import calibrate
+from ipmerge_core.calibration.passes import Settings
+from ipmerge_core.calibration.samples import load_samples
+from ipmerge_core.inference.generation import answer
+from ipmerge_core.inference.loading import load_model
 from ipmerge_core.methods import METHODS
-from ipmerge_core.pairing import ModelPair
-from ipmerge_core.passes import Settings
-from ipmerge_core.samples import load_samples
-from ipmerge_core.spectrum import svd
+from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.runtime import devices
+from ipmerge_core.spectral.spectrum import svd
+from ipmerge_core.tasks.demo import problems
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.choice import plan_of
-from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merge_tab import readiness
+from ipmerge_core.ui.merge.tab import readiness
+from ipmerge_core.ui.plan_choice import PlanChoice, plan_of
 
 pytestmark = [
     pytest.mark.gpu,

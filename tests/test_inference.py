@@ -15,18 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ipmerge_core.errors import CheckpointError, ModelLoadError, RunError
-from ipmerge_core.evaluate import answer as answer_in_batches
-from ipmerge_core.evaluate import problems
-from ipmerge_core.inference import (
-    LoadedModel,
-    ModelCache,
-    Settings,
-    answer,
-    encode_prompt,
-    load_model,
-    open_image,
-    stream_answer,
-)
+from ipmerge_core.evaluation.batched_answers import answer as answer_in_batches
+from ipmerge_core.inference.generation import Settings, answer, encode_prompt, stream_answer
+from ipmerge_core.inference.images import open_image
+from ipmerge_core.inference.loading import LoadedModel, ModelCache, load_model
+from ipmerge_core.tasks.demo import problems
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 

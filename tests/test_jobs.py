@@ -14,7 +14,7 @@ import pytest
 from platformdirs import user_data_path
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.jobs import JobStatus, JobStore, Started, home_folder, run_job
+from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, home_folder, run_job
 
 WAIT = 30  # seconds that a process may take to do what a test waits for
 

@@ -9,12 +9,12 @@ import pytest
 from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model
 
 import ipmerge_core as ipm
-from ipmerge_core.analysis import AnalysisStep, iter_pack
-from ipmerge_core.comparison import Options
-from ipmerge_core.costs import estimate_analysis
+from ipmerge_core.analysis.analyse import AnalysisStep, iter_pack
+from ipmerge_core.analysis.comparison import Options
+from ipmerge_core.analysis.partial import journal_of, read_journal
+from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import CheckpointError, PairingError, PlanError, RunError
-from ipmerge_core.journal import journal_of, read_journal
-from ipmerge_core.records import Analysis
+from ipmerge_core.merging.estimates import estimate_analysis
 
 
 def run(trio: Trio, out: Path, steps: int = 1000, **options: object) -> list[AnalysisStep]:

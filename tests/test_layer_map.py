@@ -10,16 +10,8 @@ import pytest
 from synthetic_pack import make_pack
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.ui.layer_map import (
-    HERE,
-    SCRIPTS,
-    LayerMap,
-    PlanChoice,
-    read_cell,
-    read_cells,
-    read_commit,
-    scripts,
-)
+from ipmerge_core.ui.explore.layer_map import HERE, SCRIPTS, LayerMap, scripts
+from ipmerge_core.ui.plan_choice import PlanChoice, read_cell, read_cells, read_commit
 
 PACK = make_pack(layers=2, experts=2)
 NAME = "model.layers.0.self_attn.q_proj.weight"

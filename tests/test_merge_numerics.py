@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ipmerge_core as ipm
-from ipmerge_core.calibration import calibrate
-from ipmerge_core.measurements import Measurements
+from ipmerge_core.calibration.calibrate import calibrate
+from ipmerge_core.calibration.passes import Settings
+from ipmerge_core.calibration.samples import load_samples
+from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.methods import METHODS
-from ipmerge_core.pairing import MatrixMatch, ModelPair
-from ipmerge_core.passes import Settings
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.samples import load_samples
+from ipmerge_core.models.pairing import MatrixMatch, ModelPair
+from ipmerge_core.planning.plan import MergePlan
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 HIDDEN, FEED, LAYERS, KEYS = 128, 352, 2, 64

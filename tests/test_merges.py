@@ -12,18 +12,18 @@ import pytest
 from quick_runs import fail, write_manifest
 
 from ipmerge_core import make_plan
+from ipmerge_core.analysis.records import Sources
 from ipmerge_core.errors import IPMergeError, RunError
-from ipmerge_core.inference import Settings, answer
-from ipmerge_core.jobs import JobStatus, Started
-from ipmerge_core.records import Sources
+from ipmerge_core.inference.generation import Settings, answer
+from ipmerge_core.merging.provenance import read_provenance
+from ipmerge_core.runtime.jobs import JobStatus, Started
 from ipmerge_core.ui.api import _answers
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.choice import analysis_of
-from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merges import find_merge, lost_words, merges_of_pair, read_made
-from ipmerge_core.ui.recorded import recorded_examples
-from ipmerge_core.ui.side_choice import ALWAYS, MOST_RUNS, keys_of, shown, with_run
-from ipmerge_core.ui.sides import BASE, PLAN, Question, Side, answer_both
+from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
+from ipmerge_core.ui.chat.recorded import recorded_examples
+from ipmerge_core.ui.chat.side_choice import ALWAYS, MOST_RUNS, keys_of, shown, with_run
+from ipmerge_core.ui.finished_merges import find_merge, lost_words, merges_of_pair
+from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of
 
 PACK = "pack"
 OTHER = "packs-other"
@@ -161,7 +161,7 @@ def test_a_damaged_manifest_is_no_merge(backend, make_run, content):
     run = make_run("by-ties")
     manifest = backend.output_folder("by-ties") / "ipmerge.json"
     manifest.write_text(content)
-    assert read_made(manifest.parent) is None
+    assert read_provenance(manifest.parent) is None
     assert merges_of_pair(backend, PACK, {}) == []
     with pytest.raises(RunError, match="is gone"):
         find_merge(backend, PACK, run.id, {})
@@ -258,7 +258,7 @@ def test_a_browser_remembers_its_latest_runs_each_once():
 
 
 def ask(backend: Backend, left: str, right: str) -> tuple[Side, Side]:
-    from ipmerge_core.inference import open_image
+    from ipmerge_core.inference.images import open_image
 
     text, picture = QUESTION.reference.question, open_image(QUESTION.image)
     choice, settings = PlanChoice(), Settings(max_new_tokens=24)

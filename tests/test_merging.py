@@ -14,13 +14,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
-from ipmerge_core import merging
-from ipmerge_core.card import write_card
-from ipmerge_core.checkpoint import Checkpoint
+from ipmerge_core.analysis.records import Analysis, Source, Sources
 from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError
-from ipmerge_core.merging import estimate, iter_merge
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.records import Analysis, Source, Sources
+from ipmerge_core.merging import merge as merging
+from ipmerge_core.merging.merge import estimate, iter_merge
+from ipmerge_core.merging.model_card import write_card
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.planning.plan import MergePlan
 
 PLANS = [
     {"similarity_threshold": 0.7, "lambda_": 4.0},

@@ -11,16 +11,14 @@ import gradio as gr
 import pytest
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.jobs import JobStatus
-from ipmerge_core.merging import estimate
+from ipmerge_core.merging.merge import estimate
 from ipmerge_core.methods import METHODS
-from ipmerge_core.options import ANCHORS, OPTIONS
-from ipmerge_core.ui import calibration_form
+from ipmerge_core.planning.options import ANCHORS, OPTIONS
+from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merge_tab import readiness
-from ipmerge_core.ui.merge_words import change_words, progress_html
-from ipmerge_core.ui.method_form import (
+from ipmerge_core.ui.format import progress_html
+from ipmerge_core.ui.merge import calibration_form
+from ipmerge_core.ui.merge.method_form import (
     MethodChoice,
     _field,
     _option_field,
@@ -30,6 +28,9 @@ from ipmerge_core.ui.method_form import (
     with_option,
     with_value,
 )
+from ipmerge_core.ui.merge.summary import change_words
+from ipmerge_core.ui.merge.tab import readiness
+from ipmerge_core.ui.plan_choice import PlanChoice
 
 DEMO = "pack"  # the id of the demo trio's
 

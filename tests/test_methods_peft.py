@@ -17,8 +17,8 @@ import ipmerge_core as ipm
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, ties
 from ipmerge_core.methods.dropout import Drop, roles
-from ipmerge_core.methods.election import agreeing_sum_
-from ipmerge_core.pairing import ModelPair
+from ipmerge_core.methods.sign_election import agreeing_sum_
+from ipmerge_core.models.pairing import ModelPair
 
 AS_PEFT = {"normalize": "count", "election": "unweighted"}
 NAME = "model.layers.0.self_attn.q_proj.weight"

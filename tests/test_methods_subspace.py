@@ -9,7 +9,7 @@ from small_matrices import W0, W_E, W_V, close, f64, merged_by
 
 from ipmerge_core.methods import METHODS, task_arithmetic
 from ipmerge_core.methods.subspace import orthogonalised_pair, polar
-from ipmerge_core.spectrum import svd
+from ipmerge_core.spectral.spectrum import svd
 
 A45 = f64([[0.7 * (i + 1) * (j + 2) for j in range(5)] for i in range(4)]).sin()
 B45 = 0.5 * f64([[0.9 * (i + 2) * (j + 1) for j in range(5)] for i in range(4)]).cos()

@@ -10,7 +10,7 @@ import torch
 from conftest import LAYERS, TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model
 
 from ipmerge_core.errors import PairingError, ShapeError
-from ipmerge_core.pairing import MODULES, ModelPair, open_pair
+from ipmerge_core.models.pairing import MODULES, ModelPair, open_pair
 
 MLLM_CONFIG = {"model_type": "llava", "text_config": TEXT_CONFIG}
 

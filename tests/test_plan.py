@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ipmerge_core as ipm
+from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError, UnknownMethodError
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.records import Analysis
+from ipmerge_core.planning.plan import MergePlan
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 

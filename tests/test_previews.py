@@ -14,14 +14,16 @@ from conftest import TEXT_CONFIG, Weights, as_mllm, fine_tuned, text_weights, wr
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
-from ipmerge_core import cli, records, similarity
-from ipmerge_core.card import write_card
+from ipmerge_core import cli
+from ipmerge_core.analysis import records
+from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
+from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.methods import METHODS
-from ipmerge_core.pairing import ModelPair
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.preview import Preview
-from ipmerge_core.records import Analysis
+from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.planning.preview import Preview
+from ipmerge_core.spectral import similarity
 
 ANALYSES: list[dict[str, Any]] = [
     {},

@@ -18,8 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ipmerge_core.errors import ModelLoadError, RunError
-from ipmerge_core.inference import LoadedModel, answer, encode_prompt, load_model
-from ipmerge_core.prompts import LONGEST_QUESTION, ChatFormat, Message, check_question, render_chat
+from ipmerge_core.inference.generation import answer, encode_prompt
+from ipmerge_core.inference.loading import LoadedModel, load_model
+from ipmerge_core.inference.prompts import (
+    LONGEST_QUESTION,
+    ChatFormat,
+    Message,
+    check_question,
+    render_chat,
+)
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 PICTURE = Image.new("RGB", (64, 64), "white")

@@ -15,10 +15,10 @@ from conftest import write_trio
 
 import ipmerge_core as ipm
 from ipmerge_core.errors import RunError
-from ipmerge_core.merging import iter_merge
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.ranks import Ranks, share_out
-from ipmerge_core.writer import place_of
+from ipmerge_core.merging.merge import iter_merge
+from ipmerge_core.models.writer import place_of
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.runtime.processes import Ranks, share_out
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -28,8 +28,8 @@ ACCELERATE = [
 ]  # fmt: skip
 DYING = """
 import os, signal, sys
-import ipmerge_core.merging as merging
-from ipmerge_core.plan import MergePlan
+import ipmerge_core.merging.merge as merging
+from ipmerge_core.planning.plan import MergePlan
 for number, step in enumerate(merging.iter_merge(MergePlan.load(sys.argv[1]), sys.argv[2])):
     if os.environ["RANK"] == sys.argv[3] and number == 2:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -16,20 +16,22 @@ import torch
 from conftest import Trio
 
 import ipmerge_core as ipm
-from ipmerge_core import cli, costs, devices
-from ipmerge_core.comparison import Options
+from ipmerge_core import cli
+from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.errors import FolderInUseError, PlanError, RunError
-from ipmerge_core.jobs import Claim, JobStatus, JobStore, Started
-from ipmerge_core.ui import merge_tab
-from ipmerge_core.ui.analyse_words import needs_html
+from ipmerge_core.merging import estimates as costs
+from ipmerge_core.runtime import devices
+from ipmerge_core.runtime.jobs import Claim, JobStatus, JobStore, Started
+from ipmerge_core.ui.analyse.descriptions import needs_html
+from ipmerge_core.ui.analyse.models_form import Checked, check_trio, start_analysis
+from ipmerge_core.ui.analyse.models_form import Trio as Named
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.choice import choice_digest, plan_of
-from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merge_tab import readiness
-from ipmerge_core.ui.merge_words import progress_html, result_html
-from ipmerge_core.ui.method_form import MethodChoice
-from ipmerge_core.ui.trio import Checked, check_trio, start_analysis
-from ipmerge_core.ui.trio import Trio as Named
+from ipmerge_core.ui.format import progress_html
+from ipmerge_core.ui.merge import tab as merge_tab
+from ipmerge_core.ui.merge.method_form import MethodChoice
+from ipmerge_core.ui.merge.summary import result_html
+from ipmerge_core.ui.merge.tab import readiness
+from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest, plan_of
 
 PACK = "pack"  # the id of the demo trio's
 OWNER = "o" * 40
@@ -142,7 +144,7 @@ def test_every_run_of_the_app_is_asked_to_use_the_gpu(machine, asked, monkeypatc
         Path(str(out)).mkdir()
         yield from ()
 
-    monkeypatch.setattr("ipmerge_core.merging.iter_merge", merge)
+    monkeypatch.setattr("ipmerge_core.merging.merge.iter_merge", merge)
     backend.merged_folder(plan, lambda _: None)
     assert (loaded, merges) == (["cuda"], ["cuda"])
 
@@ -351,7 +353,7 @@ def test_keys_of_one_owner_differ_and_open_their_own_run_only(store):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let merges take long; they write nothing."""
-    monkeypatch.setattr("ipmerge_core.merging.iter_merge", slow_merge)
+    monkeypatch.setattr("ipmerge_core.merging.merge.iter_merge", slow_merge)
 
 
 def slow_merge(plan: object, out: str, device: str) -> Iterator[dict[str, int]]:
@@ -410,7 +412,7 @@ def test_an_unfinished_merge_of_another_plan_is_refused_before_the_run(home):
 
 
 def test_two_calibrations_at_once_have_a_folder_each(monkeypatch):
-    monkeypatch.setattr("ipmerge_core.calibration.iter_calibration_of", slow_calibration)
+    monkeypatch.setattr("ipmerge_core.calibration.calibrate.iter_calibration_of", slow_calibration)
     backend = Backend()
     at_once(2, lambda: backend.start_calibration(PACK, "regmean", "demo", "demo", 2))
     folders = [Path(status.arguments["out"]).name for status in backend.store.all()]

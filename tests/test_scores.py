@@ -5,15 +5,9 @@ import math
 import pytest
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.evaluate import (
-    Score,
-    is_right,
-    problems,
-    score,
-    sign_test,
-    stated_result,
-    wilson_interval,
-)
+from ipmerge_core.evaluation.scores import Score, score, sign_test, wilson_interval
+from ipmerge_core.tasks.answers import is_right, stated_result
+from ipmerge_core.tasks.demo import problems
 
 
 @pytest.mark.parametrize(

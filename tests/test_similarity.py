@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engines import mixed_precision_from_256, planted  # noqa: F401
 
-from ipmerge_core import similarity as sim
 from ipmerge_core.errors import PlanError, ShapeError
-from ipmerge_core.spectrum import Spectrum, svd
+from ipmerge_core.spectral import similarity as sim
+from ipmerge_core.spectral.spectrum import Spectrum, svd
 
 SHAPES = [(12, 12), (20, 12), (12, 20), (1, 6), (6, 1)]
 

@@ -13,11 +13,10 @@ import pytest
 from browser_fixtures import free_port, serving
 from playwright.sync_api import Page, expect
 
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.ui.choice import plan_of
-from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.packs import load_pack
-from ipmerge_core.ui.snippets import Snippets, bibtex_of, page_address, snippets_of
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.ui.cite.snippets import Snippets, bibtex_of, page_address, snippets_of
+from ipmerge_core.ui.pairs import load_pack
+from ipmerge_core.ui.plan_choice import PlanChoice, plan_of
 
 ROOT = Path(__file__).parents[1]
 NAMES = [record["name"] for record in load_pack("pack")["records"]]

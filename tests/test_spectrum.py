@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engines import mixed_precision_from_256, planted  # noqa: F401
 
-from ipmerge_core import engines
-from ipmerge_core import spectrum as sp
 from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
+from ipmerge_core.spectral import spectrum as sp
+from ipmerge_core.spectral import svd_algorithms as engines
 
 
 def matrix(m: int, n: int, seed: int = 0) -> torch.Tensor:

@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from text_doors import DOORS, LONGEST, TOKENS
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.prompts import LONGEST_QUESTION
-from ipmerge_core.ui import latex, try_it, turns, written
+from ipmerge_core.inference.prompts import LONGEST_QUESTION
+from ipmerge_core.ui import latex
+from ipmerge_core.ui import safe_text as written
+from ipmerge_core.ui.chat import tab as try_it
+from ipmerge_core.ui.chat import turns
 
 LIMIT = 120  # seconds for all tokens; they take a tenth of it, what is quadratic takes hours
 

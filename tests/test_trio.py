@@ -15,18 +15,25 @@ from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write
 from synthetic_pack import make_pack
 
 import ipmerge_core as ipm
-from ipmerge_core.analysis import iter_pack
-from ipmerge_core.catalogue import load_catalogue
+from ipmerge_core.analysis.analyse import iter_pack
+from ipmerge_core.analysis.partial import journal_of, read_journal
 from ipmerge_core.errors import CheckpointError, PlanError, RunError
-from ipmerge_core.jobs import JobStore
-from ipmerge_core.journal import journal_of, read_journal
-from ipmerge_core.ui import trio as room
-from ipmerge_core.ui.analyse_panel import checked_views, watched
-from ipmerge_core.ui.analyse_words import known_html, known_label, needs_html, pair_html
+from ipmerge_core.models.catalogue import load_catalogue
+from ipmerge_core.runtime.jobs import JobStore
+from ipmerge_core.ui.analyse import models_form as room
+from ipmerge_core.ui.analyse.descriptions import known_html, known_label, needs_html, pair_html
+from ipmerge_core.ui.analyse.models_form import (
+    Checked,
+    check_trio,
+    discard,
+    read_trio,
+    start_analysis,
+)
+from ipmerge_core.ui.analyse.panel import checked_views, watched
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.explore import grown_since, opened_pair
-from ipmerge_core.ui.growing import explored_pack, nobody_runs, pair_choices
-from ipmerge_core.ui.packs import (
+from ipmerge_core.ui.explore.partial_packs import explored_pack, nobody_runs, pair_choices
+from ipmerge_core.ui.explore.tab import grown_since, opened_pair
+from ipmerge_core.ui.pairs import (
     find_growing,
     find_pack,
     id_of,
@@ -35,7 +42,6 @@ from ipmerge_core.ui.packs import (
     packs_folder,
     reserve_name,
 )
-from ipmerge_core.ui.trio import Checked, check_trio, discard, read_trio, start_analysis
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -100,7 +106,7 @@ def test_known_pairs_have_names_of_their_own_and_say_what_was_read():
         assert all(name in text for name in (pair.mllm, pair.base, *pair.math))
         assert "licence not read" in text or "(" in text
     code = (
-        "import sys; from ipmerge_core.catalogue import load_catalogue; load_catalogue();"
+        "import sys; from ipmerge_core.models.catalogue import load_catalogue; load_catalogue();"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -301,7 +307,7 @@ def test_a_growing_pair_is_shown_in_explore_and_refused_everywhere_else(trio):
 
 
 def ipm_choice(content):
-    from ipmerge_core.ui.layer_map import read_commit
+    from ipmerge_core.ui.plan_choice import read_commit
 
     return read_commit(content["plan"], content["pack"])
 

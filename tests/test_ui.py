@@ -20,18 +20,20 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from ipmerge_core.errors import CheckpointError, PlanError, RunError
-from ipmerge_core.evaluate import problems
-from ipmerge_core.ui import messages, packs
+from ipmerge_core.tasks.answers import differ, is_right
+from ipmerge_core.tasks.demo import problems
+from ipmerge_core.ui import errors as messages
+from ipmerge_core.ui import pairs as packs
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.choice import analysis_of, describe_choice, plan_of
-from ipmerge_core.ui.download import finished_folder, zip_pieces
-from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merge_tab import readiness, watched
-from ipmerge_core.ui.merge_words import findings_html, progress_html, result_html
-from ipmerge_core.ui.recorded import Reference, differ, is_right, recorded_examples
-from ipmerge_core.ui.sides import Side, Turnstile
-from ipmerge_core.ui.turns import Turn, turn_of_example, view
-from ipmerge_core.ui.written import as_html, show_text
+from ipmerge_core.ui.chat.answers import Side, Turnstile
+from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
+from ipmerge_core.ui.chat.turns import Turn, turn_of_example, view
+from ipmerge_core.ui.format import findings_html, progress_html
+from ipmerge_core.ui.merge.download import finished_folder, zip_pieces
+from ipmerge_core.ui.merge.summary import result_html
+from ipmerge_core.ui.merge.tab import readiness, watched
+from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, describe_choice, plan_of
+from ipmerge_core.ui.safe_text import as_html, show_text
 
 ROOT = Path(__file__).parents[1]
 PACK = "pack"
@@ -423,8 +425,8 @@ def test_answers_are_compared_by_their_results():
 
 
 def test_names_in_html_are_escaped():
-    from ipmerge_core.jobs import JobStatus
-    from ipmerge_core.pairing import Finding
+    from ipmerge_core.models.pairing import Finding
+    from ipmerge_core.runtime.jobs import JobStatus
 
     evil = "<script>alert(1)</script>"
     status = JobStatus("0" * 32, evil, "failed", {"tensor": evil}, error=evil)

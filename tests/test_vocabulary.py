@@ -12,12 +12,12 @@ from conftest import TEXT_CONFIG, Trio, Weights, as_mllm, fine_tuned, text_weigh
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
-from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import PlanError
-from ipmerge_core.merging import estimate
-from ipmerge_core.plan import MergePlan
-from ipmerge_core.recipes import export_recipe
-from ipmerge_core.vocabulary import read_tokens
+from ipmerge_core.merging.merge import estimate
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.shared_tokens import read_tokens
+from ipmerge_core.planning.mergekit import export_recipe
+from ipmerge_core.planning.plan import MergePlan
 
 TASK = {"method": "task_arithmetic", "mllm_weight": 1.0, "math_weight": 0.5}
 EMBEDDING = "model.embed_tokens.weight"

@@ -58,7 +58,7 @@ def test_the_command_line_example_makes_the_same_model(
 def test_a_merged_model_loads_and_answers(clone: Path) -> None:
     from PIL import Image
 
-    from ipmerge_core.inference import answer
+    from ipmerge_core.inference.generation import answer
 
     exec(code_under("In Python"), {})
     picture = Image.new("RGB", (64, 64), "white")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import ipmerge_core as ipm
-from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import CheckpointError, MissingTensorError, ModelLoadError
-from ipmerge_core.inference import load_model
-from ipmerge_core.siblings import Finding
+from ipmerge_core.inference.loading import load_model
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.siblings import Finding
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 RIGHT, OTHER = fine_tuned(text_weights(), 1), fine_tuned(text_weights(), 5)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import Trio
 
-from ipmerge_core.checkpoint import Checkpoint
 from ipmerge_core.errors import CheckpointError, RunError
-from ipmerge_core.writer import CheckpointWriter, files_to_copy, layout_bytes
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.writer import CheckpointWriter, files_to_copy, layout_bytes
 
 
 def write_some(writer: CheckpointWriter, names: list[str]) -> None:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipmerge_core.ui import written
+from ipmerge_core.ui import safe_text as written
 from ipmerge_core.ui.latex import DELIMITERS, LONGEST_FORMULA, find_atoms
-from ipmerge_core.ui.written import as_html, as_markdown, clean_text, show_text
+from ipmerge_core.ui.safe_text import as_html, as_markdown, clean_text, show_text
 
 SEEN = "abcXYZ019 \n\t.,:;+-=<>&\"'()[]{}|*_`~#$\\/!%^@é日"
 MARKS = [

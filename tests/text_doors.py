@@ -9,17 +9,17 @@ import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from ipmerge_core.adapter import module_name
-from ipmerge_core.checkpoint import split_address
-from ipmerge_core.decoders import find_decoders
+from ipmerge_core.adapters.export import module_name
 from ipmerge_core.errors import IPMergeError, first_line
-from ipmerge_core.evaluate.scores import stated_result
-from ipmerge_core.files import as_hub_id
+from ipmerge_core.inference.prompts import ChatFormat, Message, render_chat
 from ipmerge_core.methods import find_method
-from ipmerge_core.prompts import ChatFormat, Message, render_chat
-from ipmerge_core.ui.packs import find_growing
-from ipmerge_core.ui.trio import read_trio
-from ipmerge_core.ui.written import as_html, as_markdown, show_text
+from ipmerge_core.models.checkpoint import split_address
+from ipmerge_core.models.decoders import find_decoders
+from ipmerge_core.models.files import as_hub_id
+from ipmerge_core.tasks.answers import stated_result
+from ipmerge_core.ui.analyse.models_form import read_trio
+from ipmerge_core.ui.pairs import find_growing
+from ipmerge_core.ui.safe_text import as_html, as_markdown, show_text
 
 LONGEST = 100_000  # characters
 TOKENS = [

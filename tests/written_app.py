@@ -15,10 +15,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import gradio as gr
 
-    from ipmerge_core.ui.app import SCRIPT, STYLE, theme
-    from ipmerge_core.ui.sides import Side
-    from ipmerge_core.ui.try_it import lay_out_chat
-    from ipmerge_core.ui.turns import Turn, view
+    from ipmerge_core.ui.app import SCRIPT, STYLE
+    from ipmerge_core.ui.chat.answers import Side
+    from ipmerge_core.ui.chat.tab import lay_out_chat
+    from ipmerge_core.ui.chat.turns import Turn, view
+    from ipmerge_core.ui.theme import theme
 
     texts = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     turns = [Turn(text, None, "p", Side("Base", "", "finished", text)) for text in texts]

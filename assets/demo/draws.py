@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installe
 import numpy as np  # noqa: E402
 from texts import Document, TrainingItem, base_document, training_item  # noqa: E402
 
-from ipmerge_core.evaluate.demo import (  # noqa: E402
+from ipmerge_core.tasks.demo import (  # noqa: E402
     MATH_TASKS,
     PERCEPTION_TASKS,
     TASKS,

@@ -29,18 +29,11 @@ import torch  # noqa: E402
 from draws import PER_TASK, Draw, evaluation_problems, recurring  # noqa: E402
 from variants import Trio, Variant, norm  # noqa: E402
 
-from ipmerge_core.evaluate import (  # noqa: E402
-    MATH_TASKS,
-    PERCEPTION_TASKS,
-    TASKS,
-    Problem,
-    Score,
-    answer,
-    is_right,
-    score,
-    sign_test,
-)
-from ipmerge_core.inference import load_model  # noqa: E402
+from ipmerge_core.evaluation.batched_answers import answer  # noqa: E402
+from ipmerge_core.evaluation.scores import Score, score, sign_test  # noqa: E402
+from ipmerge_core.inference.loading import load_model  # noqa: E402
+from ipmerge_core.tasks.answers import is_right  # noqa: E402
+from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, TASKS, Problem  # noqa: E402
 
 GAINS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
 WEIGHTS = (0.3, 0.5, 0.7, 1.0, 1.5)

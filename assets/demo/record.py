@@ -27,14 +27,10 @@ import torch  # noqa: E402
 from draws import DRAWS, PER_TASK, evaluation_problems  # noqa: E402
 
 import ipmerge_core as ipm  # noqa: E402
-from ipmerge_core.evaluate import (  # noqa: E402
-    MATH_TASKS,
-    TASKS,
-    Problem,
-    answer,
-    is_right,
-)
-from ipmerge_core.inference import load_model  # noqa: E402
+from ipmerge_core.evaluation.batched_answers import answer  # noqa: E402
+from ipmerge_core.inference.loading import load_model  # noqa: E402
+from ipmerge_core.tasks.answers import is_right  # noqa: E402
+from ipmerge_core.tasks.demo import MATH_TASKS, TASKS, Problem  # noqa: E402
 
 FIRST_SHOWN = ("mul", "area", "perimeter", "add", "sub", "sides", "shape", "dots")
 

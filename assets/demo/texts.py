@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ipmerge_core.evaluate.demo import (
+from ipmerge_core.tasks.demo import (
     CELL,
     MATH_TASKS,
     PERCEPTION_TASKS,

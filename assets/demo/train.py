@@ -52,9 +52,9 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from ipmerge_core.analysis import analyse  # noqa: E402
-from ipmerge_core.evaluate import Problem  # noqa: E402
-from ipmerge_core.pairing import open_pair  # noqa: E402
+from ipmerge_core.analysis.analyse import analyse  # noqa: E402
+from ipmerge_core.models.pairing import open_pair  # noqa: E402
+from ipmerge_core.tasks.demo import Problem  # noqa: E402
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IGNORED = -100  # the label transformers leaves out of the loss

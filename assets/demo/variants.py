@@ -16,18 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ipmerge_core.evaluate import Problem, answer
-from ipmerge_core.inference import load_model
+from ipmerge_core.evaluation.batched_answers import answer
+from ipmerge_core.inference.loading import load_model
 from ipmerge_core.methods import find_method
-from ipmerge_core.pairing import open_pair
-from ipmerge_core.similarity import (
+from ipmerge_core.models.pairing import open_pair
+from ipmerge_core.spectral.similarity import (
     corresponding_angles,
     importance,
     nuclear_ratio,
     projected_update,
     similarities,
 )
-from ipmerge_core.spectrum import svd, task_vector
+from ipmerge_core.spectral.spectrum import svd, task_vector
+from ipmerge_core.tasks.demo import Problem
 
 
 class Matrices(NamedTuple):

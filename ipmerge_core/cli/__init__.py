@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from ipmerge_core.cli.parser import make_parser
 from ipmerge_core.errors import IPMergeError
+from ipmerge_core.runtime.host import check_platform
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.one_thread:  # two threads on one busy core mostly wait for each other
         os.environ["OMP_NUM_THREADS"] = "1"
     try:
+        check_platform()
         _resolve_device(options)
         code: int = options.run(options)
     except IPMergeError as error:
@@ -38,6 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _resolve_device(options: argparse.Namespace) -> None:
     """Replace "auto" by the best device, of a command that computes. Raises: PlanError."""
     if "fp64" in options:
-        from ipmerge_core.devices import resolve_device
+        from ipmerge_core.runtime.devices import resolve_device
 
         options.device = resolve_device(options.device, fp64=options.fp64)

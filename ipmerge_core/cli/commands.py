@@ -23,9 +23,9 @@ from ipmerge_core.cli.reading import (
 )
 
 if TYPE_CHECKING:
-    from ipmerge_core.first_pass import MeasureStep
-    from ipmerge_core.pairing import ModelPair
-    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.merging.whole_model import MeasureStep
+    from ipmerge_core.models.pairing import ModelPair
+    from ipmerge_core.planning.plan import MergePlan
 
 
 def check(options: argparse.Namespace) -> int:
@@ -44,9 +44,9 @@ def check(options: argparse.Namespace) -> int:
 
 def analyse(options: argparse.Namespace) -> int:
     """Write a pack; an interrupted analysis goes on."""
-    from ipmerge_core.analysis import assemble, comparing_cost, iter_analysis
-    from ipmerge_core.comparison import Options
-    from ipmerge_core.pipeline import keep_freed_memory
+    from ipmerge_core.analysis.analyse import assemble, comparing_cost, iter_analysis
+    from ipmerge_core.analysis.comparison import Options
+    from ipmerge_core.runtime.pipeline import keep_freed_memory
 
     keep_freed_memory()
     pair = open_models(options)
@@ -80,10 +80,10 @@ def analyse(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> int:
     """Measure the models on samples, into a folder that plans can name."""
-    from ipmerge_core.calibration import estimate, iter_calibration
-    from ipmerge_core.measurements import Measurements
-    from ipmerge_core.passes import Settings
-    from ipmerge_core.samples import load_samples
+    from ipmerge_core.calibration.calibrate import estimate, iter_calibration
+    from ipmerge_core.calibration.passes import Settings
+    from ipmerge_core.calibration.samples import load_samples
+    from ipmerge_core.calibration.store import Measurements
 
     pair = open_models(options)
     how = Settings(options.kind, options.estimator, options.image_tokens, options.wide)
@@ -121,8 +121,8 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Write a plan and say what it changes."""
-    from ipmerge_core.plan import make_plan
-    from ipmerge_core.records import Analysis
+    from ipmerge_core.analysis.records import Analysis
+    from ipmerge_core.planning.plan import make_plan
 
     source: Analysis | ModelPair
     if options.recipe:
@@ -141,8 +141,8 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
-    from ipmerge_core.first_pass import iter_measure
-    from ipmerge_core.methods.traits import drained, relayed
+    from ipmerge_core.merging.whole_model import iter_measure
+    from ipmerge_core.methods.declarations import drained, relayed
 
     with Progress(options) as progress:
 
@@ -155,8 +155,8 @@ def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
 
 def recipe(options: argparse.Namespace) -> int:
     """Write a plan as a recipe for mergekit."""
-    from ipmerge_core.plan import MergePlan
-    from ipmerge_core.recipes import export_recipe
+    from ipmerge_core.planning.mergekit import export_recipe
+    from ipmerge_core.planning.plan import MergePlan
 
     check_target(options.output)
     text = export_recipe(MergePlan.load(options.plan))
@@ -166,10 +166,10 @@ def recipe(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Carry out a plan, or with --dry-run only say what it would take."""
-    from ipmerge_core.devices import describe_device
-    from ipmerge_core.merging import MANIFEST, estimate, iter_merge
-    from ipmerge_core.pipeline import keep_freed_memory
-    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.merging.merge import MANIFEST, estimate, iter_merge
+    from ipmerge_core.planning.plan import MergePlan
+    from ipmerge_core.runtime.devices import describe_device
+    from ipmerge_core.runtime.pipeline import keep_freed_memory
 
     keep_freed_memory()
     plan = MergePlan.load(options.plan)
@@ -195,8 +195,8 @@ def merge(options: argparse.Namespace) -> int:
 
 def adapter(options: argparse.Namespace) -> int:
     """Write the change of an IP-Merging plan as a LoRA adapter."""
-    from ipmerge_core.adapter import REPORT, iter_adapter
-    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.adapters.export import REPORT, iter_adapter
+    from ipmerge_core.planning.plan import MergePlan
 
     plan = MergePlan.load(options.plan)
     limits = {"tolerance": options.tolerance, "max_rank": options.max_rank}
@@ -215,7 +215,7 @@ def adapter(options: argparse.Namespace) -> int:
 
 def chat(options: argparse.Namespace) -> int:
     """Ask one model, or two, and print the answers."""
-    from ipmerge_core.inference import answer
+    from ipmerge_core.inference.generation import answer
 
     models = [options.model, *([options.compare] if options.compare else [])]
     how = {"max_new_tokens": options.max_new_tokens, "device": options.device}
@@ -229,7 +229,7 @@ def app(options: argparse.Namespace) -> int:
     from ipmerge_core.ui.app import launch
 
     if options.device != "auto":
-        from ipmerge_core.devices import resolve_device
+        from ipmerge_core.runtime.devices import resolve_device
 
         resolve_device(options.device)  # here, before the app is served
     launch(host=options.host, port=options.port, device=options.device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ipmerge_core.analysis.records import TEMPERATURE
 from ipmerge_core.cli import commands
-from ipmerge_core.options import OPTIONS
-from ipmerge_core.records import TEMPERATURE
+from ipmerge_core.planning.options import OPTIONS
 from ipmerge_core.version import __version__
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from ipmerge_core.errors import PlanError
 
 if TYPE_CHECKING:
-    from ipmerge_core.pairing import Finding
-    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.models.pairing import Finding
+    from ipmerge_core.planning.plan import MergePlan
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 _LINE = _BAR.replace("|{bar}|", ",")
@@ -53,7 +53,7 @@ def plan_sentence(plan: MergePlan) -> str:
 def _taken(plan: MergePlan) -> str:
     """Name the parameters that the plan took from its analysis and that are not the defaults."""
     from ipmerge_core.methods import find_method
-    from ipmerge_core.preview import shown
+    from ipmerge_core.planning.preview import shown
 
     method, values, analysed = find_method(plan.method), plan.parameters, plan.analysed or {}
     defaults = {parameter.name: parameter.default for parameter in method.parameters}
@@ -142,7 +142,7 @@ def _new_bar(verb: str, total: int) -> tqdm[Any]:
 
 
 def _place(options: argparse.Namespace) -> str:
-    from ipmerge_core.devices import describe_device, is_cpu
+    from ipmerge_core.runtime.devices import describe_device, is_cpu
 
     where = f"Computing on {describe_device(options.device)}"
     if options.one_thread and is_cpu(options.device):

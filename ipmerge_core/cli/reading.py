@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.options import OPTIONS
+from ipmerge_core.planning.options import OPTIONS
 
 if TYPE_CHECKING:
-    from ipmerge_core.pairing import ModelPair
-    from ipmerge_core.scope import Override
+    from ipmerge_core.models.pairing import ModelPair
+    from ipmerge_core.planning.scope import Override
 
 
 def open_models(options: argparse.Namespace) -> ModelPair:
     """Open the models that the options name."""
-    from ipmerge_core.pairing import open_pair
+    from ipmerge_core.models.pairing import open_pair
 
     if not (options.mllm and options.math and options.base):
         raise PlanError("Name the models: --mllm A --math B --base Z (several --math are allowed).")
@@ -66,8 +66,8 @@ def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
 
 def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:
     """Return the models and the arguments of make_plan that a mergekit recipe gives."""
-    from ipmerge_core.pairing import open_pair
-    from ipmerge_core.recipes import import_recipe
+    from ipmerge_core.models.pairing import open_pair
+    from ipmerge_core.planning.mergekit import import_recipe
 
     try:
         recipe = import_recipe(Path(options.recipe).read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ one becomes an entry of `METHODS`. Importing the family files here is what regis
 # isort: off
 from ipmerge_core.methods.ip_merging import ip_merging
 from ipmerge_core.methods.elementwise import layer_swap, linear, task_arithmetic
-from ipmerge_core.methods.election import sce, ties
+from ipmerge_core.methods.sign_election import sce, ties
 from ipmerge_core.methods.dropout import breadcrumbs, dare_linear, dare_ties, della
 from ipmerge_core.methods.data_aware import fisher, regmean
 from ipmerge_core.methods.wudi import wudi
@@ -17,8 +17,8 @@ from ipmerge_core.methods.coefficients import metagpt, nan
 from ipmerge_core.methods.geodesic import karcher, nuslerp, slerp
 
 # isort: on
+from ipmerge_core.methods.declarations import AffineUpdate, Statistic
 from ipmerge_core.methods.registry import METHODS, MergeMethod, Parameter, find_method
-from ipmerge_core.methods.traits import AffineUpdate, Statistic
 
 __all__ = [
     "METHODS",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ipmerge_core.spectrum import as_float
+from ipmerge_core.spectral.spectrum import as_float
 
 _CPU_BLOCK = 1 << 18  # elements: some fp32 temporaries of 1 MiB fit the last-level cache
 _DEVICE_BLOCK = 1 << 25

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.methods.blocks import TaskVectors, blockwise, squares
+from ipmerge_core.methods.declarations import AffineUpdate, Matrix, Statistic
 from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.registry import Experts, Range, WholeModel, merge_method
-from ipmerge_core.methods.traits import AffineUpdate, Matrix, Statistic
 
 Scope: TypeAlias = Annotated[
     Literal["model", "tensor"], Range(help="norms over the whole model, or matrix by matrix")

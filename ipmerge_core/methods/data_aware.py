@@ -16,15 +16,9 @@ from torch import Tensor
 
 from ipmerge_core.errors import PlanError, ShapeError
 from ipmerge_core.methods.blocks import blockwise, blockwise_sum, result_dtype, squares
+from ipmerge_core.methods.declarations import Matrix, Statistic
 from ipmerge_core.methods.elementwise import as_list
-from ipmerge_core.methods.registry import (
-    Experts,
-    Range,
-    Supplied,
-    WholeModel,
-    merge_method,
-)
-from ipmerge_core.methods.traits import Matrix, Statistic
+from ipmerge_core.methods.registry import Experts, Range, Supplied, WholeModel, merge_method
 
 MllmShare: TypeAlias = Annotated[
     float, Range(low=0, high=1, help="share of the MLLM; the experts share the rest")

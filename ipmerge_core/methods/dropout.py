@@ -20,16 +20,7 @@ from torch import Tensor
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import TaskVectors, blockwise_sum, result_dtype
-from ipmerge_core.methods.election import (
-    UNREAD,
-    Elections,
-    LaterElection,
-    Normalize,
-    OwnDensity,
-    agreeing_sum_,
-    densities_of,
-    sign_of_ties,
-)
+from ipmerge_core.methods.declarations import AffineUpdate, Matrix
 from ipmerge_core.methods.elementwise import as_list, merge_cut, weighted_sum_
 from ipmerge_core.methods.registry import (
     Coefficient,
@@ -41,7 +32,16 @@ from ipmerge_core.methods.registry import (
     merge_method,
 )
 from ipmerge_core.methods.selection import Trim, ascending_order, by_rank, trims
-from ipmerge_core.methods.traits import AffineUpdate, Matrix
+from ipmerge_core.methods.sign_election import (
+    UNREAD,
+    Elections,
+    LaterElection,
+    Normalize,
+    OwnDensity,
+    agreeing_sum_,
+    densities_of,
+    sign_of_ties,
+)
 
 Rescale: TypeAlias = Annotated[
     Literal["inverse_density", "l1", "none"],

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import blockwise
-from ipmerge_core.methods.registry import (
-    Coefficient,
-    Experts,
-    Range,
-    TensorName,
-    merge_method,
-)
-from ipmerge_core.methods.traits import AffineUpdate, Matrix
+from ipmerge_core.methods.declarations import AffineUpdate, Matrix
+from ipmerge_core.methods.registry import Coefficient, Experts, Range, TensorName, merge_method
 
 Kept: TypeAlias = Annotated[float, Range(low=0, high=1, help="weight kept on the MLLM")]
 OneOfTwo: TypeAlias = Annotated[float, Range(help="one of two weights, in place of alpha")] | None

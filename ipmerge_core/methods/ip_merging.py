@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from ipmerge_core.methods.declarations import AffineUpdate, Matrix
 from ipmerge_core.methods.registry import Experts, Gain, Noise, Range, merge_method
-from ipmerge_core.methods.traits import AffineUpdate, Matrix
-from ipmerge_core.similarity import (
+from ipmerge_core.spectral.similarity import (
     Update,
     corresponding_angles,
     importance,
@@ -24,7 +24,14 @@ from ipmerge_core.similarity import (
     truncated,
     update_factors,
 )
-from ipmerge_core.spectrum import Spectrum, as_float, existing, noise_floor, svd, task_vector
+from ipmerge_core.spectral.spectrum import (
+    Spectrum,
+    as_float,
+    existing,
+    noise_floor,
+    svd,
+    task_vector,
+)
 
 Ablation = Annotated[
     Literal["none", "rescale_only", "select_only"], Range(help="leave out the projection, or more")

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError, ShapeError, UnknownMethodError
-from ipmerge_core.methods.traits import (
+from ipmerge_core.methods.declarations import (
     AffineUpdate,
     Anchor,
     Matrix,

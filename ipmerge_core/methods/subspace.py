@@ -15,17 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ipmerge_core.engines import RESOLUTION
 from ipmerge_core.methods.blocks import result_dtype, task_vector_of
-from ipmerge_core.methods.election import (
-    LaterTrimKind,
-    Normalize,
-    OwnDensity,
-    agreeing_sum_,
-    densities_of,
-    majority_sign,
-    trimmed_,
-)
+from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base, as_list
 from ipmerge_core.methods.registry import (
     Coefficient,
@@ -36,8 +27,17 @@ from ipmerge_core.methods.registry import (
     Range,
     merge_method,
 )
-from ipmerge_core.methods.traits import Matrix
-from ipmerge_core.spectrum import EXISTS, Spectrum, as_float, existing, noise_floor, svd
+from ipmerge_core.methods.sign_election import (
+    LaterTrimKind,
+    Normalize,
+    OwnDensity,
+    agreeing_sum_,
+    densities_of,
+    majority_sign,
+    trimmed_,
+)
+from ipmerge_core.spectral.spectrum import EXISTS, Spectrum, as_float, existing, noise_floor, svd
+from ipmerge_core.spectral.svd_algorithms import RESOLUTION
 
 _NEAR = 3e-3  # 1 - c below which fp32 no longer says how far apart two directions are
 SHARED = 2e-5  # relative singular value below which two directions of a stack are one

@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.methods.blocks import result_dtype
+from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base, as_list
-from ipmerge_core.methods.registry import (
-    Coefficient,
-    Experts,
-    Gain,
-    Noise,
-    Range,
-    merge_method,
-)
+from ipmerge_core.methods.registry import Coefficient, Experts, Gain, Noise, Range, merge_method
 from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
-from ipmerge_core.methods.traits import Matrix
-from ipmerge_core.spectrum import as_float, existing
+from ipmerge_core.spectral.spectrum import as_float, existing
 
 Steps: TypeAlias = Annotated[int, Range(low=0, help="steps of Adam")]
 Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]

@@ -16,17 +16,17 @@ from typing import Any
 from gradio.events import api
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.inference import Settings, open_image
-from ipmerge_core.jobs import JobStatus
+from ipmerge_core.inference.generation import Settings
+from ipmerge_core.inference.images import open_image
+from ipmerge_core.runtime.jobs import JobStatus
+from ipmerge_core.ui.analyse.models_form import Trio, start_analysis
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.choice import plan_of
-from ipmerge_core.ui.layer_map import PlanChoice, read_commit
-from ipmerge_core.ui.merge_tab import check_digest, readiness
-from ipmerge_core.ui.merges import find_merge
-from ipmerge_core.ui.messages import public_text, told
-from ipmerge_core.ui.packs import list_packs, load_pack
-from ipmerge_core.ui.sides import BASE, PLAN, Question, Side, answer_both
-from ipmerge_core.ui.trio import Trio, start_analysis
+from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
+from ipmerge_core.ui.errors import public_text, told
+from ipmerge_core.ui.finished_merges import find_merge
+from ipmerge_core.ui.merge.tab import check_digest, readiness
+from ipmerge_core.ui.pairs import list_packs, load_pack
+from ipmerge_core.ui.plan_choice import PlanChoice, plan_of, read_commit
 
 Json = dict[str, Any]
 LARGEST_IMAGE = 15_000_000  # bytes, before base64

@@ -12,23 +12,24 @@ from typing import Any
 
 import gradio as gr
 
-from ipmerge_core.ui.analyse_panel import lay_out_panel, wire_panel
-from ipmerge_core.ui.analyse_words import pair_html
+from ipmerge_core.ui.analyse.descriptions import pair_html
+from ipmerge_core.ui.analyse.models_form import is_running
+from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
 from ipmerge_core.ui.api import add_endpoints
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.calibration_form import remembered_calibration
-from ipmerge_core.ui.cite_tab import cite_tab
-from ipmerge_core.ui.compare import compare_tab
-from ipmerge_core.ui.download import download_route
-from ipmerge_core.ui.explore import ExploreTab, explore_tab, start_choice
-from ipmerge_core.ui.layer_map import PlanChoice
-from ipmerge_core.ui.merge_tab import merge_tab, remembered_job
-from ipmerge_core.ui.messages import QUIET
-from ipmerge_core.ui.packs import DEMO, ROOT, list_packs, load_pack
-from ipmerge_core.ui.side_choice import remembered_merges, wire_try_it, with_run
-from ipmerge_core.ui.start_gate import StartGate
-from ipmerge_core.ui.trio import is_running
-from ipmerge_core.ui.try_it import try_tab
+from ipmerge_core.ui.chat.side_choice import remembered_merges, wire_try_it, with_run
+from ipmerge_core.ui.chat.tab import try_tab
+from ipmerge_core.ui.cite.tab import cite_tab
+from ipmerge_core.ui.compare.tab import compare_tab
+from ipmerge_core.ui.errors import QUIET
+from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
+from ipmerge_core.ui.merge.calibration_form import remembered_calibration
+from ipmerge_core.ui.merge.download import download_route
+from ipmerge_core.ui.merge.start_gate import StartGate
+from ipmerge_core.ui.merge.tab import merge_tab, remembered_job
+from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
+from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.theme import theme
 
 HEADING = """\
 # IPMerge
@@ -99,32 +100,6 @@ def _add_tabs(
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(pair, choice, cite, explore.opened)
     return explore, tabs, merging.gate
-
-
-def theme() -> gr.themes.Base:
-    """Gradio's own base, calmer: bundled fonts only, one accent, softer corners."""
-    return gr.themes.Base(
-        primary_hue=gr.themes.colors.indigo,
-        neutral_hue=gr.themes.colors.slate,
-        radius_size=gr.themes.sizes.radius_md,
-        font=(gr.themes.LocalFont("IBM Plex Sans", (400, 700)), "system-ui", "sans-serif"),
-        font_mono=(gr.themes.LocalFont("IBM Plex Mono", (400, 700)), "ui-monospace", "monospace"),
-    ).set(
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_400",
-        block_info_text_color="*neutral_600",
-        block_info_text_color_dark="*neutral_400",
-        block_label_text_color="*neutral_600",
-        block_title_text_color="*neutral_600",
-        body_background_fill="*neutral_50",
-        body_background_fill_dark="*neutral_950",
-        block_border_width="1px",
-        block_shadow="none",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_500",
-        button_primary_background_fill_hover_dark="*primary_400",
-    )
 
 
 def launch(

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import CheckpointError, FolderInUseError, IPMergeError, RunError
-from ipmerge_core.jobs import Claim, JobStore, Started, home_folder
-from ipmerge_core.ui.choice import analysis_of
-from ipmerge_core.ui.merges import read_made
-from ipmerge_core.ui.messages import is_hosted
+from ipmerge_core.merging.provenance import read_provenance
+from ipmerge_core.runtime.host import is_hosted
+from ipmerge_core.runtime.jobs import Claim, JobStore, Started, home_folder
+from ipmerge_core.ui.plan_choice import analysis_of
 
 if TYPE_CHECKING:
-    from ipmerge_core.calibration import CalibrationCost
-    from ipmerge_core.inference import LoadedModel, ModelCache
-    from ipmerge_core.plan import MergePlan
+    from ipmerge_core.calibration.calibrate import CalibrationCost
+    from ipmerge_core.inference.loading import LoadedModel, ModelCache
+    from ipmerge_core.planning.plan import MergePlan
 
 SMALL_MODEL = 200_000_000  # bytes; up to here the chat merges by itself, in seconds
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
@@ -50,7 +50,7 @@ class Backend:
     @property
     def models(self) -> ModelCache:
         """The models in memory: one pair of them, and one more while plans are being tried."""
-        from ipmerge_core.inference import ModelCache
+        from ipmerge_core.inference.loading import ModelCache
 
         with self._lock:
             if self._models is None:
@@ -59,7 +59,7 @@ class Backend:
 
     def import_libraries(self) -> None:
         """Import torch and transformers, one thread at a time: they do not like to be raced."""
-        from ipmerge_core.inference import import_libraries
+        from ipmerge_core.inference.loading import import_libraries
 
         with self._lock:
             import_libraries()
@@ -78,7 +78,7 @@ class Backend:
         Raises: PlanError for a device that is not here, or cannot do this work (see
             `resolve_device`).
         """
-        from ipmerge_core.devices import AUTO, resolve_device
+        from ipmerge_core.runtime.devices import AUTO, resolve_device
 
         return resolve_device(self.device if asked == AUTO else asked, fp64=fp64)
 
@@ -98,8 +98,8 @@ class Backend:
         Raises: CheckpointError when the folder is not empty, PlanError for a device that is not
             here, FolderInUseError or RunError when the folder may not be used.
         """
-        from ipmerge_core.merging import iter_merge
-        from ipmerge_core.writer import check_output, check_unfinished
+        from ipmerge_core.merging.merge import iter_merge
+        from ipmerge_core.models.writer import check_output, check_unfinished
 
         device = self.device_for(device)
         out = check_output(self.output_folder(name))
@@ -127,9 +127,9 @@ class Backend:
 
         Raises: RunError for samples that cannot be read, or others than demo ones on a Space.
         """
-        from ipmerge_core.calibration import iter_calibration_of
+        from ipmerge_core.calibration.calibrate import iter_calibration_of
+        from ipmerge_core.calibration.samples import is_demo, load_samples
         from ipmerge_core.methods import find_method
-        from ipmerge_core.samples import is_demo, load_samples
 
         if self.hosted and not (is_demo(seen) and is_demo(read)):
             raise RunError("Here the samples are the demo problems; on your own machine, any file.")
@@ -162,7 +162,7 @@ class Backend:
 
     def finished_calibrations(self, pack_id: str, method: str) -> list[Path]:
         """List the calibrations that this method can use for this pair, the newest last."""
-        from ipmerge_core.measurements import find_finished
+        from ipmerge_core.calibration.store import find_finished
         from ipmerge_core.methods import find_method
 
         sources = analysis_of(pack_id).sources
@@ -173,10 +173,10 @@ class Backend:
 
     def calibration_cost(self, pack_id: str, method: str) -> CalibrationCost:
         """Work out what a calibration takes. Raises: IPMergeError when a model is not there."""
-        from ipmerge_core.calibration import estimate
+        from ipmerge_core.calibration.calibrate import estimate
+        from ipmerge_core.calibration.passes import Settings
         from ipmerge_core.methods import find_method
-        from ipmerge_core.passes import Settings
-        from ipmerge_core.plan import open_sources
+        from ipmerge_core.planning.plan import open_sources
 
         kind = find_method(method).data
         assert kind is not None, f"{method} needs no data"
@@ -217,7 +217,7 @@ class Backend:
 
     def folder_problem(self, name: str) -> str:
         """Say why a merge cannot write to the folder of this name; "" where it can."""
-        from ipmerge_core.writer import check_output
+        from ipmerge_core.models.writer import check_output
 
         try:
             out = check_output(self.output_folder(name))
@@ -227,7 +227,7 @@ class Backend:
         return str(FolderInUseError(str(out), job, same_work=False)) if job else ""
 
     def _is_free(self, name: str) -> bool:
-        from ipmerge_core.writer import place_of
+        from ipmerge_core.models.writer import place_of
 
         place = place_of(self.output_folder(name))
         taken = place.out.exists() or place.run.exists()
@@ -265,7 +265,7 @@ class Backend:
         return None
 
     def _merge_preview(self, plan: MergePlan, progress: Progress) -> Path:
-        from ipmerge_core.merging import iter_merge
+        from ipmerge_core.merging.merge import iter_merge
 
         previews = home_folder() / "previews"
         out = previews / plan.digest[:32]
@@ -297,7 +297,7 @@ def _from_hub_cache(source_id: str, revision: str | None) -> Path:
 
 def _plan_hash(folder: Path) -> str | None:
     """Read from a merged model's manifest which plan made it."""
-    made = read_made(folder)
+    made = read_provenance(folder)
     return made.plan if made else None
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import inspect
 import os
 
+from ipmerge_core.runtime.host import is_hosted
+
 
 def import_gradio() -> None:
     """Import gradio once, with telemetry off, no stub files, and no token on a Space."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    if os.environ.get("SPACE_ID"):  # what strangers ask for is not fetched with the owner's token
+    if is_hosted():  # what strangers ask for is not fetched with the owner's token
         os.environ.setdefault("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     getfile = inspect.getfile
     inspect.getfile = _no_source_file  # type: ignore[assignment]

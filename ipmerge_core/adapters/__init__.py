@@ -1,0 +1,1 @@
+"""Low-rank updates instead of whole models: PEFT adapter folders."""

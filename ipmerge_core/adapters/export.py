@@ -1,0 +1,353 @@
+"""IP-Merging's update as a LoRA adapter: small factors beside an unchanged model.
+
+In: a plan of IP-Merging. Out: a PEFT folder (adapter_config.json, adapter_model.safetensors) that
+PEFT, and servers that take LoRA, load on the MLLM; lambda is the adapter's scale and can be changed
+after loading. The update P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is
+squared and sums to one. How many directions a matrix needs is found from the residual and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ipmerge_core.errors import PlanError
+from ipmerge_core.merging.merge import reopen
+from ipmerge_core.merging.model_card import front_matter
+from ipmerge_core.merging.parts import on_one_base, rounding_noise, work_of
+from ipmerge_core.methods import find_method
+from ipmerge_core.methods.ip_merging import ip_updates
+from ipmerge_core.models.checkpoint import Checkpoint, split_address
+from ipmerge_core.models.writer import check_output, explained
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.runtime.devices import resolve_device
+from ipmerge_core.spectral.similarity import Update
+from ipmerge_core.version import __version__
+
+RESIDUAL = 1e-3  # Frobenius norm of what is left out, relative to the update's
+MAX_RANK = 64
+REPORT = "ipmerge-adapter.json"
+
+
+@dataclass(frozen=True)
+class AdapterStep:
+    """One module's factors are ready.
+
+    `rank` directions are kept of the `needed` ones that bring the residual below the tolerance;
+    `residual` is what the kept ones leave, relative to the update's Frobenius norm.
+    """
+
+    tensor: str
+    module: str
+    rank: int
+    needed: int
+    residual: float
+    index: int
+    total: int
+
+
+class Truncated(NamedTuple):
+    """An update cut to few directions, how many it needed, and what is left out."""
+
+    update: Update
+    needed: int
+    residual: float
+
+
+def export_adapter(
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    tolerance: float = RESIDUAL,
+    max_rank: int = MAX_RANK,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Write the update of a plan as a PEFT folder and return its report; see `iter_adapter`."""
+    out = Path(out).expanduser().absolute()
+    for _ in iter_adapter(plan, out, tolerance=tolerance, max_rank=max_rank, device=device):
+        pass
+    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    return report
+
+
+def iter_adapter(
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    tolerance: float = RESIDUAL,
+    max_rank: int = MAX_RANK,
+    device: str = "cpu",
+) -> Iterator[AdapterStep]:
+    """Write the LoRA adapter of `plan` to the new folder `out`, yielding after each module.
+
+    The adapter on the MLLM is the merged model up to the residual and the merged model's rounding
+    to its stored dtype. Factors are fp32; the scale lora_alpha / r is the plan's lambda.
+
+    Args:
+        plan: of IP-Merging with a projector; its sources are opened again and compared.
+        out: a folder that does not exist or is empty. It appears when the adapter is whole.
+        tolerance: relative Frobenius residual at which a matrix's rank is chosen.
+        max_rank: directions kept at most. A matrix that needs more is cut there, with a warning,
+            and reported with its residual.
+        device: where the matrices are decomposed: "auto", or as torch names it.
+
+    Raises:
+        PlanError: the method's change is not of low rank, no matrix is selected, or the device is
+            not there.
+        CheckpointError: `out` is not empty, or a source cannot be used.
+        PairingError: a source is not the one the plan was made for.
+        RunError: the target cannot be written.
+    """
+    where = torch.device(resolve_device(device))
+    _check(plan, tolerance, max_rank)
+    out = check_output(out)
+    pair = reopen(plan)
+    work = work_of(plan, pair)
+    tensors: dict[str, Tensor] = {}
+    steps: list[AdapterStep] = []
+    for index, (tensor, matrices) in enumerate(work.items(), 1):
+        height = pair.mllm.spec(tensor).shape[0]
+        whole: list[Update] = []
+        for matrix, experts in matrices:
+            weights = pair.read(matrix, experts).to(where)
+            inputs = on_one_base(weights, where)
+            with torch.no_grad():
+                parameters = _per_unit_gain(plan, matrix.layer)
+                update = update_of(*inputs, parameters, rounding_noise(weights))
+            rows = split_address(matrix.mllm)[1] or range(height)
+            whole.append(_placed(update, rows, height))
+        kept = truncated(_sum(whole), tolerance, max_rank)
+        module = module_name(tensor, pair.mllm)
+        rank = kept.update.left.shape[1]
+        step = AdapterStep(tensor, module, rank, kept.needed, kept.residual, index, len(work))
+        if rank:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = kept.update.right.cpu()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = kept.update.left.cpu()
+        steps.append(step)
+        yield step
+    how: dict[str, float | str] = {
+        "tolerance": tolerance,
+        "max_rank": max_rank,
+        "device": str(where),
+    }
+    _write(plan, out, tensors, steps, how)
+    _warn_of_cuts(steps, max_rank)
+
+
+def update_of(
+    base: Tensor,
+    mllm: Tensor,
+    experts: Sequence[Tensor],
+    parameters: Mapping[str, Any],
+    noise: Sequence[float] | None = None,
+) -> Update:
+    """IP-Merging's change of one matrix as factors, those of several experts side by side.
+
+    Math:   lambda sum_k P_k = left right; see `ip_merging`.
+    """
+    chosen = dict(parameters)
+    gain, _ = chosen.pop("lambda_"), chosen.pop("ablation")
+    updates = ip_updates(base, mllm, experts, **chosen, noise=noise)
+    return _sum([Update(gain * update.left, update.right) for update in updates])
+
+
+def truncated(update: Update, tolerance: float, max_rank: int) -> Truncated:
+    """Cut an update to the fewest directions that leave a residual of at most `tolerance`.
+
+    Math:   P = left right = Q_l (R_l R_r^T) Q_r^T with QR factors of left and right^T; the SVD
+            of the small middle gives P = U diag(s) V^T, and the needed rank is the least r with
+            sum_{i>r} s_i^2 <= tolerance^2 sum s_i^2. The factors share the weight: U sqrt(s) and
+            sqrt(s) V^T.
+    """
+    Q_l, R_l = torch.linalg.qr(update.left.double())
+    Q_r, R_r = torch.linalg.qr(update.right.double().T)
+    U, s, Vh = torch.linalg.svd(R_l @ R_r.T)
+    tail = s.square().flip(0).cumsum(0).flip(0)  # tail[r] is what r directions leave out
+    whole = float(tail[0]) if len(tail) else 0.0
+    needed = int((tail > tolerance**2 * whole).sum())
+    rank = min(needed, max_rank)
+    left_out = float(tail[rank]) if rank < len(tail) else 0.0
+    root = s[:rank].sqrt()
+    cut = Update(
+        ((Q_l @ U[:, :rank]) * root).float().contiguous(),
+        (root[:, None] * (Vh[:rank] @ Q_r.T)).float().contiguous(),
+    )
+    return Truncated(cut, needed, (left_out / whole) ** 0.5 if whole else 0.0)
+
+
+def module_name(tensor: str, mllm: Checkpoint) -> str:
+    """Name the module that transformers gives a stored matrix to, from the root of the model.
+
+    Files keep the names of the transformers version that wrote them; in memory the decoder of a
+    multimodal model lies under `model.language_model` (or, in Idefics, `model.text_model`).
+    """
+    name = tensor.removesuffix(".weight")
+    found = re.fullmatch(r"(?P<prefix>.*?)(?P<rest>layers\.[0-9]{1,6}\..*)", name, re.DOTALL)
+    if found is None or "text_model." in found["prefix"]:
+        return name
+    if "language_model." in found["prefix"] or "vision_config" in mllm.config:
+        return f"model.language_model.{found['rest']}"
+    return name
+
+
+def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
+    if plan.method != "ip_merging" or plan.parameters["ablation"] != "none":
+        label = find_method(plan.method).label
+        ablation = plan.parameters.get("ablation", "none")
+        what = label if ablation == "none" else f"{label} with ablation '{ablation}'"
+        raise PlanError(
+            f"{what} changes weights in all directions, so its change is no LoRA adapter. "
+            f"Use IP-Merging with its projection, or write the merged model instead."
+        )
+    if not 0 < tolerance < 1:
+        raise PlanError(f"The tolerance is {tolerance}; expected a number in (0, 1), as 0.001.")
+    if max_rank < 1:
+        raise PlanError(f"max_rank is {max_rank}; expected a whole number >= 1, such as 64.")
+    if not plan.selected:
+        raise PlanError(
+            f"The plan selects none of {len(plan.decisions)} matrices, so an adapter would be "
+            f"empty. Lower the similarity threshold ({plan.similarity_threshold})."
+        )
+
+
+def _per_unit_gain(plan: MergePlan, layer: int) -> dict[str, Any]:
+    """The method's parameters in one layer with lambda 1: lambda itself is the adapter's scale."""
+    unit = replace(plan, parameters={**plan.parameters, "lambda_": 1.0})
+    return unit.parameters_for(layer)
+
+
+def _placed(update: Update, rows: range, height: int) -> Update:
+    """Put the update of a block of rows into the taller matrix that it is stored in."""
+    if len(rows) == height:
+        return update
+    left = update.left.new_zeros(height, update.left.shape[1])
+    left[rows.start : rows.stop] = update.left
+    return Update(left, update.right)
+
+
+def _sum(updates: Sequence[Update]) -> Update:
+    return Update(
+        torch.cat([update.left for update in updates], dim=1),
+        torch.cat([update.right for update in updates], dim=0),
+    )
+
+
+def _warn_of_cuts(steps: Sequence[AdapterStep], max_rank: int) -> None:
+    cut = [step for step in steps if step.needed > step.rank]
+    if cut:
+        worst = max(cut, key=lambda step: step.residual)
+        warnings.warn(
+            f"{len(cut)} of {len(steps)} matrices need more than max_rank = {max_rank} directions "
+            f"and were cut; '{worst.tensor}' needs {worst.needed} and leaves out "
+            f"{worst.residual:.1%} of its update. Raise max_rank for an exact adapter.",
+            stacklevel=3,
+        )
+
+
+# --- the folder ---
+
+
+def _write(
+    plan: MergePlan,
+    out: Path,
+    tensors: dict[str, Tensor],
+    steps: Sequence[AdapterStep],
+    how: Mapping[str, float | str],
+) -> None:
+    """Write everything beside `out` and rename it, so that no half adapter ever loads."""
+    if not tensors:
+        raise PlanError(
+            "The update of every selected matrix is zero: the math models do not differ from "
+            "their base there. Give fine-tuned models as math."
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    with explained(out):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        nbytes = (partial / "adapter_model.safetensors").stat().st_size
+        documents = {
+            "adapter_config.json": json.dumps(_config(plan, steps), indent=2, sort_keys=True),
+            REPORT: json.dumps(_report(plan, steps, how, nbytes), indent=1) + "\n",
+            "README.md": _card(plan, steps, nbytes),
+        }
+        for name, text in documents.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        if out.exists():
+            out.rmdir()  # empty, as checked
+        partial.rename(out)
+
+
+def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
+    """The PEFT configuration. Every module's scale lora_alpha / r is the plan's lambda."""
+    from peft import LoraConfig
+
+    ranks = {step.module: step.rank for step in steps if step.rank}
+    gain = float(plan.parameters["lambda_"] or 0.0)
+    largest = max(ranks.values())
+    config = LoraConfig(
+        base_model_name_or_path=plan.sources.mllm.id,
+        revision=plan.sources.mllm.revision,
+        inference_mode=True,
+        r=largest,
+        lora_alpha=gain * largest,
+        target_modules=list(ranks),
+        rank_pattern=ranks,
+        alpha_pattern={module: gain * rank for module, rank in ranks.items()},
+    )
+    return {**config.to_dict(), "target_modules": sorted(ranks)}  # PEFT keeps them as a set
+
+
+def _report(
+    plan: MergePlan, steps: Sequence[AdapterStep], how: Mapping[str, float | str], nbytes: int
+) -> dict[str, Any]:
+    return {
+        "format": "ipmerge-adapter",
+        "version": 1,
+        "engine": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "plan": {"hash": plan.hash, "method": plan.method, "parameters": dict(plan.parameters)},
+        "sources": asdict(plan.sources),
+        "scale": plan.parameters["lambda_"],
+        **how,
+        "nbytes": nbytes,
+        "over_max_rank": [step.tensor for step in steps if step.needed > step.rank],
+        "largest_residual": max(step.residual for step in steps),
+        "matrices": {
+            step.tensor: {
+                "module": step.module,
+                "rank": step.rank,
+                "needed": step.needed,
+                "residual": step.residual,
+            }
+            for step in steps
+        },
+    }
+
+
+def _card(plan: MergePlan, steps: Sequence[AdapterStep], nbytes: int) -> str:
+    ranks = [step.rank for step in steps]
+    return "\n".join(
+        [
+            front_matter([plan.sources.mllm], library="peft", tags=["lora", "merge", "ipmerge"]),
+            "# IP-Merging as a LoRA adapter",
+            "",
+            f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices, rank "
+            f"{min(ranks)} to {max(ranks)}, {nbytes / 1e6:.1f} MB. Load it with PEFT on the MLLM "
+            f"that it was made for; scaling the adapter by s makes lambda s times larger.",
+            "",
+            f"`{REPORT}` lists the rank and the residual of every matrix. No benchmark was run.",
+            "",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Compare the models of a pair matrix by matrix; the result is a pack of small records."""

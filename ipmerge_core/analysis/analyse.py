@@ -1,0 +1,336 @@
+"""The driver that compares: every decoder matrix of a pair is decomposed once, small records stay.
+
+In: a `ModelPair`. Out: an `Analysis` with one `LayerRecord` per matrix and expert: similarities,
+norms, inner products, sampled spectra; no weights. Everything that a plan or a plot needs later is
+there, so that no slider ever asks for a decomposition. `iter_analysis` yields the records one by
+one and can be closed at any time; `iter_pack` does the same as a run that leaves a pack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import psutil
+import torch
+
+from ipmerge_core.analysis.comparison import Options, compare
+from ipmerge_core.analysis.partial import Journal, Place, journal_of
+from ipmerge_core.analysis.records import VERSION, Analysis, LayerRecord, Source, Sources, Totals
+from ipmerge_core.errors import PairingError, RunError
+from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
+from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
+from ipmerge_core.runtime.devices import free_memory, resolve_device, stream, streams, warn_of_cpu
+from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
+from ipmerge_core.spectral import similarity as sim
+from ipmerge_core.version import __version__
+
+
+def analyse(
+    pair: ModelPair,
+    *,
+    device: str = "cpu",
+    rank: int | None = None,
+    temperature: float = sim.TEMPERATURE,
+    quick: bool = False,
+    directions: Literal["existing", "all"] = "existing",
+    cache_dir: str | Path | None = None,
+) -> Analysis:
+    """Decompose every matched matrix once and keep what all later questions need.
+
+    Args:
+        pair: the models, opened by `open_pair`.
+        device: where the decompositions run: "auto", or as torch names it.
+        rank: keep only the leading singular triplets; None keeps all.
+        temperature: of the softmax over directions, > 0.
+        quick: an approximate preview from the leading directions, see `Options`.
+        directions: those that rounding of the stored weights cannot have made, or all.
+        cache_dir: a folder in which a finished pack is found again for the same weights and
+            options, and an interrupted analysis goes on.
+
+    Raises:
+        PairingError: an expert or the MLLM equals its base, so that there is nothing to compare.
+        CheckpointError: a matrix holds NaN or infinity.
+    """
+    options = Options(rank, temperature, quick, directions).check()
+    if cache_dir is None:
+        return assemble(pair, tuple(iter_analysis(pair, options, device=device)), options)
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pack = folder / (_identity(pair, options)[:32] + ".json.gz")
+    if pack.exists():
+        return Analysis.load(pack)
+    journal = journal_of(pack)
+    records = tuple(iter_analysis(pair, options, device=device, journal=journal))
+    analysis = assemble(pair, records, options)
+    analysis.save(pack)
+    journal.unlink()
+    return analysis
+
+
+def assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
+    """Make an Analysis of the records that `iter_analysis` yielded."""
+    _check_not_zero(pair, records)
+    return _with_records(pair, options, records)
+
+
+def _with_records(pair: ModelPair, options: Options, records: tuple[LayerRecord, ...]) -> Analysis:
+    sources, totals = describe(pair)
+    return Analysis(
+        name=pair.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        engine=__version__,
+        sources=sources,
+        parameters=options._asdict(),
+        totals=totals,
+        records=records,
+    )
+
+
+def describe(pair: ModelPair) -> tuple[Sources, Totals]:
+    """Return where a pair's models come from and how large the MLLM is, from headers."""
+    sources = Sources(
+        mllm=_source(pair.mllm),
+        base=_source(pair.base),
+        base_mllm=None if pair.base_mllm is pair.base else _source(pair.base_mllm),
+        math=tuple(_source(expert) for expert in pair.math),
+    )
+    decoder = [pair.mllm.spec(matrix.mllm) for matrix in pair.matrices]
+    outside = sum(
+        pair.mllm.spec(name).numel
+        for name, reason in pair.kept.items()
+        if reason.startswith("outside")
+    )
+    totals = Totals(
+        model_parameters=pair.mllm.numel,
+        llm_parameters=pair.mllm.numel - outside,
+        decoder_parameters=sum(spec.numel for spec in decoder),
+        decoder_itemsize=DTYPES[decoder[0].dtype].itemsize,
+        model_bytes=pair.mllm.nbytes,
+    )
+    return sources, totals
+
+
+def _source(model: Checkpoint) -> Source:
+    local = model.files.revision is None
+    name = str(Path(model.id).expanduser().absolute()) if local else model.id
+    return Source(name, model.files.revision, model.fingerprint)
+
+
+def _identity(pair: ModelPair, options: Options) -> str:
+    """SHA-256 of all that decides the records: weights, options, engine."""
+    fingerprints = [model.fingerprint for _, model in pair.roles()]
+    content = json.dumps([VERSION, __version__, options, fingerprints])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _check_not_zero(pair: ModelPair, records: tuple[LayerRecord, ...]) -> None:
+    if not any(record.mllm_norm2 for record in records):
+        raise PairingError(
+            f"The decoder of the mllm '{pair.mllm.id}' equals its base '{pair.base_mllm.id}': "
+            f"there is no task vector to compare with. Give the base that it was trained from."
+        )
+    for number, expert in enumerate(pair.math):
+        if not any(record.math_norm2 for record in records if record.expert == number):
+            raise PairingError(
+                f"The math model '{expert.id}' equals the base '{pair.base.id}': its task vector "
+                f"is zero. Give a fine-tuned model as math, or its true parent as base."
+            )
+
+
+def iter_analysis(
+    pair: ModelPair,
+    options: Options | None = None,
+    *,
+    device: str = "cpu",
+    journal: str | Path | None = None,
+) -> Iterator[LayerRecord]:
+    """Yield one LayerRecord per matrix and expert, in order; `len(pair.matrices)` x experts.
+
+    While some matrices are decomposed the next one is read. What was found is appended to
+    `journal`, a file of JSON lines; given again for the same weights and options, its records come
+    from there. Errors as for `analyse`.
+    """
+    options, device = (options or Options()).check(), resolve_device(device)
+    done = _open_journal(Path(journal), pair, options) if journal is not None else None
+    found = done.records if done else {}
+    waiting = [matrix for matrix in pair.matrices if matrix.name not in found]
+    with closing(_analyse_each(pair, waiting, device, options)) as fresh:
+        for matrix in pair.matrices:
+            if matrix.name in found:
+                yield from found[matrix.name]
+                continue
+            records = next(fresh)
+            if done:
+                done.append(records)
+            yield from records
+
+
+def _open_journal(path: Path, pair: ModelPair, options: Options) -> Journal:
+    places = [Place(m.layer, m.module, comparing_cost(m.shape)) for m in pair.matrices]
+    return Journal(
+        path, _identity(pair, options), _with_records(pair, options, ()).to_dict(), places
+    )
+
+
+def comparing_cost(shape: tuple[int, int]) -> int:
+    """Relative cost of analysing one matrix, m n min(m, n), by which progress is told."""
+    return prod(shape) * min(shape)
+
+
+# --- the analysis as a run: from names of models to a pack on disk ---
+
+
+class AnalysisStep(NamedTuple):
+    """How far a run of `iter_pack` is, in matrices and in cost.
+
+    `cost_before` is what an earlier run of the same work had done.
+    """
+
+    number: int
+    total: int
+    matrix: str
+    cost_done: int
+    cost_before: int
+    cost_total: int
+
+
+def iter_pack(
+    mllm: str,
+    math: Sequence[str],
+    base: str,
+    out: str | Path,
+    *,
+    base_mllm: str | None = None,
+    rank: int | None = None,
+    quick: bool = False,
+    device: str = "cpu",
+    hub_only: bool = False,
+) -> Iterator[AnalysisStep]:
+    """Analyse models by name into the new pack `out`, step by step; interrupted, it goes on.
+
+    What is found stands in the journal beside `out` (see `journal_of`) until the pack is whole.
+
+    Raises:
+        PairingError: the sibling check refuses the models, or nothing is to be compared.
+        CheckpointError: a model cannot be opened; with `hub_only`, one that is no hub id.
+        PlanError: the device is not there.
+        RunError: `out` exists, or memory does not suffice.
+    """
+    out, options = Path(out), Options(rank, quick=quick).check()
+    device = resolve_device(device)
+    if out.exists():
+        raise RunError(f"'{out}' exists already. Give the pack another name.")
+    opened = partial(Checkpoint.open, hub_only=hub_only)
+    own = opened(base_mllm) if base_mllm else None
+    pair = open_pair(opened(mllm), [opened(name) for name in math], opened(base), base_mllm=own)
+    pair.refuse_strangers()
+    yield from _pack_steps(pair, options, out, device)
+
+
+def _pack_steps(
+    pair: ModelPair, options: Options, out: Path, device: str
+) -> Iterator[AnalysisStep]:
+    costs = [comparing_cost(matrix.shape) for matrix in pair.matrices]
+    journal = _open_journal(journal_of(out), pair, options)
+    before = sum(costs[: len(journal.records)])
+    step = AnalysisStep(len(journal.records), len(costs), "", before, before, sum(costs))
+    yield step
+    records: list[LayerRecord] = []
+    for record in iter_analysis(pair, options, device=device, journal=journal.path):
+        records.append(record)
+        number = len(records) // len(pair.math)
+        if record.expert == len(pair.math) - 1 and number > step.number:
+            done = sum(costs[:number])
+            step = step._replace(number=number, matrix=record.name, cost_done=done)
+            yield step
+    _publish(assemble(pair, tuple(records), options), out)
+    journal.path.unlink()
+
+
+def _publish(analysis: Analysis, out: Path) -> None:
+    """Write a pack that appears when it is whole."""
+    temporary = out.with_name(f".{out.name}")
+    analysis.save(temporary)
+    temporary.replace(out)
+
+
+# --- the pipeline: read, decompose, in order ---
+
+
+def _analyse_each(
+    pair: ModelPair, matrices: Sequence[MatrixMatch], device: str, options: Options
+) -> Generator[list[LayerRecord]]:
+    """Yield each matrix' records in order; some are decomposed at once, the next is read ahead."""
+    workers = _workers(device, max((working_set(pair, m, options) for m in matrices), default=0))
+    if workers == 0:
+        device, workers = "cpu", 1
+    loads = [Load(_stored_bytes(pair, matrix), partial(pair.read, matrix)) for matrix in matrices]
+    # The one in hand and the next, for each that is decomposed.
+    ahead = (1 + workers) * max((load.nbytes for load in loads), default=0)
+
+    def compared(read: tuple[MatrixMatch, MatrixWeights]) -> list[LayerRecord]:
+        return _analyse_on(device, *read, options)
+
+    with (
+        closing(read_ahead(loads, ahead, max(workers, pair.pace.threads))) as weights,
+        closing(compute_ahead(compared, zip(matrices, weights, strict=True), workers)) as found,
+    ):
+        yield from found
+
+
+def _workers(device: str, working_set: int) -> int:
+    """How many matrices are decomposed at once; 0 where a GPU holds none, said in a warning.
+
+    Raises: RunError where nothing can hold the largest.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        if workers := streams(device, working_set):
+            return workers
+        free = free_memory(device)
+        warnings.warn(
+            f"The largest matrix needs about {working_set / 1e9:.1f} GB and {device} has "
+            f"{free / 1e9:.1f} GB free: the analysis runs on the CPU, which takes longer.",
+            stacklevel=4,
+        )
+    free = psutil.virtual_memory().available
+    if working_set > free:
+        raise RunError(
+            f"Decomposing the largest matrix takes about {working_set / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free. Analyse with quick (leading directions only), which "
+            f"takes less, or on a larger machine."
+        )
+    return 0 if on_gpu else 1
+
+
+def working_set(pair: ModelPair, matrix: MatrixMatch, options: Options) -> int:
+    """Bytes that one matrix' decomposition takes: weights and factors in fp32, Grams in fp64."""
+    m, n = matrix.shape
+    gram = 0 if options.quick else 8 * 4 * min(m, n) ** 2
+    return 4 * m * n * (4 + 3 * len(pair.math)) + gram
+
+
+def _stored_bytes(pair: ModelPair, matrix: MatrixMatch) -> int:
+    return pair.mllm.spec(matrix.mllm).nbytes * (2 + len(pair.math))
+
+
+def _analyse_on(
+    device: str, matrix: MatrixMatch, weights: MatrixWeights, options: Options
+) -> list[LayerRecord]:
+    """Analyse on the device; where its memory does not suffice, this one matrix on the CPU."""
+    with torch.inference_mode():
+        try:
+            with stream(device):
+                return list(compare(matrix, weights.to(device), options))
+        except torch.OutOfMemoryError:
+            warn_of_cpu(device, matrix.name, matrix.shape)
+        return list(compare(matrix, weights.to("cpu"), options))

@@ -1,0 +1,268 @@
+"""One matrix of every model: decomposed once, reduced to a few numbers.
+
+In: the weights of one matrix in the MLLM, its base, the experts' base and every expert. Out: one
+`LayerRecord` per expert with all that plans and plots ever ask. The updates of IP-Merging are never
+formed: their norms and inner products are sums over the MLLM's directions. No IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import inf
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.analysis.records import LayerRecord, UpdateNorms
+from ipmerge_core.errors import PlanError
+from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights
+from ipmerge_core.spectral import similarity as sim
+from ipmerge_core.spectral import spectrum
+
+GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
+_QUICK_RANK = 64  # leading directions of a quick analysis
+_QUICK_TOLERANCE = 0.1  # of its residuals, relative to S_1^2: leading values to five percent
+_PRINCIPAL = (1, 4, 16, 64)  # sizes of the leading subspaces that are compared
+_SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
+
+
+class Options(NamedTuple):
+    """How to analyse. Two analyses of one pair with equal options give equal records.
+
+    `rank` keeps the leading singular triplets only, None all of them. `temperature` is that of the
+    softmax over directions. `quick` looks for the leading 64 directions by a randomized method, in
+    a fraction of the time: its similarities of leading directions are good, its nuclear norms and
+    ranks are those of the leading part; packs made so say that they are approximate. `directions`
+    is "existing", so that what rounding of the stored weights may have made takes part in nothing,
+    or "all", the literal reading of the paper.
+    """
+
+    rank: int | None = None
+    temperature: float = sim.TEMPERATURE
+    quick: bool = False
+    directions: Literal["existing", "all"] = "existing"
+
+    def check(self) -> Options:
+        """Return the options. Raises: PlanError for a value that makes no sense."""
+        if self.rank is not None and self.rank < 1:
+            raise PlanError(f"The rank is {self.rank}; expected a whole number >= 1, or none.")
+        if not 0 < self.temperature < inf:
+            raise PlanError(f"The temperature is {self.temperature}; expected a number > 0, as 32.")
+        if self.directions not in ("existing", "all"):
+            raise PlanError(f"directions is {self.directions!r}; expected existing or all.")
+        return self
+
+    def decompose(self, change: Tensor, name: str, floor: float) -> spectrum.Spectrum:
+        """Decompose one task vector, sure of which directions stand above `floor`.
+
+        `name` keys the randomized method's numbers.
+        """
+        return spectrum.svd(
+            change,
+            method="randomized" if self.quick else "auto",
+            rank=self.rank or (_QUICK_RANK if self.quick else None),
+            vectors="right",
+            key=(0, name),
+            tolerance=_QUICK_TOLERANCE if self.quick else None,
+            floor=floor,
+        )
+
+
+class _Side(NamedTuple):
+    """One task vector with its spectrum and the numbers that every record repeats.
+
+    `spectrum` holds the directions that take part, `sigma` every singular value that was found,
+    `noise` says how large the rounding of the files may be, and `existing` how many directions
+    stand clear of it.
+    """
+
+    task_vector: Tensor
+    spectrum: spectrum.Spectrum
+    sigma: Tensor
+    noise: float
+    existing: int
+    norm2: float
+    ranks: dict[str, float]
+    nuclear: float
+
+    @property
+    def kept(self) -> Tensor:
+        """The task vector, or what of it lies in the kept directions of a truncated spectrum."""
+        if len(self.sigma) == min(self.task_vector.shape):
+            return self.task_vector
+        return sim.truncated(self.task_vector, self.spectrum)
+
+
+def _side(tuned: Tensor, base: Tensor, options: Options, name: str) -> _Side:
+    change = spectrum.task_vector(tuned, base)
+    noise = spectrum.noise_floor(tuned, base)
+    found = options.decompose(change, name, spectrum.EXISTS * noise)
+    existing = found.above(spectrum.EXISTS * noise)
+    decomposed = existing if options.directions == "existing" else found
+    return _Side(
+        task_vector=change,
+        spectrum=decomposed,
+        sigma=found.S,
+        noise=noise,
+        existing=len(existing.S),
+        norm2=_dot(change, change),
+        ranks={
+            "stable": float(spectrum.stable_rank(decomposed)),
+            "effective": float(spectrum.effective_rank(decomposed)),
+            "energy": float(spectrum.energy_rank(decomposed)),
+        },
+        nuclear=float(decomposed.S.double().sum()),
+    )
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product of two matrices, accumulated in fp64."""
+    return float((a * b).sum(dtype=torch.float64))
+
+
+def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> Iterator[LayerRecord]:
+    """Yield the record of each expert for one matrix; see `LayerRecord` for every number."""
+    mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
+    norms2 = (_norm2(weights.mllm), _norm2(weights.base))
+    earlier: list[_Expert] = []
+    for expert, tuned in enumerate(weights.math):
+        math = _side(tuned, weights.base, options, f"{matrix.name}|math {expert}")
+        found = _expert(mllm, math, options)
+        norms = _update_norms(mllm, found, earlier)
+        earlier.append(found)
+        yield _record(matrix, expert, mllm, math, norms, norms2)
+
+
+def _norm2(weight: Tensor) -> float:
+    as_float = spectrum.as_float(weight)
+    return _dot(as_float, as_float)
+
+
+class _Expert(NamedTuple):
+    """What the products of an expert's updates are made of, without forming the updates.
+
+    Projected updates are P = T diag(strength) V_V^T with T = dM V_V (m, r) and strength =
+    rho gamma^2; V_V has orthonormal columns, so products of updates are sums over columns of T.
+    """
+
+    through: Tensor
+    strengths: dict[str, Tensor]
+    unprojected: dict[str, Tensor]
+
+
+def _expert(mllm: _Side, math: _Side, options: Options) -> _Expert:
+    rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
+    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
+    kept = math.kept
+    return _Expert(
+        through=kept @ mllm.spectrum.Vh[: len(angles)].T,
+        strengths={
+            norm: rho * sim.strengths(gamma.double(), mllm.spectrum)
+            for norm in GAMMA_NORMS
+            for gamma in [sim.importance(angles, options.temperature, norm)]
+        },
+        unprojected={"rescale_only": rho * kept, "select_only": math.task_vector},
+    )
+
+
+def _update_norms(mllm: _Side, expert: _Expert, earlier: list[_Expert]) -> dict[str, UpdateNorms]:
+    """Inner products of every named update with itself, dV, and the earlier experts' updates."""
+    r = expert.through.shape[1]
+    vision = mllm.task_vector @ mllm.spectrum.Vh[:r].T  # dV V_V
+    columns = {
+        "norm2": _column_products(expert.through, expert.through),
+        "inner": _column_products(vision, expert.through),
+    }
+    crossed = [_column_products(expert.through, other.through) for other in earlier]
+    projected = {
+        name: UpdateNorms(
+            norm2=float((strength.square() * columns["norm2"]).sum()),
+            inner=float((strength * columns["inner"]).sum()),
+            cross=tuple(
+                float((strength[: len(column)] * other.strengths[name][: len(column)]) @ column)
+                for other, column in zip(earlier, crossed, strict=True)
+            ),
+        )
+        for name, strength in expert.strengths.items()
+    }
+    plain = {
+        name: UpdateNorms(
+            norm2=_dot(update, update),
+            inner=_dot(mllm.task_vector, update),
+            cross=tuple(_dot(update, other.unprojected[name]) for other in earlier),
+        )
+        for name, update in expert.unprojected.items()
+    }
+    return {**projected, **plain}
+
+
+def _column_products(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> for each column i that both have, accumulated in fp64."""
+    r = min(a.shape[1], b.shape[1])
+    return (a[:, :r] * b[:, :r]).sum(0, dtype=torch.float64)
+
+
+def _record(
+    matrix: MatrixMatch,
+    expert: int,
+    mllm: _Side,
+    math: _Side,
+    updates: Mapping[str, UpdateNorms],
+    norms2: tuple[float, float],
+) -> LayerRecord:
+    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
+    index = _sample(min(len(mllm.sigma), len(math.sigma)))
+    picked = [i - 1 for i in index]
+    drawn = torch.nn.functional.pad(angles, (0, index[-1] - len(angles)))  # 0 where none exists
+    return LayerRecord(
+        name=matrix.name,
+        mllm_name=matrix.mllm,
+        layer=matrix.layer,
+        module=matrix.module,
+        expert=expert,
+        shape=matrix.shape,
+        similarity=sim.similarities(angles, mllm.spectrum, math.spectrum),
+        best_index=int(drawn.argmax()) + 1,
+        gap=float(spectrum.spectral_gap(mllm.spectrum)),
+        principal=_principal(mllm.spectrum, math.spectrum),
+        rho=float(sim.nuclear_ratio(mllm.spectrum, math.spectrum)),
+        weight_norm2=norms2[0],
+        base_norm2=norms2[1],
+        mllm_norm2=mllm.norm2,
+        math_norm2=math.norm2,
+        inner=_dot(mllm.task_vector, math.task_vector),
+        mllm_nuclear=mllm.nuclear,
+        math_nuclear=math.nuclear,
+        updates=updates,
+        chance={
+            kind: sim.chance_level(matrix.shape[1], kind, len(angles)) for kind in ("first", "max")
+        },
+        noise_floor=mllm.noise,
+        mllm_ranks=mllm.ranks,
+        math_ranks=math.ranks,
+        index=index,
+        mllm_sigma=_rounded(mllm.sigma, picked),
+        math_sigma=_rounded(math.sigma, picked),
+        angles=_rounded(drawn, picked),
+        math_noise_floor=math.noise,
+        mllm_directions=mllm.existing,
+        math_directions=math.existing,
+    )
+
+
+def _principal(a: spectrum.Spectrum, b: spectrum.Spectrum) -> dict[str, float]:
+    """Mean cosine of the principal angles between leading subspaces, for each size that fits."""
+    sizes = [k for k in _PRINCIPAL if k <= min(len(a.S), len(b.S))]
+    return {str(k): float(sim.principal_cosines(a, b, k).double().mean()) for k in sizes}
+
+
+def _sample(n: int) -> tuple[int, ...]:
+    """At most 48 indices from 1 to n, every one at the start, then evenly spaced in log."""
+    steps = torch.logspace(0, float(torch.log10(torch.tensor(float(n)))), _SAMPLES)
+    return tuple(sorted({min(n, max(1, round(float(step)))) for step in steps}))
+
+
+def _rounded(values: Tensor, picked: list[int]) -> tuple[float, ...]:
+    """Six significant digits: all that a plot shows, in half the bytes."""
+    return tuple(float(f"{float(values[i]):.6g}") for i in picked)

@@ -1,0 +1,332 @@
+"""Driver: run each model on its own samples and measure what a data-aware merge needs.
+
+In: a pair, samples for the MLLM and for the experts, and `Settings`: "gram" (inputs of every
+decoder matrix) or "fisher" (squared gradients). Out: a folder that `measurements` reads. Layers are
+measured group by group, as many as the memory budget holds, and every finished group is on disk: a
+run that stops goes on there. The passes themselves are in `passes`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from ipmerge_core.calibration.passes import Passes, Settings, find_module
+from ipmerge_core.calibration.samples import DEMO, Sample, digest, load_samples
+from ipmerge_core.calibration.store import RECORD, Kind, Measured, Measurements
+from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.inference.loading import LoadedModel, load_model
+from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
+from ipmerge_core.runtime.devices import AUTO, resolve_device
+
+if TYPE_CHECKING:
+    from ipmerge_core.models.checkpoint import Checkpoint
+
+# Matrices of a block that read the same input, by the one whose name the Gram matrix takes.
+_READS = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
+
+
+class CalibrationStep(NamedTuple):
+    """One sample is through one model for one group of layers."""
+
+    role: str
+    group: int
+    groups: int
+    done: int
+    total: int
+    action: Literal["measured", "resumed"]
+
+
+class CalibrationCost(NamedTuple):
+    """What a calibration will need, from headers alone. Sizes in bytes."""
+
+    nbytes_model: int  # the largest model, as it is stored
+    nbytes_held: int  # measurements in memory at a time
+    nbytes_written: int
+    nbytes_free: int
+    passes: int  # through a model: samples times groups, over all models
+
+
+class Target(NamedTuple):
+    """One number matrix to fill: the matrix it is measured at, and those it also stands for."""
+
+    matrix: MatrixMatch
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in fp32."""
+        return 4 * prod(self.shape)
+
+
+def calibrate(
+    pair: ModelPair,
+    out: str | Path,
+    settings: Settings,
+    mllm_samples: Sequence[Sample],
+    math_samples: Sequence[Sample],
+    *,
+    device: str = "cpu",
+) -> Measurements:
+    """Measure all models and return the finished measurements; see `iter_calibration`."""
+    samples = mllm_samples, math_samples
+    for _ in iter_calibration(pair, out, settings, *samples, device=device):
+        pass
+    return Measurements.open(out)
+
+
+def iter_calibration(
+    pair: ModelPair,
+    out: str | Path,
+    settings: Settings,
+    mllm_samples: Sequence[Sample],
+    math_samples: Sequence[Sample],
+    *,
+    device: str = "cpu",
+) -> Iterator[CalibrationStep]:
+    """Measure the MLLM on its samples and every expert on the text samples.
+
+    Math:   gram: G = sum over tokens of x x^T / tokens, x the inputs of a matrix, in fp32.
+            fisher: F = mean over samples of (d NLL / dW)^2, NLL the mean over the answer's tokens,
+            which are drawn from the model ("sampled") or given ("empirical").
+
+    Args:
+        pair: the models, as `open_pair` opens them.
+        out: a folder for the measurements; a run with the same settings, models and samples goes
+            on where it stopped.
+        settings: what to measure and how.
+        mllm_samples: with images where the MLLM is to see some.
+        math_samples: text, for every expert.
+        device: where the models run: "auto", or as torch names it.
+
+    Raises:
+        PlanError: no samples, an answer is missing that the Fisher information needs, or the device
+            is not there.
+        RunError: the folder holds another calibration, or the disk is too small.
+        ModelLoadError: a model cannot be loaded, or its matrices are not found in it.
+    """
+    device, out = resolve_device(device, fp64=False), Path(out).expanduser()
+    work = _plan_work(pair, settings, mllm_samples, math_samples)
+    _claim(out, settings, work, estimate(pair, out, settings, len(mllm_samples), len(math_samples)))
+    models = []
+    total = sum(len(share.groups) * len(share.samples) for share in work)
+    done = 0
+    for share in work:
+        loaded: LoadedModel | None = None
+        for number, group in enumerate(share.groups):
+            file = out / share.file(number)
+            if file.exists():
+                done += len(share.samples)
+                yield CalibrationStep(share.role, number, len(share.groups), done, total, "resumed")
+                continue
+            loaded = loaded or load_model(share.checkpoint.id, device)
+            layers = [
+                find_module(loaded, share.checkpoint, share.names[target.matrix.name])
+                for target in group
+            ]
+            shapes = [target.shape for target in group]
+            passes = Passes(loaded, layers, shapes, settings, share.role)
+            for index, sample in enumerate(share.samples):
+                passes.add(index, sample)
+                done += 1
+                yield CalibrationStep(
+                    share.role, number, len(share.groups), done, total, "measured"
+                )
+            _save(file, group, passes)
+        del loaded
+        models.append(_measured(out, share))
+    Measurements(out, settings.kind, asdict(settings), tuple(models)).save()
+    (out / _CLAIM).unlink()
+
+
+def iter_calibration_of(
+    *,
+    mllm: str,
+    math: Sequence[str],
+    base: str,
+    base_mllm: str | None,
+    out: str,
+    kind: Kind,
+    mllm_samples: str = DEMO,
+    math_samples: str = DEMO,
+    limit: int = 500,
+    device: str = AUTO,
+) -> Iterator[CalibrationStep]:
+    """Open the models, load the samples, and measure; from plain values, as a job has them.
+
+    Args and Raises: as `open_pair`, `load_samples` and `iter_calibration`.
+    """
+    pair = open_pair(mllm, math, base, base_mllm=base_mllm)
+    seen = load_samples(mllm_samples, limit, sees=True)
+    told = load_samples(math_samples, limit, sees=False)
+    yield from iter_calibration(pair, out, Settings(kind), seen, told, device=device)
+
+
+def estimate(
+    pair: ModelPair, out: str | Path, settings: Settings, n_mllm: int, n_math: int
+) -> CalibrationCost:
+    """Work out memory, disk and passes from headers; nothing is loaded."""
+    targets = _targets(pair, settings)
+    groups = _groups(targets, settings.memory)
+    models = [pair.mllm, *pair.math]
+    whole = sum(target.nbytes for target in targets)
+    return CalibrationCost(
+        nbytes_model=max(model.nbytes for model in models),
+        nbytes_held=max(sum(target.nbytes for target in group) for group in groups),
+        nbytes_written=whole * len(models),
+        nbytes_free=shutil.disk_usage(_existing(Path(out).expanduser())).free,
+        passes=len(groups) * (n_mllm + n_math * len(pair.math)),
+    )
+
+
+# --- what is measured where ---
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One model's part of the work."""
+
+    role: str
+    checkpoint: Checkpoint
+    samples: Sequence[Sample]
+    groups: list[list[Target]]
+    names: dict[str, str] = field(hash=False)  # the pair's name of a matrix -> this model's
+
+    def file(self, group: int) -> str:
+        return f"{self.role.replace(' ', '')}-{group:03}.safetensors"
+
+
+def _targets(pair: ModelPair, settings: Settings) -> list[Target]:
+    if settings.kind == "fisher":
+        return [Target(matrix, (matrix.name,), matrix.shape) for matrix in pair.matrices]
+    shared: dict[tuple[int, str], list[MatrixMatch]] = {}
+    for matrix in pair.matrices:
+        shared.setdefault((matrix.layer, _READS[matrix.module]), []).append(matrix)
+    targets = []
+    for (_, module), matrices in shared.items():
+        n = matrices[0].shape[1]
+        diagonal = settings.wide == "diagonal" and module == "down"
+        names = tuple(matrix.name for matrix in matrices)
+        targets.append(Target(matrices[0], names, (n,) if diagonal else (n, n)))
+    return targets
+
+
+def _groups(targets: Sequence[Target], memory: int) -> list[list[Target]]:
+    """Cut into runs of targets that fit the budget; a target that is larger stands alone."""
+    groups: list[list[Target]] = [[]]
+    room = memory
+    for target in targets:
+        if groups[-1] and target.nbytes > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(target)
+        room -= target.nbytes
+    return groups
+
+
+def _plan_work(
+    pair: ModelPair,
+    settings: Settings,
+    mllm_samples: Sequence[Sample],
+    math_samples: Sequence[Sample],
+) -> list[_Share]:
+    for role, samples in (("MLLM", mllm_samples), ("math models", math_samples)):
+        if not samples:
+            raise PlanError(f"There are no calibration samples for the {role}; give at least one.")
+        missing = [number for number, sample in enumerate(samples, 1) if not sample.answer]
+        if settings.kind == "fisher" and missing:
+            raise PlanError(
+                f"Sample {missing[0]} for the {role} has no answer. The Fisher information is "
+                f"about answers: give every sample one."
+            )
+    groups = _groups(_targets(pair, settings), settings.memory)
+    shares = [
+        _Share("mllm", pair.mllm, mllm_samples, groups, {m.name: m.mllm for m in pair.matrices})
+    ]
+    for k, expert in enumerate(pair.math):
+        role = "math" if len(pair.math) == 1 else f"math {k + 1}"
+        names = {m.name: m.math[k] for m in pair.matrices}
+        shares.append(_Share(role, expert, math_samples, groups, names))
+    return shares
+
+
+# --- the folder ---
+
+_CLAIM = "calibration.partial.json"
+
+
+def _claim(out: Path, settings: Settings, work: Sequence[_Share], cost: CalibrationCost) -> None:
+    """Make the folder, or make sure that an unfinished run in it is this one."""
+    wanted = {
+        "settings": asdict(settings),
+        "models": [[s.role, s.checkpoint.fingerprint, digest(s.samples)] for s in work],
+    }
+    if out.exists() and any(out.iterdir()):
+        claim = out / _CLAIM
+        if not claim.exists() or json.loads(claim.read_text(encoding="utf-8")) != wanted:
+            what = "a finished calibration" if (out / RECORD).exists() else "something else"
+            raise RunError(
+                f"'{out}' already holds {what}, or a run with other settings, models or samples. "
+                f"Choose another folder or delete it."
+            )
+        return
+    if cost.nbytes_written > cost.nbytes_free:
+        raise RunError(
+            f"The measurements need {cost.nbytes_written / 1e9:.1f} GB at '{out}' and "
+            f"{cost.nbytes_free / 1e9:.1f} GB are free. Free some space, choose another folder, or "
+            f"keep only the diagonal of wide Gram matrices."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _CLAIM).write_text(json.dumps(wanted), encoding="utf-8")
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
+    """Write the means of a group, in one step."""
+    from safetensors.torch import save_file
+
+    means = passes.means()
+    squares = sum(float(mean.double().square().sum()) for mean in means)
+    total = sum(float(mean.double().sum()) for mean in means)
+    tensors = {target.matrix.name: mean for target, mean in zip(group, means, strict=True)}
+    part = file.with_suffix(".part")
+    totals = json.dumps([squares, passes.tokens, total])  # one key: several come in any order
+    save_file(tensors, part, {"totals": totals})
+    part.replace(file)
+
+
+def _measured(out: Path, share: _Share) -> Measured:
+    from safetensors import safe_open
+
+    places: dict[str, tuple[str, str]] = {}
+    squares, tokens, sums = 0.0, 0, []
+    for number, group in enumerate(share.groups):
+        file = share.file(number)
+        with safe_open(out / file, framework="pt") as content:
+            found, tokens, *total = json.loads(content.metadata()["totals"])
+        squares += found
+        sums += total
+        for target in group:
+            places |= dict.fromkeys(target.names, (file, target.matrix.name))
+    size = sum(prod(target.shape) for group in share.groups for target in group)
+    return Measured(
+        role=share.role,
+        id=share.checkpoint.id,
+        fingerprint=share.checkpoint.fingerprint,
+        samples=len(share.samples),
+        tokens=tokens,
+        norm=squares**0.5,
+        places=places,
+        mean=sum(sums) / size if len(sums) == len(share.groups) else None,
+    )

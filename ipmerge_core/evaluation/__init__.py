@@ -1,0 +1,1 @@
+"""Measure models: batched answers, scores with intervals, paired tests."""

@@ -1,0 +1,71 @@
+"""Greedy answers to many problems at once: left-padded batches, equal to one by one.
+
+In: a loaded model, its processor (or tokenizer, for a text model), problems. Out: decoded replies,
+in order, unedited. The prompts are the problems' own. Does not load models and does not score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ipmerge_core.tasks.demo import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LONGEST_REPLY = 20  # tokens; the longest right answer of the demo takes 18
+
+
+def answer(
+    model: Any,  # noqa: ANN401 (transformers models share no type that mypy can see)
+    processor: Any,  # noqa: ANN401
+    problems: Sequence[Problem],
+    *,
+    batch_size: int = 150,
+    max_new_tokens: int = LONGEST_REPLY,
+) -> list[str]:
+    """Answer each problem greedily: of its drawing if `processor` takes images, else in words.
+
+    Args:
+        model: A causal language model or an image-text-to-text model, in evaluation mode.
+        processor: Its processor or its tokenizer.
+        problems: What to answer.
+        batch_size: Problems answered together; the replies do not depend on it.
+        max_new_tokens: Where a reply is cut.
+    """
+    import torch
+
+    tokenizer = getattr(processor, "tokenizer", processor)
+    replies: list[str] = []
+    for chunk in _chunks(problems, batch_size):
+        inputs = _inputs(processor, chunk).to(model.device)
+        with torch.inference_mode():
+            tokens: Tensor = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        replies.extend(reply.strip() for reply in decoded)
+    return replies
+
+
+def _chunks(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
+    for start in range(0, len(problems), size):
+        yield problems[start : start + size]
+
+
+def _inputs(processor: Any, chunk: Sequence[Problem]) -> Any:  # noqa: ANN401
+    options = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    if hasattr(processor, "image_processor"):
+        return processor(
+            text=[problem.prompt for problem in chunk],
+            images=[problem.image for problem in chunk],
+            **options,
+        )
+    tokens = processor([problem.text_prompt for problem in chunk], **options)
+    tokens.pop("token_type_ids", None)
+    return tokens

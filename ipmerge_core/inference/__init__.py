@@ -1,0 +1,1 @@
+"""Run a model: load it, render its prompts, stream its answer."""

@@ -1,0 +1,239 @@
+"""Generate text: encode a prompt, stream the answer of a loaded model, stop it at any token.
+
+In: a `LoadedModel`, a question, optionally an image and earlier messages. Out: pieces of text as
+they are generated, or the whole answer. Sampling is seeded and independent of other threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import TYPE_CHECKING, Any
+
+from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
+from ipmerge_core.inference.images import open_image
+from ipmerge_core.inference.loading import LoadedModel, load_model
+from ipmerge_core.inference.prompts import (
+    Message,
+    chat_template,
+    check_question,
+    render_chat,
+    without_begin,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+MOST_NEW_TOKENS = 2048
+
+
+_QUEUE_SECONDS = 0.1  # how often a waiting reader looks whether the writer still lives
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. Temperature 0 takes the most likely token each time."""
+
+    temperature: float = 0.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense. Raises: RunError."""
+        if not 0 <= self.temperature <= 5:  # also refuses NaN
+            raise RunError(
+                f"The temperature is {self.temperature}; expected a number from 0 (always the "
+                f"most likely token) to 5."
+            )
+        if not 1 <= self.max_new_tokens <= MOST_NEW_TOKENS:
+            raise RunError(
+                f"The number of new tokens is {self.max_new_tokens}; expected a whole number from "
+                f"1 to {MOST_NEW_TOKENS}."
+            )
+
+
+def stream_answer(
+    loaded: LoadedModel,
+    question: str,
+    image: Image | None = None,
+    settings: Settings | None = None,
+    cancelled: threading.Event | None = None,
+) -> Iterator[str]:
+    """Answer a question, piece by piece.
+
+    Closing the generator, or setting `cancelled`, stops the model at its next token. Sampling draws
+    from a generator of its own, so two answers at the same time do not disturb each other.
+
+    Raises:
+        RunError: nothing to answer, or the prompt is too long.
+        ModelLoadError: the model cannot take this input.
+    """
+    settings = settings or Settings()
+    inputs = encode_prompt(loaded, question, image).to(loaded.model.device)
+    closed = threading.Event()
+    stops = [closed, *([cancelled] if cancelled else [])]
+    streamer = _new_streamer(loaded)
+
+    def stopped(error: Exception) -> ModelLoadError:
+        return ModelLoadError(
+            f"'{loaded.folder.name}' stopped while answering ({first_line(error)}). "
+            f"A shorter question or smaller image may help."
+        )
+
+    with ThreadPoolExecutor(1) as threads, explained(stopped):
+        try:
+            run = threads.submit(_generate, loaded, inputs, settings, streamer, stops)
+            yield from _pieces(streamer, run)
+            run.result()
+        finally:
+            closed.set()
+
+
+def answer(
+    model: str | Path | LoadedModel,
+    question: str,
+    image: str | Path | Image | None = None,
+    *,
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """Return the whole answer at once; models and images may be given by their paths.
+
+    `device` is where a model that is given by its path is put.
+
+    Raises: as `load_model`, `open_image` and `stream_answer`.
+    """
+    settings = Settings(temperature, max_new_tokens, seed)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, device)
+    picture = open_image(image) if isinstance(image, str | Path) else image
+    return "".join(stream_answer(loaded, question, picture, settings)).strip()
+
+
+def encode_prompt(
+    loaded: LoadedModel, question: str, image: Image | None, before: Sequence[Message] = ()
+) -> Any:  # noqa: ANN401
+    """Put the question into the model's own chat format and turn it into tensors.
+
+    Args:
+        loaded: the model that is asked.
+        question: what is asked.
+        image: the image that goes with it, if any.
+        before: what precedes the question: a system prompt, earlier questions and answers.
+
+    Raises:
+        RunError: the question is empty or too long.
+        ModelLoadError: an image for a model that takes none, or the model's chat template or
+            processor cannot be used.
+    """
+    messages = [*before, Message("user", check_question(question), image)]
+    images = [message.image.convert("RGB") for message in messages if message.image is not None]
+    if images and not loaded.sees:
+        raise ModelLoadError(
+            f"'{loaded.folder.name}' is a text model and takes no image. Ask it in words, or "
+            f"choose a vision-language model."
+        )
+    text = render_chat(loaded.chat_format, messages)
+
+    def refused(error: Exception) -> ModelLoadError:
+        return ModelLoadError(
+            f"The processor of '{loaded.folder.name}' cannot encode the question "
+            f"({first_line(error)}). Are its processor and tokenizer files those of this model?"
+        )
+
+    with explained(refused):
+        return _encode(loaded, text, images)
+
+
+def _encode(loaded: LoadedModel, text: str, images: list[Image]) -> Any:  # noqa: ANN401
+    if loaded.sees:
+        more = {"images": images} if images else {}
+        return loaded.processor(
+            text=[without_begin(loaded.tokenizer, text)], return_tensors="pt", **more
+        )
+    # A chat template writes the special tokens itself; without one the tokenizer has to.
+    special = chat_template(loaded.chat_format) is None
+    tokens = loaded.tokenizer([text], return_tensors="pt", add_special_tokens=special)
+    tokens.pop("token_type_ids", None)
+    return tokens
+
+
+def _new_streamer(loaded: LoadedModel) -> Any:  # noqa: ANN401
+    from transformers import TextIteratorStreamer
+
+    return TextIteratorStreamer(
+        loaded.tokenizer, skip_prompt=True, timeout=_QUEUE_SECONDS, skip_special_tokens=True
+    )
+
+
+def _pieces(streamer: Any, run: Future[None]) -> Iterator[str]:  # noqa: ANN401
+    """Take text from the streamer until it ends, or its writer has failed."""
+    while True:
+        try:
+            yield next(streamer)
+        except StopIteration:
+            return
+        except Empty:
+            if run.done():
+                return
+
+
+def _generate(
+    loaded: LoadedModel,
+    inputs: Any,  # noqa: ANN401
+    settings: Settings,
+    streamer: Any,  # noqa: ANN401
+    stops: list[threading.Event],
+) -> None:
+    """Run the model, in a thread of its own, and let the streamer pass on what it says."""
+    import torch
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    def stop(ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+        stopped = any(event.is_set() for event in stops)
+        return torch.full((ids.shape[0],), stopped, device=ids.device)
+
+    tokenizer = loaded.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    noise = [_Sampler(settings)] if settings.temperature else []
+    with torch.inference_mode():
+        loaded.model.generate(
+            **inputs,
+            do_sample=False,  # sampling is the noise that _Sampler adds
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=pad,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            logits_processor=LogitsProcessorList(noise),
+        )
+
+
+class _Sampler:
+    """Exact sampling at a temperature by a seeded stream of its own.
+
+    Math:   argmax_i (logit_i / T + g_i), g_i = -log(-log u_i), draws i with probability
+            softmax(logits / T)_i (the Gumbel-max trick).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+
+        self.temperature = settings.temperature
+        self.random = torch.Generator().manual_seed(settings.seed)
+
+    def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        uniform = torch.rand(scores.shape, generator=self.random, dtype=torch.float64)
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
+        return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)

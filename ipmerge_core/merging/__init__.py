@@ -1,0 +1,1 @@
+"""Carry out a plan: estimate, merge and write a complete model folder."""

@@ -1,0 +1,88 @@
+"""The manifest `ipmerge.json`: everything that a merged model says of its making.
+
+In: a plan, its opened models, and what a run found. Out: a JSON object. Reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from ipmerge_core.merging.parts import reason_to_copy, work_of
+from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.models.shared_tokens import ROWS
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.version import __version__
+
+
+def manifest_of(
+    plan: MergePlan,
+    pair: ModelPair,
+    hashes: Mapping[str, str],
+    *,
+    statistic: Sequence[float] | None,
+    device: str,
+    processes: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Say of a finished merge what was asked, what was found, and what became of every tensor.
+
+    `hashes` are the SHA-256 of every tensor as read back, `statistic` what the first pass found.
+    """
+    merged = _merged(plan, pair)
+    return {
+        "format": "ipmerge-manifest",
+        "version": 1,
+        "engine": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "plan": {
+            "hash": plan.hash,
+            "method": plan.method,
+            "parameters": dict(plan.parameters),
+            "similarity": plan.similarity,
+            "similarity_threshold": plan.similarity_threshold,
+            "overrides": dict(plan.overrides),
+            "include": plan.include,
+            "exclude": plan.exclude,
+            "layer_gains": list(plan.layer_gains),
+            "norms": plan.norms,
+            "anchor": plan.anchor,
+            "embeddings": "merge-shared" if plan.tokens else "keep",
+            "statistic": statistic,
+        },
+        "sources": asdict(plan.sources),
+        "versions": {"torch": torch.__version__},
+        "device": device,
+        "processes": processes,
+        "seconds": round(seconds, 3),
+        "nbytes": pair.mllm.nbytes,
+        "n_merged": len(plan.selected),
+        "audit": {
+            "tensors": len(hashes),
+            "equal_to_the_mllm": len(hashes) - len(merged),
+            "checked": "names, shapes, dtypes, offsets, finite values, and every hash read back",
+        },
+        "tensors": {
+            name: {"sha256": hashes[name]}
+            | merged.get(name, {"action": "copied", "reason": reason_to_copy(plan, pair, name)})
+            for name in pair.mllm.tensors
+        },
+    }
+
+
+def _merged(plan: MergePlan, pair: ModelPair) -> dict[str, dict[str, Any]]:
+    """By stored tensor, which experts were merged into it: of a fused one by matrix."""
+    merged: dict[str, dict[str, Any]] = {}
+    for name, found in work_of(plan, pair).items():
+        matrix, experts = found[0]
+        entry: dict[str, Any] = {"action": "merged", "experts": list(experts)}
+        if matrix.module == ROWS:  # thousands of runs: say how many rows
+            entry["rows"] = sum(run.shape[0] for run, _ in found)
+        elif len(found) > 1 or matrix.mllm != name:
+            entry["experts"] = {part.mllm: list(own) for part, own in found}
+        merged[name] = entry
+    return merged

@@ -1,0 +1,416 @@
+"""The driver that makes a model: read, apply the plan's method, write, one tensor at a time.
+
+In: a `MergePlan`. Out: a folder with the MLLM's files, names, order, shapes and dtypes, in which
+the selected matrices are replaced and every other byte is the MLLM's, plus a manifest
+`ipmerge.json` and a model card. Reading goes on ahead and writing behind, within a memory budget;
+under `torchrun` or `accelerate launch` the tensors are shared out. `iter_merge` is a generator that
+yields a step per tensor: closing it stops the run and leaves what was finished for a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.analysis.analyse import working_set
+from ipmerge_core.analysis.comparison import Options
+from ipmerge_core.calibration.store import Measurements
+from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
+from ipmerge_core.merging.estimates import Estimate, check_space, estimate_pair, merging_cost
+from ipmerge_core.merging.manifest import manifest_of
+from ipmerge_core.merging.model_card import write_card
+from ipmerge_core.merging.parts import (
+    BESIDE,
+    Part,
+    Work,
+    chosen_matrices,
+    held,
+    merging_of,
+    on_one_base,
+    parts,
+    rounding_noise,
+    work_of,
+)
+from ipmerge_core.merging.whole_model import MeasureStep, is_due, measure
+from ipmerge_core.methods import MergeMethod, find_method
+from ipmerge_core.methods.blocks import blocks
+from ipmerge_core.methods.declarations import drained, relayed
+from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec, as_tensor, count_non_finite
+from ipmerge_core.models.files import FROM_DISK
+from ipmerge_core.models.pairing import MatrixWeights, ModelPair
+from ipmerge_core.models.writer import (
+    MANIFEST,
+    CheckpointWriter,
+    check_output,
+    in_file_order,
+    tidy_finished,
+)
+from ipmerge_core.planning.plan import MergePlan, reopen
+from ipmerge_core.planning.scope import engine_anchor
+from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
+from ipmerge_core.runtime.pipeline import Load, WriteBehind, compute_ahead, read_ahead
+from ipmerge_core.runtime.processes import Ranks, share_out
+
+_MOST_WORKERS = 8  # more are not faster than one thread reads
+_AUDITORS = 4  # threads that read the result back: more are not faster than memory
+
+Action: TypeAlias = Literal["measured", "merging", "merged", "copied", "resumed"]
+Shares: TypeAlias = Generator[float, None, bytearray]  # of a matrix that takes long
+Documents: TypeAlias = Callable[[], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """One tensor is finished, or on its way ("merging"). Sizes in bytes.
+
+    The steps of a first pass ("measured") come before all others and count what it reads.
+    """
+
+    tensor: str
+    index: int
+    total: int
+    nbytes_done: int
+    nbytes_total: int
+    action: Action
+
+
+class Piece(NamedTuple):
+    """A part that has been read: bytes to copy, or inputs to merge."""
+
+    part: Part
+    content: bytearray | MatrixWeights
+
+
+__all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate", "iter_merge", "merge", "reopen"]
+
+
+def merge(
+    plan: MergePlan, out: str | Path, *, device: str = "cpu", resume: bool = True
+) -> dict[str, Any]:
+    """Carry out a plan and return the manifest; see `iter_merge`."""
+    for _ in iter_merge(plan, out, device=device, resume=resume):
+        pass
+    manifest: dict[str, Any] = json.loads((Path(out).expanduser() / MANIFEST).read_text("utf-8"))
+    return manifest
+
+
+def iter_merge(
+    plan: MergePlan, out: str | Path, *, device: str = "cpu", resume: bool = True
+) -> Iterator[MergeStep]:
+    """Write the merged model of `plan` to the new folder `out`, yielding after each tensor.
+
+    Selected matrices are read in their stored dtype, merged in fp32 (fp64 where stored so) and cast
+    once, to nearest even. Everything else is copied as bytes. Two runs of one plan give the same
+    bytes on one device type, by however many processes. Started by `torchrun` or `accelerate
+    launch`, each process merges its share and yields the steps of that.
+
+    Args:
+        plan: what to do; its sources are opened again and compared by fingerprint.
+        out: a folder that does not exist or is empty. It appears when the model is whole.
+        device: where the matrices are merged: "auto", or as torch names it.
+        resume: go on with an unfinished run of the same plan.
+
+    Raises:
+        CheckpointError: `out` is not empty, or a source cannot be used.
+        PairingError: a source is not the one the plan was made for.
+        PlanError: the plan's calibration has changed, or the device is not there.
+        RunError: the target cannot be written, another run is writing there, a source could not
+            be read to the end, or another process of this run failed.
+    """
+    device = resolve_device(device)
+    method = find_method(plan.method)
+    measurements = _open_measurements(plan)
+    if resume and tidy_finished(out, plan.digest):
+        yield from _steps_of_finished(out)
+        return
+    out = check_output(out)
+    pair = reopen(plan)
+    check_space(pair, out)
+    started = time.perf_counter()
+    with Ranks() as ranks, ExitStack() as stack:
+        writer = CheckpointWriter(pair.mllm, out, plan.digest, resume=resume, rank=ranks.rank)
+        writer.done = ranks.led(lambda: stack.enter_context(writer).done)
+        if ranks.rank:
+            stack.enter_context(writer)
+        target = torch.device(ranks.device(device))
+        run = _Run(plan, pair, method, writer, ranks, target, measurements)
+        failure: IPMergeError | None = None
+        try:
+            yield from run.steps()
+        except IPMergeError as error:
+            failure = error
+        run.conclude(failure, lambda: _documents(run, time.perf_counter() - started))
+
+
+def estimate(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
+    """Work out bytes, memory and time from headers alone. Raises: as `iter_merge`, before work."""
+    device = resolve_device(device)
+    return estimate_pair(plan, reopen(plan), check_output(out), device)
+
+
+def _open_measurements(plan: MergePlan) -> Measurements | None:
+    """Open the calibration that the plan was made with, and make sure that it is the same."""
+    if plan.calibration is None:
+        return None
+    found = Measurements.open(plan.calibration.folder)
+    if found.digest != plan.calibration.digest:
+        raise PlanError(
+            f"The calibration in '{found.folder}' is another than when the plan was made. Make a "
+            f"new plan with it."
+        )
+    return found
+
+
+@dataclass
+class _Run:
+    """One process' share of a merge, between an entered writer and the finished folder."""
+
+    plan: MergePlan
+    pair: ModelPair
+    method: MergeMethod
+    writer: CheckpointWriter
+    ranks: Ranks
+    device: torch.device
+    measurements: Measurements | None
+    statistic: tuple[float, ...] | None = None
+
+    def steps(self) -> Iterator[MergeStep]:
+        """Merge and write this process' tensors, yielding after each, and read them back."""
+        work = work_of(self.plan, self.pair)
+        specs = self._mine(in_file_order(self.pair.mllm), work)
+        count = _Count(len(specs), sum(spec.nbytes for spec in specs))
+        todo = [spec for spec in specs if spec.name not in self.writer.done]
+        pace = self.pair.pace
+        cut = [
+            part
+            for spec in todo
+            for part in parts(spec, work.get(spec.name, []), pace.piece, local=self._local)
+        ]
+        at_once = 1 if self.device.type == "cpu" else self._workers  # a GPU waits for the disk
+        budget = at_once * max([pace.ahead, *(held(self.pair, part) for part in cut)])
+        readers = max(pace.threads, at_once)
+        yield from self._first_pass(idle=not any(part.matrix for part in cut))
+        for spec in specs:
+            if spec.name in self.writer.done:
+                yield count.step(spec, "resumed")
+        with (
+            WriteBehind[MergeStep | None](FROM_DISK.ahead) as behind,
+            closing(read_ahead(self._loads(cut), budget, readers)) as pieces,
+            closing(compute_ahead(self._merged, pieces, self._workers)) as results,
+        ):
+            for part, result in results:
+                data = result
+                if isinstance(data, Generator):
+                    yield from filter(None, behind.drain())  # so that what is done only grows
+                    data = yield from relayed(data, partial(count.within, part))
+                action: Action = "merged" if part.spec.name in work else "copied"
+                job = partial(self._write, part, data, count, action)
+                yield from filter(None, behind.submit(len(data), job))
+                del data, result, job
+            yield from filter(None, behind.drain())
+        self.writer.audit([spec.name for spec in specs], min(_AUDITORS, self.ranks.cores))
+
+    def conclude(self, failure: IPMergeError | None, documents: Documents) -> None:
+        """Finish the folder if all processes did their share; else raise what went wrong.
+
+        What the target or a source's disk did is worth a resume; a source that is itself at fault
+        is not, and nothing of it stays.
+        """
+        said = None if failure is None else (str(failure), isinstance(failure, RunError))
+        reports = self.ranks.gather((said, self.writer.done, self.writer.hashes))
+
+        def finish() -> None:
+            for rank, (trouble, done, hashes) in enumerate(reports):
+                self.writer.done |= done
+                self.writer.hashes |= hashes
+                if trouble is not None and not trouble[1]:
+                    self.writer.discard()
+                if trouble is not None:
+                    raise failure or RunError(f"Process {rank}: {trouble[0]}")
+            self.writer.finish(documents())
+
+        self.ranks.led(finish)
+        if failure is not None:
+            raise failure
+
+    def _mine(self, specs: list[TensorSpec], work: Work) -> list[TensorSpec]:
+        """Choose this process' tensors: merged and copied ones are shared out each by cost."""
+        mine: list[TensorSpec] = []
+        for merged in (True, False):
+            group = [spec for spec in specs if (spec.name in work) == merged]
+            costs = [merging_cost(spec.shape) if merged else spec.nbytes for spec in group]
+            owners = share_out(costs, self.ranks.size)
+            mine += [s for s, owner in zip(group, owners, strict=True) if owner == self.ranks.rank]
+        return sorted(mine, key=lambda spec: (spec.shard, spec.start, spec.stop))
+
+    def _loads(self, cut: Sequence[Part]) -> Iterator[Load[Piece]]:
+        for part in cut:
+            yield Load(held(self.pair, part), partial(self._read, part))
+
+    def _read(self, part: Part) -> Piece:
+        if part.matrix is not None:
+            check = not self.method.shows_bad_input  # else it is found in the result
+            return Piece(part, self.pair.read(part.matrix, part.experts, check=check))
+        spec, mllm = part.spec, self.pair.mllm
+        data = mllm.files.read(spec.shard, spec.start + part.start, spec.start + part.stop)
+        mllm.refuse_non_finite(spec.name, count_non_finite(as_tensor(data, spec.dtype)))
+        return Piece(part, data)
+
+    @property
+    def _local(self) -> bool:
+        return self.method.is_local(self.plan.parameters)
+
+    @cached_property
+    def _workers(self) -> int:
+        """How many matrices are merged at once: as many as this process has cores.
+
+        One where matrices are decomposed, which takes memory and keeps the threads busy that it is
+        given, and where a method is so light that reading and writing keep another core busy. On a
+        GPU as many as its memory holds, but one of a method that tells how far it is.
+        """
+        if self.device.type == "cpu":
+            one = self.method.matrixwise or self._local
+            return 1 if one else min(_MOST_WORKERS, self.ranks.cores)
+        if self.method.stepwise:
+            return 1
+        sizes = [
+            working_set(self.pair, m, Options()) for m, _ in chosen_matrices(self.plan, self.pair)
+        ]
+        return max(1, streams(self.device, max(sizes, default=0)))
+
+    def _merged(self, piece: Piece) -> tuple[Part, bytearray | Shares]:
+        part, content = piece
+        if isinstance(content, bytearray):
+            return part, content
+        if self.method.stepwise:
+            return part, self._stored(part, content)
+        with stream(self.device):
+            return part, drained(self._stored(part, content))
+
+    def _stored(self, part: Part, weights: MatrixWeights) -> Shares:
+        """Merge a matrix, cast it to its stored dtype, once, and refuse what does not fit it."""
+        merged = yield from self._merging(part, weights)
+        data = bytearray(part.stop - part.start)
+        values, target = merged.detach().reshape(-1), as_tensor(data, part.spec.dtype)
+        if values.device.type == "cpu":
+            for block in blocks(values):
+                target[block] = values[block]
+        else:
+            target.copy_(values.to(target.dtype))  # cast there, so that fewer bytes travel
+        if count_non_finite(target):
+            assert part.matrix is not None
+            self.pair.refuse_non_finite(part.matrix, part.experts)
+            raise CheckpointError(
+                f"The merged '{part.spec.name}' of '{self.pair.mllm.id}' does not fit "
+                f"{part.spec.dtype}: some values are infinite or NaN. Use smaller gains."
+            )
+        return data
+
+    def _merging(self, part: Part, weights: MatrixWeights) -> Generator[float, None, Tensor]:
+        """Merge a matrix on the device; where its memory does not suffice, this one on the CPU."""
+        assert part.matrix is not None
+        try:
+            return (yield from self._merging_on(self.device, part, weights))
+        except torch.OutOfMemoryError:
+            warn_of_cpu(self.device, part.matrix.name, part.matrix.shape)
+        return (yield from self._merging_on(torch.device("cpu"), part, weights))
+
+    def _merging_on(
+        self, device: torch.device, part: Part, weights: MatrixWeights
+    ) -> Generator[float, None, Tensor]:
+        """Call the method on one matrix, with all that the run found or measured for it."""
+        assert part.matrix is not None
+        supplied: dict[str, Any] = {}
+        if self.statistic is not None:
+            supplied["statistic"] = self.statistic
+        if self.measurements is not None and part.matrix.module not in BESIDE:
+            supplied |= self.measurements.inputs(part.matrix.name, part.experts, device)
+        anchor, weights = engine_anchor(self.method, self.plan.anchor), weights.to(device)
+        if "noise" in self.method.inputs and part.matrix.module not in BESIDE:
+            supplied["noise"] = rounding_noise(weights, anchor)
+        models = on_one_base(weights, device, anchor)
+        parameters = self.plan.parameters_for(part.matrix.layer)
+        return (yield from merging_of(self.method, part.matrix, models, **parameters, **supplied))
+
+    def _write(
+        self, part: Part, data: bytearray, count: _Count, action: Action
+    ) -> MergeStep | None:
+        self.writer.write_piece(part.spec.name, part.start, data)
+        return count.step(part.spec, action) if part.stop == part.spec.nbytes else None
+
+    def _first_pass(self, *, idle: bool) -> Iterator[MergeStep]:
+        """Find the method's numbers of the whole model: in the plan, in the run's notes, or now.
+
+        Every process measures for itself, but those that have nothing to merge.
+        """
+        self.statistic = self.plan.statistic
+        if self.measurements is not None and self.method.needs_statistic(self.plan.parameters):
+            assert self.method.statistic is not None, "numbers of the whole model for nobody"
+            numbers = self.method.statistic.calibrated(self.plan.parameters)
+            self.statistic = self.measurements.statistic(numbers)
+        if not is_due(self.plan):
+            return
+        leads = self.ranks.rank == 0  # and writes the manifest
+        noted = self.ranks.led(lambda: self.writer.noted("statistic"))
+        if noted is not None:
+            self.statistic = tuple(noted)
+        elif leads or not idle:
+            steps = measure(self.plan, self.pair, self.device, self._workers)
+            self.statistic = yield from relayed(steps, _measured)
+            if leads:
+                self.writer.note("statistic", self.statistic)
+
+
+def _measured(step: MeasureStep) -> MergeStep:
+    return MergeStep(*step, action="measured")
+
+
+class _Count:
+    """Counts finished tensors into steps."""
+
+    def __init__(self, total: int, nbytes_total: int) -> None:
+        self.total, self.nbytes_total = total, nbytes_total
+        self.index = self.nbytes_done = 0
+
+    def step(self, spec: TensorSpec, action: Action) -> MergeStep:
+        self.index += 1
+        self.nbytes_done += spec.nbytes
+        return self._told(spec, self.nbytes_done, action)
+
+    def within(self, part: Part, share: float) -> MergeStep:
+        """Count a share of a matrix that is being merged, without keeping it."""
+        nbytes = part.start + int(share * (part.stop - part.start))
+        return self._told(part.spec, self.nbytes_done + nbytes, "merging")
+
+    def _told(self, spec: TensorSpec, nbytes: int, action: Action) -> MergeStep:
+        return MergeStep(spec.name, self.index, self.total, nbytes, self.nbytes_total, action)
+
+
+def _steps_of_finished(out: str | Path) -> Iterator[MergeStep]:
+    """Report a run that was killed after its last rename: everything is there."""
+    specs = in_file_order(Checkpoint.open(out))
+    count = _Count(len(specs), sum(spec.nbytes for spec in specs))
+    for spec in specs:
+        yield count.step(spec, "resumed")
+
+
+def _documents(run: _Run, seconds: float) -> dict[str, str]:
+    manifest = manifest_of(
+        run.plan,
+        run.pair,
+        run.writer.hashes,
+        statistic=run.statistic,
+        device=str(run.device),
+        processes=run.ranks.size,
+        seconds=seconds,
+    )
+    return {MANIFEST: json.dumps(manifest, indent=1) + "\n", "README.md": write_card(run.plan)}

@@ -1,0 +1,99 @@
+"""The model card that a merged model carries: what it is, made of what, how to make it again.
+
+In: a plan. Out: the text of a README.md with the hub's metadata. Names come from the user's files
+and folders, so they are quoted and never trusted as markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ipmerge_core.analysis.records import Source
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import find_method
+from ipmerge_core.models.files import is_hub_id
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.version import __version__
+
+
+def write_card(plan: MergePlan) -> str:
+    """Return the model card of a plan's result as Markdown with YAML front matter."""
+    method = find_method(plan.method)
+    front = front_matter(
+        plan.sources.all(),
+        library="transformers",
+        task="image-text-to-text",
+        tags=["merge", "ipmerge"],
+    )
+    settings = {**plan.parameters, "similarity": plan.similarity}
+    settings["similarity_threshold"] = plan.similarity_threshold
+    settings["anchor"] = plan.anchor
+    lines = [
+        "# A merged vision-language model",
+        "",
+        f"Made by IPMerge {__version__} with **{method.label}** ({method.source}), "
+        f"plan `{plan.hash}`.",
+        "",
+        f"    {method.formula}",
+        "",
+        "| role | model | revision or fingerprint |",
+        "|---|---|---|",
+        *(_row(role, source) for role, source in _roles(plan)),
+        "",
+        f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices were merged"
+        f"{''.join(f', and {what}' for what in plan.beside)}; every other "
+        f"tensor, the tokenizer and the processor are the MLLM's, byte for byte.",
+        *_geometry(plan),
+        "",
+        "| parameter | value |",
+        "|---|---|",
+        *(f"| {name.rstrip('_')} | {value} |" for name, value in settings.items()),
+        "",
+        "`ipmerge.json` lists every tensor with its hash and what was done to it. No benchmark was "
+        "run by the merge: measure before you rely on it, perception as well as reasoning.",
+    ]
+    return "\n".join([front, *lines]) + "\n"
+
+
+def front_matter(
+    parents: Iterable[Source], *, library: str, tags: Sequence[str], task: str | None = None
+) -> str:
+    """Return the metadata that a model card starts with, as YAML between two lines of dashes.
+
+    Args:
+        parents: the models that this one was made of; those on the hub become `base_model`.
+        library: what loads the model, by its name on the hub.
+        tags: what the hub files the model under.
+        task: the hub's name for what the model does.
+    """
+    from huggingface_hub import ModelCardData
+
+    on_hub = [parent.id for parent in parents if parent.revision and is_hub_id(parent.id)]
+    data = ModelCardData(
+        library_name=library, pipeline_tag=task, tags=list(tags), base_model=on_hub or None
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _roles(plan: MergePlan) -> list[tuple[str, Source]]:
+    sources = plan.sources
+    rows = [("MLLM", sources.mllm), ("base", sources.base)]
+    if sources.base_mllm:
+        rows.append(("base of the MLLM", sources.base_mllm))
+    return rows + [("math expert", expert) for expert in sources.math]
+
+
+def _row(role: str, source: Source) -> str:
+    name = source.id if source.revision else Path(source.id).name
+    safe = "".join(c if c.isalnum() or c in "/._- " else "_" for c in name)
+    return f"| {role} | `{safe}` | `{(source.revision or source.fingerprint)[:12]}` |"
+
+
+def _geometry(plan: MergePlan) -> list[str]:
+    try:
+        preview = plan.preview()
+    except PlanError:  # no analysis, or a change that is not affine: nothing exact to say
+        return []
+    loose = f" (approximate: {preview.approximate})" if preview.approximate else ""
+    return [f"The decoder changed by {preview.relative_change:.3%} of its weights' norm{loose}."]

@@ -1,0 +1,234 @@
+"""What a plan asks of each stored tensor: parts to merge in place, and pieces to copy between.
+
+In: a plan, a pair, and what a header says of a tensor. Out: the parts in the order of their bytes,
+and one matrix of every model on one base. A fused tensor holds several matrices; a large one is
+copied in pieces, and merged in pieces where the method looks at single elements, so that memory
+does not grow with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import METHODS, MergeMethod
+from ipmerge_core.methods.blocks import blockwise
+from ipmerge_core.methods.declarations import Anchor
+from ipmerge_core.models.checkpoint import TensorSpec, split_address
+from ipmerge_core.models.pairing import (
+    BIAS,
+    NORM,
+    VOCABULARY,
+    MatrixMatch,
+    MatrixWeights,
+    ModelPair,
+)
+from ipmerge_core.models.shared_tokens import ROWS, shared_rows, shared_tokens
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.spectral.spectrum import noise_floor
+
+Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
+Work: TypeAlias = dict[str, list[Chosen]]  # by the MLLM's stored tensor
+BESIDE = ("norm", "bias", ROWS)  # the modules of what is no matrix of a layer
+
+
+class Part(NamedTuple):
+    """Bytes [start, stop) of one tensor's data, and the matrix that they are if it is merged."""
+
+    spec: TensorSpec
+    start: int
+    stop: int
+    matrix: MatrixMatch | None = None
+    experts: tuple[int, ...] = ()
+
+
+def on_one_base(
+    weights: MatrixWeights, device: torch.device, anchor: Anchor = "two_base"
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Move weights to the device, and all to the anchor's one base: base, mllm, experts.
+
+    Math:   two_base: on B_v, W_e' = (W_e - W0) + B_v;  root: on W0, as they are
+            inject:   on W_v, W_e' = (W_e - W0) + W_v;  interp: on W_v, as they are
+    On W_v the MLLM's task vector is 0. No method needs to know.
+    """
+    base, root, mllm, experts = weights.to(device)
+    if anchor == "interp":
+        return mllm, mllm, list(experts)
+    if anchor == "inject":
+        root = mllm
+    elif root is base or anchor == "root":
+        return base, mllm, list(experts)
+    moved = [blockwise(lambda e, b, r: (e - b) + r, expert, base, root) for expert in experts]
+    return root, mllm, moved
+
+
+def rounding_noise(weights: MatrixWeights, anchor: Anchor = "two_base") -> tuple[float, ...]:
+    """Norm of the rounding of the files in each task vector that `on_one_base` leads to.
+
+    It is taken from the stored dtypes, before weights are moved: what was moved is in fp32.
+    """
+    base, root, mllm, experts = weights
+    own = {"two_base": root, "root": base}.get(anchor)
+    vision = noise_floor(mllm, own) if own is not None else 0.0  # on W_v it has none
+    origin = mllm if anchor == "interp" else base
+    return (vision, *(noise_floor(expert, origin) for expert in experts))
+
+
+def chosen(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
+    """List what the plan merges, with the experts for each matrix.
+
+    Raises: PlanError when the tokens that the models share have changed since the plan was made.
+    """
+    every = tuple(range(len(pair.math)))
+    return [
+        *chosen_matrices(plan, pair),
+        *((m, every) for m in _beside(plan, pair) if plan.allows(split_address(m.name)[0])),
+    ]
+
+
+def chosen_matrices(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
+    """List the decoder matrices among them; a statistic of the whole model is taken over these."""
+    by_name = {matrix.name: matrix for matrix in pair.matrices}
+    return [(by_name[decision.name], decision.experts) for decision in plan.selected]
+
+
+def _beside(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
+    if plan.norms == "merge":
+        yield from pair.vectors
+    if plan.tokens:
+        if shared_tokens(pair) != plan.tokens:
+            raise PlanError(
+                "The tokenizers share other tokens than when the plan was made. Make a new plan."
+            )
+        yield from shared_rows(pair)
+
+
+def merging_of(
+    method: MergeMethod,
+    matrix: MatrixMatch,
+    models: tuple[Tensor, Tensor, list[Tensor]],
+    **keywords: Any,  # noqa: ANN401
+) -> Generator[float, None, Tensor]:
+    """Merge one matrix; rows of a vocabulary one by one, whatever rows they were read with.
+
+    A threshold or a direction is then a token's own, and does not depend on how the tokens are
+    ordered. The base's row keys the random numbers of a token. Where the method has nothing to say
+    of vectors, norms, biases and rows are merged by task arithmetic. Yields the share that is done
+    where the method is stepwise, and returns the matrix.
+    """
+    if matrix.module in BESIDE and method.vectors is not None:
+        own, other = method.vectors(keywords, len(models[2]))
+        method, keywords = METHODS["task_arithmetic"], {"mllm_weight": own, "math_weight": other}
+    if matrix.module != ROWS:
+        return (yield from method.steps(*models, tensor_name=matrix.name, **keywords))
+    base, mllm, experts = models
+    stored, rows = split_address(matrix.name)
+    assert rows is not None
+    return torch.cat(
+        [
+            method(
+                base[i : i + 1],
+                mllm[i : i + 1],
+                [expert[i : i + 1] for expert in experts],
+                tensor_name=f"{stored}[{row}]",
+                **keywords,
+            )
+            for i, row in enumerate(rows)
+        ]
+    )
+
+
+def reason_to_copy(plan: MergePlan, pair: ModelPair, name: str) -> str:
+    """Say why a tensor that the plan does not merge is the MLLM's."""
+    reason = pair.kept.get(name, "not selected")
+    could = (reason in (NORM, BIAS) and plan.norms == "merge") or (
+        reason == VOCABULARY and plan.tokens is not None
+    )
+    return "not selected" if could else reason
+
+
+def work_of(plan: MergePlan, pair: ModelPair) -> Work:
+    """Group what the plan merges by the MLLM's stored tensor: a fused one holds several."""
+    work: Work = {}
+    for matrix, experts in chosen(plan, pair):
+        work.setdefault(split_address(matrix.mllm)[0], []).append((matrix, experts))
+    return work
+
+
+def parts(spec: TensorSpec, merged: list[Chosen], most: int, *, local: bool = False) -> list[Part]:
+    """Cut a tensor into what is merged, in place, and pieces of `most` bytes to copy between.
+
+    With a `local` method the matrices are cut into rows of about that size, too.
+    """
+    row = spec.nbytes // spec.shape[0] if merged else 1
+    parts: list[Part] = []
+    position = 0
+    found = [(split_address(m.mllm)[1] or range(spec.shape[0]), m, e) for m, e in merged]
+    for rows, matrix, experts in sorted(found, key=lambda entry: entry[0].start):
+        parts += _copies(spec, position, rows.start * row, most)
+        whole = not local or matrix.shape[0] != len(rows)
+        for piece in [matrix] if whole else in_rows(matrix, len(rows) * row, most):
+            start = max(position, rows.start * row)
+            position = start + (len(rows) if whole else piece.shape[0]) * row
+            parts.append(Part(spec, start, position, piece, experts))
+    parts += _copies(spec, position, spec.nbytes, most)
+    return parts or [Part(spec, 0, 0)]  # a tensor without elements
+
+
+def in_rows(matrix: MatrixMatch, nbytes: int, most: int) -> Iterator[MatrixMatch]:
+    """Cut a matrix of so many bytes into rows of at most `most`, but one at least."""
+    count = matrix.shape[0]
+    step = max(1, most * count // max(nbytes, 1))
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        yield matrix if last - first == count else rows_of(matrix, first, last)
+
+
+def rows_of(matrix: MatrixMatch, first: int, last: int) -> MatrixMatch:
+    """Address the rows [first, last) of a matrix, which may itself be rows of a stored one."""
+
+    def rows(name: str) -> str:
+        stored, own = split_address(name)
+        above = own.start if own else 0
+        return f"{stored}[{above + first}:{above + last}]"
+
+    return replace(
+        matrix,
+        name=rows(matrix.name),
+        shape=(last - first, matrix.shape[1]),
+        mllm=rows(matrix.mllm),
+        base_mllm=rows(matrix.base_mllm),
+        math=tuple(rows(name) for name in matrix.math),
+    )
+
+
+def _copies(spec: TensorSpec, start: int, stop: int, most: int) -> list[Part]:
+    return [Part(spec, at, min(at + most, stop)) for at in range(start, stop, most)]
+
+
+def held(pair: ModelPair, part: Part) -> int:
+    """Bytes that a part takes while it is read."""
+    if part.matrix is None:
+        return part.stop - part.start
+    return held_by(pair, part.matrix, part.experts)
+
+
+def held_by(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> int:
+    """Bytes that the inputs of one matrix take in the stored dtypes."""
+    return sum(input_sizes(pair, matrix, experts))
+
+
+def input_sizes(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> list[int]:
+    """Bytes of one matrix in the MLLM, in its own base if that is another, in the base, experts."""
+    own = 0 if pair.base_mllm is pair.base else pair.base_mllm.spec(matrix.base_mllm).nbytes
+    return [
+        pair.mllm.spec(matrix.mllm).nbytes,
+        own,
+        pair.base.spec(matrix.name).nbytes,
+        sum(pair.math[k].spec(matrix.math[k]).nbytes for k in experts),
+    ]

@@ -1,0 +1,41 @@
+"""Read how a merged model was made from the manifest `ipmerge.json` in its folder."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from ipmerge_core.analysis.records import Sources
+
+MANIFEST = "ipmerge.json"
+
+
+class Provenance(NamedTuple):
+    """What a merged model's folder says of its making."""
+
+    plan: str  # the hash
+    method: str  # a key of METHODS
+    sources: Sources
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """Read from a merged model's manifest how it was made; None where there is no manifest."""
+    path = folder / MANIFEST
+    try:
+        return _read(path, path.stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, _modified: int) -> Provenance | None:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        plan = content["plan"]
+        return Provenance(
+            str(plan["hash"]), str(plan["method"]), Sources.from_dict(content["sources"])
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -1,0 +1,112 @@
+"""The first pass: numbers of the whole model that a method needs before it merges a matrix.
+
+In: a plan and its opened models. Out: a few numbers, and a step for every matrix on the way. They
+are a property of the plan: `merging` writes them into the manifest and takes them up again in a
+resume, and a plan may hold them already, from its analysis or from `iter_measure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.merging.parts import chosen_matrices, held_by, in_rows, on_one_base
+from ipmerge_core.methods import find_method
+from ipmerge_core.methods.declarations import Models, relayed
+from ipmerge_core.models.pairing import MatrixMatch, ModelPair
+from ipmerge_core.planning.plan import MergePlan, reopen
+from ipmerge_core.runtime.devices import resolve_device
+from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
+
+
+class MeasureStep(NamedTuple):
+    """A matrix, or some of its rows, is measured. Sizes in bytes, over all passes."""
+
+    tensor: str
+    number: int
+    total: int
+    nbytes_done: int
+    nbytes_total: int
+
+
+class _Piece(NamedTuple):
+    """Rows of the chosen matrix of that number and name, and the bytes that they take."""
+
+    number: int
+    name: str
+    rows: MatrixMatch
+    experts: tuple[int, ...]
+    held: int
+
+
+def iter_measure(
+    plan: MergePlan, *, device: str = "cpu"
+) -> Generator[MeasureStep, None, MergePlan]:
+    """Make the first pass of a plan now, yielding after each matrix; returns the plan with it.
+
+    The plan then says what the method found in the whole models, its preview is exact where that
+    was missing, and its merge does not measure again. A plan without a first pass comes back as it
+    is. Raises: as `reopen`; PlanError for a device that is not there.
+    """
+    where = torch.device(resolve_device(device))
+    if not is_due(plan):
+        return plan
+    found = yield from measure(plan, reopen(plan), where)
+    return replace(plan, statistic=found)
+
+
+def is_due(plan: MergePlan) -> bool:
+    """Whether the plan's method needs a pass over the weights that nobody has made yet."""
+    unknown = plan.statistic is None and plan.calibration is None
+    method = find_method(plan.method)
+    return unknown and bool(plan.selected) and method.needs_statistic(plan.parameters)
+
+
+def measure(
+    plan: MergePlan, pair: ModelPair, device: torch.device, workers: int = 1
+) -> Generator[MeasureStep, None, tuple[float, ...]]:
+    """Measure every matrix that the plan merges, yielding after each piece; returns the numbers."""
+    statistic = find_method(plan.method).statistic
+    assert statistic is not None, "a first pass without a statistic"
+    anchor = "two_base" if statistic.from_own_base else plan.anchor
+    chosen = chosen_matrices(plan, pair)
+    cut = [
+        _Piece(number, matrix.name, piece, experts, held_by(pair, piece, experts))
+        for number, (matrix, experts) in enumerate(chosen, 1)
+        for piece in in_rows(matrix, pair.mllm.spec(matrix.mllm).nbytes, pair.pace.piece)
+    ]
+    nbytes = sum(piece.held for piece in cut)
+
+    def matrices() -> Iterator[Models]:
+        loads = (
+            Load(piece.held, partial(pair.read, piece.rows, piece.experts, check=False))
+            for piece in cut
+        )
+        budget = max(pair.pace.ahead, *(piece.held for piece in cut))
+        with closing(read_ahead(loads, budget, pair.pace.threads)) as read:
+            for weights in read:
+                yield *on_one_base(weights, device, anchor), {}
+
+    index = done = 0
+
+    def told(_: None) -> MeasureStep:
+        nonlocal index, done
+        turn, place = divmod(index, len(cut))
+        index, done = index + 1, done + cut[place].held
+        number, total = turn * len(chosen) + cut[place].number, statistic.passes * len(chosen)
+        return MeasureStep(cut[place].name, number, total, done, statistic.passes * nbytes)
+
+    def apply(function: Callable[[Models], Tensor], models: Iterable[Models]) -> Iterator[Tensor]:
+        for piece, numbers in zip(cut, compute_ahead(function, models, workers), strict=True):
+            if not bool(numbers.isfinite().all()):
+                pair.refuse_non_finite(piece.rows, piece.experts)
+            yield numbers
+
+    with closing(statistic.steps(matrices, plan.parameters, apply=apply)) as steps:
+        return (yield from relayed(steps, told))

@@ -1,0 +1,1 @@
+"""Model folders: read by their headers, matched matrix by matrix, checked and written."""

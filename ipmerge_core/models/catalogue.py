@@ -1,0 +1,113 @@
+"""The catalogue of known models and pairs: who descends from whom, with which skill and licence.
+
+In: `catalogue.json` beside this file. Out: known models, pairs and presets as plain values, and the
+likely true base of a model. Every fact names its source; a licence that nobody read is None, and a
+preset says whether it is a paper's, its public code's, or ours. Asks no network, loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from ipmerge_core.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model on the hub. `sources` says where its parent and licence were read."""
+
+    id: str
+    role: Literal["mllm", "base", "expert"]
+    parent: str | None
+    skill: str | None
+    licence: str | None
+    sources: dict[str, str | None]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class KnownPair:
+    """Models that somebody merged, with the base of each. Fields as in `open_pair`."""
+
+    mllm: str
+    math: tuple[str, ...]
+    base: str
+    base_mllm: str | None
+    skill: str
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method with its settings; `origin` says whose they are."""
+
+    name: str
+    method: str
+    similarity: str | None
+    similarity_threshold: float | None
+    parameters: dict[str, Any]
+    origin: Literal["paper", "public code", "ours"]
+    source: str
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All that is known."""
+
+    models: dict[str, KnownModel]
+    pairs: tuple[KnownPair, ...]
+    presets: tuple[Preset, ...]
+
+
+@cache
+def load_catalogue() -> Catalogue:
+    """Read the catalogue that comes with the package."""
+    text = (
+        resources.files("ipmerge_core.models")
+        .joinpath("catalogue.json")
+        .read_text(encoding="utf-8")
+    )
+    content = json.loads(text)
+    return Catalogue(
+        models={entry["id"]: KnownModel(**entry) for entry in content["models"]},
+        pairs=tuple(
+            KnownPair(**{**entry, "math": tuple(entry["math"])}) for entry in content["pairs"]
+        ),
+        presets=tuple(Preset(**entry) for entry in content["presets"]),
+    )
+
+
+def find_model(name: str) -> KnownModel | None:
+    """Find a model by hub id, or by the last part of one, whatever the case.
+
+    >>> find_model("qwen2-vl-7b-instruct").parent
+    'Qwen/Qwen2-7B'
+    """
+    wanted = name.rstrip("/").rsplit("@", 1)[0].lower()
+    models = load_catalogue().models.values()
+    exact = [model for model in models if model.id.lower() == wanted]
+    last = wanted.rsplit("/", 1)[-1]
+    alike = [model for model in models if model.id.lower().rsplit("/", 1)[-1] == last]
+    return next(iter(exact or alike), None)
+
+
+def likely_base(model: Checkpoint) -> str | None:
+    """Name the parent of a model that the catalogue knows, by its id or folder, else its config.
+
+    A config's `_name_or_path` is what the training started from, or the model's own name.
+    """
+    itself = find_model(model.id)
+    if itself is not None and itself.parent is not None:
+        return itself.parent
+    inner = model.config.get("text_config")
+    for config in (model.config, inner if isinstance(inner, dict) else {}):
+        known = find_model(str(config.get("_name_or_path") or ""))
+        if known is not None:
+            return known.id if known.role == "base" else known.parent
+    return None

@@ -1,0 +1,300 @@
+"""A model on disk or on the hub, opened by its headers, read one tensor at a time.
+
+In: a folder or a hub id (`org/name` or `org/name@revision`). Out: a `TensorSpec` per tensor without
+reading any weight, and the bytes or values of one tensor on request, by positioned reads: memory
+never holds more than what was asked for. Format: safetensors (JSON header behind an 8-byte length,
+then the data). Every header is distrusted: sizes, offsets, overlaps and names are checked before
+use. Which files hold the weights is `weight_files.py`'s choice, writing is `writer.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
+from ipmerge_core.models.files import Files, find_files
+from ipmerge_core.models.weight_files import find_weights, read_json
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
+_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
+_HEADER_LIMIT = 100 * 2**20  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of one tensor. `start` and `stop` are byte offsets in the shard file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stored data in bytes."""
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+class Checkpoint:
+    """One model: its config, its files, and a `TensorSpec` per tensor, in file order."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.config = read_json(files, "config.json")
+        self.weights = find_weights(files, self.config)
+        self.shards = list(self.weights.shards)
+        self.tensors: dict[str, TensorSpec] = {}
+        for shard in self.shards:
+            for spec in _read_header(files, shard):
+                if spec.name in self.tensors:
+                    raise CorruptShardError(
+                        f"'{spec.name}' stands in both '{self.tensors[spec.name].shard}' and "
+                        f"'{shard}' of '{self.id}'; each tensor must stand in one shard."
+                    )
+                self.tensors[spec.name] = spec
+        self.weights.check_index(self.id, {name: spec.shard for name, spec in self.tensors.items()})
+
+    @classmethod
+    def open(cls, source: str | Path, *, hub_only: bool = False) -> Checkpoint:
+        """Open a model folder or a hub id by its headers; no weight is read.
+
+        Args:
+            source: a folder, or `org/name`, or `org/name@revision`.
+            hub_only: take hub ids only, for names that strangers write.
+
+        Raises:
+            CheckpointError: there is no such model, or it holds no safetensors weights.
+            CorruptShardError: a header contradicts its file.
+        """
+        return cls(find_files(source, hub_only=hub_only))
+
+    @property
+    def id(self) -> str:
+        """The folder or hub id, as the user knows it."""
+        return self.files.id
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @property
+    def numel(self) -> int:
+        """Parameters of all tensors together."""
+        return sum(spec.numel for spec in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 by which a plan recognises the weights it was made for, without reading them all.
+
+        On the hub the pinned commit stands for the content. On disk it covers the headers and two
+        kilobytes of every tensor: training touches every part of a tensor, so another state of the
+        model gives another value; a copy of the folder elsewhere gives the same one.
+        """
+        if self.files.revision is not None:
+            return hashlib.sha256(f"{self.id}@{self.files.revision}".encode()).hexdigest()
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(self.read_header(shard))
+        for spec in self.tensors.values():
+            middle = (spec.start + spec.stop) // 2
+            for start in (spec.start, middle):
+                digest.update(self.files.read(spec.shard, start, min(start + 1024, spec.stop)))
+        return digest.hexdigest()
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return what the header says of a tensor, or of rows of one: `name[start:stop]`.
+
+        Rows lie together on disk, so that a part of a fused matrix is read like a tensor of its
+        own. Raises: MissingTensorError.
+        """
+        if name in self.tensors:
+            return self.tensors[name]
+        stored, rows = split_address(name)
+        whole = self.tensors.get(stored)
+        if rows is None or whole is None or rows.stop > whole.shape[0]:
+            raise MissingTensorError(
+                f"'{self.id}' has no tensor '{name}' among its {len(self.tensors)} tensors."
+            )
+        row = whole.nbytes // whole.shape[0]
+        start, stop = whole.start + rows.start * row, whole.start + rows.stop * row
+        shape = (rows.stop - rows.start, *whole.shape[1:])
+        return TensorSpec(name, whole.dtype, shape, whole.shard, start, stop)
+
+    def read_bytes(self, name: str) -> bytearray:
+        """Read a tensor's stored bytes, undecoded."""
+        spec = self.spec(name)
+        return self.files.read(spec.shard, spec.start, spec.stop)
+
+    def iter_bytes(self, name: str, step: int = 1 << 20) -> Iterator[bytearray]:
+        """Read a tensor's stored bytes piece by piece."""
+        spec = self.spec(name)
+        for start in range(spec.start, spec.stop, step):
+            yield self.files.read(spec.shard, start, min(start + step, spec.stop))
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor in its stored dtype, on the CPU."""
+        spec = self.spec(name)
+        data = torch.empty(spec.nbytes, dtype=torch.uint8)  # not zeroed first, as a bytearray is
+        self.files.read_into(data.numpy().data, spec.shard, spec.start)
+        return data.view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def read_matrix(self, name: str, *, check: bool = True) -> Tensor:
+        """Read a float tensor to compute with. Raises: CheckpointError for NaN or infinity."""
+        found = self.read(name)
+        if check:
+            self.refuse_non_finite(name, count_non_finite(found))
+        return found
+
+    def refuse_non_finite(self, name: str, bad: int) -> None:
+        """Raise CheckpointError if a tensor holds `bad` > 0 values that are no numbers."""
+        if bad:
+            raise CheckpointError(
+                f"'{name}' of '{self.id}' holds {bad} NaN or infinite values of "
+                f"{self.spec(name).numel}. The file is damaged or the training diverged: use "
+                f"another copy."
+            )
+
+    def read_header(self, shard: str) -> bytearray:
+        """Read a shard's length prefix and header as they are."""
+        length = int.from_bytes(self.files.read(shard, 0, 8), "little")
+        return self.files.read(shard, 0, 8 + length)
+
+
+def split_address(address: str) -> tuple[str, range | None]:
+    """Split `name[start:stop]` into a stored tensor's name and rows; None stands for all rows.
+
+    >>> split_address("model.layers.0.self_attn.qkv_proj.weight[64:96]")
+    ('model.layers.0.self_attn.qkv_proj.weight', range(64, 96))
+    >>> split_address("lm_head.weight")
+    ('lm_head.weight', None)
+    """
+    found = _ROWS.fullmatch(address)
+    if found is None:
+        return address, None
+    return found["name"], range(int(found["start"]), int(found["stop"]))
+
+
+def as_tensor(data: bytearray, dtype: str) -> Tensor:
+    """Look at stored bytes as a flat tensor; the memory is shared."""
+    if not data:
+        return torch.empty(0, dtype=DTYPES[dtype])
+    return torch.frombuffer(data, dtype=DTYPES[dtype])
+
+
+def count_non_finite(values: Tensor) -> int:
+    """Count NaN and infinite values; 0 for other dtypes than floats."""
+    if values.dtype not in _FLOATS or not values.numel():
+        return 0
+    low, high = torch.aminmax(values)  # one pass; NaN wins
+    if torch.isfinite(low) and torch.isfinite(high):
+        return 0
+    return int(values.numel() - torch.isfinite(values).sum())
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return a tensor's elements, row-major, as safetensors stores them (little-endian)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data: bytes = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return data
+
+
+def _read_header(files: Files, shard: str) -> list[TensorSpec]:
+    """Parse one shard's header and check it against the file, in the order of the data."""
+    size = files.size(shard)
+    fault = _Fault(files.id, shard)
+    if size < 8:
+        raise fault(f"it has {size} bytes, too few for a header")
+    length = int.from_bytes(files.read(shard, 0, 8), "little")
+    if length > min(_HEADER_LIMIT, size - 8):
+        raise fault(f"its header claims {length} bytes in a file of {size}")
+    try:
+        header = json.loads(files.read(shard, 8, 8 + length), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise fault(f"its header cannot be read ({error})") from error
+    if not isinstance(header, dict):
+        raise fault("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    specs = [_read_entry(fault, shard, 8 + length, name, header[name]) for name in header]
+    specs.sort(key=lambda spec: (spec.start, spec.stop))
+    position = 8 + length
+    for spec in specs:
+        if spec.start != position:
+            raise fault(f"the data of '{spec.name}' overlaps another tensor or leaves a gap")
+        position = spec.stop
+    if position != size:
+        raise fault(f"its tensors end at byte {position} of {size}")
+    return specs
+
+
+class _Fault:
+    """Makes a CorruptShardError that names the file and the remedy."""
+
+    def __init__(self, model: str, shard: str) -> None:
+        self.model, self.shard = model, shard
+
+    def __call__(self, what: str) -> CorruptShardError:
+        return CorruptShardError(
+            f"'{self.shard}' of '{self.model}' is damaged or incomplete: {what}. Download it again."
+        )
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"duplicate key {twice!r}")
+    return dict(pairs)
+
+
+def _read_entry(fault: _Fault, shard: str, data: int, name: str, entry: Any) -> TensorSpec:  # noqa: ANN401
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise fault(f"the entry of '{name}' lacks dtype, shape or data_offsets") from error
+    if dtype not in DTYPES:
+        raise fault(f"'{name}' has the unknown dtype {dtype!r}")
+    numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise fault(f"'{name}' has the impossible shape {shape!r} or offsets {start!r}, {stop!r}")
+    spec = TensorSpec(name, dtype, tuple(shape), shard, data + start, data + stop)
+    expected = spec.numel * DTYPES[dtype].itemsize
+    if spec.nbytes != expected:
+        raise fault(f"'{name}' has {spec.nbytes} bytes; its shape and dtype need {expected}")
+    return spec

@@ -1,0 +1,249 @@
+"""A model's language decoder, found from names and shapes in its headers, in one common form.
+
+In: a `Checkpoint`. Out: `Decoder`s: tensors by (text layer, name inside the layer), whatever the
+prefix, with fused projections split by rows and layers that are no text layers set apart. Which
+family a model belongs to is never asked. What the matrices of a layer cannot be is refused by name:
+quantised storage, hybrid layers, other projections than q, k, v, o, gate, up and down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ipmerge_core.errors import PairingError, ShapeError
+from ipmerge_core.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorSpec
+
+MODULES = ("q", "k", "v", "o", "gate", "up", "down")
+MATRICES = {
+    **{f"self_attn.{module}_proj.weight": module for module in MODULES[:4]},
+    **{f"mlp.{module}_proj.weight": module for module in MODULES[4:]},
+}
+MOE = "mixture of experts: experts and router are kept, attention merges"
+CROSS_ATTENTION = "cross-attention layer: the text model has none"
+BUFFER = "buffer: computed, not learned"
+NORMS, BIASES, EMBEDDINGS, HEAD = "norms", "biases", "embeddings", "output head"
+MIXTURE = "experts of the mixture"
+
+# Names are a stranger's: a match ends at the first layer number, and no number is too long to read.
+_LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
+_MOE = re.compile(
+    r"(mlp\.(experts|gate|router|shared_experts?|shared_expert_gate)\.|block_sparse_moe\.).+"
+)
+_BUFFER = re.compile(r"self_attn\.(rotary_emb\.\w+|masked_bias)")
+_QUANTISED = re.compile(
+    r".*\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|scales|SCB|absmax|quant_map)"
+)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The text layers under one prefix. `tensors` is by (text layer, name inside the layer).
+
+    `layers` are the stored numbers of the text layers, `apart` says of each other tensor under the
+    prefix's layers why it belongs to no text layer or is no matrix to merge.
+    """
+
+    prefix: str
+    layers: tuple[int, ...]
+    tensors: Mapping[tuple[int, str], TensorSpec]
+    apart: Mapping[str, str]
+
+    @property
+    def matrices(self) -> dict[tuple[int, str], TensorSpec]:
+        """The seven kinds of matrices by (text layer, module)."""
+        return {
+            (layer, MATRICES[rest]): spec
+            for (layer, rest), spec in self.tensors.items()
+            if rest in MATRICES
+        }
+
+    def other_tensors(self, model: Checkpoint) -> dict[tuple[str, int, str], str]:
+        """Name the model's other tensors of the language model by (kind, text layer, name there).
+
+        Norms and biases, experts and router of a mixture, embeddings, output head.
+        """
+        found = {
+            (BIASES if rest.endswith(".bias") else NORMS, layer, rest): spec.name
+            for (layer, rest), spec in self.tensors.items()
+            if rest not in MATRICES
+        }
+        for name, reason in self.apart.items():
+            place = _LAYER.fullmatch(name)
+            if reason == MOE and place is not None:
+                layer = self.layers.index(int(place["layer"]))
+                found[MIXTURE, layer, place["rest"]] = name
+        for kind, name in ((NORMS, "norm.weight"), (EMBEDDINGS, "embed_tokens.weight")):
+            if self.prefix + name in model.tensors:
+                found[kind, len(self.layers), name] = self.prefix + name
+        head = output_head(model)
+        if head is not None:
+            found[HEAD, len(self.layers), "lm_head.weight"] = head
+        return {key: name for key, name in found.items() if any(model.spec(name).shape[:1])}
+
+
+def output_head(model: Checkpoint) -> str | None:
+    """Name the output head, if the model stores one."""
+    found = [name for name in model.tensors if name.split(".")[-2:] == ["lm_head", "weight"]]
+    return min(found, key=len, default=None)
+
+
+def text_config(model: Checkpoint) -> dict[str, Any]:
+    """Return the config of the model's language part, with the outer config's values below it."""
+    outer = model.config
+    inner = [outer.get(key) for key in ("text_config", "llm_config", "language_config")]
+    own: dict[str, Any] = next((part for part in inner if isinstance(part, dict)), {})
+    merged = outer | {key: value for key, value in own.items() if value is not None}
+    rope = merged.get("rope_parameters")
+    if isinstance(rope, dict):
+        rope = rope.get("full_attention", rope)  # where local layers have a rope of their own
+        merged["rope_theta"] = rope.get("rope_theta", merged.get("rope_theta"))
+    return merged
+
+
+def find_decoders(role: str, model: Checkpoint) -> list[Decoder]:
+    """List the groups of layers that hold matrices of the seven kinds, the largest first.
+
+    Raises: PairingError when there is none, naming what there is instead.
+    """
+    groups: dict[str, dict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
+    for spec in model.tensors.values():
+        found = _LAYER.fullmatch(spec.name)
+        if found:
+            groups[found["prefix"]][int(found["layer"])][found["rest"]] = spec
+    split = {
+        prefix: {number: _split_fused(model, layer) for number, layer in layers.items()}
+        for prefix, layers in groups.items()
+    }
+    named = {
+        prefix: layers
+        for prefix, layers in split.items()
+        if any(rest in MATRICES for layer in layers.values() for rest in layer)
+    }
+    if not named:
+        raise _no_decoder(role, model, groups)
+    largest = sorted(named, key=lambda prefix: -sum(map(len, named[prefix].values())))
+    return [_decoder(prefix, named[prefix]) for prefix in largest]
+
+
+def refuse_unsupported(model: Checkpoint, decoder: Decoder) -> None:
+    """Refuse a decoder with matrices that no merge here understands. Raises: PairingError."""
+    numbers = sorted({int(_number(name)) for name in decoder.apart} | set(decoder.layers))
+    if numbers != list(range(len(numbers))):
+        missing = min(set(range(numbers[-1])) - set(numbers))
+        raise PairingError(
+            f"'{model.id}' has layers up to {numbers[-1]} under '{decoder.prefix}layers.' but "
+            f"none of number {missing}. Is a shard missing?"
+        )
+    for (layer, rest), spec in decoder.tensors.items():
+        _refuse_quantised(model, spec, rest)
+        if len(spec.shape) > 1 and rest not in MATRICES:
+            raise PairingError(
+                f"'{spec.name}' of '{model.id}' {spec.shape} is none of the projections q, k, v, "
+                f"o, gate, up, down that merges know (layer {layer}). This architecture is not "
+                f"supported."
+            )
+
+
+def _no_decoder(role: str, model: Checkpoint, groups: Mapping[str, Any]) -> PairingError:
+    quantised = next((name for name in model.tensors if _QUANTISED.fullmatch(name)), None)
+    if quantised is not None:
+        return _quantised_error(model, quantised)
+    found = (
+        spec.name
+        for layers in groups.values()
+        for layer in layers.values()
+        for spec in layer.values()
+        if len(spec.shape) == 2
+    )
+    inside = next(found, None)
+    hint = f" It has '{inside}': this layout is not supported." if inside else ""
+    return PairingError(
+        f"The {role} '{model.id}' has no decoder matrices named like "
+        f"'...layers.0.self_attn.q_proj.weight'.{hint} Expected a Llama-like decoder in the "
+        f"transformers layout."
+    )
+
+
+def _refuse_quantised(model: Checkpoint, spec: TensorSpec, rest: str) -> None:
+    if _QUANTISED.fullmatch(rest) or (rest in MATRICES and spec.dtype not in FLOAT_DTYPES):
+        raise _quantised_error(model, spec.name)
+
+
+def _quantised_error(model: Checkpoint, name: str) -> PairingError:
+    return PairingError(
+        f"'{name}' of '{model.id}' is quantised ({model.spec(name).dtype}). Differences of "
+        f"quantised weights are mostly rounding: use the model's own float weights (F32, F16, "
+        f"BF16)."
+    )
+
+
+def _number(name: str) -> str:
+    found = _LAYER.fullmatch(name)
+    assert found is not None
+    return found["layer"]
+
+
+def _decoder(prefix: str, layers: Mapping[int, Mapping[str, TensorSpec]]) -> Decoder:
+    """Tell text layers from others, number them anew, and set apart what is no part of them."""
+    text = [number for number in sorted(layers) if _is_text_layer(layers[number])]
+    tensors: dict[tuple[int, str], TensorSpec] = {}
+    apart: dict[str, str] = {}
+    for ordinal, number in enumerate(text):
+        for rest, spec in layers[number].items():
+            reason = MOE if _MOE.fullmatch(rest) else BUFFER if _BUFFER.fullmatch(rest) else None
+            if reason is None:
+                tensors[ordinal, rest] = spec
+            else:
+                apart[spec.name] = reason
+    for number in set(layers) - set(text):
+        apart |= dict.fromkeys((spec.name for spec in layers[number].values()), CROSS_ATTENTION)
+    return Decoder(prefix, tuple(text), tensors, apart)
+
+
+def _is_text_layer(layer: Mapping[str, TensorSpec]) -> bool:
+    """Every layer is one, unless cross-attention takes the place of self-attention in it."""
+    crossed = any(rest.startswith("cross_attn.") for rest in layer)
+    return not crossed or any(rest.startswith("self_attn.") for rest in layer)
+
+
+def _split_fused(model: Checkpoint, layer: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Replace `qkv_proj` and `gate_up_proj` by addresses of the rows that they stack."""
+    split: dict[str, TensorSpec] = {}
+    for rest, spec in layer.items():
+        place, _, kind = rest.rpartition(".")
+        if place == "self_attn.qkv_proj" and kind in ("weight", "bias"):
+            sizes = dict(zip("qkv", _qkv_rows(model, spec), strict=True))
+        elif place == "mlp.gate_up_proj" and kind in ("weight", "bias"):
+            sizes = dict.fromkeys(("gate", "up"), spec.shape[0] // 2)
+        else:
+            split[rest] = spec
+            continue
+        start = 0
+        for name, size in sizes.items():
+            address = f"{spec.name}[{start}:{start + size}]"
+            split[f"{place.partition('.')[0]}.{name}_proj.{kind}"] = model.spec(address)
+            start += size
+    return split
+
+
+def _qkv_rows(model: Checkpoint, spec: TensorSpec) -> list[int]:
+    """Rows of q, k and v in a fused projection, from the number of heads."""
+    config = text_config(model)
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise PairingError(
+            f"'{spec.name}' of '{model.id}' holds q, k and v in one, and the config does not say "
+            f"num_attention_heads and hidden_size, so that they cannot be told apart."
+        )
+    head = config.get("head_dim") or width // heads
+    keys = (config.get("num_key_value_heads") or heads) * head
+    if heads * head + 2 * keys != spec.shape[0]:
+        raise ShapeError(
+            f"'{spec.name}' of '{model.id}' has {spec.shape[0]} rows; {heads} query heads and "
+            f"{keys // head} key/value heads of {head} need {heads * head + 2 * keys}."
+        )
+    return [heads * head, keys, keys]

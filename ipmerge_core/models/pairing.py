@@ -1,0 +1,363 @@
+"""Which tensors of the models correspond, and why others do not.
+
+In: an MLLM, one or several math LLMs, their common base (or one base per role). Out: a `ModelPair`
+with one `MatrixMatch` per decoder matrix, a reason for every tensor of the MLLM that is kept, and
+the findings of the sibling check. Names differ between layouts, so the match is learned by lineage:
+among the decoders that the headers show, the one whose tensors and shapes are the base's. A tensor
+of the decoder without its counterpart is refused by name. Weights are read by the check alone, and
+only a few rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ipmerge_core.errors import PairingError, ShapeError
+from ipmerge_core.models.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    TensorSpec,
+    as_tensor,
+    count_non_finite,
+    split_address,
+)
+from ipmerge_core.models.decoders import (
+    MODULES,
+    Decoder,
+    find_decoders,
+    refuse_unsupported,
+    text_config,
+)
+from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace
+from ipmerge_core.models.siblings import Finding, Member, check_siblings
+
+Source = str | Path | Checkpoint
+
+__all__ = [
+    "MODULES",
+    "Finding",
+    "MatrixMatch",
+    "MatrixWeights",
+    "ModelPair",
+    "open_pair",
+    "text_config",
+]
+
+VOCABULARY = "vocabulary: rows belong to the MLLM's own tokens"
+OUTSIDE = "outside the language model"
+BIAS = "bias: only matrices are merged"
+NORM = "norm: only matrices are merged"
+
+
+@dataclass(frozen=True)
+class MatrixMatch:
+    """One decoder matrix under its name in each model. `name` is the base's name for it.
+
+    A matrix that a model stores inside a fused one is named by its rows there, such as
+    `model.layers.0.self_attn.qkv_proj.weight[0:4096]`; `Checkpoint` reads such names.
+    """
+
+    name: str
+    layer: int
+    module: str
+    shape: tuple[int, int]
+    mllm: str
+    base_mllm: str
+    math: tuple[str, ...]
+
+
+class MatrixWeights(NamedTuple):
+    """One matrix of every model that takes part, in the stored dtypes.
+
+    `root` is the MLLM's own base: the very tensor `base` where both descend from one.
+    """
+
+    base: Tensor
+    root: Tensor
+    mllm: Tensor
+    math: tuple[Tensor, ...]
+
+    def to(self, device: str | torch.device) -> MatrixWeights:
+        """Return the same on another device."""
+        base = self.base.to(device)
+        root = base if self.root is self.base else self.root.to(device)
+        experts = tuple(expert.to(device) for expert in self.math)
+        return MatrixWeights(base, root, self.mllm.to(device), experts)
+
+
+class ModelPair:
+    """An MLLM with its math experts and base, matched matrix by matrix; no weights in memory."""
+
+    def __init__(
+        self, mllm: Checkpoint, math: Sequence[Checkpoint], base: Checkpoint, base_mllm: Checkpoint
+    ) -> None:
+        self.mllm, self.math, self.base, self.base_mllm = mllm, tuple(math), base, base_mllm
+        root = find_decoders("base", base)[0]
+        refuse_unsupported(base, root)
+        self._decoder = _align("mllm", mllm, base, root)
+        own = root if base_mllm is base else _align("mllm's base", base_mllm, base, root)
+        experts = [_align("math model", expert, base, root) for expert in self.math]
+        self.sides: tuple[tuple[Checkpoint, Decoder], ...] = (
+            (base, root),
+            (mllm, self._decoder),
+            (base_mllm, own),
+            *zip(self.math, experts, strict=True),
+        )
+        self.matrices = _match(root, self._decoder, own, experts)
+
+    @cached_property
+    def vectors(self) -> tuple[MatrixMatch, ...]:
+        """Norms and biases of the text layers and the last norm, as matrices of one row."""
+        root = self.sides[0][1]
+        found = [
+            (layer, [decoder.tensors[layer, rest] for _, decoder in self.sides])
+            for (layer, rest), spec in root.tensors.items()
+            if len(spec.shape) == 1 and spec.dtype in FLOAT_DTYPES
+        ]
+        last = [f"{decoder.prefix}norm.weight" for _, decoder in self.sides]
+        stored = [
+            model.tensors.get(name) for (model, _), name in zip(self.sides, last, strict=True)
+        ]
+        specs = [spec for spec in stored if spec is not None]
+        if len({spec.shape for spec in specs}) == 1 and len(specs) == len(stored):
+            found.append((len(root.layers) - 1, specs))
+        return tuple(_vector(layer, specs) for layer, specs in found)
+
+    @cached_property
+    def kept(self) -> dict[str, str]:
+        """Every tensor of the MLLM that no merge of matrices touches, with the reason."""
+        matched = {split_address(matrix.mllm)[0] for matrix in self.matrices}
+        return {
+            name: _reason_to_keep(spec, self._decoder)
+            for name, spec in self.mllm.tensors.items()
+            if name not in matched
+        }
+
+    @property
+    def name(self) -> str:
+        """A short label: the folder or repository names of the MLLM and the experts."""
+        return " + ".join(Path(model.id).name for model in (self.mllm, *self.math))
+
+    def check(self) -> list[Finding]:
+        """Compare the models from headers, configs and a few rows of every kind of matrix.
+
+        More is read only of a model that seems to be its base. Returns findings, each ok, warning
+        or refusal, with the numbers and a remedy. A merge of a pair with a refusal is possible only
+        when it is forced.
+        """
+        places = [(matrix.module, matrix.layer) for matrix in self.matrices]
+        return [self._tensor_finding(), *check_siblings(list(self._members()), places)]
+
+    def refuse_strangers(self, way_out: str = "") -> None:
+        """Raise PairingError for the first refusal of the check; `way_out` ends its message."""
+        for finding in self.check():
+            if finding.level == "refusal":
+                words = (f"{finding.subject}: {finding.message}", finding.remedy, way_out)
+                raise PairingError(" ".join(filter(None, words)))
+
+    def read(
+        self, matrix: MatrixMatch, experts: Sequence[int] | None = None, *, check: bool = True
+    ) -> MatrixWeights:
+        """Read one matrix of every model, or of some experts only, by index.
+
+        Raises: CheckpointError where a matrix holds NaN or infinity, unless `check` is false.
+        """
+        chosen = range(len(self.math)) if experts is None else experts
+
+        def read(model: Checkpoint, name: str) -> Tensor:
+            found = model.read_matrix(name, check=check)
+            return found.reshape(matrix.shape)  # a vector is a matrix of one row
+
+        base = read(self.base, matrix.name)
+        shared = self.base_mllm is self.base
+        return MatrixWeights(
+            base=base,
+            root=base if shared else read(self.base_mllm, matrix.base_mllm),
+            mllm=read(self.mllm, matrix.mllm),
+            math=tuple(read(self.math[k], matrix.math[k]) for k in chosen),
+        )
+
+    @property
+    def pace(self) -> Pace:
+        """How to read the models through."""
+        remote = any(model.files.remote for _, model in self.roles())
+        return OVER_NETWORK if remote else FROM_DISK
+
+    def refuse_non_finite(self, matrix: MatrixMatch, experts: Sequence[int]) -> None:
+        """Look through the stored tensors that hold a matrix, in every model.
+
+        Raises: CheckpointError naming the first with NaN or infinity, and how many.
+        """
+        names = [(self.mllm, matrix.mllm), (self.base, matrix.name)]
+        names += [(self.base_mllm, matrix.base_mllm)]
+        names += [(self.math[k], matrix.math[k]) for k in experts]
+        for model, name in names:
+            stored, _ = split_address(name)
+            dtype = model.spec(stored).dtype
+            bad = sum(
+                count_non_finite(as_tensor(piece, dtype)) for piece in model.iter_bytes(stored)
+            )
+            model.refuse_non_finite(stored, bad)
+
+    def roles(self) -> Iterator[tuple[str, Checkpoint]]:
+        """Name each model: mllm, base, math (or math 1, math 2, ...), and base of the mllm."""
+        for member in self._members():
+            yield member.role, member.model
+
+    def _members(self) -> Iterator[Member]:
+        own_base = self.base_mllm is not self.base
+        root = "base of the mllm" if own_base else "base"
+        others = [decoder.other_tensors(model) for model, decoder in self.sides]
+        yield Member("mllm", self.mllm, [m.mllm for m in self.matrices], root, others[1])
+        yield Member("base", self.base, [m.name for m in self.matrices], None, others[0])
+        if own_base:
+            names = [m.base_mllm for m in self.matrices]
+            yield Member("base of the mllm", self.base_mllm, names, None, others[2])
+        for k, expert in enumerate(self.math):
+            role = "math" if len(self.math) == 1 else f"math {k + 1}"
+            yield Member(role, expert, [m.math[k] for m in self.matrices], "base", others[3 + k])
+
+    def _tensor_finding(self) -> Finding:
+        """Say of every tensor of the MLLM whether it can merge, or why it is kept."""
+        reasons = Counter(reason.partition(":")[0] for reason in self.kept.values())
+        kept = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        message = (
+            f"{len(self.matrices)} decoder matrices of {len(self._decoder.layers)} layers match by "
+            f"name and shape. Kept: {kept or 'nothing'}."
+        )
+        experts = [name for name, reason in self.kept.items() if reason.startswith("mixture")]
+        if not experts:
+            return Finding("ok", "shapes", message)
+        share = sum(self.mllm.spec(name).numel for name in experts) / self.mllm.numel
+        return Finding(
+            "warning",
+            "shapes",
+            message,
+            f"The experts of this mixture are {share:.0%} of its parameters and stay as they are: "
+            f"only attention merges.",
+        )
+
+
+def open_pair(
+    mllm: Source,
+    math: Source | Sequence[Source],
+    base: Source,
+    *,
+    base_mllm: Source | None = None,
+) -> ModelPair:
+    """Open the models by their headers and match their decoder matrices; no weight is read.
+
+    Args:
+        mllm: the multimodal model: a folder, a hub id `org/name[@revision]`, or a Checkpoint.
+        math: the expert, or a list of experts.
+        base: the text model that the experts (and the MLLM) were fine-tuned from.
+        base_mllm: the text model the MLLM was built on, where it is another one.
+
+    Raises:
+        CheckpointError: a model cannot be opened.
+        PairingError: the models' decoders do not correspond (ShapeError: in a shape).
+    """
+    experts = [math] if isinstance(math, str | Path | Checkpoint) else list(math)
+    if not experts:
+        raise PairingError("No math model was given; expected at least one expert to merge.")
+    root = _open(base)
+    return ModelPair(
+        _open(mllm),
+        [_open(expert) for expert in experts],
+        root,
+        root if base_mllm is None else _open(base_mllm),
+    )
+
+
+def _open(source: Source) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+
+
+def _align(role: str, model: Checkpoint, base: Checkpoint, wanted: Decoder) -> Decoder:
+    """Return the model's decoder that fits the base's best, without a hole or a stranger."""
+    fits = [(_fit(decoder, wanted), decoder) for decoder in find_decoders(role, model)]
+    best, decoder = max(fits, key=lambda fit: fit[0])
+    twins = [other.prefix for fit, other in fits if fit == best]
+    if len(twins) > 1 and best[0]:
+        raise PairingError(
+            f"The {role} '{model.id}' has {len(twins)} decoders that fit the base '{base.id}' "
+            f"alike, under {', '.join(repr(twin) for twin in twins)}. Which one is meant cannot "
+            f"be told."
+        )
+    layers, expected = len(decoder.layers), len(wanted.layers)
+    if layers != expected:
+        raise PairingError(
+            f"The {role} '{model.id}' has {layers} decoder layers and the base '{base.id}' has "
+            f"{expected}. Both must descend from one base."
+        )
+    refuse_unsupported(model, decoder)
+    holes = sorted(wanted.tensors.keys() ^ decoder.tensors.keys())
+    if holes:
+        layer, rest = holes[0]
+        has, lacks = (base, model) if holes[0] in wanted.tensors else (model, base)
+        raise PairingError(
+            f"Layer {layer} of '{has.id}' has '{rest}' and '{lacks.id}' has none. Every tensor of "
+            f"the decoder needs its counterpart: do both descend from one base?"
+        )
+    for key, spec in wanted.tensors.items():
+        if decoder.tensors[key].shape != spec.shape:
+            raise ShapeError(
+                f"'{decoder.tensors[key].name}' has shape {decoder.tensors[key].shape} in the "
+                f"{role} '{model.id}' but {spec.shape} in the base '{base.id}'. Task vectors need "
+                f"equal shapes: are both fine-tuned from the same base?"
+            )
+    return decoder
+
+
+def _fit(decoder: Decoder, wanted: Decoder) -> tuple[int, int]:
+    """How many tensors correspond in name and shape, and how many in name."""
+    shared = [key for key in wanted.tensors if key in decoder.tensors]
+    equal = [key for key in shared if decoder.tensors[key].shape == wanted.tensors[key].shape]
+    return len(equal), len(shared)
+
+
+def _match(
+    base: Decoder, mllm: Decoder, root: Decoder, experts: Sequence[Decoder]
+) -> tuple[MatrixMatch, ...]:
+    matrices = base.matrices
+    others = [decoder.matrices for decoder in (mllm, root, *experts)]
+    order = sorted(matrices, key=lambda key: (key[0], MODULES.index(key[1])))
+    return tuple(
+        MatrixMatch(
+            name=matrices[key].name,
+            layer=key[0],
+            module=key[1],
+            shape=(matrices[key].shape[0], matrices[key].shape[1]),
+            mllm=others[0][key].name,
+            base_mllm=others[1][key].name,
+            math=tuple(expert[key].name for expert in others[2:]),
+        )
+        for key in order
+    )
+
+
+def _vector(layer: int, specs: Sequence[TensorSpec]) -> MatrixMatch:
+    base, mllm, own, *math = (spec.name for spec in specs)
+    module = "bias" if split_address(base)[0].endswith(".bias") else "norm"
+    shape = (1, specs[0].shape[0])
+    return MatrixMatch(base, layer, module, shape, mllm, own, tuple(math))
+
+
+def _reason_to_keep(spec: TensorSpec, decoder: Decoder) -> str:
+    if "embed_tokens" in spec.name or "lm_head" in spec.name:
+        return VOCABULARY
+    if spec.name in decoder.apart:
+        return decoder.apart[spec.name]
+    if not spec.name.startswith(f"{decoder.prefix}layers.") and spec.name != (
+        f"{decoder.prefix}norm.weight"
+    ):
+        return OUTSIDE
+    return BIAS if spec.name.endswith(".bias") else NORM

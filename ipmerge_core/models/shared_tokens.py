@@ -1,0 +1,159 @@
+"""Which rows of the vocabulary matrices belong to one token in every model.
+
+In: a `ModelPair` and the tokenizer.json of its models. Out: `MatrixMatch`es over runs of rows of
+the input embedding and the output head. A row is known by its token's string, never by its number:
+tokenizers of siblings insert tokens of their own and shift the rest. Rows of the MLLM's own tokens
+and padding rows are in no run, so that a merge copies them. No weight is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from ipmerge_core.errors import PlanError, ShapeError
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.decoders import Decoder, output_head, text_config
+from ipmerge_core.models.pairing import MatrixMatch, ModelPair
+
+ROWS = "vocabulary"  # the module of such a match; its rows merge one by one
+TOKENIZER = "tokenizer.json"
+_BLOCK = 1024  # rows of a run, at most: memory does not grow with the vocabulary
+
+
+class SharedTokens(NamedTuple):
+    """What a plan keeps of the match: how many rows merge, and a hash of which."""
+
+    rows: int
+    digest: str
+
+
+def shared_tokens(pair: ModelPair) -> SharedTokens:
+    """Count and identify the rows that every model has. Raises: as `shared_rows`."""
+    runs = shared_rows(pair)
+    named = [[run.mllm, run.name, run.base_mllm, *run.math] for run in runs]
+    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    return SharedTokens(sum(run.shape[0] for run in runs), digest)
+
+
+@lru_cache(maxsize=1)  # a merge asks several times, and a tokenizer takes a second to read
+def shared_rows(pair: ModelPair) -> tuple[MatrixMatch, ...]:
+    """Match the rows of the embedding and the head by token, as runs of neighbouring rows.
+
+    A head that is tied to the embedding and not stored is no tensor of its own; where the MLLM
+    stores both, both get the same rows.
+
+    Raises:
+        PlanError: a model has no tokenizer.json, or the models have no token in common.
+        ShapeError: the rows differ in length.
+    """
+    models = [model for model, _ in pair.sides]
+    ids = _common_ids([read_tokens(model) for model in models])
+    if not ids:
+        raise PlanError(
+            f"The tokenizers of '{pair.mllm.id}' and '{pair.base.id}' have no token in common, so "
+            f"no row of the embeddings can be merged. Keep the embeddings."
+        )
+    last = max(matrix.layer for matrix in pair.matrices)
+    embeddings = [_embedding(model, decoder) for model, decoder in pair.sides]
+    heads = [  # a model that stores none uses its embedding
+        output_head(model) or name for (model, _), name in zip(pair.sides, embeddings, strict=True)
+    ]
+    own = heads[1]  # the MLLM's
+    runs = list(_runs(models, embeddings, ids, layer=0))
+    if own == embeddings[1]:
+        return tuple(runs)
+    if text_config(pair.mllm).get("tie_word_embeddings"):
+        twins = [own if side == 1 else name for side, name in enumerate(embeddings)]
+        return (*runs, *_runs(models, twins, ids, layer=0))
+    return (*runs, *_runs(models, heads, ids, layer=last))
+
+
+def read_tokens(model: Checkpoint) -> dict[str, int]:
+    """Read the row of every token from a model's tokenizer.json. Raises: PlanError."""
+    if TOKENIZER not in model.files.names():
+        raise PlanError(
+            f"'{model.id}' has no {TOKENIZER}, and rows of embeddings are matched by token. Save "
+            f"its tokenizer with transformers (AutoTokenizer, save_pretrained) into the folder, "
+            f"or keep the embeddings."
+        )
+    try:
+        content = json.loads(model.files.read(TOKENIZER))
+        by_row = _tokens_by_row(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PlanError(
+            f"'{TOKENIZER}' of '{model.id}' cannot be read as a tokenizer "
+            f"({type(error).__name__}: {error}). Save it again with transformers, or keep the "
+            f"embeddings."
+        ) from error
+    rows: dict[str, int] = {}
+    for row, token in sorted(by_row.items()):
+        rows.setdefault(token, row)
+    return rows
+
+
+def _tokens_by_row(content: dict[str, Any]) -> dict[int, str]:
+    """List the tokens of a tokenizer; an added token stands in place of the vocabulary's."""
+    vocabulary = content["model"]["vocab"]
+    pairs = (  # Unigram models store a list of (token, score)
+        vocabulary.items()
+        if isinstance(vocabulary, dict)
+        else ((entry[0], row) for row, entry in enumerate(vocabulary))
+    )
+    by_row = {int(row): str(token) for token, row in pairs}
+    for added in content.get("added_tokens") or ():
+        by_row[int(added["id"])] = str(added["content"])
+    return by_row
+
+
+def _common_ids(vocabularies: Sequence[dict[str, int]]) -> list[tuple[int, ...]]:
+    """Rows of the tokens that all have, one tuple per token, ordered by the MLLM's row."""
+    shared = set(vocabularies[0]).intersection(*vocabularies[1:])
+    rows = (tuple(vocabulary[token] for vocabulary in vocabularies) for token in shared)
+    return sorted(rows, key=lambda row: row[1])
+
+
+def _embedding(model: Checkpoint, decoder: Decoder) -> str:
+    name = f"{decoder.prefix}embed_tokens.weight"
+    if name not in model.tensors:
+        raise PlanError(
+            f"'{model.id}' has no '{name}', so its embeddings cannot be matched. Keep them."
+        )
+    return name
+
+
+def _runs(
+    models: Sequence[Checkpoint], names: Sequence[str], ids: list[tuple[int, ...]], layer: int
+) -> Iterator[MatrixMatch]:
+    """Cut the tokens into runs whose rows follow each other in every model."""
+    shapes = [model.spec(name).shape for model, name in zip(models, names, strict=True)]
+    width = shapes[0][-1]
+    for model, name, shape in zip(models, names, shapes, strict=True):
+        if len(shape) != 2 or shape[1] != width:
+            raise ShapeError(
+                f"'{name}' of '{model.id}' has shape {shape}; expected rows of {width}, as in "
+                f"'{models[0].id}'. Keep the embeddings."
+            )
+    stored = [row for row in ids if all(r < shape[0] for r, shape in zip(row, shapes, strict=True))]
+    start = 0
+    for stop in range(1, len(stored) + 1):
+        if (
+            stop < len(stored)
+            and stop - start < _BLOCK
+            and _follows(stored[stop - 1], stored[stop])
+        ):
+            continue
+        count = stop - start
+        base, mllm, own, *math = (
+            f"{name}[{first}:{first + count}]"
+            for name, first in zip(names, stored[start], strict=True)
+        )
+        yield MatrixMatch(base, layer, ROWS, (count, width), mllm, own, tuple(math))
+        start = stop
+
+
+def _follows(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    return all(b + 1 == a for b, a in zip(before, after, strict=True))

@@ -1,0 +1,325 @@
+"""The sibling check: do these models descend from one base? Asked before any work is done.
+
+In: the models, each with its role and its names for the matched matrices. Out: findings, each ok,
+warning or refusal, with the numbers and a remedy: files, configs, dtypes, and how far and in which
+parts a model differs from its base. For a base that cannot be the true one, the catalogue's is
+named if it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from ipmerge_core.models.catalogue import likely_base
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.decoders import BIASES, EMBEDDINGS, HEAD, NORMS, text_config
+from ipmerge_core.models.differences import (
+    Differences,
+    Measured,
+    Part,
+    find_differences,
+    sample_differences,
+)
+from ipmerge_core.models.weight_files import ADAPTER_CONFIG
+
+SIBLING_DISTANCE = 0.1  # fine-tunes of one base usually lie closer than this
+REFUSED_DISTANCE = 0.3  # unrelated models lie near sqrt(2)
+_LISTED = 4  # layers that a finding names one by one
+
+_MUST_AGREE = {
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key/value heads",
+    "head_dim": "head dimension",
+    "hidden_act": "activation",
+}
+_SHOULD_AGREE = {
+    "rope_theta": "RoPE base frequency",
+    "rms_norm_eps": "norm epsilon",
+    "sliding_window": "sliding window",
+    "tie_word_embeddings": "tied embeddings",
+    "vocab_size": "vocabulary size",
+}
+_LEFT_OUT = {  # what a config means when it does not say
+    "llama": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    "mistral": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    "qwen2": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+}
+
+Level = Literal["ok", "warning", "refusal"]
+
+
+class Finding(NamedTuple):
+    """One line of the sibling check."""
+
+    level: Level
+    subject: str
+    message: str
+    remedy: str = ""
+
+
+class Member(NamedTuple):
+    """A model with its role, its name for each matched matrix, and the role of its base.
+
+    `others` names the rest of its language model, by (kind, layer, name inside the layer).
+    """
+
+    role: str
+    model: Checkpoint
+    names: Sequence[str]
+    root: str | None
+    others: Mapping[tuple[str, int, str], str]
+
+
+def check_siblings(members: Sequence[Member], places: Sequence[tuple[str, int]]) -> list[Finding]:
+    """Compare files, configs, dtypes and weights; `places` are the matrices' modules and layers."""
+    return [
+        *_check_files(members),
+        *_check_configs(members),
+        *_check_dtypes(members),
+        *_check_distances(members, places),
+    ]
+
+
+def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
+    """Name what lies beside a model's weights and could be taken for them."""
+    for member in members:
+        model, weights = member.model, member.model.weights
+        if weights.unused:
+            first, *more = weights.unused
+            read = weights.index or weights.shards[0]
+            yield Finding(
+                "warning",
+                f"{member.role}: weight files",
+                f"'{model.id}' is read from '{read}', as transformers loads it. Also in the "
+                f"folder, and not read: '{first}'{f' and {len(more)} more' if more else ''}.",
+                "If that is the model you mean, give it in a folder of its own; else delete it, as "
+                "other programs may load it.",
+            )
+        if weights.has_adapter:
+            yield Finding(
+                "warning",
+                f"{member.role}: adapter",
+                f"'{model.id}' holds a PEFT adapter ('{ADAPTER_CONFIG}') beside its weights. Only "
+                f"the weights are read and merged; transformers with PEFT adds the adapter.",
+                "If it belongs to the model, merge it into the weights first (merge_and_unload), "
+                "else delete it.",
+            )
+
+
+def _check_configs(members: Sequence[Member]) -> Iterator[Finding]:
+    base = _settings(next(member.model for member in members if member.role == "base"))
+    for member in members:
+        if member.role == "base":
+            continue
+        config = _settings(member.model)
+        for keys, level in ((_MUST_AGREE, "refusal"), (_SHOULD_AGREE, "warning")):
+            for key, words in keys.items():
+                ours, theirs = config.get(key), base.get(key)
+                if ours is None or theirs is None or ours == theirs:
+                    continue
+                yield _difference(level, f"{member.role}: {words}", key, ours, theirs)  # type: ignore[arg-type]
+
+
+def _settings(model: Checkpoint) -> dict[str, object]:
+    """Return the text config, with the family's own defaults for what it leaves out."""
+    config = text_config(model)
+    defaults = (
+        _LEFT_OUT.get(str(config.get("model_type")), {}) if "text_config" not in config else {}
+    )
+    return defaults | {key: value for key, value in config.items() if value is not None}
+
+
+def _difference(level: Level, subject: str, key: str, ours: object, theirs: object) -> Finding:
+    if key == "vocab_size":
+        return Finding(
+            "ok", subject, f"{ours} rows, {theirs} in the base: the MLLM's embeddings are kept."
+        )
+    return Finding(
+        level,
+        subject,
+        f"{ours}, but {theirs} in the base.",
+        "Models trained with different values rarely merge: is this the true base?",
+    )
+
+
+def _check_dtypes(members: Sequence[Member]) -> Iterator[Finding]:
+    found = {
+        member.role: sorted({member.model.spec(name).dtype for name in member.names})
+        for member in members
+    }
+    text = ", ".join(f"{role} {'/'.join(dtypes)}" for role, dtypes in found.items())
+    if len({tuple(dtypes) for dtypes in found.values()}) == 1:
+        dtypes = next(iter(found.values()))
+        yield Finding("ok", "dtype", f"All decoders are stored as {'/'.join(dtypes)}.")
+    else:
+        yield Finding(
+            "warning",
+            "dtype",
+            f"The decoders are stored in different dtypes: {text}.",
+            "Differences then hold the coarser dtype's rounding; the noise floor shows how much.",
+        )
+
+
+def _check_distances(
+    members: Sequence[Member], places: Sequence[tuple[str, int]]
+) -> Iterator[Finding]:
+    by_role = {member.role: member for member in members}
+    for member in members:
+        if member.role == "base":
+            continue
+        root = by_role[member.root or "base"]
+        matrices = [
+            Part(f"{module}_proj", layer, name, base)
+            for (module, layer), name, base in zip(places, member.names, root.names, strict=True)
+        ]
+        if member.root is None:  # a base, which may well equal the other one
+            found = sample_differences(member.model, root.model, matrices)
+        else:
+            found = find_differences(member.model, root.model, matrices, _others(member, root))
+        yield _judge(member, root, found)
+
+
+def _others(member: Member, root: Member) -> list[Part]:
+    """Match what is no matrix to merge; a tensor that only one model stores is left out."""
+    return [
+        Part(kind, layer, name, root.others[kind, layer, rest])
+        for (kind, layer, rest), name in member.others.items()
+        if (kind, layer, rest) in root.others
+    ]
+
+
+def _judge(member: Member, root: Member, found: Differences) -> Finding:
+    subject = f"{member.role}: distance to {'the base' if member.root is None else 'its base'}"
+    if not found.changed and member.root is not None:
+        return _judge_equal(member, root, found, subject)
+    if found.damaged is not None:
+        return _judge_damaged(member, root, found.damaged, subject)
+    kind, distance = found.largest
+    if distance > REFUSED_DISTANCE:
+        return Finding(
+            "refusal",
+            subject,
+            f"{distance:.3g} of the weights' norm in {kind}; fine-tunes lie below "
+            f"{SIBLING_DISTANCE}, unrelated models near 1.4.",
+            f"'{root.model.id}' is probably not the {root.role} of '{member.model.id}': "
+            f"{_true_parent(member.model)}.",
+        )
+    message = f"{distance:.3g} of the weights' norm{_where(found)}."
+    if distance > SIBLING_DISTANCE:
+        return Finding(
+            "warning",
+            subject,
+            f"{message} More than the {SIBLING_DISTANCE} usual for fine-tunes.",
+            "Large task vectors often merge badly: check that the base is the true parent.",
+        )
+    return Finding("ok", subject, message)
+
+
+def _judge_damaged(member: Member, root: Member, found: Measured, subject: str) -> Finding:
+    ours, theirs = found.bad
+    name, model = (found.part.name, member.model) if ours else (found.part.root, root.model)
+    return Finding(
+        "refusal",
+        subject,
+        f"'{name}' of '{model.id}' holds {ours or theirs} NaN or infinite values among those "
+        f"compared.",
+        "The file is damaged or the training diverged: use another copy.",
+    )
+
+
+def _judge_equal(member: Member, root: Member, found: Differences, subject: str) -> Finding:
+    """Judge a model none of whose matrices was seen to differ from its base's."""
+    equal = f"'{member.model.id}' equals the base '{root.model.id}' in"
+    remedy = f"Give the fine-tuned model as {member.role}, or its true parent as base."
+    if found.unread:
+        seen = f", and differs in its {_join(found.beside)}" if found.beside else ""
+        return Finding(
+            "warning",
+            subject,
+            f"{equal} the first rows of every decoder matrix{seen}. Not compared: {found.unread}. "
+            f"Its task vector is probably zero.",
+            remedy,
+        )
+    uncompared = sorted({key[0] for key in member.others.keys() ^ root.others.keys()} - {HEAD})
+    if not found.beside and not uncompared:
+        return Finding(
+            "refusal",
+            subject,
+            f"{equal} every tensor of the language model: its task vector is zero.",
+            remedy,
+        )
+    differs = f" It differs in its {_join(found.beside)}." if found.beside else ""
+    apart = f" Stored otherwise and not compared: {_join(uncompared)}." if uncompared else ""
+    return Finding(
+        "warning",
+        subject,
+        f"{equal} every decoder matrix, so that nothing merges by default.{differs}{apart}",
+        " ".join(filter(None, (_way_to_merge(found.beside), remedy))),
+    )
+
+
+def _way_to_merge(kinds: Sequence[str]) -> str:
+    """Say which options of a plan take in tensors of these kinds."""
+    options = ["norms=merge"] * bool({NORMS, BIASES} & set(kinds))
+    options += ["embeddings=merge-shared"] * bool({EMBEDDINGS, HEAD} & set(kinds))
+    return f"Plan with {' and '.join(options)} to merge them." if options else ""
+
+
+def _where(found: Differences) -> str:
+    """Say in which matrices a model differs, unless it does in all that were sampled."""
+    changed = {found.part for found in found.changed}
+    if not found.sampled:
+        (part,) = changed
+        return (
+            f" in rows of {part.kind} of layer {part.layer}; the first rows of every matrix equal "
+            f"the base's"
+        )
+    all_parts = {found.part for found in found.compared}
+    if changed in (all_parts, set()):
+        return ""
+    kinds = {part.kind: sorted(p.layer for p in changed if p.kind == part.kind) for part in changed}
+    layers = next(iter(kinds.values()))
+    alike = all(other == layers for other in kinds.values())
+    sampled = sorted({part.layer for part in all_parts})
+    in_order = list(dict.fromkeys(found.part.kind for found in found.compared))
+    names = _name_kinds([kind for kind in in_order if kind in kinds])
+    rest = _name_kinds([kind for kind in in_order if kind not in kinds])
+    place = (
+        f"{_join(names)} of {_name_layers(layers, sampled)}"
+        if alike
+        else f"{len(changed)} of {len(all_parts)} matrices sampled, of {_join(names)}"
+    )
+    others = _join(rest) or "all others"
+    verb = "equals" if len(rest) == 1 else "equal"
+    return f" in {place}; {others} {verb} the base's"
+
+
+def _name_kinds(kinds: Sequence[str]) -> list[str]:
+    """Name kinds of matrices, the attention and the MLP as wholes where all of theirs are there."""
+    names = list(kinds)
+    for whole, parts in (("the attention", "qkvo"), ("the MLP", ("gate", "up", "down"))):
+        of_whole = [f"{part}_proj" for part in parts]
+        if set(of_whole) <= set(names):
+            names[names.index(of_whole[0])] = whole
+            names = [name for name in names if name not in of_whole]
+    return names
+
+
+def _name_layers(layers: Sequence[int], sampled: Sequence[int]) -> str:
+    if list(layers) == list(sampled):
+        return "all layers sampled"
+    if len(layers) > _LISTED:
+        return f"{len(layers)} of {len(sampled)} layers"
+    return f"layer{'s' * (len(layers) > 1)} {_join([str(layer) for layer in layers])}"
+
+
+def _join(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def _true_parent(model: Checkpoint) -> str:
+    known = likely_base(model)
+    if known is None:
+        return "give its true parent"
+    return f"give its true parent, which is likely '{known}'"

@@ -1,0 +1,244 @@
+"""Which of a model folder's files hold its weights: the choice that transformers makes.
+
+In: the names in a folder and its config. Out: `WeightFiles`: the shards to read, their index, and
+what lies beside them and is not read. The order is that of `from_pretrained` (transformers 5):
+the file that the config names, `model.safetensors`, `model.safetensors.index.json`, and only then
+pickle, which is refused here. Folders for which the loader would take something that cannot be
+read here are refused, so that no other model is analysed or merged than the one that answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ipmerge_core.errors import CheckpointError, MissingTensorError
+from ipmerge_core.models.files import Files
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SAFETENSORS = ".safetensors"
+_FORMATS = (_SAFETENSORS, *_PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot")
+_AN_INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack)\.index(\.[^.]+)?\.json$")
+_A_SHARD = re.compile(r"-\d+-of-0*(?!1\b)\d+\.")  # of several
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_VARIANT = re.compile(
+    r"model(-\d+-of-\d+)?\.[^.]+\.safetensors|model\.safetensors\.index\.[^.]+\.json"
+)
+_OTHER_LAYOUTS = ("adapter_model", "consolidated")  # PEFT's, and Mistral's own beside the usual one
+_NAMED_BY_CONFIG = "transformers_weights"  # a key of config.json
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a model's weights.
+
+    Attributes:
+        shards: the safetensors files to read, sorted.
+        index: the index that names them, if one does.
+        weight_map: the shard of each tensor, as the index says.
+        unused: other safetensors files and indexes in the folder, which no loader would read by
+            default; well-known second copies (variants, `consolidated`, adapters) are not listed.
+        has_adapter: whether a PEFT adapter lies in the same folder.
+        renamed: whether the one shard has a name of its own, under which no loader finds it.
+    """
+
+    shards: tuple[str, ...]
+    index: str | None = None
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    has_adapter: bool = False
+    renamed: bool = False
+
+    def saved_as(self, shard: str) -> str:
+        """Name a shard's copy in a merged model, such that loaders find it."""
+        return WEIGHTS if self.renamed else shard
+
+    def is_copied(self, name: str) -> bool:
+        """Whether a merged model takes over a file of this name as it is.
+
+        Weights are written tensor by tensor. Files of other weights, their indexes and adapters
+        would make a loader take them instead, or add them.
+        """
+        return name == self.index or not (
+            name.endswith(_FORMATS) or _AN_INDEX.search(name) or name == ADAPTER_CONFIG
+        )
+
+    def check_index(self, model: str, placed: Mapping[str, str]) -> None:
+        """Compare the index with the shard that each tensor was found in.
+
+        Raises: MissingTensorError for the first tensor that is not where the index says.
+        """
+        for name, shard in self.weight_map.items():
+            if placed.get(name) != shard:
+                where = f"it is in '{placed[name]}'" if name in placed else "it is in no shard"
+                raise MissingTensorError(
+                    f"The index of '{model}' says that '{name}' is in '{shard}', but {where}."
+                )
+
+
+def find_weights(files: Files, config: Mapping[str, Any]) -> WeightFiles:
+    """Choose the weight files of a model folder as transformers does.
+
+    Raises:
+        CheckpointError: the folder has no weights that can be read here, or the loader would take
+            others; the message names both.
+        MissingTensorError: the index or the config names a file that is not there.
+    """
+    names = files.names()
+    _refuse_distributed(files, names)
+    chosen = config.get(_NAMED_BY_CONFIG)
+    if chosen is not None:
+        found = _named_by_config(files, names, chosen)
+    elif WEIGHTS in names:
+        found = WeightFiles((WEIGHTS,))
+    elif INDEX in names:
+        found = _indexed(files, names, INDEX)
+    else:
+        found = _of_another_name(files, names)
+    read = {*found.shards, found.index}
+    return WeightFiles(
+        found.shards,
+        found.index,
+        found.weight_map,
+        unused=tuple(name for name in names if name not in read and _is_other_set(name)),
+        has_adapter=ADAPTER_CONFIG in names,
+        renamed=found.renamed,
+    )
+
+
+def read_json(files: Files, name: str) -> dict[str, Any]:
+    """Read a JSON object from a model folder. Raises: CheckpointError."""
+    if name not in files.names():
+        raise CheckpointError(
+            f"'{files.id}' has no {name}. Expected a model folder in the transformers layout."
+            f"{_gguf_hint(files.names())}"
+        )
+    try:
+        content = json.loads(files.read(name))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{name}' of '{files.id}' is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{name}' of '{files.id}' is not a JSON object.")
+    return content
+
+
+def _refuse_distributed(files: Files, names: Sequence[str]) -> None:
+    parts = [name for name in names if _DISTRIBUTED.fullmatch(name)]
+    if parts:
+        raise CheckpointError(
+            f"'{files.id}' holds a distributed checkpoint ('{parts[0]}' and {len(parts) - 1} more "
+            f"of its kind), which transformers loads before any other weights. Load it with "
+            f"transformers and save it with save_pretrained into a new folder."
+        )
+
+
+def _named_by_config(files: Files, names: Sequence[str], chosen: object) -> WeightFiles:
+    """Take the file that the config names, as transformers does before it looks for others."""
+    allowed = isinstance(chosen, str) and chosen.endswith((_SAFETENSORS, ".safetensors.index.json"))
+    if not isinstance(chosen, str) or not allowed or not _is_bare(chosen):
+        raise CheckpointError(
+            f"The config of '{files.id}' names {chosen!r} as its weights ({_NAMED_BY_CONFIG}). "
+            f"Expected a safetensors file, or the index of several, in the same folder."
+        )
+    if chosen not in names:
+        raise MissingTensorError(
+            f"'{files.id}' lacks '{chosen}', which its config names as its weights "
+            f"({_NAMED_BY_CONFIG}). Was the download complete?"
+        )
+    return (
+        WeightFiles((chosen,)) if chosen.endswith(_SAFETENSORS) else _indexed(files, names, chosen)
+    )
+
+
+def _indexed(files: Files, names: Sequence[str], index: str) -> WeightFiles:
+    weight_map = read_json(files, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"'{index}' of '{files.id}' has no weight_map.")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not _is_bare(shard):
+            raise CheckpointError(
+                f"'{index}' of '{files.id}' names the shard {shard!r}; "
+                f"only bare file names are allowed."
+            )
+        if shard not in names:
+            raise MissingTensorError(
+                f"'{files.id}' lacks the shard '{shard}' that its index names. "
+                f"Was the download complete?"
+            )
+    return WeightFiles(tuple(sorted(set(weight_map.values()))), index, weight_map)
+
+
+def _of_another_name(files: Files, names: Sequence[str]) -> WeightFiles:
+    """Take the only safetensors file of a folder where transformers would find no weights."""
+    found = [
+        name
+        for name in names
+        if name.endswith(_SAFETENSORS) and not name.startswith(_OTHER_LAYOUTS)
+    ]
+    pickled = next((name for name in _PICKLED if name in names), None)
+    if len(found) == 1 and pickled is None and not _A_SHARD.search(found[0]):
+        return WeightFiles((found[0],), renamed=True)
+    raise CheckpointError(_why_none(files, names, found, pickled))
+
+
+def _why_none(files: Files, names: Sequence[str], found: Sequence[str], pickled: str | None) -> str:
+    """Say why none of the files can be taken as the weights, and what to do."""
+    variants = [name for name in names if _AN_INDEX.search(name) and _VARIANT.fullmatch(name)]
+    layouts = [name for name in names if name.startswith(_OTHER_LAYOUTS[1])]
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if found and pickled is not None:
+        return (
+            f"'{files.id}' holds '{pickled}' and '{found[0]}', and transformers loads the first, a "
+            f"pickle, which can run code when read. Remove it if '{found[0]}' is the model, else "
+            f"load the folder with transformers where you trust it and save it with "
+            f"save_pretrained."
+        )
+    if variants:
+        return (
+            f"'{files.id}' has its weights only as a variant ('{variants[0]}'), which transformers "
+            f"does not load by default. Load it with variant=... and save it with save_pretrained."
+        )
+    if found:
+        return (
+            f"'{files.id}' has {len(found)} safetensors file{'s' * (len(found) > 1)} and no "
+            f"{INDEX} that says which belong to the model. Add the index."
+        )
+    if pickles and not layouts:
+        return (
+            f"'{files.id}' has its weights only as pickle ('{pickles[0]}'), which can run code "
+            f"when read. Convert it to safetensors first (load it with transformers where you "
+            f"trust it, then save_pretrained)."
+        )
+    if layouts:
+        return (
+            f"'{files.id}' has its weights only in another layout than transformers' "
+            f"('{layouts[0]}'). Use the model in the transformers layout ({WEIGHTS} or {INDEX})."
+        )
+    return f"'{files.id}' has no safetensors weights ({WEIGHTS} or {INDEX}).{_gguf_hint(names)}"
+
+
+def _gguf_hint(names: Sequence[str]) -> str:
+    found = next((name for name in names if name.endswith(".gguf")), None)
+    if found is None:
+        return ""
+    return (
+        f" '{found}' is a GGUF file, made for running a model and mostly quantised: use the "
+        f"safetensors weights that it was converted from."
+    )
+
+
+def _is_bare(name: str) -> bool:
+    return Path(name).name == name and "\\" not in name
+
+
+def _is_other_set(name: str) -> bool:
+    """Whether a file belongs to a set of safetensors weights that may be taken for the model's."""
+    belongs = name.endswith(_SAFETENSORS) or bool(_AN_INDEX.search(name) and _SAFETENSORS in name)
+    return belongs and not name.startswith(_OTHER_LAYOUTS) and not _VARIANT.fullmatch(name)

@@ -1,0 +1,444 @@
+"""Writes a merged model next to nobody's data: sparse shards, a journal, one rename at the end.
+
+In: the checkpoint whose layout is kept (names, order, shapes, dtypes, shard files) and the bytes of
+its tensors. Out: a folder that appears under its final name only when it is whole. Until then all
+lies in `OUT.partial`, whose shard files carry a suffix no loader accepts, and a journal line with a
+checksum follows each tensor, so that a run killed at any moment goes on where it was. Nothing that
+existed before is overwritten or deleted. Data is left to the system's own flushing, as `cp` does:
+after a power cut the checksums in the journal and the SHA-256 in the manifest tell what reached the
+disk. SHA-256 is slow, so it is taken once, of what was read back.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from filelock import FileLock, Timeout
+from xxhash import xxh3_128
+
+from ipmerge_core.errors import CheckpointError, RunError
+from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec
+from ipmerge_core.models.files import LocalFiles
+
+_PARTIAL = ".partial"
+_CHECKSUM = "xxh3_128"
+_NOTE = ".note.json"
+_RUN, _NEW_RUN = "run.json", "run.json.new"
+MANIFEST = "ipmerge.json"
+_REPLACED = {"README.md", MANIFEST, ".gitattributes"}
+_COPY_STEP = 1 << 20
+
+
+class Place(NamedTuple):
+    """The folders of a run: the result's final name, the run's own folder, and the model in it."""
+
+    out: Path
+    run: Path
+    model: Path
+
+
+def place_of(out: str | Path) -> Place:
+    """Name the folders that a run for `out` uses."""
+    final = Path(out).expanduser().absolute()
+    run = final.with_name(final.name + _PARTIAL)
+    return Place(final, run, run / "model")
+
+
+class CheckpointWriter:
+    """Writes tensors into the layout of `source` at `out`; use as a context manager.
+
+    Several processes may write one model: the leader (`rank` 0) makes the folder and finishes it,
+    the others join while the leader is inside its `with` block.
+
+    Args:
+        source: the checkpoint whose files, names, order and dtypes the result keeps.
+        out: the folder to make; it must not exist, or be empty.
+        run: what identifies the work (plan and sources); only the same work is resumed.
+        resume: go on with an unfinished run of the same work, else start it anew.
+        rank: the number of this process among those that write.
+
+    Raises:
+        CheckpointError: `out` exists and is not empty.
+        RunError: another run is writing there, or an unfinished run of other work lies there.
+    """
+
+    def __init__(
+        self, source: Checkpoint, out: str | Path, run: str, *, resume: bool, rank: int = 0
+    ) -> None:
+        self.source, self.run, self.rank = source, run, rank
+        self.place = place_of(check_output(out))
+        self._resume = resume
+        self._descriptors: dict[str, int] = {}
+        self._open_tensor: tuple[str, xxh3_128] | None = None
+        self.done: dict[str, str] = {}  # tensor name -> checksum of the bytes that were written
+        self.hashes: dict[str, str] = {}  # tensor name -> SHA-256 of the bytes that were read back
+
+    def __enter__(self) -> Self:
+        """Take the folder, and find what an earlier run of the same work has finished."""
+        self._headers = {shard: self.source.read_header(shard) for shard in self.source.shards}
+        with explained(self.place.run):
+            if self.rank == 0:
+                self._lead()
+            self._journal = self._journal_path(self.rank).open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Let go of the files; unfinished work stays in the partial folder for a resume."""
+        self._journal.close()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        if self.rank == 0:
+            self._lock.release()
+
+    def write(self, name: str, data: bytes | bytearray) -> None:
+        """Write one tensor's bytes in its place, then its line in the journal."""
+        self.write_piece(name, 0, data)
+
+    def write_piece(self, name: str, offset: int, data: bytes | bytearray) -> None:
+        """Write bytes of a tensor from `offset` on; the pieces of one tensor come in order.
+
+        The last piece is followed by the tensor's line in the journal.
+        """
+        spec = self.source.spec(name)
+        if offset == 0:
+            self._open_tensor = name, xxh3_128()
+        assert self._open_tensor is not None
+        expected, digest = self._open_tensor
+        assert name == expected, f"{name}: a piece while {expected} is being written"
+        assert offset + len(data) <= spec.nbytes, f"{name}: a piece beyond its place"
+        with explained(self.place.run):
+            _write_at(self._shard(spec.shard), spec.start + offset, data)
+            digest.update(data)
+            if offset + len(data) == spec.nbytes:
+                entry = {"tensor": name, _CHECKSUM: digest.hexdigest()}
+                self._journal.write(json.dumps(entry) + "\n")
+                self._journal.flush()
+                self.done[name] = entry[_CHECKSUM]
+
+    def note(self, name: str, content: object) -> None:
+        """Keep a JSON value with the run until it is finished."""
+        with explained(self.place.run):
+            part = self.place.run / f"{name}{_NOTE}.new"
+            part.write_text(json.dumps(content), encoding="utf-8")
+            part.replace(self.place.run / f"{name}{_NOTE}")
+
+    def noted(self, name: str) -> Any:  # noqa: ANN401
+        """Return what an earlier part of this run has noted, or None."""
+        path = self.place.run / f"{name}{_NOTE}"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def audit(self, names: Iterable[str], threads: int = 1) -> None:
+        """Read written tensors back from the disk, compare them with what was written, hash them.
+
+        Raises: RunError naming the first that differs.
+        """
+        names = list(names)
+        for name in names:
+            self._shard(self.source.spec(name).shard)  # opened here: the threads only read
+        with ThreadPoolExecutor(threads) as pool:
+            for name, found in zip(names, pool.map(self._read_back, names), strict=True):
+                checksum, self.hashes[name] = found
+                if checksum != self.done[name]:
+                    raise RunError(
+                        f"'{name}' differs when read back from '{self.place.run}'. The disk does "
+                        f"not keep what is written, or another program changed it. Check the disk, "
+                        f"delete that folder and run again."
+                    )
+
+    def _read_back(self, name: str) -> tuple[str, str]:
+        checksum, sha256 = xxh3_128(), hashlib.sha256()
+        for piece in self._pieces(self.source.spec(name)):
+            checksum.update(piece)
+            sha256.update(piece)
+        return checksum.hexdigest(), sha256.hexdigest()
+
+    def finish(self, documents: Mapping[str, str]) -> None:
+        """Copy the model's other files, add `documents`, check the whole, give it its final name.
+
+        Raises: RunError when the headers on disk are not those of the source.
+        """
+        missing = [name for name in self.source.tensors if name not in self.done]
+        assert not missing, f"{len(missing)} tensors were never written: {missing[:3]}"
+        model = self.place.model
+        with explained(self.place.run):
+            for name in files_to_copy(self.source):
+                self._copy_file(name)
+            for shard in self.source.shards:
+                self._shard(shard)  # a shard without tensors has a header too
+            self._audit_headers()
+            for name, text in documents.items():
+                (model / name).write_text(text, encoding="utf-8")
+            for shard in self.source.shards:
+                (model / (shard + _PARTIAL)).replace(model / self.source.weights.saved_as(shard))
+            model.replace(self.place.out)
+            _remove(self.place)
+
+    def discard(self) -> None:
+        """Remove the partial folder: for errors after which no resume makes sense."""
+        _remove(self.place)
+
+    def _lead(self) -> None:
+        run = self.place.run
+        run.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(run / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(
+                f"Another run is writing '{self.place.out}' right now. Wait for it, cancel it, or "
+                f"choose another output folder."
+            ) from error
+        try:
+            check_output(self.place.out)  # again, now that nobody else can finish it
+            self._take_over()
+            self.place.model.mkdir(exist_ok=True)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _take_over(self) -> None:
+        run = self.place.run
+        record = run / _RUN
+        if record.exists():
+            if self._resume:
+                check_unfinished(self.place.out, self.run)
+                self._undo_renames()
+                self.done = self._verified()
+                return
+            shutil.rmtree(self.place.model, ignore_errors=True)
+            for old in [*self._journals(), *run.glob(f"*{_NOTE}*")]:
+                old.unlink()
+        elif any(entry.name not in ("lock", _NEW_RUN) for entry in run.iterdir()):
+            raise CheckpointError(
+                f"'{run}' exists and was not made by a merge. Choose another output folder."
+            )
+        fresh = run / _NEW_RUN  # a kill leaves the record whole or absent
+        fresh.write_text(json.dumps({"run": self.run}), encoding="utf-8")
+        fresh.replace(record)
+
+    def _undo_renames(self) -> None:
+        """Give shards that a killed run had already renamed their partial names back."""
+        for shard in self.source.shards:
+            final = self.place.model / self.source.weights.saved_as(shard)
+            if final.exists():
+                final.replace(self.place.model / (shard + _PARTIAL))
+
+    def _verified(self) -> dict[str, str]:
+        """Return the journals' tensors whose bytes on disk still have the recorded checksum."""
+        done: dict[str, str] = {}
+        for entry in _journal_entries(self._journals()):
+            spec = self.source.spec(entry["tensor"])
+            if not (self.place.model / (spec.shard + _PARTIAL)).exists():
+                continue
+            checksum = xxh3_128()
+            for piece in self._pieces(spec):
+                checksum.update(piece)
+            if checksum.hexdigest() == entry[_CHECKSUM]:
+                done[spec.name] = entry[_CHECKSUM]
+        return done
+
+    def _pieces(self, spec: TensorSpec) -> Iterator[memoryview]:
+        """Read a tensor's bytes on disk piece by piece, each into the memory of the last."""
+        descriptor, memory = self._shard(spec.shard), memoryview(bytearray(_COPY_STEP))
+        for start in range(spec.start, spec.stop, _COPY_STEP):
+            piece = memory[: min(_COPY_STEP, spec.stop - start)]
+            yield piece[: os.preadv(descriptor, [piece], start)]
+
+    def _audit_headers(self) -> None:
+        """Open the result as a checkpoint, partial names and all, and compare what it says."""
+        written = Checkpoint(_PartialFiles(self.place.model))
+        if written.tensors != self.source.tensors or written.shards != self.source.shards:
+            raise RunError(
+                f"The headers in '{self.place.run}' are not those of '{self.source.id}'. Delete "
+                f"that folder and run again."
+            )
+
+    def _copy_file(self, name: str) -> None:
+        size = self.source.files.size(name)
+        with (self.place.model / name).open("wb") as target:
+            for start in range(0, size, _COPY_STEP):
+                target.write(self.source.files.read(name, start, min(start + _COPY_STEP, size)))
+
+    def _journal_path(self, rank: int) -> Path:
+        return self.place.run / f"journal-{rank}.jsonl"
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.place.run.glob("journal-*.jsonl"))
+
+    def _shard(self, shard: str) -> int:
+        """Open a shard file, made with its header and full length on first use."""
+        if shard not in self._descriptors:
+            path = self.place.model / (shard + _PARTIAL)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            descriptor = os.open(path, flags, 0o644)
+            self._descriptors[shard] = descriptor
+            os.truncate(descriptor, self.source.files.size(shard))
+            _write_at(descriptor, 0, self._headers[shard])
+        return self._descriptors[shard]
+
+
+class _PartialFiles(LocalFiles):
+    """A model folder whose shards still carry the partial suffix."""
+
+    def names(self) -> list[str]:
+        """List the files under the names they will have."""
+        return sorted(name.removesuffix(_PARTIAL) for name in super().names())
+
+    def size(self, name: str) -> int:
+        """Size of one file in bytes."""
+        return super().size(self._stored(name))
+
+    def read_into(self, memory: memoryview, name: str, start: int) -> None:
+        """Fill `memory` with the bytes of one file from `start` on."""
+        super().read_into(memory, self._stored(name), start)
+
+    def _stored(self, name: str) -> str:
+        return name + _PARTIAL if (self.folder / (name + _PARTIAL)).exists() else name
+
+
+def check_output(out: str | Path) -> Path:
+    """Return the absolute output folder. Raises: CheckpointError if it exists and is not empty."""
+    path = Path(out).expanduser().absolute()
+    if path.is_dir() and any(path.iterdir()):
+        raise CheckpointError(
+            f"The output folder '{path}' exists and is not empty. Choose another, or empty it."
+        )
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        raise CheckpointError(f"The output '{path}' is a file. Give the name of a new folder.")
+    return path
+
+
+def check_unfinished(out: str | Path, run: str) -> None:
+    """Make sure that what lies unfinished beside `out`, if anything, is of this run.
+
+    Raises: RunError for the unfinished result of another plan.
+    """
+    place = place_of(out)
+    if (place.run / _RUN).exists() and (found := _recorded_run(place.run / _RUN)) != run:
+        raise RunError(
+            f"'{place.run}' holds an unfinished merge of another plan ({str(found)[:8]}; this one "
+            f"is {run[:8]}). Finish it with its own plan, delete that folder, or choose another "
+            f"output folder."
+        )
+
+
+def tidy_finished(out: str | Path, run: str) -> bool:
+    """Whether `out` is the complete result of this run, killed just before it tidied up.
+
+    The rename that completes a model and the removal of the run's own folder are two steps; this
+    does the second one.
+    """
+    place = place_of(out)
+    manifest = place.out / MANIFEST
+    if not place.run.is_dir() or place.model.exists() or not manifest.is_file():
+        return False
+    if json.loads(manifest.read_text(encoding="utf-8"))["plan"]["hash"] != run[:8]:
+        return False
+    with explained(place.run):
+        _remove(place)
+    return True
+
+
+def files_to_copy(source: Checkpoint) -> list[str]:
+    """List the files that a merged model takes over as they are: all but weights and model card.
+
+    Of indexes only the one in use comes along. So do Python files where the config points to them
+    (`auto_map`): without them those who trust such a model cannot load it. They are never run.
+    """
+    code = "auto_map" in source.config
+    return [
+        name
+        for name in source.files.names()
+        if source.weights.is_copied(name)
+        and name not in _REPLACED
+        and (code or not name.endswith(".py"))
+    ]
+
+
+def layout_bytes(source: Checkpoint) -> int:
+    """Bytes that a merged model will take on disk."""
+    shards = sum(source.files.size(shard) for shard in source.shards)
+    return shards + sum(source.files.size(name) for name in files_to_copy(source))
+
+
+def in_file_order(source: Checkpoint) -> list[TensorSpec]:
+    """List the tensors shard by shard, in the order of their data: the cheapest to read."""
+    return sorted(source.tensors.values(), key=lambda spec: (spec.shard, spec.start, spec.stop))
+
+
+def _remove(place: Place) -> None:
+    """Remove a run's folder, its record last, so that a kill in between can be told."""
+    if place.model.exists():
+        shutil.rmtree(place.model)
+    for entry in sorted(place.run.iterdir(), key=lambda path: path.name == _RUN):
+        entry.unlink()
+    place.run.rmdir()
+
+
+def _write_at(descriptor: int, offset: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _recorded_run(record: Path) -> str | None:
+    try:
+        run: str | None = json.loads(record.read_text(encoding="utf-8")).get("run")
+    except (ValueError, AttributeError):
+        return None
+    return run
+
+
+def _journal_entries(journals: Iterable[Path]) -> Iterable[dict[str, str]]:
+    for journal in journals:
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:  # the line that a kill cut short
+                continue
+
+
+class explained:  # noqa: N801 (reads as a word at its use)
+    """Turns what the file system says into one sentence that keeps the finished work."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Raise RunError for a full, read-only or forbidden target."""
+        if not isinstance(error, OSError):
+            return
+        reason = {
+            errno.ENOSPC: "the disk is full: free some space",
+            errno.EDQUOT: "the disk quota is used up: free some space",
+            errno.EROFS: "the file system is read-only: choose another output folder",
+            errno.EACCES: "permission was denied: choose another output folder",
+        }.get(error.errno or 0, f"{error.strerror or error}")
+        raise RunError(
+            f"Cannot write to '{self.folder}': {reason}, then run the same command again; "
+            f"finished tensors are kept."
+        ) from error

@@ -1,0 +1,445 @@
+"""Decisions before bytes: which matrices merge, with what method and gains, and what that changes.
+
+In: an `Analysis` (or a bare `ModelPair` for methods that need no similarity), a threshold and
+gains. Out: a `MergePlan`, one small JSON file that repeats the merge anywhere, and its `preview()`,
+which is arithmetic on the analysis' inner products: exact, without reading a weight. Nothing is
+written here but plan files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ipmerge_core.analysis.analyse import describe
+from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals
+from ipmerge_core.calibration.store import Measurements
+from ipmerge_core.errors import PairingError, PlanError
+from ipmerge_core.methods import MergeMethod, find_method
+from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
+from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
+from ipmerge_core.models.shared_tokens import SharedTokens, shared_tokens
+from ipmerge_core.planning.preview import (
+    Decision,
+    Preview,
+    as_measured,
+    checked_options,
+    known_statistic,
+    known_update,
+    preview,
+)
+from ipmerge_core.planning.scope import (
+    Embeddings,
+    Norms,
+    Override,
+    Scope,
+    check_beside,
+    check_choice,
+    check_layer_gains,
+    check_policy,
+    choose_anchor,
+    spread,
+)
+
+_FORMAT, _VERSION = "ipmerge-plan", 1
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A finished calibration: its folder, and the hash of its record."""
+
+    folder: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that is needed to repeat a merge; made by `make_plan`, carried out by `merge`."""
+
+    name: str
+    method: str
+    parameters: Mapping[str, ParameterValue]
+    similarity: str | None
+    similarity_threshold: float | None
+    overrides: Mapping[str, Override]
+    include: str | None
+    exclude: str | None
+    layer_gains: tuple[float, ...]
+    sources: Sources
+    totals: Totals
+    decisions: tuple[Decision, ...]
+    records: tuple[LayerRecord, ...] = ()  # without spectra; empty for a plan from a ModelPair
+    calibration: Calibrated | None = None  # for the methods that need data
+    norms: Norms = "keep"  # of the decoder, and its biases
+    tokens: SharedTokens | None = None  # rows of embeddings and head that merge too
+    anchor: Anchor = "two_base"  # what changes are measured from
+    statistic: tuple[float, ...] | None = None  # of the whole model, where it is known already
+    analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, where known
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the merged bytes."""
+        fingerprints = [source.fingerprint for source in self.sources.all()]
+        chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
+        parameters = dict(sorted(find_method(self.method).as_hashed(self.parameters).items()))
+        data = [self.calibration.digest] if self.calibration else []
+        content: list[Any] = [
+            self.method,
+            parameters,
+            list(self.layer_gains),
+            chosen,
+            fingerprints,
+            *data,
+        ]
+        if self.norms != "keep" or self.tokens:
+            content.append([self.norms, self.tokens, self.include, self.exclude])
+        if self.anchor != "two_base":
+            content.append(self.anchor)
+        if self.statistic:
+            content.append(list(self.statistic))
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def hash(self) -> str:
+        """The first eight digits of the digest: the plan's name among people."""
+        return self.digest[:8]
+
+    @property
+    def selected(self) -> tuple[Decision, ...]:
+        """The decisions that merge at least one expert."""
+        return tuple(decision for decision in self.decisions if decision.experts)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What merges beside the decoder's matrices, in words."""
+        found = ["the decoder's norms and biases"] if self.norms == "merge" else []
+        if self.tokens:
+            found.append(f"{self.tokens.rows} rows of embeddings and head, of shared tokens")
+        return tuple(found)
+
+    def allows(self, name: str) -> bool:
+        """Whether a tensor beside the matrices is included and not excluded, by the base's name."""
+        return Scope.of({}, self.include, self.exclude).allows(name, True)
+
+    def preview(self) -> Preview:
+        """Compute what the merge will change, without reading a weight.
+
+        Raises: PlanError when the method's change is not affine in directions that the analysis
+            holds, or the plan was made without an analysis.
+        """
+        if not self.records:
+            raise PlanError(
+                "This plan was made from a bare pair, so there is nothing to preview from. Analyse "
+                "the pair and make the plan from the analysis."
+            )
+        found = preview(self.decisions, self.records, self._update_of, self.totals)
+        return replace(found, not_counted=self.beside)
+
+    def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
+        """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
+        if not self.layer_gains:
+            return dict(self.parameters)
+        scaled = find_method(self.method).scaled(self.parameters, self._schedule[layer])
+        assert scaled is not None, "layer gains without a gain"
+        return scaled
+
+    @cached_property
+    def _schedule(self) -> dict[int, float]:
+        return spread(self.layer_gains, {decision.layer for decision in self.decisions})
+
+    def _update_of(self, decision: Decision, records: Sequence[LayerRecord]) -> AffineUpdate:
+        method, parameters = find_method(self.method), self.parameters_for(decision.layer)
+        found = known_update(
+            method,
+            parameters,
+            self.anchor,
+            self.statistic,
+            decision.layer,
+            records,
+            own_base=self.sources.base_mllm is not None,
+        )
+        return as_measured(method, found, parameters, self.analysed, records[0].shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan's JSON content."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "hash": self.hash,
+            **asdict(self),
+            "totals": self.totals._asdict(),
+            "tokens": self.tokens._asdict() if self.tokens else None,
+            "records": [record.to_dict() for record in self.records],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> MergePlan:
+        """Read a plan that `save` wrote. Raises: PlanError when it is no plan."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(content)
+        except OSError as error:
+            raise PlanError(f"Cannot read the plan '{path}': {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                f"'{path}' is not a plan of this version ({type(error).__name__}: {error}). "
+                f"Make it with `ipmerge plan`."
+            ) from error
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> MergePlan:
+        """Rebuild a plan from its JSON content and check its values again."""
+        if content["format"] != _FORMAT or content["version"] != _VERSION:
+            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+        method = find_method(content["method"])
+        plan = cls(
+            name=content["name"],
+            method=method.name,
+            parameters=method.complete(method.with_former_defaults(content["parameters"])),
+            similarity=content["similarity"],
+            similarity_threshold=content["similarity_threshold"],
+            overrides=content["overrides"],
+            include=content["include"],
+            exclude=content["exclude"],
+            layer_gains=tuple(content["layer_gains"]),
+            sources=Sources.from_dict(content["sources"]),
+            totals=Totals(**content["totals"]),
+            decisions=tuple(
+                Decision(**{**entry, "experts": tuple(entry["experts"])})
+                for entry in content["decisions"]
+            ),
+            records=tuple(LayerRecord.from_dict(entry) for entry in content["records"]),
+            calibration=Calibrated(**data) if (data := content.get("calibration")) else None,
+            norms=check_policy("norms", content.get("norms", "keep"), Norms),
+            tokens=SharedTokens(**tokens) if (tokens := content.get("tokens")) else None,
+            anchor=check_policy("anchor", content.get("anchor", "two_base"), Anchor),
+            statistic=tuple(found) if (found := content.get("statistic")) else None,
+            analysed=checked_options(method, made) if (made := content.get("analysed")) else None,
+        )
+        if plan.hash != content["hash"]:
+            raise ValueError(f"its hash is {plan.hash} and the file says {content['hash']}")
+        return plan
+
+
+def make_plan(
+    source: Analysis | ModelPair,
+    method: str = "ip_merging",
+    similarity_threshold: float = 0.4,
+    lambda_: float = 1.0,
+    similarity: str = "first",
+    overrides: Mapping[str, Override] | None = None,
+    *,
+    include: str | None = None,
+    exclude: str | None = None,
+    layer_gains: Sequence[float] = (),
+    calibration: str | Path | None = None,
+    norms: Norms = "keep",
+    embeddings: Embeddings = "keep",
+    anchor: Anchor | None = None,
+    **parameters: ParameterValue,
+) -> MergePlan:
+    """Decide what merges.
+
+    Args:
+        source: an Analysis; a ModelPair is enough for methods that do not select by similarity.
+        method: a key of METHODS.
+        similarity_threshold: S_alpha in [0, 1]; a matrix merges iff its similarity reaches it.
+        lambda_: gain >= 0 on the update, for the methods that have one.
+        similarity: "first", "max" or "weighted".
+        overrides: per matrix name "merge" or "keep", whatever else is said of it.
+        include: a regular expression; only matrices whose name it finds are merged.
+        exclude: a regular expression; matrices whose name it finds are kept.
+        layer_gains: factors on the experts' part from the first layer to the last, evenly spread
+            and interpolated: (0, 1) fades the update in.
+        calibration: a folder that `calibrate` made, for the methods that need data.
+        norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
+        embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
+            token every model has. Include and exclude hold for both.
+        anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
+            "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
+            B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is
+            the method's own: inject for plain sums, see `choose_anchor`.
+        **parameters: the method's own; else the analysis' (temperature, rank), or the defaults.
+
+    Raises:
+        PlanError: a value is out of range, a name unknown, or the source does not suffice.
+        CheckpointError, PairingError: no finished calibration there, or one of other models.
+    """
+    chosen, overrides = find_method(method), dict(overrides or {})
+    analysed = checked_options(chosen, source.parameters if isinstance(source, Analysis) else {})
+    complete = _complete(chosen, {"lambda_": lambda_, **parameters}, analysed)
+    check_choice(similarity_threshold, similarity, overrides)
+    _check_source(chosen, source)
+    scope = Scope.of(overrides, include, exclude)
+    threshold = similarity_threshold if chosen.selective else None
+    if isinstance(source, Analysis):
+        decisions = _decide(source, similarity, threshold, scope)
+        sources, totals, records = source.sources, source.totals, _without_spectra(source.records)
+    else:
+        decisions = _take_all(source.matrices, len(source.math), scope)
+        (sources, totals), records = describe(source), ()
+    _check_overrides(overrides, decisions)
+    check_beside(chosen, norms, embeddings)
+    return MergePlan(
+        name=source.name,
+        method=method,
+        parameters=complete,
+        similarity=similarity if chosen.selective else None,
+        similarity_threshold=threshold,
+        overrides=overrides,
+        include=include,
+        exclude=exclude,
+        layer_gains=check_layer_gains(chosen, layer_gains, complete),
+        sources=sources,
+        totals=totals,
+        decisions=tuple(decisions),
+        records=records,
+        calibration=_open_calibration(chosen, calibration, sources),
+        norms=norms,
+        tokens=_share_tokens(source, embeddings),
+        anchor=choose_anchor(chosen, anchor, complete),
+        statistic=known_statistic(chosen, complete, records, decisions),
+        analysed=analysed or None,
+    )
+
+
+def _complete(
+    method: MergeMethod, given: Mapping[str, ParameterValue], analysed: Mapping[str, ParameterValue]
+) -> dict[str, ParameterValue]:
+    """Return the method's parameters: as given, as analysed, else the defaults."""
+    names = [parameter.name for parameter in method.parameters]
+    taken = {name: analysed[name] for name in method.from_analysis if name in analysed}
+    if "lambda_" in names:
+        return method.complete({**taken, **given})
+    if given["lambda_"] != 1.0:
+        raise PlanError(
+            f"{method.label} has no lambda (got {given['lambda_']!r}). Its parameters are: "
+            f"{', '.join(names) or 'none'}."
+        )
+    return method.complete(
+        taken | {name: value for name, value in given.items() if name != "lambda_"}
+    )
+
+
+def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
+    experts = len(source.sources.math if isinstance(source, Analysis) else source.math)
+    if experts > 1 and not method.several_experts:
+        raise PlanError(
+            f"{method.label} merges one expert at a time and this pair has {experts}. Choose "
+            f"another method."
+        )
+    if method.selective and not isinstance(source, Analysis):
+        raise PlanError(
+            f"{method.label} selects matrices by similarity. Analyse the pair first and make the "
+            f"plan from the analysis."
+        )
+
+
+def open_sources(sources: Sources) -> ModelPair:
+    """Open the models that a plan or an analysis names, whatever weights they hold now."""
+    return open_pair(
+        sources.mllm.location,
+        [expert.location for expert in sources.math],
+        sources.base.location,
+        base_mllm=sources.base_mllm.location if sources.base_mllm else None,
+    )
+
+
+def reopen(plan: MergePlan) -> ModelPair:
+    """Open the plan's models again and make sure that they are the same.
+
+    Raises: PairingError when a model's weights are not those the plan was made for.
+    """
+    sources = plan.sources
+    pair = open_sources(sources)
+    now = [model.fingerprint for _, model in pair.roles()]
+    for source, fingerprint in zip(sources.all(), now, strict=True):
+        if source.fingerprint != fingerprint:
+            raise PairingError(
+                f"'{source.id}' holds other weights than when the plan was made (fingerprint "
+                f"{fingerprint[:8]}, then {source.fingerprint[:8]}). Analyse the pair again and "
+                f"make a new plan."
+            )
+    return pair
+
+
+def _share_tokens(source: Analysis | ModelPair, embeddings: Embeddings) -> SharedTokens | None:
+    if embeddings == "keep":
+        return None
+    return shared_tokens(open_sources(source.sources) if isinstance(source, Analysis) else source)
+
+
+def _open_calibration(
+    method: MergeMethod, folder: str | Path | None, sources: Sources
+) -> Calibrated | None:
+    if method.data is None:
+        if folder is not None:
+            raise PlanError(f"{method.label} needs no data; leave the calibration out.")
+        return None
+    if folder is None:
+        what = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
+        raise PlanError(
+            f"{method.label} needs {what[method.data]} of every model, measured on samples. Make "
+            f"them with `ipmerge calibrate --kind {method.data}` and name the folder as the "
+            f"calibration, or choose a method that needs no data."
+        )
+    found = Measurements.open(folder)
+    found.check([sources.mllm, *sources.math], method.data)
+    return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
+
+
+def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]) -> None:
+    unknown = sorted(set(overrides) - {decision.name for decision in decisions})
+    if unknown:
+        raise PlanError(
+            f"An override names '{unknown[0]}', which is no decoder matrix of this pair. "
+            f"Use the base's names, such as 'model.layers.0.self_attn.q_proj.weight'."
+        )
+
+
+def _decide(
+    analysis: Analysis, similarity: str, threshold: float | None, scope: Scope
+) -> list[Decision]:
+    """Apply the rule "merges iff similarity >= S_alpha", inside the scope, per expert."""
+    decisions: dict[str, Decision] = {}
+    for record in analysis.records:
+        reaches = threshold is None or record.similarity[similarity] >= threshold
+        before = decisions.get(record.name)
+        experts = before.experts if before else ()
+        decisions[record.name] = Decision(
+            name=record.name,
+            layer=record.layer,
+            module=record.module,
+            numel=math.prod(record.shape),
+            experts=(*experts, record.expert) if scope.allows(record.name, reaches) else experts,
+        )
+    return list(decisions.values())
+
+
+def _take_all(matrices: Iterable[MatrixMatch], n_experts: int, scope: Scope) -> list[Decision]:
+    return [
+        Decision(
+            name=matrix.name,
+            layer=matrix.layer,
+            module=matrix.module,
+            numel=math.prod(matrix.shape),
+            experts=tuple(range(n_experts)) if scope.allows(matrix.name, True) else (),
+        )
+        for matrix in matrices
+    ]
+
+
+def _without_spectra(records: Iterable[LayerRecord]) -> tuple[LayerRecord, ...]:
+    return tuple(
+        replace(record, index=(), mllm_sigma=(), math_sigma=(), angles=()) for record in records
+    )

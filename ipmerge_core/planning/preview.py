@@ -1,0 +1,295 @@
+"""What a decision changes, worked out from inner products: exact, without reading a weight.
+
+In: the decisions of a plan, the records of an analysis, and how the method's change is affine in
+measured directions. Out: a `Preview`. The browser does the same arithmetic while a slider moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ipmerge_core.analysis.records import LayerRecord, Totals
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import MergeMethod
+from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
+
+_QUICK = "the analysis was a quick one, from the leading directions only"
+_UNSAID = "the plan does not say how its analysis was made; make it again for an exact preview"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one matrix: the experts (by index) that are merged into it, none for kept."""
+
+    name: str
+    layer: int
+    module: str
+    numel: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a plan will change. Fractions are in [0, 1], angles are given as cosines in [-1, 1].
+
+    `relative_change` is ||W_merged - W_mllm||_F / ||W_mllm||_F over all decoder matrices, and
+    `layer_change` the same per layer. `keep` is the cosine between the merged and the MLLM's task
+    vector, `absorb` the one between the merged task vector and the experts' update. Both are None
+    where one of the two is zero. They are geometry, not accuracy. `not_counted` names what merges
+    beside the decoder matrices and is in none of the numbers. `approximate` says why the numbers
+    are near and not exact; empty where they are exact.
+    """
+
+    selected: tuple[str, ...]
+    n_matrices: int
+    parameters_touched: int
+    decoder_parameters: int
+    llm_parameters: int
+    bytes_rewritten: int
+    relative_change: float
+    layer_change: dict[int, float]
+    keep: float | None
+    absorb: float | None
+    not_counted: tuple[str, ...] = ()
+    approximate: str = ""
+
+
+@dataclass
+class _Products:
+    """Running sums of inner products between dV, the update U and the experts' direction X."""
+
+    weight: float = 0.0  # ||W_mllm||^2
+    vv: float = 0.0
+    vu: float = 0.0
+    uu: float = 0.0
+    vx: float = 0.0
+    ux: float = 0.0
+    xx: float = 0.0
+
+    def add(self, other: _Products) -> None:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def change(self) -> float:
+        return math.sqrt(max(self.uu, 0.0) / self.weight) if self.weight else 0.0
+
+    @property
+    def keep(self) -> float | None:
+        return _cosine(self.vv + self.vu, self.vv, self.vv + 2 * self.vu + self.uu)
+
+    @property
+    def absorb(self) -> float | None:
+        return _cosine(self.vx + self.ux, self.xx, self.vv + 2 * self.vu + self.uu)
+
+
+def _cosine(product: float, norm2_a: float, norm2_b: float) -> float | None:
+    if norm2_a <= 0 or norm2_b <= 0:
+        return None
+    return max(-1.0, min(1.0, product / math.sqrt(norm2_a * norm2_b)))
+
+
+def preview(
+    decisions: Iterable[Decision],
+    records: Iterable[LayerRecord],
+    update_of: Callable[[Decision, Sequence[LayerRecord]], AffineUpdate],
+    totals: Totals,
+) -> Preview:
+    """Sum the records' inner products over the decisions.
+
+    Math:   per matrix, with selected experts E: X = sum_E w_k P_k, U = a dV + b X
+            (`AffineUpdate`), so ||U||^2 = a^2 ||dV||^2 + 2 a b <dV, X> + b^2 ||X||^2, and what is
+            expected of random drops on top,
+            change = sqrt(sum ||U||^2 / sum ||W_mllm||^2), keep = cos(dV, dV + U),
+            absorb = cos(X, dV + U), sums over matrices.
+
+    Args:
+        decisions: what merges.
+        records: of the analysis, all matrices and experts.
+        update_of: the change of a matrix, given its records; gains differ from layer to layer.
+        totals: the model's sizes.
+    """
+    by_matrix: dict[str, list[LayerRecord]] = {}
+    for record in records:
+        by_matrix.setdefault(record.name, []).append(record)
+    decisions = list(decisions)
+    whole = _Products()
+    layers: dict[int, _Products] = {}
+    reasons: set[str] = set()
+    for decision in decisions:
+        records_of = by_matrix[decision.name]
+        update = update_of(decision, records_of)
+        reasons |= {update.approximate} if decision.experts else set()
+        products = _matrix_products(records_of, decision.experts, update)
+        whole.add(products)
+        layers.setdefault(decision.layer, _Products()).add(products)
+    merged = [decision for decision in decisions if decision.experts]
+    touched = sum(decision.numel for decision in merged)
+    return Preview(
+        selected=tuple(decision.name for decision in merged),
+        n_matrices=len(decisions),
+        parameters_touched=touched,
+        decoder_parameters=totals.decoder_parameters,
+        llm_parameters=totals.llm_parameters,
+        bytes_rewritten=touched * totals.decoder_itemsize,
+        relative_change=whole.change,
+        layer_change={layer: products.change for layer, products in sorted(layers.items())},
+        keep=whole.keep,
+        absorb=whole.absorb,
+        approximate="; ".join(sorted(reasons - {""})),
+    )
+
+
+def _matrix_products(
+    records: list[LayerRecord], experts: tuple[int, ...], update: AffineUpdate
+) -> _Products:
+    first = records[0]
+    products = _Products(weight=first.weight_norm2, vv=first.mllm_norm2)
+    if not experts:
+        return products
+    a, b = update.mllm, update.expert
+    share = dict(enumerate(update.shares)) if update.shares else dict.fromkeys(experts, 1.0)
+    noise = update.mllm_noise * products.vv
+    for expert in experts:
+        norms, own = records[expert].updates[update.direction], share[expert]
+        products.vx += own * norms.inner
+        crossed = sum(share[other] * norms.cross[other] for other in experts if other < expert)
+        products.xx += own * own * norms.norm2 + 2 * own * crossed
+        noise += update.expert_noise * own * own * norms.norm2
+    products.vu = a * products.vv + b * products.vx
+    products.ux = a * products.vx + b * products.xx
+    products.uu = a * products.vu + b * products.ux + noise
+    return products
+
+
+def known_statistic(
+    method: MergeMethod,
+    parameters: Mapping[str, ParameterValue],
+    records: Sequence[LayerRecord],
+    decisions: Iterable[Decision],
+) -> tuple[float, ...] | None:
+    """Make the method's numbers of the whole model, where an analysis holds what they are made of.
+
+    Math:   ||dV||^2 of the MLLM and ||dM_k||^2 of every expert, each summed over what merges.
+    """
+    statistic = method.statistic
+    if statistic is None or not method.needs_statistic(parameters):
+        return None
+    taken = {decision.name for decision in decisions if decision.experts}
+    sums: dict[int, float] = {}
+    for record in records:
+        if record.name in taken:
+            own = {-1: record.mllm_norm2} if record.expert == 0 else {}
+            for model, norm2 in {**own, record.expert: record.math_norm2}.items():
+                sums[model] = sums.get(model, 0.0) + norm2
+    if not sums or not statistic.of_norms(parameters):
+        return None
+    return statistic.combine(list(sums.values()), (), **parameters)
+
+
+def known_update(
+    method: MergeMethod,
+    parameters: Mapping[str, ParameterValue],
+    anchor: Anchor,
+    statistic: tuple[float, ...] | None,
+    layer: int,
+    records: Sequence[LayerRecord],
+    *,
+    own_base: bool,
+) -> AffineUpdate:
+    """Say how a matrix will change, from its records.
+
+    Raises: PlanError with the reason where that is not known before the weights are read.
+    """
+    parallel = anchor in ("two_base", "root")  # else there is one change, and no angle between two
+    norms2 = math.sqrt(records[0].mllm_norm2 * records[0].math_norm2)
+    facts = {
+        "statistic": statistic,
+        "layer": layer,
+        "experts": len(records),
+        "cosine": records[0].inner / norms2 if parallel and norms2 > 0 else None,
+        "squared_norms": (records[0].mllm_norm2, *(record.math_norm2 for record in records)),
+    }
+    update = method.affine({**parameters, **facts}) if method.affine else None
+    if update is None or update.direction not in records[0].updates:
+        raise _unknown(method, method.unknown)
+    # What is measured from other bases than the analysis did is not among its products.
+    elsewhere = own_base and anchor in ("root", "interp")
+    moved = None if elsewhere else update.from_anchor(anchor, len(records))
+    if moved is None:
+        raise _unknown(
+            method, f"the analysis did not measure the changes that the anchor {anchor} is about"
+        )
+    return moved
+
+
+def checked_options(method: MergeMethod, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of an analysis, checked where the method depends on them.
+
+    Raises: PlanError for a value that the method could not compute with.
+    """
+    for parameter in method.parameters:
+        if parameter.name in method.from_analysis and parameter.name in options:
+            parameter.check(options[parameter.name])
+    return dict(options)
+
+
+def as_measured(
+    method: MergeMethod,
+    update: AffineUpdate,
+    parameters: Mapping[str, ParameterValue],
+    analysed: Mapping[str, ParameterValue] | None,
+    shape: tuple[int, int],
+) -> AffineUpdate:
+    """Return the update, marked as approximate where the analysis was not exact.
+
+    Args:
+        method: whose update it is.
+        update: the change of one matrix.
+        parameters: of the method.
+        analysed: the options that the analysis was made with; None where the plan does not say.
+        shape: of the matrix.
+
+    Raises: PlanError where the analysis measured the direction with other options.
+    """
+    if not update.measured_with:
+        return update
+    if analysed is None:
+        return update._replace(approximate=_UNSAID)
+    defaults = {parameter.name: parameter.default for parameter in method.parameters}
+    for name in update.measured_with:
+        there, here = analysed.get(name, defaults[name]), parameters[name]
+        if _effective(name, there, shape) != _effective(name, here, shape):
+            raise _unknown(
+                method,
+                f"the analysis measured its updates with {name} {shown(there)} and the plan has "
+                f"{name} {shown(here)}. Leave {name} out of the plan to take the analysis', or "
+                f"analyse the pair with {name} {shown(here)}",
+            )
+    return update._replace(approximate=_QUICK) if analysed.get("quick") else update
+
+
+def _effective(name: str, value: ParameterValue, shape: tuple[int, int]) -> ParameterValue:
+    """The value as one matrix sees it: a rank is at most all of its directions."""
+    if name != "rank":
+        return value
+    return min(shape) if value is None else min(int(value), *shape)
+
+
+def shown(value: ParameterValue) -> str:
+    """Write a parameter's value as --set takes it.
+
+    >>> shown(8.0), shown(None), shown("sum")
+    ('8', 'none', 'sum')
+    """
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _unknown(method: MergeMethod, reason: str) -> PlanError:
+    return PlanError(
+        f"{method.label} with these parameters is not previewable: {reason}. The merge itself "
+        f"works."
+    )

@@ -1,0 +1,165 @@
+"""What a plan may merge, how much, from where: patterns, what is beside matrices, gains, anchors.
+
+In: what a user says. Out: a `Scope` that answers for a name, or a PlanError. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import MergeMethod
+from ipmerge_core.methods.declarations import Anchor
+
+SIMILARITIES = ("first", "max", "weighted")
+Override = Literal["merge", "keep"]
+Norms = Literal["keep", "merge"]
+Embeddings = Literal["keep", "merge-shared"]
+
+
+class Scope(NamedTuple):
+    """What may merge at all: an override says so, or the name is included and not excluded."""
+
+    overrides: Mapping[str, str]
+    include: re.Pattern[str] | None
+    exclude: re.Pattern[str] | None
+
+    @classmethod
+    def of(cls, overrides: Mapping[str, str], include: str | None, exclude: str | None) -> Scope:
+        """Make a scope of what a user says. Raises: PlanError for a pattern that is none."""
+        return cls(overrides, _compile("include", include), _compile("exclude", exclude))
+
+    def allows(self, name: str, wanted: bool) -> bool:
+        """Whether a tensor merges, if it is wanted at all."""
+        if name in self.overrides:
+            return self.overrides[name] == "merge"
+        if self.include and not self.include.search(name):
+            return False
+        return wanted and not (self.exclude and self.exclude.search(name))
+
+
+def _compile(role: str, pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise PlanError(
+            f"The {role} pattern {pattern!r} is no regular expression: {error}. "
+            f"Expected one such as 'mlp' or 'layers\\.(0|1)\\.'."
+        ) from error
+
+
+def check_beside(method: MergeMethod, norms: Norms, embeddings: Embeddings) -> None:
+    """Refuse what the method cannot merge beside matrices. Raises: PlanError."""
+    check_policy("norms", norms, Norms)
+    check_policy("embeddings", embeddings, Embeddings)
+    asked = ["norms and biases"] * (norms != "keep") + ["embeddings"] * (embeddings != "keep")
+    if asked and method.matrixwise and method.vectors is None:
+        raise PlanError(
+            f"{method.label} works on whole matrices and has nothing to say of {asked[0]}. Keep "
+            f"them, or choose another method, such as task_arithmetic."
+        )
+
+
+def check_choice(threshold: float, similarity: str, overrides: Mapping[str, str]) -> None:
+    """Refuse an impossible threshold, similarity or override. Raises: PlanError."""
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise PlanError(f"The similarity threshold is {threshold!r}; expected a number in [0, 1].")
+    if not 0 <= threshold <= 1:  # also refuses NaN
+        raise PlanError(
+            f"The similarity threshold (S_alpha) is {threshold}; similarities lie in [0, 1], so "
+            f"choose a value there, such as the default 0.4."
+        )
+    if similarity not in SIMILARITIES:
+        raise PlanError(f"Unknown similarity {similarity!r}. Available: {', '.join(SIMILARITIES)}.")
+    for name, override in overrides.items():
+        if override not in ("merge", "keep"):
+            raise PlanError(f"The override of '{name}' is {override!r}; expected merge or keep.")
+
+
+def check_layer_gains(
+    method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any]
+) -> tuple[float, ...]:
+    """Refuse a schedule that the method cannot follow. Raises: PlanError."""
+    wrong = [f for f in factors if not isinstance(f, int | float) or not 0 <= f < math.inf]
+    if wrong:
+        raise PlanError(f"A layer gain is {wrong[0]!r}; expected finite numbers >= 0, as 0, 1.")
+    for factor in factors:
+        scaled = method.scaled(parameters, factor)
+        if scaled is None:
+            raise PlanError(f"{method.label} has no gain that could differ from layer to layer.")
+        method.complete(scaled)
+    return tuple(float(factor) for factor in factors)
+
+
+def spread(factors: Sequence[float], layers: Iterable[int]) -> dict[int, float]:
+    """Give every layer its factor: spread evenly from the first to the last, and interpolated.
+
+    >>> spread((0, 1), range(3))
+    {0: 0.0, 1: 0.5, 2: 1.0}
+    """
+    ordered = sorted(layers)
+    places = np.linspace(0, len(factors) - 1, num=len(ordered))
+    return dict(zip(ordered, np.interp(places, range(len(factors)), factors).tolist(), strict=True))
+
+
+def choose_anchor(
+    method: MergeMethod, anchor: Anchor | None, parameters: Mapping[str, Any]
+) -> Anchor:
+    """Return the anchor that was asked for, or the method's own.
+
+    A plain sum is injected: the MLLM stays whole, and its own base plays no part. Methods that
+    average weights take the models as they are. Those that weigh the models' changes against each
+    other need the MLLM's change, too, and measure each from its own base; so does a sum that scales
+    the MLLM's change.
+
+    Raises: PlanError for an anchor that the method has no meaning for.
+    """
+    if anchor is None:
+        scaled = method.anchor == "inject" and parameters.get("mllm_weight") != 1.0
+        return "two_base" if scaled else method.anchor
+    check_policy("anchor", anchor, Anchor)
+    if method.selective and anchor != "two_base":
+        raise PlanError(
+            f"{method.label} always adds to the whole MLLM and needs both task vectors, each from "
+            f"its model's own base; leave the anchor at two_base."
+        )
+    if method.data is not None and anchor not in ("interp", "root"):
+        raise PlanError(
+            f"{method.label} takes the very weights that were calibrated; the anchor {anchor} "
+            f"would move the expert's. Leave it at interp."
+        )
+    if anchor in ("two_base", "root"):
+        return anchor
+    if method.anchor != "interp" and parameters.get("mllm_weight", 1.0) != 1.0:
+        raise PlanError(
+            f"mllm_weight is {parameters['mllm_weight']!r}; with the anchor {anchor} the MLLM "
+            f"stays whole, so leave it at 1 and set math_weight."
+        )
+    own_norms = method.statistic is not None and method.statistic.from_own_base
+    if own_norms and parameters["scope"] != "model":
+        raise PlanError(
+            f"With the anchor {anchor} a matrix has one change only, and {method.label} weighs "
+            f"two. Take the norms of the whole models with scope=model, or the anchor two_base."
+        )
+    return anchor
+
+
+def engine_anchor(method: MergeMethod, anchor: Anchor) -> Anchor:
+    """Return the anchor to compute with.
+
+    A plain sum on the whole MLLM is the same from any base of the MLLM's; from the experts' own
+    base nothing has to be moved, which costs time and a rounding.
+    """
+    return "root" if anchor == "inject" and method.anchor == "inject" else anchor
+
+
+def check_policy(role: str, value: Any, legal: Any) -> Any:  # noqa: ANN401
+    """Return the value if it is one of a Literal's. Raises: PlanError."""
+    if value not in get_args(legal):
+        raise PlanError(f"{role} is {value!r}; expected {' or '.join(get_args(legal))}.")
+    return value

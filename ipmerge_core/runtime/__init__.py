@@ -1,0 +1,1 @@
+"""Threads, devices, processes and long runs: what the other packages run on."""

@@ -1,0 +1,439 @@
+"""A long run in a process of its own: started, watched, cancelled and resumed by an id.
+
+In: a generator function that yields one small step at a time (any driver of this package) and its
+arguments. Out: a job folder with what was asked (`job.json`), where it stands (`status.json`), what
+happened (`journal.jsonl`) and what was printed (`log.txt`). The run outlives the browser tab and
+the server; whoever knows the id may watch, whoever holds the key may cancel and resume. Starts
+and resumes are taken one at a time, by every process that uses the folder, so that neither a limit
+nor an output folder is shared by accident. Knows callables, not what they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import importlib
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from platformdirs import user_data_path
+
+from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
+from ipmerge_core.runtime.pipeline import keep_freed_memory
+
+State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
+_ID = re.compile(r"[0-9a-f]{32}")
+SHORTEST_SECRET = 32  # letters of an owner's secret
+_WRITE_EVERY = 0.1  # seconds between two writes of status.json
+_JOURNAL_EVERY = 2.0  # seconds between two journal lines about progress
+_LOCK_PATIENCE = 10.0  # seconds that a process may take to let go after its last word
+# Where the targets and arguments of jobs were defined when older jobs were written.
+_FORMER = {
+    "ipmerge_core.merging:iter_merge": "ipmerge_core.merging.merge:iter_merge",
+    "ipmerge_core.analysis:iter_pack": "ipmerge_core.analysis.analyse:iter_pack",
+    "ipmerge_core.calibration:iter_calibration_of": (
+        "ipmerge_core.calibration.calibrate:iter_calibration_of"
+    ),
+    "ipmerge_core.plan:MergePlan": "ipmerge_core.planning.plan:MergePlan",
+}
+_START = "import sys; from ipmerge_core.runtime.jobs import main; sys.exit(main(*sys.argv[1:]))"
+
+
+@runtime_checkable
+class Saved(Protocol):
+    """An argument that is stored as a file of its own; its class has a matching `load`."""
+
+    def save(self, path: str | Path) -> None:
+        """Write to `path`."""
+        ...
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """Where a job stands. Times are seconds since the epoch; `step` is the last one it yielded."""
+
+    id: str
+    title: str
+    state: State
+    step: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    started: float = 0.0
+    updated: float = 0.0
+    error: str = ""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process is working on it now."""
+        return self.state in ("running", "cancelling")
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it stopped before its end and may go on."""
+        return self.state in ("cancelled", "failed", "interrupted")
+
+
+class Claim(NamedTuple):
+    """A folder that a run alone may write to while it runs, and what it makes there."""
+
+    folder: str
+    work: str = ""
+
+
+class Started(NamedTuple):
+    """What `JobStore.start` hands to the one who asked: the key is kept nowhere else."""
+
+    id: str
+    key: str
+
+
+def home_folder() -> Path:
+    """Where runs and models made in the app go: IPMERGE_HOME, else the user's data folder.
+
+    It used to be a folder in the user's cache, which some systems empty. Where that folder exists,
+    it stays in use, so that its runs and models are still found.
+    """
+    if chosen := os.environ.get("IPMERGE_HOME"):
+        return Path(chosen).expanduser().absolute()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
+    earlier = cache / "ipmerge"
+    return earlier if earlier.is_dir() else user_data_path("ipmerge", appauthor=False)
+
+
+class JobStore:
+    """The jobs in one folder."""
+
+    def __init__(self, folder: Path, *, most_running: int = 2) -> None:
+        self.folder = folder
+        self.most_running = most_running
+
+    def start(
+        self,
+        target: Callable[..., Iterator[Any]],
+        arguments: Mapping[str, Any],
+        *,
+        title: str,
+        claim: Claim | None = None,
+        owner: str = "",
+    ) -> Started:
+        """Start `target(**arguments)` in a new process.
+
+        Args:
+            target: a generator function that can be imported by its module and name.
+            arguments: JSON values, or objects with `save` and a class method `load`.
+            title: what people call this run.
+            claim: the folder that no other run may write to meanwhile.
+            owner: a secret of the one who asks; the run's key is then `key_of(job, owner)`.
+
+        Raises: RunError when too many jobs are running, FolderInUseError for a claimed folder.
+        """
+        with self._one_at_a_time():
+            self._admit(claim)
+            return self._start(target, arguments, title, claim, owner)
+
+    def _start(
+        self,
+        target: Callable[..., Iterator[Any]],
+        arguments: Mapping[str, Any],
+        title: str,
+        claim: Claim | None,
+        owner: str,
+    ) -> Started:
+        job = secrets.token_hex(16)
+        key = self.key_of(job, owner) or secrets.token_urlsafe(24)
+        folder = self.folder / job
+        folder.mkdir(parents=True, mode=0o700)
+        plain, files = _store_arguments(folder, arguments)
+        content = {
+            "target": f"{target.__module__}:{target.__qualname__}",
+            "title": title,
+            "arguments": plain,
+            "files": files,
+            "claim": claim,
+            "key": _digest(key),
+        }
+        _write_json(folder / "job.json", content)
+        self._spawn(job)
+        return Started(job, key)
+
+    def status(self, job: str) -> JobStatus:
+        """Tell where a job stands. Raises: RunError for an unknown id."""
+        folder = self._folder(job)
+        for _ in range(2):  # a process may end between reading its status and trying its lock
+            status = _read_status(folder)
+            if not status.is_running or _is_locked(folder):
+                break
+        else:
+            return replace(status, state="interrupted", error="Its process ended unexpectedly.")
+        if status.state == "running" and (folder / "cancel").exists():
+            return replace(status, state="cancelling")
+        return status
+
+    def all(self) -> list[JobStatus]:
+        """List every job, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        jobs = [path.name for path in self.folder.iterdir() if (path / "status.json").is_file()]
+        statuses = [self.status(job) for job in jobs if _ID.fullmatch(job)]
+        return sorted(statuses, key=lambda status: -status.started)
+
+    def cancel(self, job: str, key: str) -> JobStatus:
+        """Ask a job to stop after its current step; what it finished is kept.
+
+        Raises: RunError for an unknown id, or a key that is not the creator's.
+        """
+        self._authorise(job, key)
+        if self.status(job).is_running:
+            (self._folder(job) / "cancel").touch()
+        return self.status(job)
+
+    def resume(self, job: str, key: str) -> JobStatus:
+        """Run a stopped job again with the same arguments; its target skips what is done.
+
+        Raises: RunError for an unknown id, a wrong key, a job that is running or finished, or when
+            too many jobs are running; FolderInUseError when another run is writing to its folder.
+        """
+        self._authorise(job, key)
+        with self._one_at_a_time():
+            status = self.status(job)
+            if not status.can_resume:
+                raise RunError(
+                    f"The run '{status.title}' is {status.state}; there is nothing to resume."
+                )
+            self._admit(self._claim(job))
+            self._spawn(job)
+        return self.status(job)
+
+    def writer_of(self, folder: str | Path) -> str | None:
+        """Return the id of the running job that has claimed a folder."""
+        running = [status.id for status in self.all() if status.is_running]
+        return next((job for job in running if _same(self._claim(job), str(folder))), None)
+
+    @staticmethod
+    def key_of(job: str, owner: str) -> str:
+        """Return the key of a job that was started by `owner`; "" where that is no secret."""
+        if len(owner) < SHORTEST_SECRET:
+            return ""
+        return hmac.new(owner.encode(), job.encode(), hashlib.sha256).hexdigest()
+
+    def holds_key(self, job: str, key: str) -> bool:
+        """Whether `key` is the one that `start` gave out for this job."""
+        content = json.loads((self._folder(job) / "job.json").read_text("utf-8"))
+        return hmac.compare_digest(str(content["key"]), _digest(key))
+
+    def _authorise(self, job: str, key: str) -> None:
+        if not self.holds_key(job, key):
+            raise RunError(
+                "Only the browser that started this run can cancel or resume it. Others can watch."
+            )
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Hold the store's lock: what is counted inside stays true until the end."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _admit(self, claim: Claim | None) -> None:
+        """Refuse one more run where its folder is claimed, or too many are running."""
+        running = [status.id for status in self.all() if status.is_running]
+        for job in running:
+            found = self._claim(job)
+            if claim and found and _same(found, claim.folder):
+                raise FolderInUseError(claim.folder, job, same_work=found.work == claim.work)
+        if len(running) >= self.most_running:
+            number = "1 run is" if len(running) == 1 else f"{len(running)} runs are"
+            raise RunError(
+                f"{number} already in progress (limit {self.most_running}). Wait for one to "
+                f"finish, or cancel one."
+            )
+
+    def _claim(self, job: str) -> Claim | None:
+        content = json.loads((self._folder(job) / "job.json").read_text("utf-8"))
+        return Claim(*content["claim"]) if content.get("claim") else None
+
+    def _folder(self, job: str) -> Path:
+        folder = self.folder / job
+        if not _ID.fullmatch(job) or not (folder / "status.json").is_file():
+            raise RunError(f"There is no run with the id '{job[:40]}'. Was its folder removed?")
+        return folder
+
+    def _spawn(self, job: str) -> None:
+        folder = self.folder / job
+        content = json.loads((folder / "job.json").read_text("utf-8"))
+        status = JobStatus(job, content["title"], "running", {}, content["arguments"], time.time())
+        with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as log:
+            # The child inherits the lock with the open file, so that there is no moment in which
+            # a running job looks dead.
+            _lock(lock)
+            (folder / "cancel").unlink(missing_ok=True)
+            _write_status(folder, status)
+            paths = os.pathsep.join(path for path in sys.path if path)
+            child = subprocess.Popen(  # noqa: S603 (our own interpreter and code)
+                [sys.executable, "-c", _START, str(folder), str(lock.fileno())],
+                env={**os.environ, "PYTHONPATH": paths},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,
+            )
+        # Somebody has to take note of its end, or it stays behind as a zombie.
+        threading.Thread(target=child.wait, daemon=True).start()
+
+
+# --- in the job's own process ----------------------------------------------------------------
+
+
+def main(folder: str, lock: str) -> int:
+    """Carry out a job, then let go of its lock: leaving Python may take a while after that."""
+    keep_freed_memory()
+    code = run_job(folder)
+    fcntl.flock(int(lock), fcntl.LOCK_UN)
+    return code
+
+
+def run_job(folder: str | Path) -> int:
+    """Carry out the job in `folder`; returns the exit code. Runs in the job's own process."""
+    folder = Path(folder)
+    status = _read_status(folder)
+    _journal(folder, {"event": "started", "process": os.getpid()})
+    try:
+        steps = _open_target(folder)
+        status = _drain(folder, steps, status)
+    except IPMergeError as error:
+        status = replace(status, state="failed", error=str(error))
+    except Exception as error:  # noqa: BLE001 (a bug is reported to whoever watches the job)
+        traceback.print_exc()
+        text = f"Unexpected {type(error).__name__}: {error}. Details are in the run's log."
+        status = replace(status, state="failed", error=text)
+    status = replace(status, updated=time.time())
+    _write_status(folder, status)
+    _journal(folder, {"event": status.state, "error": status.error, **status.step})
+    return 0 if status.state in ("finished", "cancelled") else 1
+
+
+def _drain(folder: Path, steps: Generator[Any], status: JobStatus) -> JobStatus:
+    """Take steps until the end or until someone cancels."""
+    written = noted = 0.0
+    with contextlib.closing(steps):
+        for step in steps:
+            now = time.time()
+            status = replace(status, step=_plain(step), updated=now)
+            if (folder / "cancel").exists():
+                return replace(status, state="cancelled")
+            if now - written >= _WRITE_EVERY:
+                _write_status(folder, status)
+                written = now
+            if now - noted >= _JOURNAL_EVERY:
+                _journal(folder, {"event": "step", **status.step})
+                noted = now
+    return replace(status, state="finished")
+
+
+def _open_target(folder: Path) -> Generator[Any]:
+    content = json.loads((folder / "job.json").read_text("utf-8"))
+    arguments = dict(content["arguments"])
+    for name, file in content["files"].items():
+        arguments[name] = _find(file["class"]).load(folder / file["file"])
+    steps: Generator[Any] = _find(content["target"])(**arguments)
+    return steps
+
+
+def _find(name: str) -> Any:  # noqa: ANN401 (a function or a class)
+    module, _, path = _FORMER.get(name, name).partition(":")
+    found = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _plain(step: Any) -> dict[str, Any]:  # noqa: ANN401 (whatever a driver yields)
+    """Turn a step (a named tuple, a dataclass or a mapping) into JSON values."""
+    if isinstance(step, Mapping):
+        return dict(step)
+    if hasattr(step, "_asdict"):
+        return dict(step._asdict())
+    return asdict(step)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _store_arguments(
+    folder: Path, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    plain, files = {}, {}
+    for name, value in arguments.items():
+        if isinstance(value, Saved):
+            value.save(folder / f"{name}.json")
+            kind = type(value)
+            files[name] = {
+                "file": f"{name}.json",
+                "class": f"{kind.__module__}:{kind.__qualname__}",
+            }
+        else:
+            plain[name] = value
+    return plain, files
+
+
+def _same(claim: Claim | None, folder: str) -> bool:
+    """Whether a claim is for this folder, however its path is written."""
+    return claim is not None and os.path.realpath(claim.folder) == os.path.realpath(folder)
+
+
+def _read_status(folder: Path) -> JobStatus:
+    return JobStatus(**json.loads((folder / "status.json").read_text("utf-8")))
+
+
+def _write_status(folder: Path, status: JobStatus) -> None:
+    _write_json(folder / "status.json", asdict(status))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write at once or not at all, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _journal(folder: Path, entry: Mapping[str, Any]) -> None:
+    with (folder / "journal.jsonl").open("a", encoding="utf-8") as journal:
+        journal.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether the job's process lives: it holds the lock until it ends, however it ends."""
+    with (folder / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _lock(lock: IO[str]) -> None:
+    """Take the lock; a watcher may hold it for an instant, a running job holds it on and on."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.02)
+    raise RunError("This run is still in progress. Wait a moment and try again.")
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Mathematics of one matrix and of two: singular values, directions, similarity."""

@@ -1,0 +1,63 @@
+"""Read the answer that a reply gives, and compare it with the expected one."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+_NUMBER = re.compile(r"-?\d+")
+
+
+def stated_result(reply: str) -> str | None:
+    """Return the number a reply gives as its result: after the last `=`, or the whole reply.
+
+    A calculation that is written down and not carried out states no result.
+
+    >>> stated_result("6+4=10; 10*2=20."), stated_result("20."), stated_result("6*4.")
+    ('20', '20', None)
+    """
+    _, _, tail = reply.rpartition("=")
+    tail = tail.strip().removesuffix(".").strip()
+    return tail if _NUMBER.fullmatch(tail) else None
+
+
+class Question(Protocol):
+    """Whatever has one expected answer: a problem of a task, a recorded example."""
+
+    @property
+    def answer(self) -> str:
+        """The expected answer."""
+        ...
+
+    @property
+    def is_math(self) -> bool:
+        """Whether only the stated result counts, not the whole reply."""
+        ...
+
+
+def is_right(question: Question, reply: str) -> bool:
+    """Whether a reply gives the expected answer.
+
+    For a math question the stated result is compared, otherwise the whole reply, ignoring case,
+    surrounding whitespace and a final full stop.
+    """
+    if question.is_math:
+        return stated_result(reply) == question.answer
+    return normalized(reply) == normalized(question.answer)
+
+
+def differ(first: str, second: str) -> bool:
+    """Whether two replies give different answers: their results if both state one, else all."""
+    results = stated_result(first), stated_result(second)
+    if None not in results:
+        return results[0] != results[1]
+    return normalized(first) != normalized(second)
+
+
+def normalized(reply: str) -> str:
+    """Return a reply without case, surrounding whitespace and a final full stop.
+
+    >>> normalized(" Triangle. ")
+    'triangle'
+    """
+    return reply.strip().removesuffix(".").strip().lower()

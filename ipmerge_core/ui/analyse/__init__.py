@@ -1,0 +1,1 @@
+"""The panel that analyses other models: form, check, run."""

@@ -1,0 +1,111 @@
+"""What the panel for another trio says: known pairs, what an analysis takes, what a pair is.
+
+In: entries of the catalogue, a check, a pack. Out: labels and small pieces of HTML, with every name
+escaped. Pure, and without torch; the panel decides when to show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ipmerge_core.models.catalogue import KnownPair, find_model
+from ipmerge_core.ui.analyse.models_form import Checked
+from ipmerge_core.ui.errors import public_text
+from ipmerge_core.ui.format import estimate_words, size_words
+from ipmerge_core.ui.pairs import depth_words, packs_folder
+from ipmerge_core.ui.safe_text import as_html
+
+DAY = 10  # letters of a date and time that are the day
+
+
+def known_label(pair: KnownPair) -> str:
+    """Name a pair of the catalogue so that no other has the same name."""
+    experts = " + ".join(_short(expert) for expert in pair.math)
+    base = _short(pair.base) + (f", own base {_short(pair.base_mllm)}" if pair.base_mllm else "")
+    return f"{_short(pair.mllm)} + {experts} · base {base}"
+
+
+def known_html(pair: KnownPair) -> str:
+    """Say what is known of a pair: skill, source, notes, and the licence of every model."""
+    rows = {"Skill": as_html(pair.skill), "Source": as_html(pair.source)}
+    if pair.note:
+        rows["Note"] = as_html(pair.note)
+    own = [pair.base_mllm] if pair.base_mllm else []
+    licences = [_licence(name) for name in (pair.mllm, *pair.math, pair.base, *own)]
+    return _facts({**rows, "Licences": "<br>".join(licences)})
+
+
+def _licence(name: str) -> str:
+    model = find_model(name)
+    if model is None or model.licence is None:
+        words = "licence not read; see its page"
+    else:
+        words = f"{model.licence} ({model.sources['licence']})"
+    note = f"; {model.note}" if model is not None and model.note else ""
+    return f"<code>{as_html(name)}</code> {as_html(words + note)}"
+
+
+def needs_html(checked: Checked, *, hosted: bool) -> str:
+    """Say what an analysis would read, hold and leave, and about how long it takes."""
+    need, trio = checked.need, checked.asked
+    if need is None or trio is None:
+        return ""
+    reads = f"{size_words(need.nbytes_read)} of weights, the decoder's matrices alone"
+    if need.nbytes_fetched:
+        reads += (
+            f"; {size_words(need.nbytes_fetched)} of it over the network, by ranges, and none of "
+            f"it is kept on the disk"
+        )
+    depth = depth_words({"quick": trio.quick, "rank": trio.rank}).strip(" ()") or "exact"
+    experts = f" for each of {len(trio.math)} math models" if len(trio.math) > 1 else ""
+    where = "" if hosted else f" in <code>{as_html(str(packs_folder()))}</code>"
+    return _facts(
+        {
+            "Compares": f"{need.n_matrices} matrices{experts}, {depth}",
+            "Reads": reads,
+            "Memory": f"about {size_words(need.nbytes_memory)} for the largest matrix "
+            f"({size_words(need.nbytes_memory_free)} free)",
+            "Time": f"{estimate_words(need.seconds, need.device)}, estimated from the sizes",
+            "Leaves": f"a pack of about {size_words(need.nbytes_written)}{where}: small numbers, "
+            f"no weights. Everyone who uses this app sees the pair.",
+        }
+    )
+
+
+def pair_html(pack: Mapping[str, Any]) -> str:
+    """Say in a line when and how a pair was analysed, and below it, folded away, of what."""
+    sources, growing = pack["sources"], pack.get("growing")
+    day, engine = as_html(str(pack["created"])[:DAY]), as_html(str(pack["engine"]))
+    verb = "Analysis begun" if growing else "Analysed"
+    matrices = len({record["name"] for record in pack["records"]})
+    own = sources.get("base_mllm")
+    rows = {
+        "Vision-language model": _source(sources["mllm"]),
+        "Math": "<br>".join(_source(expert) for expert in sources["math"]),
+        "Base": _source(sources["base"]),
+        **({"Base of the vision-language model": _source(own)} if own else {}),
+        "Matrices": f"{matrices} of {growing['total']} so far" if growing else str(matrices),
+        "Depth": as_html(depth_words(pack["parameters"]).strip(" ()") or "exact"),
+    }
+    return (
+        f'<details class="pair-details"><summary>{verb} {day} with IPMerge {engine}</summary>'
+        f"{_facts(rows)}</details>"
+    )
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    name = as_html(public_text(str(source["id"])))
+    if source.get("revision"):
+        return f"<code>{name}</code> at commit <code>{as_html(str(source['revision']))}</code>"
+    return f"<code>{name}</code>, weights <code>{as_html(str(source['fingerprint'])[:16])}</code>"
+
+
+def _facts(rows: Mapping[str, str]) -> str:
+    cells = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows.items())
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def _short(name: str) -> str:
+    return Path(name).name

@@ -1,0 +1,264 @@
+"""The models that a visitor wants compared: read from a form, checked by their headers, started.
+
+In: what was typed. Out: a `Trio` of names, a `Checked` one with the check's findings and what its
+analysis would take, and a run that analyses it. A check reads headers, configs and a few rows; it
+says in words what it is at. On a Space only hub ids are taken, and the core looks again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ipmerge_core.analysis.partial import journal_of
+from ipmerge_core.errors import IPMergeError, PlanError
+from ipmerge_core.models.files import as_hub_id
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.errors import public_finding, sentence_of
+from ipmerge_core.ui.pairs import id_of, list_packs, path_of, read_pack_file, reserve_name
+
+if TYPE_CHECKING:
+    from ipmerge_core.merging.estimates import AnalysisEstimate
+    from ipmerge_core.models.checkpoint import Checkpoint
+    from ipmerge_core.models.pairing import Finding, ModelPair
+
+MOST_EXPERTS = 8
+LONGEST_ADDRESS = 300  # letters of a folder or hub id
+
+
+class Trio(NamedTuple):
+    """What is to be compared, by folder or hub id, and how."""
+
+    mllm: str
+    math: tuple[str, ...]
+    base: str
+    base_mllm: str = ""
+    quick: bool = False
+    rank: int | None = None
+
+    def addresses(self) -> Iterator[tuple[str, str]]:
+        """Name each model by its role."""
+        yield "vision-language model", self.mllm
+        yield "base", self.base
+        if self.base_mllm:
+            yield "base of the vision-language model", self.base_mllm
+        for number, expert in enumerate(self.math):
+            yield "math model" if len(self.math) == 1 else f"math model {number + 1}", expert
+
+
+class Checked(NamedTuple):
+    """What a check found. `pinned` names the models with the commits that were checked."""
+
+    asked: Trio | None
+    findings: list[Finding]
+    pinned: Trio | None = None
+    need: AnalysisEstimate | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may start."""
+        return self.pinned is not None and all(f.level != "refusal" for f in self.findings)
+
+
+class StartedAnalysis(NamedTuple):
+    """A run's id and key, and the id of the pair that it makes."""
+
+    id: str
+    key: str
+    pack: str
+
+
+def read_trio(
+    mllm: str, math: str, base: str, base_mllm: str, quick: bool, rank: float | None
+) -> Trio:
+    r"""Read the form: one math model a line, or separated by commas. Raises: PlanError.
+
+    >>> read_trio(" a/v ", "b/m\nc/m", "d/b", "d/b", False, 0)
+    Trio(mllm='a/v', math=('b/m', 'c/m'), base='d/b', base_mllm='', quick=False, rank=None)
+    """
+    mllm, base, base_mllm = mllm.strip(), base.strip(), base_mllm.strip()
+    experts = tuple(filter(None, (part.strip() for part in re.split(r"[\n,]", math))))
+    if rank and rank != int(rank):
+        raise PlanError(f"The rank is {rank:g}; expected a whole number, or nothing for all.")
+    own = "" if base_mllm == base else base_mllm
+    return refuse_impossible(Trio(mllm, experts, base, own, bool(quick), int(rank or 0) or None))
+
+
+def refuse_impossible(trio: Trio) -> Trio:
+    """Return the trio if it names what it must. Raises: PlanError."""
+    if not all(isinstance(address, str) for _, address in trio.addresses()):
+        raise PlanError("A model is named by something else than words; expected a hub id.")
+    if not isinstance(trio.rank, int | None) or not isinstance(trio.quick, bool):
+        raise PlanError(f"The rank is {str(trio.rank)[:40]!r}; expected a whole number, or none.")
+    missing = [role for role, address in trio.addresses() if not address]
+    if missing or not trio.math:
+        words = [*missing, *([] if trio.math else ["math model"])]
+        raise PlanError(f"Still to be named: {', '.join(words)}.")
+    if len(trio.math) > MOST_EXPERTS:
+        raise PlanError(f"{len(trio.math)} math models are named; at most {MOST_EXPERTS} fit.")
+    for role, address in trio.addresses():
+        if len(address) > LONGEST_ADDRESS:
+            raise PlanError(
+                f"The {role} is named by {len(address)} letters; expected a folder or a hub id of "
+                f"at most {LONGEST_ADDRESS}."
+            )
+    return trio
+
+
+def check_trio(trio: Trio, *, hub_only: bool, device: str = "auto") -> Iterator[str | Checked]:
+    """Check models by headers, configs and a few rows; yields words, and at last what it found.
+
+    What the analysis takes is worked out for `device`.
+    """
+    try:
+        yield from _check(trio, hub_only, device)
+    except IPMergeError as error:
+        yield refused(error)
+
+
+def refused(error: IPMergeError) -> Checked:
+    """Return what a check found that could not go on."""
+    from ipmerge_core.models.pairing import Finding
+
+    refusal = Finding("refusal", "These models cannot be compared.", sentence_of(error))
+    return Checked(None, [refusal])
+
+
+def _check(trio: Trio, hub_only: bool, device: str) -> Iterator[str | Checked]:
+    mllm, base, *rest = yield from _open_all(trio, hub_only)  # says so before torch is loaded
+    from ipmerge_core.analysis.comparison import Options
+    from ipmerge_core.merging.estimates import estimate_analysis
+    from ipmerge_core.models.pairing import open_pair
+    from ipmerge_core.runtime.devices import resolve_device
+
+    options = Options(trio.rank, quick=trio.quick).check()
+    own = rest.pop(0) if trio.base_mllm else None
+    pair = open_pair(mllm, rest, base, base_mllm=own)
+    yield "Comparing a few rows of every model"
+    findings = [public_finding(finding) for finding in pair.check()]
+    need = estimate_analysis(pair, options, resolve_device(device))
+    findings += [*_memory(need), *_known(pair, options._asdict())]
+    yield Checked(trio, findings, _pinned(trio, pair), need)
+
+
+def _open_all(trio: Trio, hub_only: bool) -> Generator[str, None, list[Checkpoint]]:
+    """Open every model, saying which; returns them in the order of `Trio.addresses`."""
+    models = []
+    addresses = list(trio.addresses())
+    for number, (role, address) in enumerate(addresses, 1):
+        yield f"Reading headers, {number} of {len(addresses)}: {role} {address}"
+        from ipmerge_core.models.checkpoint import Checkpoint
+
+        models.append(Checkpoint.open(address, hub_only=hub_only))
+    return models
+
+
+def _pinned(trio: Trio, pair: ModelPair) -> Trio:
+    """Name each model so that exactly the checked one is opened again."""
+    from ipmerge_core.analysis.analyse import describe
+
+    sources, _ = describe(pair)
+    return trio._replace(
+        mllm=sources.mllm.location,
+        math=tuple(expert.location for expert in sources.math),
+        base=sources.base.location,
+        base_mllm=sources.base_mllm.location if sources.base_mllm else "",
+    )
+
+
+def _memory(need: AnalysisEstimate) -> Iterator[Finding]:
+    from ipmerge_core.models.pairing import Finding
+
+    if need.nbytes_memory > need.nbytes_memory_free:
+        yield Finding(
+            "refusal",
+            "memory",
+            f"The largest matrix takes about {need.nbytes_memory / 1e9:.1f} GB and "
+            f"{need.nbytes_memory_free / 1e9:.1f} GB are free.",
+            "Quick takes less; or analyse on a larger machine.",
+        )
+
+
+def _known(pair: ModelPair, options: dict[str, object]) -> Iterator[Finding]:
+    """Say so if these very weights have been analysed in this way before."""
+    from ipmerge_core.models.pairing import Finding
+    from ipmerge_core.version import __version__
+
+    weights = [model.fingerprint for _, model in pair.roles()]
+    for entry in list_packs():
+        try:
+            pack = read_pack_file(entry.path)
+        except IPMergeError:
+            continue
+        how = (pack["parameters"], pack["engine"])
+        if how == (options, __version__) and weights == list(fingerprints(pack["sources"])):
+            yield Finding(
+                "warning",
+                "analysed before",
+                f"These very weights are there as '{entry.label}', analysed in the same way.",
+                "Choose it under Pair; analysing again gives the same numbers.",
+            )
+            return
+
+
+def fingerprints(sources: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the fingerprints of a pack's models, in the order of `ModelPair.roles`."""
+    own = [sources["base_mllm"]] if sources["base_mllm"] else []
+    for source in (sources["mllm"], sources["base"], *own, *sources["math"]):
+        yield source["fingerprint"]
+
+
+# --- the run ---------------------------------------------------------------------------------
+
+
+def start_analysis(backend: Backend, trio: Trio, device: str = "auto") -> StartedAnalysis:
+    """Start a run that analyses a trio into a new pack of the user's own.
+
+    Raises: PlanError or, on a Space, CheckpointError for names that make no sense, PlanError for a
+        device that is not here, RunError when too much is running.
+    """
+    from ipmerge_core.analysis.analyse import iter_pack
+    from ipmerge_core.analysis.comparison import Options
+
+    refuse_impossible(trio)
+    if backend.hosted:
+        for _, address in trio.addresses():
+            as_hub_id(address)
+    Options(trio.rank, quick=trio.quick).check()
+    device = backend.device_for(device)
+    names = [Path(address.partition("@")[0]).name for address in (trio.mllm, *trio.math)]
+    depth = "quick" if trio.quick else f"rank{trio.rank}" if trio.rank else ""
+    out = reserve_name(*names, depth)
+    arguments = {
+        "mllm": trio.mllm,
+        "math": list(trio.math),
+        "base": trio.base,
+        "base_mllm": trio.base_mllm or None,
+        "out": str(out),
+        "rank": trio.rank,
+        "quick": trio.quick,
+        "device": device,
+        "hub_only": backend.hosted,
+    }
+    try:
+        started = backend.store.start(iter_pack, arguments, title=f"Analyse {' + '.join(names)}")
+    except IPMergeError:
+        journal_of(out).unlink()  # the name is free again
+        raise
+    return StartedAnalysis(started.id, started.key, id_of(out))
+
+
+def is_running(backend: Backend, pack_id: str) -> bool:
+    """Whether a pair is being analysed now."""
+    out = str(path_of(pack_id))
+    return any(s.is_running and s.arguments.get("out") == out for s in backend.store.all())
+
+
+def discard(backend: Backend, job: str, key: str) -> None:
+    """Remove what a stopped analysis has found. Raises: RunError for anybody but its owner."""
+    status = backend.store.cancel(job, key)  # refuses strangers
+    out = Path(str(status.arguments.get("out", "")))
+    if status.can_resume and out.parent == path_of("packs-x").parent:
+        journal_of(out).unlink(missing_ok=True)

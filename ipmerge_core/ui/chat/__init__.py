@@ -1,0 +1,1 @@
+"""The Try it tab: one question, two models side by side."""

@@ -1,0 +1,335 @@
+"""The Try it tab: one question, two chats, two models side by side.
+
+In: the frame's pair, the session's `PlanChoice`, and the model chosen for each side. Out: answers
+that grow together, from one generator, with a Stop for both. What was typed stays in the box until
+the visitor clears it, so no failure can lose it. Every question is asked afresh: the models do not
+see earlier turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gradio as gr
+
+from ipmerge_core.errors import RunError
+from ipmerge_core.inference.generation import Settings
+from ipmerge_core.inference.images import open_image
+from ipmerge_core.inference.prompts import check_question
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.chat.answers import Question, Turnstile, answer_both, new_sides
+from ipmerge_core.ui.chat.recorded import Example, Reference, recorded_examples
+from ipmerge_core.ui.chat.side_choice import SideChoice, keys_of, side_choice, wire_choice
+from ipmerge_core.ui.chat.turns import Turn, View, turn_of_example, view
+from ipmerge_core.ui.errors import QUIET, told
+from ipmerge_core.ui.latex import DELIMITERS
+from ipmerge_core.ui.pairs import pair_name
+from ipmerge_core.ui.plan_choice import PlanChoice
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+INTRODUCTION = (
+    "One question, two models: the unmerged one, your plan in Explore, or a finished merge. "
+    "Earlier turns are not sent."
+)
+SEND_HINT = "Type a question and add an image; the newest image counts"
+LONGEST_ANSWER = 512
+EMPTY_PROMPT: dict[str, Any] = {"text": "", "files": []}
+OUTCOMES = {
+    "fixed": "✓ fixed",
+    "broken": "✕ broken",
+    "both right": "= both right",
+    "both wrong": "= both wrong",
+}
+
+
+class Parts(NamedTuple):
+    """The components of the tab that handlers read or write."""
+
+    sides: SideChoice
+    turns: gr.State
+    prompt: gr.MultimodalTextbox
+    numbers: list[Any]  # temperature, longest answer, seed
+    stop: gr.Button
+    again: gr.Button
+    clear: gr.Button
+    undo: gr.Button
+    examples: list[gr.Button]
+    view: list[Any]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What every handler of a turn returns, in order; see `_shown`."""
+        return [self.turns, *self.view, self.stop, self.again, self.clear, *self.examples]
+
+
+def try_tab(
+    backend: Backend,
+    pair: gr.Dropdown,
+    choice: gr.State,
+    *,
+    runs: gr.BrowserState,
+    last: gr.BrowserState,
+    tab: gr.Tab,
+) -> SideChoice:
+    """Lay out the tab inside the open `tab` and wire it; returns who answers on each side.
+
+    `runs` and `last` are the merges that the browser remembers, see `side_choice`.
+    """
+    parts = _layout(recorded_examples(), runs, last)
+    wire_choice(backend, parts.sides, pair, tab)
+    _wire_questions(backend, parts, [pair, choice])
+    _wire_the_rest(parts)
+    return parts.sides
+
+
+# --- wiring ----------------------------------------------------------------------------------
+
+
+def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> None:
+    """Wire Send, Ask again and Stop."""
+    doors = Turnstile()
+
+    def check(typed: dict[str, Any], *numbers: float) -> None:
+        _, image = _read_prompt(typed)
+        _read_settings(*numbers)
+        _open(image)
+
+    # `how` is what stands in `inputs` after the turns: see `_question`.
+    def ask(
+        request: gr.Request,
+        typed: dict[str, Any],
+        before: list[Turn],
+        *how: Any,  # noqa: ANN401
+    ) -> Iterator[list[Any]]:
+        text, image = _read_prompt(typed)
+        asked = _question(text, image, *how)
+        turn = _new_turn(asked, image, _known(text, image))
+        yield from _run(backend, doors.enter(_visitor(request)), before, turn, asked)
+
+    def check_again(before: list[Turn]) -> None:
+        if not before:
+            raise RunError("There is nothing to ask again. Type a question first.")
+
+    def ask_again(
+        request: gr.Request,
+        before: list[Turn],
+        *how: Any,  # noqa: ANN401
+    ) -> Iterator[list[Any]]:
+        last = before[-1]
+        asked = _question(last.question, last.image, *how)
+        turn = _new_turn(asked, last.image, last.reference)
+        yield from _run(backend, doors.enter(_visitor(request)), before[:-1], turn, asked)
+
+    def stop_both(request: gr.Request) -> None:
+        doors.stop(_visitor(request))
+
+    inputs = [parts.turns, *plan_parts, *parts.sides.inputs, *parts.numbers]
+    models: dict[str, Any] = {**QUIET, "concurrency_id": "models", "concurrency_limit": 1}
+    # Checks have no outputs: a refusal then shows its message and leaves the answers in sight.
+    parts.prompt.submit(told(check), [parts.prompt, *parts.numbers], None, **QUIET).success(
+        told(ask), [parts.prompt, *inputs], parts.outputs, **models
+    )
+    parts.again.click(told(check_again), parts.turns, None, **QUIET).success(
+        told(ask_again), inputs, parts.outputs, **models
+    )
+    parts.stop.click(stop_both, None, None, queue=False, **QUIET)
+
+
+def _wire_the_rest(parts: Parts) -> None:
+    """Wire the examples, Clear and its undo."""
+    examples = recorded_examples()
+
+    def show_example(number: int, before: list[Turn]) -> list[Any]:
+        turn = turn_of_example(examples[number])
+        kept = before[:-1] if before and before[-1].recorded else before
+        return [_prompt_value(turn), *_shown([*kept, turn])]
+
+    def clear_all(typed: dict[str, Any], before: list[Turn]) -> list[Any]:
+        return [(typed, before), gr.update(visible=True), EMPTY_PROMPT, *_shown([])]
+
+    def restore(kept: tuple[dict[str, Any], list[Turn]]) -> list[Any]:
+        return [gr.update(visible=False), kept[0], *_shown(kept[1])]
+
+    kept = gr.State((EMPTY_PROMPT, []))
+    cleared = [kept, parts.undo, parts.prompt, *parts.outputs]
+    parts.clear.click(clear_all, [parts.prompt, parts.turns], cleared, queue=False, **QUIET)
+    parts.undo.click(
+        restore, kept, [parts.undo, parts.prompt, *parts.outputs], queue=False, **QUIET
+    )
+    for number, button in enumerate(parts.examples):
+        show = partial(show_example, number)
+        button.click(show, parts.turns, [parts.prompt, *parts.outputs], queue=False, **QUIET)
+
+
+# --- layout ----------------------------------------------------------------------------------
+
+
+def _layout(examples: list[Example], runs: gr.BrowserState, last: gr.BrowserState) -> Parts:
+    first = [turn_of_example(examples[0])] if examples else []
+    gr.Markdown(INTRODUCTION, elem_classes="lead")
+    buttons = _example_buttons(examples)
+    prompt = gr.MultimodalTextbox(
+        value=_prompt_value(first[0]) if first else None,
+        placeholder=SEND_HINT,
+        label="Question",
+        show_label=False,
+        file_types=["image"],
+        file_count="multiple",  # "single" takes no new picture before the old one is removed
+        sources=["upload"],
+        max_plain_text_length=100_000,
+        elem_id="prompt",
+    )
+    with gr.Row(elem_id="chat-tools"):
+        stop = gr.Button("Stop both", size="sm", interactive=False, elem_id="stop")
+        again = gr.Button("Ask again", size="sm", elem_id="retry")
+        clear = gr.Button("Clear", size="sm", elem_id="clear")
+        undo = gr.Button("Undo clear", size="sm", visible=False, elem_id="undo-clear")
+    with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
+        numbers = [
+            gr.Slider(
+                0, 2, value=0, step=0.05, label="Temperature", info="0: the most likely token"
+            ),
+            gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Longest answer in tokens"),
+            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
+        ]
+    sides = side_choice(runs, last)
+    turns, shown = gr.State(first), _answers(view(first))
+    return Parts(sides, turns, prompt, numbers, stop, again, clear, undo, buttons, shown)
+
+
+def _example_buttons(examples: list[Example]) -> list[gr.Button]:
+    if not examples:
+        return []
+    gr.Markdown("Recorded examples, shown at once", elem_classes="caption")
+    with gr.Row(elem_id="examples"):
+        return [
+            gr.Button(
+                f"{example.reference.question}\n{OUTCOMES[example.outcome]}",
+                icon=example.image,
+                size="sm",
+                min_width=120,
+                elem_classes="example",
+                elem_id=f"example-{number}",
+            )
+            for number, example in enumerate(examples)
+        ]
+
+
+def _answers(first: View) -> list[Any]:
+    """Lay out the two chats with what belongs to them, in the order of `View`."""
+    with gr.Row(elem_id="answers-line"):
+        source = gr.HTML(first.source, elem_id="answers-source", elem_classes="chips")
+        status = gr.HTML(first.status, elem_id="answers-status")
+    with gr.Row(elem_id="chats"):
+        with gr.Column(min_width=300):
+            left = lay_out_chat("Left model", "chat-base", first.chat_left)
+            verdict_left = gr.HTML(first.verdict_left, elem_id="verdict-base", elem_classes="chips")
+        with gr.Column(min_width=300):
+            right = lay_out_chat("Right model", "chat-merged", first.chat_right)
+            verdict_right = gr.HTML(
+                first.verdict_right, elem_id="verdict-merged", elem_classes="chips"
+            )
+    return [left, right, verdict_left, verdict_right, status, source]
+
+
+def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
+    """Lay out a chat whose messages are HTML made by `written`: it must not render Markdown."""
+    return gr.Chatbot(
+        value,
+        label=label,
+        elem_id=elem_id,
+        height=420,
+        render_markdown=False,
+        latex_delimiters=DELIMITERS,
+        sanitize_html=True,
+        allow_tags=False,
+        buttons=["copy", "copy_all"],
+        feedback_options=None,
+        placeholder="The answer appears here.",
+    )
+
+
+# --- turns -----------------------------------------------------------------------------------
+
+
+def _run(
+    backend: Backend, stop: Event, before: list[Turn], turn: Turn, asked: Question
+) -> Iterator[list[Any]]:
+    """Ask both models and yield the whole view about ten times a second."""
+    yield _shown([*before, turn])  # at once: torch may still have to be loaded
+    for left, right in answer_both(backend, asked, stop):
+        yield _shown([*before, replace(turn, left=left, right=right)])
+
+
+def _shown(turns: list[Turn]) -> list[Any]:
+    """Return the values of `Parts.outputs`: while answers grow, only Stop can be pressed."""
+    running = bool(turns) and not turns[-1].is_over
+    idle = [gr.update(interactive=not running)] * (len(recorded_examples()) + 2)
+    return [turns, *view(turns), gr.update(interactive=running), *idle]
+
+
+def _new_turn(asked: Question, image: str | None, reference: Reference | None) -> Turn:
+    """Return the turn of a question that nobody has answered yet."""
+    sides = new_sides(asked.left, asked.right)
+    return Turn(asked.text, image, pair_name(asked.pack_id), *sides, reference)
+
+
+def _question(  # the components of the tab, in order
+    text: str,
+    image: str | None,
+    pack_id: str,
+    plan: PlanChoice,
+    left: str,
+    right: str,
+    runs: object,
+    last: object,
+    *numbers: float,
+) -> Question:
+    """Put together what is asked of whom. Raises: RunError for a setting out of its range."""
+    settings, keys = _read_settings(*numbers), keys_of(runs, last)
+    return Question(pack_id, plan, text, _open(image), settings, left, right, keys)
+
+
+def _open(image: str | None) -> Image | None:
+    return open_image(image) if image else None
+
+
+def _read_settings(
+    temperature: float | None, longest: float | None, seed: float | None
+) -> Settings:
+    """Check the three settings; an emptied field counts as 0. Raises: RunError."""
+    return Settings(float(temperature or 0), int(longest or 0), int(seed or 0))
+
+
+def _visitor(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def _read_prompt(typed: dict[str, Any]) -> tuple[str, str | None]:
+    """Take question and newest picture from the prompt. Raises: RunError with what is missing."""
+    question, files = typed.get("text") or "", typed.get("files") or []
+    if not question and not files:
+        raise RunError("There is nothing to ask yet. Type a question; a picture may go with it.")
+    if not question:
+        raise RunError("A picture came without a question. Type what you want to know about it.")
+    return check_question(question), str(files[-1]) if files else None
+
+
+def _prompt_value(turn: Turn) -> dict[str, Any]:
+    return {"text": turn.question, "files": [turn.image] if turn.image else []}
+
+
+def _known(question: str, image: str | None) -> Reference | None:
+    """Return the right answer where question and picture are those of an example."""
+    for example in recorded_examples():
+        reference = example.reference
+        if image and question == reference.question and Path(image).name == reference.image:
+            return reference
+    return None

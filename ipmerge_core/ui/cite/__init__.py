@@ -1,0 +1,1 @@
+"""The API & cite tab: the plan as code, commands and references."""

@@ -1,0 +1,99 @@
+"""The Compare tab: two plans on one pair, or two pairs by relative depth, in one grid.
+
+In: the frame's pair, the session's `PlanChoice`, and a second pair. Out: nothing; every number is
+computed in the browser by the layer map's own arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.events import Dependency
+
+from ipmerge_core.errors import PlanError
+from ipmerge_core.ui.errors import QUIET, sentence_of, told
+from ipmerge_core.ui.explore import layer_map
+from ipmerge_core.ui.explore.tab import after_commits, map_content
+from ipmerge_core.ui.pairs import list_packs
+from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.safe_text import as_html
+
+HERE = Path(__file__).parent
+SHARED = ("preview", "scales", "tables", "memory", "grid")  # of the layer map's scripts
+SCRIPTS = ("pairs", "side_by_side", "compare")  # in order of use
+ELEM_ID = "compare-map"
+
+
+def compare_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependency) -> None:
+    """Lay out the tab inside the open `tab`; fill it with `tab` and when a pair is opened."""
+    # layout
+    other = gr.Dropdown(others(), value="", label="Pair of B", elem_id="compare-pair")
+    reason = gr.HTML("", elem_id="compare-reason")
+    compared = CompareMap()
+    seen = gr.State(False)  # whether the tab was opened: until then it is not worth its bytes
+
+    # handlers
+    def compare(pack_id: str, plan: PlanChoice, other_id: str) -> list[Any]:
+        return [*compared_or_reason(pack_id, plan, other_id), gr.update(choices=others()), True]
+
+    def compare_again(pack_id: str, plan: PlanChoice, other_id: str, shown: bool) -> list[Any]:
+        return compared_or_reason(pack_id, plan, other_id) if shown else [gr.skip(), gr.skip()]
+
+    # wiring
+    inputs = [pair, choice, other]
+    whole = [compared, reason, other, seen]
+    after_commits(tab.select).then(told(compare), inputs, whole, **QUIET)
+    other.input(told(compare), inputs, whole, **QUIET)
+    opened.success(told(compare_again), [*inputs, seen], [compared, reason], **QUIET)
+
+
+def others() -> list[tuple[str, str]]:
+    """List what the pair on show can be compared with."""
+    return [("The same pair", ""), *((pack.label, pack.id) for pack in list_packs())]
+
+
+def compared_or_reason(pack_id: str, choice: PlanChoice, other_id: str) -> list[Any]:
+    """Return the content, or nothing and the reason: a pair that is only partly analysed."""
+    try:
+        return [compare_content(pack_id, choice, other_id), ""]
+    except PlanError as error:
+        return [None, f'<p class="waiting">{as_html(sentence_of(error))}</p>']
+
+
+def compare_content(pack_id: str, choice: PlanChoice, other_id: str) -> dict[str, Any]:
+    """Return what the component draws; `b` is null for the same pair. Raises: PlanError."""
+    other = map_content(other_id) if other_id and other_id != pack_id else None
+    return {"a": map_content(pack_id, choice), "b": other}
+
+
+class CompareMap(gr.HTML):
+    """The component: the layer map's grid with two plans in it."""
+
+    def __init__(
+        self, value: dict[str, Any] | None = None, elem_id: str = ELEM_ID, *, render: bool = True
+    ) -> None:
+        scripts = [layer_map.HERE / f"{name}.js" for name in SHARED]
+        scripts += [HERE / f"{name}.js" for name in SCRIPTS]
+        styles = [layer_map.HERE / "style.css", HERE / "style.css"]
+        super().__init__(
+            value=value,
+            html_template=(HERE / "template.html").read_text(encoding="utf-8"),
+            css_template="\n".join(path.read_text(encoding="utf-8") for path in styles),
+            js_on_load="\n".join(path.read_text(encoding="utf-8") for path in scripts),
+            apply_default_css=False,
+            elem_id=elem_id,
+            render=render,  # Gradio's own, for `gr.skip()`
+        )
+
+    def postprocess(self, value: object) -> str | None:
+        """Send the content as one string of JSON: the page then makes no proxies of its parts."""
+        if value is None or isinstance(value, str):
+            return value
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+    def api_info(self) -> dict[str, Any]:
+        """The content is a string of JSON."""
+        return {"type": "string"}

@@ -1,0 +1,108 @@
+"""The layer map: one `gr.HTML` component with its own JavaScript, drawn from an analysis pack.
+
+In: `{"id": ..., "pack": ..., "plan": ..., "presets": [...]}`, plain JSON. Out: browser events:
+`commit` when a plan has been chosen (once per drag, never during it), `cellselect` when a matrix
+shall be drawn large, `packselect` when the page's address or its history names another pair;
+`report` is the same component as one HTML file that needs no server. The browser computes every
+preview itself; Python sees only the finished plan, and treats it as text from a stranger:
+`read_commit` and `read_cells` check it against the pack.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ipmerge_core.ui.safe_text import as_html
+
+HERE = Path(__file__).parent
+SCRIPTS = (
+    "preview",
+    "scales",
+    "tables",
+    "memory",
+    "grid",
+    "charts",
+    "lines",
+    "spectra",
+    "why",
+    "detail",
+    "link",
+    "takeaway",
+    "twins",
+    "sentence",
+    "choices",
+    "moves",
+    "tour",
+    "layer_map",
+    "growing",
+    "brush",
+    "events",
+)  # in order of use
+ELEM_ID = "layer-map"
+
+
+@cache
+def scripts() -> str:
+    """The component's JavaScript: pure arithmetic first, wiring last."""
+    return "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+
+
+def report(content: Mapping[str, Any]) -> str:
+    """Make one HTML file of the component and its content, for anyone, without a server."""
+    parts = {
+        "TITLE": as_html(f"IPMerge: {content['pack']['name']}"),
+        "STYLE": "#ipmerge {" + (HERE / "style.css").read_text(encoding="utf-8") + "}",
+        "TEMPLATE": (HERE / "template.html").read_text(encoding="utf-8"),
+        "CONTENT": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
+        "SCRIPT": scripts(),
+    }
+    page = (HERE / "report.html").read_text(encoding="utf-8")
+    return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], page)
+
+
+class LayerMap(gr.HTML):
+    """The map of a pack, with its sliders, previews and details; see the module's docstring.
+
+    Args:
+        value: the content, see `ipmerge_core.ui.explore.tab.map_content`.
+        elem_id: the id of the component's element.
+        server_functions: `report_file(pack_id, plan)`, if the page shall offer the HTML report;
+            `grown(pack_id, n_known)`, if pairs may grow while they are on show.
+        render: whether to stand in the page at once; Gradio's own, for `gr.skip()`.
+    """
+
+    def __init__(
+        self,
+        value: Mapping[str, Any] | None = None,
+        elem_id: str = ELEM_ID,
+        server_functions: list[Callable[..., Any]] | None = None,
+        *,
+        render: bool = True,
+    ) -> None:
+        super().__init__(
+            value=value,
+            html_template=(HERE / "template.html").read_text(encoding="utf-8"),
+            css_template=(HERE / "style.css").read_text(encoding="utf-8"),
+            js_on_load=scripts(),
+            apply_default_css=False,
+            elem_id=elem_id,
+            server_functions=server_functions,
+            render=render,
+        )
+
+    def postprocess(self, value: object) -> str | None:
+        """Send the content as one string of JSON: the page then makes no proxies of its parts."""
+        if value is None or isinstance(value, str):
+            return value
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+    def api_info(self) -> dict[str, Any]:
+        """The content is a string of JSON."""
+        return {"type": "string"}

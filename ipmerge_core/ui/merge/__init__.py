@@ -1,0 +1,1 @@
+"""The Merge tab: method, check, confirmation, run and result."""

@@ -1,0 +1,209 @@
+"""The pairs a visitor can choose: bundled packs, those in the user's own folder, and growing ones.
+
+In: the packs in `assets/demo` and in the folder `packs` of the home folder. Out: a list for the
+dropdown, and a pack's content as plain values for the browser; of a pair that is still being
+analysed, the content so far. Reads no weights and loads no torch; what a pack means is
+`ipmerge_core.analysis.analyse`' business.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ipmerge_core.analysis.partial import Unfinished, journal_of, read_journal
+from ipmerge_core.analysis.records import TEMPERATURE, check_version
+from ipmerge_core.errors import CheckpointError, PlanError
+from ipmerge_core.runtime.jobs import home_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "assets" / "demo"
+_ENDING = ".pack.json.gz"
+_OWN = "packs-"  # what the ids of a user's own packs start with
+EVERYTHING = sys.maxsize  # what a watcher knows who wants no records
+_LONGEST_NAME = 60  # letters of a new pack's name: links name it
+
+
+class PackEntry(NamedTuple):
+    """One pair of the dropdown."""
+
+    id: str
+    label: str
+    path: Path
+
+
+def packs_folder() -> Path:
+    """Where a user's own packs lie."""
+    return home_folder() / "packs"
+
+
+def list_packs() -> list[PackEntry]:
+    """List the packs: the bundled ones first, then the user's own, each under a label of its own.
+
+    A file that cannot be read is listed as such, and says why when it is chosen.
+    """
+    labels = [(pack_id, _label(pack_id, path), path) for pack_id, path in _files()]
+    often = Counter(label for _, label, _ in labels)
+    return [
+        PackEntry(pack_id, f"{label} · {_stem(path)}" if often[label] > 1 else label, path)
+        for pack_id, label, path in labels
+    ]
+
+
+def find_pack(pack_id: str) -> PackEntry:
+    """Return the finished pack with this id. Raises: PlanError for an unknown or growing one."""
+    for found, path in _files():
+        if found == pack_id:
+            return PackEntry(found, _label(found, path), path)
+    growing = find_growing(pack_id, EVERYTHING)
+    if growing is not None:
+        raise PlanError(
+            f"The pair '{growing.pack['name']}' is only partly analysed, {growing.n_done} of "
+            f"{len(growing.places)} matrices so far. Explore shows these; all else waits until its "
+            f"analysis is finished."
+        )
+    known = ", ".join(found for found, _ in _files()) or "none"
+    raise PlanError(f"Unknown pair '{str(pack_id)[:60]}'. Available: {known}.")
+
+
+def pair_name(pack_id: str) -> str:
+    """Return what people call a pair; its id where it has no finished pack."""
+    try:
+        return find_pack(pack_id).label
+    except PlanError:
+        return str(pack_id)
+
+
+def load_pack(pack_id: str) -> dict[str, Any]:
+    """Read a finished pack's content; the caller must not change it. Raises: PlanError."""
+    return read_pack_file(find_pack(pack_id).path)
+
+
+def read_pack_file(path: Path) -> dict[str, Any]:
+    """Read one pack, once per version of the file. Raises: CheckpointError."""
+    return _read(path, path.stat().st_mtime_ns)
+
+
+# --- packs that grow -------------------------------------------------------------------------
+
+
+def find_growing(pack_id: str, known: int = 0) -> Unfinished | None:
+    """Return what is known of a pair that is being analysed, or was until it was interrupted.
+
+    The records of the first `known` matrices are left out. None before the first matrix is done.
+    """
+    if not isinstance(pack_id, str) or not re.fullmatch(rf"{_OWN}[A-Za-z0-9][\w.+-]*", pack_id):
+        return None
+    try:
+        found = read_journal(journal_of(path_of(pack_id)), known)
+    except PlanError:
+        return None
+    return found if found.n_done else None
+
+
+def growing_ids() -> list[str]:
+    """List the ids of the packs that are being made, or were until they were interrupted."""
+    journals = sorted(packs_folder().glob(f"[!.]*{_ENDING}.journal"))
+    return [id_of(path.with_suffix("")) for path in journals]
+
+
+def path_of(pack_id: str) -> Path:
+    """Return the file of one of the user's own packs, finished or not."""
+    return packs_folder() / f"{pack_id.removeprefix(_OWN)}{_ENDING}"
+
+
+def id_of(path: Path) -> str:
+    """Return the id of the pack in a file of the user's own.
+
+    >>> id_of(Path("packs/llava-1.5-7b.pack.json.gz"))
+    'packs-llava-1.5-7b'
+    """
+    return _OWN + _stem(path)
+
+
+def reserve_name(*parts: str) -> Path:
+    """Take a name that nobody has for a new pack, made of models' names; return its file.
+
+    An empty journal takes the name, so that of two who ask at once each gets one of their own.
+    """
+    words = [re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-._") for part in parts]
+    stem = "-".join(filter(None, words))[:_LONGEST_NAME].rstrip("-._") or "pair"
+    packs_folder().mkdir(parents=True, exist_ok=True)
+    for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
+        path = packs_folder() / f"{name}{_ENDING}"
+        if path.exists():
+            continue
+        try:
+            journal_of(path).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
+    raise PlanError(f"There are a thousand packs called '{stem}'. Remove some of them.")
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _files() -> Iterator[tuple[str, Path]]:
+    for folder, prefix in ((DEMO, ""), (packs_folder(), _OWN)):
+        paths = {*folder.glob("pack*.json.gz"), *folder.glob(f"[!.]*{_ENDING}")}
+        for path in sorted(paths, key=_stem):
+            yield prefix + _stem(path), path
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".pack")
+
+
+def _label(pack_id: str, path: Path) -> str:
+    own = "own: " if pack_id.startswith(_OWN) else ""
+    return own + _name(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _name(path: Path, _modified: int) -> str:
+    """What a pack calls itself, and how it was analysed where that is not the usual way."""
+    try:
+        content = read_pack_file(path)
+        return f"{content['name']}{depth_words(content['parameters'])}"
+    except (CheckpointError, KeyError):
+        return f"{_stem(path)} (cannot be read)"
+
+
+def depth_words(parameters: dict[str, Any]) -> str:
+    """Say how an analysis was made, where not in the usual way.
+
+    >>> depth_words({"quick": True, "rank": None}), depth_words({"rank": 256}), depth_words({})
+    (' (quick, approximate)', ' (rank 256)', '')
+    >>> depth_words({"temperature": 8.0, "rank": 256})
+    ' (rank 256, temperature 8)'
+    """
+    words = ["quick, approximate"] if parameters.get("quick") else []
+    if not words and parameters.get("rank"):
+        words.append(f"rank {parameters['rank']}")
+    temperature = parameters.get("temperature", TEMPERATURE)
+    if isinstance(temperature, int | float) and temperature != TEMPERATURE:
+        words.append(f"temperature {temperature:g}")
+    return f" ({', '.join(words)})" if words else ""
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, _modified: int) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+        check_version(content)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise CheckpointError(
+            f"'{path.name}' is no pack of this version ({type(error).__name__}: {error}). Make it "
+            f"again with `ipmerge analyse`."
+        ) from error
+    return dict(content)
