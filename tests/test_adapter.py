@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model
+from huggingface_hub import ModelCard
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
@@ -17,6 +20,7 @@ from ipmerge_core.adapters import export as adapter
 from ipmerge_core.adapters.export import export_adapter, iter_adapter, module_name, truncated
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, PlanError
+from ipmerge_core.merging.merge import reopen
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.planning.plan import MergePlan, make_plan
 from ipmerge_core.spectral.similarity import Update
@@ -73,6 +77,17 @@ def test_the_scale_of_every_module_is_lambda(plan_of, tmp_path):
         assert config["alpha_pattern"][module] / rank == pytest.approx(2.5)
 
 
+def test_the_configuration_is_the_file_that_peft_writes(plan_of, tmp_path):
+    export_adapter(plan_of(lambda_=2.5), tmp_path / "adapter")
+    ours = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    LoraConfig.from_pretrained(tmp_path / "adapter").save_pretrained(tmp_path / "again")
+    theirs = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert {**theirs, "target_modules": sorted(theirs["target_modules"])} == ours
+    assert ours["target_modules"] == sorted(ours["target_modules"])
+    assert ours["base_model_name_or_path"] == plan_of().sources.mllm.id
+    assert (ours["peft_type"], ours["inference_mode"], ours["bias"]) == ("LORA", True, "none")
+
+
 def test_layer_gains_are_part_of_the_factors(plan_of, tmp_path):
     export_adapter(plan_of(lambda_=2.0), tmp_path / "even")
     export_adapter(plan_of(lambda_=2.0, layer_gains=(1.0, 0.5)), tmp_path / "fading")
@@ -107,13 +122,11 @@ def test_only_selected_matrices_and_experts_enter(plan_of, tmp_path):
     assert 0 < len(report["matrices"]) == len(plan.selected) < len(plan.decisions)
 
 
-def test_two_exports_give_the_same_factors(plan_of, tmp_path):
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "README.md"])
+def test_two_exports_give_the_same_bytes(plan_of, tmp_path, file):
     for name in ("one", "two"):
         export_adapter(plan_of(), tmp_path / name)
-    files = [
-        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")
-    ]
-    assert files[0] == files[1]
+    assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_progress_comes_module_by_module_and_the_folder_when_all_is_done(plan_of, tmp_path):
@@ -197,6 +210,20 @@ def write_llava(folder: Path) -> Trio:
         math=write_model(folder / "math", fine_tuned(base, 2), TEXT_CONFIG),
         math_2=folder,
     )
+
+
+def test_the_adapter_s_card_names_its_model_on_the_hub(plan_of, tmp_path, monkeypatch):
+    plan = plan_of()
+    export_adapter(plan, tmp_path / "local")
+    local = ModelCard.load(tmp_path / "local" / "README.md")
+    assert local.data.to_dict() == {"library_name": "peft", "tags": ["lora", "merge", "ipmerge"]}
+    mllm = replace(plan.sources.mllm, id="org/mllm", revision="a1b2")
+    on_hub = replace(plan, sources=replace(plan.sources, mllm=mllm))
+    monkeypatch.setattr(adapter, "reopen", lambda _: reopen(plan))
+    export_adapter(on_hub, tmp_path / "hub")
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert card.data.base_model == ["org/mllm"]
+    assert "# IP-Merging as a LoRA adapter" in card.text
 
 
 # PEFT 0.21 itself asks transformers 5.23 by a name that is on its way out.

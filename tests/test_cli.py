@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from conftest import TEXT_CONFIG, Trio, fine_tuned, text_weights, write_model
 from safetensors.torch import load_file, save_file
 
 from ipmerge_core import cli
+from ipmerge_core.cli.printing import Progress
 from ipmerge_core.version import __version__
 
 Output = pytest.CaptureFixture[str]
@@ -144,6 +149,61 @@ def test_progress_goes_to_stderr_and_can_be_silenced(
     assert "merging 100%" in captured.err
     assert json.loads(captured.out)["model"] == str(tmp_path / "a")
     assert cli.main(["merge", path, "-o", str(tmp_path / "b"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def show_two_steps(*, quiet: bool = False) -> None:
+    """Show two kinds of work, the second of which fails."""
+    options = argparse.Namespace(quiet=quiet, device="cpu", one_thread=False)
+    with contextlib.suppress(KeyError), Progress(options) as progress:
+        progress.show("measuring", 4, 4, "1/1 first")
+        progress.show("merging", 1, 4, "1/4 a\x1b[2Jb\r\nc\u202ed{bar}" + 500 * "e")
+        raise KeyError
+
+
+def read_screen(screen: int) -> bytes:
+    """Read what went to a terminal that nobody writes to any more."""
+    found = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(screen, 1 << 16):
+            found += part
+    os.close(screen)
+    return found
+
+
+def test_a_log_gets_a_line_per_report_in_which_names_cannot_act(capsys: Output) -> None:
+    show_two_steps()
+    place, *lines = capsys.readouterr().err.splitlines()
+    assert place.startswith("Computing on CPU")
+    assert [line[:14] for line in lines] == [
+        "measuring   0%", "measuring 100%", "merging   0%, ", "merging  25%, ",
+    ]  # fmt: skip
+    assert lines[1].endswith("<00:00, 1/1 first")
+    assert ", 1/4 a\ufffd[2Jb\ufffd\ufffdc\ufffdd{bar}eee" in lines[3]
+    assert len(lines[3]) < 200
+
+
+def test_a_terminal_gets_a_bar_per_kind_of_work_and_its_line_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with os.fdopen(terminal, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        show_two_steps()
+    written = read_screen(screen).decode()
+    place, *bars, rest = written.split("\r\n")
+    assert place.startswith("Computing on CPU")
+    first, second = (bar.rpartition("\r")[2] for bar in bars)
+    assert first.startswith("measuring 100%|████")
+    assert second.startswith("merging  25%|")
+    assert rest == ""
+    assert "\x1b" not in written
+    assert max(map(len, written.replace("\r", "\n").split("\n"))) < 80
+
+
+def test_a_quiet_command_reports_no_progress(capsys: Output) -> None:
+    show_two_steps(quiet=True)
     assert capsys.readouterr().err == ""
 
 

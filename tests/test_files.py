@@ -18,7 +18,7 @@ from ipmerge_core.errors import CheckpointError, RunError
 from ipmerge_core.merging.merge import estimate
 from ipmerge_core.models import files
 from ipmerge_core.models.checkpoint import Checkpoint
-from ipmerge_core.models.files import LocalFiles, RemoteFiles, open_hub
+from ipmerge_core.models.files import LocalFiles, RemoteFiles, as_hub_id, is_hub_id, open_hub
 from ipmerge_core.planning.plan import MergePlan
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -179,6 +179,7 @@ def test_a_lost_connection_can_be_resumed(
             hub_errors.RevisionNotFoundError("404", response=response(404)),
             "this revision does not: give a branch, a tag or a commit",
         ),
+        (hub_errors.DisabledRepoError("403", response=response(403)), "has disabled access to"),
         (hub_errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set .* no copy"),
         (httpx.ConnectError("no route"), "could not be reached: check the connection"),
         (CLIENT.ConnectError("no route"), "could not be reached: check the connection"),
@@ -191,6 +192,49 @@ def test_what_the_hub_refuses_is_one_sentence_with_a_remedy(
     monkeypatch.setattr(files, "_cached_copy", lambda *_: None)
     with pytest.raises(CheckpointError, match=words):
         Checkpoint.open("org/model")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        hub_errors.GatedRepoError,
+        hub_errors.RepositoryNotFoundError,
+        hub_errors.RevisionNotFoundError,
+        hub_errors.DisabledRepoError,
+    ],
+)
+def test_no_cached_copy_is_used_against_an_answer_of_the_hub(
+    answer: type[hub_errors.HfHubHTTPError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, answer("no", response=response(403)))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(CheckpointError, match=f"Cannot open 'org/base' .{answer.__name__}"):
+        open_hub("org/base")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["org/name", "Qwen/Qwen2.5-Math-7B", "o_r-g/n.a_m-e@main", "org/name@refs/pr/1", "a/b@v1.0"],
+)
+def test_a_hub_id_is_an_organisation_and_a_name_with_or_without_a_revision(text: str) -> None:
+    assert is_hub_id(text)
+    assert as_hub_id(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "name", "org/", "/name", "a/b/c", "../name", "org/..", "~/name", "org/name.git",
+        "org/a--b", "org/a..b", "-org/name", "org/name-", "org/na me", "org/name\n", "org/nämé",
+        "org/name@", "org/name@a b", "org/name@a\n", "@main", "org/" + 97 * "n",
+        "org/name@" + 300 * "a",
+    ],
+)  # fmt: skip
+def test_anything_else_is_no_hub_id_and_is_refused_in_a_short_sentence(text: str) -> None:
+    assert not is_hub_id(text)
+    with pytest.raises(CheckpointError, match="is not a valid hub id; expected") as refusal:
+        as_hub_id(text)
+    assert len(str(refusal.value)) < 260
 
 
 def test_without_a_connection_the_local_cache_serves(

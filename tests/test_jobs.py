@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import pytest
+from platformdirs import user_data_path
 
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, home_folder, run_job
@@ -252,7 +253,21 @@ def test_the_home_folder_follows_the_environment(monkeypatch, tmp_path):
     assert home_folder() == tmp_path / "own"
     monkeypatch.delenv("IPMERGE_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert home_folder() == tmp_path / "cache" / "ipmerge"
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert home_folder() == user_data_path("ipmerge", appauthor=False)
+    assert home_folder().is_relative_to(tmp_path / "me")
+
+
+@pytest.mark.parametrize("cache", ["cache", ""])
+def test_a_home_folder_in_the_cache_stays_in_use(monkeypatch, tmp_path, cache):
+    monkeypatch.delenv("IPMERGE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache) if cache else "")
+    earlier = tmp_path / (cache or ".cache") / "ipmerge"
+    assert home_folder() != earlier
+    earlier.mkdir(parents=True)
+    assert home_folder() == earlier
 
 
 def job_folder(tmp_path: Path, target: str, arguments: dict[str, object]) -> Path:

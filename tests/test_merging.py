@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model, write_trio
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
-from ipmerge_core.analysis.records import Analysis
+from ipmerge_core.analysis.records import Analysis, Source, Sources
 from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError
 from ipmerge_core.merging import merge as merging
 from ipmerge_core.merging.merge import estimate, iter_merge
+from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.planning.plan import MergePlan
 
@@ -167,10 +170,24 @@ def test_the_model_card_names_the_parents_and_cannot_carry_markup(
     analysis = ipm.analyse(ipm.open_pair(trio.mllm, evil, trio.base))
     plan = ipm.make_plan(analysis, similarity_threshold=0.5)
     ipm.merge(plan, tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert plan.hash in card
-    assert "<img" not in card
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert plan.hash in text
+    assert "<img" not in text
+    assert ModelCard(text).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["merge", "ipmerge"],
+    }
+
+
+def test_the_model_card_s_metadata_names_the_parents_on_the_hub(analysis: Analysis) -> None:
+    mllm, base, evil = (Source(n, "a1b2", "f") for n in ("org/mllm", "org/base", "x\n---\n<img>"))
+    sources = Sources(mllm, base, Source("a/folder", None, "f"), (evil,))
+    plan = replace(ipm.make_plan(analysis, similarity_threshold=0.5), sources=sources)
+    card = ModelCard(write_card(plan))
+    assert card.data.base_model == ["org/mllm", "org/base"]
+    assert card.text.startswith("\n# A merged vision-language model")
+    assert "<img" not in str(card)
 
 
 def test_the_estimate_reads_headers_only(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.merge import reopen
+from ipmerge_core.merging.model_card import front_matter
 from ipmerge_core.merging.parts import on_one_base, rounding_noise, work_of
 from ipmerge_core.methods import find_method
 from ipmerge_core.methods.ip_merging import ip_updates
@@ -275,7 +276,7 @@ def _write(
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         nbytes = (partial / "adapter_model.safetensors").stat().st_size
         documents = {
-            "adapter_config.json": json.dumps(_config(plan, steps), indent=1) + "\n",
+            "adapter_config.json": json.dumps(_config(plan, steps), indent=2, sort_keys=True),
             REPORT: json.dumps(_report(plan, steps, how, nbytes), indent=1) + "\n",
             "README.md": _card(plan, steps, nbytes),
         }
@@ -285,27 +286,22 @@ def _write(
 
 def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
     """The PEFT configuration. Every module's scale lora_alpha / r is the plan's lambda."""
+    from peft import LoraConfig
+
     ranks = {step.module: step.rank for step in steps if step.rank}
     gain = float(plan.parameters["lambda_"] or 0.0)
     largest = max(ranks.values())
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": plan.sources.mllm.id,
-        "revision": plan.sources.mllm.revision,
-        "inference_mode": True,
-        "r": largest,
-        "lora_alpha": gain * largest,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "target_modules": sorted(ranks),
-        "rank_pattern": ranks,
-        "alpha_pattern": {module: gain * rank for module, rank in ranks.items()},
-    }
+    config = LoraConfig(
+        base_model_name_or_path=plan.sources.mllm.id,
+        revision=plan.sources.mllm.revision,
+        inference_mode=True,
+        r=largest,
+        lora_alpha=gain * largest,
+        target_modules=list(ranks),
+        rank_pattern=ranks,
+        alpha_pattern={module: gain * rank for module, rank in ranks.items()},
+    )
+    return {**config.to_dict(), "target_modules": sorted(ranks)}  # PEFT keeps them as a set
 
 
 def _report(
@@ -339,11 +335,7 @@ def _card(plan: MergePlan, steps: Sequence[AdapterStep], nbytes: int) -> str:
     ranks = [step.rank for step in steps]
     return "\n".join(
         [
-            "---",
-            "library_name: peft",
-            "tags: [lora, merge, ipmerge]",
-            "---",
-            "",
+            front_matter([plan.sources.mllm], library="peft", tags=["lora", "merge", "ipmerge"]),
             "# IP-Merging as a LoRA adapter",
             "",
             f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices, rank "

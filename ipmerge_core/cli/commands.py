@@ -56,12 +56,10 @@ def analyse(options: argparse.Namespace) -> int:
         pair.refuse_strangers("(--force analyses anyway.)")
     check_target(options.output)
     how = Options(options.rank, options.temperature, options.quick, options.directions).check()
-    progress = None
-    for step in iter_pack_of(pair, Path(options.output), how, device=options.device):
-        progress = progress or Progress("analysing", step.cost_total, options)
-        progress.show(step.cost_done, f"{step.number}/{step.total} {step.matrix}")
-    assert progress is not None
-    progress.close()
+    with Progress(options) as progress:
+        for step in iter_pack_of(pair, Path(options.output), how, device=options.device):
+            what = f"{step.number}/{step.total} {step.matrix}"
+            progress.show("analysing", step.cost_done, step.cost_total, what)
     analysis = Analysis.load(options.output)
     summary = {
         "pack": options.output,
@@ -93,12 +91,10 @@ def calibrate(options: argparse.Namespace) -> int:
             f"GB written ({need.nbytes_free / 1e9:.1f} GB free). Nothing was written."
         )
         return print_result(options, need._asdict(), text)
-    progress = None
-    for step in iter_calibration(pair, options.output, how, seen, told, device=options.device):
-        progress = progress or Progress("calibrating", step.total, options)
-        progress.show(step.done, f"{step.role}, layers {step.group + 1}/{step.groups}")
-    assert progress is not None
-    progress.close()
+    with Progress(options) as progress:
+        for step in iter_calibration(pair, options.output, how, seen, told, device=options.device):
+            what = f"{step.role}, layers {step.group + 1}/{step.groups}"
+            progress.show("calibrating", step.done, step.total, what)
     found = Measurements.open(options.output)
     tokens = {model.role: model.tokens for model in found.models}
     doubts = found.doubts(max(matrix.shape[1] for matrix in pair.matrices))
@@ -143,17 +139,13 @@ def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
     from ipmerge_core.merging.whole_model import iter_measure
     from ipmerge_core.methods.declarations import drained, relayed
 
-    progress = None
+    with Progress(options) as progress:
 
-    def show(step: MeasureStep) -> None:
-        nonlocal progress
-        progress = Progress.of(progress, "measuring", step.nbytes_total, options)
-        progress.show(step.nbytes_done, f"{step.number}/{step.total} {step.tensor}")
+        def show(step: MeasureStep) -> None:
+            what = f"{step.number}/{step.total} {step.tensor}"
+            progress.show("measuring", step.nbytes_done, step.nbytes_total, what)
 
-    made = drained(relayed(iter_measure(plan, device=options.device), show))
-    if progress is not None:
-        progress.close()
-    return made
+        return drained(relayed(iter_measure(plan, device=options.device), show))
 
 
 def recipe(options: argparse.Namespace) -> int:
@@ -185,13 +177,11 @@ def merge(options: argparse.Namespace) -> int:
             f"{describe_device(need.device)}. Nothing was written."
         )
         return print_result(options, need._asdict(), text)
-    progress = None
-    for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):
-        verb = "measuring" if step.action == "measured" else "merging"
-        progress = Progress.of(progress, verb, step.nbytes_total, options)
-        progress.show(step.nbytes_done, f"{step.index}/{step.total} {step.action} {step.tensor}")
-    assert progress is not None
-    progress.close()
+    with Progress(options) as progress:
+        for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):
+            verb = "measuring" if step.action == "measured" else "merging"
+            what = f"{step.index}/{step.total} {step.action} {step.tensor}"
+            progress.show(verb, step.nbytes_done, step.nbytes_total, what)
     manifest = json.loads((Path(options.output) / MANIFEST).read_text(encoding="utf-8"))
     text = f"Wrote {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
     result = {"model": options.output, "hash": plan.hash, "device": manifest["device"]}
@@ -205,12 +195,10 @@ def adapter(options: argparse.Namespace) -> int:
 
     plan = MergePlan.load(options.plan)
     limits = {"tolerance": options.tolerance, "max_rank": options.max_rank}
-    progress = None
-    for step in iter_adapter(plan, options.output, device=options.device, **limits):
-        progress = progress or Progress("factorising", step.total, options)
-        progress.show(step.index, f"{step.index}/{step.total} rank {step.rank} {step.tensor}")
-    assert progress is not None
-    progress.close()
+    with Progress(options) as progress:
+        for step in iter_adapter(plan, options.output, device=options.device, **limits):
+            what = f"{step.index}/{step.total} rank {step.rank} {step.tensor}"
+            progress.show("factorising", step.index, step.total, what)
     report = json.loads((Path(options.output) / REPORT).read_text(encoding="utf-8"))
     ranks = [matrix["rank"] for matrix in report["matrices"].values()]
     text = (

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from copy import copy
 from dataclasses import asdict
 from time import monotonic
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from ipmerge_core.errors import PlanError
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.planning.plan import MergePlan
 
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+_LINE = _BAR.replace("|{bar}|", ",")
+_LONGEST_NAME = 120  # characters
 _MARKS = {"ok": "ok     ", "warning": "WARNING", "refusal": "REFUSAL"}
 
 
@@ -64,54 +69,76 @@ def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  
 
 
 class Progress:
-    """One line on stderr: percent, what is done, time left; by cost, not by count.
+    """A progress bar on stderr: percent by cost rather than by count, and the time left.
 
-    Says first on which device, and how many threads compute where nobody chose that.
+    The first line names the device, and the number of threads where nobody chose it. Into a file
+    or a pipe goes a line every five seconds. Closed at the end of its `with` block.
     """
 
-    def __init__(self, verb: str, total: int, options: argparse.Namespace) -> None:
-        self.verb, self.total, self.quiet = verb, max(total, 1), options.quiet
-        if not self.quiet:
-            print(_place(options), file=sys.stderr)
-        self.live = sys.stderr.isatty()
-        self.started = monotonic()
-        self.last = 0.0
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.started = options, monotonic()
+        self.bar: tqdm[Any] | None = None
 
-    @classmethod
-    def of(
-        cls, before: Progress | None, verb: str, total: int, options: argparse.Namespace
-    ) -> Progress:
-        """Go on with the line before, or start one where the work has become another."""
-        if before is not None and before.verb == verb:
-            return before
-        if before is None:
-            return cls(verb, total, options)
-        before.close()
-        after = copy(before)
-        after.verb, after.total, after.started, after.last = verb, max(total, 1), monotonic(), 0.0
-        return after
+    def __enter__(self) -> Progress:
+        """Start; nothing is shown before the first step."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the line, also where the work has failed."""
+        self._close()
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
         return round(monotonic() - self.started, 3)
 
-    def show(self, done: int, what: str) -> None:
-        """Show how much of the total is done, at most ten times a second."""
-        now, fraction = monotonic(), done / self.total
-        if self.quiet or (now - self.last < (0.1 if self.live else 5) and fraction < 1):
+    def show(self, verb: str, done: int, total: int, what: str) -> None:
+        """Show how much of the total is done; another verb starts another bar.
+
+        `what` may hold names from models of strangers: what a terminal could obey is replaced.
+        """
+        if self.options.quiet:
             return
-        self.last = now
-        left = (now - self.started) * (1 - fraction) / fraction if fraction else 0
-        line = f"{self.verb} {fraction:4.0%}, {left:.0f} s left: {what}"
-        print(
-            f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr
-        )
+        if self.bar is None:
+            print(_place(self.options), file=sys.stderr)
+        if self.bar is None or self.bar.desc != verb:
+            self._close()
+            self.bar = _new_bar(verb, total)
+        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in what)
+        self.bar.set_postfix_str(shown[:_LONGEST_NAME], refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _Log(tqdm):  # type: ignore[misc]
+    """Progress where no line can be overwritten: each is written below the last."""
+
+    disable: bool
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line."""
+        self.fp.write(f"{self}\n")
 
     def close(self) -> None:
-        """End the line."""
-        if self.live and not self.quiet:
-            print(file=sys.stderr)
+        """Write where the work ended, if no line says so yet."""
+        if not self.disable and self.n != self.last_print_n:
+            self.display()
+        self.disable = True
+
+
+def _new_bar(verb: str, total: int) -> tqdm[Any]:
+    how = {"total": max(total, 1), "file": sys.stderr, "smoothing": 0, "miniters": 0}
+    if sys.stderr.isatty():
+        return tqdm(desc=verb, bar_format=_BAR, dynamic_ncols=True, **how)
+    return _Log(desc=verb, bar_format=_LINE, mininterval=5, **how)
 
 
 def _place(options: argparse.Namespace) -> str:

@@ -1,7 +1,8 @@
 """Right or wrong, how sure, and better or not: exact match, Wilson intervals, a paired sign test.
 
-In: decoded replies and the problems they answer. Out: booleans, `Score`s, a `SignTest`. Standard
-library only. Does not run models (`answers`) and never mends a reply before comparing it.
+In: decoded replies and the problems they answer. Out: booleans, `Score`s, a `SignTest`. Intervals
+and p values are those of `scipy.stats.binomtest`, imported when the first one is computed. Does not
+run models (`answers`) and never mends a reply before comparing it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.tasks.answers import is_right
@@ -71,12 +71,10 @@ def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float
         )
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = right / n
-    middle = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
@@ -105,5 +103,8 @@ def sign_test(first: Sequence[bool], second: Sequence[bool]) -> SignTest:
     first_only = sum(a and not b for a, b in zip(first, second, strict=True))
     second_only = sum(b and not a for a, b in zip(first, second, strict=True))
     n = first_only + second_only
-    tail = sum(math.comb(n, i) for i in range(min(first_only, second_only) + 1))
-    return SignTest(first_only, second_only, min(1.0, 2 * tail / 2**n))
+    if n == 0:
+        return SignTest(0, 0, 1.0)
+    from scipy.stats import binomtest
+
+    return SignTest(first_only, second_only, float(binomtest(first_only, n).pvalue))

@@ -6,12 +6,13 @@ and folders, so they are quoted and never trusted as markup.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
+from ipmerge_core.models.files import is_hub_id
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.version import __version__
 
@@ -19,15 +20,12 @@ from ipmerge_core.version import __version__
 def write_card(plan: MergePlan) -> str:
     """Return the model card of a plan's result as Markdown with YAML front matter."""
     method = find_method(plan.method)
-    on_hub = [source.id for source in plan.sources.all() if source.revision]
-    front = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "tags: [merge, ipmerge]",
-        *([f"base_model: {json.dumps(on_hub)}"] if on_hub else []),
-        "---",
-    ]
+    front = front_matter(
+        plan.sources.all(),
+        library="transformers",
+        task="image-text-to-text",
+        tags=["merge", "ipmerge"],
+    )
     settings = {**plan.parameters, "similarity": plan.similarity}
     settings["similarity_threshold"] = plan.similarity_threshold
     settings |= plan.options.describe()
@@ -55,7 +53,27 @@ def write_card(plan: MergePlan) -> str:
         "`ipmerge.json` lists every tensor with its hash and what was done to it. No benchmark was "
         "run by the merge: measure before you rely on it, perception as well as reasoning.",
     ]
-    return "\n".join([*front, "", *lines]) + "\n"
+    return "\n".join([front, *lines]) + "\n"
+
+
+def front_matter(
+    parents: Iterable[Source], *, library: str, tags: Sequence[str], task: str | None = None
+) -> str:
+    """Return the metadata that a model card starts with, as YAML between two lines of dashes.
+
+    Args:
+        parents: the models that this one was made of; those on the hub become `base_model`.
+        library: what loads the model, by its name on the hub.
+        tags: what the hub files the model under.
+        task: the hub's name for what the model does.
+    """
+    from huggingface_hub import ModelCardData
+
+    on_hub = [parent.id for parent in parents if parent.revision and is_hub_id(parent.id)]
+    data = ModelCardData(
+        library_name=library, pipeline_tag=task, tags=list(tags), base_model=on_hub or None
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _roles(plan: MergePlan) -> list[tuple[str, Source]]:

@@ -2,7 +2,8 @@
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
 fp64 inputs. The gradient is written so that its cost does not grow with the number of models, and
-the steps are the authors' (Adam), which makes the result depend on the size of the task vectors.
+the steps are the authors' (Adam with its defaults), which makes the result depend on the size of
+the task vectors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from ipmerge_core.spectral.spectrum import as_float, existing
 Steps: TypeAlias = Annotated[int, Range(low=0, help="steps of Adam")]
 Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]
 Closed: TypeAlias = Annotated[bool, Range(help="the minimum itself in place of steps towards it")]
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
 
 
 @merge_method(
@@ -97,16 +97,14 @@ def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable
 def _adam(
     X: Tensor, gradient_of: Callable[[Tensor], Tensor], iterations: int, learning_rate: float
 ) -> Generator[float, None, Tensor]:
-    """Run Adam with a constant rate; deterministic, no graph is recorded."""
-    first, second = torch.zeros_like(X), torch.zeros_like(X)
-    b1, b2 = _BETAS
+    """Take Adam's steps from X, at a constant rate and in place; no graph is recorded."""
+    adam = torch.optim.Adam([X], lr=learning_rate, fused=True)  # without temporary matrices
     for step in range(1, iterations + 1):
-        gradient = gradient_of(X)
-        first.lerp_(gradient, 1 - b1)
-        second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        denominator = second.sqrt().div_((1 - b2**step) ** 0.5).add_(_EPSILON)
-        X.addcdiv_(first, denominator, value=-learning_rate / (1 - b1**step))
+        adam.zero_grad()  # frees the last gradient before the next is computed
+        X.grad = gradient_of(X)
+        adam.step()
         yield step / iterations
+    X.grad = None
     return X
 
 

@@ -14,12 +14,13 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError
+from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError, first_line
 
 if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
+    from fsspec import AbstractFileSystem
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_LONGEST_ID = 300  # characters of a hub id with its revision
+_REVISION = re.compile(r"[A-Za-z0-9._/-]+")  # a branch, a tag, a commit or refs/pr/1
 _READ_STEP = 1 << 30  # Linux reads at most 2 GiB at once
 
 
@@ -187,8 +188,8 @@ class RemoteFiles:
             return request()
         except _request_errors() as error:
             raise RunError(
-                f"Reading '{self.id}' failed ({type(error).__name__}: {_first_line(error)}). Check "
-                f"the connection and run the same command again; finished tensors are kept."
+                f"Reading '{self.id}' failed ({first_line(error)}). Check the connection and run "
+                f"the same command again; finished tensors are kept."
             ) from error
 
 
@@ -204,7 +205,7 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return LocalFiles(folder)
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not folder.exists():
+    if isinstance(source, str) and is_hub_id(source) and not folder.exists():
         return open_hub(source)
     raise CheckpointError(
         f"There is no model folder '{source}'. Expected a folder with config.json and "
@@ -212,13 +213,32 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     )
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text is `org/name` or `org/name@revision`, by the hub's own rules for names.
+
+    >>> is_hub_id("org/name"), is_hub_id("org/name@v1.0"), is_hub_id("name"), is_hub_id("../name")
+    (True, True, False, False)
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    name, at, revision = text.partition("@")
+    if len(text) > _LONGEST_ID or "/" not in name or not (name.isascii() and name.isprintable()):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not at or _REVISION.fullmatch(revision) is not None
+
+
 def as_hub_id(source: str | Path) -> str:
     """Return a hub id as it is. Raises: CheckpointError for anything else."""
-    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+    if isinstance(source, str) and is_hub_id(source):
         return source
     raise CheckpointError(
-        f"'{str(source)[:80]}' is no hub id; expected 'org/name' or 'org/name@revision'. Models on "
-        f"disk are read only where the app runs on your own machine."
+        f"'{str(source)[:80]}' is not a valid hub id; expected 'org/name' or 'org/name@revision'. "
+        f"Models on disk are read only where the app runs on your own machine."
     )
 
 
@@ -235,7 +255,10 @@ def open_hub(hub_id: str) -> Files:
     except _request_errors(ValueError) as error:
         cached = None if _is_answer(error) else _cached_copy(name, revision)
         if cached is None:
-            raise CheckpointError(_explain_hub_error(hub_id, error)) from error
+            remedy = _remedy_of(error, hub_id)
+            raise CheckpointError(
+                f"Cannot open '{hub_id}' ({type(error).__name__}). {remedy}"
+            ) from error
         return cached
     assert sha is not None
     return RemoteFiles(name, sha, HfFileSystem(), f"{name}@{sha}")
@@ -259,35 +282,40 @@ def _cached_copy(name: str, revision: str) -> LocalFiles | None:
 
 
 def _is_answer(error: Exception) -> bool:
-    """Whether the hub itself answered, so that no cached copy should stand in."""
-    return any(word in type(error).__name__ for word in ("Gated", "RepositoryNotFound", "Revision"))
+    """Whether the hub itself refused, so that no cached copy should be used instead."""
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    return isinstance(error, DisabledRepoError | RepositoryNotFoundError | RevisionNotFoundError)
 
 
-def _explain_hub_error(hub_id: str, error: Exception) -> str:
-    """Turn what huggingface_hub raised into one sentence with a remedy."""
-    kind = type(error).__name__
-    if "Gated" in kind:
-        remedy = (
+def _remedy_of(error: Exception, hub_id: str) -> str:
+    """Say what to do about an error of huggingface_hub."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):  # a subclass of RepositoryNotFoundError
+        return (
             "The repository is gated: accept its terms on its page, then log in with "
             "`hf auth login`."
         )
-    elif "Revision" in kind:
-        remedy = "The repository exists, this revision does not: give a branch, a tag or a commit."
-    elif "NotFound" in kind:
-        remedy = (
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
             "Is the name spelled right, and is it public? A local folder must exist: "
             f"{Path(hub_id).resolve()} does not."
         )
-    elif "Validation" in kind:
-        remedy = "A hub id is 'org/name', of letters, digits, dots, dashes and underscores."
-    elif "Offline" in kind:
-        remedy = (
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "The repository exists, this revision does not: give a branch, a tag or a commit."
+    if isinstance(error, errors.DisabledRepoError):
+        return "The hub has disabled access to this repository: choose another model."
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return (
             "HF_HUB_OFFLINE is set and the hub's cache on this disk has no copy: unset it, or "
             "give a local folder."
         )
-    else:
-        remedy = "The hub could not be reached: check the connection, or give a local folder."
-    return f"Cannot open '{hub_id}' ({kind}). {remedy}"
+    return "The hub could not be reached: check the connection, or give a local folder."
 
 
 def _unreadable(path: Path, error: OSError) -> RunError:
@@ -295,7 +323,3 @@ def _unreadable(path: Path, error: OSError) -> RunError:
         f"Cannot read '{path}': {error.strerror or error}. Was it moved, or its disk unmounted? "
         f"Put it back and run the same command again; finished tensors are kept."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from platformdirs import user_data_path
+
 from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.pipeline import keep_freed_memory
@@ -99,9 +101,16 @@ class Started(NamedTuple):
 
 
 def home_folder() -> Path:
-    """Where runs and models made in the app go: IPMERGE_HOME, else a folder in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get("IPMERGE_HOME") or cache / "ipmerge").expanduser().absolute()
+    """Where runs and models made in the app go: IPMERGE_HOME, else the user's data folder.
+
+    It used to be a folder in the user's cache, which some systems empty. Where that folder exists,
+    it stays in use, so that its runs and models are still found.
+    """
+    if chosen := os.environ.get("IPMERGE_HOME"):
+        return Path(chosen).expanduser().absolute()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
+    earlier = cache / "ipmerge"
+    return earlier if earlier.is_dir() else user_data_path("ipmerge", appauthor=False)
 
 
 class JobStore:

@@ -12,6 +12,7 @@ import shlex
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from ipmerge_core.models.files import is_hub_id
 from ipmerge_core.runtime.host import is_hosted, space_host, space_id
 from ipmerge_core.ui.pairs import ROOT, find_pack, load_pack
 from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice
@@ -40,7 +41,6 @@ TASK_ARITHMETIC = """\
   archiveprefix = {arXiv}
 }
 """
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Snippets(NamedTuple):
@@ -98,7 +98,7 @@ def bibtex_of(pack: Json) -> str:
     """
     sources = pack["sources"]
     named = [sources["mllm"], sources["base"], sources.get("base_mllm"), *sources["math"]]
-    ids = {source["id"]: source for source in named if source and _HUB_ID.fullmatch(source["id"])}
+    ids = {source["id"]: source for source in named if source and is_hub_id(source["id"])}
     return "\n".join([IP_MERGING, TASK_ARITHMETIC, *(_model_entry(s) for s in ids.values())])
 
 
