@@ -80,7 +80,6 @@ def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     formula="W = W_v + lambda sum_k rho_k dW_e,k V_v diag(gamma_k^2) V_v^T",
     gains=("lambda_",),
     several_experts=True,
-    selective=True,
     affine=_affine,
     from_analysis=("temperature", "rank", "directions"),
     matrixwise=True,

@@ -7,7 +7,7 @@ the steps are the authors' (Adam), which makes the result depend on the size of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from math import hypot
 from typing import Annotated, TypeAlias
 
@@ -17,7 +17,15 @@ from torch import Tensor
 from ipmerge_core.methods.blocks import result_dtype
 from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base, as_list
-from ipmerge_core.methods.registry import Coefficient, Experts, Gain, Noise, Range, merge_method
+from ipmerge_core.methods.registry import (
+    Coefficient,
+    Experts,
+    Gain,
+    Noise,
+    Range,
+    Report,
+    merge_method,
+)
 from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
 from ipmerge_core.spectral.spectrum import as_float, existing
 
@@ -35,7 +43,6 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
     unknown="it is found by iteration",
     vectors=mean_of_changes,
     matrixwise=True,
-    stepwise=True,
 )
 def wudi(
     base: Matrix,
@@ -49,10 +56,9 @@ def wudi(
     closed_form: Closed = False,
     scale: Gain = 1.0,
     noise: Noise = None,
-) -> Generator[float, None, Matrix]:
+    report: Report = None,
+) -> Matrix:
     """Move the sum of the task vectors towards least interference with each of them.
-
-    Yields the share of the iterations that are done.
 
     Math:   with tau_i = a_i dW_i: L(X) = sum_i ||(X - tau_i) tau_i^T||_F^2 / ||tau_i||_F^2, from
             X = sum_i tau_i by `iterations` of Adam; W = W0 + s X. With
@@ -78,7 +84,8 @@ def wudi(
     if closed_form:
         return add_to_base(W0, W_v, _minimum(changes, units), scale)
     start = torch.stack(vectors).sum(0)
-    X = yield from _adam(start, _gradient_of(vectors, units), iterations, learning_rate)
+    gradient_of = _gradient_of(vectors, units)
+    X = _adam(start, gradient_of, iterations, learning_rate, report or (lambda _: None))
     return add_to_base(W0, W_v, X, scale)
 
 
@@ -95,8 +102,12 @@ def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable
 
 
 def _adam(
-    X: Tensor, gradient_of: Callable[[Tensor], Tensor], iterations: int, learning_rate: float
-) -> Generator[float, None, Tensor]:
+    X: Tensor,
+    gradient_of: Callable[[Tensor], Tensor],
+    iterations: int,
+    learning_rate: float,
+    report: Callable[[float], object],
+) -> Tensor:
     """Run Adam with a constant rate; deterministic, no graph is recorded."""
     first, second = torch.zeros_like(X), torch.zeros_like(X)
     b1, b2 = _BETAS
@@ -106,7 +117,7 @@ def _adam(
         second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
         denominator = second.sqrt().div_((1 - b2**step) ** 0.5).add_(_EPSILON)
         X.addcdiv_(first, denominator, value=-learning_rate / (1 - b1**step))
-        yield step / iterations
+        report(step / iterations)
     return X
 
 
