@@ -126,7 +126,7 @@ def main() -> None:
 
 def plan_for(name: str, pair: ModelPair, analysis: Analysis, more: Mapping[str, Any]) -> MergePlan:
     """Make a plan with the method's defaults but for these settings, on all matrices."""
-    if ipm.METHODS[name].selective:
+    if ipm.METHODS[name].needs_analysis:
         return ipm.make_plan(analysis, name, similarity_threshold=0.0, **more)
     return ipm.make_plan(pair, name, **more)
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import ipmerge_core as ipm
 from ipmerge_core.adapters import export as adapter
-from ipmerge_core.adapters.export import export_adapter, iter_adapter, module_name, truncated
+from ipmerge_core.adapters.export import export_adapter, iter_adapter
+from ipmerge_core.adapters.factors import in_rows, module_name, reduce_rank, sum_of
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, PlanError
 from ipmerge_core.merging.merge import reopen
@@ -276,26 +277,33 @@ def test_truncation_finds_the_least_rank_that_leaves_the_tolerance():
     left = torch.linalg.qr(torch.randn(9, 5)).Q * strength
     right = torch.linalg.qr(torch.randn(7, 5)).Q.T
     for tolerance, rank in [(0.2, 1), (0.05, 2), (1e-3, 3), (1e-5, 4), (1e-9, 5)]:
-        cut = truncated(Update(left, right), tolerance, 64)
-        assert (cut.needed, cut.update.left.shape) == (rank, (9, rank))
-        off = (cut.update.matrix() - left @ right).norm() / (left @ right).norm()
+        cut = reduce_rank(Update(left, right, 2.0), tolerance, 64)
+        assert (cut.needed, cut.rank, cut.B.shape) == (rank, rank, (9, rank))
+        off = (cut.B @ cut.A / 2 - left @ right).norm() / (left @ right).norm()
         assert float(off) == pytest.approx(cut.residual, abs=1e-6)
         assert cut.residual <= tolerance
-    forced = truncated(Update(left, right), 1e-9, 2)
+    forced = reduce_rank(Update(left, right), 1e-9, 2)
     assert forced.needed == 5
     assert forced.residual == pytest.approx(0.01, rel=0.01)
 
 
 def test_an_update_of_zero_needs_no_direction():
-    cut = truncated(Update(torch.zeros(4, 2), torch.ones(2, 3)), 1e-3, 64)
-    assert (cut.needed, cut.residual, cut.update.left.shape) == (0, 0.0, (4, 0))
+    cut = reduce_rank(Update(torch.zeros(4, 2), torch.ones(2, 3)), 1e-3, 64)
+    assert (cut.needed, cut.residual, cut.B.shape) == (0, 0.0, (4, 0))
 
 
 def test_a_block_of_a_fused_matrix_leaves_its_other_rows_alone():
     update = Update(torch.ones(2, 1), torch.ones(1, 3))
-    placed = adapter._placed(update, range(1, 3), 4)
+    placed = in_rows(update, range(1, 3), 4)
     assert placed.matrix().sum(1).tolist() == [0, 3, 3, 0]
-    assert adapter._placed(update, range(2), 2) is update
+    assert in_rows(update, range(2), 2) is update
+
+
+def test_a_sum_of_updates_applies_the_gain_of_each():
+    one = Update(torch.eye(2, 1), torch.ones(1, 3), 2.0)
+    other = Update(torch.ones(2, 2), torch.ones(2, 3)).scaled(-0.5)
+    assert torch.equal(sum_of([one, other]).matrix(), one.matrix() + other.matrix())
+    assert sum_of([one, other]).matrix().tolist() == [[1.0] * 3, [-1.0] * 3]
 
 
 # --- refusals ---

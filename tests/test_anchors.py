@@ -157,7 +157,7 @@ def test_with_one_base_the_default_of_elections_is_the_root(trio: Trio, tmp_path
 
 # --- all four, for every method that has them ---
 
-FOUR = [name for name, m in METHODS.items() if not m.selective and m.data is None]
+FOUR = [name for name, m in METHODS.items() if not m.needs_analysis and m.data is None]
 
 
 @pytest.mark.parametrize("method", FOUR)

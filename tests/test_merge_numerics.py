@@ -141,7 +141,7 @@ def plan_of(name: str, wide: Wide, choice: dict[str, Any]) -> MergePlan:
         pair = ipm.open_pair(pair.mllm.id, pair.math[0].id, pair.base.id)
     if method.data is not None:
         choice = {**choice, "calibration": wide.calibration(method.data)}
-    if method.selective:
+    if method.needs_analysis:
         return ipm.make_plan(ipm.analyse(pair), name, similarity_threshold=0.0, **choice)
     return ipm.make_plan(pair, name, **choice)
 

@@ -64,6 +64,16 @@ def test_what_is_not_finite_in_an_input_is_not_finite_in_the_result(name, role, 
     assert not merge(name, *models).isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("per", ["tensor", "row"])
+@pytest.mark.parametrize("gamma", [0.01, 0.5])
+def test_dropped_outliers_that_are_not_finite_show_in_the_result(gamma, per, bad):
+    models = draw((300, 400), 0, torch.float32)
+    models[2][7, 9] = bad  # the largest, so among the outliers
+    merged = merge("breadcrumbs", *models, density=0.5, gamma=gamma, per=per)
+    assert not merged[7].isfinite().all()
+
+
 @pytest.mark.parametrize("name", EXPERT_ALONE)
 @some_cases
 @given(shape=shapes, seed=some.integers(0, 99))

@@ -81,14 +81,8 @@ def test_weights_scale_the_task_vectors_before_they_meet():
 
 
 def test_it_tells_how_far_it_is_and_returns_the_same():
-    steps = METHODS["wudi"].steps(W0, W_V, W_E, iterations=4)
-    shares = []
-    while True:
-        try:
-            shares.append(next(steps))
-        except StopIteration as end:
-            merged = end.value
-            break
+    shares: list[float] = []
+    merged = merged_by("wudi", iterations=4, report=shares.append)
     assert shares == [0.25, 0.5, 0.75, 1.0]
     assert torch.equal(merged, merged_by("wudi", iterations=4))
 

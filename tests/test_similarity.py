@@ -228,7 +228,7 @@ def test_norms_and_products_come_from_the_factors():
     dV, dM, a, b = pair(20, 12)
     gamma = sim.importance(sim.corresponding_angles(a, b), 8.0)
     one = sim.update_factors(dM, a, gamma, 1.5)
-    other = sim.update_factors(matrix(20, 12, seed=5), a, gamma, 0.5)
+    other = sim.update_factors(matrix(20, 12, seed=5), a, gamma, 0.5).scaled(-3.0)
     P, Q = one.matrix().double(), other.matrix().double()
     assert one.norm2 == pytest.approx(float((P * P).sum()), rel=1e-6)
     assert one.inner(other) == pytest.approx(float((P * Q).sum()), rel=1e-5, abs=1e-8)

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from ipmerge_core.adapters.export import module_name
+from ipmerge_core.adapters.factors import module_name
 from ipmerge_core.errors import IPMergeError, first_line
 from ipmerge_core.inference.prompts import ChatFormat, Message, render_chat
 from ipmerge_core.methods import find_method

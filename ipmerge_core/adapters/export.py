@@ -9,30 +9,27 @@ squared and sums to one. How many directions a matrix needs is found from the re
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ipmerge_core.adapters.factors import module_name, reduce_rank, update_of, with_lambda
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.merge import reopen
 from ipmerge_core.merging.model_card import front_matter
-from ipmerge_core.merging.parts import on_one_base, rounding_noise, work_of
+from ipmerge_core.merging.parts import work_of
 from ipmerge_core.methods import find_method
-from ipmerge_core.methods.ip_merging import ip_updates
-from ipmerge_core.models.checkpoint import Checkpoint, split_address
 from ipmerge_core.models.writer import check_output, explained
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.atomic import atomic_path
 from ipmerge_core.runtime.devices import resolve_device
-from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.version import __version__
 
 RESIDUAL = 1e-3  # Frobenius norm of what is left out, relative to the update's
@@ -55,14 +52,6 @@ class AdapterStep:
     residual: float
     index: int
     total: int
-
-
-class Truncated(NamedTuple):
-    """An update cut to few directions, how many it needed, and what is left out."""
-
-    update: Update
-    needed: int
-    residual: float
 
 
 def export_adapter(
@@ -114,26 +103,17 @@ def iter_adapter(
     out = check_output(out)
     pair = reopen(plan)
     work = work_of(plan, pair)
+    unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
     tensors: dict[str, Tensor] = {}
     steps: list[AdapterStep] = []
     for index, (tensor, matrices) in enumerate(work.items(), 1):
-        height = pair.mllm.spec(tensor).shape[0]
-        whole: list[Update] = []
-        for matrix, experts in matrices:
-            weights = pair.read(matrix, experts).to(where)
-            inputs = on_one_base(weights, where)
-            with torch.no_grad():
-                parameters = _per_unit_gain(plan, matrix.layer)
-                update = update_of(*inputs, parameters, rounding_noise(weights))
-            rows = split_address(matrix.mllm)[1] or range(height)
-            whole.append(_placed(update, rows, height))
-        kept = truncated(_sum(whole), tolerance, max_rank)
+        update = update_of(unit, pair, tensor, matrices, where)
+        kept = reduce_rank(update, tolerance, max_rank)
         module = module_name(tensor, pair.mllm)
-        rank = kept.update.left.shape[1]
-        step = AdapterStep(tensor, module, rank, kept.needed, kept.residual, index, len(work))
-        if rank:
-            tensors[f"base_model.model.{module}.lora_A.weight"] = kept.update.right.cpu()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = kept.update.left.cpu()
+        step = AdapterStep(tensor, module, kept.rank, kept.needed, kept.residual, index, len(work))
+        if kept.rank:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = kept.A.cpu()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = kept.B.cpu()
         steps.append(step)
         yield step
     how: dict[str, float | str] = {
@@ -143,62 +123,6 @@ def iter_adapter(
     }
     _write(plan, out, tensors, steps, how)
     _warn_of_cuts(steps, max_rank)
-
-
-def update_of(
-    base: Tensor,
-    mllm: Tensor,
-    experts: Sequence[Tensor],
-    parameters: Mapping[str, Any],
-    noise: Sequence[float] | None = None,
-) -> Update:
-    """IP-Merging's change of one matrix as factors, those of several experts side by side.
-
-    Math:   lambda sum_k P_k = left right; see `ip_merging`.
-    """
-    chosen = dict(parameters)
-    gain, _ = chosen.pop("lambda_"), chosen.pop("ablation")
-    updates = ip_updates(base, mllm, experts, **chosen, noise=noise)
-    return _sum([Update(gain * update.left, update.right) for update in updates])
-
-
-def truncated(update: Update, tolerance: float, max_rank: int) -> Truncated:
-    """Cut an update to the fewest directions that leave a residual of at most `tolerance`.
-
-    Math:   P = left right = Q_l (R_l R_r^T) Q_r^T with QR factors of left and right^T; the SVD
-            of the small middle gives P = U diag(s) V^T, and the needed rank is the least r with
-            sum_{i>r} s_i^2 <= tolerance^2 sum s_i^2. The factors share the weight: U sqrt(s) and
-            sqrt(s) V^T.
-    """
-    Q_l, R_l = torch.linalg.qr(update.left.double())
-    Q_r, R_r = torch.linalg.qr(update.right.double().T)
-    U, s, Vh = torch.linalg.svd(R_l @ R_r.T)
-    tail = s.square().flip(0).cumsum(0).flip(0)  # tail[r] is what r directions leave out
-    whole = float(tail[0]) if len(tail) else 0.0
-    needed = int((tail > tolerance**2 * whole).sum())
-    rank = min(needed, max_rank)
-    left_out = float(tail[rank]) if rank < len(tail) else 0.0
-    root = s[:rank].sqrt()
-    cut = Update(
-        ((Q_l @ U[:, :rank]) * root).float().contiguous(),
-        (root[:, None] * (Vh[:rank] @ Q_r.T)).float().contiguous(),
-    )
-    return Truncated(cut, needed, (left_out / whole) ** 0.5 if whole else 0.0)
-
-
-def module_name(tensor: str, mllm: Checkpoint) -> str:
-    """Name the module that transformers gives a stored matrix to, from the root of the model.
-
-    Files keep the names of the transformers version that wrote them; in memory the decoder of a
-    multimodal model lies under `model.language_model` (or, in Idefics, `model.text_model`).
-    """
-    name = tensor.removesuffix(".weight")
-    found = re.fullmatch(r"(?P<prefix>.*?)(?P<rest>layers\.[0-9]{1,6}\..*)", name, re.DOTALL)
-    if found is None or "text_model." in found["prefix"]:
-        return name
-    if "language_model." in found["prefix"] or "vision_config" in mllm.config:
-        return f"model.language_model.{found['rest']}"
-    return name
 
 
 def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
@@ -219,28 +143,6 @@ def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
             f"The plan selects none of {len(plan.decisions)} matrices, so an adapter would be "
             f"empty. Lower the similarity threshold ({plan.similarity_threshold})."
         )
-
-
-def _per_unit_gain(plan: MergePlan, layer: int) -> dict[str, Any]:
-    """The method's parameters in one layer with lambda 1: lambda itself is the adapter's scale."""
-    unit = replace(plan, parameters={**plan.parameters, "lambda_": 1.0})
-    return unit.parameters_for(layer)
-
-
-def _placed(update: Update, rows: range, height: int) -> Update:
-    """Put the update of a block of rows into the taller matrix that it is stored in."""
-    if len(rows) == height:
-        return update
-    left = update.left.new_zeros(height, update.left.shape[1])
-    left[rows.start : rows.stop] = update.left
-    return Update(left, update.right)
-
-
-def _sum(updates: Sequence[Update]) -> Update:
-    return Update(
-        torch.cat([update.left for update in updates], dim=1),
-        torch.cat([update.right for update in updates], dim=0),
-    )
 
 
 def _warn_of_cuts(steps: Sequence[AdapterStep], max_rank: int) -> None:

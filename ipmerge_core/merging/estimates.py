@@ -163,7 +163,7 @@ def _seconds(plan: MergePlan, need: Estimate, merged: list[Chosen]) -> float:
     if method.matrixwise:
         work = sum(merging_cost(matrix.shape) * (1 + len(experts)) for matrix, experts in merged)
         seconds = work / (SVD_RATE if on_cpu else GPU_DECOMPOSING_RATE)
-        operations = _step_operations(plan, merged) if method.stepwise else 0.0
+        operations = _step_operations(plan, merged)
         return moved + seconds + operations / (CPU_STEP_RATE if on_cpu else GPU_STEP_RATE)
     if on_cpu:
         return moved + sum(prod(matrix.shape) for matrix, _ in merged) / ELEMENT_RATE

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -43,7 +43,7 @@ from ipmerge_core.merging.parts import (
 from ipmerge_core.merging.whole_model import MeasureStep, is_due, measure
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
-from ipmerge_core.methods.declarations import drained, relayed
+from ipmerge_core.methods.declarations import relayed
 from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec, as_tensor, count_non_finite
 from ipmerge_core.models.files import FROM_DISK
 from ipmerge_core.models.pairing import MatrixWeights, ModelPair
@@ -57,14 +57,21 @@ from ipmerge_core.models.writer import (
 from ipmerge_core.planning.plan import MergePlan, reopen
 from ipmerge_core.planning.scope import engine_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
-from ipmerge_core.runtime.pipeline import Load, WriteBehind, compute_ahead, read_ahead
+from ipmerge_core.runtime.pipeline import (
+    Load,
+    WriteBehind,
+    compute_ahead,
+    read_ahead,
+    with_reports,
+)
 from ipmerge_core.runtime.processes import Ranks, share_out
 
 _MOST_WORKERS = 8  # more are not faster than one thread reads
 _AUDITORS = 4  # threads that read the result back: more are not faster than memory
 
 Action: TypeAlias = Literal["measured", "merging", "merged", "copied", "resumed"]
-Shares: TypeAlias = Generator[float, None, bytearray]  # of a matrix that takes long
+Report: TypeAlias = Callable[[float], object]
+Reporting: TypeAlias = Callable[[Report], bytearray]  # merges a matrix that takes long
 Documents: TypeAlias = Callable[[], dict[str, str]]
 
 
@@ -208,10 +215,11 @@ class _Run:
             closing(compute_ahead(self._merged, pieces, self._workers)) as results,
         ):
             for part, result in results:
-                data = result
-                if isinstance(data, Generator):
+                if isinstance(result, bytearray):
+                    data = result
+                else:
                     yield from filter(None, behind.drain())  # so that what is done only grows
-                    data = yield from relayed(data, partial(count.within, part))
+                    data = yield from relayed(with_reports(result), partial(count.within, part))
                 action: Action = "merged" if part.spec.name in work else "copied"
                 job = partial(self._write, part, data, count, action)
                 yield from filter(None, behind.submit(len(data), job))
@@ -269,6 +277,10 @@ class _Run:
     def _local(self) -> bool:
         return self.method.is_local(self.plan.parameters)
 
+    @property
+    def _reports(self) -> bool:
+        return "report" in self.method.inputs
+
     @cached_property
     def _workers(self) -> int:
         """How many matrices are merged at once: as many as this process has cores.
@@ -280,25 +292,27 @@ class _Run:
         if self.device.type == "cpu":
             one = self.method.matrixwise or self._local
             return 1 if one else min(_MOST_WORKERS, self.ranks.cores)
-        if self.method.stepwise:
+        if self._reports:
             return 1
         sizes = [
             working_set(self.pair, m, Options()) for m, _ in chosen_matrices(self.plan, self.pair)
         ]
         return max(1, streams(self.device, max(sizes, default=0)))
 
-    def _merged(self, piece: Piece) -> tuple[Part, bytearray | Shares]:
+    def _merged(self, piece: Piece) -> tuple[Part, bytearray | Reporting]:
         part, content = piece
         if isinstance(content, bytearray):
             return part, content
-        if self.method.stepwise:
-            return part, self._stored(part, content)
+        if self._reports:
+            return part, partial(self._stored, part, content)
         with stream(self.device):
-            return part, drained(self._stored(part, content))
+            return part, self._stored(part, content)
 
-    def _stored(self, part: Part, weights: MatrixWeights) -> Shares:
+    def _stored(
+        self, part: Part, weights: MatrixWeights, report: Report | None = None
+    ) -> bytearray:
         """Merge a matrix, cast it to its stored dtype, once, and refuse what does not fit it."""
-        merged = yield from self._merging(part, weights)
+        merged = self._merging(part, weights, report)
         data = bytearray(part.stop - part.start)
         values, target = merged.detach().reshape(-1), as_tensor(data, part.spec.dtype)
         if values.device.type == "cpu":
@@ -315,18 +329,18 @@ class _Run:
             )
         return data
 
-    def _merging(self, part: Part, weights: MatrixWeights) -> Generator[float, None, Tensor]:
+    def _merging(self, part: Part, weights: MatrixWeights, report: Report | None) -> Tensor:
         """Merge a matrix on the device; where its memory does not suffice, this one on the CPU."""
         assert part.matrix is not None
         try:
-            return (yield from self._merging_on(self.device, part, weights))
+            return self._merging_on(self.device, part, weights, report)
         except torch.OutOfMemoryError:
             warn_of_cpu(self.device, part.matrix.name, part.matrix.shape)
-        return (yield from self._merging_on(torch.device("cpu"), part, weights))
+        return self._merging_on(torch.device("cpu"), part, weights, report)
 
     def _merging_on(
-        self, device: torch.device, part: Part, weights: MatrixWeights
-    ) -> Generator[float, None, Tensor]:
+        self, device: torch.device, part: Part, weights: MatrixWeights, report: Report | None
+    ) -> Tensor:
         """Call the method on one matrix, with all that the run found or measured for it."""
         assert part.matrix is not None
         supplied: dict[str, Any] = {}
@@ -337,9 +351,11 @@ class _Run:
         anchor, weights = engine_anchor(self.method, self.plan.anchor), weights.to(device)
         if "noise" in self.method.inputs and part.matrix.module not in BESIDE:
             supplied["noise"] = rounding_noise(weights, anchor)
+        if report is not None and part.matrix.module not in BESIDE:
+            supplied["report"] = report
         models = on_one_base(weights, device, anchor)
         parameters = self.plan.parameters_for(part.matrix.layer)
-        return (yield from merging_of(self.method, part.matrix, models, **parameters, **supplied))
+        return merging_of(self.method, part.matrix, models, **parameters, **supplied)
 
     def _write(
         self, part: Part, data: bytearray, count: _Count, action: Action

@@ -8,7 +8,7 @@ does not grow with it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -113,19 +113,18 @@ def merging_of(
     matrix: MatrixMatch,
     models: tuple[Tensor, Tensor, list[Tensor]],
     **keywords: Any,  # noqa: ANN401
-) -> Generator[float, None, Tensor]:
+) -> Tensor:
     """Merge one matrix; rows of a vocabulary one by one, whatever rows they were read with.
 
     A threshold or a direction is then a token's own, and does not depend on how the tokens are
     ordered. The base's row keys the random numbers of a token. Where the method has nothing to say
-    of vectors, norms, biases and rows are merged by task arithmetic. Yields the share that is done
-    where the method is stepwise, and returns the matrix.
+    of vectors, norms, biases and rows are merged by task arithmetic.
     """
     if matrix.module in BESIDE and method.vectors is not None:
         own, other = method.vectors(keywords, len(models[2]))
         method, keywords = METHODS["task_arithmetic"], {"mllm_weight": own, "math_weight": other}
     if matrix.module != ROWS:
-        return (yield from method.steps(*models, tensor_name=matrix.name, **keywords))
+        return method(*models, tensor_name=matrix.name, **keywords)
     base, mllm, experts = models
     stored, rows = split_address(matrix.name)
     assert rows is not None

@@ -411,7 +411,6 @@ def _affine_crumbs(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     several_experts=True,
     affine=_affine_crumbs,
     unknown=UNREAD,
-    drops_largest=True,
 )
 def breadcrumbs(
     base: Matrix,

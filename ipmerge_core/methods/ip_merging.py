@@ -80,7 +80,6 @@ def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     formula="W = W_v + lambda sum_k rho_k dW_e,k V_v diag(gamma_k^2) V_v^T",
     gains=("lambda_",),
     several_experts=True,
-    selective=True,
     affine=_affine,
     from_analysis=("temperature", "rank", "directions"),
     matrixwise=True,
@@ -134,6 +133,7 @@ def ip_merging(
         base,
         mllm,
         experts,
+        lambda_=lambda_,
         temperature=temperature,
         gamma_norm=gamma_norm,
         projector=projector,
@@ -143,7 +143,7 @@ def ip_merging(
         noise=noise,
     )
     for update in updates:
-        merged = merged + lambda_ * update.matrix()
+        merged = merged + update.matrix()
     return merged
 
 
@@ -152,6 +152,7 @@ def ip_updates(
     mllm: Tensor,
     experts: Sequence[Tensor],
     *,
+    lambda_: float,
     temperature: float,
     gamma_norm: str,
     projector: str,
@@ -160,7 +161,7 @@ def ip_updates(
     directions: str,
     noise: Sequence[float] | None = None,
 ) -> Iterator[Update]:
-    """Yield the update P_k of every expert at lambda = 1, as factors; see `ip_merging`."""
+    """Yield the update lambda P_k of every expert as factors; see `ip_merging`."""
     for found in _compared(base, mllm, experts, rank, directions, noise):
         angles = corresponding_angles(found.vision, found.expert)
         gamma = (
@@ -168,7 +169,8 @@ def ip_updates(
             if projector == "top_k"
             else importance(angles, temperature, gamma_norm)
         )
-        yield update_factors(found.change, found.vision, gamma, found.rho, math=found.kept)
+        update = update_factors(found.change, found.vision, gamma, found.rho, math=found.kept)
+        yield update.scaled(lambda_)
 
 
 class _Compared(NamedTuple):

@@ -8,7 +8,8 @@ run time and no tensor is touched here.
 Some keywords are no form fields: what only a driver knows. Their annotation carries `Supplied`:
 `tensor_name` (randomness is keyed by it, and a layer swap reads the layer from it), `statistic` (a
 number of the whole model, see `Statistic`), `noise` (how large the rounding of the files is in each
-task vector; without it, it is taken from the matrices), and calibration data such as `mllm_gram`.
+task vector; without it, it is taken from the matrices), `report` (is told how far a slow method
+is), and calibration data such as `mllm_gram`.
 Every method accepts `tensor_name`, whether it uses it or not; the others are legal where `inputs`
 lists them.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     Annotated,
@@ -40,7 +41,6 @@ from ipmerge_core.methods.declarations import (
     Matrix,
     ParameterValue,
     Statistic,
-    drained,
 )
 
 Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
@@ -107,6 +107,11 @@ Noise: TypeAlias = Annotated[
     Supplied("norm of the stored weights' rounding in each task vector, the MLLM's first"),
 ]
 
+Report: TypeAlias = Annotated[
+    Callable[[float], object] | None,
+    Supplied("called with the share of the matrix that is done, where a method takes long"),
+]
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -151,7 +156,7 @@ class Parameter:
         return f"{noun} in {self.bounds}" + (" or none" if self.optional else "")
 
 
-_Merging: TypeAlias = Callable[..., Tensor | Generator[float, None, Tensor]]
+_Merging: TypeAlias = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ class MergeMethod:
 
     `gains` names the parameters that scale the change: with all experts' gains at 0 (and the
     MLLM's at 1) the result is the MLLM. `several_experts` says that `math` may be a list of
-    matrices, `selective` that matrices are chosen by similarity. `affine` writes the change as an
+    matrices. `affine` writes the change as an
     `AffineUpdate`, which makes its preview exact, from the parameters and what else is known: the
     `statistic`, the `layer`, the number of `experts`, the `cosine` of the task vectors and their
     `squared_norms`; None where the change is not of that form, and `unknown` says why it is not.
@@ -171,11 +176,10 @@ class MergeMethod:
     that a driver supplies. `matrixwise` methods decompose or iterate on whole matrices, which
     vectors have no use for; all others do a few operations per element. `local` ones look at
     nothing but that element of each model, and at their statistic. What is NaN or infinite in an
-    input is so in the result, unless a method is matrixwise or `drops_largest`. The function of a
-    `stepwise` method works for long: it is a generator, which yields the share that is done and
-    returns the matrix. `check` refuses values that are legal each by itself and not together.
-    `vectors` is for methods that say nothing of norms, biases and rows of embeddings: from the
-    parameters and the number of experts, the weights of task arithmetic on them.
+    input is so in the result, unless a method is matrixwise. `check` refuses values that are legal
+    each by itself and not together. `vectors` is for methods that say nothing of norms, biases and
+    rows of embeddings: from the parameters and the number of experts, the weights of task
+    arithmetic on them.
     """
 
     name: str
@@ -186,7 +190,6 @@ class MergeMethod:
     parameters: tuple[Parameter, ...]
     gains: tuple[str, ...] = ()
     several_experts: bool = False
-    selective: bool = False
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None
     unknown: str = "its change is not a multiple of a direction that the analysis measured"
     from_analysis: tuple[str, ...] = ()
@@ -196,8 +199,6 @@ class MergeMethod:
     inputs: tuple[str, ...] = ()
     matrixwise: bool = False
     local: bool = False
-    drops_largest: bool = False
-    stepwise: bool = False
     check: Callable[[Mapping[str, Any]], object] | None = None
     vectors: Callable[[Mapping[str, Any], int], tuple[float, float]] | None = None
 
@@ -212,25 +213,12 @@ class MergeMethod:
 
         Raises: ShapeError for unequal shapes, PlanError for an illegal parameter.
         """
-        return drained(self.steps(base, mllm, math, **parameters))
-
-    def steps(  # any shapes may come in; what does not fit is refused in words
-        self,
-        base: Tensor,
-        mllm: Tensor,
-        math: Tensor | Sequence[Tensor],
-        **parameters: Any,  # noqa: ANN401
-    ) -> Generator[float, None, Matrix]:
-        """Merge in steps: yields the share that is done, where the method works for long."""
         experts = [math] if isinstance(math, Tensor) else list(math)
         supplied = {name: parameters.pop(name) for name in self.inputs if name in parameters}
         parameters.pop("tensor_name", None)  # legal for every method
         self._check_matrices(base, mllm, experts)
         argument = experts if self.several_experts else experts[0]
-        merged: Matrix | Generator[float, None, Matrix] = self.function(
-            base, mllm, argument, **self.complete(parameters), **supplied
-        )
-        return merged if isinstance(merged, Tensor) else (yield from merged)
+        return self.function(base, mllm, argument, **self.complete(parameters), **supplied)
 
     def _check_matrices(self, base: Tensor, mllm: Tensor, experts: Sequence[Tensor]) -> None:
         if base.ndim != 2:
@@ -255,9 +243,14 @@ class MergeMethod:
         return self.statistic is not None and scope == "model"
 
     @property
+    def needs_analysis(self) -> bool:
+        """Whether a plan needs an analysis: to choose matrices by similarity, and for options."""
+        return bool(self.from_analysis)
+
+    @property
     def shows_bad_input(self) -> bool:
         """Whether NaN or infinity in an input that takes part makes some of the result so, too."""
-        return not (self.matrixwise or self.drops_largest)
+        return not self.matrixwise
 
     def is_local(self, parameters: Mapping[str, ParameterValue]) -> bool:
         """Whether any rows of a matrix can be merged apart from the others, to the same bits."""

@@ -8,7 +8,7 @@ the task vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from math import hypot
 from typing import Annotated, TypeAlias
 
@@ -18,7 +18,15 @@ from torch import Tensor
 from ipmerge_core.methods.blocks import result_dtype
 from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base, as_list
-from ipmerge_core.methods.registry import Coefficient, Experts, Gain, Noise, Range, merge_method
+from ipmerge_core.methods.registry import (
+    Coefficient,
+    Experts,
+    Gain,
+    Noise,
+    Range,
+    Report,
+    merge_method,
+)
 from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
 from ipmerge_core.spectral.spectrum import as_float, existing
 
@@ -35,7 +43,6 @@ Closed: TypeAlias = Annotated[bool, Range(help="the minimum itself in place of s
     unknown="it is found by iteration",
     vectors=mean_of_changes,
     matrixwise=True,
-    stepwise=True,
 )
 def wudi(
     base: Matrix,
@@ -49,10 +56,9 @@ def wudi(
     closed_form: Closed = False,
     scale: Gain = 1.0,
     noise: Noise = None,
-) -> Generator[float, None, Matrix]:
+    report: Report = None,
+) -> Matrix:
     """Move the sum of the task vectors towards least interference with each of them.
-
-    Yields the share of the iterations that are done.
 
     Math:   with tau_i = a_i dW_i: L(X) = sum_i ||(X - tau_i) tau_i^T||_F^2 / ||tau_i||_F^2, from
             X = sum_i tau_i by `iterations` of Adam; W = W0 + s X. With
@@ -78,7 +84,8 @@ def wudi(
     if closed_form:
         return add_to_base(W0, W_v, _minimum(changes, units), scale)
     start = torch.stack(vectors).sum(0)
-    X = yield from _adam(start, _gradient_of(vectors, units), iterations, learning_rate)
+    gradient_of = _gradient_of(vectors, units)
+    X = _adam(start, gradient_of, iterations, learning_rate, report or (lambda _: None))
     return add_to_base(W0, W_v, X, scale)
 
 
@@ -95,15 +102,19 @@ def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable
 
 
 def _adam(
-    X: Tensor, gradient_of: Callable[[Tensor], Tensor], iterations: int, learning_rate: float
-) -> Generator[float, None, Tensor]:
+    X: Tensor,
+    gradient_of: Callable[[Tensor], Tensor],
+    iterations: int,
+    learning_rate: float,
+    report: Callable[[float], object],
+) -> Tensor:
     """Take Adam's steps from X, at a constant rate and in place; no graph is recorded."""
     adam = torch.optim.Adam([X], lr=learning_rate, fused=True)  # without temporary matrices
     for step in range(1, iterations + 1):
         adam.zero_grad()  # frees the last gradient before the next is computed
         X.grad = gradient_of(X)
         adam.step()
-        yield step / iterations
+        report(step / iterations)
     X.grad = None
     return X
 

@@ -275,7 +275,7 @@ def make_plan(
     check_choice(similarity_threshold, similarity)
     _check_source(chosen, source)
     scope = Scope.of(options)
-    threshold = similarity_threshold if chosen.selective else None
+    threshold = similarity_threshold if chosen.needs_analysis else None
     if isinstance(source, Analysis):
         decisions = _decide(source, similarity, threshold, scope)
         sources, totals, records = source.sources, source.totals, _without_spectra(source.records)
@@ -289,7 +289,7 @@ def make_plan(
         name=source.name,
         method=method,
         parameters=complete,
-        similarity=similarity if chosen.selective else None,
+        similarity=similarity if chosen.needs_analysis else None,
         similarity_threshold=threshold,
         options=replace(options, anchor=choose_anchor(chosen, options.anchor, complete)),
         sources=sources,
@@ -328,7 +328,7 @@ def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
             f"{method.label} merges one expert at a time and this pair has {experts}. Choose "
             f"another method."
         )
-    if method.selective and not isinstance(source, Analysis):
+    if method.needs_analysis and not isinstance(source, Analysis):
         raise PlanError(
             f"{method.label} selects matrices by similarity. Analyse the pair first and make the "
             f"plan from the analysis."

@@ -105,7 +105,7 @@ def choose_anchor(
     if anchor is None:
         scaled = method.anchor == "inject" and parameters.get("mllm_weight") != 1.0
         return "two_base" if scaled else method.anchor
-    if method.selective and anchor != "two_base":
+    if method.needs_analysis and anchor != "two_base":
         raise PlanError(
             f"{method.label} always adds to the whole MLLM and needs both task vectors, each from "
             f"its model's own base; leave the anchor at two_base."

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from queue import SimpleQueue
+from threading import Event
 from types import TracebackType
 from typing import Generic, NamedTuple, TypeVar
 
@@ -97,6 +99,33 @@ def compute_ahead(function: Callable[[_T], _U], items: Iterable[_T], workers: in
         finally:
             for future in running:
                 future.cancel()
+
+
+def with_reports(work: Callable[[Callable[[_T], None]], _U]) -> Generator[_T, None, _U]:
+    """Run `work(report)` in a thread, yield what it reports, and return its result.
+
+    Closing the generator raises CancelledError in the next report, and waits for the thread.
+
+    >>> list(with_reports(lambda report: [report(0.5), report(1.0)]))
+    [0.5, 1.0]
+    """
+    reports: SimpleQueue[tuple[_T, ...]] = SimpleQueue()  # an empty one at the end
+    closed = Event()
+
+    def report(value: _T) -> None:
+        if closed.is_set():
+            raise CancelledError
+        reports.put((value,))
+
+    with ThreadPoolExecutor(1, "with-reports") as thread:
+        try:
+            future = thread.submit(work, report)
+            future.add_done_callback(lambda _: reports.put(()))
+            while found := reports.get():
+                yield found[0]
+            return future.result()
+        finally:
+            closed.set()
 
 
 class WriteBehind(AbstractContextManager["WriteBehind[_T]"], Generic[_T]):

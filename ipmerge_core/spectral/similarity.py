@@ -8,7 +8,7 @@ IP-Merging, arXiv 2510.14387. No IO.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -151,17 +151,23 @@ def strengths(gamma: Float[Tensor, " r"], mllm: Spectrum) -> Float[Tensor, " r"]
 
 @dataclass(frozen=True)
 class Update:
-    """A matrix kept as the product of two thin factors, P = left @ right.
+    """A matrix kept as the product of two thin factors, P = gain left @ right.
 
     Norms and inner products are computed from the factors in fp64, without forming P.
     """
 
     left: Float[Tensor, "m q"]
     right: Float[Tensor, "q n"]
+    gain: float = 1.0
 
     def matrix(self) -> Float[Tensor, "m n"]:
-        """Form P."""
-        return self.left @ self.right
+        """Form P; the gain is applied to the product, which is rounded once more."""
+        product = self.left @ self.right
+        return product if self.gain == 1.0 else self.gain * product
+
+    def scaled(self, factor: float) -> Update:
+        """Return factor * P, with the same factors."""
+        return replace(self, gain=self.gain * factor)
 
     @property
     def norm2(self) -> float:
@@ -171,11 +177,13 @@ class Update:
     def inner(self, other: Update) -> float:
         """<P, Q> = <left_P^T left_Q, right_P right_Q^T>."""
         lefts = self.left.double().T @ other.left.double()
-        return float((lefts * (self.right.double() @ other.right.double().T)).sum())
+        product = float((lefts * (self.right.double() @ other.right.double().T)).sum())
+        return self.gain * other.gain * product
 
     def inner_with(self, matrix: Float[Tensor, "m n"]) -> float:
         """<A, P> = <A right^T, left> for a dense matrix A."""
-        return float(((as_float(matrix) @ self.right.T).double() * self.left.double()).sum())
+        product = (as_float(matrix) @ self.right.T).double() * self.left.double()
+        return self.gain * float(product.sum())
 
 
 def update_factors(

@@ -115,7 +115,7 @@ def offered() -> dict[str, Any]:
     """Return the dropdown's update: the plan from Explore, and every other method."""
     from ipmerge_core.methods import METHODS
 
-    rest = [(m.label, m.name) for m in METHODS.values() if not m.selective]
+    rest = [(m.label, m.name) for m in METHODS.values() if not m.needs_analysis]
     update: dict[str, Any] = gr.update(choices=[(EXPLORED_LABEL, EXPLORED), *rest])
     return update
 

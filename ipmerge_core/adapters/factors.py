@@ -1,0 +1,125 @@
+"""IP-Merging's update of a stored tensor as low-rank factors, and its LoRA matrices A and B.
+
+In: a plan, its opened models and a tensor. Out: the update of all its matrices and experts as one
+product of thin factors, and the same with fewer directions. The update
+P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is squared and sums to one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ipmerge_core.merging.parts import Chosen, on_one_base, rounding_noise
+from ipmerge_core.methods.ip_merging import ip_updates
+from ipmerge_core.models.checkpoint import Checkpoint, split_address
+from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.spectral.similarity import Update
+
+
+class LowRank(NamedTuple):
+    """An update reduced to few directions: dW = B @ A, as LoRA names them.
+
+    `needed` directions bring the residual below the tolerance; `residual` is what the kept ones
+    leave out, relative to the update's Frobenius norm.
+    """
+
+    A: Float[Tensor, "r n"]
+    B: Float[Tensor, "m r"]
+    needed: int
+    residual: float
+
+    @property
+    def rank(self) -> int:
+        """How many directions are kept."""
+        return len(self.A)
+
+
+def with_lambda(plan: MergePlan, lambda_: float) -> MergePlan:
+    """Return the plan with another lambda; gains of single layers multiply it."""
+    return replace(plan, parameters={**plan.parameters, "lambda_": lambda_})
+
+
+def update_of(
+    plan: MergePlan,
+    pair: ModelPair,
+    tensor: str,
+    matrices: Sequence[Chosen],
+    device: torch.device,
+) -> Update:
+    """Compute the update that IP-Merging adds to a stored tensor of the MLLM, as factors.
+
+    Math:   sum_k lambda P_k over the experts, see `ip_merging`; a fused tensor holds the update of
+            each of its matrices in that matrix' rows.
+    """
+    height = pair.mllm.spec(tensor).shape[0]
+    updates: list[Update] = []
+    for matrix, experts in matrices:
+        weights = pair.read(matrix, experts).to(device)
+        inputs = on_one_base(weights, device)
+        parameters: dict[str, Any] = plan.parameters_for(matrix.layer)
+        del parameters["ablation"]  # the projection is never left out here
+        with torch.no_grad():
+            found = list(ip_updates(*inputs, **parameters, noise=rounding_noise(weights)))
+        rows = split_address(matrix.mllm)[1] or range(height)
+        updates.append(in_rows(sum_of(found), rows, height))
+    return sum_of(updates)
+
+
+def sum_of(updates: Sequence[Update]) -> Update:
+    """Add up updates of one shape by placing their factors next to each other."""
+    lefts = [u.left if u.gain == 1.0 else u.gain * u.left for u in updates]
+    return Update(torch.cat(lefts, dim=1), torch.cat([u.right for u in updates], dim=0))
+
+
+def in_rows(update: Update, rows: range, height: int) -> Update:
+    """Put the update of a block of rows into the taller matrix that it is stored in."""
+    if len(rows) == height:
+        return update
+    left = update.left.new_zeros(height, update.left.shape[1])
+    left[rows.start : rows.stop] = update.left
+    return replace(update, left=left)
+
+
+def reduce_rank(update: Update, tolerance: float, max_rank: int) -> LowRank:
+    """Reduce an update to the fewest directions that leave a residual of at most `tolerance`.
+
+    Math:   P = gain left right = Q_l (R_l R_r^T) Q_r^T with QR factors of left and right^T; the SVD
+            of the small middle gives P = U diag(s) V^T, and the needed rank is the least r with
+            sum_{i>r} s_i^2 <= tolerance^2 sum s_i^2. The factors share the weight:
+            B = U sqrt(s), A = sqrt(s) V^T.
+    """
+    Q_l, R_l = torch.linalg.qr(update.gain * update.left.double())
+    Q_r, R_r = torch.linalg.qr(update.right.double().T)
+    U, s, Vh = torch.linalg.svd(R_l @ R_r.T)
+    tail = s.square().flip(0).cumsum(0).flip(0)  # tail[r] is what r directions leave out
+    whole = float(tail[0]) if len(tail) else 0.0
+    needed = int((tail > tolerance**2 * whole).sum())
+    rank = min(needed, max_rank)
+    left_out = float(tail[rank]) if rank < len(tail) else 0.0
+    root = s[:rank].sqrt()
+    B = ((Q_l @ U[:, :rank]) * root).float().contiguous()
+    A = (root[:, None] * (Vh[:rank] @ Q_r.T)).float().contiguous()
+    return LowRank(A, B, needed, (left_out / whole) ** 0.5 if whole else 0.0)
+
+
+def module_name(tensor: str, mllm: Checkpoint) -> str:
+    """Name the module that transformers gives a stored matrix to, from the root of the model.
+
+    Files keep the names of the transformers version that wrote them; in memory the decoder of a
+    multimodal model lies under `model.language_model` (or, in Idefics, `model.text_model`).
+    """
+    name = tensor.removesuffix(".weight")
+    found = re.fullmatch(r"(?P<prefix>.*?)(?P<rest>layers\.[0-9]{1,6}\..*)", name, re.DOTALL)
+    if found is None or "text_model." in found["prefix"]:
+        return name
+    if "language_model." in found["prefix"] or "vision_config" in mllm.config:
+        return f"model.language_model.{found['rest']}"
+    return name
