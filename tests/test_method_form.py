@@ -31,6 +31,7 @@ from ipmerge_core.ui.merge.method_form import (
 from ipmerge_core.ui.merge.summary import change_words
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.runs import RunView, find_run
 
 DEMO = "pack"  # the id of the demo trio's
 
@@ -228,33 +229,31 @@ def test_a_method_that_needs_samples_asks_for_them() -> None:
     found = readiness(Backend(), DEMO, PlanChoice(), MethodChoice("regmean"))
     assert not found.ready
     assert "press Calibrate" in found.findings[0].message + found.findings[0].remedy
-    visible, intro, listed, chosen = calibration_form.shown(
-        Backend(), DEMO, MethodChoice("regmean"), ""
-    )
-    assert visible["visible"]
-    assert "what every matrix reads" in intro
-    assert "MB of sums" in intro
-    assert (listed["choices"], chosen.calibration) == ([], "")
-    assert calibration_form.shown(Backend(), DEMO, MethodChoice("ties"), "")[0] == gr.update(
-        visible=False
-    )
+    view = calibration_form.calibration_view(Backend(), DEMO, MethodChoice("regmean"), "")
+    assert "what every matrix reads" in view.intro
+    assert "MB of sums" in view.intro
+    assert (view.folders["choices"], view.choice.calibration) == ([], "")
+    assert calibration_form.calibration_view(Backend(), DEMO, MethodChoice("ties"), "") is None
 
 
 @pytest.mark.parametrize("method", ["regmean", "fisher"])
 def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) -> None:
     backend = Backend()
     started = backend.start_calibration(DEMO, method, "demo", "demo", 2)
-    running = calibration_form.watched(backend, started._asdict())
-    assert "Calibrate mllm-" in running[0]
+    view = RunView("calibration")
+    running = find_run(backend, started._asdict())
+    assert "Calibrate mllm-" in view.updates(running)[view.progress]
+    assert calibration_form.made_by(running) == ""
     status = wait_for(backend, started.id)
     assert status.state == "finished", status.error
-    words, _, _, timer, made, start = calibration_form.watched(backend, started._asdict())
-    assert "4 of 4 passes" in words
-    assert not timer.active
-    assert start["interactive"]
+    run = find_run(backend, started._asdict())
+    updates, made = view.updates(run), calibration_form.made_by(run)
+    assert "4 of 4 passes" in updates[view.progress]
+    assert not updates[view.timer].active
     assert Path(made).parent == home / "calibrations"
-    *_, listed, chosen = calibration_form.shown(backend, DEMO, MethodChoice(method), made)
-    assert listed["value"] == chosen.calibration == made
+    shown = calibration_form.calibration_view(backend, DEMO, MethodChoice(method), made)
+    chosen = shown.choice
+    assert shown.folders["value"] == chosen.calibration == made
     found = readiness(backend, DEMO, PlanChoice(), chosen)
     assert found.ready, found.findings
     warned = any("fewer tokens" in finding.message for finding in found.findings)
@@ -264,7 +263,8 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
     manifest = json.loads((home / "models" / "merged" / "ipmerge.json").read_text())
     assert manifest["plan"]["method"] == method
     other = MethodChoice("fisher" if method == "regmean" else "regmean")
-    assert calibration_form.shown(backend, DEMO, other, made)[3].calibration == ""
+    shown = calibration_form.calibration_view(backend, DEMO, other, made)
+    assert shown.choice.calibration == ""
 
 
 def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.Monk
     for seen in ("demo", "demo:perception"):
         with pytest.raises(RunError, match="expected 1 or more"):
             backend.start_calibration(DEMO, "regmean", seen, "demo", 0)
-    assert calibration_form.watched(backend, {})[0] == ""
+    assert find_run(backend, {}).status is None
 
 
 # --- words about runs ---

@@ -32,6 +32,7 @@ from ipmerge_core.ui.merge.method_form import MethodChoice
 from ipmerge_core.ui.merge.summary import result_html
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest, plan_of
+from ipmerge_core.ui.runs import find_run
 
 PACK = "pack"  # the id of the demo trio's
 OWNER = "o" * 40
@@ -393,11 +394,12 @@ def test_a_browser_finds_its_run_again_whatever_it_started_since(slow):
     first = merge_tab.started_merge(backend, mine, plan_of(PACK, PlanChoice()), "one")
     second = {**first, "id": "0" * 32, "key": "lost"}
     assert merge_tab.attached(backend, second) == first
-    assert merge_tab.watched(backend, first)[-1] == "1"
+    assert find_run(backend, first).owned
+    assert find_run(backend, first).running
     stranger = merge_tab.attached(backend, {})
     assert "id" not in stranger
     assert len(stranger["owner"]) >= 32
-    assert merge_tab.watched(backend, {"id": first["id"]})[-1] == ""
+    assert not find_run(backend, {"id": first["id"]}).owned
     stop_all(backend)
 
 

@@ -29,10 +29,10 @@ from ipmerge_core.ui.analyse.models_form import (
     read_trio,
     start_analysis,
 )
-from ipmerge_core.ui.analyse.panel import checked_views, watched
+from ipmerge_core.ui.analyse.panel import iter_check, news_of
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.explore.partial_packs import explored_pack, nobody_runs, pair_choices
-from ipmerge_core.ui.explore.tab import grown_since, opened_pair
+from ipmerge_core.ui.explore.tab import grown_since, open_pair
 from ipmerge_core.ui.pairs import (
     find_growing,
     find_pack,
@@ -42,6 +42,7 @@ from ipmerge_core.ui.pairs import (
     packs_folder,
     reserve_name,
 )
+from ipmerge_core.ui.runs import RunView, find_run
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -170,13 +171,14 @@ def test_weights_that_were_analysed_before_are_recognised(trio):
 def test_the_form_s_views_end_with_findings_whatever_happens(trio):
     backend = Backend()
     values = (str(trio.mllm), str(trio.math), str(trio.base), "", "quick", 0)
-    *early, last = checked_views(backend, *values)
-    assert [view[3]["interactive"] for view in early] == [False] * len(early)
-    assert last[3]["interactive"] is True
-    assert last[4].asked.quick
-    (refusal,) = checked_views(backend, "", "", "", "", "exact", 0)
-    assert "Still to be named" in refusal[1]
-    assert refusal[3]["interactive"] is False
+    *early, last = iter_check(backend, *values)
+    assert not any(view.ready or view.over for view in early)
+    assert last.ready
+    assert last.checked.asked.quick
+    (refusal,) = iter_check(backend, "", "", "", "", "exact", 0)
+    assert "Still to be named" in refusal.findings
+    assert refusal.over
+    assert not refusal.ready
 
 
 def test_a_space_takes_hub_ids_alone_and_never_looks_at_its_folders(trio, monkeypatch):
@@ -228,8 +230,7 @@ def test_a_run_makes_a_pack_that_everybody_can_choose(trio):
     assert [r["name"] for r in load_pack(started.pack)["records"]] == [
         r.name for r in whole.records
     ]
-    shown = watched(backend, started._asdict())
-    assert shown[-1] == f"finished:{started.pack}"
+    assert news_of(find_run(backend, started._asdict())) == f"finished:{started.pack}"
     assert not list(packs_folder().glob("*.journal"))
 
 
@@ -238,8 +239,12 @@ def test_a_run_of_strangers_fails_with_the_finding(trio):
     started = start_analysis(backend, named(trio, math=(str(trio.base),)))
     assert finish(backend, started.id) == "failed"
     assert "equals the base" in backend.store.status(started.id).error
-    stranger = watched(backend, {"id": started.id, "key": "guess"})
-    assert [update["visible"] for update in stranger[1:3]] == [False, False]
+    view = RunView("analysis")
+    for key, visible in (("guess", False), (started.key, True)):
+        updates = view.updates(find_run(backend, {"id": started.id, "key": key}))
+        assert updates[view.column]["visible"]
+        assert not updates[view.cancel]["visible"]
+        assert updates[view.resume]["visible"] == visible
     with pytest.raises(RunError, match="Only the browser"):
         discard(backend, started.id, "guess")
     discard(backend, started.id, started.key)
@@ -294,7 +299,7 @@ def test_a_growing_pair_is_shown_in_explore_and_refused_everywhere_else(trio):
     pack_id = grow(trio, "growing", 5)
     with pytest.raises(PlanError, match=r"'mllm \+ math' is only partly analysed, 5 of 21"):
         find_pack(pack_id)
-    content, choice, _ = opened_pair(pack_id, lambda _: True)
+    content, choice = open_pair(pack_id, lambda _: True)
     growing = content["pack"]["growing"]
     assert (growing["total"], growing["running"], len(growing["places"])) == (21, True, 21)
     assert len(content["pack"]["records"]) == 5
@@ -353,13 +358,14 @@ def test_what_a_pair_is_stands_behind_a_line_and_names_stay_names(tmp_path):
     shutil.move(trio.math, evil)
     found = checked(named(trio, math=(str(evil),)))[1]
     assert found.ready
-    text = "".join(map(str, list(checked_views(Backend(), *typed(found.asked)))[-1]))
+    *_, last = iter_check(Backend(), *typed(found.asked))
+    text = last.status + last.findings + last.facts
     assert "<img" not in text.replace(str(evil), "")
     config = {"model_type": "llava", "text_config": {**TEXT_CONFIG, "hidden_act": EVIL}}
     other = write_model(tmp_path / "other", as_mllm(fine_tuned(text_weights(), 1)), config)
-    views = list(checked_views(Backend(), *typed(found.asked._replace(mllm=str(other)))))
-    assert "activation" in views[-1][1]
-    assert "<img" not in views[-1][1]
+    *_, last = iter_check(Backend(), *typed(found.asked._replace(mllm=str(other))))
+    assert "activation" in last.findings
+    assert "<img" not in last.findings
     growing = pair_html(explored_pack(grow(trio._replace(math=evil), "evil", 2)))
     assert "2 of 21 so far" in growing
     assert "<img" not in growing

@@ -31,8 +31,9 @@ from ipmerge_core.ui.chat.turns import Turn, turn_of_example, view
 from ipmerge_core.ui.format import findings_html, progress_html
 from ipmerge_core.ui.merge.download import finished_folder, zip_pieces
 from ipmerge_core.ui.merge.summary import result_html
-from ipmerge_core.ui.merge.tab import readiness, watched
+from ipmerge_core.ui.merge.tab import readiness, run_result
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, describe_choice, plan_of
+from ipmerge_core.ui.runs import find_run
 from ipmerge_core.ui.safe_text import as_html, show_text
 
 ROOT = Path(__file__).parents[1]
@@ -309,9 +310,8 @@ def test_a_download_is_a_whole_zip_for_its_owner_alone(home):
     assert archive.read("mine/model.safetensors") == (folder / "model.safetensors").read_bytes()
     assert backend.finished_merge(plan_of(PACK, PlanChoice(0.0))) == folder
     assert backend.finished_merge(plan_of(PACK, PlanChoice(1.0))) is None
-    owner, stranger = watched(backend, started._asdict()), watched(backend, {"id": started.id})
-    assert "Download" in owner[4]
-    assert "Only the browser" in stranger[4]
+    assert "Download" in run_result(backend, find_run(backend, started._asdict()))
+    assert "Only the browser" in run_result(backend, find_run(backend, {"id": started.id}))
 
 
 def test_a_pair_whose_models_are_gone_is_refused_in_the_check(home, tmp_path):

@@ -23,12 +23,12 @@ from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
-from ipmerge_core.ui.merge.calibration_form import remembered_calibration
 from ipmerge_core.ui.merge.download import download_route
 from ipmerge_core.ui.merge.start_gate import StartGate
-from ipmerge_core.ui.merge.tab import merge_tab, remembered_job
+from ipmerge_core.ui.merge.tab import merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.runs import remembered_run
 from ipmerge_core.ui.theme import theme
 
 HEADING = """\
@@ -72,7 +72,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:
             explore, tabs, gate = _add_tabs(app, backend, pair, choice)
-            arrived = wire_panel(app, backend, panel, pair, choice, explore, tabs)
+            arrived = wire_panel(app, backend, panel, pair, explore.view, tabs)
             gate.after(arrived.success)  # a pair that is on show may have become whole
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
@@ -82,7 +82,8 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
 def _add_tabs(
     app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State
 ) -> tuple[ExploreTab, gr.Tabs, StartGate]:
-    job, runs, calibration = remembered_job(), remembered_merges(), remembered_calibration()
+    job, calibration = remembered_run("job"), remembered_run("calibration")
+    runs = remembered_merges()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
             explore = explore_tab(pair, choice, partial(is_running, backend))

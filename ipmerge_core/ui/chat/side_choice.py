@@ -18,13 +18,13 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN
 from ipmerge_core.ui.errors import QUIET, told
 from ipmerge_core.ui.finished_merges import Keys, find_merge, lost_words, merges_of_pair
+from ipmerge_core.ui.runs import Remembered, Updates
 
 RUNS_KEY = "ipmerge.merges.v1"
 RUNS_SECRET = "ipmerge-merges"  # noqa: S105 (it only keeps the entry readable after a restart)
 MOST_RUNS = 30  # that a browser remembers
 ALWAYS = [("Vision-language model, unmerged", BASE), ("Your plan in Explore", PLAN)]
 
-Run = dict[str, str]  # a run's id and key, as a browser remembers them
 Chosen = Mapping[str, tuple[str, str]]  # by pair, what is chosen for left and right
 
 
@@ -84,13 +84,19 @@ def wire_try_it(
 ) -> None:
     """Let "Try it" choose the merge it stands beside for the right side, and open the chat."""
 
-    def take(pack_id: str, chosen: Chosen, runs: object, last: object) -> list[Any]:
+    def take(pack_id: str, chosen: Chosen, runs: object, last: object) -> Updates:
         keys = keys_of(runs, last)
         run = last.get("id", "") if isinstance(last, Mapping) else ""
         merge = find_merge(backend, pack_id, str(run), keys)
         left, _ = chosen.get(pack_id, (BASE, PLAN))
         now = {**chosen, pack_id: (left, merge.run)}
-        return [now, *shown(backend, pack_id, now, keys), gr.Tabs(selected="try")]
+        left_side, right_side = shown(backend, pack_id, now, keys)
+        return {
+            sides.chosen: now,
+            sides.left: left_side,
+            sides.right: right_side,
+            tabs: gr.Tabs(selected="try"),
+        }
 
     asked = [pair, sides.chosen, sides.runs, sides.last]
     filled = [sides.chosen, sides.left, sides.right, tabs]
@@ -106,7 +112,7 @@ def remembered_merges() -> gr.BrowserState:
     return gr.BrowserState([], storage_key=RUNS_KEY, secret=RUNS_SECRET)
 
 
-def with_run(runs: object, last: object) -> list[Run]:
+def with_run(runs: object, last: object) -> list[Remembered]:
     """Return the remembered runs with one more, the newest last; the oldest are forgotten."""
     keys = keys_of(runs, last)
     return [{"id": run, "key": key} for run, key in keys.items()][-MOST_RUNS:]

@@ -8,7 +8,7 @@ see earlier turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from ipmerge_core.ui.errors import QUIET, told
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.pairs import pair_name
 from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.runs import Updates
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,12 +62,27 @@ class Parts(NamedTuple):
     clear: gr.Button
     undo: gr.Button
     examples: list[gr.Button]
-    view: list[Any]
+    view: Mapping[str, Any]  # by the field of `View` that it shows
 
     @property
     def outputs(self) -> list[Any]:
-        """What every handler of a turn returns, in order; see `_shown`."""
-        return [self.turns, *self.view, self.stop, self.again, self.clear, *self.examples]
+        """What `updates` fills."""
+        return [self.turns, *self.view.values(), self.stop, *self._idle_buttons]
+
+    def updates(self, turns: list[Turn]) -> Updates:
+        """Return the updates that show turns; while answers arrive, only Stop is enabled."""
+        running = bool(turns) and not turns[-1].is_over
+        shown = view(turns)._asdict()
+        return {
+            self.turns: turns,
+            **{component: shown[field] for field, component in self.view.items()},
+            self.stop: gr.update(interactive=running),
+            **{button: gr.update(interactive=not running) for button in self._idle_buttons},
+        }
+
+    @property
+    def _idle_buttons(self) -> list[gr.Button]:
+        return [self.again, self.clear, *self.examples]
 
 
 def try_tab(
@@ -107,11 +123,11 @@ def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> No
         typed: dict[str, Any],
         before: list[Turn],
         *how: Any,  # noqa: ANN401
-    ) -> Iterator[list[Any]]:
+    ) -> Iterator[Updates]:
         text, image = _read_prompt(typed)
         asked = _question(text, image, *how)
         turn = _new_turn(asked, image, _known(text, image))
-        yield from _run(backend, doors.enter(_visitor(request)), before, turn, asked)
+        yield from _run(backend, parts, doors.enter(_visitor(request)), before, turn, asked)
 
     def check_again(before: list[Turn]) -> None:
         if not before:
@@ -121,11 +137,11 @@ def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> No
         request: gr.Request,
         before: list[Turn],
         *how: Any,  # noqa: ANN401
-    ) -> Iterator[list[Any]]:
+    ) -> Iterator[Updates]:
         last = before[-1]
         asked = _question(last.question, last.image, *how)
         turn = _new_turn(asked, last.image, last.reference)
-        yield from _run(backend, doors.enter(_visitor(request)), before[:-1], turn, asked)
+        yield from _run(backend, parts, doors.enter(_visitor(request)), before[:-1], turn, asked)
 
     def stop_both(request: gr.Request) -> None:
         doors.stop(_visitor(request))
@@ -146,23 +162,25 @@ def _wire_the_rest(parts: Parts) -> None:
     """Wire the examples, Clear and its undo."""
     examples = recorded_examples()
 
-    def show_example(number: int, before: list[Turn]) -> list[Any]:
+    def show_example(number: int, before: list[Turn]) -> Updates:
         turn = turn_of_example(examples[number])
         kept = before[:-1] if before and before[-1].recorded else before
-        return [_prompt_value(turn), *_shown([*kept, turn])]
+        return {parts.prompt: _prompt_value(turn), **parts.updates([*kept, turn])}
 
-    def clear_all(typed: dict[str, Any], before: list[Turn]) -> list[Any]:
-        return [(typed, before), gr.update(visible=True), EMPTY_PROMPT, *_shown([])]
+    def clear_all(typed: dict[str, Any], before: list[Turn]) -> Updates:
+        undo = {cleared: (typed, before), parts.undo: gr.update(visible=True)}
+        return {**undo, parts.prompt: EMPTY_PROMPT, **parts.updates([])}
 
-    def restore(kept: tuple[dict[str, Any], list[Turn]]) -> list[Any]:
-        return [gr.update(visible=False), kept[0], *_shown(kept[1])]
+    def restore(before: tuple[dict[str, Any], list[Turn]]) -> Updates:
+        typed, turns = before
+        hidden = {parts.undo: gr.update(visible=False)}
+        return {**hidden, parts.prompt: typed, **parts.updates(turns)}
 
-    kept = gr.State((EMPTY_PROMPT, []))
-    cleared = [kept, parts.undo, parts.prompt, *parts.outputs]
-    parts.clear.click(clear_all, [parts.prompt, parts.turns], cleared, queue=False, **QUIET)
-    parts.undo.click(
-        restore, kept, [parts.undo, parts.prompt, *parts.outputs], queue=False, **QUIET
-    )
+    cleared = gr.State((EMPTY_PROMPT, []))
+    filled = [parts.undo, parts.prompt, *parts.outputs]
+    asked = [parts.prompt, parts.turns]
+    parts.clear.click(clear_all, asked, [cleared, *filled], queue=False, **QUIET)
+    parts.undo.click(restore, cleared, filled, queue=False, **QUIET)
     for number, button in enumerate(parts.examples):
         show = partial(show_example, number)
         button.click(show, parts.turns, [parts.prompt, *parts.outputs], queue=False, **QUIET)
@@ -222,8 +240,8 @@ def _example_buttons(examples: list[Example]) -> list[gr.Button]:
         ]
 
 
-def _answers(first: View) -> list[Any]:
-    """Lay out the two chats with what belongs to them, in the order of `View`."""
+def _answers(first: View) -> Mapping[str, Any]:
+    """Lay out the two chats with what belongs to them, by the field of `View` that each shows."""
     with gr.Row(elem_id="answers-line"):
         source = gr.HTML(first.source, elem_id="answers-source", elem_classes="chips")
         status = gr.HTML(first.status, elem_id="answers-status")
@@ -236,7 +254,14 @@ def _answers(first: View) -> list[Any]:
             verdict_right = gr.HTML(
                 first.verdict_right, elem_id="verdict-merged", elem_classes="chips"
             )
-    return [left, right, verdict_left, verdict_right, status, source]
+    return {
+        "chat_left": left,
+        "chat_right": right,
+        "verdict_left": verdict_left,
+        "verdict_right": verdict_right,
+        "status": status,
+        "source": source,
+    }
 
 
 def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
@@ -260,19 +285,12 @@ def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
 
 
 def _run(
-    backend: Backend, stop: Event, before: list[Turn], turn: Turn, asked: Question
-) -> Iterator[list[Any]]:
+    backend: Backend, parts: Parts, stop: Event, before: list[Turn], turn: Turn, asked: Question
+) -> Iterator[Updates]:
     """Ask both models and yield the whole view about ten times a second."""
-    yield _shown([*before, turn])  # at once: torch may still have to be loaded
+    yield parts.updates([*before, turn])  # at once: torch may still have to be loaded
     for left, right in answer_both(backend, asked, stop):
-        yield _shown([*before, replace(turn, left=left, right=right)])
-
-
-def _shown(turns: list[Turn]) -> list[Any]:
-    """Return the values of `Parts.outputs`: while answers grow, only Stop can be pressed."""
-    running = bool(turns) and not turns[-1].is_over
-    idle = [gr.update(interactive=not running)] * (len(recorded_examples()) + 2)
-    return [turns, *view(turns), gr.update(interactive=running), *idle]
+        yield parts.updates([*before, replace(turn, left=left, right=right)])
 
 
 def _new_turn(asked: Question, image: str | None, reference: Reference | None) -> Turn:

@@ -15,6 +15,7 @@ from ipmerge_core.ui.errors import QUIET, sentence_of, told
 from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.pairs import EVERYTHING, find_growing, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, describe_choice, plan_of
+from ipmerge_core.ui.runs import Updates
 from ipmerge_core.ui.safe_text import as_markdown
 
 LABELS = {
@@ -34,8 +35,8 @@ def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependenc
     state = gr.Markdown("", elem_id="cite-state")
     digest = gr.Markdown("", elem_id="cite-hash")
     with gr.Column(elem_id="snippets"):
-        texts = [
-            gr.Code(
+        texts = {
+            name: gr.Code(
                 label=LABELS[name],
                 language=None,  # plain: Gradio's colours for code are too pale to read on white
                 interactive=False,
@@ -47,15 +48,17 @@ def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependenc
                 elem_id=f"cite-{name}",
             )
             for name in Snippets._fields
-        ]
+        }
 
     # handlers
-    def write(pack_id: str, plan: PlanChoice, request: gr.Request) -> tuple[str, ...]:
+    def write(pack_id: str, plan: PlanChoice, request: gr.Request) -> Updates:
         address = page_address(request.headers.get("referer", ""))
         try:
-            return state_words(pack_id, plan), *snippets_of(pack_id, plan, address)
+            words = state_words(pack_id, plan)
+            written = snippets_of(pack_id, plan, address)._asdict()
         except PlanError as error:  # a pair that is only partly analysed
-            return as_markdown(sentence_of(error)), *[""] * len(texts)
+            words, written = as_markdown(sentence_of(error)), {}
+        return {state: words, **{code: written.get(name, "") for name, code in texts.items()}}
 
     def name_plan(pack_id: str, plan: PlanChoice) -> str:
         if find_growing(pack_id, EVERYTHING) is not None:
@@ -66,11 +69,11 @@ def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependenc
         return name_plan(pack_id, plan) if before else ""  # never opened: torch can wait
 
     # wiring
-    here = [pair, choice]
-    after_commits(tab.select).then(
-        told(write), here, [state, *texts], queue=False, **QUIET
-    ).success(told(name_plan), here, digest, **QUIET)
-    opened.success(told(write), here, [state, *texts], **QUIET).success(
+    here, shown = [pair, choice], [state, *texts.values()]
+    after_commits(tab.select).then(told(write), here, shown, queue=False, **QUIET).success(
+        told(name_plan), here, digest, **QUIET
+    )
+    opened.success(told(write), here, shown, **QUIET).success(
         told(name_again), [*here, digest], digest, **QUIET
     )
 

@@ -19,6 +19,7 @@ from ipmerge_core.ui.explore import layer_map
 from ipmerge_core.ui.explore.tab import after_commits, map_content
 from ipmerge_core.ui.pairs import list_packs
 from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.runs import Updates
 from ipmerge_core.ui.safe_text import as_html
 
 HERE = Path(__file__).parent
@@ -36,11 +37,15 @@ def compare_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Depend
     seen = gr.State(False)  # whether the tab was opened: until then it is not worth its bytes
 
     # handlers
-    def compare(pack_id: str, plan: PlanChoice, other_id: str) -> list[Any]:
-        return [*compared_or_reason(pack_id, plan, other_id), gr.update(choices=others()), True]
+    def compare(pack_id: str, plan: PlanChoice, other_id: str) -> Updates:
+        content, why = compared_or_reason(pack_id, plan, other_id)
+        listed = gr.update(choices=others())
+        return {compared: content, reason: why, other: listed, seen: True}
 
-    def compare_again(pack_id: str, plan: PlanChoice, other_id: str, shown: bool) -> list[Any]:
-        return compared_or_reason(pack_id, plan, other_id) if shown else [gr.skip(), gr.skip()]
+    def compare_again(
+        pack_id: str, plan: PlanChoice, other_id: str, shown: bool
+    ) -> tuple[Any, Any]:
+        return compared_or_reason(pack_id, plan, other_id) if shown else (gr.skip(), gr.skip())
 
     # wiring
     inputs = [pair, choice, other]
@@ -55,12 +60,14 @@ def others() -> list[tuple[str, str]]:
     return [("The same pair", ""), *((pack.label, pack.id) for pack in list_packs())]
 
 
-def compared_or_reason(pack_id: str, choice: PlanChoice, other_id: str) -> list[Any]:
+def compared_or_reason(
+    pack_id: str, choice: PlanChoice, other_id: str
+) -> tuple[dict[str, Any] | None, str]:
     """Return the content, or nothing and the reason: a pair that is only partly analysed."""
     try:
-        return [compare_content(pack_id, choice, other_id), ""]
+        return compare_content(pack_id, choice, other_id), ""
     except PlanError as error:
-        return [None, f'<p class="waiting">{as_html(sentence_of(error))}</p>']
+        return None, f'<p class="waiting">{as_html(sentence_of(error))}</p>'
 
 
 def compare_content(pack_id: str, choice: PlanChoice, other_id: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ipmerge_core.ui.explore.partial_packs import (
 )
 from ipmerge_core.ui.pairs import load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_cells, read_commit
+from ipmerge_core.ui.runs import Updates
 
 PRESETS: list[dict[str, Any]] = [
     {
@@ -74,6 +75,29 @@ _UNTIL_SETTLED = f"""async (pair) => {{
 }}"""
 
 
+class OpenedPair(NamedTuple):
+    """A pair as it is shown: the content of the map and the plan that it starts with."""
+
+    content: dict[str, Any]
+    choice: PlanChoice
+
+
+class PairView(NamedTuple):
+    """The components that show a pair."""
+
+    layer_map: LayerMap
+    choice: gr.State
+    spectra: gr.Plot
+
+    def updates(self, opened: OpenedPair) -> Updates:
+        """Return the updates that show a pair; the figure of another pair's matrix is hidden."""
+        return {
+            self.layer_map: opened.content,
+            self.choice: opened.choice,
+            self.spectra: gr.update(visible=False),
+        }
+
+
 class ExploreTab(NamedTuple):
     """What the frame needs of this tab.
 
@@ -81,8 +105,7 @@ class ExploreTab(NamedTuple):
     with `.then(...)`, because `choice.change` does not fire after events that bypass the queue.
     """
 
-    layer_map: LayerMap
-    spectra: gr.Plot
+    view: PairView
     committed: Dependency
     opened: Dependency
 
@@ -106,14 +129,16 @@ def explore_tab(
         label="Spectra of the chosen matrix", show_label=False, visible=False, elem_id="spectra"
     )
 
-    # handlers
-    def open_pair(pack_id: str) -> tuple[Any, ...]:
-        return opened_pair(pack_id, is_running)
+    view = PairView(layer_map, choice, spectra)
 
-    def follow_link(event: gr.EventData) -> tuple[Any, ...]:
+    # handlers
+    def show_pair(pack_id: str) -> Updates:
+        return view.updates(open_pair(pack_id, is_running))
+
+    def follow_link(event: gr.EventData) -> Updates:
         pack_id = str(event._data.get("pack"))
-        opened = open_pair(pack_id)
-        return gr.update(choices=pair_choices(is_running, pack_id), value=pack_id), *opened
+        shown = show_pair(pack_id)
+        return {pair: gr.update(choices=pair_choices(is_running, pack_id), value=pack_id), **shown}
 
     def keep_plan(pack_id: str, event: gr.EventData) -> PlanChoice:
         return read_commit(event._data, explored_pack(pack_id))
@@ -126,16 +151,16 @@ def explore_tab(
 
     # wiring
     opened = pair.input(
-        told(open_pair),
+        told(show_pair),
         pair,
-        [layer_map, choice, spectra],
+        [*view],
         show_progress_on=[pair],
         api_visibility="private",
     )
     layer_map.packselect(
         told(follow_link),
         None,
-        [pair, layer_map, choice, spectra],
+        [pair, *view],
         show_progress="hidden",
         api_visibility="private",
     )
@@ -158,7 +183,7 @@ def explore_tab(
         trigger_mode="multiple",
         api_visibility="private",
     )
-    return ExploreTab(layer_map, spectra, committed, opened)
+    return ExploreTab(view, committed, opened)
 
 
 def after_commits(
@@ -172,10 +197,10 @@ def after_commits(
     return listener(None, pair, None, js=_UNTIL_SETTLED, queue=False, **QUIET)
 
 
-def opened_pair(pack_id: str, is_running: IsRunning) -> tuple[Any, ...]:
-    """Return what shows a pair, finished or growing: the map, its plan, and no large figure."""
+def open_pair(pack_id: str, is_running: IsRunning) -> OpenedPair:
+    """Open a pair, whether its analysis has finished or not. Raises: PlanError."""
     pack = explored_pack(pack_id, is_running)
-    return content_of(pack_id, pack), start_choice(pack), gr.update(visible=False)
+    return OpenedPair(content_of(pack_id, pack), start_choice(pack))
 
 
 def grown_since(asked: object, is_running: IsRunning) -> dict[str, Any]:

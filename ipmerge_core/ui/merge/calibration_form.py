@@ -19,13 +19,11 @@ from ipmerge_core.ui.errors import QUIET, told
 from ipmerge_core.ui.format import size_words
 from ipmerge_core.ui.merge.method_form import MethodChoice
 from ipmerge_core.ui.merge.start_gate import LAST, StartGate
-from ipmerge_core.ui.runs import POLL_SECONDS, RunView, find_run, off_at_once, steer
+from ipmerge_core.ui.runs import Remembered, RunState, RunView, Updates, disable_on_click
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
-JOB_KEY = "ipmerge.calibration.v1"
-JOB_SECRET = "ipmerge-calibration"  # noqa: S105 (it only keeps the entry readable after a restart)
 WHAT = {
     "gram": "what every matrix reads",
     "fisher": "how much every answer depends on every weight",
@@ -45,9 +43,15 @@ class _Parts(NamedTuple):
     told: gr.Textbox
     limit: gr.Number
     start: gr.Button
-    progress: gr.HTML
-    cancel: gr.Button
-    resume: gr.Button
+    run: RunView
+
+
+class CalibrationView(NamedTuple):
+    """What the block shows for a method that needs samples, and the choice that goes with it."""
+
+    intro: str
+    folders: dict[str, Any]
+    choice: MethodChoice
 
 
 def calibration_form(
@@ -73,11 +77,18 @@ def calibration_form(
     """
     with block:
         parts = _layout(hosted=backend.hosted)
-    timer = gr.Timer(POLL_SECONDS, active=False)
     made = gr.State("")
 
-    def show(pack_id: str, how: MethodChoice, just_made: str) -> list[Any]:
-        return shown(backend, pack_id, how, just_made)
+    def show(pack_id: str, how: MethodChoice, just_made: str) -> Updates:
+        view = calibration_view(backend, pack_id, how, just_made)
+        if view is None:
+            return {block: gr.update(visible=False)}
+        return {
+            block: gr.update(visible=True),
+            parts.intro: view.intro,
+            parts.folder: view.folders,
+            method: view.choice,
+        }
 
     def keep(pack_id: str, how: MethodChoice, folder: str | None) -> MethodChoice:
         made_here = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
@@ -86,44 +97,42 @@ def calibration_form(
 
     def begin(
         pack_id: str, how: MethodChoice, seen: str, read: str, limit: float | None
-    ) -> dict[str, str]:
+    ) -> Remembered:
         started = backend.start_calibration(pack_id, how.name, seen, read, int(limit or 0))
         return started._asdict()
 
-    def watch(mine: dict[str, str] | None) -> list[Any]:
-        return watched(backend, mine or {})
+    def extras(run: RunState) -> Updates:
+        idle = not (run.owned and run.running)
+        return {made: made_by(run), parts.start: gr.update(interactive=idle)}
 
     filled = [block, parts.intro, parts.folder, method]
-    watching = [parts.progress, parts.cancel, parts.resume, timer, made, parts.start]
     asked = [pair, method, parts.seen, parts.told, parts.limit]
     kept = parts.folder.input
     gate.at_once(kept)
     gate.after(kept(keep, [pair, method, parts.folder], method, queue=False, **QUIET).then)
     gate.at_once(made.change)
     gate.after(made.change(told(show), [pair, method, made], filled, **QUIET).then)
-    off_at_once(parts.start)
+    parts.run.wire(
+        backend, job, [app.load], extras=extras, outputs=[made, parts.start], queued=True
+    )
+    disable_on_click(parts.start)
     pressed = parts.start.click(told(begin), asked, job, **QUIET)
-    for follows in (pressed.success, pressed.failure):  # Gradio lets no `then` follow an error
-        follows(watch, job, watching, **QUIET)
-    view = RunView(parts.progress, parts.cancel, parts.resume, timer)
-    steer(app, backend, job, view, watch, watching, queued=True)  # `made` has a listener
+    for ends in (pressed.success, pressed.failure):  # Gradio lets no `then` follow an error
+        parts.run.follow(ends)
     return lambda event: event.then(told(show), [pair, method, made], filled, **LAST)
 
 
-def remembered_calibration() -> gr.BrowserState:
-    """Make the place in the browser where the run's id and key are kept; outside all tabs."""
-    return gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
-
-
-def shown(backend: Backend, pack_id: str, how: MethodChoice, just_made: str) -> list[Any]:
-    """Fill the block for a method: visible or not, what it needs, the finished ones, the choice.
+def calibration_view(
+    backend: Backend, pack_id: str, how: MethodChoice, just_made: str
+) -> CalibrationView | None:
+    """Return what the block shows for a method; None for a method that needs no samples.
 
     A calibration that was just made is chosen; else the one chosen before, if it is not one made
     here for another pair or method.
     """
     method = data_method(how.name)
     if method is None:
-        return [gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()]
+        return None
     try:
         folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
     except IPMergeError:
@@ -142,7 +151,7 @@ def shown(backend: Backend, pack_id: str, how: MethodChoice, just_made: str) -> 
         info=f"{'made here before' if folders else 'none made here yet'}, of these weights"
         + ("" if backend.hosted else "; or any folder with one"),
     )
-    return [gr.update(visible=True), intro, listed, how._replace(calibration=chosen)]
+    return CalibrationView(intro, listed, how._replace(calibration=chosen))
 
 
 def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are imported late)
@@ -155,11 +164,9 @@ def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are i
     return method if method is not None and method.data is not None else None
 
 
-def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
-    """Return how far a run is: a `RunView`, the folder once it is finished, and the button."""
-    run = find_run(backend, mine)
-    made = str(run.status.arguments.get("out", "")) if run.status and run.finished else ""
-    return [*run.updates(), made, gr.update(interactive=not (run.owned and run.running))]
+def made_by(run: RunState) -> str:
+    """Return the folder of a finished calibration; empty until it is finished."""
+    return run.out if run.finished else ""
 
 
 def _cost_words(backend: Backend, pack_id: str, name: str) -> str:
@@ -203,7 +210,5 @@ def _layout(*, hosted: bool) -> _Parts:
         )
     with gr.Row(elem_classes="run-row"):
         start = gr.Button("Calibrate", size="sm", elem_id="start-calibration")
-        cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel-calibration")
-        resume = gr.Button("Resume", visible=False, size="sm", elem_id="resume-calibration")
-    progress = gr.HTML("", elem_id="calibration-status", elem_classes="run-status")
-    return _Parts(intro, folder, seen, read, limit, start, progress, cancel, resume)
+    run = RunView("calibration")
+    return _Parts(intro, folder, seen, read, limit, start, run)

@@ -32,7 +32,7 @@ from ipmerge_core.ui.merge.method_form import (
 from ipmerge_core.ui.merge.start_gate import Answer, Shown, StartGate
 from ipmerge_core.ui.merge.summary import change_words, confirm_html, result_html
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest
-from ipmerge_core.ui.runs import POLL_SECONDS, Remembered, RunView, Watched, find_run, steer
+from ipmerge_core.ui.runs import Remembered, RunState, RunView, Updates, find_run
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
 AUTO = "auto"
-JOB_KEY = "ipmerge.job.v1"
-JOB_SECRET = "ipmerge-job"  # noqa: S105 (it only keeps the entry readable after a restart)
 READING = '<p class="waiting">Reading headers and a few small matrices …</p>'
 NO_RUN = '<p class="waiting">No run yet.</p>'
 NOTHING_MERGED = '<p class="waiting">Nothing has been merged yet.</p>'
@@ -65,9 +63,7 @@ class _Steps(NamedTuple):
     device: gr.Dropdown
     start: gr.Button
     note: gr.HTML
-    progress: gr.HTML
-    cancel: gr.Button
-    resume: gr.Button
+    run: RunView
     result: gr.HTML
     try_it: gr.Button
 
@@ -154,7 +150,6 @@ def _wire_run(
     tab: gr.Tab,
 ) -> Dependency:
     """Wire Start, and what shows the run that it starts or finds; returns the press of Start."""
-    timer = gr.Timer(POLL_SECONDS, active=False)
 
     def begin(
         mine: Remembered | None,
@@ -173,22 +168,22 @@ def _wire_run(
     def attach(mine: Remembered | None) -> Remembered:
         return attached(backend, mine)
 
-    def watch(mine: Remembered | None) -> list[Any]:
-        return watched(backend, mine or {})
+    def extras(run: RunState) -> Updates:
+        return {
+            steps.result: run_result(backend, run),
+            steps.try_it: gr.update(visible=run.finished),
+            gate.busy: "1" if run.owned and run.running else "",
+        }
 
-    watching = [
-        steps.progress, steps.cancel, steps.resume, timer, steps.result, steps.try_it, gate.busy
-    ]  # fmt: skip
-    for arrives in (app.load, tab.select):
-        found = arrives(attach, job, job, queue=False, **QUIET)
-        found.then(watch, job, watching, queue=False, **QUIET)
+    outputs = [steps.result, steps.try_it, gate.busy]
+    steps.run.wire(
+        backend, job, [app.load, tab.select], attach=attach, extras=extras, outputs=outputs
+    )
     gate.at_once(steps.start.click)
     asked = [job, gate.digest, steps.folder, *chosen]
     pressed = steps.start.click(told(begin), asked, job, **QUIET)
-    gate.after(pressed.success(watch, job, watching, **QUIET).then)
+    gate.after(steps.run.follow(pressed.success).then)
     gate.after(pressed.failure)  # Gradio lets no `then` follow an error
-    view = RunView(steps.progress, steps.cancel, steps.resume, timer)
-    steer(app, backend, job, view, watch, watching)
     return pressed
 
 
@@ -220,25 +215,13 @@ def _steps(backend: Backend) -> _Steps:
                 )
             note = gr.HTML("", elem_id="start-note")
         with _card("3", "Run", "run"):
-            progress = gr.HTML(NO_RUN, elem_id="run-status", elem_classes="run-status")
-            with gr.Row(elem_classes="run-row"):
-                cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel-merge")
-                resume = gr.Button("Resume", visible=False, size="sm", elem_id="resume-merge")
+            run = RunView("merge", empty=NO_RUN, status_id="run-status")
         with _card("4", "Result", "result"):
             result = gr.HTML(NOTHING_MERGED, elem_id="result")
             try_it = gr.Button("Try it", visible=False, size="sm", elem_id="try-merged")
     return _Steps(
-        form, findings, confirmation, folder, device, start, note,
-        progress, cancel, resume, result, try_it,
+        form, findings, confirmation, folder, device, start, note, run, result, try_it
     )  # fmt: skip
-
-
-def remembered_job() -> gr.BrowserState:
-    """Make the place in the browser where the run's id and key are kept.
-
-    It must stand outside all tabs: a tab's contents are not there before it is opened.
-    """
-    return gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
 
 
 def readiness(
@@ -349,27 +332,15 @@ def attached(backend: Backend, mine: Remembered | None) -> Remembered:
     return mine
 
 
-def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
-    """Return what shows a run: a `RunView`, the result, and "1" while it keeps Start off."""
-    run = find_run(backend, mine)
-    return [
-        *run.updates(NO_RUN),
-        _result(backend, run, mine),
-        gr.update(visible=run.finished),
-        "1" if run.owned and run.running else "",
-    ]
-
-
-def _result(backend: Backend, run: Watched, mine: dict[str, str]) -> str:
+def run_result(backend: Backend, run: RunState) -> str:
+    """Describe the result of a run; only the browser that started it gets a download link."""
     if run.status is None:
         return NOTHING_MERGED
     if not run.finished:
         return '<p class="waiting">The run is not finished.</p>'
-    link = download_link(run.status.id, mine.get("key", "")) if run.owned else None
-    made = run.status.arguments
-    return result_html(
-        str(made["out"]), link, show_path=not backend.hosted, device=str(made.get("device", ""))
-    )
+    link = download_link(run.status.id, run.key) if run.owned else None
+    device = str(run.status.arguments.get("device", ""))
+    return result_html(run.out, link, show_path=not backend.hosted, device=device)
 
 
 def _card(number: str, title: str, name: str) -> gr.Column:
