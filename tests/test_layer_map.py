@@ -26,7 +26,7 @@ def test_a_commit_becomes_a_plan_choice():
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "0.4", None, True, [], 10**40])
 def test_a_threshold_outside_zero_to_one_is_refused_with_the_range(value):
-    with pytest.raises(PlanError, match=r"S_alpha is .* expected a number from 0 to 1\."):
+    with pytest.raises(PlanError, match=r"threshold is .* expected a number from 0 to 1\."):
         read_commit({**GOOD, "s": value}, PACK)
 
 

@@ -23,12 +23,12 @@ from ipmerge_core.ui.merge.method_form import (
     _field,
     _option_field,
     chosen_plan,
-    offered,
+    list_methods,
     with_method,
     with_option,
     with_value,
 )
-from ipmerge_core.ui.merge.summary import change_words
+from ipmerge_core.ui.merge.summary import describe_change
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import RunView, find_run
@@ -45,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_method_is_offered() -> None:
-    names = {name for _, name in offered()["choices"]}
+    names = {name for _, name in list_methods()["choices"]}
     assert names == set(METHODS) - {"ip_merging"} | {""}
 
 
@@ -123,11 +123,11 @@ def test_a_value_out_of_range_is_refused_in_words_and_nothing_may_start(
 
 def test_the_confirmation_previews_what_is_affine_and_says_why_not_otherwise() -> None:
     affine = chosen_plan(DEMO, PlanChoice(), MethodChoice("task_arithmetic"))
-    assert "% of its norm" in change_words(affine)
+    assert "% of its norm" in describe_change(affine)
     other = chosen_plan(DEMO, PlanChoice(), MethodChoice("ties"))
-    assert "not previewable" in change_words(other)
+    assert "not previewable" in describe_change(other)
     near = chosen_plan(DEMO, PlanChoice(), MethodChoice("dare_linear"))
-    assert "approximate: expected over the random drops" in change_words(near)
+    assert "approximate: expected over the random drops" in describe_change(near)
     found = readiness(Backend(), DEMO, PlanChoice(), MethodChoice("ties"))
     assert found.ready
     assert "28 of 28 decoder matrices" in found.confirmation
@@ -198,7 +198,7 @@ def test_strangers_may_not_write_patterns_that_take_for_ever(
     slow = with_option("include", MethodChoice("ties"), "(a+)+$")
     plain = with_option("include", MethodChoice("ties"), r"mlp|layers\.0\.")
     monkeypatch.setenv("SPACE_ID", "org/space")
-    with pytest.raises(PlanError, match="not offered here"):
+    with pytest.raises(PlanError, match="disabled here"):
         chosen_plan(DEMO, PlanChoice(), slow)
     assert chosen_plan(DEMO, PlanChoice(), plain).selected
 
@@ -230,8 +230,8 @@ def test_a_method_that_needs_samples_asks_for_them() -> None:
     assert not found.ready
     assert "press Calibrate" in found.findings[0].message + found.findings[0].remedy
     view = calibration_form.calibration_view(Backend(), DEMO, MethodChoice("regmean"), "")
-    assert "what every matrix reads" in view.intro
-    assert "MB of sums" in view.intro
+    assert "the Gram matrices of the layer inputs" in view.intro
+    assert "MB of statistics" in view.intro
     assert (view.folders["choices"], view.choice.calibration) == ([], "")
     assert calibration_form.calibration_view(Backend(), DEMO, MethodChoice("ties"), "") is None
 
@@ -269,9 +269,9 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
 
 def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend(hosted=True)
-    with pytest.raises(RunError, match="the demo problems"):
+    with pytest.raises(RunError, match="demo samples"):
         backend.start_calibration(DEMO, "regmean", "/etc/passwd", "demo", 2)
-    with pytest.raises(RunError, match="the demo problems"):
+    with pytest.raises(RunError, match="demo samples"):
         backend.start_calibration(DEMO, "regmean", "demo:perception", "demonstration.jsonl", 2)
     for seen in ("demo", "demo:perception"):
         with pytest.raises(RunError, match="expected 1 or more"):
@@ -295,7 +295,7 @@ def test_a_first_pass_is_told_from_the_merge() -> None:
         "nbytes_total": 10_000_000,
     }
     words = progress_html(status_with({**step, "action": "measured"}))
-    assert "3 of 28 matrices measured, before the merge" in words
+    assert "3 of 28 matrices measured (first pass)" in words
     assert "3 of 28 tensors" in progress_html(status_with({**step, "action": "merged"}))
 
 
@@ -303,7 +303,7 @@ def test_a_calibration_counts_passes() -> None:
     step = {"role": "math", "group": 0, "groups": 2, "done": 5, "total": 20, "action": "measured"}
     words = progress_html(status_with(step))
     assert "5 of 20 passes" in words
-    assert "the math model, part 1 of 2" in words
+    assert "math model, part 1 of 2" in words
     assert "about 30 seconds left" in words
     assert "MB/s" not in words
 

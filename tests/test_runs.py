@@ -178,11 +178,11 @@ def test_confirm_names_the_device_and_estimates_for_it(machine, monkeypatch):
 
 
 def test_a_choice_of_devices_is_offered_where_there_is_one(machine):
-    assert merge_tab.offered_devices(Backend())["visible"] is False
+    assert merge_tab.list_devices(Backend())["visible"] is False
     machine(cuda=1)
-    offered = merge_tab.offered_devices(Backend())
-    assert offered["visible"] is True
-    assert offered["choices"] == [
+    list_methods = merge_tab.list_devices(Backend())
+    assert list_methods["visible"] is True
+    assert list_methods["choices"] == [
         ("auto: NVIDIA H200 (cuda)", "auto"), ("NVIDIA H200 (cuda)", "cuda"), ("CPU", "cpu"),
     ]  # fmt: skip
 
@@ -440,12 +440,12 @@ def test_a_taken_folder_is_said_with_a_free_name(home):
     assert backend.free_name_like("taken") == "taken-3"
     assert backend.free_name_like("taken-2") == "taken-3"
     note = merge_tab.note_html(backend, "taken", busy=False)
-    assert "A free name: taken-3" in note
+    assert "Available name: taken-3" in note
     assert merge_tab.note_html(backend, "free", busy=False) == ""
     assert "A merge is in progress" in merge_tab.note_html(backend, "free", busy=True)
     for name in ("", "../up", "<b>"):
         note = merge_tab.note_html(backend, name, busy=False)
-        assert "A free name" not in note
+        assert "Available name" not in note
         assert "<b>" not in note
 
 

@@ -34,8 +34,8 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.explore.partial_packs import explored_pack, nobody_runs, pair_choices
 from ipmerge_core.ui.explore.tab import grown_since, open_pair
 from ipmerge_core.ui.pairs import (
-    find_growing,
     find_pack,
+    find_partial,
     id_of,
     list_packs,
     load_pack,
@@ -88,9 +88,9 @@ def grow(trio: Trio, name: str, steps: int) -> str:
     ("typed", "words"),
     [
         (("", "", "", "", False, 0), "vision-language model, base, math model"),
-        (("a/v", " , \n", "b/b", "", False, 0), "Still to be named: math model"),
-        (("a/v", "m\n" * 9, "b/b", "", False, 0), "9 math models are named; at most 8"),
-        (("a/v", "b/m", "x" * 301, "", False, 0), "base is named by 301 letters"),
+        (("a/v", " , \n", "b/b", "", False, 0), "Missing: math model"),
+        (("a/v", "m\n" * 9, "b/b", "", False, 0), "Got 9 math models; expected at most 8"),
+        (("a/v", "b/m", "x" * 301, "", False, 0), "name of the base has 301 characters"),
         (("a/v", "b/m", "b/b", "", False, 1.5), "rank is 1.5"),
     ],
 )
@@ -105,7 +105,7 @@ def test_known_pairs_have_names_of_their_own_and_say_what_was_read():
     for pair in pairs:
         text = known_html(pair)
         assert all(name in text for name in (pair.mllm, pair.base, *pair.math))
-        assert "licence not read" in text or "(" in text
+        assert "licence unknown" in text or "(" in text
     code = (
         "import sys; from ipmerge_core.models.catalogue import load_catalogue; load_catalogue();"
         "sys.exit('torch' in sys.modules)"
@@ -120,7 +120,7 @@ def test_a_check_says_what_it_reads_finds_siblings_and_names_the_cost(trio):
     words, found = checked(named(trio, math=(str(trio.math), str(trio.math_2))))
     assert words[0] == f"Reading headers, 1 of 4: vision-language model {trio.mllm}"
     assert words[3].startswith("Reading headers, 4 of 4: math model 2")
-    assert words[-1] == "Comparing a few rows of every model"
+    assert words[-1] == "Comparing a few rows of each model"
     assert found.ready
     assert not refusals(found)
     text = needs_html(found, hosted=False)
@@ -153,7 +153,7 @@ def test_a_matrix_that_memory_cannot_hold_is_refused(trio, monkeypatch):
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
     found = checked(named(trio))[1]
-    assert "memory The largest matrix takes about" in refusals(found)
+    assert "memory The largest matrix needs about" in refusals(found)
     assert not found.ready
 
 
@@ -162,10 +162,10 @@ def test_weights_that_were_analysed_before_are_recognised(trio):
     analysis.save(packs_folder() / "before.pack.json.gz")
     (packs_folder() / "broken.pack.json.gz").write_text("no pack")
     found = checked(named(trio))[1]
-    (known,) = [f for f in found.findings if f.subject == "analysed before"]
+    (known,) = [f for f in found.findings if f.subject == "already analysed"]
     assert "'own: mllm + math'" in known.message
     assert found.ready
-    assert not [f for f in checked(named(trio, rank=2))[1].findings if "before" in f.subject]
+    assert not [f for f in checked(named(trio, rank=2))[1].findings if "already" in f.subject]
 
 
 def test_the_form_s_views_end_with_findings_whatever_happens(trio):
@@ -176,7 +176,7 @@ def test_the_form_s_views_end_with_findings_whatever_happens(trio):
     assert last.ready
     assert last.checked.asked.quick
     (refusal,) = iter_check(backend, "", "", "", "", "exact", 0)
-    assert "Still to be named" in refusal.findings
+    assert "Missing: " in refusal.findings
     assert refusal.over
     assert not refusal.ready
 
@@ -289,12 +289,12 @@ def test_packs_tell_how_they_were_made_and_a_broken_one_is_only_listed():
         "own: synthetic 2 layers",
         "own: d (cannot be read)",
     ]
-    with pytest.raises(CheckpointError, match="no pack of this version"):
+    with pytest.raises(CheckpointError, match="not a valid pack of this version"):
         load_pack("packs-d")
 
 
 def test_a_growing_pair_is_shown_in_explore_and_refused_everywhere_else(trio):
-    assert find_growing("packs-nothing") is None
+    assert find_partial("packs-nothing") is None
     assert id_of(reserve_name("empty")) not in dict(map(reversed, pair_choices()))
     pack_id = grow(trio, "growing", 5)
     with pytest.raises(PlanError, match=r"'mllm \+ math' is only partly analysed, 5 of 21"):
@@ -309,7 +309,7 @@ def test_a_growing_pair_is_shown_in_explore_and_refused_everywhere_else(trio):
     assert dict(map(reversed, pair_choices(shown=pack_id)))[pack_id].endswith("(partly analysed)")
     assert pack_id in dict(map(reversed, pair_choices(lambda _: True)))
     for evil in ("packs-../x", "packs-", "packs-.x", "nobody", EVIL, None):
-        assert find_growing(evil) is None
+        assert find_partial(evil) is None
 
 
 def ipm_choice(content):
@@ -335,7 +335,7 @@ def test_the_map_asks_for_what_is_new_until_the_pack_is_whole(trio):
     assert last["pack"]["created"] == analysis.created
     assert last["presets"]
     for asked in ([pack_id.replace("growing", "gone"), 0], "x", [EVIL, EVIL], [], None):
-        assert "no longer here" in grown_since(asked, nobody_runs)["gone"]
+        assert "no longer exists" in grown_since(asked, nobody_runs)["gone"]
 
 
 def test_two_experts_of_a_matrix_come_together(trio):

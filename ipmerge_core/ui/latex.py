@@ -1,8 +1,8 @@
-r"""Where the formulas and code spans of a text are, and which delimiters the chat renders.
+r"""Find the formulas and code spans of a text, and define the delimiters that the chat renders.
 
-In: text that a model or a person wrote. Out: `Atom`s, the stretches of it that are set as a formula
-or as code; everything between them is prose. One pass over the text and a bounded look at each
-candidate: the time is linear in the length. What is not surely a formula is none.
+In: text of a model or a user. Out: `Atom`s, the parts of the text that are rendered as a formula or
+as code; everything else is prose. One pass over the text with bounded work per candidate, so the
+time is linear in the length. A text is a formula only if it is unambiguous.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def find_atoms(text: str) -> list[Atom]:
     return _Scan(text).atoms()
 
 
-def cut_growing(text: str) -> str:
-    r"""Leave out the formula that a text which is still growing has begun and not ended.
+def cut_unfinished(text: str) -> str:
+    r"""Remove a formula at the end of an unfinished text that is not closed yet.
 
-    >>> cut_growing(r"So \(a\) is \(b = \frac{1}")
+    >>> cut_unfinished(r"So \(a\) is \(b = \frac{1}")
     'So \\(a\\) is '
     """
-    return text[: _Scan(text).growing_from()]
+    return text[: _Scan(text).unfinished_from()]
 
 
 class _Scan:
@@ -94,7 +94,7 @@ class _Scan:
             number = self.partner.get(number, number) + 1
         return found
 
-    def growing_from(self) -> int:
+    def unfinished_from(self) -> int:
         """Position from which a growing text may still become a formula."""
         self._first_open = None
         self.atoms()

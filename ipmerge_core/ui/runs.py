@@ -15,7 +15,7 @@ import gradio as gr
 from ipmerge_core.errors import IPMergeError
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.errors import QUIET, told
+from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.format import progress_html
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class RunView:
             found = event(attach, memory, memory, queue=False, **QUIET).then if attach else event
             self.follow(found, queue=False)
         for button, act in ((self.cancel, cancel), (self.resume, resume)):
-            self.follow(button.click(told(act), memory, None, queue=False, **QUIET).success)
+            self.follow(button.click(show_errors(act), memory, None, queue=False, **QUIET).success)
         self.timer.render()  # type: ignore[no-untyped-call]
         self.follow(self.timer.tick, queue=queued)
 

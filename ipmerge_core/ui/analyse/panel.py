@@ -1,8 +1,8 @@
-"""The panel that has another trio analysed: name the models, check, start, watch.
+"""The "Analyse other models" panel: name the models, check them, start an analysis, watch it.
 
-In: names of models. Out: a run that makes a pack, drawn on the map while it grows and chosen under
-Pair once it is whole. Nothing is downloaded before Start, and what was typed stays. The run
-outlives the page: the browser keeps its id and key, and attaches to it again.
+In: names of models. Out: a run that makes a pack, shown on the map while it is made and selected
+under Pair when it is finished. Nothing is downloaded before Start, and user input is kept. The run
+outlives the page: the browser keeps its id and key and shows it again after a reload.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ipmerge_core.ui.analyse.models_form import (
     start_analysis,
 )
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.errors import QUIET, told
+from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.explore.partial_packs import explored_pack, pair_choices
 from ipmerge_core.ui.explore.tab import PairView, open_pair
 from ipmerge_core.ui.format import findings_html
-from ipmerge_core.ui.pairs import EVERYTHING, find_growing, id_of, list_packs
+from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, id_of, list_packs
 from ipmerge_core.ui.runs import (
     Remembered,
     RunState,
@@ -49,18 +49,18 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 EXACT, QUICK = "exact", "quick"
 LEAD = (
-    "Compare a vision-language model with math models that were tuned from the same language "
-    "model. Check reads headers and a few rows; nothing more is read before you start."
+    "Compare a vision-language model with math models that were fine-tuned from the same language "
+    "model. Check reads headers and a few rows of the weights; the rest is read after you start."
 )
-ADDRESS = "Hub id: org/name"
-OR_FOLDER = ", or a folder"
-READY = "Checked. Nothing has been downloaded yet."
-REFUSED = "This cannot start: see what is marked ✕. What you typed is kept."
-STALE = "Changed since the check: check again."
+ADDRESS = "Hub id such as org/name"
+OR_FOLDER = ", or a local folder"
+READY = "Ready to start. No weights have been downloaded yet."
+REFUSED = "Cannot start: fix the items marked ✕. Your input is kept."
+STALE = "Changed since the check. Check again."
 
 
 class Form(NamedTuple):
-    """The fields, in the order of `read_trio`, and what the check fills."""
+    """The form: its fields, in the order of `read_trio`, and the outputs of the check."""
 
     known: gr.Dropdown
     note: gr.HTML
@@ -74,7 +74,7 @@ class Form(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """All that stands between the frame's heading and the tabs."""
+    """The components between the heading and the tabs."""
 
     details: gr.HTML
     opener: gr.Button
@@ -91,7 +91,7 @@ class Panel(NamedTuple):
 def wire_panel(
     app: gr.Blocks, backend: Backend, panel: Panel, pair: gr.Dropdown, view: PairView, tabs: gr.Tabs
 ) -> Dependency:
-    """Wire the panel to the frame's pair and to the map.
+    """Wire the panel to the pair's dropdown and to the map.
 
     Returns the event after which a pair has appeared or its analysis has finished.
     """
@@ -106,8 +106,8 @@ def wire_panel(
     def refresh(pack_id: str) -> dict[str, Any]:
         return gr.update(choices=pair_choices(partial(is_running, backend), pack_id))
 
-    pair.change(told(describe), pair, panel.details, queue=False, **QUIET)
-    arrived.success(told(describe), pair, panel.details, **QUIET)
+    pair.change(show_errors(describe), pair, panel.details, queue=False, **QUIET)
+    arrived.success(show_errors(describe), pair, panel.details, **QUIET)
     app.load(refresh, pair, pair, queue=False, **QUIET)
     return arrived
 
@@ -147,7 +147,7 @@ def _wire_form(
         *typed: Any,  # noqa: ANN401
     ) -> Updates:
         if found is None or found.pinned is None or found.asked != _read(*typed):
-            raise PlanError("The fields have changed since the check. Press Check again.")
+            raise PlanError("The form has changed since the check. Press Check again.")
         started = start_analysis(backend, found.pinned)
         closed = {panel.card: gr.update(visible=False), is_open: False}
         return {job: started._asdict(), waiting: before, **closed}
@@ -161,9 +161,12 @@ def _wire_form(
         field.input(forget, checked, stale, queue=False, trigger_mode="once", **QUIET)
     views = [form.status, form.findings, form.facts, form.start, checked]
     lines = [field.submit for field in form.fields[:4] if field.lines == 1]
-    gr.on([form.check.click, *lines], told(check), form.fields, views, **QUIET)
+    gr.on([form.check.click, *lines], show_errors(check), form.fields, views, **QUIET)
     return form.start.click(
-        told(begin), [checked, pair, *form.fields], [job, waiting, panel.card, is_open], **QUIET
+        show_errors(begin),
+        [checked, pair, *form.fields],
+        [job, waiting, panel.card, is_open],
+        **QUIET,
     )
 
 
@@ -204,7 +207,7 @@ def _wire_run(
     def show(mine: Remembered) -> Updates:
         return {**opened(_pack_of(find_run(backend, mine))), tabs: gr.Tabs(selected="explore")}
 
-    def put_away(mine: Remembered, pack_id: str) -> Updates:
+    def dismiss(mine: Remembered, pack_id: str) -> Updates:
         run = find_run(backend, mine)
         if run.resumable:
             discard(backend, mine["id"], mine["key"])
@@ -214,10 +217,10 @@ def _wire_run(
 
     outputs = [panel.show, panel.dismiss, news]
     panel.run.wire(backend, job, [app.load], extras=extras, outputs=outputs, queued=True)
-    panel.show.click(told(show), job, [pair, *view, tabs], **QUIET)
-    dismissed = panel.dismiss.click(told(put_away), [job, pair], [job, pair, *view], **QUIET)
+    panel.show.click(show_errors(show), job, [pair, *view, tabs], **QUIET)
+    dismissed = panel.dismiss.click(show_errors(dismiss), [job, pair], [job, pair, *view], **QUIET)
     panel.run.follow(dismissed.success)
-    return news.change(told(arrive), [news, pair, waiting], [pair, *view, waiting], **QUIET)
+    return news.change(show_errors(arrive), [news, pair, waiting], [pair, *view, waiting], **QUIET)
 
 
 def news_of(run: RunState) -> str:
@@ -225,7 +228,7 @@ def news_of(run: RunState) -> str:
     pack_id = _pack_of(run)
     if run.finished:
         return f"finished:{pack_id}"
-    return f"growing:{pack_id}" if find_growing(pack_id, EVERYTHING) is not None else ""
+    return f"growing:{pack_id}" if find_partial(pack_id, SKIP_ALL) is not None else ""
 
 
 def _pack_of(run: RunState) -> str:
@@ -285,7 +288,7 @@ def _waiting(text: str) -> str:
 
 
 def lay_out_panel(opener: gr.Button, details: gr.HTML, *, hosted: bool) -> Panel:
-    """Lay out the form and the strip that shows a run; the frame brings the opener and details."""
+    """Lay out the form and the view of the run; `opener` and `details` are laid out by the app."""
     with gr.Column(visible=False, elem_classes="card", elem_id="analyse-panel") as card:
         form = _form(hosted=hosted)
     run = RunView("analysis", poll_seconds=POLL_SECONDS)
@@ -296,14 +299,14 @@ def lay_out_panel(opener: gr.Button, details: gr.HTML, *, hosted: bool) -> Panel
 
 
 def _form(*, hosted: bool) -> Form:
-    gr.HTML("<h2>Analyse another trio</h2>")
+    gr.HTML("<h2>Analyse other models</h2>")
     gr.Markdown(LEAD, elem_classes="lead")
     pairs = load_catalogue().pairs
     known = gr.Dropdown(
         [(known_label(pair), number) for number, pair in enumerate(pairs)],
         value=None,
         label="Known pairs",
-        info="Somebody merged these; choosing one fills the fields",
+        info="Published combinations. Choosing one fills in the form",
         elem_id="analyse-known",
     )
     note = gr.HTML("", elem_id="analyse-note")
@@ -327,30 +330,32 @@ def _fields(*, hosted: bool) -> list[Any]:
         mllm = gr.Textbox(label="Vision-language model", info=address, elem_id="analyse-mllm")
         math = gr.Textbox(
             label="Math models",
-            info="One a line, tuned from the base",
+            info="One per line, fine-tuned from the base",
             lines=2,
             max_lines=4,
             elem_id="analyse-math",
         )
         base = gr.Textbox(
-            label="Base", info="The language model they were tuned from", elem_id="analyse-base"
+            label="Base",
+            info="The language model that they were fine-tuned from",
+            elem_id="analyse-base",
         )
         own = gr.Textbox(
             label="Base of the vision-language model",
-            info="Only where it is another one",
+            info="Only if it differs from the base",
             elem_id="analyse-own-base",
         )
         depth = gr.Radio(
             [EXACT, QUICK],
             value=EXACT,
             label="Depth",
-            info="Quick is approximate: 64 directions",
+            info="Quick is approximate: 64 singular directions",
             elem_id="analyse-depth",
         )
         rank = gr.Number(
             0,
             label="Rank",
-            info="Leading directions to keep; 0 for all",
+            info="Number of leading singular directions; 0 for all",
             precision=0,
             minimum=0,
             elem_id="analyse-rank",

@@ -1,9 +1,8 @@
-"""The Try it tab: one question, two chats, two models side by side.
+"""Build the Try it tab: ask two models one question and show both answers side by side.
 
-In: the frame's pair, the session's `PlanChoice`, and the model chosen for each side. Out: answers
-that grow together, from one generator, with a Stop for both. What was typed stays in the box until
-the visitor clears it, so no failure can lose it. Every question is asked afresh: the models do not
-see earlier turns.
+In: the chosen pair, the session's `PlanChoice`, and the model chosen for each side. Out: two
+answers streamed from one generator, with one Stop. The prompt stays in the box until the user
+clears it, so that no error can lose it. Earlier turns are not sent to the models.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from ipmerge_core.inference.generation import Settings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.prompts import check_question
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import Question, Turnstile, answer_both, new_sides
+from ipmerge_core.ui.chat.answers import ActiveRequests, Question, answer_both, new_sides
 from ipmerge_core.ui.chat.recorded import Example, Reference, recorded_examples
 from ipmerge_core.ui.chat.side_choice import SideChoice, keys_of, side_choice, wire_choice
 from ipmerge_core.ui.chat.turns import Turn, View, turn_of_example, view
-from ipmerge_core.ui.errors import QUIET, told
+from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.pairs import pair_name
 from ipmerge_core.ui.plan_choice import PlanChoice
@@ -36,10 +35,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTRODUCTION = (
-    "One question, two models: the unmerged one, your plan in Explore, or a finished merge. "
-    "Earlier turns are not sent."
+    "Ask two models the same question: the unmerged model, the plan in Explore, or a finished "
+    "merge. Earlier messages are not sent."
 )
-SEND_HINT = "Type a question and add an image; the newest image counts"
+SEND_HINT = "Type a question and add an image; only the newest image is used"
 LONGEST_ANSWER = 512
 EMPTY_PROMPT: dict[str, Any] = {"text": "", "files": []}
 OUTCOMES = {
@@ -94,7 +93,7 @@ def try_tab(
     last: gr.BrowserState,
     tab: gr.Tab,
 ) -> SideChoice:
-    """Lay out the tab inside the open `tab` and wire it; returns who answers on each side.
+    """Lay out the tab inside the open `tab` and wire it; returns the choice of models.
 
     `runs` and `last` are the merges that the browser remembers, see `side_choice`.
     """
@@ -110,14 +109,14 @@ def try_tab(
 
 def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> None:
     """Wire Send, Ask again and Stop."""
-    doors = Turnstile()
+    requests = ActiveRequests()
 
     def check(typed: dict[str, Any], *numbers: float) -> None:
         _, image = _read_prompt(typed)
         _read_settings(*numbers)
         _open(image)
 
-    # `how` is what stands in `inputs` after the turns: see `_question`.
+    # `how` is the rest of `inputs` after the turns: see `_question`.
     def ask(
         request: gr.Request,
         typed: dict[str, Any],
@@ -127,11 +126,11 @@ def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> No
         text, image = _read_prompt(typed)
         asked = _question(text, image, *how)
         turn = _new_turn(asked, image, _known(text, image))
-        yield from _run(backend, parts, doors.enter(_visitor(request)), before, turn, asked)
+        yield from _run(backend, parts, requests.start(_session(request)), before, turn, asked)
 
     def check_again(before: list[Turn]) -> None:
         if not before:
-            raise RunError("There is nothing to ask again. Type a question first.")
+            raise RunError("There is no question yet. Type a question first.")
 
     def ask_again(
         request: gr.Request,
@@ -141,25 +140,25 @@ def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> No
         last = before[-1]
         asked = _question(last.question, last.image, *how)
         turn = _new_turn(asked, last.image, last.reference)
-        yield from _run(backend, parts, doors.enter(_visitor(request)), before[:-1], turn, asked)
+        yield from _run(backend, parts, requests.start(_session(request)), before[:-1], turn, asked)
 
     def stop_both(request: gr.Request) -> None:
-        doors.stop(_visitor(request))
+        requests.stop(_session(request))
 
     inputs = [parts.turns, *plan_parts, *parts.sides.inputs, *parts.numbers]
     models: dict[str, Any] = {**QUIET, "concurrency_id": "models", "concurrency_limit": 1}
-    # Checks have no outputs: a refusal then shows its message and leaves the answers in sight.
-    parts.prompt.submit(told(check), [parts.prompt, *parts.numbers], None, **QUIET).success(
-        told(ask), [parts.prompt, *inputs], parts.outputs, **models
+    # Checks have no outputs, so that an error keeps the answers on the page.
+    parts.prompt.submit(show_errors(check), [parts.prompt, *parts.numbers], None, **QUIET).success(
+        show_errors(ask), [parts.prompt, *inputs], parts.outputs, **models
     )
-    parts.again.click(told(check_again), parts.turns, None, **QUIET).success(
-        told(ask_again), inputs, parts.outputs, **models
+    parts.again.click(show_errors(check_again), parts.turns, None, **QUIET).success(
+        show_errors(ask_again), inputs, parts.outputs, **models
     )
     parts.stop.click(stop_both, None, None, queue=False, **QUIET)
 
 
 def _wire_the_rest(parts: Parts) -> None:
-    """Wire the examples, Clear and its undo."""
+    """Wire the examples, Clear and Undo clear."""
     examples = recorded_examples()
 
     def show_example(number: int, before: list[Turn]) -> Updates:
@@ -212,9 +211,14 @@ def _layout(examples: list[Example], runs: gr.BrowserState, last: gr.BrowserStat
     with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
         numbers = [
             gr.Slider(
-                0, 2, value=0, step=0.05, label="Temperature", info="0: the most likely token"
+                0,
+                2,
+                value=0,
+                step=0.05,
+                label="Temperature",
+                info="0: the most likely token",
             ),
-            gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Longest answer in tokens"),
+            gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Maximum new tokens"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         ]
     sides = side_choice(runs, last)
@@ -225,7 +229,7 @@ def _layout(examples: list[Example], runs: gr.BrowserState, last: gr.BrowserStat
 def _example_buttons(examples: list[Example]) -> list[gr.Button]:
     if not examples:
         return []
-    gr.Markdown("Recorded examples, shown at once", elem_classes="caption")
+    gr.Markdown("Recorded examples: no model is run", elem_classes="caption")
     with gr.Row(elem_id="examples"):
         return [
             gr.Button(
@@ -241,7 +245,7 @@ def _example_buttons(examples: list[Example]) -> list[gr.Button]:
 
 
 def _answers(first: View) -> Mapping[str, Any]:
-    """Lay out the two chats with what belongs to them, by the field of `View` that each shows."""
+    """Lay out the two chats and their captions; return them by the field of `View` they show."""
     with gr.Row(elem_id="answers-line"):
         source = gr.HTML(first.source, elem_id="answers-source", elem_classes="chips")
         status = gr.HTML(first.status, elem_id="answers-status")
@@ -265,7 +269,7 @@ def _answers(first: View) -> Mapping[str, Any]:
 
 
 def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
-    """Lay out a chat whose messages are HTML made by `written`: it must not render Markdown."""
+    """Lay out a chat whose messages are HTML made by `safe_text`; it must not render Markdown."""
     return gr.Chatbot(
         value,
         label=label,
@@ -287,14 +291,14 @@ def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
 def _run(
     backend: Backend, parts: Parts, stop: Event, before: list[Turn], turn: Turn, asked: Question
 ) -> Iterator[Updates]:
-    """Ask both models and yield the whole view about ten times a second."""
-    yield parts.updates([*before, turn])  # at once: torch may still have to be loaded
+    """Ask both models and yield the view about ten times a second."""
+    yield parts.updates([*before, turn])  # immediately: importing torch may take a while
     for left, right in answer_both(backend, asked, stop):
         yield parts.updates([*before, replace(turn, left=left, right=right)])
 
 
 def _new_turn(asked: Question, image: str | None, reference: Reference | None) -> Turn:
-    """Return the turn of a question that nobody has answered yet."""
+    """Return a turn without answers."""
     sides = new_sides(asked.left, asked.right)
     return Turn(asked.text, image, pair_name(asked.pack_id), *sides, reference)
 
@@ -310,7 +314,7 @@ def _question(  # the components of the tab, in order
     last: object,
     *numbers: float,
 ) -> Question:
-    """Put together what is asked of whom. Raises: RunError for a setting out of its range."""
+    """Build the question from the inputs. Raises: RunError for a setting out of range."""
     settings, keys = _read_settings(*numbers), keys_of(runs, last)
     return Question(pack_id, plan, text, _open(image), settings, left, right, keys)
 
@@ -322,21 +326,21 @@ def _open(image: str | None) -> Image | None:
 def _read_settings(
     temperature: float | None, longest: float | None, seed: float | None
 ) -> Settings:
-    """Check the three settings; an emptied field counts as 0. Raises: RunError."""
+    """Check the three settings; an empty field is 0. Raises: RunError."""
     return Settings(float(temperature or 0), int(longest or 0), int(seed or 0))
 
 
-def _visitor(request: gr.Request) -> str:
+def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
 def _read_prompt(typed: dict[str, Any]) -> tuple[str, str | None]:
-    """Take question and newest picture from the prompt. Raises: RunError with what is missing."""
+    """Return the question and the newest image of a prompt. Raises: RunError without a question."""
     question, files = typed.get("text") or "", typed.get("files") or []
     if not question and not files:
-        raise RunError("There is nothing to ask yet. Type a question; a picture may go with it.")
+        raise RunError("The prompt is empty. Type a question; an image is optional.")
     if not question:
-        raise RunError("A picture came without a question. Type what you want to know about it.")
+        raise RunError("There is an image but no question. Type a question about the image.")
     return check_question(question), str(files[-1]) if files else None
 
 
@@ -345,7 +349,7 @@ def _prompt_value(turn: Turn) -> dict[str, Any]:
 
 
 def _known(question: str, image: str | None) -> Reference | None:
-    """Return the right answer where question and picture are those of an example."""
+    """Return the correct answer if question and image are those of an example."""
     for example in recorded_examples():
         reference = example.reference
         if image and question == reference.question and Path(image).name == reference.image:
