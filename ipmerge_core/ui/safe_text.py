@@ -96,7 +96,7 @@ class _Fence(NamedTuple):
 
 
 def _blocks(text: str, *, finished: bool) -> list[str]:
-    """Cut the text into fences and what is between them."""
+    """Split the text into fences and the parts between them."""
     lines = text.splitlines(keepends=True)
     fences = [_fence(line) for line in lines]
     closing = _closing_fences(fences)
@@ -131,7 +131,7 @@ def _may_open(fence: _Fence) -> bool:
 
 
 def _closing_fences(fences: Sequence[_Fence | None]) -> list[int | None]:
-    """Number of the line that would close a fence opened on each line."""
+    """Return for each line the number of the line that closes a fence opened there."""
     closing: list[int | None] = [None] * len(fences)
     nearest: dict[tuple[str, int], int] = {}
     for number in range(len(fences) - 1, -1, -1):
@@ -145,7 +145,7 @@ def _closing_fences(fences: Sequence[_Fence | None]) -> list[int | None]:
 
 
 def _prose_blocks(lines: Sequence[str], *, finished: bool) -> list[str]:
-    """Cut lines outside fences into tables and what is between them."""
+    """Split lines outside of fences into tables and the parts between them."""
     shown: list[str] = []
     begin = number = 0
     while number + 1 < len(lines):
@@ -179,7 +179,7 @@ def _table_at(lines: Sequence[str], number: int) -> tuple[str, int] | None:
 
 
 def _alignments(line: str) -> list[str] | None:
-    """Read the rule under a table's head: where the text of each column stands."""
+    """Read the rule under a table's head: the alignment of each column."""
     line = line.strip()
     if "|" not in line or set(line) - set("|-: \t"):
         return None
@@ -190,7 +190,7 @@ def _alignments(line: str) -> list[str] | None:
 
 
 def _cells(line: str) -> list[str]:
-    """Split a row at the pipes that stand outside code and formulas."""
+    """Split a row at the pipes outside of code and formulas."""
     line = line.strip()
     covered = _Covered(find_atoms(line))
     pipes = (found.start() for found in re.finditer(r"(?<!\\)\|", line))
@@ -214,7 +214,7 @@ def _row(tag: str, cells: Sequence[str], aligned: Sequence[str]) -> str:
 
 
 def _inline(text: str) -> str:
-    """Set the formulas, code and emphasis of a text without blocks."""
+    """Render the formulas, code and emphasis of a text without blocks."""
     atoms = find_atoms(text)
     tags = _emphasis(text, atoms)
     pieces: list[str] = []
@@ -295,7 +295,7 @@ def _opens_emphasis(text: str, start: int, end: int) -> bool:
 
 
 def _is_emphasis(text: str, begin: int, end: int, length: int) -> bool:
-    """Whether stars stand around letters: one pair around a word or more, two around any letter."""
+    """Whether stars enclose letters: single ones a word or more, double ones at least a letter."""
     last, after = text[end - 1 : end], text[end + length : end + length + 1]
     if last.isspace() or last == "\\" or after.isalnum() or after in ("_", "(", "["):
         return False

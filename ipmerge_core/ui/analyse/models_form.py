@@ -115,10 +115,10 @@ def check_trio(trio: Trio, *, hub_only: bool, device: str = "auto") -> Iterator[
     try:
         yield from _check(trio, hub_only, device)
     except IPMergeError as error:
-        yield refused(error)
+        yield failed_check(error)
 
 
-def refused(error: IPMergeError) -> Checked:
+def failed_check(error: IPMergeError) -> Checked:
     """Return the result of a check that failed."""
     from ipmerge_core.models.pairing import Finding
 

@@ -22,9 +22,9 @@ from ipmerge_core.ui.analyse.models_form import (
     Trio,
     check_trio,
     discard,
+    failed_check,
     is_running,
     read_trio,
-    refused,
     start_analysis,
 )
 from ipmerge_core.ui.backend import Backend
@@ -265,7 +265,7 @@ def iter_check(backend: Backend, *typed: Any) -> Iterator[CheckView]:  # noqa: A
             else:
                 yield CheckView(_waiting(f"{news} …"))
     except PlanError as error:
-        found = refused(error)
+        found = failed_check(error)
     assert found is not None, "a check ends with what it found"
     facts = needs_html(found, hosted=backend.hosted) if found.ready else ""
     words = _waiting(READY if found.ready else REFUSED)

@@ -44,7 +44,7 @@ EMPTY_PROMPT: dict[str, Any] = {"text": "", "files": []}
 OUTCOMES = {
     "fixed": "✓ fixed",
     "broken": "✕ broken",
-    "both right": "= both right",
+    "both right": "= both correct",
     "both wrong": "= both wrong",
 }
 

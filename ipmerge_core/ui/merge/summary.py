@@ -59,7 +59,7 @@ def confirm_html(
     rows = {
         "Pair": escape(plan.name),
         "Method": escape(describe_method(plan)),
-        "Plan": f"<code>{plan.hash}</code>, including pair and device <code>{digest[:8]}</code>",
+        "Plan": f"<code>{plan.hash}</code>; digest with pair and device <code>{digest[:8]}</code>",
         "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
         f"{format_count(touched)} parameters ({share:.0%} of the language model)"
         f"{''.join(f', {escape(what)}' for what in plan.beside)}; {escape(change)}",
