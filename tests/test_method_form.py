@@ -123,7 +123,7 @@ def test_a_value_out_of_range_is_refused_in_words_and_nothing_may_start(
 
 def test_the_confirmation_previews_what_is_affine_and_says_why_not_otherwise() -> None:
     affine = chosen_plan(DEMO, PlanChoice(), MethodChoice("task_arithmetic"))
-    assert "% of its norm" in describe_change(affine)
+    assert "% (relative Frobenius norm)" in describe_change(affine)
     other = chosen_plan(DEMO, PlanChoice(), MethodChoice("ties"))
     assert "not previewable" in describe_change(other)
     near = chosen_plan(DEMO, PlanChoice(), MethodChoice("dare_linear"))
@@ -206,8 +206,8 @@ def test_strangers_may_not_write_patterns_that_take_for_ever(
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        (MethodChoice("layer_swap"), "With these values the merged model would equal"),
-        (MethodChoice("ties", options={"include": "nothing"}), "No matrix is left"),
+        (MethodChoice("layer_swap"), "With these parameters, the merged model would be identical"),
+        (MethodChoice("ties", options={"include": "nothing"}), "The patterns select no matrix"),
     ],
 )
 def test_a_plan_that_changes_nothing_says_so(chosen: MethodChoice, words: str) -> None:

@@ -337,7 +337,7 @@ def _fields(*, hosted: bool) -> list[Any]:
         )
         base = gr.Textbox(
             label="Base",
-            info="The language model that they were fine-tuned from",
+            info="Their common language model",
             elem_id="analyse-base",
         )
         own = gr.Textbox(

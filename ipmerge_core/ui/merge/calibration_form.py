@@ -148,9 +148,8 @@ def calibration_view(
     listed = gr.update(
         choices=[(Path(folder).name, folder) for folder in folders],
         value=chosen or None,
-        info=("Finished calibrations" if folders else "No finished calibrations")
-        + " of these weights"
-        + ("" if backend.hosted else ", or the path of one"),
+        info=("Finished for these weights" if folders else "None finished for these weights")
+        + ("" if backend.hosted else "; or enter a path"),
     )
     return CalibrationView(intro, listed, how._replace(calibration=chosen))
 

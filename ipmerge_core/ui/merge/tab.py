@@ -352,8 +352,8 @@ def _room(nbytes: int, free: int) -> Finding:
 
     words = f"The model needs {format_size(nbytes)}; {format_size(free)} are free."
     if nbytes > free:
-        return Finding("refusal", "Disk", words, "Free some disk space or choose another folder.")
-    return Finding("ok", "Disk", words)
+        return Finding("refusal", "disk", words, "Free some disk space or choose another folder.")
+    return Finding("ok", "disk", words)
 
 
 def _plan_warnings(plan: MergePlan) -> list[Finding]:
