@@ -32,7 +32,7 @@ from ipmerge_core.ui.merge.method_form import MethodChoice
 from ipmerge_core.ui.merge.summary import result_html
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest, plan_of
-from ipmerge_core.ui.runs import find_run
+from ipmerge_core.ui.runs import RunState, RunView, find_run
 
 PACK = "pack"  # the id of the demo trio's
 OWNER = "o" * 40
@@ -425,6 +425,42 @@ def test_two_calibrations_at_once_have_a_folder_each(monkeypatch):
 def slow_calibration(**_: object) -> Iterator[dict[str, int]]:
     """Stand for a calibration of 20 seconds."""
     yield from wait(20)
+
+
+# --- how a run is shown ---
+
+
+@pytest.mark.parametrize(
+    ("state", "key", "cancel", "resume"),
+    [
+        ("running", "key", True, False),
+        ("cancelling", "key", True, False),
+        ("cancelled", "key", False, True),
+        ("failed", "key", False, True),
+        ("interrupted", "key", False, True),
+        ("finished", "key", False, False),
+        ("running", "", False, False),
+        ("cancelled", "", False, False),
+    ],
+)
+def test_a_view_has_the_buttons_that_its_run_and_its_user_allow(state, key, cancel, resume):
+    view = RunView("merge")
+    updates = view.updates(RunState(JobStatus("0" * 32, "Merge", state), key))
+    assert updates[view.column]["visible"]
+    assert updates[view.cancel]["visible"] == cancel
+    assert updates[view.cancel]["interactive"] == (state != "cancelling")
+    assert updates[view.resume]["visible"] == resume
+    assert updates[view.timer].active == (state != "finished")
+
+
+@pytest.mark.parametrize("empty", ["", "<p>No run yet.</p>"])
+def test_a_view_without_a_run_shows_what_stands_for_none_or_is_hidden(empty):
+    view = RunView("merge", empty=empty)
+    updates = view.updates(find_run(Backend(), {"id": "../x"}))
+    assert updates[view.progress] == empty
+    assert updates[view.column]["visible"] == bool(empty)
+    assert not updates[view.timer].active
+    assert not any(updates[button]["visible"] for button in (view.cancel, view.resume))
 
 
 # --- folders ---

@@ -119,6 +119,7 @@ class RunView:
                     "Resume", size="sm", visible=False, elem_id=f"resume-{name}"
                 )
         self.timer = gr.Timer(poll_seconds, active=False, render=False)
+        self._watch: dict[str, Any] = {}
 
     def updates(self, run: RunState) -> Updates:
         """Return the updates of the view's own components."""
@@ -175,7 +176,7 @@ class RunView:
             backend.store.resume(remembered["id"], remembered["key"])
 
         own = [self.column, self.progress, self.cancel, self.resume, self.timer]
-        self._watch: dict[str, Any] = {
+        self._watch = {
             "fn": watch, "inputs": memory, "outputs": [*own, *outputs], **QUIET
         }  # fmt: skip
         for event in attach_on:

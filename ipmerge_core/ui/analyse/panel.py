@@ -184,9 +184,10 @@ def _wire_run(
     news, runs = gr.State(""), partial(is_running, backend)
 
     def extras(run: RunState) -> Updates:
+        text = news_of(run)
         return {
-            news: news_of(run),
-            panel.show: gr.update(visible=bool(news_of(run))),
+            news: text,
+            panel.show: gr.update(visible=bool(text)),
             panel.dismiss: gr.update(
                 value="Dismiss" if run.finished else "Discard",
                 visible=run.finished or (run.owned and run.resumable),
