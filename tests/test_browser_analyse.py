@@ -72,7 +72,7 @@ def check(page: Page, *, ready: bool = True) -> None:
     if ready:
         expect(page.locator("#start-analysis")).to_be_enabled(timeout=LOADING)
     else:
-        expect(page.locator("#analyse-status")).to_contain_text("cannot start", timeout=LOADING)
+        expect(page.locator("#analyse-status")).to_contain_text("Cannot start", timeout=LOADING)
         expect(page.locator("#start-analysis")).to_be_disabled()
 
 
@@ -140,7 +140,7 @@ def test_a_refusal_keeps_what_was_typed_and_starts_nothing(page, place):
         (place.home / "nowhere", "There is no model folder"),
         (short, "2 decoder layers"),
         ("org/math", "Cannot open 'org/math'"),
-        ("", "Still to be named: math model"),
+        ("", "Missing: math model"),
     ):
         fill(page, mllm=trio.mllm, math=math, base=trio.base)
         check(page, ready=False)
@@ -159,7 +159,7 @@ def test_known_pairs_fill_the_fields_and_say_where_they_are_from(page):
     expect(page.locator("#analyse-own-base textarea")).to_have_value("lmsys/vicuna-7b-v1.5")
     note = page.locator("#analyse-note")
     expect(note).to_contain_text("math")
-    expect(note).to_contain_text("licence not read")
+    expect(note).to_contain_text("licence unknown")
     expect(note).to_contain_text("the same pair in the transformers layout")
 
 
@@ -263,7 +263,7 @@ def test_an_open_merge_tab_follows_to_the_new_pair_and_waits_until_it_is_whole(p
     fill(page, mllm=trio.mllm, math=trio.math, base=trio.base)
     check(page)
     page.locator("#start-analysis").click()
-    expect(page.locator("#findings")).to_contain_text("cannot be made", timeout=LOADING)
+    expect(page.locator("#findings")).to_contain_text("Cannot merge", timeout=LOADING)
     expect(start_merge).to_be_disabled()
     expect(page.locator("#analysis-status")).to_contain_text("Finished", timeout=LOADING)
     expect(confirmation).to_contain_text("mllm + math", timeout=LOADING)
@@ -303,7 +303,7 @@ def test_a_stranger_may_watch_by_link_and_has_no_buttons(page, place, new_page):
     page.locator("#dismiss-analysis").click()
     expect(page.locator("#analysis-run")).to_be_hidden()
     expect(page.get_by_role("combobox", name="Pair")).to_have_value("demo trio")
-    expect(other.locator("#layer-map .lm-note-line")).to_contain_text("no longer here")
+    expect(other.locator("#layer-map .lm-note-line")).to_contain_text("no longer exists")
     assert not list((place.home / "packs").glob("*.journal"))
 
 

@@ -68,14 +68,14 @@ def test_a_recorded_example_is_there_at_once_and_says_when_it_was_recorded(page)
     expect(source).to_contain_text(example.plan)
     expect(answers(page, "#chat-base").last).to_contain_text(example.base.strip())
     expect(answers(page, "#chat-merged").last).to_contain_text(example.merged.strip())
-    expect(page.locator("#verdict-merged .chip")).to_have_text("✓ right")
+    expect(page.locator("#verdict-merged .chip")).to_have_text("✓ correct")
     expect(page.locator("#chat-base img").first).to_be_visible()
 
 
 def test_an_example_that_the_merge_broke_is_shown_as_plainly(page):
     broken = next(i for i, e in enumerate(recorded_examples()) if e.outcome == "broken")
     page.locator(f"#example-{broken}").click()
-    expect(page.locator("#verdict-base .chip")).to_have_text("✓ right")
+    expect(page.locator("#verdict-base .chip")).to_have_text("✓ correct")
     expect(page.locator("#verdict-merged .chip")).to_have_text("✕ wrong")
     expect(page.get_by_role("textbox", name="Question")).to_have_value(
         recorded_examples()[broken].reference.question

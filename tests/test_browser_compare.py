@@ -116,7 +116,7 @@ def test_the_table_lists_the_differences_and_sorts_them(chromium_page: Page, ser
 def test_another_pair_is_compared_by_relative_depth(chromium_page: Page, served: str):
     page = chromium_page
     traffic = open_compare(page, served)
-    page.get_by_label("Pair of B").click()
+    page.get_by_label("Pair B").click()
     page.get_by_role("option", name="own: synthetic 4 layers").click()
     expect(page.locator("#compare-map .lm-source")).to_contain_text("A has 28 layers and B 4")
     selected = [set(python_preview(PACKS[name], A).selected) for name in ("a", "b")]
@@ -149,7 +149,7 @@ def test_side_by_side_shows_two_maps_with_one_choice_at_the_same_relative_depth(
 ):
     page = chromium_page
     traffic = open_compare(page, served)
-    page.get_by_label("Pair of B").click()
+    page.get_by_label("Pair B").click()
     page.get_by_role("option", name="own: synthetic 4 layers").click()
     expect(page.locator("#compare-map .lm-source")).to_contain_text("A has 28 layers and B 4")
     page.get_by_role("button", name="Side by side").click()

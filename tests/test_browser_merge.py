@@ -128,14 +128,14 @@ def test_a_folder_that_is_taken_is_said_before_start_and_a_free_name_suggested(p
     folder, note = page.get_by_label("Output folder"), page.locator("#start-note")
     folder.fill("taken")
     expect(note).to_contain_text("exists and is not empty")
-    expect(note).to_contain_text("A free name: taken-2")
+    expect(note).to_contain_text("Available name: taken-2")
     expect(page.locator("#start-merge")).to_be_disabled()
     expect(folder).to_have_value("taken")
     folder.fill("taken-2")
     expect(note).to_be_empty()
     expect(page.locator("#start-merge")).to_be_enabled()
     folder.fill("../up")
-    expect(note).to_contain_text("neither a plain name")
+    expect(note).to_contain_text("neither a name")
     expect(page.locator("#start-merge")).to_be_disabled()
     assert [path.name for path in taken.iterdir()] == ["note.txt"]
 
@@ -373,7 +373,7 @@ def test_samples_are_measured_here_and_the_merge_uses_them(page, place):
     choose(page, "RegMean")
     expect(page.locator("#findings")).to_contain_text("press Calibrate", timeout=LOADING)
     expect(page.locator("#start-merge")).to_be_disabled()
-    write(page, "How many of each", "3")
+    write(page, "Samples per model", "3")
     page.locator("#start-calibration").click()
     status = page.locator("#calibration-status")
     expect(status).to_contain_text("Calibrate mllm-gram", timeout=LOADING)
@@ -394,7 +394,7 @@ def test_samples_are_measured_here_and_the_merge_uses_them(page, place):
 
 def test_a_calibration_can_be_cancelled_and_resumed(page, place):
     choose(page, "Fisher merging")
-    write(page, "How many of each", "200")
+    write(page, "Samples per model", "200")
     page.locator("#start-calibration").click()
     status = page.locator("#calibration-status")
     expect(status).to_contain_text("passes", timeout=LOADING)

@@ -23,7 +23,7 @@ from ipmerge_core.ui.plan_choice import analysis_of
 pytestmark = pytest.mark.browser
 
 LOADING = 90_000  # the first check and the first question load torch
-EXPLORED = "Your plan in Explore"
+EXPLORED = "Plan in Explore"
 UNMERGED = "Vision-language model, unmerged"
 
 
@@ -141,7 +141,7 @@ def test_try_it_answers_with_the_folder_just_made(page, place):
     assert asked == f"{words} · demo trio"
     assert said.strip() == said_by_transformers(folder, example.reference.question, example.image)
     assert said != explored[1]
-    assert "your plan in Explore · IP-Merging, S_α 0.4, λ 1 · plan " in explored[0]
+    assert "plan in Explore · IP-Merging, Sα 0.4, λ 1 · plan " in explored[0]
     expect(page.locator("#chat-base [data-testid=bot]").first).to_have_text(
         "mllm, unmerged · demo trio"
     )
@@ -155,7 +155,7 @@ def test_try_it_answers_with_the_folder_just_made(page, place):
     open_tab(page, "Try it")
     assert ask(page) == [asked, said]
     choose(page, "Right", EXPLORED)
-    assert "your plan in Explore · IP-Merging, S_α 0.9" in ask(page)[0]
+    assert "plan in Explore · IP-Merging, Sα 0.9" in ask(page)[0]
 
     # The same merge on the left, against the plan.
     choose(page, "Left", words)
@@ -187,12 +187,12 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
     expect(right).to_have_value(lost)
     shutil.rmtree(place.home / "models" / "to-be-lost")
     failed = ask(page, ends="Base finished. Merged failed.")
-    assert "The merged model 'to-be-lost' is gone" in failed[-1]
+    assert "The merged model 'to-be-lost' no longer exists" in failed[-1]
     open_tab(page, "Merge")
     open_tab(page, "Try it")
-    expect(right).to_have_value("to-be-lost · no longer here")
+    expect(right).to_have_value("to-be-lost · no longer available")
     choose(page, "Right", EXPLORED)
-    assert "your plan in Explore" in ask(page)[0]
+    assert "plan in Explore" in ask(page)[0]
 
 
 def test_what_answers_fits_on_a_phone(place, new_page):

@@ -26,7 +26,7 @@ def test_a_commit_becomes_a_plan_choice():
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "0.4", None, True, [], 10**40])
 def test_a_threshold_outside_zero_to_one_is_refused_with_the_range(value):
-    with pytest.raises(PlanError, match=r"S_alpha is .* expected a number from 0 to 1\."):
+    with pytest.raises(PlanError, match=r"threshold is .* expected a number from 0 to 1\."):
         read_commit({**GOOD, "s": value}, PACK)
 
 
@@ -54,7 +54,7 @@ def test_an_unknown_similarity_or_update_is_refused_with_the_choices(key, value)
 
 @pytest.mark.parametrize("values", [None, [], "plan", 3])
 def test_a_commit_that_is_no_mapping_is_refused(values):
-    with pytest.raises(PlanError, match="five values"):
+    with pytest.raises(PlanError, match="expected a mapping"):
         read_commit(values, PACK)
 
 
@@ -67,7 +67,7 @@ def test_a_chosen_cell_finds_its_record():
     "values", [{}, None, {"name": NAME, "expert": 2}, {"name": ["x"], "expert": 0}, "x"]
 )
 def test_a_cell_that_is_not_in_the_pack_is_refused(values):
-    with pytest.raises(PlanError, match="not in the analysis"):
+    with pytest.raises(PlanError, match="not in the current analysis"):
         read_cell(values, PACK)
 
 
@@ -76,9 +76,9 @@ def test_a_pinned_cell_comes_with_the_chosen_one_and_is_checked_like_it():
     found = read_cells({"name": NAME, "expert": 1, "pinned": other}, PACK)
     assert [(r["module"], r["expert"]) for r in found] == [("q", 1), ("k", 0)]
     assert len(read_cells({"name": NAME, "expert": 1, "pinned": None}, PACK)) == 1
-    with pytest.raises(PlanError, match="not in the analysis"):
+    with pytest.raises(PlanError, match="not in the current analysis"):
         read_cells({"name": NAME, "expert": 1, "pinned": "<script>"}, PACK)
-    with pytest.raises(PlanError, match="not in the analysis"):
+    with pytest.raises(PlanError, match="not in the current analysis"):
         read_cells("x", PACK)
 
 

@@ -22,7 +22,7 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
 from ipmerge_core.ui.chat.recorded import recorded_examples
 from ipmerge_core.ui.chat.side_choice import ALWAYS, MOST_RUNS, keys_of, shown, with_run
-from ipmerge_core.ui.finished_merges import find_merge, lost_words, merges_of_pair
+from ipmerge_core.ui.finished_merges import describe_lost, find_merge, merges_of_pair
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of
 
 PACK = "pack"
@@ -97,7 +97,7 @@ def test_the_merges_of_a_pair_are_listed_and_named_the_newest_first(backend, mak
     make_run("elsewhere", sources=other_sources())
     found = merges_of_pair(backend, PACK, {})
     assert [merge.run for merge in found] == [newer.id, older.id]
-    assert [merge.words for merge in found] == [
+    assert [merge.label for merge in found] == [
         "by-wudi-2 · WUDI-Merging · plan 00000009",
         "by-ties · TIES · plan 00000007",
     ]
@@ -122,10 +122,10 @@ def test_a_folder_that_is_gone_is_said_and_no_longer_listed(backend, make_run):
     run = make_run("by-ties")
     shutil.rmtree(backend.output_folder("by-ties"))
     assert merges_of_pair(backend, PACK, {}) == []
-    with pytest.raises(RunError, match="'by-ties' is gone: its folder was deleted"):
+    with pytest.raises(RunError, match="'by-ties' no longer exists: its folder was deleted"):
         find_merge(backend, PACK, run.id, {})
-    assert lost_words(backend, run.id, {}) == "by-ties · no longer here"
-    assert lost_words(backend, "0" * 32, {}) == "This merge · no longer here"
+    assert describe_lost(backend, run.id, {}) == "by-ties · no longer available"
+    assert describe_lost(backend, "0" * 32, {}) == "This merge · no longer available"
 
 
 def test_a_later_merge_in_the_same_folder_takes_its_place(backend, make_run):
@@ -148,7 +148,9 @@ def test_a_merge_of_another_pair_is_refused_with_its_models(backend, make_run):
 def test_a_run_that_did_not_finish_is_refused_with_its_state(backend, make_run):
     run = make_run("by-ties", target=fail)
     assert merges_of_pair(backend, PACK, {}) == []
-    with pytest.raises(RunError, match="'Merge into by-ties' is failed; only a finished merge"):
+    with pytest.raises(
+        RunError, match="'Merge into by-ties' is failed; only the model of a finished"
+    ):
         find_merge(backend, PACK, run.id, {})
 
 
@@ -163,13 +165,13 @@ def test_a_damaged_manifest_is_no_merge(backend, make_run, content):
     manifest.write_text(content)
     assert read_provenance(manifest.parent) is None
     assert merges_of_pair(backend, PACK, {}) == []
-    with pytest.raises(RunError, match="is gone"):
+    with pytest.raises(RunError, match="no longer exists"):
         find_merge(backend, PACK, run.id, {})
 
 
 def test_a_method_of_another_version_keeps_its_name(backend, make_run):
     make_run("by-newer", "a_later_method")
-    assert "by-newer · a_later_method" in merges_of_pair(backend, PACK, {})[0].words
+    assert "by-newer · a_later_method" in merges_of_pair(backend, PACK, {})[0].label
 
 
 # --- whose they are ------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def test_on_a_space_a_merge_answers_only_to_the_browser_that_holds_its_key(make_
             find_merge(space, PACK, wanted, keys)
         said.add(str(caught.value).replace(wanted, ""))
     assert len(said) == 1
-    assert lost_words(space, theirs.id, keys) == "This merge · no longer here"
+    assert describe_lost(space, theirs.id, keys) == "This merge · no longer available"
 
 
 def test_the_endpoint_keeps_to_the_same_rules(make_run):
@@ -231,7 +233,7 @@ def test_a_chosen_merge_that_is_gone_stays_chosen_and_says_so(backend, make_run)
     for chosen in ((BASE, run.id), (run.id, run.id)):
         left, right = shown(backend, PACK, {PACK: chosen}, {})
         assert right["value"] == run.id
-        assert left["choices"] == [*ALWAYS, ("by-ties · no longer here", run.id)]
+        assert left["choices"] == [*ALWAYS, ("by-ties · no longer available", run.id)]
 
 
 def test_a_pair_that_is_still_being_analysed_offers_no_merge(backend, make_run):
@@ -281,9 +283,7 @@ def test_both_sides_answer_with_the_models_they_were_given_and_name_them(backend
     assert (left.name, right.name) == ("Left", "Right")
     explored = make_plan(analysis_of(PACK))
     assert left.text.strip() == expected != right.text.strip()
-    assert right.source == (
-        f"your plan in Explore · IP-Merging, S_α 0.4, λ 1 · plan {explored.hash}"
-    )
+    assert right.source == (f"plan in Explore · IP-Merging, Sα 0.4, λ 1 · plan {explored.hash}")
 
     left, right = ask(backend, run.id, run.id)  # one model, asked twice
     assert left.text.strip() == right.text.strip() == expected
@@ -291,4 +291,4 @@ def test_both_sides_answer_with_the_models_they_were_given_and_name_them(backend
     shutil.rmtree(folder)
     left, right = ask(backend, BASE, run.id)
     assert (left.state, right.state) == ("finished", "failed")
-    assert "'by-ties' is gone" in right.note
+    assert "'by-ties' no longer exists" in right.note

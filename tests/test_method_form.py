@@ -24,14 +24,15 @@ from ipmerge_core.ui.merge.method_form import (
     _field,
     _option_field,
     chosen_plan,
-    offered,
+    list_methods,
     with_method,
     with_option,
     with_value,
 )
-from ipmerge_core.ui.merge.summary import change_words
+from ipmerge_core.ui.merge.summary import describe_change
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.runs import RunView, find_run
 
 DEMO = "pack"  # the id of the demo trio's
 
@@ -45,7 +46,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_method_is_offered() -> None:
-    names = {name for _, name in offered()["choices"]}
+    names = {name for _, name in list_methods()["choices"]}
     assert names == set(METHODS) - {"ip_merging"} | {""}
 
 
@@ -123,11 +124,11 @@ def test_a_value_out_of_range_is_refused_in_words_and_nothing_may_start(
 
 def test_the_confirmation_previews_what_is_affine_and_says_why_not_otherwise() -> None:
     affine = chosen_plan(DEMO, PlanChoice(), MethodChoice("task_arithmetic"))
-    assert "% of its norm" in change_words(affine)
+    assert "% (relative Frobenius norm)" in describe_change(affine)
     other = chosen_plan(DEMO, PlanChoice(), MethodChoice("ties"))
-    assert "not previewable" in change_words(other)
+    assert "not previewable" in describe_change(other)
     near = chosen_plan(DEMO, PlanChoice(), MethodChoice("dare_linear"))
-    assert "approximate: expected over the random drops" in change_words(near)
+    assert "approximate: expected over the random drops" in describe_change(near)
     found = readiness(Backend(), DEMO, PlanChoice(), MethodChoice("ties"))
     assert found.ready
     assert "28 of 28 decoder matrices" in found.confirmation
@@ -202,7 +203,7 @@ def test_strangers_may_not_write_patterns_that_take_for_ever(
     slow = with_option("include", MethodChoice("ties"), "(a+)+$")
     plain = with_option("include", MethodChoice("ties"), r"mlp|layers\.0\.")
     monkeypatch.setenv("SPACE_ID", "org/space")
-    with pytest.raises(PlanError, match="not offered here"):
+    with pytest.raises(PlanError, match="disabled here"):
         chosen_plan(DEMO, PlanChoice(), slow)
     assert chosen_plan(DEMO, PlanChoice(), plain).selected
 
@@ -210,8 +211,8 @@ def test_strangers_may_not_write_patterns_that_take_for_ever(
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        (MethodChoice("layer_swap"), "With these values the merged model would equal"),
-        (MethodChoice("ties", options={"include": "nothing"}), "No matrix is left"),
+        (MethodChoice("layer_swap"), "With these parameters, the merged model would be identical"),
+        (MethodChoice("ties", options={"include": "nothing"}), "The patterns select no matrix"),
     ],
 )
 def test_a_plan_that_changes_nothing_says_so(chosen: MethodChoice, words: str) -> None:
@@ -233,33 +234,31 @@ def test_a_method_that_needs_samples_asks_for_them() -> None:
     found = readiness(Backend(), DEMO, PlanChoice(), MethodChoice("regmean"))
     assert not found.ready
     assert "press Calibrate" in found.findings[0].message + found.findings[0].remedy
-    visible, intro, listed, chosen = calibration_form.shown(
-        Backend(), DEMO, MethodChoice("regmean"), ""
-    )
-    assert visible["visible"]
-    assert "what every matrix reads" in intro
-    assert "MB of sums" in intro
-    assert (listed["choices"], chosen.calibration) == ([], "")
-    assert calibration_form.shown(Backend(), DEMO, MethodChoice("ties"), "")[0] == gr.update(
-        visible=False
-    )
+    view = calibration_form.calibration_view(Backend(), DEMO, MethodChoice("regmean"), "")
+    assert "the Gram matrices of the layer inputs" in view.intro
+    assert "MB of statistics" in view.intro
+    assert (view.folders["choices"], view.choice.calibration) == ([], "")
+    assert calibration_form.calibration_view(Backend(), DEMO, MethodChoice("ties"), "") is None
 
 
 @pytest.mark.parametrize("method", ["regmean", "fisher"])
 def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) -> None:
     backend = Backend()
     started = backend.start_calibration(DEMO, method, "demo", "demo", 2)
-    running = calibration_form.watched(backend, started._asdict())
-    assert "Calibrate mllm-" in running[0]
+    view = RunView("calibration")
+    running = find_run(backend, started._asdict())
+    assert "Calibrate mllm-" in view.updates(running)[view.progress]
+    assert calibration_form.made_by(running) == ""
     status = wait_for(backend, started.id)
     assert status.state == "finished", status.error
-    words, _, _, timer, made, start = calibration_form.watched(backend, started._asdict())
-    assert "4 of 4 passes" in words
-    assert not timer.active
-    assert start["interactive"]
+    run = find_run(backend, started._asdict())
+    updates, made = view.updates(run), calibration_form.made_by(run)
+    assert "4 of 4 passes" in updates[view.progress]
+    assert not updates[view.timer].active
     assert Path(made).parent == home / "calibrations"
-    *_, listed, chosen = calibration_form.shown(backend, DEMO, MethodChoice(method), made)
-    assert listed["value"] == chosen.calibration == made
+    shown = calibration_form.calibration_view(backend, DEMO, MethodChoice(method), made)
+    chosen = shown.choice
+    assert shown.folders["value"] == chosen.calibration == made
     found = readiness(backend, DEMO, PlanChoice(), chosen)
     assert found.ready, found.findings
     warned = any("fewer tokens" in finding.message for finding in found.findings)
@@ -269,19 +268,20 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
     manifest = json.loads((home / "models" / "merged" / "ipmerge.json").read_text())
     assert manifest["plan"]["method"] == method
     other = MethodChoice("fisher" if method == "regmean" else "regmean")
-    assert calibration_form.shown(backend, DEMO, other, made)[3].calibration == ""
+    shown = calibration_form.calibration_view(backend, DEMO, other, made)
+    assert shown.choice.calibration == ""
 
 
 def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend(hosted=True)
-    with pytest.raises(RunError, match="the demo problems"):
+    with pytest.raises(RunError, match="demo samples"):
         backend.start_calibration(DEMO, "regmean", "/etc/passwd", "demo", 2)
-    with pytest.raises(RunError, match="the demo problems"):
+    with pytest.raises(RunError, match="demo samples"):
         backend.start_calibration(DEMO, "regmean", "demo:perception", "demonstration.jsonl", 2)
     for seen in ("demo", "demo:perception"):
         with pytest.raises(RunError, match="expected 1 or more"):
             backend.start_calibration(DEMO, "regmean", seen, "demo", 0)
-    assert calibration_form.watched(backend, {})[0] == ""
+    assert find_run(backend, {}).status is None
 
 
 # --- words about runs ---
@@ -300,7 +300,7 @@ def test_a_first_pass_is_told_from_the_merge() -> None:
         "nbytes_total": 10_000_000,
     }
     words = progress_html(status_with({**step, "action": "measured"}))
-    assert "3 of 28 matrices measured, before the merge" in words
+    assert "3 of 28 matrices measured (first pass)" in words
     assert "3 of 28 tensors" in progress_html(status_with({**step, "action": "merged"}))
 
 
@@ -308,7 +308,7 @@ def test_a_calibration_counts_passes() -> None:
     step = {"role": "math", "group": 0, "groups": 2, "done": 5, "total": 20, "action": "measured"}
     words = progress_html(status_with(step))
     assert "5 of 20 passes" in words
-    assert "the math model, part 1 of 2" in words
+    assert "math model, part 1 of 2" in words
     assert "about 30 seconds left" in words
     assert "MB/s" not in words
 

@@ -32,6 +32,7 @@ from ipmerge_core.ui.merge.method_form import MethodChoice
 from ipmerge_core.ui.merge.summary import result_html
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest, plan_of
+from ipmerge_core.ui.runs import RunState, RunView, find_run
 
 PACK = "pack"  # the id of the demo trio's
 OWNER = "o" * 40
@@ -177,11 +178,11 @@ def test_confirm_names_the_device_and_estimates_for_it(machine, monkeypatch):
 
 
 def test_a_choice_of_devices_is_offered_where_there_is_one(machine):
-    assert merge_tab.offered_devices(Backend())["visible"] is False
+    assert merge_tab.list_devices(Backend())["visible"] is False
     machine(cuda=1)
-    offered = merge_tab.offered_devices(Backend())
-    assert offered["visible"] is True
-    assert offered["choices"] == [
+    list_methods = merge_tab.list_devices(Backend())
+    assert list_methods["visible"] is True
+    assert list_methods["choices"] == [
         ("auto: NVIDIA H200 (cuda)", "auto"), ("NVIDIA H200 (cuda)", "cuda"), ("CPU", "cpu"),
     ]  # fmt: skip
 
@@ -393,11 +394,12 @@ def test_a_browser_finds_its_run_again_whatever_it_started_since(slow):
     first = merge_tab.started_merge(backend, mine, plan_of(PACK, PlanChoice()), "one")
     second = {**first, "id": "0" * 32, "key": "lost"}
     assert merge_tab.attached(backend, second) == first
-    assert merge_tab.watched(backend, first)[-1] == "1"
+    assert find_run(backend, first).owned
+    assert find_run(backend, first).running
     stranger = merge_tab.attached(backend, {})
     assert "id" not in stranger
     assert len(stranger["owner"]) >= 32
-    assert merge_tab.watched(backend, {"id": first["id"]})[-1] == ""
+    assert not find_run(backend, {"id": first["id"]}).owned
     stop_all(backend)
 
 
@@ -425,6 +427,42 @@ def slow_calibration(**_: object) -> Iterator[dict[str, int]]:
     yield from wait(20)
 
 
+# --- how a run is shown ---
+
+
+@pytest.mark.parametrize(
+    ("state", "key", "cancel", "resume"),
+    [
+        ("running", "key", True, False),
+        ("cancelling", "key", True, False),
+        ("cancelled", "key", False, True),
+        ("failed", "key", False, True),
+        ("interrupted", "key", False, True),
+        ("finished", "key", False, False),
+        ("running", "", False, False),
+        ("cancelled", "", False, False),
+    ],
+)
+def test_a_view_has_the_buttons_that_its_run_and_its_user_allow(state, key, cancel, resume):
+    view = RunView("merge")
+    updates = view.updates(RunState(JobStatus("0" * 32, "Merge", state), key))
+    assert updates[view.column]["visible"]
+    assert updates[view.cancel]["visible"] == cancel
+    assert updates[view.cancel]["interactive"] == (state != "cancelling")
+    assert updates[view.resume]["visible"] == resume
+    assert updates[view.timer].active == (state != "finished")
+
+
+@pytest.mark.parametrize("empty", ["", "<p>No run yet.</p>"])
+def test_a_view_without_a_run_shows_what_stands_for_none_or_is_hidden(empty):
+    view = RunView("merge", empty=empty)
+    updates = view.updates(find_run(Backend(), {"id": "../x"}))
+    assert updates[view.progress] == empty
+    assert updates[view.column]["visible"] == bool(empty)
+    assert not updates[view.timer].active
+    assert not any(updates[button]["visible"] for button in (view.cancel, view.resume))
+
+
 # --- folders ---
 
 
@@ -438,12 +476,12 @@ def test_a_taken_folder_is_said_with_a_free_name(home):
     assert backend.free_name_like("taken") == "taken-3"
     assert backend.free_name_like("taken-2") == "taken-3"
     note = merge_tab.note_html(backend, "taken", busy=False)
-    assert "A free name: taken-3" in note
+    assert "Available name: taken-3" in note
     assert merge_tab.note_html(backend, "free", busy=False) == ""
     assert "A merge is in progress" in merge_tab.note_html(backend, "free", busy=True)
     for name in ("", "../up", "<b>"):
         note = merge_tab.note_html(backend, name, busy=False)
-        assert "A free name" not in note
+        assert "Available name" not in note
         assert "<b>" not in note
 
 

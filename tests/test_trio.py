@@ -29,19 +29,20 @@ from ipmerge_core.ui.analyse.models_form import (
     read_trio,
     start_analysis,
 )
-from ipmerge_core.ui.analyse.panel import checked_views, watched
+from ipmerge_core.ui.analyse.panel import iter_check, news_of
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.explore.partial_packs import explored_pack, nobody_runs, pair_choices
-from ipmerge_core.ui.explore.tab import grown_since, opened_pair
+from ipmerge_core.ui.explore.tab import grown_since, open_pair
 from ipmerge_core.ui.pairs import (
-    find_growing,
     find_pack,
+    find_partial,
     id_of,
     list_packs,
     load_pack,
     packs_folder,
     reserve_name,
 )
+from ipmerge_core.ui.runs import RunView, find_run
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -87,9 +88,9 @@ def grow(trio: Trio, name: str, steps: int) -> str:
     ("typed", "words"),
     [
         (("", "", "", "", False, 0), "vision-language model, base, math model"),
-        (("a/v", " , \n", "b/b", "", False, 0), "Still to be named: math model"),
-        (("a/v", "m\n" * 9, "b/b", "", False, 0), "9 math models are named; at most 8"),
-        (("a/v", "b/m", "x" * 301, "", False, 0), "base is named by 301 letters"),
+        (("a/v", " , \n", "b/b", "", False, 0), "Missing: math model"),
+        (("a/v", "m\n" * 9, "b/b", "", False, 0), "Got 9 math models; expected at most 8"),
+        (("a/v", "b/m", "x" * 301, "", False, 0), "name of the base has 301 characters"),
         (("a/v", "b/m", "b/b", "", False, 1.5), "rank is 1.5"),
     ],
 )
@@ -104,7 +105,7 @@ def test_known_pairs_have_names_of_their_own_and_say_what_was_read():
     for pair in pairs:
         text = known_html(pair)
         assert all(name in text for name in (pair.mllm, pair.base, *pair.math))
-        assert "licence not read" in text or "(" in text
+        assert "licence unknown" in text or "(" in text
     code = (
         "import sys; from ipmerge_core.models.catalogue import load_catalogue; load_catalogue();"
         "sys.exit('torch' in sys.modules)"
@@ -119,7 +120,7 @@ def test_a_check_says_what_it_reads_finds_siblings_and_names_the_cost(trio):
     words, found = checked(named(trio, math=(str(trio.math), str(trio.math_2))))
     assert words[0] == f"Reading headers, 1 of 4: vision-language model {trio.mllm}"
     assert words[3].startswith("Reading headers, 4 of 4: math model 2")
-    assert words[-1] == "Comparing a few rows of every model"
+    assert words[-1] == "Comparing a few rows of each model"
     assert found.ready
     assert not refusals(found)
     text = needs_html(found, hosted=False)
@@ -152,7 +153,7 @@ def test_a_matrix_that_memory_cannot_hold_is_refused(trio, monkeypatch):
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
     found = checked(named(trio))[1]
-    assert "memory The largest matrix takes about" in refusals(found)
+    assert "memory The largest matrix needs about" in refusals(found)
     assert not found.ready
 
 
@@ -161,22 +162,23 @@ def test_weights_that_were_analysed_before_are_recognised(trio):
     analysis.save(packs_folder() / "before.pack.json.gz")
     (packs_folder() / "broken.pack.json.gz").write_text("no pack")
     found = checked(named(trio))[1]
-    (known,) = [f for f in found.findings if f.subject == "analysed before"]
+    (known,) = [f for f in found.findings if f.subject == "already analysed"]
     assert "'own: mllm + math'" in known.message
     assert found.ready
-    assert not [f for f in checked(named(trio, rank=2))[1].findings if "before" in f.subject]
+    assert not [f for f in checked(named(trio, rank=2))[1].findings if "already" in f.subject]
 
 
 def test_the_form_s_views_end_with_findings_whatever_happens(trio):
     backend = Backend()
     values = (str(trio.mllm), str(trio.math), str(trio.base), "", "quick", 0)
-    *early, last = checked_views(backend, *values)
-    assert [view[3]["interactive"] for view in early] == [False] * len(early)
-    assert last[3]["interactive"] is True
-    assert last[4].asked.quick
-    (refusal,) = checked_views(backend, "", "", "", "", "exact", 0)
-    assert "Still to be named" in refusal[1]
-    assert refusal[3]["interactive"] is False
+    *early, last = iter_check(backend, *values)
+    assert not any(view.ready or view.over for view in early)
+    assert last.ready
+    assert last.checked.asked.quick
+    (refusal,) = iter_check(backend, "", "", "", "", "exact", 0)
+    assert "Missing: " in refusal.findings
+    assert refusal.over
+    assert not refusal.ready
 
 
 def test_a_space_takes_hub_ids_alone_and_never_looks_at_its_folders(trio, monkeypatch):
@@ -227,8 +229,7 @@ def test_a_run_makes_a_pack_that_everybody_can_choose(trio):
     assert [r["name"] for r in load_pack(started.pack)["records"]] == [
         r.name for r in whole.records
     ]
-    shown = watched(backend, started._asdict())
-    assert shown[-1] == f"finished:{started.pack}"
+    assert news_of(find_run(backend, started._asdict())) == f"finished:{started.pack}"
     assert not list(packs_folder().glob("*.journal"))
 
 
@@ -237,8 +238,12 @@ def test_a_run_of_strangers_fails_with_the_finding(trio):
     started = start_analysis(backend, named(trio, math=(str(trio.base),)))
     assert finish(backend, started.id) == "failed"
     assert "equals the base" in backend.store.status(started.id).error
-    stranger = watched(backend, {"id": started.id, "key": "guess"})
-    assert [update["visible"] for update in stranger[1:3]] == [False, False]
+    view = RunView("analysis")
+    for key, visible in (("guess", False), (started.key, True)):
+        updates = view.updates(find_run(backend, {"id": started.id, "key": key}))
+        assert updates[view.column]["visible"]
+        assert not updates[view.cancel]["visible"]
+        assert updates[view.resume]["visible"] == visible
     with pytest.raises(RunError, match="Only the browser"):
         discard(backend, started.id, "guess")
     discard(backend, started.id, started.key)
@@ -288,12 +293,12 @@ def test_packs_tell_how_they_were_made_and_a_broken_one_is_only_listed():
 
 
 def test_a_growing_pair_is_shown_in_explore_and_refused_everywhere_else(trio):
-    assert find_growing("packs-nothing") is None
+    assert find_partial("packs-nothing") is None
     assert id_of(reserve_name("empty")) not in dict(map(reversed, pair_choices()))
     pack_id = grow(trio, "growing", 5)
     with pytest.raises(PlanError, match=r"'mllm \+ math' is only partly analysed, 5 of 21"):
         find_pack(pack_id)
-    content, choice, _ = opened_pair(pack_id, lambda _: True)
+    content, choice = open_pair(pack_id, lambda _: True)
     growing = content["pack"]["growing"]
     assert (growing["total"], growing["running"], len(growing["places"])) == (21, True, 21)
     assert len(content["pack"]["records"]) == 5
@@ -303,7 +308,7 @@ def test_a_growing_pair_is_shown_in_explore_and_refused_everywhere_else(trio):
     assert dict(map(reversed, pair_choices(shown=pack_id)))[pack_id].endswith("(partly analysed)")
     assert pack_id in dict(map(reversed, pair_choices(lambda _: True)))
     for evil in ("packs-../x", "packs-", "packs-.x", "nobody", EVIL, None):
-        assert find_growing(evil) is None
+        assert find_partial(evil) is None
 
 
 def ipm_choice(content):
@@ -329,7 +334,7 @@ def test_the_map_asks_for_what_is_new_until_the_pack_is_whole(trio):
     assert last["pack"]["created"] == analysis.created
     assert last["presets"]
     for asked in ([pack_id.replace("growing", "gone"), 0], "x", [EVIL, EVIL], [], None):
-        assert "no longer here" in grown_since(asked, nobody_runs)["gone"]
+        assert "no longer exists" in grown_since(asked, nobody_runs)["gone"]
 
 
 def test_two_experts_of_a_matrix_come_together(trio):
@@ -352,13 +357,14 @@ def test_what_a_pair_is_stands_behind_a_line_and_names_stay_names(tmp_path):
     shutil.move(trio.math, evil)
     found = checked(named(trio, math=(str(evil),)))[1]
     assert found.ready
-    text = "".join(map(str, list(checked_views(Backend(), *typed(found.asked)))[-1]))
+    *_, last = iter_check(Backend(), *typed(found.asked))
+    text = last.status + last.findings + last.facts
     assert "<img" not in text.replace(str(evil), "")
     config = {"model_type": "llava", "text_config": {**TEXT_CONFIG, "hidden_act": EVIL}}
     other = write_model(tmp_path / "other", as_mllm(fine_tuned(text_weights(), 1)), config)
-    views = list(checked_views(Backend(), *typed(found.asked._replace(mllm=str(other)))))
-    assert "activation" in views[-1][1]
-    assert "<img" not in views[-1][1]
+    *_, last = iter_check(Backend(), *typed(found.asked._replace(mllm=str(other))))
+    assert "activation" in last.findings
+    assert "<img" not in last.findings
     growing = pair_html(explored_pack(grow(trio._replace(math=evil), "evil", 2)))
     assert "2 of 21 so far" in growing
     assert "<img" not in growing

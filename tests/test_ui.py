@@ -25,14 +25,15 @@ from ipmerge_core.tasks.demo import problems
 from ipmerge_core.ui import errors as messages
 from ipmerge_core.ui import pairs as packs
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import Side, Turnstile
+from ipmerge_core.ui.chat.answers import ActiveRequests, Side
 from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
 from ipmerge_core.ui.chat.turns import Turn, turn_of_example, view
 from ipmerge_core.ui.format import findings_html, progress_html
 from ipmerge_core.ui.merge.download import finished_folder, zip_pieces
 from ipmerge_core.ui.merge.summary import result_html
-from ipmerge_core.ui.merge.tab import readiness, watched
+from ipmerge_core.ui.merge.tab import readiness, run_result
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, describe_choice, plan_of
+from ipmerge_core.ui.runs import find_run
 from ipmerge_core.ui.safe_text import as_html, show_text
 
 ROOT = Path(__file__).parents[1]
@@ -167,11 +168,11 @@ def test_an_analysis_by_endpoints_adds_a_pair(client):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"math": []}, "Still to be named: math model"),
-        ({"math": "org/math"}, "as a list of names"),
+        ({"math": []}, "Missing: math model"),
+        ({"math": "org/math"}, "must be a list of model names"),
         ({"math": ["org/math"] * 9}, "at most 8"),
-        ({"math": [{}]}, "something else than words"),
-        ({"base": ""}, "Still to be named: base"),
+        ({"math": [{}]}, "is not a string"),
+        ({"base": ""}, "Missing: base"),
         ({"rank": -1}, "rank is -1"),
         ({"rank": "many"}, "rank is 'many'"),
     ],
@@ -202,8 +203,8 @@ def test_answer_pair_streams_and_ends_with_both_answers(client):
     ("values", "words"),
     [
         ({"pack": "nobody"}, "Unknown pair 'nobody'"),
-        ({"pack": PACK, "similarity_threshold": 1.5}, "S_alpha is '1.5'"),
-        ({"pack": PACK, "similarity_threshold": "x"}, "S_alpha is 'x'"),
+        ({"pack": PACK, "similarity_threshold": 1.5}, "similarity threshold is '1.5'"),
+        ({"pack": PACK, "similarity_threshold": "x"}, "similarity threshold is 'x'"),
         ({"pack": PACK, "lambda_": -1.0}, "lambda is '-1.0'"),
         ({"pack": PACK, "variant": "all"}, "Unknown update 'all'"),
         ({"pack": PACK, "overrides": {"no.such": "merge"}}, "no.such"),
@@ -218,7 +219,7 @@ def test_bad_arguments_come_back_as_one_sentence(client, values, words):
     ("values", "words"),
     [
         ({"question": ""}, "There is no question"),
-        ({"question": "x", "image": "not base64!"}, "not base64"),
+        ({"question": "x", "image": "not base64!"}, "not a base64"),
         ({"question": "x", "image": "aGVsbG8="}, "not a readable image"),
         ({"question": "x", "temperature": -1}, "temperature is -1"),
         ({"question": "x", "max_new_tokens": 10**6}, "new tokens is 1000000"),
@@ -270,7 +271,7 @@ def test_output_folders_are_names_or_full_paths(home, tmp_path):
 def test_a_space_takes_plain_names_only_and_hides_its_folders(monkeypatch, home, tmp_path):
     monkeypatch.setenv("SPACE_ID", "org/ipmerge")
     backend = Backend()
-    with pytest.raises(RunError, match="expected a plain name"):
+    with pytest.raises(RunError, match="expected a name of letters"):
         backend.output_folder(str(tmp_path))
     text = messages.sentence_of(RunError(f"'{home}/models/x' is full, see {packs.ROOT}/assets"))
     assert text == "'models/x' is full, see assets"
@@ -285,14 +286,14 @@ def test_an_error_of_the_package_becomes_a_message_and_a_bug_stays_a_bug():
         raise PlanError("No such plan.")
 
     with pytest.raises(gr.Error) as caught:
-        messages.told(refuse)()
+        messages.show_errors(refuse)()
     assert caught.value.message == "No such plan."
-    steps = messages.told(step_and_refuse)()
+    steps = messages.show_errors(step_and_refuse)()
     assert next(steps) == 1
     with pytest.raises(gr.Error):
         next(steps)
     with pytest.raises(ZeroDivisionError):
-        messages.told(lambda: 1 / 0)()
+        messages.show_errors(lambda: 1 / 0)()
 
 
 def test_a_download_is_a_whole_zip_for_its_owner_alone(home):
@@ -309,9 +310,8 @@ def test_a_download_is_a_whole_zip_for_its_owner_alone(home):
     assert archive.read("mine/model.safetensors") == (folder / "model.safetensors").read_bytes()
     assert backend.finished_merge(plan_of(PACK, PlanChoice(0.0))) == folder
     assert backend.finished_merge(plan_of(PACK, PlanChoice(1.0))) is None
-    owner, stranger = watched(backend, started._asdict()), watched(backend, {"id": started.id})
-    assert "Download" in owner[4]
-    assert "Only the browser" in stranger[4]
+    assert "Download" in run_result(backend, find_run(backend, started._asdict()))
+    assert "Only the browser" in run_result(backend, find_run(backend, {"id": started.id}))
 
 
 def test_a_pair_whose_models_are_gone_is_refused_in_the_check(home, tmp_path):
@@ -327,13 +327,13 @@ def test_a_pair_whose_models_are_gone_is_refused_in_the_check(home, tmp_path):
         packs.load_pack(own.id)
 
 
-def test_the_turnstile_stops_what_the_same_visitor_asked_before():
-    doors = Turnstile()
-    first, other = doors.enter("a"), doors.enter("b")
-    second = doors.enter("a")
+def test_a_new_request_stops_the_one_before_of_the_same_session():
+    requests = ActiveRequests()
+    first, other = requests.start("a"), requests.start("b")
+    second = requests.start("a")
     assert (first.is_set(), second.is_set(), other.is_set()) == (True, False, False)
-    doors.stop("a")
-    doors.stop("nobody")
+    requests.stop("a")
+    requests.stop("nobody")
     assert second.is_set()
 
 
@@ -342,14 +342,14 @@ def test_the_turnstile_stops_what_the_same_visitor_asked_before():
 
 def test_a_view_says_what_both_sides_do():
     turn = Turn("How many?", None, "a pair")
-    assert view([turn]).status == "Base is getting ready. Merged is getting ready."
+    assert view([turn]).status == "Base is loading. Merged is loading."
     replies = (("Base", "2+3."), ("Merged", "2+3=5."))
     both = [Side(name, "", "finished", text) for name, text in replies]
     turn = Turn("How many?", None, "p", *both, Reference("How many?", "x.png", "5", True))
     shown = view([turn])
-    assert shown.status == "Base finished. Merged finished. Answers differ."
+    assert shown.status == "Base finished. Merged finished. The answers differ."
     assert "✕ wrong" in shown.verdict_left
-    assert "✓ right" in shown.verdict_right
+    assert "✓ correct" in shown.verdict_right
     failed = Turn("How many?", None, "p", both[0], Side("Merged", "", "failed", "", "No <room>."))
     assert view([failed]).status == "Base finished. Merged failed."
     shown = view([failed]).chat_right[-1]["content"][-1]["text"]
@@ -443,6 +443,6 @@ def test_names_in_html_are_escaped():
 
 
 def test_a_choice_is_described_in_a_few_words():
-    assert describe_choice(PlanChoice()) == "S_α 0.4, λ 1"
+    assert describe_choice(PlanChoice()) == "Sα 0.4, λ 1"
     chosen = PlanChoice(0.1, 2.0, "max", "rescale_only", {"a": "keep"})
-    assert describe_choice(chosen) == "S_α 0.1, λ 2, similarity max, rescaled only, 1 set by hand"
+    assert describe_choice(chosen) == "Sα 0.1, λ 2, similarity max, rescale only, 1 set by hand"

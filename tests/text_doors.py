@@ -18,7 +18,7 @@ from ipmerge_core.models.decoders import find_decoders
 from ipmerge_core.models.files import as_hub_id
 from ipmerge_core.tasks.answers import stated_result
 from ipmerge_core.ui.analyse.models_form import read_trio
-from ipmerge_core.ui.pairs import find_growing
+from ipmerge_core.ui.pairs import find_partial
 from ipmerge_core.ui.safe_text import as_html, as_markdown, show_text
 
 LONGEST = 100_000  # characters
@@ -85,7 +85,7 @@ DOORS: dict[str, Callable[[str], object]] = {
     "tensor name, module": lambda text: module_name(text, SimpleNamespace(config={})),  # type: ignore[arg-type]
     "tensor name, rows": split_address,
     "hub id": _anyway(as_hub_id),
-    "pack id": lambda text: find_growing(f"packs-{text}"),
+    "pack id": lambda text: find_partial(f"packs-{text}"),
     "method": _anyway(find_method),
     "list of models": _anyway(
         lambda text: read_trio("org/a", text, "org/b", "", quick=True, rank=None)

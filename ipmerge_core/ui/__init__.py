@@ -1,8 +1,8 @@
-"""The app: `app.build_app()` puts a frame around one file per tab.
+"""The Gradio app: `app.build_app()` builds it from one package per tab.
 
 In: packs (the small records of an analysis) and the folders of finished runs. Out: a Gradio app.
-The arithmetic of the package stays out of here, and torch is loaded only when a visitor first
-chats, plans or merges, so that the page is there within seconds.
+The arithmetic of the package stays out of here, and torch is loaded only when a user first chats,
+plans or merges, so that the page loads within seconds.
 """
 
 from __future__ import annotations

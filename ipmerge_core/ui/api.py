@@ -1,6 +1,6 @@
-"""The endpoints for programs: the same nouns as the app, typed, each argument checked again.
+"""Define the API endpoints: typed functions that check every argument again.
 
-In: plain JSON values. Out: plain JSON values; long work answers at once with a run's id and key.
+In: plain JSON values. Out: plain JSON values; long runs return their id and key immediately.
 Use them with gradio_client: `Client(url).predict(pack="pack", api_name="/preview")`.
 """
 
@@ -22,7 +22,7 @@ from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.analyse.models_form import Trio, start_analysis
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
-from ipmerge_core.ui.errors import public_text, told
+from ipmerge_core.ui.errors import public_text, show_errors
 from ipmerge_core.ui.finished_merges import find_merge
 from ipmerge_core.ui.merge.tab import check_digest, readiness
 from ipmerge_core.ui.pairs import list_packs, load_pack
@@ -37,7 +37,7 @@ def add_endpoints(backend: Backend) -> None:
     for make in (_packs, _plans, _runs, _answers):
         for endpoint in make(backend):
             api(
-                told(endpoint, in_page=False),
+                show_errors(endpoint, in_page=False),
                 api_name=endpoint.__name__,
                 concurrency_id="models" if endpoint.__name__ == "answer_pair" else None,
                 concurrency_limit=1 if endpoint.__name__ == "answer_pair" else "default",
@@ -65,7 +65,7 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
         variant: str = "sum",
         overrides: dict[str, str] = {},  # noqa: B006 (never changed; the type is the endpoint's)
     ) -> Json:
-        """Say exactly what a plan would change, without reading weights."""
+        """Compute exactly what a plan would change, without reading weights."""
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         plan = plan_of(pack, choice)
         return {"hash": plan.hash, **asdict_of(plan.preview())}
@@ -79,9 +79,9 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
         overrides: dict[str, str] = {},  # noqa: B006
         device: str = "auto",
     ) -> Json:
-        """Check that a plan can be merged here: models, dtypes, distances, room on the disk.
+        """Check that a plan can be merged here: models, dtypes, common base, disk space.
 
-        Give the digest to /merge_start to merge exactly what was checked, or nothing.
+        Pass the digest to /merge_start to merge only what was checked.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         found = readiness(backend, pack, choice, device=device)
@@ -108,10 +108,10 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         device: str = "auto",
         digest: str = "",
     ) -> dict[str, str]:
-        """Start merging into a new folder; answers at once with the run's id and its key.
+        """Start a merge into a new folder; returns the run's id and key immediately.
 
-        The device is auto (the best one), cpu, cuda, cuda:1 or as torch names it. With the digest
-        of /plan_check nothing else is merged than what was checked.
+        The device is auto (the best one) or a torch device such as cpu, cuda or cuda:1. With the
+        digest of /plan_check, anything but what was checked is rejected.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         plan = plan_of(pack, choice)
@@ -129,26 +129,26 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         rank: int = 0,
         device: str = "auto",
     ) -> dict[str, str]:
-        """Start analysing models by hub id (or folder, off a Space) into a new pair of that id.
+        """Start an analysis of models by hub id, or by folder if this is not a Space.
 
-        Answers at once with the run's id and its key; quick is approximate, rank 0 keeps all
-        directions. The run fails with a sentence where the sibling check refuses the models.
+        Returns the run's id, its key and the id of the new pair immediately. `quick` is
+        approximate; rank 0 keeps all directions. The run fails if the sibling check does.
         """
         asked = Trio(mllm, _several(math), base, base_mllm, quick, rank or None)
         started = start_analysis(backend, asked, device)
         return {"job_id": started.id, "key": started.key, "pack": started.pack}
 
     def job_status(job_id: str) -> Json:
-        """Tell where a run stands."""
-        return _told_status(backend, backend.store.status(job_id))
+        """Return the status of a run."""
+        return _status_json(backend, backend.store.status(job_id))
 
     def job_cancel(job_id: str, key: str) -> Json:
-        """Stop a run after its current tensor; what is finished is kept."""
-        return _told_status(backend, backend.store.cancel(job_id, key))
+        """Stop a run after its current tensor; completed work is kept."""
+        return _status_json(backend, backend.store.cancel(job_id, key))
 
     def job_resume(job_id: str, key: str) -> Json:
-        """Go on with a run that was cancelled, failed or interrupted."""
-        return _told_status(backend, backend.store.resume(job_id, key))
+        """Resume a run that was cancelled, failed or interrupted."""
+        return _status_json(backend, backend.store.resume(job_id, key))
 
     return [merge_start, analyse_start, job_status, job_cancel, job_resume]
 
@@ -170,11 +170,11 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         left_key: str = "",
         right_key: str = "",
     ) -> Iterator[Json]:
-        """Answer with two models, `base` the left and `merged` the right one.
+        """Answer with two models; `base` is the answer of the left and `merged` of the right one.
 
         Each is "base" (the unmerged vision-language model), "plan" (of the values given here), or a
-        finished merge of the pair: its run's id, or its folder's name. On a Space a merge takes the
-        id and the key that `merge_start` gave. The image is the base64 text of a file.
+        finished merge of the pair, by run id or folder name. On a Space a merge needs the id and
+        the key returned by `merge_start`. The image is a base64-encoded file.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, {})
         settings = GenerationSettings(temperature, max_new_tokens, seed)
@@ -182,7 +182,7 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
         asked = Question(pack, choice, question, picture, settings, left, right, keys)
         for first, second in answer_both(backend, asked):
-            yield {"base": _told_side(first), "merged": _told_side(second)}
+            yield {"base": _side_json(first), "merged": _side_json(second)}
 
     return [answer_pair]
 
@@ -195,7 +195,7 @@ def _choice(
     variant: str,
     overrides: dict[str, str],
 ) -> PlanChoice:
-    """Check the five values as if the page had sent them. Raises: PlanError."""
+    """Check the values of a plan like those sent by the page. Raises: PlanError."""
     values = {
         "s": similarity_threshold,
         "lambda": lambda_,
@@ -214,13 +214,13 @@ def asdict_of(preview: Any) -> Json:  # noqa: ANN401 (a Preview; plan is importe
 
 
 def _several(names: object) -> tuple[str, ...]:
-    """Take a list of names; what is in it is judged where the run starts. Raises: PlanError."""
+    """Check that the names are a list; `start_analysis` checks the names. Raises: PlanError."""
     if not isinstance(names, list):
-        raise PlanError("The math models must come as a list of names.")
+        raise PlanError("`math` must be a list of model names.")
     return tuple(names)
 
 
-def _told_status(backend: Backend, status: JobStatus) -> Json:
+def _status_json(backend: Backend, status: JobStatus) -> Json:
     values = asdict(status)
     arguments = {} if backend.hosted else dict(status.arguments)
     values |= {"error": status.error and public_text(status.error)}
@@ -228,22 +228,22 @@ def _told_status(backend: Backend, status: JobStatus) -> Json:
 
 
 def _checked_sides(backend: Backend, pack: str, keys: dict[str, str]) -> dict[str, str]:
-    """Check that both sides of a question are there, before anything runs. Raises: IPMergeError."""
+    """Check that the models of both sides exist before a run starts. Raises: IPMergeError."""
     for who in set(keys) - {BASE, PLAN}:
         find_merge(backend, pack, who, keys)
     return keys
 
 
-def _told_side(side: Side) -> Json:
+def _side_json(side: Side) -> Json:
     return {"state": side.state, "text": side.text, "note": side.note, "source": side.source}
 
 
 def _decoded(image: str) -> io.BytesIO:
-    """Decode a picture sent as base64, with or without a data address in front."""
+    """Decode a base64 image, with or without a `data:` prefix."""
     _, _, data = image.rpartition(",")
     if len(data) > LARGEST_IMAGE * 4 / 3 + 4:
-        raise RunError(f"The image is larger than {LARGEST_IMAGE / 1e6:.0f} MB. Make it smaller.")
+        raise RunError(f"The image is larger than {LARGEST_IMAGE / 1e6:.0f} MB. Use a smaller one.")
     try:
         return io.BytesIO(base64.b64decode(data, validate=True))
     except (binascii.Error, ValueError) as error:
-        raise RunError("The image is not base64 text of a PNG, JPEG or WebP file.") from error
+        raise RunError("The image is not a base64-encoded PNG, JPEG or WebP file.") from error

@@ -1,7 +1,7 @@
-"""The frame: a heading, the pair, the tabs around one plan; and how it is served.
+"""Build the app from a heading, the pair dropdown and the tabs, and serve it.
 
-In: the packs that are there. Out: a `gr.Blocks`, and a running server. Each tab is a file of its
-own; what they share is the chosen pair, the session's `PlanChoice` and one `Backend`.
+In: the available packs. Out: a `gr.Blocks`, and a running server. Each tab is a package; they share
+the chosen pair, the session's `PlanChoice` and one `Backend`.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
-from ipmerge_core.ui.merge.calibration_form import remembered_calibration
 from ipmerge_core.ui.merge.download import download_route
 from ipmerge_core.ui.merge.start_gate import StartGate
-from ipmerge_core.ui.merge.tab import merge_tab, remembered_job
+from ipmerge_core.ui.merge.tab import merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.runs import remembered_run
 from ipmerge_core.ui.theme import theme
 
 HEADING = """\
 # IPMerge
-Give a vision model a math model's skill by merging weights. Drag to see which layers take part.
+Merge the skill of a math model into a vision-language model. Drag to see which layers take part.
 """
 NO_PACKS = """\
-**No pair has been analysed yet.** Make a pack and reload this page:
+**No pair has been analysed yet.** Create a pack and reload this page:
 `ipmerge analyse --mllm A --math B --base Z -o {folder}/name.pack.json.gz`
 """
 LARGEST_UPLOAD = "15mb"
-QUEUE = 32  # visitors who may wait
+QUEUE = 32  # waiting requests
 SCRIPT = Path(__file__).with_name("page.js")
 STYLE = ROOT / "assets" / "style.css"
 
 
 def build_app(backend: Backend | None = None) -> gr.Blocks:
-    """Lay out the whole app; nothing runs and no model is loaded."""
+    """Build the app without running anything or loading a model."""
     backend = backend or Backend()
     packs = list_packs()
     gr.set_static_paths([DEMO / "examples"])
@@ -65,15 +65,15 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                     details = gr.HTML(
                         pair_html(load_pack(packs[0].id)) if packs else "", elem_id="pair-details"
                     )
-                    opener = gr.Button("Analyse another trio", size="sm", elem_id="analyse-open")
+                    opener = gr.Button("Analyse other models", size="sm", elem_id="analyse-open")
         panel = lay_out_panel(opener, details, hosted=backend.hosted)
         choice = gr.State(start_choice(load_pack(packs[0].id)) if packs else PlanChoice())
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:
             explore, tabs, gate = _add_tabs(app, backend, pair, choice)
-            arrived = wire_panel(app, backend, panel, pair, choice, explore, tabs)
-            gate.after(arrived.success)  # a pair that is on show may have become whole
+            arrived = wire_panel(app, backend, panel, pair, explore.view, tabs)
+            gate.check_after(arrived.success)  # the analysis of the chosen pair may have finished
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
     return app  # type: ignore[no-any-return]
@@ -82,7 +82,8 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
 def _add_tabs(
     app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State
 ) -> tuple[ExploreTab, gr.Tabs, StartGate]:
-    job, runs, calibration = remembered_job(), remembered_merges(), remembered_calibration()
+    job, calibration = remembered_run("job"), remembered_run("calibration")
+    runs = remembered_merges()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
             explore = explore_tab(pair, choice, partial(is_running, backend))
@@ -109,13 +110,13 @@ def launch(
     block: bool = True,
     device: str = "auto",
 ) -> tuple[Any, str, str]:
-    """Build the app and serve it; prints the address.
+    """Build the app, serve it and print its address.
 
     Args:
-        host: the interface; 127.0.0.1 if not given here or by GRADIO_SERVER_NAME.
-        port: the first free one from 7860 on, if not given here or by GRADIO_SERVER_PORT.
-        block: wait until the server is stopped.
-        device: of every run that is not given one: "auto" for the best, or as torch names it.
+        host: the network interface; by default GRADIO_SERVER_NAME, else 127.0.0.1.
+        port: the port; by default GRADIO_SERVER_PORT, else the first free one from 7860 on.
+        block: whether to wait until the server is stopped.
+        device: default device of all runs: "auto" for the best one, or a torch device.
     """
     backend = Backend(device=device)
     return build_app(backend).launch(
@@ -127,7 +128,7 @@ def launch(
         js=SCRIPT.read_text(encoding="utf-8"),
         footer_links=["api", "settings"],
         ssr_mode=False,
-        run_history=False,  # pictures and questions are not kept in the visitor's browser
+        run_history=False,  # do not keep images and questions in the browser
         max_file_size=LARGEST_UPLOAD,
         allowed_paths=[],
         app_kwargs={"routes": [download_route(backend)]},

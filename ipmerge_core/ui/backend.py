@@ -1,8 +1,8 @@
-"""What the tabs and the endpoints share: the runs, the models in memory, and who they belong to.
+"""Hold what the tabs and the endpoints share: runs, output folders and the models in memory.
 
-In: a pair and a choice. Out: the folders of the model as it is and of the merged one, and these
-models in memory. One `Backend` is made per app; nothing here is global, and no torch is loaded
-before it is needed.
+In: a pair and a choice. Out: the folders of the unmerged and of the merged model, and these models
+in memory. An app has one `Backend`; nothing here is global, and torch is imported when it is first
+needed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from ipmerge_core.inference.loading import LoadedModel, ModelCache
     from ipmerge_core.planning.plan import MergePlan
 
-SMALL_MODEL = 200_000_000  # bytes; up to here the chat merges by itself, in seconds
+SMALL_MODEL = 200_000_000  # bytes; up to this size the chat merges a plan on demand
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-_NUMBER = re.compile(r"-[0-9]{1,3}\Z")  # that was put behind a taken name
-MOST_NAMES = 999  # that differ in a number only
-KEPT_PREVIEWS = 6  # merged models that the chat made, kept for the next question
+_NUMBER = re.compile(r"-[0-9]{1,3}\Z")  # the suffix of a name whose stem was taken
+MOST_NAMES = 999  # with one stem
+KEPT_PREVIEWS = 6  # models merged on demand by the chat that are kept for later questions
 
 Progress = Callable[[str], None]
 
@@ -42,14 +42,14 @@ class Backend:
 
     store: JobStore = field(default_factory=lambda: JobStore(home_folder() / "runs"))
     hosted: bool = field(default_factory=is_hosted)
-    device: str = "auto"  # of every run that is not given one
+    device: str = "auto"  # default of all runs
     _models: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _preview_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def models(self) -> ModelCache:
-        """The models in memory: one pair of them, and one more while plans are being tried."""
+        """The models in memory: one pair, and a third while several plans are compared."""
         from ipmerge_core.inference.loading import ModelCache
 
         with self._lock:
@@ -58,14 +58,14 @@ class Backend:
             return self._models  # type: ignore[no-any-return]
 
     def import_libraries(self) -> None:
-        """Import torch and transformers, one thread at a time: they do not like to be raced."""
+        """Import torch and transformers in one thread: their imports are not thread-safe."""
         from ipmerge_core.inference.loading import import_libraries
 
         with self._lock:
             import_libraries()
 
     def warm_up(self) -> None:
-        """Do so in the background, for a visitor who is about to ask something."""
+        """Import the libraries in the background, before a user asks the first question."""
         threading.Thread(target=self.import_libraries, daemon=True).start()
 
     def load(self, folder: Path) -> LoadedModel:
@@ -73,9 +73,9 @@ class Backend:
         return self.models.get(folder, self.device_for(fp64=False))
 
     def device_for(self, asked: str = "auto", *, fp64: bool = True) -> str:
-        """Return the device that a run takes: the one that was asked for, else this app's.
+        """Return the device of a run: the requested one, or this app's default.
 
-        Raises: PlanError for a device that is not here, or cannot do this work (see
+        Raises: PlanError for a device that is not available or not suitable (see
             `resolve_device`).
         """
         from ipmerge_core.runtime.devices import AUTO, resolve_device
@@ -84,7 +84,7 @@ class Backend:
 
     @property
     def packs_folder(self) -> Path:
-        """Where the user's own packs are looked for."""
+        """The folder of the user's own packs."""
         return home_folder() / "packs"
 
     def start_merge(
@@ -92,11 +92,11 @@ class Backend:
     ) -> Started:
         """Start a run that merges `plan` into a new folder.
 
-        Asked by the `owner` (see `JobStore.start`) of a run that is making the very same there,
-        this returns that run.
+        If a run of the same `owner` (see `JobStore.start`) is merging the same plan into the same
+        folder, return that run.
 
-        Raises: CheckpointError when the folder is not empty, PlanError for a device that is not
-            here, FolderInUseError or RunError when the folder may not be used.
+        Raises: CheckpointError if the folder is not empty, PlanError for a device that is not
+            available, FolderInUseError or RunError if the folder cannot be used.
         """
         from ipmerge_core.merging.merge import iter_merge
         from ipmerge_core.models.writer import check_output, check_unfinished
@@ -117,22 +117,24 @@ class Backend:
 
     @property
     def calibrations_folder(self) -> Path:
-        """Where calibrations made in the app are kept."""
+        """The folder of calibrations made in the app."""
         return home_folder() / "calibrations"
 
     def start_calibration(
         self, pack_id: str, method: str, seen: str, read: str, limit: int
     ) -> Started:
-        """Start a run that measures a pair's models on samples, for a method that needs them.
+        """Start a run that calibrates a pair's models on samples for a method that needs it.
 
-        Raises: RunError for samples that cannot be read, or others than demo ones on a Space.
+        Raises: RunError for samples that cannot be read, or that are not demo samples on a Space.
         """
         from ipmerge_core.calibration.calibrate import iter_calibration_of
         from ipmerge_core.calibration.samples import is_demo, load_samples
         from ipmerge_core.methods import find_method
 
         if self.hosted and not (is_demo(seen) and is_demo(read)):
-            raise RunError("Here the samples are the demo problems; on your own machine, any file.")
+            raise RunError(
+                "This Space accepts only demo samples. Run the app locally to use a file."
+            )
         for source, sees in ((seen, True), (read, False)):
             load_samples(source, limit, sees=sees)
         kind = str(find_method(method).data)
@@ -155,10 +157,10 @@ class Backend:
                     return self.store.start(
                         iter_calibration_of, arguments, title=title, claim=claim
                     )
-        raise RunError(f"There are {MOST_NAMES} calibrations named '{stem}'. Remove some.")
+        raise RunError(f"There are {MOST_NAMES} calibrations named '{stem}'. Delete some of them.")
 
     def finished_calibrations(self, pack_id: str, method: str) -> list[Path]:
-        """List the calibrations that this method can use for this pair, the newest last."""
+        """List the calibrations that a method can use for a pair, newest last."""
         from ipmerge_core.calibration.store import find_finished
         from ipmerge_core.methods import find_method
 
@@ -169,7 +171,7 @@ class Backend:
         return sorted(found, key=lambda folder: folder.stat().st_mtime)
 
     def calibration_cost(self, pack_id: str, method: str) -> CalibrationCost:
-        """Work out what a calibration takes. Raises: IPMergeError when a model is not there."""
+        """Estimate the cost of a calibration. Raises: IPMergeError if a model is missing."""
         from ipmerge_core.calibration.calibrate import estimate
         from ipmerge_core.calibration.passes import CalibrationSettings
         from ipmerge_core.methods import find_method
@@ -181,7 +183,7 @@ class Backend:
         return estimate(pair, self.calibrations_folder, CalibrationSettings(kind), 1, 1)
 
     def output_folder(self, name: str) -> Path:
-        """Say where a merged model goes: a plain name lies in the models folder.
+        """Return the folder of a merged model; a plain name is placed in the models folder.
 
         Raises: RunError for an empty name, or on a Space for anything but a plain name.
         """
@@ -190,30 +192,30 @@ class Backend:
             return home_folder() / "models" / name
         if self.hosted or not name:
             raise RunError(
-                f"The output folder is called '{name[:80]}'; expected a plain name of letters, "
-                f"digits, dots, dashes and underscores."
+                f"The output folder is '{name[:80]}'; expected a name of letters, digits, dots, "
+                f"dashes and underscores."
             )
         path = Path(name).expanduser()
         if not path.is_absolute():
             raise RunError(
-                f"The output folder '{name[:80]}' is neither a plain name nor a full path. Give "
-                f"a name such as 'merged', or a path that starts at the root."
+                f"The output folder '{name[:80]}' is neither a name nor an absolute path. Use a "
+                f"name such as 'merged' or an absolute path."
             )
         return path
 
     def free_name(self, plan: MergePlan) -> str:
-        """Suggest a folder name that is not taken: the model's, the plan's hash, and a number."""
+        """Suggest an unused folder name: the model's name, the plan's hash, perhaps a number."""
         return self.free_name_like(f"{Path(plan.sources.mllm.id).name}-{plan.hash}")
 
     def free_name_like(self, name: str) -> str:
-        """Suggest a folder that is not taken: this one, or it with a number; "" for no name."""
+        """Suggest an unused folder name: this one, perhaps with a number; "" if it is invalid."""
         stem = _NUMBER.sub("", name.strip())
         with contextlib.suppress(RunError):
             return next(filter(self._is_free, _numbered(stem)), "")
         return ""
 
     def folder_problem(self, name: str) -> str:
-        """Say why a merge cannot write to the folder of this name; "" where it can."""
+        """Explain why a merge cannot write to the folder of this name; "" if it can."""
         from ipmerge_core.models.writer import check_output
 
         try:
@@ -237,9 +239,9 @@ class Backend:
         return folder if folder.is_dir() else _from_hub_cache(source.id, source.revision)
 
     def merged_folder(self, plan: MergePlan, progress: Progress) -> Path:
-        """Return the merged model of a plan: the one merged before, or for small models a new one.
+        """Return the merged model of a plan: a finished one, or a new one if the model is small.
 
-        Raises: RunError when the model is too large to merge on the side.
+        Raises: RunError if the model is too large to be merged on demand.
         """
         found = self.finished_merge(plan)
         if found is not None:
@@ -247,14 +249,14 @@ class Backend:
         size = plan.totals.model_bytes
         if size > SMALL_MODEL:
             raise RunError(
-                f"Plan {plan.hash} has not been merged yet, and with {size / 1e9:.1f} GB the model "
-                f"is too large to merge while you wait. Start it in the Merge tab, then ask again."
+                f"Plan {plan.hash} has not been merged yet, and a model of {size / 1e9:.1f} GB is "
+                f"too large to merge on demand. Merge it in the Merge tab, then ask again."
             )
         with self._preview_lock:
             return self._merge_preview(plan, progress)
 
     def finished_merge(self, plan: MergePlan) -> Path | None:
-        """Return the folder of a finished run of this very plan, if it is still there."""
+        """Return the folder of a finished run of this plan if it still exists."""
         for status in self.store.all():
             folder = Path(str(status.arguments.get("out", "")))
             if status.state == "finished" and _plan_hash(folder) == plan.hash:
@@ -270,13 +272,13 @@ class Backend:
             previews.mkdir(parents=True, exist_ok=True)
             _remove_oldest(previews, keep=KEPT_PREVIEWS - 1)
             for step in iter_merge(plan, out, device=self.device_for()):
-                progress(f"merging plan {plan.hash[:4]}: {step.index} of {step.total}")
+                progress(f"merging plan {plan.hash[:4]}: {step.index} of {step.total} tensors")
         out.touch()
         return out
 
 
 def _numbered(stem: str) -> Iterator[str]:
-    """Yield a name, then the same with a number: `a`, `a-2`, `a-3`, ..."""
+    """Yield a name without and with a number: `a`, `a-2`, `a-3`, ..."""
     yield stem
     yield from (f"{stem}-{number}" for number in range(2, MOST_NAMES + 1))
 
@@ -287,13 +289,13 @@ def _from_hub_cache(source_id: str, revision: str | None) -> Path:
     with contextlib.suppress(OSError, ValueError):
         return Path(snapshot_download(source_id, revision=revision, local_files_only=True))
     raise CheckpointError(
-        f"The model '{source_id}' is not on this machine. Download it first with "
-        f"`hf download {source_id}`, or look at the recorded answers."
+        f"The model '{source_id}' is not on this machine. Download it with "
+        f"`hf download {source_id}`, or use the recorded examples."
     )
 
 
 def _plan_hash(folder: Path) -> str | None:
-    """Read from a merged model's manifest which plan made it."""
+    """Read the hash of the plan from a merged model's manifest."""
     made = read_provenance(folder)
     return made.plan if made else None
 

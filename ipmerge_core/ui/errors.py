@@ -1,7 +1,7 @@
-"""The one place where an error of the package becomes a message in the app.
+"""Show the errors of the package as messages in the app.
 
-In: a handler, plain or a generator. Out: the same handler, whose `IPMergeError`s arrive as
-`gr.Error` with their own sentence. On a public Space the sentence loses the server's folders.
+In: an event handler, plain or a generator. Out: the same handler, whose `IPMergeError`s are raised
+as `gr.Error` with the same message. On a public Space the server's folders are removed from it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Of a listener that shows no spinner and is no endpoint for programs.
+# Options of a listener without a progress spinner and without an API endpoint.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-def told(handler: Callable[P, R], *, in_page: bool = True) -> Callable[P, R]:
-    """Let a handler's errors reach the visitor in words; the page reads messages as HTML."""
+def show_errors(handler: Callable[P, R], *, in_page: bool = True) -> Callable[P, R]:
+    """Wrap a handler so that its errors are shown to the user; `in_page` escapes them for HTML."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
@@ -55,12 +55,12 @@ def told(handler: Callable[P, R], *, in_page: bool = True) -> Callable[P, R]:
 
 
 def sentence_of(error: BaseException) -> str:
-    """Return an error's sentence, fit for whoever reads it here."""
+    """Return an error's message, without the server's folders on a Space."""
     return public_text(str(error))
 
 
 def public_text(text: str) -> str:
-    """Leave the server's folders out of a text, where strangers read it."""
+    """Remove the server's folders from a text if this is a Space."""
     if is_hosted():
         for folder in _private_folders():
             text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "")
@@ -68,7 +68,7 @@ def public_text(text: str) -> str:
 
 
 def public_finding(finding: Finding) -> Finding:
-    """Leave the server's folders out of a finding, where strangers read it."""
+    """Remove the server's folders from a finding if this is a Space."""
     return finding._replace(
         message=public_text(finding.message), remedy=public_text(finding.remedy)
     )
@@ -77,7 +77,7 @@ def public_finding(finding: Finding) -> Finding:
 def _as_message(error: IPMergeError, in_page: bool) -> gr.Error:
     sentence = sentence_of(error)
     message = as_html(sentence) if in_page else sentence
-    return gr.Error(message, title="That did not work", print_exception=False)
+    return gr.Error(message, title="Error", print_exception=False)
 
 
 def _private_folders() -> Iterator[Path]:

@@ -1,9 +1,8 @@
-"""The finished merges that a visitor may use, each described by the manifest in its folder.
+"""Find the finished merges that a user may use, described by the manifests in their folders.
 
-In: a pair, the runs of a `Backend`, and the keys of runs that a browser holds. Out: small plain
-values. On a Space a visitor sees the runs whose keys the browser holds; elsewhere all runs of the
-machine. A merge belongs to a pair if it was made from models with the pair's fingerprints, whatever
-the pack is called.
+In: a pair, the runs of a `Backend`, and the keys that a browser holds. Out: small plain values. On
+a Space a user sees the runs whose keys the browser holds; elsewhere all runs of the machine. A
+merge belongs to a pair if its models have the pair's fingerprints, whatever the pack's name.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ if TYPE_CHECKING:
     from ipmerge_core.runtime.jobs import JobStatus
     from ipmerge_core.ui.backend import Backend
 
-Keys = Mapping[str, str]  # by a run's id, the key that its starter was given
+Keys = Mapping[str, str]  # run id -> key
 REMEDY = "Choose another model, or merge again in the Merge tab."
 
 
 class FinishedMerge(NamedTuple):
-    """A finished run whose model is still in its folder."""
+    """A finished run whose model still exists."""
 
     run: str
     folder: Path
     made: Provenance
 
     @property
-    def words(self) -> str:
-        """Folder, method and plan, as people read them."""
+    def label(self) -> str:
+        """Folder, method and plan."""
         return f"{self.folder.name} · {method_label(self.made.method)} · plan {self.made.plan}"
 
 
 def merges_of_pair(backend: Backend, pack_id: str, keys: Keys) -> list[FinishedMerge]:
-    """List the merges of a pair that this visitor may use, the newest first.
+    """List the merges of a pair that a user may use, newest first.
 
-    Raises: PlanError for an unknown pair, or one whose analysis is not finished.
+    Raises: PlanError for an unknown pair or one whose analysis has not finished.
     """
     sources = analysis_of(pack_id).sources
     visible = _visible(backend, keys)
@@ -56,21 +55,21 @@ def find_merge(backend: Backend, pack_id: str, wanted: str, keys: Keys) -> Finis
     """Find a finished merge of a pair by its run's id, or by the name of its folder.
 
     Raises:
-        RunError: there is none that this visitor may use, or its folder is gone or holds something
-            else, or it was merged from another pair.
+        RunError: there is none that the user may use, its folder was deleted or replaced, or it was
+            merged from another pair.
         PlanError: the pair is unknown.
     """
     status = _find_run(backend, wanted, keys)
     folder = _folder(status)
     if status.state != "finished":
         raise RunError(
-            f"The run '{status.title}' is {status.state}; only a finished merge can answer. "
-            f"Choose another model, or finish this run in the Merge tab."
+            f"The run '{status.title}' is {status.state}; only the model of a finished merge can "
+            f"answer. Choose another model, or complete this run in the Merge tab."
         )
     merge = _opened(status)
     if merge is None:
         raise RunError(
-            f"The merged model '{folder.name}' is gone: its folder was deleted, moved or emptied. "
+            f"The merged model '{folder.name}' no longer exists: its folder was deleted or moved. "
             f"{REMEDY}"
         )
     if _last_writers(backend).get(folder) != status.id:
@@ -78,35 +77,35 @@ def find_merge(backend: Backend, pack_id: str, wanted: str, keys: Keys) -> Finis
     if not _same(merge.made.sources, analysis_of(pack_id).sources):
         raise RunError(
             f"'{folder.name}' was merged from other models ({_names(merge.made.sources)}) than the "
-            f"pair '{find_pack(pack_id).label}'. Choose its pair, or another model."
+            f"pair '{find_pack(pack_id).label}'. Select its pair, or choose another model."
         )
     return merge
 
 
-def lost_words(backend: Backend, run: str, keys: Keys) -> str:
-    """Name a merge that was chosen and can no longer be: by its folder, while its run is known."""
+def describe_lost(backend: Backend, run: str, keys: Keys) -> str:
+    """Return a label for a merge that is selected but no longer exists."""
     names = (_folder(status).name for status in _visible(backend, keys) if status.id == run)
-    return f"{next(names, 'This merge')} · no longer here"
+    return f"{next(names, 'This merge')} · no longer available"
 
 
 def method_label(name: str) -> str:
-    """Return a method's label; a method that is not known here keeps its name."""
+    """Return a method's label; the name of an unknown method."""
     from ipmerge_core.methods import METHODS
 
     return METHODS[name].label if name in METHODS else name
 
 
-def unmerged_words(source_id: str) -> str:
-    """Name a pair's own vision-language model.
+def describe_unmerged(source_id: str) -> str:
+    """Return a label for a pair's vision-language model.
 
-    >>> unmerged_words("Qwen/Qwen2-VL-7B"), unmerged_words("/models/mllm")
+    >>> describe_unmerged("Qwen/Qwen2-VL-7B"), describe_unmerged("/models/mllm")
     ('Qwen/Qwen2-VL-7B, unmerged', 'mllm, unmerged')
     """
     return f"{_model_name(source_id)}, unmerged"
 
 
 def _visible(backend: Backend, keys: Keys) -> list[JobStatus]:
-    """List the runs that a visitor may use, the newest first."""
+    """List the runs that a user may use, newest first."""
     if not backend.hosted:
         return backend.store.all()
     return sorted(_owned(backend, keys), key=lambda status: -status.started)
@@ -132,7 +131,7 @@ def _find_run(backend: Backend, wanted: str, keys: Keys) -> JobStatus:
 
 
 def _last_writers(backend: Backend) -> dict[Path, str]:
-    """By folder, the id of the run that finished there last: what lies there now is its model."""
+    """Map each folder to the id of the last run that finished there."""
     finished = [status for status in backend.store.all() if status.state == "finished"]
     return {_folder(status): status.id for status in reversed(finished)}
 
@@ -148,7 +147,7 @@ def _opened(status: JobStatus) -> FinishedMerge | None:
 
 
 def _same(first: Sources, second: Sources) -> bool:
-    """Whether both name the same weights in the same roles, wherever these lie."""
+    """Whether both are the same weights in the same roles, wherever they are stored."""
     return _fingerprints(first) == _fingerprints(second)
 
 
@@ -162,6 +161,6 @@ def _names(sources: Sources) -> str:
 
 
 def _model_name(source_id: str) -> str:
-    """Return a hub id as it is, and of a folder the last part."""
+    """Return a hub id unchanged, and the last part of a folder."""
     path = Path(source_id)
     return path.name if path.is_absolute() else str(path)

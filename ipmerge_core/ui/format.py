@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 SIGNS = {"ok": "✓", "warning": "!", "refusal": "✕"}
 
 
-STATE_WORDS = {
+STATE_LABELS = {
     "running": "running",
-    "cancelling": "stopping after this tensor",
+    "cancelling": "stopping after the current step",
     "finished": "finished",
-    "cancelled": "cancelled; what is finished is kept",
+    "cancelled": "cancelled; completed work is kept",
     "failed": "failed",
-    "interrupted": "interrupted; what is finished is kept",
+    "interrupted": "interrupted; completed work is kept",
 }
 
 
 def findings_html(findings: Iterable[Finding]) -> str:
-    """List the findings of the sibling check, each with a sign, a word and its remedy."""
+    """Format findings as a list, each with a sign for its level, a message and a remedy."""
     rows = []
     for finding in findings:
         remedy = f" <em>{escape(finding.remedy)}</em>" if finding.remedy else ""
@@ -42,32 +42,32 @@ def findings_html(findings: Iterable[Finding]) -> str:
     return f'<ul class="findings">{"".join(rows)}</ul>'
 
 
-def estimate_words(seconds: float, device: str) -> str:
-    """Write how long a run takes on a device.
+def format_estimate(seconds: float, device: str) -> str:
+    """Format how long a run takes on a device.
 
-    >>> estimate_words(90, "cpu"), estimate_words(4, "cuda")
+    >>> format_estimate(90, "cpu"), format_estimate(4, "cuda")
     ('about 2 minutes on one CPU core', 'about 4 seconds on the GPU (cuda)')
     """
-    where = "one CPU core" if device == "cpu" else device_words(device)
-    return f"about {time_words(seconds)} on {where}"
+    where = "one CPU core" if device == "cpu" else format_device(device)
+    return f"about {format_duration(seconds)} on {where}"
 
 
 def progress_html(status: JobStatus) -> str:
-    """Draw how far a run is: a bar, and the same in words."""
+    """Format the progress of a run: a bar, counts, time left, and its error if it failed."""
     step, unit = status.step, _unit(status.step)
     done, total = step.get(f"{unit}done", 0), step.get(f"{unit}total", 0)
-    fresh = done - step.get(f"{unit}before", 0)  # what an earlier run had done came at once
+    fresh = done - step.get(f"{unit}before", 0)  # without what an earlier run had completed
     share = done / total if total else 0.0
-    words = [f"<b>{STATE_WORDS[status.state].capitalize()}</b>", *_counted(step)]
+    words = [f"<b>{STATE_LABELS[status.state].capitalize()}</b>", *_counted(step)]
     device = str(status.arguments.get("device", ""))
-    where = f' <span class="run-device">on {escape(device_words(device))}</span>' if device else ""
+    where = f' <span class="run-device">on {escape(format_device(device))}</span>' if device else ""
     elapsed = max(status.updated - status.started, 0.0)
     if status.is_running and fresh > 0 and elapsed > 0.5:
         words += [f"{fresh / elapsed / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
-        words.append(f"about {time_words((total - done) * elapsed / fresh)} left")
-    name = _place(step)
+        words.append(f"about {format_duration((total - done) * elapsed / fresh)} left")
+    name = _current(step)
     if status.state == "finished":
-        name = f"in {time_words(elapsed)}"
+        name = f"in {format_duration(elapsed)}"
     error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
     return (
         f'<p class="run-title">{escape(status.title)}{where}</p>'
@@ -78,12 +78,12 @@ def progress_html(status: JobStatus) -> str:
 
 
 def _unit(step: Mapping[str, Any]) -> str:
-    """What a step counts its work in: an analysis in cost, a calibration in passes, else bytes."""
+    """Return the prefix of a step's counters: cost of an analysis, passes, or bytes."""
     return "cost_" if "cost_total" in step else "" if "groups" in step else "nbytes_"
 
 
 def _counted(step: Mapping[str, Any]) -> list[str]:
-    """Say how many of what are done."""
+    """Format the counts of a step."""
     if not step:
         return []
     if "groups" in step:
@@ -92,28 +92,28 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
         percent = 100 * step["cost_done"] // max(step["cost_total"], 1)
         return [f"{step['number']} of {step['total']} matrices", f"{percent} % of the work"]
     measures = step.get("action") == "measured"
-    what = "matrices measured, before the merge" if measures else "tensors"
+    what = "matrices measured (first pass)" if measures else "tensors"
     return [
         f"{step.get('index', 0)} of {step.get('total', 0)} {what}",
-        f"{size_words(step.get('nbytes_done', 0))} of {size_words(step.get('nbytes_total', 0))}",
+        f"{format_size(step.get('nbytes_done', 0))} of {format_size(step.get('nbytes_total', 0))}",
     ]
 
 
-def _place(step: Mapping[str, Any]) -> str:
-    """Say what the run is busy with."""
+def _current(step: Mapping[str, Any]) -> str:
+    """Format what a run is working on."""
     if not step:
         return "starting"
     if "groups" in step:
-        model = "the vision model" if step["role"] == "mllm" else "the math model"
+        model = "vision-language model" if step["role"] == "mllm" else "math model"
         return f"{model}, part {step['group'] + 1} of {step['groups']}"
     name = str(step["matrix"] if "matrix" in step else step["tensor"])
     return f"<code>{escape(name)}</code>" if name else "reading weights"
 
 
-def size_words(nbytes: float) -> str:
-    """Write a size in bytes with three digits at most.
+def format_size(nbytes: float) -> str:
+    """Format a size in bytes with at most three digits.
 
-    >>> size_words(4_200_000), size_words(15.2e9)
+    >>> format_size(4_200_000), format_size(15.2e9)
     ('4.2 MB', '15.2 GB')
     """
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -122,10 +122,10 @@ def size_words(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
-def count_words(count: float) -> str:
-    """Write a count with three digits at most.
+def format_count(count: float) -> str:
+    """Format a count with at most three digits.
 
-    >>> count_words(870_000), count_words(5.65e9)
+    >>> format_count(870_000), format_count(5.65e9)
     ('870 thousand', '5.65 billion')
     """
     for unit, factor in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
@@ -134,10 +134,10 @@ def count_words(count: float) -> str:
     return f"{count:.0f}"
 
 
-def time_words(seconds: float) -> str:
-    """Write a duration as people say it.
+def format_duration(seconds: float) -> str:
+    """Format a duration in one unit.
 
-    >>> time_words(0.4), time_words(75), time_words(4000)
+    >>> format_duration(0.4), format_duration(75), format_duration(4000)
     ('1 second', '1 minute', '67 minutes')
     """
     if seconds < 60:
@@ -149,10 +149,10 @@ def time_words(seconds: float) -> str:
     return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
-def device_words(device: str) -> str:
-    """Write a device for people, as far as its name says.
+def format_device(device: str) -> str:
+    """Format the name of a device as text.
 
-    >>> device_words("cpu"), device_words("cuda:1"), device_words("mps")
+    >>> format_device("cpu"), format_device("cuda:1"), format_device("mps")
     ('the CPU', 'the GPU (cuda:1)', 'the GPU (mps)')
     """
     return "the CPU" if device == "cpu" else f"the GPU ({device})"

@@ -1,8 +1,8 @@
-r"""Where the formulas and code spans of a text are, and which delimiters the chat renders.
+r"""Find the formulas and code spans of a text, and define the delimiters that the chat renders.
 
-In: text that a model or a person wrote. Out: `Atom`s, the stretches of it that are set as a formula
-or as code; everything between them is prose. One pass over the text and a bounded look at each
-candidate: the time is linear in the length. What is not surely a formula is none.
+In: text of a model or a user. Out: `Atom`s, the parts of the text that are rendered as a formula or
+as code; everything else is prose. One pass over the text with bounded work per candidate, so the
+time is linear in the length. A text is a formula only if it is unambiguous.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _DELIMITING = {r"\(", r"\)", r"\[", r"\]"}
 _TWO_WORDS = re.compile(r"(?<![A-Za-z])[A-Za-z]{2,} +[A-Za-z]{2,}")
 _SURELY_MATH = re.compile(r"[\\^_={}<>]")
 _MAYBE_MATH = re.compile(r"[\\^_={}<>+*/-]")
-_HALF_DOLLARS = 80  # characters of a growing text after a dollar that may still become a formula
+_HALF_DOLLARS = 80  # characters after a dollar that may become a formula in an unfinished text
 _LONGEST_COMMAND = 30
 
 
 class Atom(NamedTuple):
-    """A stretch of text that is no prose: `content` is what is inside its delimiters."""
+    """A formula or code span of a text; `content` is the part inside its delimiters."""
 
     start: int
     end: int
@@ -46,7 +46,7 @@ class Atom(NamedTuple):
 
     @property
     def is_display(self) -> bool:
-        """Whether it stands on a line of its own."""
+        """Whether it is set on its own line."""
         return self.delimiters == DISPLAY
 
 
@@ -65,13 +65,13 @@ def find_atoms(text: str) -> list[Atom]:
     return _Scan(text).atoms()
 
 
-def cut_growing(text: str) -> str:
-    r"""Leave out the formula that a text which is still growing has begun and not ended.
+def cut_unfinished(text: str) -> str:
+    r"""Remove a formula at the end of an unfinished text that is not closed yet.
 
-    >>> cut_growing(r"So \(a\) is \(b = \frac{1}")
+    >>> cut_unfinished(r"So \(a\) is \(b = \frac{1}")
     'So \\(a\\) is '
     """
-    return text[: _Scan(text).growing_from()]
+    return text[: _Scan(text).unfinished_from()]
 
 
 class _Scan:
@@ -94,8 +94,8 @@ class _Scan:
             number = self.partner.get(number, number) + 1
         return found
 
-    def growing_from(self) -> int:
-        """Position from which a growing text may still become a formula."""
+    def unfinished_from(self) -> int:
+        """Return the position from which an unfinished text may still become a formula."""
         self._first_open = None
         self.atoms()
         tail = self.text.rfind("\\", max(len(self.text) - _LONGEST_COMMAND, 0))
@@ -132,7 +132,7 @@ class _Scan:
         return Atom(token.start, end.end, inside, DISPLAY if display else INLINE)
 
     def _is_sound(self, number: int, partner: int) -> bool:
-        """Whether braces are balanced inside and no delimiter stands outside of them."""
+        """Whether braces are balanced inside and no delimiter is outside of them."""
         depth = 0
         for token in self.tokens[number + 1 : partner]:
             depth += token.text.endswith("{") and token.text != r"\{"
@@ -159,7 +159,7 @@ class _Scan:
         return not (before.isalnum() or before in ("\\", "_"))
 
     def _note_open(self, token: _Token) -> None:
-        """Remember the first thing that begins here and may end in what is still to come."""
+        """Store the first position at which something opens that later text may close."""
         rest = len(self.text) - token.end
         if self._first_open is not None or rest > LONGEST_FORMULA:
             return
@@ -184,7 +184,7 @@ def _environment(text: str) -> str:
 
 
 def _outside_code(tokens: Sequence[_Token]) -> list[_Token]:
-    """Leave out what is inside code spans; the two ends of each span stay, joined as one token."""
+    """Remove what is inside code spans; the two ends of each span are joined to one token."""
     ticks = {token.text: token.text for token in tokens if token.text[0] == "`"}
     partner = _flat_partners(tokens, ticks)
     kept: list[_Token] = []
@@ -198,7 +198,7 @@ def _outside_code(tokens: Sequence[_Token]) -> list[_Token]:
 
 
 def _flat_partners(tokens: Sequence[_Token], closing_of: Mapping[str, str]) -> dict[int, int]:
-    """Pair what does not nest: each opening with the next closing, if no opening comes between.
+    """Pair tokens that do not nest: each opening with the next closing, if no opening is between.
 
     Code spans and dollars end with their paragraph.
     """

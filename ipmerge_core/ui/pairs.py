@@ -1,9 +1,8 @@
-"""The pairs a visitor can choose: bundled packs, those in the user's own folder, and growing ones.
+"""List and read the pairs: bundled packs, packs in the user's folder, and unfinished ones.
 
 In: the packs in `assets/demo` and in the folder `packs` of the home folder. Out: a list for the
-dropdown, and a pack's content as plain values for the browser; of a pair that is still being
-analysed, the content so far. Reads no weights and loads no torch; what a pack means is
-`ipmerge_core.analysis.analyse`' business.
+dropdown, and the content of a pack as plain values for the browser; for an unfinished analysis, the
+content so far. Reads no weights and does not import torch.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from ipmerge_core.spectral.kinds import TEMPERATURE
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"
 _ENDING = ".pack.json.gz"
-_OWN = "packs-"  # what the ids of a user's own packs start with
-EVERYTHING = sys.maxsize  # what a watcher knows who wants no records
-_LONGEST_NAME = 60  # letters of a new pack's name: links name it
+_OWN = "packs-"  # prefix of the ids of a user's own packs
+SKIP_ALL = sys.maxsize  # for `find_partial`: return no records
+_LONGEST_NAME = 60  # characters of a new pack's name, which is part of links
 
 
 class PackEntry(NamedTuple):
-    """One pair of the dropdown."""
+    """One entry of the pair dropdown."""
 
     id: str
     label: str
@@ -39,14 +38,14 @@ class PackEntry(NamedTuple):
 
 
 def packs_folder() -> Path:
-    """Where a user's own packs lie."""
+    """Return the folder of the user's own packs."""
     return home_folder() / "packs"
 
 
 def list_packs() -> list[PackEntry]:
-    """List the packs: the bundled ones first, then the user's own, each under a label of its own.
+    """List the packs, the bundled ones first, with unique labels.
 
-    A file that cannot be read is listed as such, and says why when it is chosen.
+    A file that cannot be read is listed as such and raises when it is opened.
     """
     labels = [(pack_id, _label(pack_id, path), path) for pack_id, path in _files()]
     often = Counter(label for _, label, _ in labels)
@@ -57,23 +56,23 @@ def list_packs() -> list[PackEntry]:
 
 
 def find_pack(pack_id: str) -> PackEntry:
-    """Return the finished pack with this id. Raises: PlanError for an unknown or growing one."""
+    """Return the finished pack with this id. Raises: PlanError for an unknown or unfinished one."""
     for found, path in _files():
         if found == pack_id:
             return PackEntry(found, _label(found, path), path)
-    growing = find_growing(pack_id, EVERYTHING)
-    if growing is not None:
+    partial = find_partial(pack_id, SKIP_ALL)
+    if partial is not None:
         raise PlanError(
-            f"The pair '{growing.pack['name']}' is only partly analysed, {growing.n_done} of "
-            f"{len(growing.places)} matrices so far. Explore shows these; all else waits until its "
-            f"analysis is finished."
+            f"The pair '{partial.pack['name']}' is only partly analysed, {partial.n_done} of "
+            f"{len(partial.places)} matrices so far. Until its analysis has finished, it is only "
+            f"available in Explore."
         )
     known = ", ".join(found for found, _ in _files()) or "none"
     raise PlanError(f"Unknown pair '{str(pack_id)[:60]}'. Available: {known}.")
 
 
 def pair_name(pack_id: str) -> str:
-    """Return what people call a pair; its id where it has no finished pack."""
+    """Return the label of a pair, or its id if it has no finished pack."""
     try:
         return find_pack(pack_id).label
     except PlanError:
@@ -81,45 +80,45 @@ def pair_name(pack_id: str) -> str:
 
 
 def load_pack(pack_id: str) -> dict[str, Any]:
-    """Read a finished pack's content; the caller must not change it. Raises: PlanError."""
+    """Read the content of a finished pack, which callers must not modify. Raises: PlanError."""
     return read_pack_file(find_pack(pack_id).path)
 
 
 def read_pack_file(path: Path) -> dict[str, Any]:
-    """Read one pack, once per version of the file. Raises: PlanError."""
+    """Read a pack file, once per version of it. Raises: PlanError."""
     return _read(path, path.stat().st_mtime_ns)
 
 
-# --- packs that grow -------------------------------------------------------------------------
+# --- partial packs ---------------------------------------------------------------------------
 
 
-def find_growing(pack_id: str, known: int = 0) -> Unfinished | None:
-    """Return what is known of a pair that is being analysed, or was until it was interrupted.
+def find_partial(pack_id: str, skip: int = 0) -> Unfinished | None:
+    """Return the content so far of a running or interrupted analysis.
 
-    The records of the first `known` matrices are left out. None before the first matrix is done.
+    The records of the first `skip` matrices are left out. None before the first matrix is done.
     """
     if not isinstance(pack_id, str) or not re.fullmatch(rf"{_OWN}[A-Za-z0-9][\w.+-]*", pack_id):
         return None
     try:
-        found = read_journal(journal_of(path_of(pack_id)), known)
+        found = read_journal(journal_of(path_of(pack_id)), skip)
     except PlanError:
         return None
     return found if found.n_done else None
 
 
-def growing_ids() -> list[str]:
-    """List the ids of the packs that are being made, or were until they were interrupted."""
+def partial_ids() -> list[str]:
+    """List the ids of the packs of running and interrupted analyses."""
     journals = sorted(packs_folder().glob(f"[!.]*{_ENDING}.journal"))
     return [id_of(path.with_suffix("")) for path in journals]
 
 
 def path_of(pack_id: str) -> Path:
-    """Return the file of one of the user's own packs, finished or not."""
+    """Return the file of one of the user's own packs, whether it exists or not."""
     return packs_folder() / f"{pack_id.removeprefix(_OWN)}{_ENDING}"
 
 
 def id_of(path: Path) -> str:
-    """Return the id of the pack in a file of the user's own.
+    """Return the id of one of the user's own packs from its file.
 
     >>> id_of(Path("packs/llava-1.5-7b.pack.json.gz"))
     'packs-llava-1.5-7b'
@@ -128,9 +127,9 @@ def id_of(path: Path) -> str:
 
 
 def reserve_name(*parts: str) -> Path:
-    """Take a name that nobody has for a new pack, made of models' names; return its file.
+    """Reserve an unused file name for a new pack, made of the names of its models.
 
-    An empty journal takes the name, so that of two who ask at once each gets one of their own.
+    An empty journal reserves the name, so that simultaneous calls get different ones.
     """
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-._") for part in parts]
     stem = "-".join(filter(None, words))[:_LONGEST_NAME].rstrip("-._") or "pair"
@@ -144,7 +143,7 @@ def reserve_name(*parts: str) -> Path:
         except FileExistsError:
             continue
         return path
-    raise PlanError(f"There are a thousand packs called '{stem}'. Remove some of them.")
+    raise PlanError(f"There are 999 packs named '{stem}'. Delete some of them.")
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -168,20 +167,20 @@ def _label(pack_id: str, path: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _name(path: Path, _modified: int) -> str:
-    """What a pack calls itself, and how it was analysed where that is not the usual way."""
+    """Return a pack's name, with the options of its analysis if they are not the default."""
     try:
         content = read_pack_file(path)
-        return f"{content['name']}{depth_words(content['parameters'])}"
+        return f"{content['name']}{describe_depth(content['parameters'])}"
     except PlanError:
         return f"{_stem(path)} (cannot be read)"
 
 
-def depth_words(parameters: dict[str, Any]) -> str:
-    """Say how an analysis was made, where not in the usual way.
+def describe_depth(parameters: dict[str, Any]) -> str:
+    """Describe the options of an analysis that are not the default.
 
-    >>> depth_words({"quick": True, "rank": None}), depth_words({"rank": 256}), depth_words({})
-    (' (quick, approximate)', ' (rank 256)', '')
-    >>> depth_words({"temperature": 8.0, "rank": 256})
+    >>> describe_depth({"quick": True, "rank": None}), describe_depth({})
+    (' (quick, approximate)', '')
+    >>> describe_depth({"temperature": 8.0, "rank": 256})
     ' (rank 256, temperature 8)'
     """
     words = ["quick, approximate"] if parameters.get("quick") else []

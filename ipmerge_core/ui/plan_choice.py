@@ -1,8 +1,8 @@
-"""What a user has chosen for a pair, and the plan that it stands for.
+"""Read what a user has chosen for a pair, describe it, and make its plan.
 
-In: the data of the layer map's events, untrusted and checked against the pack (`read_commit`,
-`read_cells`). Out: a `PlanChoice`, small plain values that fit in gr.State, a short description,
-and on demand (this loads torch) the `MergePlan`.
+In: the data of the layer map's events, which is untrusted and checked against the pack
+(`read_commit`, `read_cells`). Out: a `PlanChoice` of plain values that fits in gr.State, a short
+description, and on demand the `MergePlan` (this imports torch).
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ VARIANTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "select_only": {"ablation": "select_only"},
     }
 )
-LARGEST_LAMBDA = 32.0  # the end of the slider
-VARIANT_WORDS = {
+LARGEST_LAMBDA = 32.0  # upper end of the slider
+VARIANT_LABELS = {
     "sum": "IP-Merging",
-    "max": "gamma max",
-    "rescale_only": "rescaled only",
-    "select_only": "selected only",
+    "max": "γ max",
+    "rescale_only": "rescale only",
+    "select_only": "select only",
 }
 
 
 class PlanChoice(NamedTuple):
-    """What a visitor has chosen for a pair: small plain values, fit for gr.State."""
+    """The choices of a user for a pair: plain values that fit in gr.State."""
 
     similarity_threshold: float = 0.4
     lambda_: float = 1.0
@@ -65,7 +65,7 @@ class PlanChoice(NamedTuple):
         }
 
     def to_browser(self) -> dict[str, Any]:
-        """The plan as the component writes and reads it.
+        """Return the plan in the format of the layer map.
 
         >>> PlanChoice(lambda_=2.0).to_browser()["lambda"]
         2.0
@@ -80,14 +80,14 @@ class PlanChoice(NamedTuple):
 
 
 def read_commit(values: object, pack: Mapping[str, Any]) -> PlanChoice:
-    """Turn the data of a `commit` event into a plan, or say what is wrong with it.
+    """Read the data of a `commit` event.
 
-    Raises: PlanError when a value is missing, of the wrong kind, out of range or unknown.
+    Raises: PlanError if a value is missing, of the wrong type, out of range or unknown.
     """
     if not isinstance(values, Mapping):
-        raise PlanError(f"A plan arrived as {type(values).__name__}; expected its five values.")
+        raise PlanError(f"The plan is of type {type(values).__name__}; expected a mapping.")
     return PlanChoice(
-        similarity_threshold=_number("S_alpha", values.get("s"), 1.0),
+        similarity_threshold=_number("similarity threshold", values.get("s"), 1.0),
         lambda_=_number("lambda", values.get("lambda"), LARGEST_LAMBDA),
         similarity=_choice("similarity", values.get("similarity"), SIMILARITIES),
         variant=_choice("update", values.get("variant"), tuple(VARIANTS)),
@@ -96,16 +96,16 @@ def read_commit(values: object, pack: Mapping[str, Any]) -> PlanChoice:
 
 
 def read_cell(values: object, pack: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Find the record that a `cellselect` event names. Raises: PlanError when there is none."""
+    """Find the record that a `cellselect` event names. Raises: PlanError if there is none."""
     if isinstance(values, Mapping):
         for record in pack["records"]:
             if record["name"] == values.get("name") and record["expert"] == values.get("expert"):
                 return dict(record)
-    raise PlanError("This matrix is not in the analysis on show. Choose one in the map again.")
+    raise PlanError("This matrix is not in the current analysis. Select one on the map again.")
 
 
 def read_cells(values: object, pack: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Find the chosen matrix's record and, if the event names one, the pinned one's."""
+    """Find the record of the selected matrix and, if the event names one, of the pinned one."""
     pinned = values.get("pinned") if isinstance(values, Mapping) else None
     return [read_cell(each, pack) for each in ([values, pinned] if pinned else [values])]
 
@@ -129,7 +129,7 @@ def _overrides(values: object, pack: Mapping[str, Any]) -> dict[str, Literal["me
     known = {record["name"] for record in pack["records"]}
     for name, value in values.items():
         if name not in known:
-            raise PlanError(f"An override names {str(name)[:80]!r}, no matrix of this pair.")
+            raise PlanError(f"The override {str(name)[:80]!r} is not a matrix of this pair.")
         if value not in ("merge", "keep"):
             raise PlanError(
                 f"The override of {name!r} is {str(value)[:40]!r}; expected merge or keep."
@@ -138,32 +138,32 @@ def _overrides(values: object, pack: Mapping[str, Any]) -> dict[str, Literal["me
 
 
 def plan_of(pack_id: str, choice: PlanChoice, **more: Any) -> MergePlan:  # noqa: ANN401
-    """Make the plan that a choice stands for, with more arguments of it. Raises: PlanError."""
+    """Make the plan of a choice, with more arguments of `make_plan`. Raises: PlanError."""
     from ipmerge_core.planning.plan import make_plan
 
     return make_plan(analysis_of(pack_id), **choice.arguments, **more)
 
 
 def describe_choice(choice: PlanChoice) -> str:
-    """Say in a few words what is chosen.
+    """Describe a choice in a few words.
 
     >>> describe_choice(PlanChoice(0.1, 4.0, variant="max"))
-    'S_α 0.1, λ 4, gamma max'
+    'Sα 0.1, λ 4, γ max'
     """
-    words = [f"S_α {choice.similarity_threshold:.3g}", f"λ {choice.lambda_:.3g}"]
+    words = [f"Sα {choice.similarity_threshold:.3g}", f"λ {choice.lambda_:.3g}"]
     if choice.similarity != "first":
         words.append(f"similarity {choice.similarity}")
     if choice.variant != "sum":
-        words.append(VARIANT_WORDS[choice.variant])
+        words.append(VARIANT_LABELS[choice.variant])
     if choice.overrides:
         words.append(f"{len(choice.overrides)} set by hand")
     return ", ".join(words)
 
 
 def choice_digest(pack_id: str, plan: MergePlan, device: str) -> str:
-    """Return the SHA-256 of exactly what a merge would do: pair, plan and device.
+    """Return the SHA-256 of what a merge would do: pair, plan and device.
 
-    Unlike the plan's own digest it covers how the plan came about, as it is shown to people.
+    Unlike the plan's own digest it covers the whole of `MergePlan.to_dict`.
     """
     content = [pack_id, device, plan.to_dict()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

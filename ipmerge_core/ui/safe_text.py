@@ -1,10 +1,10 @@
-r"""What others wrote, on screen as they wrote it: the one door for text of models and people.
+r"""Escape untrusted text of models and users for HTML and Markdown, and render it in chats.
 
 In: a question, a model's answer, a name, an error message. Out: HTML, or Markdown for
-`gr.Markdown`, that shows the same characters. In chats a closed list is rendered and everything
-else is shown as it stands: formulas (see `latex`), code spans and fences, pipe tables, and bold and
-italics made with stars around letters. Control and bidirectional characters are left out. The time
-is linear in the length of the text.
+`gr.Markdown`, that shows the same characters. Chats render a closed list and show everything else
+unchanged: formulas (see `latex`), code spans and fences, pipe tables, and bold and italics made
+with stars around letters. Control and bidirectional characters are removed. The time is linear in
+the length of the text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import lru_cache
 from html import escape
 from typing import NamedTuple
 
-from ipmerge_core.ui.latex import Atom, cut_growing, find_atoms
+from ipmerge_core.ui.latex import Atom, cut_unfinished, find_atoms
 
 # Controls but tab and line feed, and what reorders or overrides the direction of what follows.
 _UNSEEN = re.compile(
@@ -36,7 +36,7 @@ _ALIGN = {(True, True): "center", (False, True): "right", (True, False): "left"}
 
 
 def clean_text(text: str) -> str:
-    r"""Leave out control and bidirectional characters; every line end becomes a line feed.
+    r"""Remove control and bidirectional characters; every line end becomes a line feed.
 
     >>> clean_text("a\u202eb\r\nc\x1b[0m")
     'ab\nc[0m'
@@ -45,7 +45,7 @@ def clean_text(text: str) -> str:
 
 
 def as_html(text: str) -> str:
-    """Return a text for HTML, to stand between tags or in an attribute.
+    """Escape a text for HTML, between tags or in an attribute.
 
     >>> as_html('<b>"a"</b>')
     '&lt;b&gt;&quot;a&quot;&lt;/b&gt;'
@@ -54,7 +54,7 @@ def as_html(text: str) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """Return a text for Markdown, on one line: every sign of ASCII becomes an entity.
+    """Escape a text for Markdown on one line: ASCII punctuation becomes entities.
 
     >>> as_markdown("20. a_b")
     '20&#46; a&#95;b'
@@ -66,8 +66,8 @@ def as_markdown(text: str) -> str:
 def show_text(text: str, *, finished: bool = True) -> str:
     r"""Return the HTML of a message in a chat that does not render Markdown itself.
 
-    Of a text that is still growing, a formula that is not closed yet is held back. A hidden field
-    carries the text for the page's copy buttons.
+    In an unfinished text, a formula that is not closed yet is left out. A hidden field holds the
+    text for the page's copy buttons.
 
     >>> show_text("5*6 <b>")
     '<div class="written"><input type="hidden" value="5*6 &lt;b&gt;">5*6 &lt;b&gt;</div>'
@@ -75,7 +75,7 @@ def show_text(text: str, *, finished: bool = True) -> str:
     return _show_finished(text) if finished else _show(text, finished=False)
 
 
-@lru_cache(maxsize=256)  # a chat is shown anew ten times a second while its last answer grows
+@lru_cache(maxsize=256)  # a chat is rendered ten times a second while an answer is streamed
 def _show_finished(text: str) -> str:
     return _show(text, finished=True)
 
@@ -96,7 +96,7 @@ class _Fence(NamedTuple):
 
 
 def _blocks(text: str, *, finished: bool) -> list[str]:
-    """Cut the text into fences and what is between them."""
+    """Split the text into fences and the parts between them."""
     lines = text.splitlines(keepends=True)
     fences = [_fence(line) for line in lines]
     closing = _closing_fences(fences)
@@ -131,7 +131,7 @@ def _may_open(fence: _Fence) -> bool:
 
 
 def _closing_fences(fences: Sequence[_Fence | None]) -> list[int | None]:
-    """Number of the line that would close a fence opened on each line."""
+    """Return for each line the number of the line that closes a fence opened there."""
     closing: list[int | None] = [None] * len(fences)
     nearest: dict[tuple[str, int], int] = {}
     for number in range(len(fences) - 1, -1, -1):
@@ -145,7 +145,7 @@ def _closing_fences(fences: Sequence[_Fence | None]) -> list[int | None]:
 
 
 def _prose_blocks(lines: Sequence[str], *, finished: bool) -> list[str]:
-    """Cut lines outside fences into tables and what is between them."""
+    """Split lines outside of fences into tables and the parts between them."""
     shown: list[str] = []
     begin = number = 0
     while number + 1 < len(lines):
@@ -157,7 +157,7 @@ def _prose_blocks(lines: Sequence[str], *, finished: bool) -> list[str]:
         shown += [_inline("".join(_without_last_end(lines[begin:number]))), html]
         begin = number = end
     rest = "".join(lines[begin:])
-    return [*shown, _inline(rest if finished else cut_growing(rest))]
+    return [*shown, _inline(rest if finished else cut_unfinished(rest))]
 
 
 def _table_at(lines: Sequence[str], number: int) -> tuple[str, int] | None:
@@ -179,7 +179,7 @@ def _table_at(lines: Sequence[str], number: int) -> tuple[str, int] | None:
 
 
 def _alignments(line: str) -> list[str] | None:
-    """Read the rule under a table's head: where the text of each column stands."""
+    """Read the rule under a table's head: the alignment of each column."""
     line = line.strip()
     if "|" not in line or set(line) - set("|-: \t"):
         return None
@@ -190,7 +190,7 @@ def _alignments(line: str) -> list[str] | None:
 
 
 def _cells(line: str) -> list[str]:
-    """Split a row at the pipes that stand outside code and formulas."""
+    """Split a row at the pipes outside of code and formulas."""
     line = line.strip()
     covered = _Covered(find_atoms(line))
     pipes = (found.start() for found in re.finditer(r"(?<!\\)\|", line))
@@ -214,7 +214,7 @@ def _row(tag: str, cells: Sequence[str], aligned: Sequence[str]) -> str:
 
 
 def _inline(text: str) -> str:
-    """Set the formulas, code and emphasis of a text without blocks."""
+    """Render the formulas, code and emphasis of a text without blocks."""
     atoms = find_atoms(text)
     tags = _emphasis(text, atoms)
     pieces: list[str] = []
@@ -295,7 +295,7 @@ def _opens_emphasis(text: str, start: int, end: int) -> bool:
 
 
 def _is_emphasis(text: str, begin: int, end: int, length: int) -> bool:
-    """Whether stars stand around letters: one pair around a word or more, two around any letter."""
+    """Whether stars enclose letters: single ones a word or more, double ones at least a letter."""
     last, after = text[end - 1 : end], text[end + length : end + length + 1]
     if last.isspace() or last == "\\" or after.isalnum() or after in ("_", "(", "["):
         return False

@@ -1,4 +1,4 @@
-"""Imports gradio in half its usual time, and without its side effects on source folders.
+"""Import gradio in half the usual time, without side effects on source folders.
 
 Each gradio component class writes an editor stub (`.pyi`) beside its source file when the class is
 made. That takes half of gradio's import time, and for our own component it would leave a file in
@@ -16,7 +16,7 @@ from ipmerge_core.runtime.host import is_hosted
 def import_gradio() -> None:
     """Import gradio once, with telemetry off, no stub files, and no token on a Space."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    if is_hosted():  # what strangers ask for is not fetched with the owner's token
+    if is_hosted():  # requests of users must not use the owner's token
         os.environ.setdefault("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     getfile = inspect.getfile
     inspect.getfile = _no_source_file  # type: ignore[assignment]
@@ -28,9 +28,9 @@ def import_gradio() -> None:
 
 
 def _no_source_file(_: object) -> str:
-    """Answer as for a class typed at a prompt; gradio then writes no stub for it."""
+    """Act as if the class had no source file; gradio then writes no stub for it."""
     raise OSError("no source file")
 
 
 def _write_no_stub(*_: object) -> None:
-    """Take the place of gradio's stub writer for component classes of our own."""
+    """Replace gradio's stub writer for component classes of this package."""

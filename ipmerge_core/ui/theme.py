@@ -1,4 +1,4 @@
-"""The app's theme: Gradio's base with bundled fonts, one accent colour and softer corners."""
+"""Define the app's theme: Gradio's base with bundled fonts, one accent and softer corners."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gradio as gr
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's own base, calmer: bundled fonts only, one accent, softer corners."""
+    """Return Gradio's base theme with bundled fonts only, one accent and softer corners."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.indigo,
         neutral_hue=gr.themes.colors.slate,

@@ -1,7 +1,7 @@
-"""What the panel for another trio says: known pairs, what an analysis takes, what a pair is.
+"""Describe known pairs, the cost of an analysis, and an analysed pair, as labels and HTML.
 
-In: entries of the catalogue, a check, a pack. Out: labels and small pieces of HTML, with every name
-escaped. Pure, and without torch; the panel decides when to show them.
+In: entries of the catalogue, a check, a pack. Out: labels and small pieces of HTML in which every
+name is escaped. Pure functions that do not import torch.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 from ipmerge_core.models.catalogue import KnownPair, find_model
 from ipmerge_core.ui.analyse.models_form import Checked
 from ipmerge_core.ui.errors import public_text
-from ipmerge_core.ui.format import estimate_words, size_words
-from ipmerge_core.ui.pairs import depth_words, packs_folder
+from ipmerge_core.ui.format import format_estimate, format_size
+from ipmerge_core.ui.pairs import describe_depth, packs_folder
 from ipmerge_core.ui.safe_text import as_html
 
-DAY = 10  # letters of a date and time that are the day
+DATE = 10  # characters of an ISO timestamp that are the date
 
 
 def known_label(pair: KnownPair) -> str:
-    """Name a pair of the catalogue so that no other has the same name."""
+    """Return a label for a pair of the catalogue that no other pair has."""
     experts = " + ".join(_short(expert) for expert in pair.math)
     base = _short(pair.base) + (f", own base {_short(pair.base_mllm)}" if pair.base_mllm else "")
     return f"{_short(pair.mllm)} + {experts} · base {base}"
 
 
 def known_html(pair: KnownPair) -> str:
-    """Say what is known of a pair: skill, source, notes, and the licence of every model."""
+    """Describe a pair of the catalogue: skill, source, notes, and the licence of every model."""
     rows = {"Skill": as_html(pair.skill), "Source": as_html(pair.source)}
     if pair.note:
         rows["Note"] = as_html(pair.note)
@@ -40,7 +40,7 @@ def known_html(pair: KnownPair) -> str:
 def _licence(name: str) -> str:
     model = find_model(name)
     if model is None or model.licence is None:
-        words = "licence not read; see its page"
+        words = "licence unknown; see the model page"
     else:
         words = f"{model.licence} ({model.sources['licence']})"
     note = f"; {model.note}" if model is not None and model.note else ""
@@ -48,46 +48,46 @@ def _licence(name: str) -> str:
 
 
 def needs_html(checked: Checked, *, hosted: bool) -> str:
-    """Say what an analysis would read, hold and leave, and about how long it takes."""
+    """Describe what an analysis reads, how much memory and time it takes, and what it saves."""
     need, trio = checked.need, checked.asked
     if need is None or trio is None:
         return ""
-    reads = f"{size_words(need.nbytes_read)} of weights, the decoder's matrices alone"
+    reads = f"{format_size(need.nbytes_read)} of weights (decoder matrices only)"
     if need.nbytes_fetched:
         reads += (
-            f"; {size_words(need.nbytes_fetched)} of it over the network, by ranges, and none of "
-            f"it is kept on the disk"
+            f"; {format_size(need.nbytes_fetched)} of it over the network with range requests, "
+            f"not cached on disk"
         )
-    depth = depth_words({"quick": trio.quick, "rank": trio.rank}).strip(" ()") or "exact"
+    depth = describe_depth({"quick": trio.quick, "rank": trio.rank}).strip(" ()") or "exact"
     experts = f" for each of {len(trio.math)} math models" if len(trio.math) > 1 else ""
     where = "" if hosted else f" in <code>{as_html(str(packs_folder()))}</code>"
     return _facts(
         {
             "Compares": f"{need.n_matrices} matrices{experts}, {depth}",
             "Reads": reads,
-            "Memory": f"about {size_words(need.nbytes_memory)} for the largest matrix "
-            f"({size_words(need.nbytes_memory_free)} free)",
-            "Time": f"{estimate_words(need.seconds, need.device)}, estimated from the sizes",
-            "Leaves": f"a pack of about {size_words(need.nbytes_written)}{where}: small numbers, "
-            f"no weights. Everyone who uses this app sees the pair.",
+            "Memory": f"about {format_size(need.nbytes_memory)} for the largest matrix "
+            f"({format_size(need.nbytes_memory_free)} free)",
+            "Time": f"{format_estimate(need.seconds, need.device)}, estimated from the sizes",
+            "Saves": f"a pack of about {format_size(need.nbytes_written)}{where}: statistics, no "
+            f"weights. All users of this app can see the pair.",
         }
     )
 
 
 def pair_html(pack: Mapping[str, Any]) -> str:
-    """Say in a line when and how a pair was analysed, and below it, folded away, of what."""
+    """Describe when and how a pair was analysed, with its models and parameters in a fold-out."""
     sources, growing = pack["sources"], pack.get("growing")
-    day, engine = as_html(str(pack["created"])[:DAY]), as_html(str(pack["engine"]))
-    verb = "Analysis begun" if growing else "Analysed"
+    day, engine = as_html(str(pack["created"])[:DATE]), as_html(str(pack["engine"]))
+    verb = "Analysis started" if growing else "Analysed"
     matrices = len({record["name"] for record in pack["records"]})
     own = sources.get("base_mllm")
     rows = {
         "Vision-language model": _source(sources["mllm"]),
-        "Math": "<br>".join(_source(expert) for expert in sources["math"]),
+        "Math models": "<br>".join(_source(expert) for expert in sources["math"]),
         "Base": _source(sources["base"]),
         **({"Base of the vision-language model": _source(own)} if own else {}),
         "Matrices": f"{matrices} of {growing['total']} so far" if growing else str(matrices),
-        "Depth": as_html(depth_words(pack["parameters"]).strip(" ()") or "exact"),
+        "Depth": as_html(describe_depth(pack["parameters"]).strip(" ()") or "exact"),
     }
     return (
         f'<details class="pair-details"><summary>{verb} {day} with IPMerge {engine}</summary>'

@@ -1,8 +1,8 @@
-"""The models that a visitor wants compared: read from a form, checked by their headers, started.
+"""Read the models of a new analysis from a form, check them by their headers, start the analysis.
 
-In: what was typed. Out: a `Trio` of names, a `Checked` one with the check's findings and what its
-analysis would take, and a run that analyses it. A check reads headers, configs and a few rows; it
-says in words what it is at. On a Space only hub ids are taken, and the core looks again.
+In: the form's fields. Out: a `Trio` of names, a `Checked` trio with the findings of the check and
+the cost of its analysis, and a run. A check reads headers, configs and a few rows, and reports its
+progress. On a Space only hub ids are accepted; `iter_pack` checks this again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from ipmerge_core.models.pairing import Finding, ModelPair
 
 MOST_EXPERTS = 8
-LONGEST_ADDRESS = 300  # letters of a folder or hub id
+LONGEST_ADDRESS = 300  # characters of a folder or hub id
 
 
 class Trio(NamedTuple):
-    """What is to be compared, by folder or hub id, and how."""
+    """The models to compare, by folder or hub id, and the options of the analysis."""
 
     mllm: str
     math: tuple[str, ...]
@@ -40,7 +40,7 @@ class Trio(NamedTuple):
     rank: int | None = None
 
     def addresses(self) -> Iterator[tuple[str, str]]:
-        """Name each model by its role."""
+        """Yield the role and the address of each model."""
         yield "vision-language model", self.mllm
         yield "base", self.base
         if self.base_mllm:
@@ -50,7 +50,7 @@ class Trio(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What a check found. `pinned` names the models with the commits that were checked."""
+    """The result of a check. `pinned` names the models at the commits that were checked."""
 
     asked: Trio | None
     findings: list[Finding]
@@ -59,12 +59,12 @@ class Checked(NamedTuple):
 
     @property
     def ready(self) -> bool:
-        """Whether it may start."""
+        """Whether the analysis can start."""
         return self.pinned is not None and all(f.level != "refusal" for f in self.findings)
 
 
 class StartedAnalysis(NamedTuple):
-    """A run's id and key, and the id of the pair that it makes."""
+    """The id and key of a run, and the id of the pair that it makes."""
 
     id: str
     key: str
@@ -74,7 +74,7 @@ class StartedAnalysis(NamedTuple):
 def read_trio(
     mllm: str, math: str, base: str, base_mllm: str, quick: bool, rank: float | None
 ) -> Trio:
-    r"""Read the form: one math model a line, or separated by commas. Raises: PlanError.
+    r"""Read the form: one math model per line, or separated by commas. Raises: PlanError.
 
     >>> read_trio(" a/v ", "b/m\nc/m", "d/b", "d/b", False, 0)
     Trio(mllm='a/v', math=('b/m', 'c/m'), base='d/b', base_mllm='', quick=False, rank=None)
@@ -82,45 +82,45 @@ def read_trio(
     mllm, base, base_mllm = mllm.strip(), base.strip(), base_mllm.strip()
     experts = tuple(filter(None, (part.strip() for part in re.split(r"[\n,]", math))))
     if rank and rank != int(rank):
-        raise PlanError(f"The rank is {rank:g}; expected a whole number, or nothing for all.")
+        raise PlanError(f"The rank is {rank:g}; expected a whole number, or 0 for all directions.")
     own = "" if base_mllm == base else base_mllm
-    return refuse_impossible(Trio(mllm, experts, base, own, bool(quick), int(rank or 0) or None))
+    return validate_trio(Trio(mllm, experts, base, own, bool(quick), int(rank or 0) or None))
 
 
-def refuse_impossible(trio: Trio) -> Trio:
-    """Return the trio if it names what it must. Raises: PlanError."""
+def validate_trio(trio: Trio) -> Trio:
+    """Return the trio if it is complete. Raises: PlanError."""
     if not all(isinstance(address, str) for _, address in trio.addresses()):
-        raise PlanError("A model is named by something else than words; expected a hub id.")
+        raise PlanError("The name of a model is not a string; expected a hub id.")
     if not isinstance(trio.rank, int | None) or not isinstance(trio.quick, bool):
-        raise PlanError(f"The rank is {str(trio.rank)[:40]!r}; expected a whole number, or none.")
+        raise PlanError(f"The rank is {str(trio.rank)[:40]!r}; expected an integer or null.")
     missing = [role for role, address in trio.addresses() if not address]
     if missing or not trio.math:
         words = [*missing, *([] if trio.math else ["math model"])]
-        raise PlanError(f"Still to be named: {', '.join(words)}.")
+        raise PlanError(f"Missing: {', '.join(words)}.")
     if len(trio.math) > MOST_EXPERTS:
-        raise PlanError(f"{len(trio.math)} math models are named; at most {MOST_EXPERTS} fit.")
+        raise PlanError(f"Got {len(trio.math)} math models; expected at most {MOST_EXPERTS}.")
     for role, address in trio.addresses():
         if len(address) > LONGEST_ADDRESS:
             raise PlanError(
-                f"The {role} is named by {len(address)} letters; expected a folder or a hub id of "
-                f"at most {LONGEST_ADDRESS}."
+                f"The name of the {role} has {len(address)} characters; expected a folder or a hub "
+                f"id of at most {LONGEST_ADDRESS}."
             )
     return trio
 
 
 def check_trio(trio: Trio, *, hub_only: bool, device: str = "auto") -> Iterator[str | Checked]:
-    """Check models by headers, configs and a few rows; yields words, and at last what it found.
+    """Check models by headers, configs and a few rows; yield progress messages, then the result.
 
-    What the analysis takes is worked out for `device`.
+    The cost of the analysis is estimated for `device`.
     """
     try:
         yield from _check(trio, hub_only, device)
     except IPMergeError as error:
-        yield refused(error)
+        yield failed_check(error)
 
 
-def refused(error: IPMergeError) -> Checked:
-    """Return what a check found that could not go on."""
+def failed_check(error: IPMergeError) -> Checked:
+    """Return the result of a check that failed."""
     from ipmerge_core.models.pairing import Finding
 
     refusal = Finding("refusal", "These models cannot be compared.", sentence_of(error))
@@ -128,7 +128,7 @@ def refused(error: IPMergeError) -> Checked:
 
 
 def _check(trio: Trio, hub_only: bool, device: str) -> Iterator[str | Checked]:
-    mllm, base, *rest = yield from _open_all(trio, hub_only)  # says so before torch is loaded
+    mllm, base, *rest = yield from _open_all(trio, hub_only)  # before torch is loaded
     from ipmerge_core.analysis.comparison import Options
     from ipmerge_core.merging.estimates import estimate_analysis
     from ipmerge_core.models.pairing import open_pair
@@ -137,7 +137,7 @@ def _check(trio: Trio, hub_only: bool, device: str) -> Iterator[str | Checked]:
     options = Options(trio.rank, quick=trio.quick).check()
     own = rest.pop(0) if trio.base_mllm else None
     pair = open_pair(mllm, rest, base, base_mllm=own)
-    yield "Comparing a few rows of every model"
+    yield "Comparing a few rows of each model"
     findings = [public_finding(finding) for finding in pair.check()]
     need = estimate_analysis(pair, options, resolve_device(device))
     findings += [*_memory(need), *_known(pair, options._asdict())]
@@ -145,7 +145,7 @@ def _check(trio: Trio, hub_only: bool, device: str) -> Iterator[str | Checked]:
 
 
 def _open_all(trio: Trio, hub_only: bool) -> Generator[str, None, list[Checkpoint]]:
-    """Open every model, saying which; returns them in the order of `Trio.addresses`."""
+    """Open every model and report progress; return them in the order of `Trio.addresses`."""
     models = []
     addresses = list(trio.addresses())
     for number, (role, address) in enumerate(addresses, 1):
@@ -157,7 +157,7 @@ def _open_all(trio: Trio, hub_only: bool) -> Generator[str, None, list[Checkpoin
 
 
 def _pinned(trio: Trio, pair: ModelPair) -> Trio:
-    """Name each model so that exactly the checked one is opened again."""
+    """Return the trio with each model pinned to the commit that was checked."""
     from ipmerge_core.analysis.analyse import describe
 
     found = describe(pair)[0].locations()
@@ -173,14 +173,14 @@ def _memory(need: AnalysisEstimate) -> Iterator[Finding]:
         yield Finding(
             "refusal",
             "memory",
-            f"The largest matrix takes about {need.nbytes_memory / 1e9:.1f} GB and "
+            f"The largest matrix needs about {need.nbytes_memory / 1e9:.1f} GB of memory; "
             f"{need.nbytes_memory_free / 1e9:.1f} GB are free.",
-            "Quick takes less; or analyse on a larger machine.",
+            "Choose the depth 'quick', which needs less, or use a machine with more memory.",
         )
 
 
 def _known(pair: ModelPair, options: dict[str, object]) -> Iterator[Finding]:
-    """Say so if these very weights have been analysed in this way before."""
+    """Warn if the same weights have been analysed with the same options before."""
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.version import __version__
 
@@ -196,9 +196,9 @@ def _known(pair: ModelPair, options: dict[str, object]) -> Iterator[Finding]:
         if same and how == (options, __version__):
             yield Finding(
                 "warning",
-                "analysed before",
-                f"These very weights are there as '{entry.label}', analysed in the same way.",
-                "Choose it under Pair; analysing again gives the same numbers.",
+                "already analysed",
+                f"The same weights were analysed with the same options as '{entry.label}'.",
+                "Select it under Pair; a new analysis gives the same numbers.",
             )
             return
 
@@ -207,15 +207,15 @@ def _known(pair: ModelPair, options: dict[str, object]) -> Iterator[Finding]:
 
 
 def start_analysis(backend: Backend, trio: Trio, device: str = "auto") -> StartedAnalysis:
-    """Start a run that analyses a trio into a new pack of the user's own.
+    """Start a run that analyses a trio into a new pack in the user's folder.
 
-    Raises: PlanError or, on a Space, CheckpointError for names that make no sense, PlanError for a
-        device that is not here, RunError when too much is running.
+    Raises: PlanError or, on a Space, CheckpointError for invalid names, PlanError for a device that
+        is not available, RunError if too many runs are in progress.
     """
     from ipmerge_core.analysis.analyse import iter_pack
     from ipmerge_core.analysis.comparison import Options
 
-    refuse_impossible(trio)
+    validate_trio(trio)
     if backend.hosted:
         for _, address in trio.addresses():
             as_hub_id(address)
@@ -250,8 +250,8 @@ def is_running(backend: Backend, pack_id: str) -> bool:
 
 
 def discard(backend: Backend, job: str, key: str) -> None:
-    """Remove what a stopped analysis has found. Raises: RunError for anybody but its owner."""
-    status = backend.store.cancel(job, key)  # refuses strangers
+    """Delete the results of a stopped analysis. Raises: RunError without the run's key."""
+    status = backend.store.cancel(job, key)  # raises without the key
     out = Path(str(status.arguments.get("out", "")))
     if status.can_resume and out.parent == path_of("packs-x").parent:
         journal_of(out).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""The panel that has another trio analysed: name the models, check, start, watch.
+"""The "Analyse other models" panel: name the models, check them, start an analysis, watch it.
 
-In: names of models. Out: a run that makes a pack, drawn on the map while it grows and chosen under
-Pair once it is whole. Nothing is downloaded before Start, and what was typed stays. The run
-outlives the page: the browser keeps its id and key, and attaches to it again.
+In: names of models. Out: a run that makes a pack, shown on the map while it is made and selected
+under Pair when it is finished. Nothing is downloaded before Start, and user input is kept. The run
+outlives the page: the browser keeps its id and key and shows it again after a reload.
 """
 
 from __future__ import annotations
@@ -22,40 +22,45 @@ from ipmerge_core.ui.analyse.models_form import (
     Trio,
     check_trio,
     discard,
+    failed_check,
     is_running,
     read_trio,
-    refused,
     start_analysis,
 )
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.errors import QUIET, told
+from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.explore.partial_packs import explored_pack, pair_choices
-from ipmerge_core.ui.explore.tab import ExploreTab, opened_pair
+from ipmerge_core.ui.explore.tab import PairView, open_pair
 from ipmerge_core.ui.format import findings_html
-from ipmerge_core.ui.pairs import EVERYTHING, find_growing, id_of, list_packs
-from ipmerge_core.ui.runs import Remembered, RunView, Watched, find_run, steer
+from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, id_of, list_packs
+from ipmerge_core.ui.runs import (
+    Remembered,
+    RunState,
+    RunView,
+    Updates,
+    find_run,
+    remembered_run,
+)
 from ipmerge_core.ui.safe_text import as_html
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
-JOB_KEY = "ipmerge.analysis.v1"
-JOB_SECRET = "ipmerge-analysis"  # noqa: S105 (it only keeps the entry readable after a restart)
 POLL_SECONDS = 1.0
 EXACT, QUICK = "exact", "quick"
 LEAD = (
-    "Compare a vision-language model with math models that were tuned from the same language "
-    "model. Check reads headers and a few rows; nothing more is read before you start."
+    "Compare a vision-language model with math models that were fine-tuned from the same language "
+    "model. Check reads headers and a few rows of the weights; the rest is read after you start."
 )
-ADDRESS = "Hub id: org/name"
-OR_FOLDER = ", or a folder"
-READY = "Checked. Nothing has been downloaded yet."
-REFUSED = "This cannot start: see what is marked ✕. What you typed is kept."
-STALE = "Changed since the check: check again."
+ADDRESS = "Hub id such as org/name"
+OR_FOLDER = ", or a local folder"
+READY = "Ready to start. No weights have been downloaded yet."
+REFUSED = "Cannot start: fix the items marked ✕. Your input is kept."
+STALE = "Changed since the check. Check again."
 
 
 class Form(NamedTuple):
-    """The fields, in the order of `read_trio`, and what the check fills."""
+    """The form: its fields, in the order of `read_trio`, and the outputs of the check."""
 
     known: gr.Dropdown
     note: gr.HTML
@@ -69,43 +74,31 @@ class Form(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """All that stands between the frame's heading and the tabs."""
+    """The components between the heading and the tabs."""
 
     details: gr.HTML
     opener: gr.Button
     card: gr.Column
     form: Form
-    strip: gr.Column
     run: RunView
     show: gr.Button
     dismiss: gr.Button
-
-
-def remembered_analysis() -> gr.BrowserState:
-    """Make the place in the browser where the run's id and key are kept; outside all tabs."""
-    return gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
 
 
 # --- wiring ----------------------------------------------------------------------------------
 
 
 def wire_panel(
-    app: gr.Blocks,
-    backend: Backend,
-    panel: Panel,
-    pair: gr.Dropdown,
-    choice: gr.State,
-    explore: ExploreTab,
-    tabs: gr.Tabs,
+    app: gr.Blocks, backend: Backend, panel: Panel, pair: gr.Dropdown, view: PairView, tabs: gr.Tabs
 ) -> Dependency:
-    """Wire the panel to the frame's pair and to the map.
+    """Wire the panel to the pair's dropdown and to the map.
 
-    Returns the event after which a pair has come, or become whole.
+    Returns the event after which a pair has appeared or its analysis has finished.
     """
-    job, waiting = remembered_analysis(), gr.State("")
-    shown = [pair, explore.layer_map, choice, explore.spectra]
+    job, waiting = remembered_run("analysis"), gr.State("")
     started = _wire_form(backend, panel, pair, job, waiting)
-    arrived = _wire_run(app, backend, panel, job, waiting, shown, tabs, started)
+    arrived = _wire_run(app, backend, panel, pair, view, job, waiting, tabs)
+    panel.run.follow(started.success)
 
     def describe(pack_id: str) -> str:
         return pair_html(explored_pack(pack_id))
@@ -113,8 +106,8 @@ def wire_panel(
     def refresh(pack_id: str) -> dict[str, Any]:
         return gr.update(choices=pair_choices(partial(is_running, backend), pack_id))
 
-    pair.change(told(describe), pair, panel.details, queue=False, **QUIET)
-    arrived.success(told(describe), pair, panel.details, **QUIET)
+    pair.change(show_errors(describe), pair, panel.details, queue=False, **QUIET)
+    arrived.success(show_errors(describe), pair, panel.details, **QUIET)
     app.load(refresh, pair, pair, queue=False, **QUIET)
     return arrived
 
@@ -125,33 +118,40 @@ def _wire_form(
     """Wire the fields, the check and Start; returns the event after which `job` holds a run."""
     form, checked, is_open = panel.form, gr.State(None), gr.State(False)
 
-    def toggle(shown: bool) -> tuple[dict[str, Any], bool]:
-        return gr.update(visible=not shown), not shown
+    def toggle(shown: bool) -> Updates:
+        return {panel.card: gr.update(visible=not shown), is_open: not shown}
 
-    def fill(number: int, found: Checked | None) -> list[Any]:
+    def fill(number: int, found: Checked | None) -> Updates:
         known = load_catalogue().pairs[number]
         typed = [known.mllm, "\n".join(known.math), known.base, known.base_mllm or ""]
-        return [known_html(known), *typed, *forget(found)]
+        filled = dict(zip(form.fields, typed, strict=False))  # depth and rank stay
+        return {form.note: known_html(known), **filled, **forget(found)}
 
-    def forget(found: Checked | None) -> list[Any]:
-        """What was checked no longer stands in the fields."""
-        words = gr.skip() if found is None else _words(STALE)
-        return [gr.update(interactive=False), words, None]
+    def forget(found: Checked | None) -> Updates:
+        """Drop a check that no longer matches the fields."""
+        stale = {} if found is None else {form.status: _waiting(STALE)}
+        return {form.start: gr.update(interactive=False), checked: None, **stale}
 
-    def check(*typed: Any) -> Iterator[list[Any]]:  # noqa: ANN401 (the fields' values)
-        yield from checked_views(backend, *typed)
+    def check(*typed: Any) -> Iterator[Updates]:  # noqa: ANN401 (the fields' values)
+        for found in iter_check(backend, *typed):
+            yield {
+                form.status: found.status,
+                form.start: gr.update(interactive=found.ready),
+                checked: found.checked,
+                **({form.findings: found.findings, form.facts: found.facts} if found.over else {}),
+            }
 
     def begin(
         found: Checked | None,
         before: str,
         *typed: Any,  # noqa: ANN401
-    ) -> tuple[dict[str, str], str, dict[str, Any], bool]:
+    ) -> Updates:
         if found is None or found.pinned is None or found.asked != _read(*typed):
-            raise PlanError("The fields have changed since the check. Press Check again.")
+            raise PlanError("The form has changed since the check. Press Check again.")
         started = start_analysis(backend, found.pinned)
-        return started._asdict(), before, gr.update(visible=False), False
+        closed = {panel.card: gr.update(visible=False), is_open: False}
+        return {job: started._asdict(), waiting: before, **closed}
 
-    views = [form.status, form.findings, form.facts, form.start, checked]
     for button in (panel.opener, form.close):
         button.click(toggle, is_open, [panel.card, is_open], queue=False, **QUIET)
     stale = [form.start, form.status, checked]
@@ -159,10 +159,14 @@ def _wire_form(
     form.known.input(fill, [form.known, checked], filled, queue=False, **QUIET)
     for field in form.fields:
         field.input(forget, checked, stale, queue=False, trigger_mode="once", **QUIET)
+    views = [form.status, form.findings, form.facts, form.start, checked]
     lines = [field.submit for field in form.fields[:4] if field.lines == 1]
-    gr.on([form.check.click, *lines], told(check), form.fields, views, **QUIET)
+    gr.on([form.check.click, *lines], show_errors(check), form.fields, views, **QUIET)
     return form.start.click(
-        told(begin), [checked, pair, *form.fields], [job, waiting, panel.card, is_open], **QUIET
+        show_errors(begin),
+        [checked, pair, *form.fields],
+        [job, waiting, panel.card, is_open],
+        **QUIET,
     )
 
 
@@ -170,91 +174,103 @@ def _wire_run(
     app: gr.Blocks,
     backend: Backend,
     panel: Panel,
+    pair: gr.Dropdown,
+    view: PairView,
     job: gr.BrowserState,
     waiting: gr.State,
-    shown: list[Any],
     tabs: gr.Tabs,
-    started: Dependency,
 ) -> Dependency:
-    """Wire the strip; returns the event after which a pair has come, or become whole."""
-    arrived, runs = gr.State(""), partial(is_running, backend)
-    pair = shown[0]
+    """Wire the run; returns the event after which a pair has appeared or has been completed."""
+    news, runs = gr.State(""), partial(is_running, backend)
 
-    def watch(mine: Remembered | None) -> list[Any]:
-        return watched(backend, mine)
+    def extras(run: RunState) -> Updates:
+        text = news_of(run)
+        return {
+            news: text,
+            panel.show: gr.update(visible=bool(text)),
+            panel.dismiss: gr.update(
+                value="Dismiss" if run.finished else "Discard",
+                visible=run.finished or (run.owned and run.resumable),
+            ),
+        }
 
-    def arrive(news: str, pack_id: str, before: str) -> list[Any]:
-        """List the new pair; show it to whoever still looks at what stood there at the start."""
-        _, _, new = news.partition(":")
+    def arrive(text: str, pack_id: str, before: str) -> Updates:
+        """List the new pair, and open it if the pair shown at the start is still shown."""
+        _, _, new = text.partition(":")
         if new and before and pack_id == before:
-            return [*_opened(new), ""]
-        return [gr.update(choices=pair_choices(runs, pack_id)), *[gr.skip()] * 3, before]
+            return {**opened(new), waiting: ""}
+        return {pair: gr.update(choices=pair_choices(runs, pack_id))}
 
-    def _opened(pack_id: str) -> list[Any]:
-        choices = pair_choices(runs, pack_id)
-        return [gr.update(choices=choices, value=pack_id), *opened_pair(pack_id, runs)]
+    def opened(pack_id: str) -> Updates:
+        shown = gr.update(choices=pair_choices(runs, pack_id), value=pack_id)
+        return {pair: shown, **view.updates(open_pair(pack_id, runs))}
 
-    def show(mine: Remembered) -> list[Any]:
-        return [*_opened(_made_by(find_run(backend, mine))), gr.Tabs(selected="explore")]
+    def show(mine: Remembered) -> Updates:
+        return {**opened(_pack_of(find_run(backend, mine))), tabs: gr.Tabs(selected="explore")}
 
-    def put_away(mine: Remembered, pack_id: str) -> list[Any]:
+    def dismiss(mine: Remembered, pack_id: str) -> Updates:
         run = find_run(backend, mine)
-        if run.status is not None and run.status.can_resume:
+        if run.resumable:
             discard(backend, mine["id"], mine["key"])
-        if pack_id == _made_by(run) and not run.finished:
-            return [{}, *_opened(list_packs()[0].id)]
-        return [{}, gr.update(choices=pair_choices(runs, pack_id)), *[gr.skip()] * 3]
+        if pack_id == _pack_of(run) and not run.finished:
+            return {job: {}, **opened(list_packs()[0].id)}
+        return {job: {}, pair: gr.update(choices=pair_choices(runs, pack_id))}
 
-    watching = [*panel.run, panel.strip, panel.show, panel.dismiss, arrived]
-    steer(app, backend, job, panel.run, watch, watching, queued=True)  # `arrived` has a listener
-    started.success(watch, job, watching, **QUIET)
-    panel.show.click(told(show), job, [*shown, tabs], **QUIET)
-    panel.dismiss.click(told(put_away), [job, pair], [job, *shown], **QUIET).success(
-        watch, job, watching, **QUIET
-    )
-    return arrived.change(told(arrive), [arrived, pair, waiting], [*shown, waiting], **QUIET)
+    outputs = [panel.show, panel.dismiss, news]
+    panel.run.wire(backend, job, [app.load], extras=extras, outputs=outputs, queued=True)
+    panel.show.click(show_errors(show), job, [pair, *view, tabs], **QUIET)
+    dismissed = panel.dismiss.click(show_errors(dismiss), [job, pair], [job, pair, *view], **QUIET)
+    panel.run.follow(dismissed.success)
+    return news.change(show_errors(arrive), [news, pair, waiting], [pair, *view, waiting], **QUIET)
 
 
-def watched(backend: Backend, mine: Remembered | None) -> list[Any]:
-    """Return what the strip shows of a run: a `RunView`, its visibility, buttons, and the news."""
-    run = find_run(backend, mine)
-    there = run.finished or find_growing(_made_by(run), EVERYTHING) is not None
-    stopped = run.status is not None and run.status.can_resume
-    label = "Dismiss" if run.finished else "Discard"
-    return [
-        *run.updates(),
-        gr.update(visible=run.status is not None),
-        gr.update(visible=there),
-        gr.update(value=label, visible=run.finished or (run.owned and stopped)),
-        f"{'finished' if run.finished else 'growing'}:{_made_by(run)}" if there else "",
-    ]
+def news_of(run: RunState) -> str:
+    """Return what there is to show of a run's pair: `growing:ID`, `finished:ID` or nothing."""
+    pack_id = _pack_of(run)
+    if run.finished:
+        return f"finished:{pack_id}"
+    return f"growing:{pack_id}" if find_partial(pack_id, SKIP_ALL) is not None else ""
 
 
-def _made_by(run: Watched) -> str:
+def _pack_of(run: RunState) -> str:
     """Return the id of the pair that a run makes."""
-    return id_of(Path(str(run.status.arguments.get("out", "")))) if run.status else ""
+    return id_of(Path(run.out)) if run.status else ""
 
 
-def checked_views(backend: Backend, *typed: Any) -> Iterator[list[Any]]:  # noqa: ANN401
-    """Check what was typed; yield what the form shows: words while it reads, then the findings."""
-    off = gr.update(interactive=False)
+class CheckView(NamedTuple):
+    """What the form shows of a check: its progress, and in the end its findings."""
+
+    status: str
+    findings: str = ""
+    facts: str = ""
+    checked: Checked | None = None  # None until the check is over
+
+    @property
+    def over(self) -> bool:
+        """Whether the check is over."""
+        return self.checked is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the analysis can start."""
+        return self.checked is not None and self.checked.ready
+
+
+def iter_check(backend: Backend, *typed: Any) -> Iterator[CheckView]:  # noqa: ANN401
+    """Check what was typed; yield what the form shows while it reads, then the findings."""
     found: Checked | None = None
     try:
         for news in _checks(backend, *typed):
             if isinstance(news, Checked):
                 found = news
             else:
-                yield [_words(f"{news} …"), gr.skip(), gr.skip(), off, None]
+                yield CheckView(_waiting(f"{news} …"))
     except PlanError as error:
-        found = refused(error)
+        found = failed_check(error)
     assert found is not None, "a check ends with what it found"
-    yield [
-        _words(READY if found.ready else REFUSED),
-        findings_html(found.findings),
-        needs_html(found, hosted=backend.hosted) if found.ready else "",
-        gr.update(interactive=found.ready),
-        found,
-    ]
+    facts = needs_html(found, hosted=backend.hosted) if found.ready else ""
+    words = _waiting(READY if found.ready else REFUSED)
+    yield CheckView(words, findings_html(found.findings), facts, found)
 
 
 def _read(mllm: str, math: str, base: str, own: str, depth: str, rank: float | None) -> Trio:
@@ -265,7 +281,7 @@ def _checks(backend: Backend, *typed: Any) -> Iterator[str | Checked]:  # noqa: 
     return check_trio(_read(*typed), hub_only=backend.hosted, device=backend.device)
 
 
-def _words(text: str) -> str:
+def _waiting(text: str) -> str:
     return f'<p class="waiting">{as_html(text)}</p>'
 
 
@@ -273,29 +289,25 @@ def _words(text: str) -> str:
 
 
 def lay_out_panel(opener: gr.Button, details: gr.HTML, *, hosted: bool) -> Panel:
-    """Lay out the form and the strip that shows a run; the frame brings the opener and details."""
+    """Lay out the form and the view of the run; `opener` and `details` are laid out by the app."""
     with gr.Column(visible=False, elem_classes="card", elem_id="analyse-panel") as card:
         form = _form(hosted=hosted)
-    with gr.Column(visible=False, elem_id="analysis-run") as strip:
-        progress = gr.HTML("", elem_id="analysis-status", elem_classes="run-status")
-        with gr.Row(elem_classes="run-row"):
-            show = gr.Button("Show on the map", size="sm", visible=False, elem_id="show-analysis")
-            cancel = gr.Button("Cancel", size="sm", visible=False, elem_id="cancel-analysis")
-            resume = gr.Button("Resume", size="sm", visible=False, elem_id="resume-analysis")
-            dismiss = gr.Button("Dismiss", size="sm", visible=False, elem_id="dismiss-analysis")
-    run = RunView(progress, cancel, resume, gr.Timer(POLL_SECONDS, active=False))
-    return Panel(details, opener, card, form, strip, run, show, dismiss)
+    run = RunView("analysis", poll_seconds=POLL_SECONDS)
+    with run.buttons:
+        show = gr.Button("Show on the map", size="sm", visible=False, elem_id="show-analysis")
+        dismiss = gr.Button("Dismiss", size="sm", visible=False, elem_id="dismiss-analysis")
+    return Panel(details, opener, card, form, run, show, dismiss)
 
 
 def _form(*, hosted: bool) -> Form:
-    gr.HTML("<h2>Analyse another trio</h2>")
+    gr.HTML("<h2>Analyse other models</h2>")
     gr.Markdown(LEAD, elem_classes="lead")
     pairs = load_catalogue().pairs
     known = gr.Dropdown(
         [(known_label(pair), number) for number, pair in enumerate(pairs)],
         value=None,
         label="Known pairs",
-        info="Somebody merged these; choosing one fills the fields",
+        info="Published combinations. Choosing one fills in the form",
         elem_id="analyse-known",
     )
     note = gr.HTML("", elem_id="analyse-note")
@@ -319,30 +331,32 @@ def _fields(*, hosted: bool) -> list[Any]:
         mllm = gr.Textbox(label="Vision-language model", info=address, elem_id="analyse-mllm")
         math = gr.Textbox(
             label="Math models",
-            info="One a line, tuned from the base",
+            info="One per line, fine-tuned from the base",
             lines=2,
             max_lines=4,
             elem_id="analyse-math",
         )
         base = gr.Textbox(
-            label="Base", info="The language model they were tuned from", elem_id="analyse-base"
+            label="Base",
+            info="Their common language model",
+            elem_id="analyse-base",
         )
         own = gr.Textbox(
             label="Base of the vision-language model",
-            info="Only where it is another one",
+            info="Only if it differs from the base",
             elem_id="analyse-own-base",
         )
         depth = gr.Radio(
             [EXACT, QUICK],
             value=EXACT,
             label="Depth",
-            info="Quick is approximate: 64 directions",
+            info="Quick is approximate: 64 singular directions",
             elem_id="analyse-depth",
         )
         rank = gr.Number(
             0,
             label="Rank",
-            info="Leading directions to keep; 0 for all",
+            info="Number of leading singular directions; 0 for all",
             precision=0,
             minimum=0,
             elem_id="analyse-rank",

@@ -1,9 +1,8 @@
-"""Both answers to one question, growing side by side, with one Stop for the two.
+"""Answer one question with two models at the same time, with one Stop for both.
 
-In: a pair, what answers on either side, a question and perhaps a picture. Out: a generator of two
+In: a pair, the model of each side, a question and perhaps an image. Out: a generator of two
 `Side`s, about ten times a second. A side is the unmerged vision-language model, the plan in
-Explore, or a finished merge. Each finds, loads and runs its model in a thread of its own, and fails
-alone.
+Explore, or a finished merge. Each runs in its own thread, and an error affects only its own side.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.ui.backend import Backend, Progress
 from ipmerge_core.ui.errors import public_text, sentence_of
-from ipmerge_core.ui.finished_merges import Keys, find_merge, method_label, unmerged_words
+from ipmerge_core.ui.finished_merges import Keys, describe_unmerged, find_merge, method_label
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, describe_choice, plan_of
 
 if TYPE_CHECKING:
@@ -28,34 +27,34 @@ if TYPE_CHECKING:
     from ipmerge_core.inference.generation import GenerationSettings
     from ipmerge_core.inference.loading import LoadedModel
 
-BASE, PLAN = "base", "plan"  # what may answer, besides finished merges, named by their run
+BASE, PLAN = "base", "plan"  # a side is one of these or the run of a finished merge
 YIELD_EVERY = 0.1  # seconds
-PATIENCE = 10.0  # seconds that a stopped model may take to notice
+STOP_TIMEOUT = 10.0  # seconds to wait for a stopped model
 
 
 @dataclass
 class Side:
-    """One of the two answers, as far as it has come."""
+    """One of the two answers so far."""
 
     name: str
-    source: str = ""  # what answers, in words; empty until it is found
+    source: str = ""  # label of the model; empty until it is found
     state: Literal["waiting", "answering", "finished", "stopped", "failed"] = "waiting"
     text: str = ""
-    note: str = ""  # what it is doing, or why it failed
+    note: str = ""  # progress, or the reason of a failure
     seconds: float = 0.0
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the answer is complete, stopped or failed."""
         return self.state in ("finished", "stopped", "failed")
 
     def stopped(self) -> Side:
-        """Return the side as it is once somebody has pressed Stop."""
+        """Return the side after Stop was pressed."""
         return replace(self) if self.is_over else replace(self, state="stopped", note="")
 
 
 class Question(NamedTuple):
-    """What is asked, and of whom: `left` and `right` are BASE, PLAN, or a merge's run or folder."""
+    """A question and the models to ask: `left` and `right` are BASE, PLAN, or a run or folder."""
 
     pack_id: str
     choice: PlanChoice
@@ -68,34 +67,34 @@ class Question(NamedTuple):
 
 
 class Answerer(NamedTuple):
-    """A model that can answer: where it is, and what it is in words."""
+    """A model that can answer, with its folder and label."""
 
     folder: Path
-    words: str
+    label: str
 
 
 @dataclass
-class Turnstile:
-    """Lets one question at a time through per visitor, and stops it when told."""
+class ActiveRequests:
+    """Keeps at most one active request per session."""
 
     def __post_init__(self) -> None:
-        """Start with nobody inside."""
+        """Start without requests."""
         self._stops: dict[str, threading.Event] = {}
 
-    def enter(self, visitor: str) -> threading.Event:
-        """Stop what this visitor asked before; return the event that stops what comes now."""
-        self.stop(visitor)
-        self._stops[visitor] = threading.Event()
-        return self._stops[visitor]
+    def start(self, session: str) -> threading.Event:
+        """Stop the active request of a session; return the event that stops the new one."""
+        self.stop(session)
+        self._stops[session] = threading.Event()
+        return self._stops[session]
 
-    def stop(self, visitor: str) -> None:
-        """Stop what this visitor asked."""
-        if visitor in self._stops:
-            self._stops.pop(visitor).set()
+    def stop(self, session: str) -> None:
+        """Stop the active request of a session."""
+        if session in self._stops:
+            self._stops.pop(session).set()
 
 
 def new_sides(left: str, right: str) -> tuple[Side, Side]:
-    """Return two sides that wait, under names that tell them apart.
+    """Return two waiting sides with different names.
 
     >>> [side.name for side in new_sides(BASE, PLAN)], [s.name for s in new_sides(PLAN, PLAN)]
     (['Base', 'Merged'], ['Left', 'Right'])
@@ -106,29 +105,29 @@ def new_sides(left: str, right: str) -> tuple[Side, Side]:
 
 
 def find_answerer(backend: Backend, asked: Question, who: str, progress: Progress) -> Answerer:
-    """Find the model that answers on a side; a small plan that was never merged is merged now.
+    """Find the model of a side; a plan of a small model is merged if it has not been merged yet.
 
-    Raises: IPMergeError when it is not there, or is no model of the pair.
+    Raises: IPMergeError if the model does not exist or does not belong to the pair.
     """
     if who == BASE:
-        words = unmerged_words(analysis_of(asked.pack_id).sources.mllm.id)
-        return Answerer(backend.base_folder(asked.pack_id), words)
+        label = describe_unmerged(analysis_of(asked.pack_id).sources.mllm.id)
+        return Answerer(backend.base_folder(asked.pack_id), label)
     if who == PLAN:
-        progress("reading the plan")
+        progress("making the plan")
         plan = plan_of(asked.pack_id, asked.choice)
         method = f"{method_label(plan.method)}, {describe_choice(asked.choice)}"
-        words = f"your plan in Explore · {method} · plan {plan.hash}"
-        return Answerer(backend.merged_folder(plan, progress), words)
+        label = f"plan in Explore · {method} · plan {plan.hash}"
+        return Answerer(backend.merged_folder(plan, progress), label)
     merge = find_merge(backend, asked.pack_id, who, asked.keys)
-    return Answerer(merge.folder, merge.words)
+    return Answerer(merge.folder, merge.label)
 
 
 def answer_both(
     backend: Backend, question: Question, stop: threading.Event | None = None
 ) -> Iterator[tuple[Side, Side]]:
-    """Answer with the models of both sides, at the same time.
+    """Answer with the models of both sides at the same time.
 
-    Yields copies of both sides until both are over. Setting `stop`, or closing the generator, stops
+    Yields copies of both sides until both are over. Setting `stop` or closing the generator stops
     both models at their next token.
     """
     left, right = new_sides(question.left, question.right)
@@ -150,7 +149,7 @@ def answer_both(
     finally:
         stop.set()
         for thread in threads:
-            thread.join(PATIENCE)
+            thread.join(STOP_TIMEOUT)
 
 
 def _fill(
@@ -161,26 +160,26 @@ def _fill(
     stop: threading.Event,
     turns: dict[str, threading.Lock],
 ) -> None:
-    """Fill one side. An error is shown on that side and does not affect the other.
+    """Fill one side. An error is shown on this side and does not affect the other.
 
-    Sides that run the same model take `turns` at it: a model answers one question at a time.
+    Sides with the same model share a lock in `turns`: a model answers one question at a time.
     """
 
     def progress(words: str) -> None:
         side.note = words
         if stop.is_set():
-            raise RunCancelled("Stopped before the model was ready.")
+            raise RunCancelled("Stopped while the model was loading.")
 
     try:
-        progress("loading the libraries")
+        progress("importing libraries")
         backend.import_libraries()
         found = find_answerer(backend, question, who, progress)
-        side.source = found.words
+        side.source = found.label
         progress("loading weights")
         loaded = backend.load(found.folder)
-        progress("waiting for the other side, which runs the same model")
+        progress("waiting for the other side, which uses the same model")
         with turns.setdefault(str(loaded.folder), threading.Lock()):
-            progress("thinking")
+            progress("generating")
             _answer(loaded, side, question, stop)
     except RunCancelled:
         side.note, side.state = "", "stopped"

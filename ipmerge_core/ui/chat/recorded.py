@@ -1,7 +1,7 @@
-"""Recorded answers: what both models said when somebody ran them, shown at once and labelled so.
+"""Read the recorded examples: answers of both models that are shown without running a model.
 
-In: `recorded.json` beside the demo trio, and its pictures. Out: examples with a question, the right
-answer, both replies, what gave them and when. Runs nothing.
+In: `recorded.json` in the folder of the demo models, and its images. Out: examples with a question,
+the correct answer, both replies, their models and the date.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipmerge_core.tasks.answers import is_right
-from ipmerge_core.ui.finished_merges import unmerged_words
+from ipmerge_core.ui.finished_merges import describe_unmerged
 from ipmerge_core.ui.pairs import DEMO, read_pack_file
 
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 
 
 class Reference(NamedTuple):
-    """A question whose right answer is known. `is_math`: only the stated result counts."""
+    """A question with its correct answer. `is_math`: only the final result counts."""
 
     question: str
     image: str  # file name
@@ -34,14 +34,14 @@ class Example(NamedTuple):
     image: Path
     base: str
     merged: str
-    plan: str  # hash and settings, in words
+    plan: str  # description with the hash
     recorded: str  # date
-    base_model: str  # what answered on the base's side, in words
-    pair: str  # the name of the pair that was asked
+    base_model: str  # label of the model on the left
+    pair: str  # name of the pair
 
     @property
     def outcome(self) -> str:
-        """Say what the merge did here: fixed, broken, both right or both wrong."""
+        """The effect of the merge: fixed, broken, both right or both wrong."""
         right = (is_right(self.reference, self.base), is_right(self.reference, self.merged))
         return {
             (False, True): "fixed",
@@ -52,7 +52,7 @@ class Example(NamedTuple):
 
 
 def recorded_examples(folder: Path = DEMO) -> list[Example]:
-    """Read the recorded answers; none where the file is missing."""
+    """Read the recorded examples; empty if the file is missing."""
     path = folder / "recorded.json"
     return _read(path, path.stat().st_mtime_ns) if path.is_file() else []
 
@@ -74,10 +74,10 @@ def _read(path: Path, _modified: int) -> list[Example]:
             merged=entry["merged"],
             plan=content["plan"],
             recorded=content["recorded"],
-            base_model=unmerged_words(pack["sources"]["mllm"]["id"]),
+            base_model=describe_unmerged(pack["sources"]["mllm"]["id"]),
             pair=pack["name"],
         )
         for entry in content["examples"]
     ]
-    # What the merge changed comes first, for better and for worse.
+    # Answers that the merge changed come first.
     return sorted(examples, key=lambda example: OUTCOMES.index(example.outcome))

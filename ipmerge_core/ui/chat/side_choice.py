@@ -1,9 +1,8 @@
-"""Which two models the chat asks: a choice per side, kept for each pair.
+"""Choose the two models of the chat, one per side, separately for each pair.
 
-In: the frame's pair, the runs that this browser started, and a press on "Try it" beside a finished
-merge. Out: two dropdowns. A side is the unmerged model, Explore's plan or a finished merge; what is
-chosen for one pair is never used for another. Whether a merge may answer is checked when it is
-asked, in `sides.py`.
+In: the chosen pair, the runs that this browser started, and a click on "Try it" next to a finished
+merge. Out: two dropdowns. A side is the unmerged model, the plan in Explore or a finished merge.
+Access to a merge is checked when it is asked, in `answers.py`.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ import gradio as gr
 from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN
-from ipmerge_core.ui.errors import QUIET, told
-from ipmerge_core.ui.finished_merges import Keys, find_merge, lost_words, merges_of_pair
+from ipmerge_core.ui.errors import QUIET, show_errors
+from ipmerge_core.ui.finished_merges import Keys, describe_lost, find_merge, merges_of_pair
+from ipmerge_core.ui.runs import Remembered, Updates
 
 RUNS_KEY = "ipmerge.merges.v1"
 RUNS_SECRET = "ipmerge-merges"  # noqa: S105 (it only keeps the entry readable after a restart)
-MOST_RUNS = 30  # that a browser remembers
-ALWAYS = [("Vision-language model, unmerged", BASE), ("Your plan in Explore", PLAN)]
+MOST_RUNS = 30  # remembered by a browser
+ALWAYS = [("Vision-language model, unmerged", BASE), ("Plan in Explore", PLAN)]
 
-Run = dict[str, str]  # a run's id and key, as a browser remembers them
-Chosen = Mapping[str, tuple[str, str]]  # by pair, what is chosen for left and right
+Chosen = Mapping[str, tuple[str, str]]  # pair -> left and right model
 
 
 class SideChoice(NamedTuple):
-    """The components that hold the choice, and what the browser remembers of its runs."""
+    """The components that hold the choice, and the runs that the browser remembers."""
 
     left: gr.Dropdown
     right: gr.Dropdown
@@ -39,7 +38,7 @@ class SideChoice(NamedTuple):
 
     @property
     def inputs(self) -> list[Any]:
-        """What an asking handler reads: left, right, and two values for `keys_of`."""
+        """The inputs of a handler that asks: left, right, and two values for `keys_of`."""
         return [self.left, self.right, self.runs, self.last]
 
 
@@ -63,7 +62,7 @@ def side_choice(runs: gr.BrowserState, last: gr.BrowserState) -> SideChoice:
 
 
 def wire_choice(backend: Backend, sides: SideChoice, pair: gr.Dropdown, tab: gr.Tab) -> None:
-    """Keep what is chosen per pair, and list the merges again where they may have changed."""
+    """Store the choice per pair, and update the list of merges when it may have changed."""
 
     def keep(pack_id: str, left: str, right: str, chosen: Chosen) -> Chosen:
         return {**chosen, pack_id: (left, right)}
@@ -82,38 +81,44 @@ def wire_choice(backend: Backend, sides: SideChoice, pair: gr.Dropdown, tab: gr.
 def wire_try_it(
     backend: Backend, sides: SideChoice, pair: gr.Dropdown, button: gr.Button, tabs: gr.Tabs
 ) -> None:
-    """Let "Try it" choose the merge it stands beside for the right side, and open the chat."""
+    """Let "Try it" select the finished merge for the right side and open the chat."""
 
-    def take(pack_id: str, chosen: Chosen, runs: object, last: object) -> list[Any]:
+    def take(pack_id: str, chosen: Chosen, runs: object, last: object) -> Updates:
         keys = keys_of(runs, last)
         run = last.get("id", "") if isinstance(last, Mapping) else ""
         merge = find_merge(backend, pack_id, str(run), keys)
         left, _ = chosen.get(pack_id, (BASE, PLAN))
         now = {**chosen, pack_id: (left, merge.run)}
-        return [now, *shown(backend, pack_id, now, keys), gr.Tabs(selected="try")]
+        left_side, right_side = shown(backend, pack_id, now, keys)
+        return {
+            sides.chosen: now,
+            sides.left: left_side,
+            sides.right: right_side,
+            tabs: gr.Tabs(selected="try"),
+        }
 
     asked = [pair, sides.chosen, sides.runs, sides.last]
     filled = [sides.chosen, sides.left, sides.right, tabs]
-    # In the queue: the page shows no message of a refusal that comes from outside of it.
-    button.click(told(take), asked, filled, **QUIET)
+    # Queued, because the page shows errors of queued events only.
+    button.click(show_errors(take), asked, filled, **QUIET)
 
 
 def remembered_merges() -> gr.BrowserState:
-    """Make the place in the browser where ids and keys of all its merges are kept.
+    """Create the browser state that keeps ids and keys of all merges across reloads.
 
-    It must stand outside all tabs: a tab's contents are not there before it is opened.
+    Create it outside of all tabs: the contents of a tab do not exist before the tab is opened.
     """
     return gr.BrowserState([], storage_key=RUNS_KEY, secret=RUNS_SECRET)
 
 
-def with_run(runs: object, last: object) -> list[Run]:
-    """Return the remembered runs with one more, the newest last; the oldest are forgotten."""
+def with_run(runs: object, last: object) -> list[Remembered]:
+    """Return the remembered runs with one added at the end; the oldest are dropped."""
     keys = keys_of(runs, last)
     return [{"id": run, "key": key} for run, key in keys.items()][-MOST_RUNS:]
 
 
 def keys_of(runs: object, last: object) -> Keys:
-    """Read the keys of the runs that a browser remembers; whatever is no run is left out.
+    """Read the keys of the runs that a browser remembers; anything that is not a run is skipped.
 
     >>> keys_of([{"id": "a", "key": "1"}, None], {"id": "b", "key": "2"})
     {'a': '1', 'b': '2'}
@@ -124,17 +129,17 @@ def keys_of(runs: object, last: object) -> Keys:
 
 
 def shown(backend: Backend, pack_id: str, chosen: Chosen, keys: Keys) -> list[Any]:
-    """Return the updates of both dropdowns: what can be chosen for a pair, and what is.
+    """Return the updates of both dropdowns for a pair: its choices and the selected ones.
 
-    A chosen merge that is no longer there stays chosen and says so, until another is chosen.
+    A selected merge that no longer exists stays selected and is labelled as such.
     """
     try:
-        merges = [(merge.words, merge.run) for merge in merges_of_pair(backend, pack_id, keys)]
-    except PlanError:  # a pair that is still being analysed has none
+        merges = [(merge.label, merge.run) for merge in merges_of_pair(backend, pack_id, keys)]
+    except PlanError:  # the analysis of the pair has not finished
         merges = []
     values = chosen.get(pack_id, (BASE, PLAN))
     options = [*ALWAYS, *merges]
     known = {value for _, value in options}
     lost = [value for value in dict.fromkeys(values) if value not in known]
-    options += [(lost_words(backend, value, keys), value) for value in lost]
+    options += [(describe_lost(backend, value, keys), value) for value in lost]
     return [gr.update(choices=options, value=value) for value in values]

@@ -1,14 +1,13 @@
-"""The Try it tab: one question, two chats, two models side by side.
+"""Build the Try it tab: ask two models one question and show both answers side by side.
 
-In: the frame's pair, the session's `PlanChoice`, and the model chosen for each side. Out: answers
-that grow together, from one generator, with a Stop for both. What was typed stays in the box until
-the visitor clears it, so no failure can lose it. Every question is asked afresh: the models do not
-see earlier turns.
+In: the chosen pair, the session's `PlanChoice`, and the model chosen for each side. Out: two
+answers streamed from one generator, with one Stop. The prompt stays in the box until the user
+clears it, so that no error can lose it. Earlier turns are not sent to the models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,29 +21,30 @@ from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.prompts import check_question
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import Question, Turnstile, answer_both, new_sides
+from ipmerge_core.ui.chat.answers import ActiveRequests, Question, answer_both, new_sides
 from ipmerge_core.ui.chat.recorded import Example, Reference, recorded_examples
 from ipmerge_core.ui.chat.side_choice import SideChoice, keys_of, side_choice, wire_choice
 from ipmerge_core.ui.chat.turns import Turn, View, turn_of_example, view
-from ipmerge_core.ui.errors import QUIET, told
+from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.pairs import pair_name
 from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.runs import Updates
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTRODUCTION = (
-    "One question, two models: the unmerged one, your plan in Explore, or a finished merge. "
-    "Earlier turns are not sent."
+    "Ask two models the same question: the unmerged model, the plan in Explore, or a finished "
+    "merge. Earlier messages are not sent."
 )
-SEND_HINT = "Type a question and add an image; the newest image counts"
+SEND_HINT = "Type a question and add an image; only the newest image is used"
 LONGEST_ANSWER = 512
 EMPTY_PROMPT: dict[str, Any] = {"text": "", "files": []}
 OUTCOMES = {
     "fixed": "✓ fixed",
     "broken": "✕ broken",
-    "both right": "= both right",
+    "both right": "= both correct",
     "both wrong": "= both wrong",
 }
 
@@ -61,12 +61,27 @@ class Parts(NamedTuple):
     clear: gr.Button
     undo: gr.Button
     examples: list[gr.Button]
-    view: list[Any]
+    view: Mapping[str, Any]  # by the field of `View` that it shows
 
     @property
     def outputs(self) -> list[Any]:
-        """What every handler of a turn returns, in order; see `_shown`."""
-        return [self.turns, *self.view, self.stop, self.again, self.clear, *self.examples]
+        """What `updates` fills."""
+        return [self.turns, *self.view.values(), self.stop, *self._idle_buttons]
+
+    def updates(self, turns: list[Turn]) -> Updates:
+        """Return the updates that show turns; while answers arrive, only Stop is enabled."""
+        running = bool(turns) and not turns[-1].is_over
+        shown = view(turns)._asdict()
+        return {
+            self.turns: turns,
+            **{component: shown[field] for field, component in self.view.items()},
+            self.stop: gr.update(interactive=running),
+            **{button: gr.update(interactive=not running) for button in self._idle_buttons},
+        }
+
+    @property
+    def _idle_buttons(self) -> list[gr.Button]:
+        return [self.again, self.clear, *self.examples]
 
 
 def try_tab(
@@ -78,7 +93,7 @@ def try_tab(
     last: gr.BrowserState,
     tab: gr.Tab,
 ) -> SideChoice:
-    """Lay out the tab inside the open `tab` and wire it; returns who answers on each side.
+    """Lay out the tab inside the open `tab` and wire it; returns the choice of models.
 
     `runs` and `last` are the merges that the browser remembers, see `side_choice`.
     """
@@ -94,75 +109,77 @@ def try_tab(
 
 def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> None:
     """Wire Send, Ask again and Stop."""
-    doors = Turnstile()
+    requests = ActiveRequests()
 
     def check(typed: dict[str, Any], *numbers: float) -> None:
         _, image = _read_prompt(typed)
         _read_settings(*numbers)
         _open(image)
 
-    # `how` is what stands in `inputs` after the turns: see `_question`.
+    # `how` is the rest of `inputs` after the turns: see `_question`.
     def ask(
         request: gr.Request,
         typed: dict[str, Any],
         before: list[Turn],
         *how: Any,  # noqa: ANN401
-    ) -> Iterator[list[Any]]:
+    ) -> Iterator[Updates]:
         text, image = _read_prompt(typed)
         asked = _question(text, image, *how)
         turn = _new_turn(asked, image, _known(text, image))
-        yield from _run(backend, doors.enter(_visitor(request)), before, turn, asked)
+        yield from _run(backend, parts, requests.start(_session(request)), before, turn, asked)
 
     def check_again(before: list[Turn]) -> None:
         if not before:
-            raise RunError("There is nothing to ask again. Type a question first.")
+            raise RunError("There is no question yet. Type a question first.")
 
     def ask_again(
         request: gr.Request,
         before: list[Turn],
         *how: Any,  # noqa: ANN401
-    ) -> Iterator[list[Any]]:
+    ) -> Iterator[Updates]:
         last = before[-1]
         asked = _question(last.question, last.image, *how)
         turn = _new_turn(asked, last.image, last.reference)
-        yield from _run(backend, doors.enter(_visitor(request)), before[:-1], turn, asked)
+        yield from _run(backend, parts, requests.start(_session(request)), before[:-1], turn, asked)
 
     def stop_both(request: gr.Request) -> None:
-        doors.stop(_visitor(request))
+        requests.stop(_session(request))
 
     inputs = [parts.turns, *plan_parts, *parts.sides.inputs, *parts.numbers]
     models: dict[str, Any] = {**QUIET, "concurrency_id": "models", "concurrency_limit": 1}
-    # Checks have no outputs: a refusal then shows its message and leaves the answers in sight.
-    parts.prompt.submit(told(check), [parts.prompt, *parts.numbers], None, **QUIET).success(
-        told(ask), [parts.prompt, *inputs], parts.outputs, **models
+    # Checks have no outputs, so that an error keeps the answers on the page.
+    parts.prompt.submit(show_errors(check), [parts.prompt, *parts.numbers], None, **QUIET).success(
+        show_errors(ask), [parts.prompt, *inputs], parts.outputs, **models
     )
-    parts.again.click(told(check_again), parts.turns, None, **QUIET).success(
-        told(ask_again), inputs, parts.outputs, **models
+    parts.again.click(show_errors(check_again), parts.turns, None, **QUIET).success(
+        show_errors(ask_again), inputs, parts.outputs, **models
     )
     parts.stop.click(stop_both, None, None, queue=False, **QUIET)
 
 
 def _wire_the_rest(parts: Parts) -> None:
-    """Wire the examples, Clear and its undo."""
+    """Wire the examples, Clear and Undo clear."""
     examples = recorded_examples()
 
-    def show_example(number: int, before: list[Turn]) -> list[Any]:
+    def show_example(number: int, before: list[Turn]) -> Updates:
         turn = turn_of_example(examples[number])
         kept = before[:-1] if before and before[-1].recorded else before
-        return [_prompt_value(turn), *_shown([*kept, turn])]
+        return {parts.prompt: _prompt_value(turn), **parts.updates([*kept, turn])}
 
-    def clear_all(typed: dict[str, Any], before: list[Turn]) -> list[Any]:
-        return [(typed, before), gr.update(visible=True), EMPTY_PROMPT, *_shown([])]
+    def clear_all(typed: dict[str, Any], before: list[Turn]) -> Updates:
+        undo = {cleared: (typed, before), parts.undo: gr.update(visible=True)}
+        return {**undo, parts.prompt: EMPTY_PROMPT, **parts.updates([])}
 
-    def restore(kept: tuple[dict[str, Any], list[Turn]]) -> list[Any]:
-        return [gr.update(visible=False), kept[0], *_shown(kept[1])]
+    def restore(before: tuple[dict[str, Any], list[Turn]]) -> Updates:
+        typed, turns = before
+        hidden = {parts.undo: gr.update(visible=False)}
+        return {**hidden, parts.prompt: typed, **parts.updates(turns)}
 
-    kept = gr.State((EMPTY_PROMPT, []))
-    cleared = [kept, parts.undo, parts.prompt, *parts.outputs]
-    parts.clear.click(clear_all, [parts.prompt, parts.turns], cleared, queue=False, **QUIET)
-    parts.undo.click(
-        restore, kept, [parts.undo, parts.prompt, *parts.outputs], queue=False, **QUIET
-    )
+    cleared = gr.State((EMPTY_PROMPT, []))
+    filled = [parts.undo, parts.prompt, *parts.outputs]
+    asked = [parts.prompt, parts.turns]
+    parts.clear.click(clear_all, asked, [cleared, *filled], queue=False, **QUIET)
+    parts.undo.click(restore, cleared, filled, queue=False, **QUIET)
     for number, button in enumerate(parts.examples):
         show = partial(show_example, number)
         button.click(show, parts.turns, [parts.prompt, *parts.outputs], queue=False, **QUIET)
@@ -194,9 +211,14 @@ def _layout(examples: list[Example], runs: gr.BrowserState, last: gr.BrowserStat
     with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
         numbers = [
             gr.Slider(
-                0, 2, value=0, step=0.05, label="Temperature", info="0: the most likely token"
+                0,
+                2,
+                value=0,
+                step=0.05,
+                label="Temperature",
+                info="0: the most likely token",
             ),
-            gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Longest answer in tokens"),
+            gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Maximum new tokens"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         ]
     sides = side_choice(runs, last)
@@ -207,7 +229,7 @@ def _layout(examples: list[Example], runs: gr.BrowserState, last: gr.BrowserStat
 def _example_buttons(examples: list[Example]) -> list[gr.Button]:
     if not examples:
         return []
-    gr.Markdown("Recorded examples, shown at once", elem_classes="caption")
+    gr.Markdown("Recorded examples: no model is run", elem_classes="caption")
     with gr.Row(elem_id="examples"):
         return [
             gr.Button(
@@ -222,8 +244,8 @@ def _example_buttons(examples: list[Example]) -> list[gr.Button]:
         ]
 
 
-def _answers(first: View) -> list[Any]:
-    """Lay out the two chats with what belongs to them, in the order of `View`."""
+def _answers(first: View) -> Mapping[str, Any]:
+    """Lay out the two chats and their captions; return them by the field of `View` they show."""
     with gr.Row(elem_id="answers-line"):
         source = gr.HTML(first.source, elem_id="answers-source", elem_classes="chips")
         status = gr.HTML(first.status, elem_id="answers-status")
@@ -236,11 +258,18 @@ def _answers(first: View) -> list[Any]:
             verdict_right = gr.HTML(
                 first.verdict_right, elem_id="verdict-merged", elem_classes="chips"
             )
-    return [left, right, verdict_left, verdict_right, status, source]
+    return {
+        "chat_left": left,
+        "chat_right": right,
+        "verdict_left": verdict_left,
+        "verdict_right": verdict_right,
+        "status": status,
+        "source": source,
+    }
 
 
 def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
-    """Lay out a chat whose messages are HTML made by `written`: it must not render Markdown."""
+    """Lay out a chat whose messages are HTML made by `safe_text`; it must not render Markdown."""
     return gr.Chatbot(
         value,
         label=label,
@@ -260,23 +289,16 @@ def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
 
 
 def _run(
-    backend: Backend, stop: Event, before: list[Turn], turn: Turn, asked: Question
-) -> Iterator[list[Any]]:
-    """Ask both models and yield the whole view about ten times a second."""
-    yield _shown([*before, turn])  # at once: torch may still have to be loaded
+    backend: Backend, parts: Parts, stop: Event, before: list[Turn], turn: Turn, asked: Question
+) -> Iterator[Updates]:
+    """Ask both models and yield the view about ten times a second."""
+    yield parts.updates([*before, turn])  # immediately: importing torch may take a while
     for left, right in answer_both(backend, asked, stop):
-        yield _shown([*before, replace(turn, left=left, right=right)])
-
-
-def _shown(turns: list[Turn]) -> list[Any]:
-    """Return the values of `Parts.outputs`: while answers grow, only Stop can be pressed."""
-    running = bool(turns) and not turns[-1].is_over
-    idle = [gr.update(interactive=not running)] * (len(recorded_examples()) + 2)
-    return [turns, *view(turns), gr.update(interactive=running), *idle]
+        yield parts.updates([*before, replace(turn, left=left, right=right)])
 
 
 def _new_turn(asked: Question, image: str | None, reference: Reference | None) -> Turn:
-    """Return the turn of a question that nobody has answered yet."""
+    """Return a turn without answers."""
     sides = new_sides(asked.left, asked.right)
     return Turn(asked.text, image, pair_name(asked.pack_id), *sides, reference)
 
@@ -292,7 +314,7 @@ def _question(  # the components of the tab, in order
     last: object,
     *numbers: float,
 ) -> Question:
-    """Put together what is asked of whom. Raises: RunError for a setting out of its range."""
+    """Build the question from the inputs. Raises: RunError for a setting out of range."""
     settings, keys = _read_settings(*numbers), keys_of(runs, last)
     return Question(pack_id, plan, text, _open(image), settings, left, right, keys)
 
@@ -304,21 +326,21 @@ def _open(image: str | None) -> Image | None:
 def _read_settings(
     temperature: float | None, longest: float | None, seed: float | None
 ) -> GenerationSettings:
-    """Check the three settings; an emptied field counts as 0. Raises: RunError."""
+    """Check the three settings; an empty field is 0. Raises: RunError."""
     return GenerationSettings(float(temperature or 0), int(longest or 0), int(seed or 0))
 
 
-def _visitor(request: gr.Request) -> str:
+def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
 def _read_prompt(typed: dict[str, Any]) -> tuple[str, str | None]:
-    """Take question and newest picture from the prompt. Raises: RunError with what is missing."""
+    """Return the question and the newest image of a prompt. Raises: RunError without a question."""
     question, files = typed.get("text") or "", typed.get("files") or []
     if not question and not files:
-        raise RunError("There is nothing to ask yet. Type a question; a picture may go with it.")
+        raise RunError("The prompt is empty. Type a question; an image is optional.")
     if not question:
-        raise RunError("A picture came without a question. Type what you want to know about it.")
+        raise RunError("There is an image but no question. Type a question about the image.")
     return check_question(question), str(files[-1]) if files else None
 
 
@@ -327,7 +349,7 @@ def _prompt_value(turn: Turn) -> dict[str, Any]:
 
 
 def _known(question: str, image: str | None) -> Reference | None:
-    """Return the right answer where question and picture are those of an example."""
+    """Return the correct answer if question and image are those of an example."""
     for example in recorded_examples():
         reference = example.reference
         if image and question == reference.question and Path(image).name == reference.image:

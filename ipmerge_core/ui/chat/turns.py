@@ -1,7 +1,7 @@
-"""One question with its two answers, and how a list of them is shown in two chats.
+"""Format questions and their two answers as messages for the two chats.
 
-In: plain values in gr.State. Out: messages (HTML), chips and sentences for the components of the
-Try it tab. Pure: no components here and no models.
+In: plain values in gr.State. Out: messages (HTML), labels and sentences for the components of the
+Try it tab. Pure functions: no components and no models.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its picture, and both answers as far as they have come."""
+    """A question, its image, and both answers so far."""
 
     question: str
     image: str | None
-    pair: str  # what the pair of models is called
+    pair: str  # name of the pair of models
     left: Side = field(default_factory=lambda: Side("Base"))
     right: Side = field(default_factory=lambda: Side("Merged"))
     reference: Reference | None = None
-    recorded: str = ""  # the date, if nothing was run now
+    recorded: str = ""  # the date of a recorded example
 
     @property
     def is_over(self) -> bool:
-        """Whether both answers are."""
+        """Whether both answers are over."""
         return self.left.is_over and self.right.is_over
 
 
 class View(NamedTuple):
-    """What the Try it tab shows of its turns."""
+    """The contents of the Try it tab."""
 
     chat_left: list[Message]
     chat_right: list[Message]
@@ -49,7 +49,7 @@ class View(NamedTuple):
 
 
 def turn_of_example(example: Example) -> Turn:
-    """Show a recorded example as a finished turn."""
+    """Return a recorded example as a finished turn."""
     return Turn(
         question=example.reference.question,
         image=str(example.image),
@@ -62,7 +62,7 @@ def turn_of_example(example: Example) -> Turn:
 
 
 def view(turns: Sequence[Turn]) -> View:
-    """Lay out all turns."""
+    """Format all turns."""
     if not turns:
         return View([], [], "", "", "", "")
     last = turns[-1]
@@ -81,7 +81,7 @@ def _messages(turns: Sequence[Turn], name: Literal["left", "right"]) -> list[Mes
     for turn in turns:
         content: list[Any] = [_html(show_text(turn.question))]
         if turn.image and Path(turn.image).is_file():
-            content.insert(0, {"path": turn.image, "alt_text": "The picture asked about"})
+            content.insert(0, {"path": turn.image, "alt_text": "Image of the question"})
         messages.append({"role": "user", "content": content})
         side = turn.left if name == "left" else turn.right
         answer = [*([_caption(turn, side)] if side.source else []), _html(_answer(side))]
@@ -90,13 +90,13 @@ def _messages(turns: Sequence[Turn], name: Literal["left", "right"]) -> list[Mes
 
 
 def _caption(turn: Turn, side: Side) -> dict[str, str]:
-    """Say above an answer what gave it: the model, the pair, and when, if not just now."""
+    """Format the line above an answer: the model, the pair, and the date of a recording."""
     words = [side.source, turn.pair, *([f"recorded {turn.recorded}"] if turn.recorded else [])]
     return _html(_note(" · ".join(words)))
 
 
 def _html(html: str) -> dict[str, str]:
-    """Return a part of a message; of a bare string Gradio would change tabs and indents."""
+    """Return a part of a message; Gradio would change tabs and indents of a plain string."""
     return {"type": "text", "text": html}
 
 
@@ -107,21 +107,21 @@ def _answer(side: Side) -> str:
     if side.state == "stopped":
         return f"{text}{_note('(stopped)')}"
     if not text:
-        return _note("(an empty answer)" if side.is_over else f"{side.note or 'waiting'} …")
+        return _note("(empty answer)" if side.is_over else f"{side.note or 'waiting'} …")
     return text
 
 
 def _note(words: str) -> str:
-    """Words of the app's own among the messages."""
+    """Format a text of the app, as opposed to one of a model."""
     return f'<p class="note">{as_html(words)}</p>'
 
 
 def _verdict(turn: Turn, side: Side) -> str:
-    """A chip with a sign and a word, so that nothing depends on colour; then speed and length."""
+    """Format whether an answer is correct, with a sign and a word, and how long it took."""
     parts = []
     if turn.reference and side.state == "finished":
         right = is_right(turn.reference, side.text)
-        sign, word, kind = ("✓", "right", "right") if right else ("✕", "wrong", "wrong")
+        sign, word, kind = ("✓", "correct", "right") if right else ("✕", "wrong", "wrong")
         parts.append(f'<span class="chip {kind}">{sign} {word}</span>')
         parts.append(f"<span>expected {as_html(turn.reference.answer)}</span>")
     if side.seconds:
@@ -129,8 +129,8 @@ def _verdict(turn: Turn, side: Side) -> str:
     return "".join(parts)
 
 
-_WORDS = {
-    "waiting": "is getting ready",
+_STATE_LABELS = {
+    "waiting": "is loading",
     "answering": "is answering",
     "finished": "finished",
     "stopped": "stopped",
@@ -141,7 +141,7 @@ _WORDS = {
 def _status(turn: Turn) -> str:
     if turn.recorded:
         return _compare(turn)
-    words = [f"{side.name} {_WORDS[side.state]}." for side in (turn.left, turn.right)]
+    words = [f"{side.name} {_STATE_LABELS[side.state]}." for side in (turn.left, turn.right)]
     return " ".join([*words, _compare(turn)]).strip()
 
 
@@ -149,8 +149,8 @@ def _compare(turn: Turn) -> str:
     if turn.left.state != "finished" or turn.right.state != "finished":
         return ""
     if not differ(turn.left.text, turn.right.text):
-        return "Both give the same answer."
-    return "Answers differ."
+        return "Both answers are the same."
+    return "The answers differ."
 
 
 def _source(turn: Turn) -> str:
@@ -159,6 +159,6 @@ def _source(turn: Turn) -> str:
     if turn.recorded:
         return (
             f'<span class="chip recorded">Recorded {as_html(turn.recorded)}</span> '
-            f"<span>{asked} Nothing was run just now; Send asks the models chosen above.</span>"
+            f"<span>{asked} No model was run; Send asks the models selected above.</span>"
         )
     return f'<span class="chip live">Live</span> <span>{asked}</span>'

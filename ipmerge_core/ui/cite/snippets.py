@@ -1,7 +1,7 @@
-"""The same plan in other words: JSON, Python, command line, gradio_client, curl and BibTeX.
+"""Write a plan as JSON, Python, command line, gradio_client and curl, with BibTeX entries.
 
-In: a pair's id, a `PlanChoice` and the app's address. Out: texts that run as they stand and give
-this very plan. Every value is quoted for its language; loads no torch.
+In: a pair's id, a `PlanChoice` and the app's address. Out: texts that run without changes and give
+the same plan. Every value is quoted for its language. Does not import torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TASK_ARITHMETIC = """\
 
 
 class Snippets(NamedTuple):
-    """One text per way of repeating or citing what is on show."""
+    """The texts that reproduce or cite a plan."""
 
     json: str
     python: str
@@ -69,7 +69,7 @@ def snippets_of(pack_id: str, choice: PlanChoice, address: str) -> Snippets:
 
 
 def pack_file(pack_id: str) -> str:
-    """Return the pack's file; on a Space, as its path in a copy of the Space's repository."""
+    """Return the pack's file; on a Space, its path relative to the Space's repository."""
     path = find_pack(pack_id).path
     if not is_hosted():
         return str(path)
@@ -77,7 +77,7 @@ def pack_file(pack_id: str) -> str:
 
 
 def page_address(referer: str) -> str:
-    """Return the address of the app from that of the page that asks.
+    """Return the address of the app from the referer of a request.
 
     >>> page_address("http://127.0.0.1:7860/?v=1&pack=pack")
     'http://127.0.0.1:7860'
@@ -91,7 +91,7 @@ def page_address(referer: str) -> str:
 
 
 def bibtex_of(pack: Json) -> str:
-    """Return the entries of the method, of the rule it builds on, and of the models on the hub.
+    """Return BibTeX entries of the method, of task arithmetic, and of the models on the hub.
 
     >>> "2510.14387" in bibtex_of({"sources": {"mllm": None, "base": None, "math": []}})
     True

@@ -1,8 +1,7 @@
-"""The Explore tab: the layer map of the chosen pair, and the spectra of one matrix.
+"""Build the Explore tab: the layer map of the chosen pair and the spectra of one matrix.
 
-In: the frame's pair dropdown and the session's `PlanChoice`. Out: that choice, updated once
-whenever a drag in the map ends. Dragging itself never reaches this file: the map previews in the
-browser.
+In: the pair dropdown and the session's `PlanChoice`. Out: that choice, updated once at the end of
+every drag on the map. Dragging itself sends no request: the map computes previews in the browser.
 """
 
 from __future__ import annotations
@@ -17,54 +16,57 @@ from gradio.events import Dependency
 from ipmerge_core.errors import PlanError
 from ipmerge_core.plots import spectra_figure, spectra_info
 from ipmerge_core.runtime.host import space_id
-from ipmerge_core.ui.errors import QUIET, told
+from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.explore.layer_map import LayerMap, report
 from ipmerge_core.ui.explore.partial_packs import (
     IsRunning,
     explored_pack,
-    growth,
     nobody_runs,
     pair_choices,
+    records_since,
 )
 from ipmerge_core.ui.pairs import load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_cells, read_commit
+from ipmerge_core.ui.runs import Updates
 
 PRESETS: list[dict[str, Any]] = [
     {
         "label": "IP-Merging",
-        "source": "The paper's rule and update (arXiv 2510.14387). Its thresholds are not public; "
-        "0.4 is the default of the authors' public code.",
+        "source": "Rule and update of the paper (arXiv 2510.14387). Its thresholds are not "
+        "published; 0.4 is the default of the authors' public code.",
         "plan": {"s": 0.4},
     },
     {
         "label": "IP-Merging, public code",
-        "source": "As the authors' public code selects: the best corresponding angle reaches 0.4.",
+        "source": "As in the authors' public code: the largest similarity of corresponding "
+        "directions is at least 0.4.",
         "plan": {"s": 0.4, "similarity": "max"},
     },
     {
         "label": "IP-Merging, γ max",
-        "source": "Ours: γ divided by its maximum, so that the best-aligned direction passes in "
-        "full; every matrix, λ 4.",
+        "source": "Ours: γ divided by its maximum, so that the best-aligned direction is kept in "
+        "full; all matrices, λ = 4.",
         "plan": {"s": 0, "variant": "max", "lambda": 4},
     },
     {
-        "label": "Everything, rescaled",
+        "label": "All, rescaled",
         "source": "Ours, an ablation: no selection and no projection, only the rescaling ρ.",
         "plan": {"s": 0, "variant": "rescale_only"},
     },
     {
         "label": "Task arithmetic",
-        "source": "Every matrix takes λ times the math task vector (arXiv 2212.04089).",
+        "source": "Adds λ times the math task vector to every matrix (arXiv 2212.04089).",
         "plan": {"s": 0, "variant": "select_only"},
     },
     {
         "label": "Nothing",
-        "source": "λ = 0: the merged model equals the multimodal model.",
+        "source": "λ = 0: the merged model is identical to the vision-language model.",
         "plan": {"s": 1, "lambda": 0},
     },
 ]
 
-# In the page: a commit was answered; and until all are (and a pair is shown), 5 seconds at most.
+# In the page: count an answered commit; wait until all are answered (and the pair is shown), for
+# at most 5 seconds.
 _MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
 _ANSWERED = f"() => {{ const map = {_MAP}; if (map) map.unanswered -= 1; }}"
 _UNTIL_SETTLED = f"""async (pair) => {{
@@ -74,15 +76,37 @@ _UNTIL_SETTLED = f"""async (pair) => {{
 }}"""
 
 
+class OpenedPair(NamedTuple):
+    """A pair as it is shown: the content of the map and the plan that it starts with."""
+
+    content: dict[str, Any]
+    choice: PlanChoice
+
+
+class PairView(NamedTuple):
+    """The components that show a pair."""
+
+    layer_map: LayerMap
+    choice: gr.State
+    spectra: gr.Plot
+
+    def updates(self, opened: OpenedPair) -> Updates:
+        """Return the updates that show a pair; the figure of another pair's matrix is hidden."""
+        return {
+            self.layer_map: opened.content,
+            self.choice: opened.choice,
+            self.spectra: gr.update(visible=False),
+        }
+
+
 class ExploreTab(NamedTuple):
-    """What the frame needs of this tab.
+    """What the app uses of this tab.
 
     `committed` and `opened` are the events after which `choice` holds a new plan: chain on them
     with `.then(...)`, because `choice.change` does not fire after events that bypass the queue.
     """
 
-    layer_map: LayerMap
-    spectra: gr.Plot
+    view: PairView
     committed: Dependency
     opened: Dependency
 
@@ -92,7 +116,7 @@ def explore_tab(
 ) -> ExploreTab:
     """Lay out the tab inside the open `gr.Tab` and wire it to the pair and the session's choice.
 
-    `is_running` says of a pair that is not finished whether its analysis is going on.
+    `is_running` tells whether the analysis of an unfinished pair is in progress.
     """
 
     def grown(asked: object) -> dict[str, Any]:
@@ -103,17 +127,19 @@ def explore_tab(
         map_content(pair.value) if pair.value else None, server_functions=[report_file, grown]
     )
     spectra = gr.Plot(
-        label="Spectra of the chosen matrix", show_label=False, visible=False, elem_id="spectra"
+        label="Spectra of the selected matrix", show_label=False, visible=False, elem_id="spectra"
     )
 
-    # handlers
-    def open_pair(pack_id: str) -> tuple[Any, ...]:
-        return opened_pair(pack_id, is_running)
+    view = PairView(layer_map, choice, spectra)
 
-    def follow_link(event: gr.EventData) -> tuple[Any, ...]:
+    # handlers
+    def show_pair(pack_id: str) -> Updates:
+        return view.updates(open_pair(pack_id, is_running))
+
+    def follow_link(event: gr.EventData) -> Updates:
         pack_id = str(event._data.get("pack"))
-        opened = open_pair(pack_id)
-        return gr.update(choices=pair_choices(is_running, pack_id), value=pack_id), *opened
+        shown = show_pair(pack_id)
+        return {pair: gr.update(choices=pair_choices(is_running, pack_id), value=pack_id), **shown}
 
     def keep_plan(pack_id: str, event: gr.EventData) -> PlanChoice:
         return read_commit(event._data, explored_pack(pack_id))
@@ -126,21 +152,21 @@ def explore_tab(
 
     # wiring
     opened = pair.input(
-        told(open_pair),
+        show_errors(show_pair),
         pair,
-        [layer_map, choice, spectra],
+        [*view],
         show_progress_on=[pair],
         api_visibility="private",
     )
     layer_map.packselect(
-        told(follow_link),
+        show_errors(follow_link),
         None,
-        [pair, layer_map, choice, spectra],
+        [pair, *view],
         show_progress="hidden",
         api_visibility="private",
     )
     committed = layer_map.commit(
-        told(keep_plan),
+        show_errors(keep_plan),
         pair,
         choice,
         queue=False,
@@ -150,7 +176,7 @@ def explore_tab(
     )
     committed.then(None, None, None, js=_ANSWERED, queue=False, **QUIET)
     layer_map.cellselect(
-        told(draw_spectra),
+        show_errors(draw_spectra),
         pair,
         spectra,
         queue=False,
@@ -158,40 +184,40 @@ def explore_tab(
         trigger_mode="multiple",
         api_visibility="private",
     )
-    return ExploreTab(layer_map, spectra, committed, opened)
+    return ExploreTab(view, committed, opened)
 
 
 def after_commits(
     listener: Callable[..., Dependency], pair: gr.Dropdown | None = None
 ) -> Dependency:
-    """Let an event wait, in the page, until the session's choice is the plan on show in Explore.
+    """Delay an event, in the page, until the session's choice is the plan shown in Explore.
 
-    Two requests that leave at nearly the same time may arrive in any order. With `pair`, wait also
-    until the map shows the pair that is chosen: the choice comes with it.
+    Two requests sent at nearly the same time can arrive in any order. With `pair`, also wait until
+    the map shows the chosen pair, since the choice is set together with it.
     """
     return listener(None, pair, None, js=_UNTIL_SETTLED, queue=False, **QUIET)
 
 
-def opened_pair(pack_id: str, is_running: IsRunning) -> tuple[Any, ...]:
-    """Return what shows a pair, finished or growing: the map, its plan, and no large figure."""
+def open_pair(pack_id: str, is_running: IsRunning) -> OpenedPair:
+    """Open a pair, whether its analysis has finished or not. Raises: PlanError."""
     pack = explored_pack(pack_id, is_running)
-    return content_of(pack_id, pack), start_choice(pack), gr.update(visible=False)
+    return OpenedPair(content_of(pack_id, pack), start_choice(pack))
 
 
 def grown_since(asked: object, is_running: IsRunning) -> dict[str, Any]:
-    """Answer the map of a growing pair, which asks with `[pack id, matrices it knows]`."""
+    """Answer the map of an unfinished pair, which sends `[pack id, number of known matrices]`."""
     pack_id, known = asked if isinstance(asked, list) and len(asked) == 2 else ("", 0)
     try:
-        found = growth(str(pack_id), known if isinstance(known, int) else 0, is_running)
+        found = records_since(str(pack_id), known if isinstance(known, int) else 0, is_running)
     except PlanError:
-        return {"gone": "This pair is no longer here: its analysis was discarded."}
+        return {"gone": "This pair no longer exists: its analysis was discarded."}
     if found["growing"] is None:
         found["presets"] = map_content(pack_id)["presets"]
     return found
 
 
 def start_choice(pack: Mapping[str, Any]) -> PlanChoice:
-    """The plan a pair opens with: the usual one, or one that selects where that selects nothing."""
+    """Return the initial plan: the default, or one that selects a third if that selects none."""
     values = sorted(record["similarity"]["first"] for record in pack["records"])
     if values[-1] >= PlanChoice().similarity_threshold:
         return PlanChoice()
@@ -199,14 +225,14 @@ def start_choice(pack: Mapping[str, Any]) -> PlanChoice:
 
 
 def map_content(pack_id: str, choice: PlanChoice | None = None) -> dict[str, Any]:
-    """What the layer map draws of a finished pair. Raises: PlanError."""
+    """Return what the layer map draws of a finished pair. Raises: PlanError."""
     return content_of(pack_id, load_pack(pack_id), choice)
 
 
 def content_of(
     pack_id: str, pack: Mapping[str, Any], choice: PlanChoice | None = None
 ) -> dict[str, Any]:
-    """What the layer map draws: a pack, the plan to start from and the presets."""
+    """Return what the layer map draws: a pack, the initial plan and the presets."""
     start = start_choice(pack)
     presets = PRESETS if start == PlanChoice() else [_third(start), *PRESETS]
     return {
@@ -219,24 +245,24 @@ def content_of(
 
 
 def report_file(asked: object) -> str:
-    """The HTML report of `[pack id, plan]`, as the browser asks for it. Raises: PlanError."""
+    """Return the HTML report for `[pack id, plan]`, as sent by the browser. Raises: PlanError."""
     if not isinstance(asked, list) or len(asked) != 2:
-        raise PlanError("A report is made of a pair and a plan; the page sent something else.")
+        raise PlanError("A report needs a pair and a plan; reload the page and try again.")
     pack_id = str(asked[0])
     choice = read_commit(asked[1], load_pack(pack_id))
     return report({**map_content(pack_id, choice), "home": ""})
 
 
 def space_page() -> str:
-    """The page of the Space that serves this app: the frame around us does not show our address."""
+    """Return the page of the Space that serves this app; a frame on the hub hides our address."""
     space = space_id()
     return f"https://huggingface.co/spaces/{space}" if space else ""
 
 
 def _third(choice: PlanChoice) -> dict[str, Any]:
     return {
-        "label": "Most alike third",
-        "source": "Ours: the third of the matrices with the highest first angle, because none of "
-        "this pair reaches the usual threshold 0.4.",
+        "label": "Most similar third",
+        "source": "Ours: the third of the matrices with the highest similarity, because none of "
+        "this pair reaches the default threshold 0.4.",
         "plan": choice.to_browser(),
     }

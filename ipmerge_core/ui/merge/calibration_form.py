@@ -1,8 +1,8 @@
-"""The part of the Merge tab for methods that need samples: choose a calibration, or make one.
+"""Build the calibration form of the Merge tab: choose a finished calibration or run a new one.
 
-In: the chosen pair and method. Out: the folder of a finished calibration, put into the method's
-choice; a run that makes one is a job like a merge, with progress, cancel and resume, and the
-browser keeps its id and key. Only calibrations of these very weights are listed.
+In: the chosen pair and method. Out: the folder of a finished calibration, stored in the method's
+choice. A new calibration is a run with progress, cancel and resume; the browser keeps its id and
+key. Only calibrations of the same weights are listed.
 """
 
 from __future__ import annotations
@@ -15,39 +15,43 @@ import gradio as gr
 
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.errors import QUIET, told
-from ipmerge_core.ui.format import size_words
+from ipmerge_core.ui.errors import QUIET, show_errors
+from ipmerge_core.ui.format import format_size
 from ipmerge_core.ui.merge.method_form import MethodChoice
 from ipmerge_core.ui.merge.start_gate import LAST, StartGate
-from ipmerge_core.ui.runs import POLL_SECONDS, RunView, find_run, off_at_once, steer
+from ipmerge_core.ui.runs import Remembered, RunState, RunView, Updates, disable_on_click
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
-JOB_KEY = "ipmerge.calibration.v1"
-JOB_SECRET = "ipmerge-calibration"  # noqa: S105 (it only keeps the entry readable after a restart)
-WHAT = {
-    "gram": "what every matrix reads",
-    "fisher": "how much every answer depends on every weight",
+MEASURES = {
+    "gram": "the Gram matrices of the layer inputs",
+    "fisher": "the diagonal Fisher values of the weights",
 }
 SAMPLES_HINT = (
     "demo ({tasks} tasks), demo:perception, demo:math, datasets:NAME, or a jsonl file with "
-    "{columns} on each line"
+    "{columns} per line"
 )
 
 
 class _Parts(NamedTuple):
-    """The components of the block."""
+    """The components of the form."""
 
     intro: gr.Markdown
     folder: gr.Dropdown
-    seen: gr.Textbox
-    told: gr.Textbox
+    mllm_samples: gr.Textbox
+    math_samples: gr.Textbox
     limit: gr.Number
     start: gr.Button
-    progress: gr.HTML
-    cancel: gr.Button
-    resume: gr.Button
+    run: RunView
+
+
+class CalibrationView(NamedTuple):
+    """The contents of the form for a method that needs samples, and the method's choice."""
+
+    intro: str
+    folders: dict[str, Any]
+    choice: MethodChoice
 
 
 def calibration_form(
@@ -60,24 +64,31 @@ def calibration_form(
     job: gr.BrowserState,
     gate: StartGate,
 ) -> Callable[[Dependency], Dependency]:
-    """Lay out the block inside `block` and wire it; returns what fills it when it is needed.
+    """Lay out the form inside `block` and wire it; returns a function that fills it after an event.
 
     Args:
-        app: the whole page, whose loading attaches to a run again.
-        backend: where runs are kept.
-        block: the column to lay it out in; it is shown for the methods that need it.
+        app: the app, whose load event shows a remembered run again.
+        backend: the app's runs.
+        block: the column to lay it out in; it is shown for methods that need samples.
         pair: the chosen pair.
         method: holds a MethodChoice.
-        job: what the browser remembers of a run.
-        gate: what keeps Start off until a change of the choice is checked.
+        job: what the browser remembers of the run.
+        gate: disables Start until a change has been checked.
     """
     with block:
         parts = _layout(hosted=backend.hosted)
-    timer = gr.Timer(POLL_SECONDS, active=False)
     made = gr.State("")
 
-    def show(pack_id: str, how: MethodChoice, just_made: str) -> list[Any]:
-        return shown(backend, pack_id, how, just_made)
+    def show(pack_id: str, how: MethodChoice, just_made: str) -> Updates:
+        view = calibration_view(backend, pack_id, how, just_made)
+        if view is None:
+            return {block: gr.update(visible=False)}
+        return {
+            block: gr.update(visible=True),
+            parts.intro: view.intro,
+            parts.folder: view.folders,
+            method: view.choice,
+        }
 
     def keep(pack_id: str, how: MethodChoice, folder: str | None) -> MethodChoice:
         made_here = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
@@ -86,68 +97,66 @@ def calibration_form(
 
     def begin(
         pack_id: str, how: MethodChoice, seen: str, read: str, limit: float | None
-    ) -> dict[str, str]:
+    ) -> Remembered:
         started = backend.start_calibration(pack_id, how.name, seen, read, int(limit or 0))
         return started._asdict()
 
-    def watch(mine: dict[str, str] | None) -> list[Any]:
-        return watched(backend, mine or {})
+    def extras(run: RunState) -> Updates:
+        idle = not (run.owned and run.running)
+        return {made: made_by(run), parts.start: gr.update(interactive=idle)}
 
     filled = [block, parts.intro, parts.folder, method]
-    watching = [parts.progress, parts.cancel, parts.resume, timer, made, parts.start]
-    asked = [pair, method, parts.seen, parts.told, parts.limit]
+    asked = [pair, method, parts.mllm_samples, parts.math_samples, parts.limit]
     kept = parts.folder.input
-    gate.at_once(kept)
-    gate.after(kept(keep, [pair, method, parts.folder], method, queue=False, **QUIET).then)
-    gate.at_once(made.change)
-    gate.after(made.change(told(show), [pair, method, made], filled, **QUIET).then)
-    off_at_once(parts.start)
-    pressed = parts.start.click(told(begin), asked, job, **QUIET)
-    for follows in (pressed.success, pressed.failure):  # Gradio lets no `then` follow an error
-        follows(watch, job, watching, **QUIET)
-    view = RunView(parts.progress, parts.cancel, parts.resume, timer)
-    steer(app, backend, job, view, watch, watching, queued=True)  # `made` has a listener
-    return lambda event: event.then(told(show), [pair, method, made], filled, **LAST)
+    gate.disable_on(kept)
+    gate.check_after(kept(keep, [pair, method, parts.folder], method, queue=False, **QUIET).then)
+    gate.disable_on(made.change)
+    gate.check_after(made.change(show_errors(show), [pair, method, made], filled, **QUIET).then)
+    parts.run.wire(
+        backend, job, [app.load], extras=extras, outputs=[made, parts.start], queued=True
+    )
+    disable_on_click(parts.start)
+    pressed = parts.start.click(show_errors(begin), asked, job, **QUIET)
+    for ends in (pressed.success, pressed.failure):  # Gradio lets no `then` follow an error
+        parts.run.follow(ends)
+    return lambda event: event.then(show_errors(show), [pair, method, made], filled, **LAST)
 
 
-def remembered_calibration() -> gr.BrowserState:
-    """Make the place in the browser where the run's id and key are kept; outside all tabs."""
-    return gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
+def calibration_view(
+    backend: Backend, pack_id: str, how: MethodChoice, just_made: str
+) -> CalibrationView | None:
+    """Return the contents of the form; None for a method that needs no samples.
 
-
-def shown(backend: Backend, pack_id: str, how: MethodChoice, just_made: str) -> list[Any]:
-    """Fill the block for a method: visible or not, what it needs, the finished ones, the choice.
-
-    A calibration that was just made is chosen; else the one chosen before, if it is not one made
-    here for another pair or method.
+    A calibration that has just finished is selected. Otherwise the selection stays, unless it is
+    one that was made here for another pair or method.
     """
     method = data_method(how.name)
     if method is None:
-        return [gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()]
+        return None
     try:
         folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
     except IPMergeError:
-        folders = []  # of a pair that cannot be read: the check says why
+        folders = []  # the pair cannot be read; the check reports why
     elsewhere = Path(how.calibration).parent != backend.calibrations_folder
     chosen_before = how.calibration if elsewhere or how.calibration in folders else ""
     wanted = [just_made if just_made in folders else "", chosen_before, *folders[-1:]]
     chosen = next(filter(None, wanted), "")
     intro = (
-        f"{method.label} needs to know {WHAT[str(method.data)]}, measured by running both models "
-        f"on samples. {_cost_words(backend, pack_id, how.name)}"
+        f"{method.label} needs {MEASURES[str(method.data)]}. A calibration measures them by "
+        f"running both models on samples. {_describe_cost(backend, pack_id, how.name)}"
     )
     listed = gr.update(
         choices=[(Path(folder).name, folder) for folder in folders],
         value=chosen or None,
-        info=f"{'made here before' if folders else 'none made here yet'}, of these weights"
-        + ("" if backend.hosted else "; or any folder with one"),
+        info=("Finished for these weights" if folders else "None finished for these weights")
+        + ("" if backend.hosted else "; or enter a path"),
     )
-    return [gr.update(visible=True), intro, listed, how._replace(calibration=chosen)]
+    return CalibrationView(intro, listed, how._replace(calibration=chosen))
 
 
 def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are imported late)
-    """Return the method of that name if it needs data."""
-    if not name:  # the plan from Explore; no methods are loaded for it
+    """Return the method of this name if it needs data, else None."""
+    if not name:  # the plan from Explore needs none; do not import the methods for it
         return None
     from ipmerge_core.methods import METHODS
 
@@ -155,22 +164,21 @@ def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are i
     return method if method is not None and method.data is not None else None
 
 
-def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
-    """Return how far a run is: a `RunView`, the folder once it is finished, and the button."""
-    run = find_run(backend, mine)
-    made = str(run.status.arguments.get("out", "")) if run.status and run.finished else ""
-    return [*run.updates(), made, gr.update(interactive=not (run.owned and run.running))]
+def made_by(run: RunState) -> str:
+    """Return the folder of a finished calibration; empty until it is finished."""
+    return run.out if run.finished else ""
 
 
-def _cost_words(backend: Backend, pack_id: str, name: str) -> str:
-    """Say what one sample more or less does not change: memory and disk."""
+def _describe_cost(backend: Backend, pack_id: str, name: str) -> str:
+    """Describe the memory and disk space of a calibration, which do not depend on the samples."""
     try:
         cost = backend.calibration_cost(pack_id, name)
     except (RunError, IPMergeError) as error:
         return str(error)
     return (
-        f"It loads one model after the other ({size_words(cost.nbytes_model)} the largest), holds "
-        f"{size_words(cost.nbytes_held)} of sums and writes {size_words(cost.nbytes_written)}."
+        f"It loads one model at a time (up to {format_size(cost.nbytes_model)}), keeps "
+        f"{format_size(cost.nbytes_held)} of statistics in memory and writes "
+        f"{format_size(cost.nbytes_written)}."
     )
 
 
@@ -182,7 +190,7 @@ def _layout(*, hosted: bool) -> _Parts:
         )
         words: dict[str, Any] = {"value": "demo", "interactive": not hosted}
         seen = gr.Textbox(
-            label="Samples for the vision model",
+            label="Samples for the vision-language model",
             info=SAMPLES_HINT.format(tasks="all", columns="question, answer and image"),
             elem_id="samples-seen",
             **words,
@@ -195,15 +203,13 @@ def _layout(*, hosted: bool) -> _Parts:
         )
         limit = gr.Number(
             60,
-            label="How many of each",
-            info="a few hundred for real models",
+            label="Samples per model",
+            info="A few hundred for real models",
             precision=0,
             minimum=1,
             elem_id="samples-limit",
         )
     with gr.Row(elem_classes="run-row"):
         start = gr.Button("Calibrate", size="sm", elem_id="start-calibration")
-        cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel-calibration")
-        resume = gr.Button("Resume", visible=False, size="sm", elem_id="resume-calibration")
-    progress = gr.HTML("", elem_id="calibration-status", elem_classes="run-status")
-    return _Parts(intro, folder, seen, read, limit, start, progress, cancel, resume)
+    run = RunView("calibration")
+    return _Parts(intro, folder, seen, read, limit, start, run)

@@ -1,7 +1,7 @@
-"""A finished model as one zip file, made while it is sent: nothing is copied on the server.
+"""Stream a finished model as one zip file, without a copy on the server.
 
-In: a run's id and the key of whoever started it. Out: a stored (uncompressed) zip of the model
-folder, streamed. The folder stays outside of what Gradio serves to everybody.
+In: a run's id and key. Out: a stored (uncompressed) zip of the model folder. The folder itself is
+not in the paths that Gradio serves.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _PIECE = 1 << 20  # bytes read at a time
 
 
 def download_link(job: str, key: str) -> str:
-    """Return the address, relative to the page, under which the owner finds the file."""
+    """Return the download URL, relative to the page."""
     return f"{PATH.lstrip('/').format(job=job)}?key={quote(key)}"
 
 
 def download_route(backend: Backend) -> Route:
-    """Return the route under which finished runs are downloaded."""
+    """Return the route that serves finished models."""
 
     def download(request: Request) -> Response:
         job, key = request.path_params["job"], request.query_params.get("key", "")
@@ -49,7 +49,7 @@ def download_route(backend: Backend) -> Route:
 
 
 def finished_folder(backend: Backend, job: str, key: str) -> Path:
-    """Return a finished run's model folder. Raises: RunError for anybody but its owner."""
+    """Return a finished run's model folder. Raises: RunError without the run's key."""
     status = backend.store.status(job)
     if not backend.store.holds_key(job, key):
         raise RunError("Only the browser that started this run can download its model.")
@@ -60,7 +60,7 @@ def finished_folder(backend: Backend, job: str, key: str) -> Path:
 
 
 def zip_pieces(folder: Path) -> Iterator[bytes]:
-    """Yield the bytes of a zip of the files in a folder, a piece at a time."""
+    """Yield the bytes of a zip of the files in a folder in pieces."""
     target = _Pieces()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -75,7 +75,7 @@ def zip_pieces(folder: Path) -> Iterator[bytes]:
 
 
 class _Pieces(io.RawIOBase):
-    """A file that cannot be rewound: what is written waits to be taken."""
+    """A write-only file that cannot seek and hands out what was written to it."""
 
     def __init__(self) -> None:
         self._waiting: list[bytes] = []
@@ -88,7 +88,7 @@ class _Pieces(io.RawIOBase):
         return len(data)
 
     def take(self) -> bytes:
-        """Return what was written since the last call."""
+        """Return what has been written since the last call."""
         data = b"".join(self._waiting)
         self._waiting.clear()
         return data

@@ -1,9 +1,8 @@
-"""The methods of the Merge tab as a form, made from their own signatures.
+"""Build the form of the Merge tab that chooses a method and its parameters.
 
-In: what a visitor chooses. Out: a `MethodChoice`, small plain values that fit in gr.State, and the
-plan it stands for. The methods load torch, so the list is filled when the tab opens and the fields
-are made when a method is chosen; what a plan can be told beside its method stands folded away below
-them. Values are judged where the plan is made, not here.
+In: what a user chooses. Out: a `MethodChoice` of plain values that fits in gr.State, and the plan
+it describes. The methods import torch, so the list is filled when the tab is opened, and the fields
+are created from the method's signature when it is chosen. Values are checked by `make_plan`.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.ui.merge.start_gate import StartGate
 
-EXPLORED = ""  # the name that stands for the plan from Explore
+EXPLORED = ""  # the name of the plan from Explore
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
 _SLIDER_STEP = 0.01
 # Rules by matrix are the map's.
 FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
-OWN = ""  # the choice that leaves an option to the method
+OWN = ""  # the choice that keeps the method's default
 Value = float | int | bool | str | None
 
 
 class MethodChoice(NamedTuple):
-    """The method that a visitor has chosen, and the values that differ from its defaults.
+    """The chosen method, and the values that differ from its defaults.
 
-    `options` are what the plan is told beside its method; they stay when another method is chosen.
+    `options` are the plan's options; they stay when another method is chosen.
     """
 
     name: str = EXPLORED
@@ -50,28 +49,28 @@ class MethodChoice(NamedTuple):
 
 
 class MethodForm(NamedTuple):
-    """The parts of the form that others listen to or lay something beside."""
+    """The parts of the form that are used outside of it."""
 
-    changed: Dependency  # another method was chosen, and the choice knows it
+    changed: Dependency  # another method was chosen and stored
     data: gr.Column
 
 
 def method_names() -> gr.Dropdown:
-    """Lay out the choice of a method; `offered` fills it."""
+    """Lay out the dropdown of methods; `list_methods` fills it."""
     return gr.Dropdown(
         [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
     )
 
 
 def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodForm:
-    """Lay out the method's fields and the options; what is chosen goes into `method`.
+    """Lay out the method's fields and the options, whose values are stored in `method`.
 
     Args:
-        name: the choice of a method, as `method_names` lays it out.
+        name: the dropdown made by `method_names`.
         method: holds a MethodChoice.
-        gate: what keeps Start off until a change of a field or an option is checked.
+        gate: disables Start until a change has been checked.
     """
-    gate.at_once(name.change)
+    gate.disable_on(name.change)
     changed = name.change(with_method, [method, name], method, queue=False, **QUIET)
 
     @gr.render(inputs=name, triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
@@ -103,16 +102,16 @@ def _keep(
     method: gr.State,
     gate: StartGate,
 ) -> None:
-    """Put a field's value into the choice whenever it changes, the last one for sure."""
-    gate.at_once(field.change)
+    """Store a field's value in the choice whenever it changes; the last value always arrives."""
+    gate.disable_on(field.change)
     change = field.change(
         keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
     )
-    gate.after(change.then)
+    gate.check_after(change.then)
 
 
-def offered() -> dict[str, Any]:
-    """Return the dropdown's update: the plan from Explore, and every other method."""
+def list_methods() -> dict[str, Any]:
+    """Return the update of the dropdown: the plan from Explore and every other method."""
     from ipmerge_core.methods import METHODS
 
     rest = [(m.label, m.name) for m in METHODS.values() if not m.needs_analysis]
@@ -121,12 +120,12 @@ def offered() -> dict[str, Any]:
 
 
 def with_method(choice: MethodChoice, name: str) -> MethodChoice:
-    """Return the choice of a method; another's values go, options stay."""
+    """Return the choice with another method: values are reset, options stay."""
     return choice if name == choice.name else MethodChoice(name, options=choice.options)
 
 
 def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) -> MethodChoice:
-    """Return the choice with one more value; values of another method are left behind.
+    """Return the choice with one value set; a value of another method is ignored.
 
     >>> with_value("density", "ties", MethodChoice("ties", {"seed": 1}), 0.4).values
     {'seed': 1, 'density': 0.4}
@@ -135,14 +134,14 @@ def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) ->
     >>> with_value("density", "ties", MethodChoice("della", {"seed": 1}), 0.4).name
     'della'
     """
-    if name != choice.name:  # an event of a field that is on its way out
+    if name != choice.name:  # an event of a field that is being removed
         return choice
     read = _number(value) if isinstance(value, str) else value
     return choice._replace(values={**choice.values, parameter: read})
 
 
 def _number(text: str) -> float | str | None:
-    """Read a number from a field that may be left empty; words stay what they are."""
+    """Read a number from a field that may be empty; other text is returned unchanged."""
     try:
         return float(text) if text.strip() else None
     except ValueError:
@@ -150,7 +149,7 @@ def _number(text: str) -> float | str | None:
 
 
 def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
-    """Return the choice with one option set, or left to the method where the text is empty.
+    """Return the choice with one option set, or removed if the text is empty.
 
     >>> with_option("include", MethodChoice(options={"norms": "merge"}), " mlp ").options
     {'norms': 'merge', 'include': 'mlp'}
@@ -164,12 +163,12 @@ def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
 def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> MergePlan:
     """Make the plan of the chosen method, or the one from Explore.
 
-    Raises: PlanError for a value that the method refuses, more experts than it merges, or samples
-        that it needs and nobody measured.
+    Raises: PlanError for an invalid value, more experts than the method merges, or a missing
+        calibration.
     """
     for option in FIELDS:
         if option.kind == "pattern":
-            _refuse_slow(method.options.get(option.name, ""))
+            _reject_slow(method.options.get(option.name, ""))
     options = PlanOptions.read(method.options)
     if method.name == EXPLORED:
         return plan_of(pack_id, choice, options=options)
@@ -180,7 +179,7 @@ def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> Merge
     if found.data is not None:
         if not method.calibration:
             raise PlanError(
-                f"{found.label} needs a calibration of these models. Choose a finished one above, "
+                f"{found.label} needs a calibration of these models. Select a finished one above, "
                 f"or press Calibrate."
             )
         calibration = method.calibration
@@ -189,17 +188,17 @@ def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> Merge
     return make_plan(analysis, method.name, options=options, calibration=calibration, **values)
 
 
-def _refuse_slow(pattern: str) -> None:
-    """Refuse what can take for ever, where strangers write it: repetition."""
+def _reject_slow(pattern: str) -> None:
+    """Reject patterns of users on a Space that can take exponential time: repetition."""
     if is_hosted() and re.search(r"[*+?{(]", pattern):
         raise PlanError(
-            f"The pattern {pattern[:40]!r} repeats or groups, which is not offered here; expected "
-            f"parts of names, as 'mlp|layers\\.0\\.'."
+            f"The pattern {pattern[:40]!r} uses repetition or groups, which are disabled here; "
+            f"expected parts of names, such as 'mlp|layers\\.0\\.'."
         )
 
 
 def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:
-    """Make the form field that fits a parameter's kind."""
+    """Create the form field that fits a parameter's kind."""
     words = [parameter.bounds.help]
     slides = _slides(parameter)
     if parameter.kind in ("float", "int") and slides is None:
@@ -228,7 +227,7 @@ def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.S
 
 
 def _slides(parameter: Parameter) -> tuple[float, float] | None:
-    """Say where a slider runs, if one fits: a number that is always there and not tiny."""
+    """Return the range of a slider if one fits: for a required number that is not tiny."""
     default = parameter.default
     fits = parameter.kind == "float" and not parameter.optional and isinstance(default, float)
     tiny = isinstance(default, float) and 0 < default < _SLIDER_STEP
@@ -248,6 +247,6 @@ def _option_field(option: Option) -> gr.Dropdown | gr.Textbox:
         for value, words in option.choices.items()
     ]
     if "keep" not in option.choices:  # the method decides where nothing is chosen
-        meant = [("the method's own", OWN), *meant]
+        meant = [("method default", OWN), *meant]
         return gr.Dropdown(meant, value=OWN, **common)
     return gr.Dropdown(meant, value="keep", **common)

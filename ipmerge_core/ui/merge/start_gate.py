@@ -1,9 +1,9 @@
-"""When "Start merge" may be pressed: only for what the check has answered and Confirm shows.
+"""Enable "Start merge" only for what has been checked and is shown under Confirm.
 
-In: events that change what would be merged. Out: one chain per event: Start goes off in the page at
-once, the check runs, its answer is shown if nothing has changed since it was asked, and Start goes
-on if nothing speaks against it. The digest of what is on show travels with the press, and the
-server compares it again, so that a slow page can never start another merge than Confirm shows.
+In: events that change what would be merged. Out: one chain per event: the page disables Start at
+once, the check runs, its result is shown if nothing has changed meanwhile, and Start is enabled if
+there is no objection. The digest of what is shown is sent with the click and compared again on the
+server, so that even a slow page cannot start anything else.
 """
 
 from __future__ import annotations
@@ -19,21 +19,18 @@ from ipmerge_core.ui.errors import QUIET
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
-# What comes while a link of a chain is pending runs after it; by default it would be dropped.
+# An event during a pending step of the chain runs after it; by default it would be dropped.
 LAST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 CHECKING = '<p class="waiting">Checking …</p>'
-FAILED = (
-    '<p class="failure">✕ The check could not be carried out. Choose something else, or open this '
-    "tab again.</p>"
-)
+FAILED = '<p class="failure">✕ The check failed. Change the settings or open this tab again.</p>'
 
-# Every change has a number, from the first visit of the tab on. Start goes off with it, at once.
+# Every change gets a number, from the first visit of the tab on, and disables Start at once.
 _FIRST = f"""(asked) =>
   [String(Number(asked) + 1), {{ __type__: "update", interactive: false }}, {CHECKING!r}]"""
 _CHANGED = f'(asked) => asked === "" ? [undefined, undefined, undefined] : ({_FIRST})(asked)'
 
-# An answer is shown if it answers the newest change. A folder's name that a visitor wrote stays;
-# suggested ones end in a plan's hash.
+# An answer is shown if it belongs to the newest change. A folder name typed by the user stays;
+# suggested names end in a plan's hash.
 _SHOW = r"""(asked, answer, typed) => {
   const found = answer ? JSON.parse(answer) : {};
   if (found.asked !== asked) return Array(5).fill(undefined);
@@ -46,33 +43,33 @@ _MAY_START = """(asked, ready, busy, note) => ({ __type__: "update",
 
 
 class Shown(NamedTuple):
-    """The parts of the tab that an answer fills, and the button that waits for it."""
+    """The components that an answer fills, and the button that waits for it."""
 
     findings: gr.HTML
     confirmation: gr.HTML
     folder: gr.Textbox
-    note: gr.HTML  # why the folder, or a run, keeps Start off; empty where nothing does
+    note: gr.HTML  # why the folder or a run disables Start; may be empty
     start: gr.Button
 
 
 class Answer(NamedTuple):
-    """What a check found, as the page shows it."""
+    """The result of a check as the page shows it."""
 
     findings: str
     confirmation: str
-    folder: str  # a suggestion; empty where nothing could be checked
-    digest: str  # of exactly what was checked
+    folder: str  # a suggestion; empty if the check failed
+    digest: str  # of what was checked
     ready: bool
 
 
 class StartGate:
-    """The hidden state behind Start, and the wiring that keeps it true; use inside the tab.
+    """The hidden state behind Start and its wiring; create it inside the tab.
 
     Args:
-        shown: the components on show.
-        check: from the values of `inputs` to an Answer; errors are the visitor's to read.
+        shown: the visible components.
+        check: computes the Answer for the values of `inputs`.
         inputs: what the check reads.
-        say: from the folder's name and whether a run is in progress ("1" or "") to the note.
+        describe: computes the note from the folder's name and a run being in progress ("1" or "").
     """
 
     def __init__(
@@ -80,14 +77,14 @@ class StartGate:
         shown: Shown,
         check: Callable[..., Answer],
         inputs: list[Any],
-        say: Callable[[str, str], str],
+        describe: Callable[[str, str], str],
     ) -> None:
-        self._shown, self._check, self._inputs, self._say = shown, check, inputs, say
+        self._shown, self._check, self._inputs, self._describe = shown, check, inputs, describe
         self._asked = _hidden("asked")  # the number of the newest change; empty before the first
         self._ready = _hidden("ready")  # the number of the change that may start
         self._answer = _hidden("answer")
         self.digest = _hidden("confirmed-digest")
-        self.busy = _hidden("merge-busy")  # "1" while a run of this browser goes
+        self.busy = _hidden("merge-busy")  # "1" while a run of this browser is in progress
         may_start = [self._asked, self._ready, self.busy, shown.note]
         self._unlock: dict[str, Any] = {
             "fn": None,
@@ -98,7 +95,7 @@ class StartGate:
             **QUIET,
         }
         self._note: dict[str, Any] = {
-            "fn": self._say_once_asked,
+            "fn": self._note_once_asked,
             "inputs": [self._asked, shown.folder, self.busy],
             "outputs": shown.note,
             "queue": False,
@@ -106,22 +103,22 @@ class StartGate:
         }
         typed = shown.folder.change(**self._note)  # an input event comes before its value
         typed.then(**self._unlock)
-        self.at_once(self.busy.change)
-        self.after(self.busy.change)
+        self.disable_on(self.busy.change)
+        self.check_after(self.busy.change)
 
-    def at_once(self, listener: Callable[..., Dependency], *, first: bool = False) -> None:
-        """Let an event turn Start off before anything is asked of the server.
+    def disable_on(self, listener: Callable[..., Dependency], *, first: bool = False) -> None:
+        """Let an event disable Start in the page, before any request is sent.
 
         Args:
-            listener: of a component, as `field.change`.
-            first: whether this event is where checking begins: the tab is opened.
+            listener: an event of a component, such as `field.change`.
+            first: whether this event starts the checking: the tab is opened.
         """
         off = [self._asked, self._shown.start, self._shown.note]
         js = _FIRST if first else _CHANGED
         listener(None, self._asked, off, js=js, queue=False, trigger_mode="multiple", **QUIET)
 
-    def after(self, listener: Callable[..., Dependency]) -> Dependency:
-        """Let the check follow an event, as `field.change` or `dependency.then`."""
+    def check_after(self, listener: Callable[..., Dependency]) -> Dependency:
+        """Run the check after an event, such as `field.change` or `dependency.then`."""
 
         def check(asked: str, *values: Any) -> str:  # noqa: ANN401 (the values of `inputs`)
             if not asked:
@@ -140,8 +137,8 @@ class StartGate:
         then: Dependency = said.then(**self._unlock)
         return then
 
-    def _say_once_asked(self, asked: str, name: str, busy: str) -> str:
-        return self._say(name, busy) if asked else ""
+    def _note_once_asked(self, asked: str, name: str, busy: str) -> str:
+        return self._describe(name, busy) if asked else ""
 
 
 def _hidden(elem_id: str) -> gr.Textbox:

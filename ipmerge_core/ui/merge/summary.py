@@ -1,7 +1,7 @@
-"""What the tabs say of runs: findings, what will change, how far a run is, what came out.
+"""Describe a merge before it starts and after it has finished, as HTML.
 
-In: findings, a plan with its preview and estimate, a job's status. Out: small pieces of HTML, with
-every name escaped. Pure; the tab decides when to show them.
+In: a plan with its preview and estimate, the result of a run. Out: small pieces of HTML in which
+every name is escaped. Pure functions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.options import ANCHORS
-from ipmerge_core.ui.format import count_words, device_words, estimate_words, size_words
+from ipmerge_core.ui.format import format_count, format_device, format_estimate, format_size
 from ipmerge_core.ui.safe_text import as_html as escape
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
 
-def change_words(plan: MergePlan) -> str:
-    """Say how far the decoder moves, or why that is not known before the merge."""
+def describe_change(plan: MergePlan) -> str:
+    """Describe how much the decoder weights change, or why this is not known before the merge."""
     try:
         found = plan.preview()
     except PlanError as error:
         return str(error)
-    words = f"the decoder moves by {found.relative_change:.2%} of its norm"
+    change = f"{found.relative_change:.2%} (relative Frobenius norm)"
+    words = f"decoder weights change by {change}"
     return f"{words} (approximate: {found.approximate})" if found.approximate else words
 
 
@@ -40,36 +41,42 @@ def confirm_html(
     device: str,
     digest: str,
 ) -> str:
-    """Say what changes (`change` says how far), what stays, and what it takes.
+    """Describe what changes, what stays, and the cost of the merge.
 
-    `device` is the name of the device for people, `digest` that of all that was checked.
+    Args:
+        plan: the plan to carry out.
+        change: how much it changes, see `describe_change`.
+        need: its estimated cost.
+        kept: the reason for every tensor that stays as it is.
+        device: the display name of the device.
+        digest: the digest of everything that was checked.
     """
     reasons = Counter(kept.values())
     unselected = len(plan.decisions) - len(plan.selected)
-    stays = [f"{unselected} decoder matrices that the plan does not select"] if unselected else []
+    stays = [f"{unselected} decoder matrices not selected by the plan"] if unselected else []
     stays += [f"{count} tensors ({reason})" for reason, count in reasons.most_common()]
     touched = sum(decision.numel for decision in plan.selected)
     share = touched / max(plan.totals.llm_parameters, 1)
     rows = {
         "Pair": escape(plan.name),
-        "Method": escape(method_words(plan)),
-        "Plan": f"<code>{plan.hash}</code>; with pair and device <code>{digest[:8]}</code>",
+        "Method": escape(describe_method(plan)),
+        "Plan": f"<code>{plan.hash}</code>; digest with pair and device <code>{digest[:8]}</code>",
         "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
-        f"{count_words(touched)} parameters ({share:.0%} of the language model)"
+        f"{format_count(touched)} parameters ({share:.0%} of the language model)"
         f"{''.join(f', {escape(what)}' for what in plan.beside)}; {escape(change)}",
-        "Measured from": f"{escape(ANCHORS[plan.anchor])} (<code>{plan.anchor}</code>)",
-        "Stays, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor and configs",
-        "Reads, writes": f"{size_words(need.nbytes_read)}, {size_words(need.nbytes_written)} "
-        f"({size_words(need.nbytes_free)} free)",
+        "Reference weights": f"{escape(ANCHORS[plan.anchor])} (<code>{plan.anchor}</code>)",
+        "Unchanged, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor, configs",
+        "Reads, writes": f"{format_size(need.nbytes_read)}, {format_size(need.nbytes_written)} "
+        f"({format_size(need.nbytes_free)} free)",
         "Device": escape(device),
-        "Time": f"{estimate_words(need.seconds, need.device)}, estimated from the sizes",
+        "Time": f"{format_estimate(need.seconds, need.device)}, estimated from the sizes",
     }
     cells = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows.items())
     return f'<dl class="facts" data-digest="{digest}">{cells}</dl>'
 
 
-def method_words(plan: MergePlan) -> str:
-    """Name a plan's method with its parameters."""
+def describe_method(plan: MergePlan) -> str:
+    """Describe a plan's method with its parameters."""
     from ipmerge_core.methods import find_method
 
     values = {name.rstrip("_"): value for name, value in plan.parameters.items()}
@@ -86,13 +93,11 @@ def method_words(plan: MergePlan) -> str:
 
 
 def result_html(out: str, link: str | None, *, show_path: bool, device: str = "") -> str:
-    """Say where the model is and where it was made; offer it as one file to whoever made it."""
-    made = f'<p class="run-device">Merged on {escape(device_words(device))}.</p>' if device else ""
-    path = (
-        f'<p>The model is in <code id="result-path">{escape(out)}</code></p>' if show_path else ""
-    )
+    """Describe where the model is, with a download link for the browser that started the run."""
+    made = f'<p class="run-device">Merged on {escape(format_device(device))}.</p>' if device else ""
+    path = f'<p>Saved to <code id="result-path">{escape(out)}</code></p>' if show_path else ""
     download = (
-        f'<p><a class="whole-model" href="{escape(link)}" download>Download as one zip file</a></p>'
+        f'<p><a class="whole-model" href="{escape(link)}" download>Download as zip file</a></p>'
         if link
         else "<p>Only the browser that started this run can download it.</p>"
     )

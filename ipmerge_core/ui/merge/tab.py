@@ -1,8 +1,7 @@
-"""The Merge tab: check, confirm, run, result.
+"""Build the Merge tab: choose a method, check, confirm, run, result.
 
-In: the frame's pair and the session's `PlanChoice`. Out: a job that writes the merged model. The
-job outlives the tab: the browser keeps its id and key, and attaches to it again after a reload.
-What is true stands in the job's folder, never in this page.
+In: the chosen pair and the session's `PlanChoice`. Out: a run that writes the merged model. The run
+outlives the page: the browser keeps its id and key and shows it again after a reload.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import gradio as gr
 from ipmerge_core.errors import FolderInUseError, IPMergeError, PlanError
 from ipmerge_core.runtime.jobs import SHORTEST_SECRET
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.errors import QUIET, public_finding, public_text, sentence_of, told
+from ipmerge_core.ui.errors import QUIET, public_finding, public_text, sentence_of, show_errors
 from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.format import findings_html
 from ipmerge_core.ui.merge.calibration_form import calibration_form
@@ -24,15 +23,15 @@ from ipmerge_core.ui.merge.download import download_link
 from ipmerge_core.ui.merge.method_form import (
     MethodChoice,
     chosen_plan,
+    list_methods,
     method_form,
     method_names,
-    offered,
     with_method,
 )
 from ipmerge_core.ui.merge.start_gate import Answer, Shown, StartGate
-from ipmerge_core.ui.merge.summary import change_words, confirm_html, result_html
+from ipmerge_core.ui.merge.summary import confirm_html, describe_change, result_html
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest
-from ipmerge_core.ui.runs import POLL_SECONDS, Remembered, RunView, Watched, find_run, steer
+from ipmerge_core.ui.runs import Remembered, RunState, RunView, Updates, find_run
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -41,22 +40,17 @@ if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
 AUTO = "auto"
-JOB_KEY = "ipmerge.job.v1"
-JOB_SECRET = "ipmerge-job"  # noqa: S105 (it only keeps the entry readable after a restart)
-READING = '<p class="waiting">Reading headers and a few small matrices …</p>'
+READING = '<p class="waiting">Reading headers and a few rows …</p>'
 NO_RUN = '<p class="waiting">No run yet.</p>'
 NOTHING_MERGED = '<p class="waiting">Nothing has been merged yet.</p>'
-BUSY = "A merge is in progress. Start is available again when it has ended."
-CHANGED = (
-    "What would be merged has changed since the check: another pair, plan or device. Check it "
-    "again, then start."
-)
-FOLDER_HINT = "A name, or the path of a new folder"
-FOLDER_HINT_HOSTED = "A name"
+BUSY = "A merge is in progress. You can start another one when it has ended."
+CHANGED = "The pair, the plan or the device has changed since the check. Check again, then start."
+FOLDER_HINT = "A folder name, or an absolute path"
+FOLDER_HINT_HOSTED = "A folder name"
 
 
 class _Steps(NamedTuple):
-    """The parts of the four cards that events fill or listen to."""
+    """The components of the four cards that events read or write."""
 
     form: gr.Column
     findings: gr.HTML
@@ -65,17 +59,15 @@ class _Steps(NamedTuple):
     device: gr.Dropdown
     start: gr.Button
     note: gr.HTML
-    progress: gr.HTML
-    cancel: gr.Button
-    resume: gr.Button
+    run: RunView
     result: gr.HTML
     try_it: gr.Button
 
 
 class MergeTab(NamedTuple):
-    """What other tabs listen to: a run was started, "Try it" was pressed beside its result.
+    """What other tabs use: the start of a run, its "Try it" button, and the gate of Start.
 
-    `gate` lets a check follow events outside of the tab.
+    `gate` runs the check after events outside of the tab.
     """
 
     started: Dependency
@@ -84,13 +76,13 @@ class MergeTab(NamedTuple):
 
 
 class Readiness(NamedTuple):
-    """What the check found: findings, what would change, and whether it may start."""
+    """The result of a check: findings, a description of the merge, and whether it can start."""
 
     findings: list[Finding]
     confirmation: str
     folder: str
     ready: bool
-    digest: str = ""  # of exactly what was checked
+    digest: str = ""  # of the pair, plan and device that were checked
     device: str = ""
 
 
@@ -104,44 +96,44 @@ def merge_tab(
     calibration: gr.BrowserState,
     tab: gr.Tab,
 ) -> MergeTab:
-    """Lay out the tab and wire it; `job` and `calibration` are the runs a browser remembers."""
+    """Lay out the tab and wire it; `job` and `calibration` are the remembered runs."""
     method = gr.State(MethodChoice())
     steps = _steps(backend)
     with steps.form:
         named = method_names()
-    # The form's own name counts: it may be ahead of what is known of its values.
+    # `named` is passed too: it may be newer than the method in `method`.
     chosen = [pair, choice, method, named, steps.device]
     gate = _gate(backend, steps, chosen)
     with steps.form:
         form = method_form(named, method, gate)
         shows = calibration_form(app, backend, form.data, pair, method, job=calibration, gate=gate)
-    gate.after(shows(form.changed).then)
-    gate.at_once(pair.change)
-    gate.after(shows(after_commits(pair.change, pair)).then)
-    gate.at_once(steps.device.input)
-    gate.after(steps.device.input)
-    gate.at_once(tab.select, first=True)
+    gate.check_after(shows(form.changed).then)
+    gate.disable_on(pair.change)
+    gate.check_after(shows(after_commits(pair.change, pair)).then)
+    gate.disable_on(steps.device.input)
+    gate.check_after(steps.device.input)
+    gate.disable_on(tab.select, first=True)
     started = _wire_run(app, backend, steps, gate, chosen, job, tab)
     opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
-    checked = gate.after(shows(after_commits(opened.then, pair)).then)
-    filled = checked.then(offered, None, named, **QUIET)
-    filled.then(lambda: offered_devices(backend), None, steps.device, **QUIET)
+    checked = gate.check_after(shows(after_commits(opened.then, pair)).then)
+    filled = checked.then(list_methods, None, named, **QUIET)
+    filled.then(lambda: list_devices(backend), None, steps.device, **QUIET)
     return MergeTab(started, steps.try_it, gate)
 
 
 def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:
-    """Make what keeps Start off until everything that is `chosen` has been checked."""
+    """Create the gate that disables Start until everything in `chosen` has been checked."""
 
     def check(pack_id: str, plan: PlanChoice, how: MethodChoice, named: str, device: str) -> Answer:
         found = readiness(backend, pack_id, plan, with_method(how, named), device)
         listed = findings_html(found.findings)
         return Answer(listed, found.confirmation, found.folder, found.digest, found.ready)
 
-    def say(name: str, busy: str) -> str:
+    def note(name: str, busy: str) -> str:
         return note_html(backend, name, busy=bool(busy))
 
     shown = Shown(steps.findings, steps.confirmation, steps.folder, steps.note, steps.start)
-    return StartGate(shown, check, chosen, say)
+    return StartGate(shown, check, chosen, note)
 
 
 def _wire_run(
@@ -153,8 +145,7 @@ def _wire_run(
     job: gr.BrowserState,
     tab: gr.Tab,
 ) -> Dependency:
-    """Wire Start, and what shows the run that it starts or finds; returns the press of Start."""
-    timer = gr.Timer(POLL_SECONDS, active=False)
+    """Wire Start and the view of the run; returns the click event of Start."""
 
     def begin(
         mine: Remembered | None,
@@ -173,22 +164,22 @@ def _wire_run(
     def attach(mine: Remembered | None) -> Remembered:
         return attached(backend, mine)
 
-    def watch(mine: Remembered | None) -> list[Any]:
-        return watched(backend, mine or {})
+    def extras(run: RunState) -> Updates:
+        return {
+            steps.result: run_result(backend, run),
+            steps.try_it: gr.update(visible=run.finished),
+            gate.busy: "1" if run.owned and run.running else "",
+        }
 
-    watching = [
-        steps.progress, steps.cancel, steps.resume, timer, steps.result, steps.try_it, gate.busy
-    ]  # fmt: skip
-    for arrives in (app.load, tab.select):
-        found = arrives(attach, job, job, queue=False, **QUIET)
-        found.then(watch, job, watching, queue=False, **QUIET)
-    gate.at_once(steps.start.click)
+    outputs = [steps.result, steps.try_it, gate.busy]
+    steps.run.wire(
+        backend, job, [app.load, tab.select], attach=attach, extras=extras, outputs=outputs
+    )
+    gate.disable_on(steps.start.click)
     asked = [job, gate.digest, steps.folder, *chosen]
-    pressed = steps.start.click(told(begin), asked, job, **QUIET)
-    gate.after(pressed.success(watch, job, watching, **QUIET).then)
-    gate.after(pressed.failure)  # Gradio lets no `then` follow an error
-    view = RunView(steps.progress, steps.cancel, steps.resume, timer)
-    steer(app, backend, job, view, watch, watching)
+    pressed = steps.start.click(show_errors(begin), asked, job, **QUIET)
+    gate.check_after(steps.run.follow(pressed.success).then)
+    gate.check_after(pressed.failure)  # Gradio does not run `then` after an error
     return pressed
 
 
@@ -211,7 +202,7 @@ def _steps(backend: Backend) -> _Steps:
                     [AUTO],
                     value=AUTO,
                     label="Device",
-                    info="Where the matrices are merged",
+                    info="Device that computes the merge",
                     visible=False,
                     elem_id="merge-device",
                 )
@@ -220,25 +211,13 @@ def _steps(backend: Backend) -> _Steps:
                 )
             note = gr.HTML("", elem_id="start-note")
         with _card("3", "Run", "run"):
-            progress = gr.HTML(NO_RUN, elem_id="run-status", elem_classes="run-status")
-            with gr.Row(elem_classes="run-row"):
-                cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel-merge")
-                resume = gr.Button("Resume", visible=False, size="sm", elem_id="resume-merge")
+            run = RunView("merge", empty=NO_RUN, status_id="run-status")
         with _card("4", "Result", "result"):
             result = gr.HTML(NOTHING_MERGED, elem_id="result")
             try_it = gr.Button("Try it", visible=False, size="sm", elem_id="try-merged")
     return _Steps(
-        form, findings, confirmation, folder, device, start, note,
-        progress, cancel, resume, result, try_it,
+        form, findings, confirmation, folder, device, start, note, run, result, try_it
     )  # fmt: skip
-
-
-def remembered_job() -> gr.BrowserState:
-    """Make the place in the browser where the run's id and key are kept.
-
-    It must stand outside all tabs: a tab's contents are not there before it is opened.
-    """
-    return gr.BrowserState({}, storage_key=JOB_KEY, secret=JOB_SECRET)
 
 
 def readiness(
@@ -248,7 +227,7 @@ def readiness(
     method: MethodChoice | None = None,
     device: str = AUTO,
 ) -> Readiness:
-    """Check pair, plan, device and room before anything is written."""
+    """Check pair, plan, device and disk space before anything is written."""
     from ipmerge_core.merging.merge import estimate, reopen
     from ipmerge_core.merging.parts import work_of
     from ipmerge_core.models.pairing import Finding
@@ -266,17 +245,17 @@ def readiness(
         kept = {name: reason for name, reason in models.kept.items() if name not in beside}
         digest = choice_digest(pack_id, plan, device)
         where = describe_device(device)
-        words = confirm_html(plan, change_words(plan), need, kept, device=where, digest=digest)
+        words = confirm_html(plan, describe_change(plan), need, kept, device=where, digest=digest)
     except IPMergeError as error:
-        refusal = Finding("refusal", "This merge cannot be made.", sentence_of(error))
+        refusal = Finding("refusal", "Cannot merge.", sentence_of(error))
         return Readiness([refusal], "", "", ready=False)
-    found += _doubts(plan)
+    found += _plan_warnings(plan)
     ready = all(finding.level != "refusal" for finding in found)
     return Readiness(found, words, name, ready, digest, device)
 
 
-def offered_devices(backend: Backend) -> dict[str, Any]:
-    """Return the update of the choice of devices: shown where there is more than one."""
+def list_devices(backend: Backend) -> dict[str, Any]:
+    """Return the update of the device dropdown, which is shown if there is more than one device."""
     from ipmerge_core.runtime.devices import available_devices, describe_device
 
     here = available_devices()
@@ -287,14 +266,14 @@ def offered_devices(backend: Backend) -> dict[str, Any]:
 
 
 def note_html(backend: Backend, name: str, *, busy: bool) -> str:
-    """Say why Start is off: a run in progress, or a folder that cannot be used; else nothing."""
+    """Explain why Start is disabled: a run in progress or an unusable folder; empty otherwise."""
     problem = BUSY if busy else backend.folder_problem(name)
     if not problem:
         return ""
     if busy:
         return f'<p class="waiting">{escape(problem)}</p>'
     free = backend.free_name_like(name)
-    advice = f" <em>A free name: {escape(free)}</em>" if free else ""
+    advice = f" <em>Available name: {escape(free)}</em>" if free else ""
     return f'<p class="failure">✕ {escape(public_text(problem))}{advice}</p>'
 
 
@@ -304,7 +283,7 @@ def note_html(backend: Backend, name: str, *, busy: bool) -> str:
 def check_digest(
     backend: Backend, digest: str, pack_id: str, plan: MergePlan, device: str = AUTO
 ) -> None:
-    """Refuse a start of anything but what was checked. Raises: PlanError."""
+    """Check that what is started is what was checked. Raises: PlanError."""
     if digest != choice_digest(pack_id, plan, backend.device_for(device)):
         raise PlanError(CHANGED)
 
@@ -312,10 +291,10 @@ def check_digest(
 def started_merge(
     backend: Backend, mine: Remembered, plan: MergePlan, name: str, device: str = AUTO
 ) -> Remembered:
-    """Start a merge for a browser, or attach it to the run that is making the very same there.
+    """Start a merge for a browser, or attach it to a run of the same plan in the same folder.
 
-    Returns what the browser remembers. Off a Space, that may be a run that was started elsewhere;
-    the browser then only watches it.
+    Returns what the browser remembers. Outside of a Space this can be a run that was started
+    elsewhere; the browser then has no key and can only watch it.
 
     Raises: as `Backend.start_merge`.
     """
@@ -329,7 +308,7 @@ def started_merge(
 
 
 def with_secret(mine: Remembered | None) -> Remembered:
-    """Return what a browser remembers, with the secret from which its runs' keys are made."""
+    """Return what a browser remembers, with the secret from which the keys of its runs derive."""
     mine = mine or {}
     if len(mine.get("owner", "")) >= SHORTEST_SECRET:
         return mine
@@ -337,7 +316,7 @@ def with_secret(mine: Remembered | None) -> Remembered:
 
 
 def attached(backend: Backend, mine: Remembered | None) -> Remembered:
-    """Return what a browser remembers, turned to a run of its own that is in progress, if any."""
+    """Return what a browser remembers, pointed to a run of its own that is in progress, if any."""
     mine = with_secret(mine)
     remembered = find_run(backend, mine)
     if remembered.owned and remembered.running:
@@ -349,27 +328,15 @@ def attached(backend: Backend, mine: Remembered | None) -> Remembered:
     return mine
 
 
-def watched(backend: Backend, mine: dict[str, str]) -> list[Any]:
-    """Return what shows a run: a `RunView`, the result, and "1" while it keeps Start off."""
-    run = find_run(backend, mine)
-    return [
-        *run.updates(NO_RUN),
-        _result(backend, run, mine),
-        gr.update(visible=run.finished),
-        "1" if run.owned and run.running else "",
-    ]
-
-
-def _result(backend: Backend, run: Watched, mine: dict[str, str]) -> str:
+def run_result(backend: Backend, run: RunState) -> str:
+    """Describe the result of a run; only the browser that started it gets a download link."""
     if run.status is None:
         return NOTHING_MERGED
     if not run.finished:
-        return '<p class="waiting">The run is not finished.</p>'
-    link = download_link(run.status.id, mine.get("key", "")) if run.owned else None
-    made = run.status.arguments
-    return result_html(
-        str(made["out"]), link, show_path=not backend.hosted, device=str(made.get("device", ""))
-    )
+        return '<p class="waiting">The run has not finished yet.</p>'
+    link = download_link(run.status.id, run.key) if run.owned else None
+    device = str(run.status.arguments.get("device", ""))
+    return result_html(run.out, link, show_path=not backend.hosted, device=device)
 
 
 def _card(number: str, title: str, name: str) -> gr.Column:
@@ -381,29 +348,36 @@ def _card(number: str, title: str, name: str) -> gr.Column:
 
 def _room(nbytes: int, free: int) -> Finding:
     from ipmerge_core.models.pairing import Finding
-    from ipmerge_core.ui.format import size_words
+    from ipmerge_core.ui.format import format_size
 
-    words = f"The model takes {size_words(nbytes)} and {size_words(free)} are free."
+    words = f"The model needs {format_size(nbytes)}; {format_size(free)} are free."
     if nbytes > free:
-        return Finding("refusal", "disk", words, "Free some space or choose another folder.")
+        return Finding("refusal", "disk", words, "Free some disk space or choose another folder.")
     return Finding("ok", "disk", words)
 
 
-def _doubts(plan: MergePlan) -> list[Finding]:
-    """What is legal and probably not meant."""
+def _plan_warnings(plan: MergePlan) -> list[Finding]:
+    """Warn about plans that are valid but probably not intended."""
     from ipmerge_core.calibration.store import Measurements
     from ipmerge_core.models.pairing import Finding
 
-    equals = "the merged model would equal the vision-language model."
+    equals = "the merged model would be identical to the vision-language model."
     if not plan.selected and plan.similarity_threshold is not None:
         message = f"No matrix reaches the similarity threshold {plan.similarity_threshold:g}"
-        return [Finding("warning", "plan", f"{message}: {equals}", "Lower S_alpha in Explore.")]
+        return [Finding("warning", "plan", f"{message}: {equals}", "Lower Sα in Explore.")]
     if not plan.selected:
-        return [Finding("warning", "plan", f"No matrix is left: {equals}", "Widen the patterns.")]
+        return [
+            Finding(
+                "warning",
+                "plan",
+                f"The patterns select no matrix: {equals}",
+                "Change the patterns.",
+            )
+        ]
     found = []
     if _change(plan) == 0 and not plan.beside:
-        remedy = "Look at the weights, and at the layers that are kept."
-        found.append(Finding("warning", "plan", f"With these values {equals}", remedy))
+        remedy = "Check the merge weights and the layers that are kept."
+        found.append(Finding("warning", "plan", f"With these parameters, {equals}", remedy))
     if plan.calibration is not None:
         measured = Measurements.open(plan.calibration.folder)
         inputs = max(record.shape[1] for record in plan.records)

@@ -1,11 +1,11 @@
-"""The layer map: one `gr.HTML` component with its own JavaScript, drawn from an analysis pack.
+"""Define the layer map: a `gr.HTML` component with its own JavaScript that draws a pack.
 
 In: `{"id": ..., "pack": ..., "plan": ..., "presets": [...]}`, plain JSON. Out: browser events:
-`commit` when a plan has been chosen (once per drag, never during it), `cellselect` when a matrix
-shall be drawn large, `packselect` when the page's address or its history names another pair;
-`report` is the same component as one HTML file that needs no server. The browser computes every
-preview itself; Python sees only the finished plan, and treats it as text from a stranger:
-`read_commit` and `read_cells` check it against the pack.
+`commit` when a plan has been chosen (once per drag, never during it), `cellselect` when a matrix is
+selected, `packselect` when the page's address or its history names another pair; `report` returns
+the same component as one HTML file that needs no server. The browser computes all previews; Python
+receives only the final plan as untrusted input, which `read_commit` and `read_cells` check against
+the pack.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ ELEM_ID = "layer-map"
 
 @cache
 def scripts() -> str:
-    """The component's JavaScript: pure arithmetic first, wiring last."""
+    """Return the component's JavaScript: pure arithmetic first, wiring last."""
     return "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
 
 
 def report(content: Mapping[str, Any]) -> str:
-    """Make one HTML file of the component and its content, for anyone, without a server."""
+    """Return the component and its content as one HTML file that needs no server."""
     parts = {
         "TITLE": as_html(f"IPMerge: {content['pack']['name']}"),
         "STYLE": "#ipmerge {" + (HERE / "style.css").read_text(encoding="utf-8") + "}",
@@ -68,14 +68,14 @@ def report(content: Mapping[str, Any]) -> str:
 
 
 class LayerMap(gr.HTML):
-    """The map of a pack, with its sliders, previews and details; see the module's docstring.
+    """A component that shows a pack as a map, with sliders, previews and details.
 
     Args:
         value: the content, see `ipmerge_core.ui.explore.tab.map_content`.
         elem_id: the id of the component's element.
-        server_functions: `report_file(pack_id, plan)`, if the page shall offer the HTML report;
-            `grown(pack_id, n_known)`, if pairs may grow while they are on show.
-        render: whether to stand in the page at once; Gradio's own, for `gr.skip()`.
+        server_functions: `report_file(pack_id, plan)` for the HTML report, and
+            `grown(pack_id, n_known)` for the records of unfinished pairs.
+        render: whether to add the component to the page; Gradio needs it for `gr.skip()`.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class LayerMap(gr.HTML):
         )
 
     def postprocess(self, value: object) -> str | None:
-        """Send the content as one string of JSON: the page then makes no proxies of its parts."""
+        """Send the content as one JSON string, so that the page creates no proxies of its parts."""
         if value is None or isinstance(value, str):
             return value
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
     def api_info(self) -> dict[str, Any]:
-        """The content is a string of JSON."""
+        """Return the type of the content: a JSON string."""
         return {"type": "string"}
