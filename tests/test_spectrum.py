@@ -15,6 +15,8 @@ from ipmerge_core import engines
 from ipmerge_core import spectrum as sp
 from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 
+pytestmark = pytest.mark.shapes
+
 
 def matrix(m: int, n: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
