@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
+
+# Before torch is loaded: with several threads in each of several workers, decompositions take tens
+# of times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from beartype import BeartypeConf, beartype

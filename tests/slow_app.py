@@ -1,4 +1,4 @@
-"""The real app over the demo trio, with slowed merges, analyses and answers.
+"""The real app over the demo trio, with slowed analyses and answers, and runs that can be held.
 
 Run as a program it serves until it is stopped: `python tests/slow_app.py HOME`.
 """
@@ -14,9 +14,10 @@ if __name__ == "__main__":
     os.environ["IPMERGE_HOME"] = sys.argv[1]
     import slow_steps
 
-    from ipmerge_core import analysis, inference, merging
+    from ipmerge_core import analysis, calibration, inference, merging
     from ipmerge_core.ui.app import launch
 
+    calibration.iter_calibration_of = slow_steps.slow_calibration
     inference.stream_answer = slow_steps.slow_answer
     merging.iter_merge = slow_steps.slow_merge
     analysis.iter_pack = slow_steps.slow_pack

@@ -97,7 +97,7 @@ def test_a_picture_and_a_question_are_answered_by_both_sides(page):
 
 
 def test_both_sides_grow_together_and_stop_keeps_what_is_there(page):
-    ask(page, "Say: " + " ".join(f"word{number}" for number in range(400)))
+    ask(page, "Say: " + " ".join(f"word{number}" for number in range(1000)))
     for side in SIDES:
         expect(answers(page, side).last).to_contain_text("word5", timeout=LOADING)
     page.get_by_role("button", name="Stop both").click()
@@ -108,7 +108,7 @@ def test_both_sides_grow_together_and_stop_keeps_what_is_there(page):
     assert texts == [answers(page, side).last.inner_text() for side in SIDES]
     for text in texts:
         assert "word5" in text
-        assert "word399" not in text
+        assert "word999" not in text
         assert "(stopped)" in text
 
 
