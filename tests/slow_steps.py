@@ -27,12 +27,16 @@ from ipmerge_core.merging import iter_merge as quick_merge
 HOLD = "hold"
 REPEAT_SECONDS = 0.05
 PIECE_SECONDS = 0.04
+HELD_PIECES = 20
 MATRIX_SECONDS = 0.5
 
 
 @contextmanager
 def held(home: Path) -> Iterator[None]:
-    """Keep the runs of the app with this home folder at the step they reach, until the end."""
+    """Keep the runs and answers of the app with this home folder where they are, until the end.
+
+    A run stays at its next step, an analysis at its next matrix, an answer after some words.
+    """
     hold = home / HOLD
     hold.touch()
     try:
@@ -41,10 +45,14 @@ def held(home: Path) -> Iterator[None]:
         hold.unlink()
 
 
+def are_held() -> bool:
+    return (home_folder() / HOLD).exists()
+
+
 def stay(step: Any) -> Iterator[Any]:
     """Yield a step, again and again while runs are held: so it can be watched and cancelled."""
     yield step
-    while (home_folder() / HOLD).exists():
+    while are_held():
         time.sleep(REPEAT_SECONDS)
         yield step
 
@@ -61,17 +69,22 @@ def slow_calibration(**arguments) -> Iterator[CalibrationStep]:
 
 def slow_pack(*args, **options) -> Iterator[AnalysisStep]:
     for step in quick_pack(*args, **options):
+        if not step.matrix:
+            yield step
+            continue
         yield from stay(step)
-        if step.matrix:
-            time.sleep(MATRIX_SECONDS)
+        time.sleep(MATRIX_SECONDS)
 
 
 def slow_answer(loaded, question, image=None, settings=None, cancelled=None) -> Iterator[str]:
     if question.startswith("Say:"):
-        for piece in re.findall(r"\S+\s*", question.removeprefix("Say:").strip()):
+        pieces = re.findall(r"\S+\s*", question.removeprefix("Say:").strip())
+        for number, piece in enumerate(pieces):
+            time.sleep(PIECE_SECONDS)
+            while number >= HELD_PIECES and are_held() and not cancelled.is_set():
+                time.sleep(PIECE_SECONDS)
             if cancelled.is_set():
                 return
-            time.sleep(PIECE_SECONDS)
             yield piece
     elif question.startswith("Fail:") and (loaded.folder / "ipmerge.json").exists():
         raise ModelLoadError("This side failed, as the test wanted.")
