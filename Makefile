@@ -7,11 +7,13 @@
 #   make bench   print the figures of benchmarks/README.md
 #   make clean   remove the environment and all caches
 #
-# Settings: PYTHON (interpreter to start from), VENV (folder of the environment),
-# IPMERGE_CHROMIUM and IPMERGE_FIREFOX (browsers for the tests). pip follows your own pip settings.
+# Settings: PYTHON (interpreter to start from), VENV (folder of the environment), WORKERS (processes
+# that run tests, 2), IPMERGE_CHROMIUM and IPMERGE_FIREFOX (browsers for the tests). pip follows your
+# own pip settings.
 
 SHELL := /bin/bash
 VENV ?= .venv
+WORKERS ?= 2
 suits = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(suits) && echo $$p && break; done)
 PY := $(VENV)/bin/python
@@ -26,12 +28,17 @@ app: $(VENV)/.app
 	@echo "Starting the app; Ctrl-C stops it."
 	@GRADIO_SERVER_NAME=127.0.0.1 $(PY) app.py
 
+# A file's tests share servers and browsers, so they stay in one worker. What fails in a browser is
+# tried once more, as Playwright's own runner does it, and is listed with its traceback all the same.
+pytest = $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations 20
+retry = --reruns 1 --rerun-show-tracebacks
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: lint
 	@$(PY) -c 'import importlib.util as u, sys; sys.exit("torchvision is installed and has no CPU build that works here. Remove it: $(PY) -m pip uninstall torchvision") if u.find_spec("torchvision") else None'
 	@IPMERGE_CHROMIUM="$$($(PY) tests/chromium.py)" && export IPMERGE_CHROMIUM && \
-	echo "Tests, with the browser $$IPMERGE_CHROMIUM" && $(PY) -m pytest --cov
+	echo "Tests without a browser, with coverage" && $(pytest) -m "not browser" --cov && \
+	echo "Tests with the browser $$IPMERGE_CHROMIUM" && $(pytest) -m browser $(retry)
 
 lint: $(VENV)/.dev
 	@echo "Lint, format and types"

@@ -45,6 +45,7 @@ QUIET = {
     "PYTHONUNBUFFERED": "1",
 }
 START_SECONDS = 90
+PATIENCE = 30_000  # milliseconds for what a page is to show: a busy machine may take that long
 SEEN_BEFORE = """try {
   const seen = { layout: "full", toured: true, dragged: true };
   if (!localStorage.getItem("ipmerge.map.v1")) localStorage.setItem("ipmerge.map.v1", JSON.stringify(seen));
@@ -157,8 +158,9 @@ def explore_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def playwright_driver() -> Iterator[Playwright]:
     """The driver behind all browsers; a thread can have only one."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         yield playwright
 
@@ -200,7 +202,7 @@ def new_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
         if not newcomer:
             context.add_init_script(SEEN_BEFORE)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(PATIENCE)
         return page
 
     yield make

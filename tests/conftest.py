@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
+
+# Before torch is loaded: with several threads in each of several workers, decompositions take tens
+# of times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from beartype import BeartypeConf, beartype
@@ -17,13 +23,17 @@ from browser_fixtures import (  # noqa: F401
     new_page,
     playwright_driver,
 )
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as in mypy
 
-# Shape and type annotations of the mathematical rooms are checked at every call in the suite.
-for _room in ("spectral", "methods"):
+# The shape and type annotations of these are checked at every call made by a test marked `shapes`.
+# In the others the checks are off: they make the merge of a tiny model 3 to 4 times as slow.
+MATHEMATICAL = ("spectral", "methods")
+for _room in MATHEMATICAL:
     install_import_hook(f"ipmerge_core.{_room}", "conftest.typechecked")
+jaxtyping_config.update("jaxtyping_disable", True)
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -42,6 +52,16 @@ TEXT_CONFIG = {
     "hidden_act": "silu",
 }
 Weights = dict[str, torch.Tensor]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Check shapes in the tests marked `shapes` and in the fixtures that they set up."""
+    jaxtyping_config.update("jaxtyping_disable", item.get_closest_marker("shapes") is None)
+    try:
+        return (yield)
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", True)
 
 
 class Trio(NamedTuple):

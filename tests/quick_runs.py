@@ -1,8 +1,9 @@
-"""Targets of runs that end at once. They import no torch, so that a test can make many of them."""
+"""Targets of runs that end at once or not at all. They import no torch, so a test can make many."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,3 +21,10 @@ def fail(out: str, manifest: dict[str, object]) -> Iterator[dict[str, int]]:
     """End as a run does that was refused."""
     yield {"index": 1}
     raise RunError(f"No room for {manifest['format']} in {Path(out).name}.")
+
+
+def idle(**_: object) -> Iterator[dict[str, int]]:
+    """Stand for a run that takes longer than any test, and writes nothing."""
+    for number in range(6000):
+        time.sleep(0.05)
+        yield {"index": number}

@@ -1,4 +1,4 @@
-"""The real app over the demo trio, with slowed merges, analyses and answers.
+"""The real app over the demo trio, with slowed analyses and answers, and runs that can be held.
 
 Run as a program it serves until it is stopped: `python tests/slow_app.py HOME`.
 """
@@ -15,10 +15,12 @@ if __name__ == "__main__":
     import slow_steps
 
     from ipmerge_core.analysis import analyse as analysis
-    from ipmerge_core.inference import loading as inference
+    from ipmerge_core.calibration import calibrate as calibration
+    from ipmerge_core.inference import generation as inference
     from ipmerge_core.merging import merge as merging
     from ipmerge_core.ui.app import launch
 
+    calibration.iter_calibration_of = slow_steps.slow_calibration
     inference.stream_answer = slow_steps.slow_answer
     merging.iter_merge = slow_steps.slow_merge
     analysis.iter_pack = slow_steps.slow_pack

@@ -1,7 +1,8 @@
-"""The real merge and the real models, slowed down so that a browser test can step in between.
+"""The real runs and the real models, held or slowed down so that a browser test can step in.
 
-A question that starts with `Say:` is answered by its own text, so that a test decides what the chat
-has to show; `Fail:` lets the merged side fail.
+A run stays where it is while `held` lasts, however slow the machine that the test is waiting for.
+A question that starts with `Say:` is answered by its own text, piece by piece, so that a test
+decides what the chat has to show; `Fail:` lets the merged side fail.
 """
 
 from __future__ import annotations
@@ -9,42 +10,84 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from ipmerge_core.analysis.analyse import AnalysisStep
 from ipmerge_core.analysis.analyse import iter_pack as quick_pack
+from ipmerge_core.calibration.calibrate import CalibrationStep
+from ipmerge_core.calibration.calibrate import iter_calibration_of as quick_calibration
 from ipmerge_core.errors import ModelLoadError
 from ipmerge_core.inference.generation import stream_answer as quick_answer
 from ipmerge_core.merging.merge import MergeStep
 from ipmerge_core.merging.merge import iter_merge as quick_merge
+from ipmerge_core.runtime.jobs import home_folder
 
-STEP_SECONDS = 0.06
+HOLD = "hold"
+REPEAT_SECONDS = 0.05
 PIECE_SECONDS = 0.04
+HELD_PIECES = 20
 MATRIX_SECONDS = 0.5
 
 
-def slow_merge(plan, out, *, device="cpu", resume=True) -> Iterator[MergeStep]:
-    for step in quick_merge(plan, out, device=device, resume=resume):
-        if step.action != "resumed":
-            time.sleep(STEP_SECONDS)
+@contextmanager
+def held(home: Path) -> Iterator[None]:
+    """Keep the runs and answers of the app with this home folder where they are, until the end.
+
+    A run stays at its next step, an analysis at its next matrix, an answer after some words.
+    """
+    hold = home / HOLD
+    hold.touch()
+    try:
+        yield
+    finally:
+        hold.unlink()
+
+
+def are_held() -> bool:
+    return (home_folder() / HOLD).exists()
+
+
+def stay(step: Any) -> Iterator[Any]:
+    """Yield a step, again and again while runs are held: so it can be watched and cancelled."""
+    yield step
+    while are_held():
+        time.sleep(REPEAT_SECONDS)
         yield step
+
+
+def slow_merge(plan, out, *, device="cpu", resume=True) -> Iterator[MergeStep]:
+    is_preview = Path(out).parent.name == "previews"  # an answer waits for it
+    for step in quick_merge(plan, out, device=device, resume=resume):
+        yield from [step] if is_preview else stay(step)
+
+
+def slow_calibration(**arguments) -> Iterator[CalibrationStep]:
+    for step in quick_calibration(**arguments):
+        yield from stay(step)
 
 
 def slow_pack(*args, **options) -> Iterator[AnalysisStep]:
     for step in quick_pack(*args, **options):
-        yield step
-        if step.matrix:
-            time.sleep(MATRIX_SECONDS)
+        if not step.matrix:
+            yield step
+            continue
+        yield from stay(step)
+        time.sleep(MATRIX_SECONDS)
 
 
 def slow_answer(loaded, question, image=None, settings=None, cancelled=None) -> Iterator[str]:
     if question.startswith("Say:"):
-        pieces = iter(re.findall(r"\S+\s*", question.removeprefix("Say:").strip()))
+        pieces = re.findall(r"\S+\s*", question.removeprefix("Say:").strip())
+        for number, piece in enumerate(pieces):
+            time.sleep(PIECE_SECONDS)
+            while number >= HELD_PIECES and are_held() and not cancelled.is_set():
+                time.sleep(PIECE_SECONDS)
+            if cancelled.is_set():
+                return
+            yield piece
     elif question.startswith("Fail:") and (loaded.folder / "ipmerge.json").exists():
         raise ModelLoadError("This side failed, as the test wanted.")
     else:
-        pieces = quick_answer(loaded, question, image, settings, cancelled)
-    for piece in pieces:
-        if cancelled.is_set():
-            return
-        time.sleep(PIECE_SECONDS)
-        yield piece
+        yield from quick_answer(loaded, question, image, settings, cancelled)

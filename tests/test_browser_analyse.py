@@ -14,6 +14,7 @@ from browser_fixtures import free_port, serving
 from conftest import TEXT_CONFIG, Trio, fine_tuned, text_weights, write_model, write_trio
 from explore_page import COMPONENT, Traffic, count, percent, plan_on_page
 from playwright.sync_api import Page, Request, expect
+from slow_steps import held
 
 from ipmerge_core.analysis.partial import read_journal
 from ipmerge_core.analysis.records import Analysis
@@ -262,44 +263,48 @@ def test_an_open_merge_tab_follows_to_the_new_pair_and_waits_until_it_is_whole(p
     trio = place.trio
     fill(page, mllm=trio.mllm, math=trio.math, base=trio.base)
     check(page)
-    page.locator("#start-analysis").click()
-    expect(page.locator("#findings")).to_contain_text("Cannot merge", timeout=LOADING)
-    expect(start_merge).to_be_disabled()
+    with held(place.home):
+        page.locator("#start-analysis").click()
+        expect(page.locator("#findings")).to_contain_text("Cannot merge", timeout=LOADING)
+        expect(start_merge).to_be_disabled()
     expect(page.locator("#analysis-status")).to_contain_text("Finished", timeout=LOADING)
     expect(confirmation).to_contain_text("mllm + math", timeout=LOADING)
     expect(start_merge).to_be_enabled(timeout=LOADING)
 
 
 def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):
-    start(page, place, math=place.trio.math_2)
-    pack_id = pack_on_show(page)
-    before = known(page)
-    page.reload()
-    expect(page.locator("#layer-map .sum")).to_contain_text("analysis running")
-    assert pack_on_show(page) == pack_id
-    assert known(page) >= before
-    expect(page.locator("#cancel-analysis")).to_be_visible()
+    with held(place.home):
+        start(page, place, math=place.trio.math_2)
+        pack_id = pack_on_show(page)
+        before = known(page)
+        page.reload()
+        expect(page.locator("#layer-map .sum")).to_contain_text("analysis running")
+        assert pack_on_show(page) == pack_id
+        assert known(page) >= before
+        expect(page.locator("#cancel-analysis")).to_be_visible()
 
-    cancel(page)
-    expect(page.locator("#layer-map .sum")).to_contain_text("analysis stopped at")
-    assert not pack_file(place, pack_id).exists()
-    stopped = known(page)
-    page.locator("#resume-analysis").click()
-    expect(page.locator("#layer-map .sum")).to_contain_text("analysis running", timeout=LOADING)
-    assert known(page) >= stopped
+        cancel(page)
+        expect(page.locator("#layer-map .sum")).to_contain_text("analysis stopped at")
+        assert not pack_file(place, pack_id).exists()
+        stopped = known(page)
+        page.locator("#resume-analysis").click()
+        running = page.locator("#layer-map .sum")
+        expect(running).to_contain_text("analysis running", timeout=LOADING)
+        assert known(page) >= stopped
     expect_finished(page)
     assert len(Analysis.load(pack_file(place, pack_id)).records) == ALL
 
 
 def test_a_stranger_may_watch_by_link_and_has_no_buttons(page, place, new_page):
-    start(page, place, own_base=place.trio.base)
-    other = open_app(new_page(), place.url, f"v=1&pack={pack_on_show(page)}&s=0.5")
-    expect(other.locator("#layer-map .sum")).to_contain_text("analysis running")
-    expect(other.locator("#analysis-run")).to_be_hidden()
-    expect(other.locator("#cancel-analysis")).to_be_hidden()
-    assert plan_on_page(other)["s"] == 0.5
+    with held(place.home):
+        start(page, place, own_base=place.trio.base)
+        other = open_app(new_page(), place.url, f"v=1&pack={pack_on_show(page)}&s=0.5")
+        expect(other.locator("#layer-map .sum")).to_contain_text("analysis running")
+        expect(other.locator("#analysis-run")).to_be_hidden()
+        expect(other.locator("#cancel-analysis")).to_be_hidden()
+        assert plan_on_page(other)["s"] == 0.5
 
-    cancel(page)
+        cancel(page)
     page.locator("#dismiss-analysis").click()
     expect(page.locator("#analysis-run")).to_be_hidden()
     expect(page.get_by_role("combobox", name="Pair")).to_have_value("demo trio")
@@ -308,8 +313,9 @@ def test_a_stranger_may_watch_by_link_and_has_no_buttons(page, place, new_page):
 
 
 def test_what_needs_the_whole_analysis_says_so(page, place):
-    start(page, place, math=place.trio.math_2)
-    cancel(page)
+    with held(place.home):
+        start(page, place, math=place.trio.math_2)
+        cancel(page)
     words = "is only partly analysed"
     tabs = page.locator("#tabs")
     tabs.get_by_role("tab", name="Merge").click()
@@ -354,17 +360,18 @@ def test_names_of_models_never_become_markup(page, place):
     page.locator("#analyse-math textarea").fill(str(place.home / "none" / EVIL.replace("/", "")))
     fill(page, mllm=place.trio.mllm, base=place.trio.base)
     check(page, ready=False)
-    start(page, place, math=evil)
-    expect(page.locator("#analysis-status .run-title")).to_contain_text(EVIL)
-    expect(page.locator("#layer-map .sum")).to_contain_text("analysis running")
-    page.locator("#pair-details summary").click()
-    expect(page.locator("#pair-details")).to_contain_text(EVIL)
-    page.get_by_role("combobox", name="Pair").click()
-    page.keyboard.press("Escape")
-    for tab in ("Merge", "Compare", "API & cite", "Explore"):
-        page.locator("#tabs").get_by_role("tab", name=tab).click()
-        page.wait_for_timeout(500)
-    cancel(page)
+    with held(place.home):
+        start(page, place, math=evil)
+        expect(page.locator("#analysis-status .run-title")).to_contain_text(EVIL)
+        expect(page.locator("#layer-map .sum")).to_contain_text("analysis running")
+        page.locator("#pair-details summary").click()
+        expect(page.locator("#pair-details")).to_contain_text(EVIL)
+        page.get_by_role("combobox", name="Pair").click()
+        page.keyboard.press("Escape")
+        for tab in ("Merge", "Compare", "API & cite", "Explore"):
+            page.locator("#tabs").get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(500)
+        cancel(page)
     page.locator("#dismiss-analysis").click()
     expect(page.locator("#analysis-run")).to_be_hidden()
     assert page.title() == "IPMerge"
@@ -385,16 +392,18 @@ def test_a_phone_in_the_dark_scrolls_only_downwards(place, new_page):
     fill(page, mllm=place.home / ("x" * 120), math=place.trio.math, base=place.trio.base)
     check(page, ready=False)
     assert fits()
-    start(page, place, own_base="")
-    page.locator("#pair-details summary").click()
-    assert fits()
-    turned = page.locator("#layer-map .lm-grid-holder")
-    expect(turned).to_have_attribute("data-turned", "true")
-    box = page.locator("#layer-map .lm-grid").bounding_box()
-    before = known(page)
+    with held(place.home):
+        start(page, place, own_base="")
+        page.locator("#pair-details summary").click()
+        assert fits()
+        turned = page.locator("#layer-map .lm-grid-holder")
+        expect(turned).to_have_attribute("data-turned", "true")
+        box = page.locator("#layer-map .lm-grid").bounding_box()
+        before = known(page)
     wait_for(page, f"map.index.cells.length >= {before + 3}")
     assert page.locator("#layer-map .lm-grid").bounding_box() == box
-    cancel(page)
+    with held(place.home):
+        cancel(page)
     assert fits()
     page.locator("#dismiss-analysis").click()
     expect(page.locator("#analysis-run")).to_be_hidden()

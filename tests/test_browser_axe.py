@@ -100,7 +100,7 @@ def test_the_comparison_has_no_finding_in_any_state(
     page = new_page(width=width)
     open_map(page, app_url, f"__theme={theme}")
     open_tab(page, "Compare")
-    expect(page.locator("#compare-map .c").first).to_be_visible(timeout=20_000)
+    expect(page.locator("#compare-map .c").first).to_be_visible()
     for mode in ("Which merge", "Similarity B − A", "Change B − A", "Side by side"):
         page.get_by_role("button", name=mode).click()
         page.get_by_role("button", name="First difference").click()
@@ -125,6 +125,6 @@ def test_the_whole_page_has_no_finding_beyond_the_known_ones(
     }
     for tab, content in contents.items():
         open_tab(page, tab)
-        expect(page.locator(content).first).to_be_visible(timeout=20_000)
+        expect(page.locator(content).first).to_be_visible()
         unknown = {(rule, place) for rule, place in findings(page) if not known(page, rule, place)}
         assert unknown == set(), tab

@@ -10,6 +10,7 @@ import pytest
 from browser_fixtures import free_port, serving
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
+from slow_steps import held
 
 from ipmerge_core.ui.chat.recorded import recorded_examples
 
@@ -20,9 +21,14 @@ LOADING = 60_000  # the first live question loads torch
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The app's home folder."""
+    return tmp_path_factory.mktemp("chat")
+
+
+@pytest.fixture(scope="module")
+def url(home: Path) -> Iterator[str]:
     """The address of the app over the demo trio, with answers slow enough to watch."""
-    home = tmp_path_factory.mktemp("chat")
     with serving(home / "log", "tests/slow_app.py", str(home), port=free_port()) as address:
         yield address
 
@@ -96,12 +102,13 @@ def test_a_picture_and_a_question_are_answered_by_both_sides(page):
     expect(page.get_by_role("textbox", name="Question")).to_have_value("What is the perimeter?")
 
 
-def test_both_sides_grow_together_and_stop_keeps_what_is_there(page):
-    ask(page, "Say: " + " ".join(f"word{number}" for number in range(400)))
-    for side in SIDES:
-        expect(answers(page, side).last).to_contain_text("word5", timeout=LOADING)
-    page.get_by_role("button", name="Stop both").click()
-    expect(page.locator("#answers-status")).to_contain_text("Base stopped. Merged stopped.")
+def test_both_sides_grow_together_and_stop_keeps_what_is_there(page, home):
+    with held(home):
+        ask(page, "Say: " + " ".join(f"word{number}" for number in range(400)))
+        for side in SIDES:
+            expect(answers(page, side).last).to_contain_text("word5", timeout=LOADING)
+        page.get_by_role("button", name="Stop both").click()
+        expect(page.locator("#answers-status")).to_contain_text("Base stopped. Merged stopped.")
     expect(page.get_by_role("button", name="Stop both")).to_be_disabled()
     texts = [answers(page, side).last.inner_text() for side in SIDES]
     page.wait_for_timeout(600)

@@ -32,14 +32,14 @@ def open_compare(page: Page, url: str) -> Traffic:
     traffic = open_map(page, url)
     page.get_by_label("Pair", exact=True).click()
     page.get_by_role("option", name="own: synthetic 28 layers").click()
-    expect(page.locator("#layer-map [role=gridcell]")).to_have_count(196, timeout=20_000)
+    expect(page.locator("#layer-map [role=gridcell]")).to_have_count(196)
     set_value(page, "S alpha as a number", 0.3)
     if page.viewport_size["width"] < 600:  # the last tabs are in the menu of a narrow page
         page.locator(".overflow-menu > button").click()
         page.locator(".overflow-dropdown button", has_text="Compare").click()
     else:
         page.get_by_role("tab", name="Compare").click()
-    expect(page.locator(CELLS)).to_have_count(196, timeout=20_000)
+    expect(page.locator(CELLS)).to_have_count(196)
     return traffic
 
 

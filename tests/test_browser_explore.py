@@ -154,7 +154,7 @@ def test_a_cell_is_chosen_by_click_compared_by_pin_and_not_by_hover(
     page.get_by_role("button", name=re.compile("^Layer 3, up,")).click(modifiers=["Shift"])
     expect(page.locator("#layer-map .lm-numbers thead")).to_contain_text("3 · up (pinned)")
     page.get_by_role("button", name="Large figure").click()
-    expect(page.locator("#spectra .js-plotly-plot")).to_be_visible(timeout=20_000)
+    expect(page.locator("#spectra .js-plotly-plot")).to_be_visible()
     expect(page.locator("#spectra .legend")).to_contain_text("Layer 3, up (pinned)")
     with page.expect_download() as download:
         page.get_by_role("button", name="Save its numbers as CSV").click()

@@ -90,7 +90,7 @@ def test_the_four_states_of_a_comparison_differ_without_colour(chromium_page: Pa
     open_map(page, app_url)
     page.get_by_role("tab", name="Compare").click()
     cells = page.locator("#compare-map .c")
-    expect(cells.first).to_be_visible(timeout=20_000)
+    expect(cells.first).to_be_visible()
     page.locator("#compare-map .lm-legend .lm-swatch").first.scroll_into_view_if_needed()
     halves = {}
     for state in ("both", "a", "b", "none"):

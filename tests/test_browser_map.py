@@ -379,7 +379,7 @@ def test_the_map_fits_when_the_page_was_turned_while_another_tab_was_open(
     traffic = open_map(page, app_url)
     assert page.locator("#compare-map").count() == 0  # not mounted before it is first opened
     page.get_by_role("tab", name="Try it").click()
-    expect(page.locator("#prompt")).to_be_visible(timeout=20_000)
+    expect(page.locator("#prompt")).to_be_visible()
     page.set_viewport_size({"width": 390, "height": 844})
     page.get_by_role("tab", name="Explore").click()
     expect(page.locator("#layer-map .lm-grid-holder")).to_have_attribute("data-turned", "true")

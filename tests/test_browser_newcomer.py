@@ -164,6 +164,6 @@ def test_the_answer_button_opens_the_answers_and_ends_the_tour(new_page: NewPage
     expect_step(page, 5, of=5)
     page.get_by_role("button", name="See it answer").click()
     expect(page.get_by_role("tab", name="Try it")).to_have_attribute("aria-selected", "true")
-    expect(page.locator("#prompt")).to_be_visible(timeout=20_000)
+    expect(page.locator("#prompt")).to_be_visible()
     page.get_by_role("tab", name="Explore").click()
     expect(page.locator(TOUR)).to_be_hidden()

@@ -151,7 +151,6 @@ def test_try_it_answers_with_the_folder_just_made(page, place):
     number = page.get_by_label("S alpha as a number")
     number.fill("0.9")
     number.press("Enter")
-    page.wait_for_timeout(500)
     open_tab(page, "Try it")
     assert ask(page) == [asked, said]
     choose(page, "Right", EXPLORED)

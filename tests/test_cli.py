@@ -289,6 +289,7 @@ def test_ctrl_c_keeps_the_finished_work_and_says_so(pack: str, tmp_path: Path) -
     assert cli.main(["plan", pack, "-o", plan]) == 0
     script = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "import ipmerge_core.merging.merge as merging\n"
         "steps = merging.iter_merge\n"
         "def stopping(*arguments, **options):\n"

@@ -9,6 +9,8 @@ from torch import Tensor
 from ipmerge_core.spectral import svd_algorithms as engines
 from ipmerge_core.spectral.svd_algorithms import Factors
 
+pytestmark = pytest.mark.shapes
+
 WIDTH = 400
 SHAPES = [(WIDTH, WIDTH), (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH)]
 KEY = (0, "test")

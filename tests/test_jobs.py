@@ -16,7 +16,8 @@ from platformdirs import user_data_path
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, home_folder, run_job
 
-WAIT = 30  # seconds that a process may take to do what a test waits for
+WAIT = 60  # seconds that a process may take to do what a test waits for
+PATIENCE = 8  # less than a resume waits for the lock of a run that does not end
 
 
 class Step(NamedTuple):
@@ -26,15 +27,17 @@ class Step(NamedTuple):
     total: int
 
 
-def count(folder: str, total: int, seconds: float = 0.0) -> Iterator[Step]:
-    """Make one file per step, skipping those that an earlier run has made."""
+def count(folder: str, total: int, gate: str = "") -> Iterator[Step]:
+    """Make one file per step, skipping those of an earlier run; a closed gate lets one through."""
     for index in range(1, total + 1):
         path = Path(folder) / str(index)
         if path.exists():
             continue
-        time.sleep(seconds)
         path.touch()
         yield Step(index, total)
+        while gate and not Path(gate).exists():
+            time.sleep(0.02)
+            yield Step(index, total)
 
 
 def refuse(reason: str) -> Iterator[Step]:
@@ -92,12 +95,16 @@ def wait_until_over(store: JobStore, job: str) -> JobStatus:
     return wait_for(store, job, lambda status: not status.is_running)
 
 
-def start_slow(store: JobStore, folder: Path, total: int = 400) -> Started:
-    """Start a run of 20 seconds and wait until it has begun."""
-    arguments = {"folder": str(folder), "total": total, "seconds": 0.05}
-    started = store.start(count, arguments, title="slow")
+def start_held(store: JobStore, folder: Path) -> Started:
+    """Start a run that stays at its first new step until `let_go`, and wait until it is there."""
+    arguments = {"folder": str(folder), "total": 40, "gate": str(folder.with_name("gate"))}
+    started = store.start(count, arguments, title="held")
     wait_for(store, started.id, lambda status: bool(status.step))
     return started
+
+
+def let_go(folder: Path) -> None:
+    folder.with_name("gate").touch()
 
 
 def test_a_job_runs_to_its_end_and_tells_its_last_step(store, folder):
@@ -109,11 +116,7 @@ def test_a_job_runs_to_its_end_and_tells_its_last_step(store, folder):
 
 
 def test_start_returns_before_the_work_is_done(store, folder):
-    begun = time.monotonic()
-    started = store.start(
-        count, {"folder": str(folder), "total": 400, "seconds": 0.05}, title="slow"
-    )
-    assert time.monotonic() - begun < 2
+    started = start_held(store, folder)
     assert store.status(started.id).state == "running"
     store.cancel(started.id, started.key)
     wait_until_over(store, started.id)
@@ -130,17 +133,18 @@ def test_ids_and_keys_cannot_be_guessed(store, folder):
 
 
 def test_cancel_stops_after_a_step_and_keeps_what_is_finished(store, folder):
-    started = start_slow(store, folder)
+    started = start_held(store, folder)
     assert store.cancel(started.id, started.key).state in ("cancelling", "cancelled")
     status = wait_until_over(store, started.id)
     assert status.state == "cancelled"
-    assert 0 < len(list(folder.iterdir())) < 400
+    assert [path.name for path in folder.iterdir()] == ["1"]
 
 
 def test_resume_goes_on_where_cancel_stopped(store, folder):
-    started = start_slow(store, folder, total=40)
+    started = start_held(store, folder)
     store.cancel(started.id, started.key)
     wait_until_over(store, started.id)
+    let_go(folder)
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert store.resume(started.id, started.key).is_running
     assert wait_until_over(store, started.id).state == "finished"
@@ -149,18 +153,19 @@ def test_resume_goes_on_where_cancel_stopped(store, folder):
 
 
 def test_a_run_can_be_resumed_the_moment_it_says_that_it_stopped(store, folder):
-    started = start_slow(store, folder, total=60)
+    started = start_held(store, folder)
     for _ in range(2):
         store.cancel(started.id, started.key)
         wait_until_over(store, started.id)
         begun = time.monotonic()
         assert store.resume(started.id, started.key).is_running
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < PATIENCE
+    let_go(folder)
     assert wait_until_over(store, started.id).state == "finished"
 
 
 def test_only_the_key_cancels_and_resumes(store, folder):
-    started = start_slow(store, folder)
+    started = start_held(store, folder)
     with pytest.raises(RunError, match="Only the browser that started this run"):
         store.cancel(started.id, "guess")
     assert store.status(started.id).state == "running"
@@ -172,7 +177,7 @@ def test_only_the_key_cancels_and_resumes(store, folder):
 
 
 def test_another_store_on_the_same_folder_sees_the_job(store, folder):
-    started = start_slow(store, folder)
+    started = start_held(store, folder)
     other = JobStore(store.folder)
     assert other.status(started.id).state == "running"
     assert [status.id for status in other.all()] == [started.id]
@@ -181,11 +186,12 @@ def test_another_store_on_the_same_folder_sees_the_job(store, folder):
 
 
 def test_a_killed_process_is_noticed_and_can_be_resumed(store, folder):
-    started = start_slow(store, folder, total=60)
+    started = start_held(store, folder)
     journal = (store.folder / started.id / "journal.jsonl").read_text().splitlines()
     os.kill(json.loads(journal[0])["process"], signal.SIGKILL)
     status = wait_until_over(store, started.id)
     assert (status.state, status.can_resume) == ("interrupted", True)
+    let_go(folder)
     store.resume(started.id, started.key)
     assert wait_until_over(store, started.id).state == "finished"
 
@@ -213,21 +219,27 @@ def test_objects_with_save_and_load_travel_as_files(store, tmp_path):
 
 
 def test_the_journal_tells_what_happened_in_order(store, folder):
-    started = start_slow(store, folder, total=30)
+    started = start_held(store, folder)
     store.cancel(started.id, started.key)
     wait_until_over(store, started.id)
+    let_go(folder)
     store.resume(started.id, started.key)
     wait_until_over(store, started.id)
-    lines = (store.folder / started.id / "journal.jsonl").read_text().splitlines()
-    events = [json.loads(line)["event"] for line in lines]
-    assert [event for event in events if event != "step"] == [
-        "started", "cancelled", "started", "finished",
-    ]  # fmt: skip
+    expected = ["started", "cancelled", "started", "finished"]
+    wait_for(store, started.id, lambda _: len(events(store, started.id)) == len(expected))
+    assert events(store, started.id) == expected
+
+
+def events(store: JobStore, job: str) -> list[str]:
+    """What the journal tells but for steps; the last line comes after the last status."""
+    lines = (store.folder / job / "journal.jsonl").read_text().splitlines()
+    found = [json.loads(line)["event"] for line in lines]
+    return [event for event in found if event != "step"]
 
 
 def test_too_many_runs_are_refused(tmp_path, folder):
     store = JobStore(tmp_path / "runs", most_running=1)
-    started = start_slow(store, folder)
+    started = start_held(store, folder)
     with pytest.raises(RunError, match=r"1 run is already in progress \(limit 1\)"):
         store.start(count, {"folder": str(folder), "total": 1}, title="second")
     store.cancel(started.id, started.key)

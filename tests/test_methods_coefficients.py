@@ -10,6 +10,8 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, task_arithmetic
 from ipmerge_core.methods.coefficients import metagpt_coefficients, nan_coefficients, squared_norms
 
+pytestmark = pytest.mark.shapes
+
 
 def test_metagpt_matches_its_numbers():
     squares = squared_norms(W0, W_V, [W_E])

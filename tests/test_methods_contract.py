@@ -11,6 +11,8 @@ import torch
 from ipmerge_core.errors import IPMergeError, PlanError, ShapeError
 from ipmerge_core.methods import METHODS
 
+pytestmark = pytest.mark.shapes
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 NAME = "model.layers.7.mlp.up_proj.weight"
 SHAPES = [(12, 10), (10, 12), (1, 8), (8, 1), (2, 3)]

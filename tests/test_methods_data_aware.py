@@ -9,6 +9,8 @@ from small_matrices import W0, W_E, W_V, close, f64, merged_by
 from ipmerge_core.errors import PlanError, ShapeError
 from ipmerge_core.methods import METHODS
 
+pytestmark = pytest.mark.shapes
+
 FISHER = {
     "mllm_fisher": f64([[1, 4, 0], [2, 0.5, 1]]),
     "math_fisher": f64([[0.75, 0.25, 0], [0.5, 0.125, 1.75]]),

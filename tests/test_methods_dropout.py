@@ -12,6 +12,8 @@ from ipmerge_core.methods import METHODS, dropout, task_arithmetic
 from ipmerge_core.methods.dropout import Drop, bound_of, draw, generator_for, keep_chances
 from ipmerge_core.methods.selection import ascending_order, by_rank
 
+pytestmark = pytest.mark.shapes
+
 WEIGHTS = {"mllm_weight": 0.8, "math_weight": 0.4}
 NAME = "model.layers.0.self_attn.q_proj.weight"
 MASKS = {"vlm": [1, 0, 1, 0, 1, 1], "expert": [0, 1, 1, 1, 1, 0]}

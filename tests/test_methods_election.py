@@ -13,6 +13,8 @@ from ipmerge_core.methods import METHODS, task_arithmetic
 from ipmerge_core.methods.blocks import TaskVectors
 from ipmerge_core.methods.selection import ascending_order, by_rank, keep_largest_, kth_largest
 
+pytestmark = pytest.mark.shapes
+
 WEIGHTS = {"mllm_weight": 0.8, "math_weight": 0.4}
 PAPER = {"mllm_weight": 1, "math_weight": 1, "normalize": True, "election": "majority"}
 

@@ -9,6 +9,8 @@ from small_matrices import W0, W_E, W_V, close, f64, merged_by
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, linear, task_arithmetic
 
+pytestmark = pytest.mark.shapes
+
 UNDIVIDED = {"mllm_weight": 0.6, "math_weight": 0.6, "normalize": False}
 
 

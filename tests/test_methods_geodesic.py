@@ -9,6 +9,8 @@ from small_matrices import W0, W_E, W_V, close, f64, merged_by
 
 from ipmerge_core.methods import METHODS, linear
 
+pytestmark = pytest.mark.shapes
+
 SLERP = [
     [0.7729107125461704, -0.9272204999515041, 2.2716078309818197],
     [1.420861336973232, 0.2188324947441398, -0.33728838633714225],

@@ -14,6 +14,8 @@ from test_methods_contract import merge
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, task_arithmetic
 
+pytestmark = pytest.mark.shapes
+
 some_cases = settings(deadline=None, max_examples=20)
 shapes = some.tuples(some.integers(1, 12), some.integers(1, 12))
 weights = some.floats(-1.5, 1.5)

@@ -20,6 +20,8 @@ from ipmerge_core.methods.dropout import Drop, roles
 from ipmerge_core.methods.sign_election import agreeing_sum_
 from ipmerge_core.models.pairing import ModelPair
 
+pytestmark = pytest.mark.shapes
+
 AS_PEFT = {"normalize": "count", "election": "unweighted"}
 NAME = "model.layers.0.self_attn.q_proj.weight"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

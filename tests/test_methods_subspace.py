@@ -11,6 +11,8 @@ from ipmerge_core.methods import METHODS, task_arithmetic
 from ipmerge_core.methods.subspace import orthogonalised_pair, polar
 from ipmerge_core.spectral.spectrum import svd
 
+pytestmark = pytest.mark.shapes
+
 A45 = f64([[0.7 * (i + 1) * (j + 2) for j in range(5)] for i in range(4)]).sin()
 B45 = 0.5 * f64([[0.9 * (i + 2) * (j + 1) for j in range(5)] for i in range(4)]).cos()
 ZERO = torch.zeros(4, 5, dtype=torch.float64)

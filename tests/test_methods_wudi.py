@@ -9,6 +9,8 @@ from small_matrices import W0, W_E, W_V, close, merged_by
 
 from ipmerge_core.methods import METHODS
 
+pytestmark = pytest.mark.shapes
+
 
 def loss_of(X, taus):
     return sum((((X - tau) @ tau.T) ** 2).sum() / (tau**2).sum() for tau in taus)

@@ -36,6 +36,8 @@ from numeric_cases import (
 
 from ipmerge_core.methods import METHODS
 
+pytestmark = pytest.mark.shapes
+
 SHAPES = [(64, 64), (256, 256), (688, 256), (256, 512)]
 SMALL = [(64, 64), (96, 64), (64, 160)]
 VARIANTS = [(name, variant) for name in METHODS for variant in variants(name)[1:]]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Trio
+from quick_runs import idle
 
 import ipmerge_core as ipm
 from ipmerge_core import cli
@@ -263,13 +264,6 @@ def test_commands_take_the_best_device_and_say_so(machine, trio: Trio, tmp_path,
 # --- one run per folder, within the limit ---
 
 
-def wait(seconds: float, out: str = "") -> Iterator[dict[str, int]]:
-    """Do nothing for a while, in steps."""
-    for number in range(int(seconds / 0.05)):
-        time.sleep(0.05)
-        yield {"index": number}
-
-
 def at_once(number: int, work: Callable[[], Any]) -> list[Any]:
     """Call `work` in so many threads at the same moment; return results and RunErrors."""
     barrier, found = threading.Barrier(number), []
@@ -298,18 +292,18 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 
 
 def test_the_limit_holds_for_starts_at_the_same_moment(store):
-    found = at_once(8, lambda: store.start(wait, {"seconds": 20}, title="x"))
+    found = at_once(8, lambda: store.start(idle, {}, title="x"))
     assert sum(isinstance(one, Started) for one in found) == store.most_running
     assert len(store.all()) == store.most_running
 
 
 def test_a_resume_counts_too(store):
-    stopped = store.start(wait, {"seconds": 20}, title="x")
+    stopped = store.start(idle, {}, title="x")
     store.cancel(stopped.id, stopped.key)
     while store.status(stopped.id).is_running:
         time.sleep(0.05)
     for _ in range(2):
-        store.start(wait, {"seconds": 20}, title="x")
+        store.start(idle, {}, title="x")
     with pytest.raises(RunError, match=r"2 runs are already in progress \(limit 2\)"):
         store.resume(stopped.id, stopped.key)
 
@@ -320,7 +314,7 @@ def test_a_folder_has_one_run_however_its_path_is_written(store, tmp_path):
 
     def start() -> Started:
         claim = Claim(str(out), "work")
-        return store.start(wait, {"seconds": 20, "out": str(out)}, title="x", claim=claim)
+        return store.start(idle, {"out": str(out)}, title="x", claim=claim)
 
     found = at_once(4, start)
     first = next(one for one in found if isinstance(one, Started))
@@ -328,7 +322,7 @@ def test_a_folder_has_one_run_however_its_path_is_written(store, tmp_path):
     assert all(isinstance(one, FolderInUseError) and one.job == first.id for one in others)
     for name, work in ((f"{tmp_path}/link/out", "work"), (f"{tmp_path}/x/../out", "other")):
         with pytest.raises(FolderInUseError, match="Another run is writing") as caught:
-            store.start(wait, {"seconds": 1}, title="x", claim=Claim(name, work))
+            store.start(idle, {}, title="x", claim=Claim(name, work))
         assert caught.value.same_work == (work == "work")
     assert store.writer_of(tmp_path / "link" / "out") == first.id
     store.cancel(first.id, first.key)
@@ -342,7 +336,7 @@ def test_a_folder_has_one_run_however_its_path_is_written(store, tmp_path):
 
 
 def test_keys_of_one_owner_differ_and_open_their_own_run_only(store):
-    runs = [store.start(wait, {"seconds": 5}, title="x", owner=OWNER) for _ in range(2)]
+    runs = [store.start(idle, {}, title="x", owner=OWNER) for _ in range(2)]
     assert runs[0].key != runs[1].key
     assert store.holds_key(runs[0].id, store.key_of(runs[0].id, OWNER))
     assert not store.holds_key(runs[1].id, runs[0].key)
@@ -354,12 +348,7 @@ def test_keys_of_one_owner_differ_and_open_their_own_run_only(store):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let merges take long; they write nothing."""
-    monkeypatch.setattr("ipmerge_core.merging.merge.iter_merge", slow_merge)
-
-
-def slow_merge(plan: object, out: str, device: str) -> Iterator[dict[str, int]]:
-    """Stand for a merge of 20 seconds."""
-    yield from wait(20)
+    monkeypatch.setattr("ipmerge_core.merging.merge.iter_merge", idle)
 
 
 def stop_all(backend: Backend) -> None:
@@ -414,17 +403,12 @@ def test_an_unfinished_merge_of_another_plan_is_refused_before_the_run(home):
 
 
 def test_two_calibrations_at_once_have_a_folder_each(monkeypatch):
-    monkeypatch.setattr("ipmerge_core.calibration.calibrate.iter_calibration_of", slow_calibration)
+    monkeypatch.setattr("ipmerge_core.calibration.calibrate.iter_calibration_of", idle)
     backend = Backend()
     at_once(2, lambda: backend.start_calibration(PACK, "regmean", "demo", "demo", 2))
     folders = [Path(status.arguments["out"]).name for status in backend.store.all()]
     assert sorted(folders) == ["mllm-gram", "mllm-gram-2"]
     stop_all(backend)
-
-
-def slow_calibration(**_: object) -> Iterator[dict[str, int]]:
-    """Stand for a calibration of 20 seconds."""
-    yield from wait(20)
 
 
 # --- how a run is shown ---

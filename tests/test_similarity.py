@@ -14,6 +14,8 @@ from ipmerge_core.errors import PlanError, ShapeError
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral.spectrum import Spectrum, svd
 
+pytestmark = pytest.mark.shapes
+
 SHAPES = [(12, 12), (20, 12), (12, 20), (1, 6), (6, 1)]
 
 

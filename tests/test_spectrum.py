@@ -15,6 +15,8 @@ from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 from ipmerge_core.spectral import spectrum as sp
 from ipmerge_core.spectral import svd_algorithms as engines
 
+pytestmark = pytest.mark.shapes
+
 
 def matrix(m: int, n: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
