@@ -29,6 +29,7 @@ from ipmerge_core.ui.side_choice import remembered_merges, wire_try_it, with_run
 from ipmerge_core.ui.start_gate import StartGate
 from ipmerge_core.ui.trio import is_running
 from ipmerge_core.ui.try_it import try_tab
+from ipmerge_core.ui.web.modules import join_modules
 
 HEADING = """\
 # IPMerge
@@ -127,6 +128,11 @@ def theme() -> gr.themes.Base:
     )
 
 
+def page_script() -> str:
+    """The page's own JavaScript, as the function that Gradio calls once."""
+    return f"() => {{\n{join_modules(SCRIPT, 'watchPage()')}}}"
+
+
 def launch(
     host: str | None = None,
     port: int | None = None,
@@ -149,7 +155,7 @@ def launch(
         prevent_thread_lock=not block,
         theme=theme(),
         css_paths=[STYLE],
-        js=SCRIPT.read_text(encoding="utf-8"),
+        js=page_script(),
         footer_links=["api", "settings"],
         ssr_mode=False,
         run_history=False,  # pictures and questions are not kept in the visitor's browser

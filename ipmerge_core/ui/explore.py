@@ -71,7 +71,7 @@ PRESETS: list[dict[str, Any]] = [
 
 # In the page: a commit was answered; and until all are (and a pair is shown), 5 seconds at most.
 _MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
-_ANSWERED = f"() => {{ const map = {_MAP}; if (map) map.unanswered -= 1; }}"
+_ANSWERED = f"() => {{ {_MAP}?.answered(); }}"
 _UNTIL_SETTLED = f"""async (pair) => {{
   const isSettled = (map) => map.isSettled() && (!pair || map.packId === pair);
   for (let i = 0; i < 250 && {_MAP} && !isSettled({_MAP}); i++)
