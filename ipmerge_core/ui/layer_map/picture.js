@@ -139,8 +139,12 @@ function legend({ domain: [low, high], plan, pack }, height) {
   ];
 }
 
-/** @param {Pack} pack */
-function sourceWords({ sources: { mllm, base, math }, created, engine, parameters }) {
+/**
+ * Which models the map is of, and how they were analysed.
+ *
+ * @param {Pack} pack
+ */
+export function sourceWords({ sources: { mllm, base, math }, created, engine, parameters }) {
   return `${sourceName(mllm)} ← ${math.map(sourceName).join(", ")} (base ${sourceName(base)}); analysed ${String(created).slice(0, 10)} ` +
     `with IPMerge ${engine}${optionWords(parameters)}. Geometry, not accuracy.`;
 }

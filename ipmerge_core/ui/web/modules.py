@@ -22,7 +22,7 @@ _EXPORT = re.compile(
     r"^export (?=(?:async function|function|class|const) ([\w$]+)\b)", re.MULTILINE
 )
 _OTHER = re.compile(r"^\s*(?:import|export)\b.*|\bimport\s*\(.*", re.MULTILINE)
-_COMMENTS = re.compile(r"^ */\*\*.*?\*/\n|^ *//[^\n]*\n", re.MULTILINE | re.DOTALL)
+_COMMENTS = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n|^ *//[^\n]*\n", re.MULTILINE | re.DOTALL)
 
 
 class Module(NamedTuple):

@@ -132,9 +132,10 @@ function direction(cell, experts, variant) {
   let inner = 0, norm2 = 0;
   for (const k of experts) {
     const update = cell.experts[k].updates[variant];
+    let crossed = 0;
+    for (const j of experts) if (j < k) crossed += update.cross[j];
     inner += update.inner;
-    norm2 += update.norm2;
-    for (const j of experts) if (j < k) norm2 += 2 * update.cross[j];
+    norm2 += update.norm2 + 2 * crossed; // in Python's order, so that both round alike
   }
   return { inner, norm2 };
 }
