@@ -82,3 +82,14 @@ def test_every_file_is_type_checked():
         if not path.read_text(encoding="utf-8").startswith("// @ts-check\n")
     ]
     assert not unchecked
+
+
+def test_components_share_code_only_through_the_folder_for_that():
+    ui = ROOT / "ipmerge_core" / "ui"
+    wrong = []
+    for path in sorted(ui.rglob("*.js")):
+        for source in re.findall(r' from "([^"]+)";\n', path.read_text("utf-8")):
+            target = (path.parent / source).resolve()
+            if target.parent not in {path.parent, ui / "web"}:
+                wrong.append(f"{path.relative_to(ui)} imports {target.relative_to(ui)}")
+    assert not wrong

@@ -40,6 +40,32 @@ test("any number of matrices set by hand comes back, in at most 300 characters",
   }
 });
 
+/**
+ * The overrides that one byte of a link stands for: five matrices, three choices each.
+ *
+ * @param {number} byte
+ * @param {number} place
+ */
+function overridesOf(byte, place) {
+  /** @type {Record<string, Override>} */
+  const overrides = {};
+  for (let i = 0; i < 5; i++) {
+    const digit = Math.floor(byte / 3 ** i) % 3;
+    if (digit) overrides[index.cells[5 * place + i].name] = digit === 1 ? "merge" : "keep";
+  }
+  return overrides;
+}
+
+test("every byte at every place is written in letters that an address keeps", () => {
+  for (let place = 0; place < 3; place++) {
+    for (let byte = 1; byte < 3 ** 5; byte++) {
+      const overrides = overridesOf(byte, place), text = packOverrides(index, overrides);
+      assert.match(text, /^[\w-]+$/);
+      assert.deepEqual(unpackOverrides(index, text, []), overrides);
+    }
+  }
+});
+
 test("overrides of every length are packed without loss", () => {
   for (let length = 1; length <= 12; length++) {
     const overrides = { [index.cells[length - 1].name]: /** @type {const} */ ("keep") };
@@ -66,6 +92,7 @@ for (const [query, problem] of /** @type {[string, RegExp][]} */ ([
   ["v=1&s=9", /^s must be a number from 0 to 1$/], ["v=1&l=-1", /^lambda must be a number from 0 to 32$/],
   ["v=1&l=1e999", /^lambda must be a number/], ["v=1&m=best", /^similarity must be one of/], ["v=1&u=%00", /^variant must be one of/],
   ["v=1&o=<script>alert(1)</script>", /^o is damaged$/], ["v=1&o=AAAAA", /^o is damaged$/], [`v=1&o=${"A".repeat(401)}`, /^o is damaged$/],
+  ["v=1&o=-g", /^o belongs to another pair$/], [`v=1&o=${"A".repeat(55)}`, /^o belongs to another pair$/],
   [`v=1&o=${"_".repeat(60)}`, /^o belongs to another pair$/], [`v=1&o=${"A".repeat(60)}`, /^o belongs to another pair$/],
 ])) {
   test(`${query.slice(0, 40)} gives the default and a sentence`, () => {

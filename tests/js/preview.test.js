@@ -5,7 +5,7 @@ import { test } from "node:test";
 import { edgeCounts } from "../../ipmerge_core/ui/layer_map/sentence.js";
 import { cleanPlan, DEFAULT_PLAN, LAMBDA_MAX, MEASURES, VARIANTS } from "../../ipmerge_core/ui/web/plan.js";
 import {
-  addRecords, cellAt, cellChange, emptyIndex, expertInView, flipValues, indexPack, merges, previewOf, shownSimilarity,
+  addRecords, angles, cellAt, cellChange, emptyIndex, expertInView, flipValues, indexPack, merges, previewOf, shownSimilarity,
 } from "../../ipmerge_core/ui/web/preview.js";
 import { dot, makePack } from "./packs.js";
 
@@ -83,6 +83,8 @@ test("without an update there is no angle to it, and lambda 0 keeps everything",
 });
 
 test("cosines never leave their range", () => {
+  assert.deepEqual(angles({ vv: 1, vx: 1.0001, xx: 1 }, 1), { keep: 1, absorb: 1 });
+  assert.deepEqual(angles({ vv: 1, vx: -1.0001, xx: 1 }, 0.5), { keep: 1, absorb: -1 });
   const index = indexPack(makePack({ seed: 3 }).pack);
   for (const lambda of [0, 1e-9, 0.5, LAMBDA_MAX]) {
     const { keep, absorb } = previewOf(index, { ...DEFAULT_PLAN, s: 0, lambda });

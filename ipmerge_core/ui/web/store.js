@@ -24,7 +24,7 @@ export function createStore(first) {
     if (keys.every((key) => Object.is(patch[key], state[key]))) return;
     const before = state;
     state = Object.freeze({ ...state, ...patch });
-    for (const listener of [...listeners]) listener(state, before);
+    for (const listener of listeners) listener(state, before);
   }
 
   return {
