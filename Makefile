@@ -2,14 +2,14 @@
 #
 #   make app     install what the app needs and start it on 127.0.0.1
 #   make test    install the test tools, then lint, type check and run every test
-#   make lint    ruff and mypy only
+#   make lint    ruff, mypy, eslint and tsc only
 #   make demo    train the demo trio in assets/demo again
 #   make bench   print the figures of benchmarks/README.md
 #   make clean   remove the environment and all caches
 #
 # Settings: PYTHON (interpreter to start from), VENV (folder of the environment), WORKERS (processes
-# that run tests, 2), IPMERGE_CHROMIUM and IPMERGE_FIREFOX (browsers for the tests). pip follows your
-# own pip settings.
+# that run tests, 2), IPMERGE_CHROMIUM and IPMERGE_FIREFOX (browsers for the tests). pip and npm follow
+# your own settings.
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -17,6 +17,7 @@ WORKERS ?= 2
 suits = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(suits) && echo $$p && break; done)
 PY := $(VENV)/bin/python
+NPM := PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/npm
 
 .PHONY: help app test lint demo bench clean
 .DELETE_ON_ERROR:
@@ -40,11 +41,12 @@ test: lint
 	echo "Tests without a browser, with coverage" && $(pytest) -m "not browser" --cov && \
 	echo "Tests with the browser $$IPMERGE_CHROMIUM" && $(pytest) -m browser $(retry)
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev node_modules/.made
 	@echo "Lint, format and types"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(NPM) run --silent lint
 
 demo: $(VENV)/.app
 	$(PY) assets/demo/train.py
@@ -53,7 +55,7 @@ bench: $(VENV)/.dev
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # --- the environment: a stamp per step, made again when its list of packages changes ---
 
@@ -79,4 +81,11 @@ $(VENV)/.dev: requirements-dev.txt pyproject.toml $(VENV)/.app
 	@echo "Installing the test tools"
 	@$(call install,-r requirements.txt -r requirements-dev.txt)
 	@$(call install,--no-deps --editable .)
+	@touch $@
+
+# eslint and tsc, on the node of the test tools; three tries, for a shaky network.
+node_modules/.made: package-lock.json package.json $(VENV)/.dev
+	@echo "Installing the JavaScript tools"
+	@for try in 1 2 3; do $(NPM) ci --silent && break; [ $$try != 3 ] || exit 1; \
+	echo "npm did not finish; trying once more."; sleep 5; done
 	@touch $@

@@ -69,7 +69,7 @@ def show_pair(page: Page, cells: int) -> float:
     option.wait_for()
     start = time.perf_counter()
     option.click()
-    page.wait_for_function(f"{COMPONENT}.index.cells.length === {cells} && !{COMPONENT}.frame")
+    page.wait_for_function(f"{COMPONENT}.index.cells.length === {cells} && {COMPONENT}.isPainted()")
     return time.perf_counter() - start
 
 
@@ -87,7 +87,7 @@ def drag(page: Page, name: str) -> tuple[list[float], int, float]:
     x, y = box["x"] + 0.45 * box["width"], box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
-    page.evaluate(f"{COMPONENT}.paints.length = 0")
+    page.evaluate(f"{COMPONENT}.timings.length = 0")
     requests: list[object] = []
 
     def note(request: object) -> None:
@@ -98,7 +98,7 @@ def drag(page: Page, name: str) -> tuple[list[float], int, float]:
         page.mouse.move(x - 4 * step, y)
         page.wait_for_timeout(16)
     page.remove_listener("request", note)
-    paints = page.evaluate(f"[...{COMPONENT}.paints]")
+    paints = page.evaluate(f"[...{COMPONENT}.timings]")
     start = time.perf_counter()
     with answered(page):
         page.mouse.up()

@@ -239,7 +239,7 @@ def pack_file(place: Place, pack_id: str) -> Path:
 def expect_python_s_numbers(page: Page, place: Place, pack_id: str) -> None:
     """The sentence on the page says what Python says of the same records and the same plan."""
     text, n, plan = page.evaluate(
-        f"(() => {{ const map = {COMPONENT}; return [map.dom.sum.textContent, map.index.cells.length, map.plan]; }})()"  # noqa: E501
+        f"(() => {{ const map = {COMPONENT}; return [document.querySelector('#layer-map .sum').textContent, map.index.cells.length, map.plan]; }})()"  # noqa: E501
     )
     pack = pack_file(place, pack_id)
     seen = read_journal(pack.with_name(pack.name + ".journal"))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from browser_fixtures import free_port, serving
 from explore_app import write_packs
-from explore_page import PACKS, Traffic, csv_rows, open_map, percent, python_preview
+from explore_page import PACKS, Traffic, open_map, percent, python_preview
 from playwright.sync_api import Page, expect
 
 pytestmark = pytest.mark.browser
@@ -205,39 +205,6 @@ def test_differences_are_centred_at_zero_with_both_ends_printed(chromium_page: P
     colour = "node => node.style.getPropertyValue('--d')"
     cell = page.locator(f"#compare-map .cm-one [aria-label^='{names[equal]}']")
     assert cell.evaluate(colour) == "rgb(255,255,255)"  # no difference is white
-
-
-def test_the_differences_leave_as_csv_with_the_experts_of_each_plan(
-    chromium_page: Page, served: str
-):
-    page = chromium_page
-    open_compare(page, served)
-    page.get_by_role("tab", name="Explore").click()
-    page.get_by_label("Pair", exact=True).click()
-    page.get_by_role("option", name="own: synthetic 6 layers").click()
-    expect(page.locator("#layer-map [role=gridcell]")).to_have_count(42)
-    page.get_by_role("tab", name="Compare").click()
-    expect(page.locator(CELLS)).to_have_count(42)
-    page.locator("#compare-map [data-preset=b]").select_option(label="Plan of Explore")
-    set_value(page, "S alpha of B", 0.45)
-    page.get_by_text("Table of differences").click()
-    with page.expect_download() as download:
-        page.locator("#compare-map [data-act=twin-csv]").click()
-    first = page.locator("#compare-map [data-s=a]").input_value()
-    chosen = []
-    for threshold in (float(first), 0.45):
-        merges: dict[tuple[str, str], list[str]] = {}
-        for r in PACKS["c"]["records"]:
-            if r["similarity"]["first"] >= threshold:
-                merges.setdefault((str(r["layer"]), r["module"]), []).append(str(r["expert"] + 1))
-        chosen.append({place: " and ".join(experts) for place, experts in merges.items()})
-    places = chosen[0] | chosen[1]
-    expected = {p for p in places if chosen[0].get(p) != chosen[1].get(p)}
-    rows = csv_rows(download.value)
-    assert {(row["layer"], row["module"]) for row in rows} == expected
-    for row in rows:
-        seen = tuple(row[f"experts {side}"] for side in "AB")
-        assert seen == tuple(plan.get((row["layer"], row["module"]), "none") for plan in chosen)
 
 
 def test_a_kept_plan_can_be_compared(chromium_page: Page, served: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 
@@ -20,19 +19,6 @@ from playwright.sync_api import Page, expect
 
 pytestmark = pytest.mark.browser
 
-PLANS = [
-    {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}},
-    {"s": 0.2, "lambda": 8, "similarity": "max", "variant": "max", "overrides": {}},
-    {"s": 0.05, "lambda": 0.125, "similarity": "weighted", "variant": "rescale_only"},
-    {"s": 0.0, "lambda": 32, "similarity": "first", "variant": "select_only"},
-    {
-        "s": 0.9,
-        "lambda": 2,
-        "similarity": "first",
-        "variant": "sum",
-        "overrides": {"model.layers.1.mlp.down_proj.weight": "merge"},
-    },
-]
 THRESHOLD = re.compile("similarity threshold")
 
 
@@ -75,27 +61,6 @@ def test_a_drag_of_sixty_moves_asks_nothing_of_the_server_and_commits_once(
     received(chromium_page, s=plan["s"])
     assert len(traffic.commits()) == 1
     expect_summary(chromium_page, PACKS["a"])
-
-
-@pytest.mark.parametrize("name", sorted(PACKS))
-def test_the_browser_previews_what_python_previews(
-    chromium_page: Page, explore_url: str, name: str
-):
-    open_map(chromium_page, explore_url)
-    pack = PACKS[name]
-    previews = chromium_page.evaluate(
-        "([pack, plans]) => plans.map((plan) => window.ipmergePreview(JSON.parse(pack), plan))",
-        [json.dumps(pack), PLANS],
-    )
-    for plan, seen in zip(PLANS, previews, strict=True):
-        expected = python_preview(pack, plan)
-        assert tuple(seen["selected"]) == expected.selected
-        for field in ("n_matrices", "parameters_touched", "bytes_rewritten"):
-            assert seen[field] == getattr(expected, field)
-        for field in ("relative_change", "keep", "absorb"):
-            assert seen[field] == pytest.approx(getattr(expected, field), rel=1e-9)
-        changes = {int(layer): change for layer, change in seen["layer_change"].items()}
-        assert changes == pytest.approx(expected.layer_change, rel=1e-9)
 
 
 def test_everything_works_from_the_keyboard(chromium_page: Page, explore_url: str):

@@ -141,16 +141,6 @@ def test_what_joined_and_left_is_told_and_marked_when_the_measure_changes(
     assert stayed.evaluate(mark) == "none"
 
 
-def test_the_edge_is_described_as_python_counts_it(chromium_page: Page, explore_url: str):
-    page = chromium_page
-    open_map(page, explore_url)
-    here = len(selected())
-    adds, drops = len(selected(s=0.39)) - here, here - len(selected(s=0.41))
-    expect(page.locator("#layer-map .lm-sense")).to_contain_text(
-        f"Lowering S_α by 0.01 adds {adds}, raising it by 0.01 drops {drops}."
-    )
-
-
 def test_undo_brings_back_the_pair_before_with_its_plan(chromium_page: Page, explore_url: str):
     page = chromium_page
     open_map(page, explore_url)

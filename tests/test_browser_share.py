@@ -29,7 +29,6 @@ from ipmerge_core.planning.plan import make_plan
 pytestmark = pytest.mark.browser
 
 DEFAULT = {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}}
-LINKS = json.loads((Path(__file__).parent / "links.json").read_text(encoding="utf-8"))
 NOTE = "#layer-map .lm-note-line"
 
 
@@ -64,31 +63,6 @@ def test_a_copied_link_opens_the_same_plan_and_cell_elsewhere(
     expect(other.locator(".lm-detail-head h2")).to_have_text("Layer 5 · up")
 
 
-def test_a_link_stays_short_however_many_cells_are_set_by_hand(
-    chromium_page: Page, explore_url: str
-):
-    open_map(chromium_page, explore_url)
-    for module in ("q", "k", "v", "o", "gate", "up", "down"):
-        chromium_page.get_by_role("button", name=f"All {module} matrices").click()
-        chromium_page.keyboard.press("k" if module in "qv" else "f")
-    assert len(plan_on_page(chromium_page)["overrides"]) == 196
-    assert len(chromium_page.url) <= 300
-    plan = plan_on_page(chromium_page)
-    chromium_page.reload()
-    chromium_page.wait_for_selector("#layer-map [role=gridcell] button[aria-label]")
-    assert plan_on_page(chromium_page) == plan
-
-
-@pytest.mark.parametrize("link", LINKS, ids=lambda link: link["release"])
-def test_links_of_earlier_releases_keep_working(
-    chromium_page: Page, explore_url: str, link: dict[str, object]
-):
-    open_map(chromium_page, explore_url, link["query"])
-    assert plan_on_page(chromium_page) == link["plan"]
-    expect(chromium_page.locator(".lm-detail-head h2")).to_have_text(link["cell"])
-    assert "".join(link["query"]) in chromium_page.url
-
-
 def test_a_link_to_another_pair_opens_that_pair(chromium_page: Page, explore_url: str):
     open_map(chromium_page, explore_url, "v=1&pack=packs-b&s=0.25&l=2")
     expect(chromium_page.locator("#layer-map [role=gridcell]")).to_have_count(28)
@@ -102,14 +76,8 @@ def test_a_link_to_another_pair_opens_that_pair(chromium_page: Page, explore_url
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("v=1&pack=packs-a&s=9", "s must be a number from 0 to 1"),
-        ("v=1&pack=packs-a&s=NaN&l=-1", "lambda must be a number from 0 to 32"),
-        ("v=1&pack=packs-a&l=1e999", "lambda must be a number"),
-        ("v=1&pack=packs-a&m=best&u=%00", "similarity must be one of"),
         ("v=1&pack=packs-a&o=<script>alert(1)</script>", "o is damaged"),
-        ("v=1&pack=packs-a&o=" + "_" * 60, "o belongs to another pair"),
         ("v=1&pack=packs-a&c=<img src=x onerror=alert(1)>&s=abc", "s must be a number"),
-        ("v=99&pack=packs-a&s=0.1", "version 99"),
         ("v=<b>1</b>", "version <b>1</b>"),
     ],
 )

@@ -14,8 +14,8 @@ import torch
 from conftest import MATHEMATICAL
 from jaxtyping import TypeCheckError
 
-from ipmerge_core.spectral import similarity, spectrum
 from ipmerge_core.methods import selection
+from ipmerge_core.spectral import similarity, spectrum
 
 TESTS = Path(__file__).parent
 ROW, SQUARE = torch.ones(4), torch.ones(4, 4)

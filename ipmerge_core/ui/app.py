@@ -30,6 +30,7 @@ from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import remembered_run
 from ipmerge_core.ui.theme import theme
+from ipmerge_core.ui.web.modules import join_modules
 
 HEADING = """\
 # IPMerge
@@ -103,6 +104,11 @@ def _add_tabs(
     return explore, tabs, merging.gate
 
 
+def page_script() -> str:
+    """Return the page's own JavaScript as the function that Gradio calls once."""
+    return f"() => {{\n{join_modules(SCRIPT, 'watchPage()')}}}"
+
+
 def launch(
     host: str | None = None,
     port: int | None = None,
@@ -125,7 +131,7 @@ def launch(
         prevent_thread_lock=not block,
         theme=theme(),
         css_paths=[STYLE],
-        js=SCRIPT.read_text(encoding="utf-8"),
+        js=page_script(),
         footer_links=["api", "settings"],
         ssr_mode=False,
         run_history=False,  # do not keep images and questions in the browser

@@ -1,57 +1,77 @@
-// Compare, two whole maps with one choice and one scroll: each is the layer map's own grid, coloured
-// on one scale and with bars on one axis, so that the eye may go from one to the other.
+// @ts-check
+// Two whole maps with one choice and one scroll: each is a grid of its own, coloured on one scale and
+// with bars on one axis, so that the eye may go from one to the other.
 
-function buildSides(map) {
-  for (const letter of ["a", "b"]) {
-    const side = map.sides[letter], holder = find(`[data-grid=${letter}]`);
-    Object.assign(side, { narrow: map.narrow, expert: -1, target: null, pinned: null,
-      dom: { grid: holder, sum: map.dom.sum, low: find("[data-side=low]"), high: find("[data-side=high]") } });
-    buildGrid(side);
-    holder.querySelector("table").setAttribute("aria-label", `Matrices of ${letter.toUpperCase()} by layer and module`);
-    find(".cm-both-maps").style.setProperty("--columns", map.narrow ? side.columns * 1.2 : side.columns);
+import { part, setText } from "../web/dom.js";
+import { fixed, percent } from "../web/format.js";
+import { Grid } from "../web/grid.js";
+import { colourDomain } from "../web/scales.js";
+import { coversLayer } from "../web/targets.js";
+import { similarityOf } from "./pairs.js";
+
+/** @import { Letter, Sides, State } from "./types.d.ts" */
+
+/** @type {Letter[]} */
+export const LETTERS = ["a", "b"];
+
+export class SideBySide {
+  /**
+   * @param {HTMLElement} element The component.
+   * @param {string} describedBy
+   */
+  constructor(element, describedBy) {
+    this.element = element;
+    /** @param {Letter} letter */
+    const grid = (letter) => new Grid(part(element, `[data-grid=${letter}]`), describedBy, `Matrices of ${letter.toUpperCase()} by layer and module`);
+    this.grids = { a: grid("a"), b: grid("b") };
+    for (const { holder } of Object.values(this.grids)) {
+      holder.addEventListener("scroll", () => this.#shareScroll(holder), { passive: true });
+    }
   }
-}
 
-function paintSides(map, top) {
-  const { a, b } = map.sides;
-  const domain = colourDomain([a, b].flatMap((side) => side.index.cells.map((cell) => similarityOf(side, cell))));
-  for (const side of [a, b]) {
-    colourGrid(side, domain);
-    side.barTop = top;
-    for (const label of side.dom.grid.querySelectorAll(".lm-bars-top")) setText(label, percent(top));
-    paintGrid(side, side.result);
-    paintBars(side, side.result);
-    markTargets(side);
+  /**
+   * @param {Sides} sides
+   * @param {boolean} narrow
+   */
+  build(sides, narrow) {
+    for (const letter of LETTERS) {
+      const grid = this.grids[letter];
+      grid.build(sides[letter].index, narrow);
+      part(this.element, ".cm-both-maps").style.setProperty("--columns", String(narrow ? grid.columns * 1.2 : grid.columns));
+    }
   }
-}
 
-// The same choice in the other map, at the same relative depth.
-function mirrored(target, from, to) {
-  if (target.kind === "module") return target;
-  if (target.kind === "layer") return { kind: "layer", layer: across(from, to, target.layer) };
-  const cell = partnerOf(from, to, target.cell);
-  return cell ? { kind: "cell", cell } : null;
-}
-
-function chooseInSide(map, button, letter) {
-  const other = letter === "a" ? "b" : "a", side = map.sides[letter], place = locate(side, button);
-  if (place) roving(side, ...place);
-  side.target = button.target;
-  map.sides[other].target = mirrored(button.target, side, map.sides[other]);
-  map.target = map.sides.a.target;
-  paintAll();
-}
-
-// One scroll for both, as a share of what there is to scroll; what is there already is left alone, so
-// that the two do not chase each other.
-function shareScroll(scrolled) {
-  for (const letter of ["a", "b"]) {
-    const other = find(`[data-grid=${letter}]`);
-    const goal = (scrolled.scrollTop / Math.max(1, scrolled.scrollHeight - scrolled.clientHeight)) * (other.scrollHeight - other.clientHeight);
-    if (other !== scrolled && Math.abs(other.scrollTop - goal) > 1.5) other.scrollTop = goal;
+  /**
+   * @param {Sides} sides
+   * @param {Pick<State, "target" | "otherTarget">} chosen
+   * @param {number} top The end of the bars' axis.
+   */
+  paint(sides, { target, otherTarget }, top) {
+    const domain = colourDomain(LETTERS.flatMap((letter) => sides[letter].index.cells.map((cell) => similarityOf(sides[letter], cell))));
+    setText(part(this.element, "[data-side=low]"), fixed(domain[0], 2));
+    setText(part(this.element, "[data-side=high]"), fixed(domain[1], 2));
+    for (const letter of LETTERS) {
+      const grid = this.grids[letter], { plan, result } = sides[letter], view = { plan, expert: -1 };
+      const chosen = letter === "a" ? target : otherTarget;
+      grid.colour(view, domain);
+      grid.nameBarsTop(percent(top));
+      grid.paint(view, result);
+      grid.paintBars((layer) => Math.min(1, result.layer_change[layer] / top), (layer) => coversLayer(chosen, layer));
+      grid.mark(chosen);
+    }
   }
-}
 
-for (const holder of element.querySelectorAll("[data-grid]")) {
-  holder.addEventListener("scroll", () => shareScroll(holder), { passive: true });
+  /**
+   * One scroll for both, as a share of what there is to scroll; what is there already is left alone,
+   * so that the two do not chase each other.
+   *
+   * @param {HTMLElement} scrolled
+   */
+  #shareScroll(scrolled) {
+    const share = scrolled.scrollTop / Math.max(1, scrolled.scrollHeight - scrolled.clientHeight);
+    for (const { holder } of Object.values(this.grids)) {
+      const goal = share * (holder.scrollHeight - holder.clientHeight);
+      if (holder !== scrolled && Math.abs(holder.scrollTop - goal) > 1.5) holder.scrollTop = goal;
+    }
+  }
 }

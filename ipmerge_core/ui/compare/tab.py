@@ -1,12 +1,13 @@
 """Build the Compare tab: two plans on one pair, or two pairs by relative depth, in one grid.
 
 In: the chosen pair, the session's `PlanChoice`, and a second pair. Out: nothing; every number is
-computed in the browser by the layer map's own arithmetic.
+computed in the browser by the arithmetic that the layer map uses.
 """
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from ipmerge_core.ui.pairs import list_packs
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import Updates
 from ipmerge_core.ui.safe_text import as_html
+from ipmerge_core.ui.web.modules import join_modules
 
 HERE = Path(__file__).parent
-SHARED = ("preview", "scales", "tables", "memory", "grid")  # of the layer map's scripts
-SCRIPTS = ("pairs", "side_by_side", "compare")  # in order of use
 ELEM_ID = "compare-map"
 
 
@@ -76,20 +76,24 @@ def compare_content(pack_id: str, choice: PlanChoice, other_id: str) -> dict[str
     return {"a": map_content(pack_id, choice), "b": other}
 
 
+@cache
+def script() -> str:
+    """Return the component's JavaScript as one script."""
+    return join_modules(HERE / "compare.js", layer_map.MOUNT)
+
+
 class CompareMap(gr.HTML):
     """A component that shows two plans in one grid."""
 
     def __init__(
         self, value: dict[str, Any] | None = None, elem_id: str = ELEM_ID, *, render: bool = True
     ) -> None:
-        scripts = [layer_map.HERE / f"{name}.js" for name in SHARED]
-        scripts += [HERE / f"{name}.js" for name in SCRIPTS]
         styles = [layer_map.HERE / "style.css", HERE / "style.css"]
         super().__init__(
             value=value,
             html_template=(HERE / "template.html").read_text(encoding="utf-8"),
             css_template="\n".join(path.read_text(encoding="utf-8") for path in styles),
-            js_on_load="\n".join(path.read_text(encoding="utf-8") for path in scripts),
+            js_on_load=script(),
             apply_default_css=False,
             elem_id=elem_id,
             render=render,  # Gradio needs it for `gr.skip()`

@@ -20,38 +20,17 @@ from typing import Any
 import gradio as gr
 
 from ipmerge_core.ui.safe_text import as_html
+from ipmerge_core.ui.web.modules import join_modules
 
 HERE = Path(__file__).parent
-SCRIPTS = (
-    "preview",
-    "scales",
-    "tables",
-    "memory",
-    "grid",
-    "charts",
-    "lines",
-    "spectra",
-    "why",
-    "detail",
-    "link",
-    "takeaway",
-    "twins",
-    "sentence",
-    "choices",
-    "moves",
-    "tour",
-    "layer_map",
-    "growing",
-    "brush",
-    "events",
-)  # in order of use
+MOUNT = "mount({ element, trigger, props, server, watch })"  # what Gradio gives to a component
 ELEM_ID = "layer-map"
 
 
 @cache
-def scripts() -> str:
-    """Return the component's JavaScript: pure arithmetic first, wiring last."""
-    return "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+def script() -> str:
+    """Return the component's JavaScript as one script."""
+    return join_modules(HERE / "layer_map.js", MOUNT)
 
 
 def report(content: Mapping[str, Any]) -> str:
@@ -61,7 +40,7 @@ def report(content: Mapping[str, Any]) -> str:
         "STYLE": "#ipmerge {" + (HERE / "style.css").read_text(encoding="utf-8") + "}",
         "TEMPLATE": (HERE / "template.html").read_text(encoding="utf-8"),
         "CONTENT": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
-        "SCRIPT": scripts(),
+        "SCRIPT": script(),
     }
     page = (HERE / "report.html").read_text(encoding="utf-8")
     return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], page)
@@ -90,7 +69,7 @@ class LayerMap(gr.HTML):
             value=value,
             html_template=(HERE / "template.html").read_text(encoding="utf-8"),
             css_template=(HERE / "style.css").read_text(encoding="utf-8"),
-            js_on_load=scripts(),
+            js_on_load=script(),
             apply_default_css=False,
             elem_id=elem_id,
             server_functions=server_functions,

@@ -1,54 +1,117 @@
-// Layer map, the lists above the map: presets and kept plans with their source, measure, update and
-// expert. The simple layout shows only those that differ from the usual, so that nothing is hidden
-// that decides.
+// @ts-check
+// The lists above the map: presets and kept plans with their source, measure, update and expert. The
+// simple layout shows only those that differ from the usual, so that nothing is hidden that decides.
 
-const options = (entries) => entries.map(([value, text]) => node("option", { value }, text));
-const expertName = (map, k) => shortId((map.pack.sources?.math || [])[k]?.id, k);
-const shortId = (id, k) => (id ? String(id).split("/").filter(Boolean).pop() : `expert ${k + 1}`);
+import { node, part, parts, setText } from "../../web/dom.js";
+import { keptPlans } from "../../web/memory.js";
+import { cleanPlan, DEFAULT_PLAN, MEASURES, samePlan, VARIANTS } from "../../web/plan.js";
+import { LAMBDA_STEPS, LAMBDA_TICKS, lambdaPosition } from "../../web/scales.js";
+import { expertName, MEASURE_LABELS, VARIANT_LABELS } from "../../web/words.js";
+import { buildTicks } from "./dials.js";
+import { buildTables } from "./map_tables.js";
 
-function buildPicks() {
-  const { pick } = map.dom;
-  buildPresets();
-  pick.similarity.replaceChildren(...options(MEASURES.map((value) => [value, MEASURE_LABELS[value]])));
-  pick.variant.replaceChildren(...options(VARIANTS.map((value) => [value, VARIANT_LABELS[value]])));
-  pick.expert.replaceChildren(...options([["-1", "all, highest"], ...Array.from({ length: map.index.nExperts }, (_, k) => [String(k), expertName(map, k)])]));
-  buildTicks(find("[data-ticks=s]"), [0, 0.2, 0.4, 0.6, 0.8, 1].map((v) => [v, v === 0 || v === 1 ? String(v) : v.toFixed(1)]));
-  buildTicks(find("[data-ticks=lambda]"), LAMBDA_TICKS.map(([v, text]) =>
-    [lambdaPosition(v) / LAMBDA_STEPS, v === 1 ? "1 paper" : text, v === 1]));
-  buildTwins(map);
+/** @import { Preset } from "../../web/types.d.ts" */
+/** @import { LayerMap } from "./map.js" */
+/** @import { State } from "./types.d.ts" */
+
+/** @param {[string, string][]} entries Of values and texts. */
+function options(entries) {
+  return entries.map(([value, text]) => node("option", { value }, text));
 }
 
-const entries = () => [...map.presets, ...map.kept];
+/**
+ * Fill the lists for a pair that has just been opened.
+ *
+ * @param {LayerMap} map
+ */
+export function buildPicks(map) {
+  const { dom: { pick }, state: { index, pack } } = map;
+  buildPresets(map);
+  pick.similarity.replaceChildren(...options(MEASURES.map((value) => [value, MEASURE_LABELS[value]])));
+  pick.variant.replaceChildren(...options(VARIANTS.map((value) => [value, VARIANT_LABELS[value]])));
+  pick.expert.replaceChildren(...options([["-1", "all, highest"],
+    ...Array.from({ length: index.nExperts }, (_, k) => /** @type {[string, string]} */ ([String(k), expertName(pack, k)]))]));
+  buildTicks(map.find("[data-ticks=s]"), [0, 0.2, 0.4, 0.6, 0.8, 1].map((at) => (
+    { at, text: Number.isInteger(at) ? String(at) : at.toFixed(1) })));
+  buildTicks(map.find("[data-ticks=lambda]"), LAMBDA_TICKS.map(([lambda, text]) => (
+    { at: lambdaPosition(lambda) / LAMBDA_STEPS, text: lambda === 1 ? "1 paper" : text, strong: lambda === 1 })));
+  buildTables(map);
+}
 
-function buildPresets() {
-  const { preset } = map.dom.pick, list = (from, first) => options(from.map(({ label }, i) => [String(first + i), label]));
-  map.kept = keptPlans(map.packId, map.index);
-  preset.replaceChildren(...list(map.presets, 0),
-    ...(map.kept.length ? [node("optgroup", { label: "Kept by you" }, ...list(map.kept, map.presets.length))] : []),
+/**
+ * What can be chosen under Preset.
+ *
+ * @param {Pick<State, "presets" | "kept">} state
+ * @returns {Preset[]}
+ */
+export function entriesOf({ presets, kept }) {
+  return [...presets, ...kept];
+}
+
+/**
+ * The plan of an entry; presets say nothing about matrices.
+ *
+ * @param {State} state
+ * @param {Pick<Preset, "plan" | "kept">} entry
+ */
+export function planOf({ index }, entry) {
+  return cleanPlan(entry.kept ? entry.plan : { ...entry.plan, overrides: {} }, index);
+}
+
+/** @param {State} state */
+export function keptHere({ kept, plan }) {
+  return kept.findIndex((entry) => samePlan(entry.plan, plan));
+}
+
+/** @param {LayerMap} map */
+export function buildPresets(map) {
+  map.set({ kept: keptPlans(map.state.packId, map.state.index) });
+  const { presets, kept } = map.state;
+  /**
+   * @param {Preset[]} from
+   * @param {number} first
+   */
+  const list = (from, first) => options(from.map(({ label }, i) => [String(first + i), label]));
+  map.dom.pick.preset.replaceChildren(...list(presets, 0),
+    ...(kept.length ? [node("optgroup", { label: "Kept by you" }, ...list(kept, presets.length))] : []),
     ...options([["edited", "Edited"]]));
 }
 
-function paintChoices() {
-  const { pick } = map.dom, { plan, past, future } = map, simple = map.layout === "simple";
+/** @param {LayerMap} map */
+export function paintChoices(map) {
+  const { dom: { pick }, state: { plan, past, future, expert, index, layout } } = map, simple = layout === "simple";
   pick.similarity.value = plan.similarity;
   pick.variant.value = plan.variant;
-  pick.expert.value = String(map.expert);
-  for (const name of ["similarity", "variant"]) pick[name].parentNode.hidden = simple && plan[name] === DEFAULT_PLAN[name];
-  pick.expert.parentNode.hidden = map.index.nExperts < 2 || (simple && map.expert < 0);
-  for (const button of element.querySelectorAll("[data-act=layout]")) button.setAttribute("aria-pressed", String(button.dataset.layout === map.layout));
-  find("[data-act=undo]").disabled = !past.length;
-  find("[data-act=redo]").disabled = !future.length;
-  paintPreset();
+  pick.expert.value = String(expert);
+  show(pick.similarity, !simple || plan.similarity !== DEFAULT_PLAN.similarity);
+  show(pick.variant, !simple || plan.variant !== DEFAULT_PLAN.variant);
+  show(pick.expert, index.nExperts > 1 && (!simple || expert >= 0));
+  for (const button of parts(map.element, "[data-act=layout]")) {
+    button.setAttribute("aria-pressed", String(button.dataset.layout === layout));
+  }
+  part(map.element, "[data-act=undo]", HTMLButtonElement).disabled = !past.length;
+  part(map.element, "[data-act=redo]", HTMLButtonElement).disabled = !future.length;
+  paintPreset(map);
 }
 
-function paintPreset() {
-  const { preset } = map.dom.pick, list = entries();
-  const exact = list.findIndex((entry) => samePlan(presetPlan(entry), map.plan));
-  if (exact >= 0) map.preset = exact;
-  const base = map.preset !== null ? list[map.preset] : null, edited = preset.querySelector("[value=edited]");
+/**
+ * @param {HTMLSelectElement} select
+ * @param {boolean} isShown With its label.
+ */
+function show(select, isShown) {
+  if (select.parentElement) select.parentElement.hidden = !isShown;
+}
+
+/** @param {LayerMap} map */
+export function paintPreset(map) {
+  const { preset } = map.dom.pick, entries = entriesOf(map.state);
+  const exact = entries.findIndex((entry) => samePlan(planOf(map.state, entry), map.state.plan));
+  if (exact >= 0) map.set({ preset: exact });
+  const base = map.state.preset !== null ? entries[map.state.preset] : undefined;
+  const edited = part(preset, "[value=edited]");
   preset.value = exact >= 0 ? String(exact) : "edited";
   setText(edited, base && exact < 0 ? `${base.label}, edited` : "Edited");
   edited.hidden = exact >= 0;
   setText(map.dom.source, base ? base.source : "");
-  setText(find("[data-act=keep-plan]"), keptHere() >= 0 ? "Forget plan" : "Keep plan");
+  setText(map.find("[data-act=keep-plan]"), keptHere(map.state) >= 0 ? "Forget plan" : "Keep plan");
 }

@@ -1,73 +1,103 @@
-// Layer map, a pair that is still being analysed: asks now and then for the matrices that have come
-// since, and puts them where they belong. Plan, choice and history stay; nothing moves while a hand
-// drags; what has the focus keeps it.
+// @ts-check
+// A pair that is still being analysed: asks now and then for the matrices that have come since, and
+// puts them where they belong. Plan, choice and history stay; nothing moves while a hand drags; what
+// has the focus keeps it.
+
+import { addRecords, flipValues, previewOf } from "../../web/preview.js";
+import { refreshTables } from "../../web/tables.js";
+import { coversLayer } from "../../web/targets.js";
+import { buildPicks } from "./choices.js";
+import { describeDials, rebuildColours, rescale, showChosen } from "./painting.js";
+import { announce } from "./status.js";
+
+/** @import { Cell, Growing, News } from "../../web/types.d.ts" */
+/** @import { LayerMap } from "./map.js" */
 
 const ASK_AGAIN = 2000;
-let asking = 0;
 
-function growLater() {
-  clearTimeout(asking);
-  if (map.pack?.growing) map.dom.root.dataset.growing = "true";
-  if (map.pack?.growing && server?.grown) asking = setTimeout(askForMore, ASK_AGAIN);
+/** @type {WeakMap<LayerMap, number>} The timer of the next question. */
+const timers = new WeakMap();
+
+/** @param {LayerMap} map */
+export function growLater(map) {
+  const { pack } = map.state;
+  clearTimeout(timers.get(map));
+  if (!pack.growing) return;
+  map.dom.root.dataset.growing = "true";
+  if (map.host.server?.grown) timers.set(map, window.setTimeout(() => askForMore(map), ASK_AGAIN));
 }
 
-async function askForMore() {
-  const { pack, packId, index } = map;
-  if (element.offsetParent && !document.hidden && !map.dragging) {
+/** @param {LayerMap} map */
+async function askForMore(map) {
+  const { packId, index, dragging } = map.state;
+  if (map.element.offsetParent && !document.hidden && !dragging) {
     try {
-      const news = await server.grown(packId, index.cells.length);
-      if (map.pack === pack && !map.dragging) takeNews(news);
+      const news = await map.host.server?.grown?.(packId, index.cells.length);
+      if (news && map.state.index === index && !map.state.dragging) takeNews(map, news);
     } catch { /* no answer: the same question next time */ }
   }
-  growLater();
+  growLater(map);
 }
 
-function takeNews({ pack, records, growing, presets, again, gone }) {
-  if (again) { trigger("packselect", { pack: map.packId }); return; }
-  if (gone) {
-    map.pack.growing = null;
-    tell(gone);
+/**
+ * @param {LayerMap} map
+ * @param {News} news
+ */
+function takeNews(map, news) {
+  const { pack, packId, index } = map.state;
+  if (news.again) {
+    map.host.trigger("packselect", { pack: packId });
     return;
   }
-  const wasKnown = map.index.cells.length;
-  Object.assign(map.pack, pack, { records: [...map.pack.records, ...records],
-    growing: growing && { ...map.pack.growing, ...growing } });
-  const added = addRecords(map.index, records);
-  if (added.length) takeCells(added, wasKnown);
-  if (!growing) {  // the sentence keeps the height that it had: nothing jumps at the end
-    map.presets = presets;
-    buildPicks();
-    tell(`The analysis is finished: all ${map.index.cells.length} matrices are there.`);
+  if (news.gone) {
+    map.set({ pack: { ...pack, growing: null } });
+    announce(map, news.gone);
+    return;
   }
-  map.sentence = null;
-  repaint();
+  const known = index.cells.length;
+  const growing = news.growing ? /** @type {Growing} */ ({ ...pack.growing, ...news.growing }) : null;
+  index.pack = { ...pack, ...news.pack, records: [...pack.records, ...news.records], growing };
+  map.set({ pack: index.pack });
+  const added = addRecords(index, news.records);
+  if (added.length) takeCells(map, added, known);
+  if (!growing) { // the sentence keeps the height that it had: nothing jumps at the end
+    map.set({ presets: news.presets });
+    buildPicks(map);
+    announce(map, `The analysis is finished: all ${index.cells.length} matrices are there.`);
+  }
+  map.painter.now();
 }
 
-function takeCells(added, wasKnown) {
-  fillHoles(map, added);
-  map.flips = flipValues(map.index, map.plan);
-  map.result = map.before = previewOf(map.index, map.plan);
+/**
+ * @param {LayerMap} map
+ * @param {Cell[]} added
+ * @param {number} known How many cells there were before.
+ */
+function takeCells(map, added, known) {
+  const { index, plan, ghost, target, pinned } = map.state, result = previewOf(index, plan);
+  map.grid.fillHoles(added);
   // The plan before is known by its mask alone; a matrix that has just come has neither joined nor left.
-  map.ghost = { ...map.ghost, masks: [...map.ghost.masks.slice(0, wasKnown), ...map.result.masks.slice(wasKnown)] };
-  rebuildColours();
-  rescale();
-  markTargets(map);
-  if (touches(added)) showChosen();
-  ghostGrid(map, map.ghost);
+  const masks = [...ghost.masks.slice(0, known), ...result.masks.slice(known)];
+  map.set({ flips: flipValues(index, plan), result, before: result, ghost: { masks } });
+  rebuildColours(map);
+  rescale(map);
+  map.grid.mark(target, pinned);
+  if (concernsChoice(map, added)) showChosen(map);
+  map.grid.paintGhost(map.state, map.state.ghost);
   describeDials(map);
-  refreshTwins();
+  refreshTables(map.element);
 }
 
-// Whether what is chosen speaks of matrices that have just come, and nobody stands in its texts.
-function touches(added) {
-  const { target, dom } = map, busy = [dom.detail, dom.spectra].some((part) => part.contains(document.activeElement));
-  if (!target || busy) return false;
-  return added.some((cell) => (target.kind === "layer" || target.kind === "range" ? coversLayer(target, cell.layer)
-    : cell.module === (target.cell || target).module));
-}
-
-// What stands before the sentence, so that nobody takes a part for the whole.
-function growingWords({ growing }) {
-  const done = `${Math.floor(100 * growing.done)} %`;
-  return growing.running ? `analysis running, ${done}` : `analysis stopped at ${done}`;
+/**
+ * Whether what is chosen speaks of matrices that have just come, and nobody stands in its texts.
+ *
+ * @param {LayerMap} map
+ * @param {Cell[]} added
+ */
+function concernsChoice({ dom, state: { target } }, added) {
+  const isBusy = [dom.detail, dom.spectra].some((each) => each.contains(document.activeElement));
+  if (!target || isBusy) return false;
+  if (target.kind === "layer" || target.kind === "range") return added.some((cell) => coversLayer(target, cell.layer));
+  const module = target.kind === "cell" ? target.cell.module : target.module;
+  return added.some((cell) => cell.module === module);
 }

@@ -1,77 +1,157 @@
-// Layer map, moves between plans: undo and redo, also across a change of the pair; the next flip;
-// merging or keeping by hand; keeping a plan for later.
+// @ts-check
+// Moves between plans: the next flip; merging or keeping by hand; presets; keeping a plan for later.
 
-// A step of the history: a plan and the pair it belongs to.
-const place = () => ({ pack: map.packId, plan: map.committed });
+import { setText } from "../../web/dom.js";
+import { keepPlans, MOST_KEPT } from "../../web/memory.js";
+import { copyOf } from "../../web/plan.js";
+import { shownSimilarity } from "../../web/preview.js";
+import { expertName, title } from "../../web/words.js";
+import { buildPresets, entriesOf, keptHere, paintPreset, planOf } from "./choices.js";
+import { commit, setPlan, startDrag } from "./session.js";
+import { announce } from "./status.js";
 
-function travel(from, to, done, nothing) {
-  if (map.journey) return;
-  if (!from.length) { setText(map.dom.status, nothing); return; }
-  const step = from.pop();
-  to.push(place());
-  if (step.pack === map.packId) { map.plan = step.plan; settle(done); return; }
-  map.journey = { ...step, words: done };  // the plan waits until its pair has come
-  trigger("packselect", { pack: step.pack });
+/** @import { Cell, Flip, Override, Plan, Preset } from "../../web/types.d.ts" */
+/** @import { LayerMap } from "./map.js" */
+
+const FLIP_MILLISECONDS = 2400;
+const FINEST = 1e4; // steps of the threshold from 0 to 1
+
+/**
+ * Raise the threshold to where the next matrix leaves.
+ *
+ * @param {LayerMap} map
+ */
+export function flipOn(map) {
+  const { flips, plan: { s } } = map.state;
+  const ahead = flips.findLast(({ value }) => value >= s && value < 1);
+  if (!ahead) setText(map.dom.status, "No matrix leaves above.");
+  else flipTo(map, ahead, Math.min(1, Math.floor(ahead.value * FINEST) / FINEST + 1 / FINEST), "leaves");
 }
 
-const undo = () => travel(map.past, map.future, "Undone.", "Nothing to undo.");
-const redo = () => travel(map.future, map.past, "Redone.", "Nothing to redo.");
-
-function flip(direction) {
-  const { s } = map.plan;
-  const ahead = direction > 0
-    ? map.flips.filter((entry) => entry.value >= s && entry.value < 1).pop()   // raising S_alpha: who leaves next
-    : map.flips.find((entry) => entry.value < s);                              // lowering it: who joins next
-  if (!ahead) { setText(map.dom.status, direction > 0 ? "No matrix leaves above." : "No matrix joins below."); return; }
-  const at = direction > 0 ? Math.min(1, Math.floor(ahead.value * 1e4) / 1e4 + 1e-4) : Math.floor(ahead.value * 1e4) / 1e4;
-  setPlan({ s: at });
-  const whose = map.index.nExperts > 1 ? ` of ${expertName(map, ahead.expert)}` : "";
-  commit(`${title(ahead.cell)}${whose} ${direction > 0 ? "leaves" : "joins"}.`);
+/**
+ * Lower the threshold to where the next matrix joins.
+ *
+ * @param {LayerMap} map
+ */
+export function flipBack(map) {
+  const { flips, plan: { s } } = map.state;
+  const ahead = flips.find(({ value }) => value < s);
+  if (!ahead) setText(map.dom.status, "No matrix joins below.");
+  else flipTo(map, ahead, Math.floor(ahead.value * FINEST) / FINEST, "joins");
 }
 
-function setOverride(cells, value) {
-  const overrides = { ...map.plan.overrides };
+/**
+ * @param {LayerMap} map
+ * @param {Flip} ahead
+ * @param {number} s
+ * @param {string} what
+ */
+function flipTo(map, { cell, expert }, s, what) {
+  const { index, pack } = map.state;
+  setPlan(map, { s });
+  commit(map, `${title(cell)}${index.nExperts > 1 ? ` of ${expertName(pack, expert)}` : ""} ${what}.`);
+}
+
+/**
+ * Move the threshold to where this matrix flips and back, so that the eye can follow.
+ *
+ * @param {LayerMap} map
+ * @param {Cell} cell
+ */
+export function showFlip(map, cell) {
+  const home = map.state.plan.s, value = shownSimilarity(map.state, cell);
+  const away = Math.min(1, value + (value >= home ? 0.001 : 0));
+  const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches, start = performance.now();
+  startDrag(map);
+  /** @param {number} now */
+  const step = (now) => {
+    if (!map.state.dragging) return;
+    const t = Math.min(1, (now - start) / FLIP_MILLISECONDS);
+    if (t >= 1) {
+      setPlan(map, { s: home });
+      commit(map);
+      return;
+    }
+    setPlan(map, { s: home + (away - home) * (still ? 1 : Math.sin(Math.PI * t) ** 0.5) });
+    requestAnimationFrame(step);
+  };
+  requestAnimationFrame(step);
+}
+
+/**
+ * Merge or keep some matrices whatever the threshold says, or let it decide again.
+ *
+ * @param {LayerMap} map
+ * @param {Cell[]} cells
+ * @param {Override | null} value
+ */
+export function setOverride(map, cells, value) {
+  /** @type {Record<string, Override>} */
+  const overrides = { ...map.state.plan.overrides };
   for (const cell of cells) {
     if (value) overrides[cell.name] = value;
     else delete overrides[cell.name];
   }
-  setPlan({ overrides });
-  commit();
+  setPlan(map, { overrides });
+  commit(map);
 }
 
 // --- presets and kept plans ---
 
-function presetPlan(preset) {
-  return cleanPlan(preset.kept ? preset.plan : { ...preset.plan, overrides: {} }, map.index);
-}
-
-function takePreset(preset) {
+/**
+ * @param {LayerMap} map
+ * @param {Preset | undefined} preset
+ */
+export function takePreset(map, preset) {
   if (!preset) return;
-  map.plan = presetPlan(preset);
-  commit(preset.label + ".");
+  map.set({ plan: planOf(map.state, preset) });
+  commit(map, `${preset.label}.`);
 }
 
-function reset() {
-  takePreset(map.presets[0] || { label: "Reset", plan: {} });
+/** @param {LayerMap} map */
+export function reset(map) {
+  takePreset(map, map.state.presets[0] || { label: "Reset", source: "", plan: {} });
 }
 
-const keptHere = () => map.kept.findIndex((entry) => samePlan(entry.plan, map.plan));
+/**
+ * Take one number from the preset that the plan started from.
+ *
+ * @param {LayerMap} map
+ * @param {"s" | "lambda"} name
+ */
+export function resetNumber(map, name) {
+  const preset = entriesOf(map.state)[map.state.preset || 0] || { plan: {} };
+  setPlan(map, { [name]: planOf(map.state, preset)[name] });
+  commit(map);
+}
 
-// Keep the plan on show, or forget it where it is kept already.
-function keepPlan() {
-  const at = keptHere(), plans = map.kept.map(({ plan }) => plan);
+/**
+ * Keep the plan on show, or forget it where it is kept already.
+ *
+ * @param {LayerMap} map
+ */
+export function keepPlan(map) {
+  const at = keptHere(map.state);
+  /** @type {Plan[]} */
+  const plans = map.state.kept.map(({ plan }) => plan);
   if (at >= 0) plans.splice(at, 1);
-  else plans.push({ ...map.plan, overrides: { ...map.plan.overrides } });
-  keepPlans(map.packId, plans.slice(-MOST_KEPT));
-  buildPresets();
-  paintPreset();
-  tell(at >= 0 ? "Forgotten." : `Kept as number ${map.kept.length}: choose it under Preset, with the key ${map.kept.length}, or in Compare.`);
+  else plans.push(copyOf(map.state.plan));
+  keepPlans(map.state.packId, plans.slice(-MOST_KEPT));
+  buildPresets(map);
+  paintPreset(map);
+  const number = map.state.kept.length;
+  announce(map, at >= 0 ? "Forgotten." : `Kept as number ${number}: choose it under Preset, with the key ${number}, or in Compare.`);
 }
 
-// The number keys: kept plans; on a stage the presets, where none is kept.
-function numberKey(digit) {
-  const saved = map.kept.length || !map.onStage ? map.kept : map.presets;
-  if (!saved[digit - 1]) return false;
-  takePreset(saved[digit - 1]);
-  return true;
+/**
+ * The number keys: kept plans; on a stage the presets, where none is kept.
+ *
+ * @param {LayerMap} map
+ * @param {number} digit
+ */
+export function numberKey(map, digit) {
+  const { kept, onStage, presets } = map.state;
+  const found = (kept.length || !onStage ? kept : presets)[digit - 1];
+  takePreset(map, found);
+  return Boolean(found);
 }

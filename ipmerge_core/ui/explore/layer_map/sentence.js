@@ -1,61 +1,141 @@
-// Layer map, the words about the whole plan: the sentence, what the threshold's neighbourhood holds,
-// and what has joined and left. The lines keep their height while something is being dragged.
+// @ts-check
+// The words about the whole plan: the sentence, what the threshold's neighbourhood holds, and what has
+// joined and left. The lines keep their height while something is being dragged.
 
-function paintSentence(result) {
-  const { totals, growing } = map.pack, n = result.selected.length, all = growing ? map.index.numel : totals.llm_parameters;
-  const share = result.parameters_touched / all;
-  const strong = (text) => node("strong", {}, text), dot = () => node("span", { class: "lm-dot", "aria-hidden": "true" }, " · ");
-  const key = [n, result.parameters_touched, percent(result.relative_change), map.plan.lambda === 0, map.pack.created].join();
-  setText(map.dom.count, `${n} of ${result.n_matrices}`);
-  if (key === map.sentence && n) return;
-  map.sentence = key;
-  const parts = n === 0 ? emptyWords() : [
-    strong(`${n} of ${result.n_matrices}`), growing ? ` analysed (${growing.total} in all) merge` : " matrices merge", dot(),
-    strong(count(result.parameters_touched)), ` of ${count(all)} ${growing ? "analysed" : "language-model"} parameters (`, strong(percent(share)), ")", dot(),
-    "change ", strong(percent(result.relative_change)), " of ‖W‖", dot(),
-    ...(map.plan.lambda === 0 ? ["λ is 0, so the merged model equals the multimodal model."]
-      : n === result.n_matrices ? [`Every ${growing ? "analysed " : ""}matrix merges: no selection step is left.`]
-      : [`${bytes(result.bytes_rewritten)} rewritten`, dot(), "vision tower untouched"]),
+import { node, setText } from "../../web/dom.js";
+import { bytes, count, fixed, percent } from "../../web/format.js";
+import { merges } from "../../web/preview.js";
+import { cellsOf } from "../../web/targets.js";
+
+/** @import { Pack, Preview } from "../../web/types.d.ts" */
+/** @import { LayerMap } from "./map.js" */
+/** @import { State } from "./types.d.ts" */
+/** @typedef {string | { strong: string } | "·"} Piece Text, or text that stands out, or a dot. */
+
+const STEP = 0.01;
+const SAME = "The merged model equals the multimodal model.";
+
+/** @type {WeakMap<Element, string>} What was written last, so that a frame writes only what is new. */
+const written = new WeakMap();
+
+/** @param {LayerMap} map */
+export function paintSentence(map) {
+  const { dom, state: { pack, result } } = map;
+  setText(dom.count, `${result.selected.length} of ${result.n_matrices}`);
+  const pieces = result.selected.length ? mergingPieces(map.state) : nothingPieces(map.state);
+  const chip = pack.growing ? growingWords(pack) : "", key = JSON.stringify([chip, pieces]);
+  if (written.get(dom.sum) === key) return;
+  written.set(dom.sum, key);
+  dom.sum.replaceChildren(...(chip ? [node("span", { class: "lm-chip" }, chip), " "] : []), ...pieces.map(drawn));
+}
+
+/** @param {Piece} piece */
+function drawn(piece) {
+  if (piece === "·") return node("span", { class: "lm-dot", "aria-hidden": "true" }, " · ");
+  return typeof piece === "string" ? piece : node("strong", {}, piece.strong);
+}
+
+/**
+ * @param {State} state
+ * @returns {Piece[]}
+ */
+function mergingPieces({ pack: { growing, totals }, index, plan, result }) {
+  const all = growing ? index.numel : totals.llm_parameters;
+  return [
+    { strong: `${result.selected.length} of ${result.n_matrices}` },
+    growing ? ` analysed (${growing.total} in all) merge` : " matrices merge", "·",
+    { strong: count(result.parameters_touched) }, ` of ${count(all)} ${growing ? "analysed" : "language-model"} parameters (`,
+    { strong: percent(result.parameters_touched / all) }, ")", "·",
+    "change ", { strong: percent(result.relative_change) }, " of ‖W‖", "·",
+    ...closingPieces(plan.lambda, Boolean(growing), result),
   ];
-  map.dom.sum.replaceChildren(...(growing ? [node("span", { class: "lm-chip" }, growingWords(map.pack)), " "] : []), ...parts);
 }
 
-function emptyWords() {
-  const best = Math.max(...map.index.cells.map((cell) => Math.max(...cell.experts.map((r) => r.similarity[map.plan.similarity]))));
-  return [node("strong", {}, "Nothing merges"), best < map.plan.s
-    ? ` above ${fixed(best)}, the highest similarity of this pair${map.pack.growing ? " so far" : ""}. The merged model equals the multimodal model.`
-    : ": every matrix is kept by hand. The merged model equals the multimodal model."];
+/**
+ * @param {number} lambda
+ * @param {boolean} isGrowing
+ * @param {Preview} result
+ * @returns {Piece[]}
+ */
+function closingPieces(lambda, isGrowing, result) {
+  if (lambda === 0) return ["λ is 0, so the merged model equals the multimodal model."];
+  if (result.selected.length === result.n_matrices) {
+    return [`Every ${isGrowing ? "analysed " : ""}matrix merges: no selection step is left.`];
+  }
+  return [`${bytes(result.bytes_rewritten)} rewritten`, "·", "vision tower untouched"];
 }
 
-// How steep the edge is, and what of a brushed range merges.
-function paintSense(result) {
-  const { s, similarity, overrides } = map.plan, step = 0.01;
+/**
+ * @param {State} state
+ * @returns {Piece[]}
+ */
+function nothingPieces({ pack, index, plan }) {
+  const similarities = index.cells.flatMap((cell) => cell.experts.map((record) => record.similarity[plan.similarity]));
+  const best = similarities.reduce((highest, each) => Math.max(highest, each), -Infinity);
+  return [{ strong: "Nothing merges" }, best < plan.s
+    ? ` above ${fixed(best)}, the highest similarity of this pair${pack.growing ? " so far" : ""}. ${SAME}`
+    : `: every matrix is kept by hand. ${SAME}`];
+}
+
+/**
+ * What stands before the sentence, so that nobody takes a part for the whole.
+ *
+ * @param {Pack} pack
+ */
+function growingWords({ growing }) {
+  const done = `${Math.floor(100 * (growing?.done ?? 0))} %`;
+  return growing?.running ? `analysis running, ${done}` : `analysis stopped at ${done}`;
+}
+
+/**
+ * How steep the edge is, and what of a brushed range merges.
+ *
+ * @param {LayerMap} map
+ */
+export function paintSense({ dom, state }) {
+  const { joins, leaves } = edgeCounts(state);
+  const near = `Lowering S_α by ${STEP} adds ${joins}, raising it by ${STEP} drops ${leaves}.`;
+  setText(dom.sense, state.target?.kind === "range" ? `${rangeWords(state)} ${near}` : near);
+}
+
+/**
+ * How many matrices join and leave within a step of the threshold.
+ *
+ * @param {Pick<State, "index" | "plan">} state
+ */
+export function edgeCounts({ index, plan: { s, similarity, overrides } }) {
   let joins = 0, leaves = 0;
-  for (const cell of map.index.cells) {
+  for (const cell of index.cells) {
     if (overrides[cell.name]) continue;
     let best = 0;
     for (const record of cell.experts) best = Math.max(best, record.similarity[similarity]);
-    if (best < s && best >= s - step) joins += 1;
-    else if (best >= s && best < s + step) leaves += 1;
+    if (best < s && best >= s - STEP) joins += 1;
+    else if (best >= s && best < s + STEP) leaves += 1;
   }
-  const near = `Lowering S_α by ${step} adds ${joins}, raising it by ${step} drops ${leaves}.`;
-  setText(map.dom.sense, map.target?.kind === "range" ? `${rangeWords(map, result)} ${near}` : near);
+  return { joins, leaves };
 }
 
-function rangeWords(map, result) {
-  const cells = cellsOf(map, map.target), n = cells.filter((cell) => merges(map, result, cell)).length;
-  return `In range, layers ${map.target.from} to ${map.target.to}: ${n} of ${cells.length} merge.`;
+/** @param {State} state */
+function rangeWords(state) {
+  const { target, index, result } = state, cells = cellsOf(index, target);
+  if (target?.kind !== "range") return "";
+  const n = cells.filter((cell) => merges(state, result, cell)).length;
+  return `In range, layers ${target.from} to ${target.to}: ${n} of ${cells.length} merge.`;
 }
 
-// What has joined and left since the plan that the corner marks show.
-function paintDrift(result) {
+/**
+ * What has joined and left since the plan that the corner marks show.
+ *
+ * @param {LayerMap} map
+ */
+export function paintDrift({ dom, state: { ghost, result } }) {
   let joined = 0, left = 0;
-  map.ghost.masks.forEach((before, position) => {
+  ghost.masks.forEach((before, position) => {
     const was = before.length > 0, is = result.masks[position].length > 0;
     if (is && !was) joined += 1;
     else if (was && !is) left += 1;
   });
   const words = joined || left ? `+${joined} −${left}` : "";
-  setText(map.dom.drift, words);
-  map.dom.drift.title = words && "matrices that have joined and left since the plan before";
+  setText(dom.drift, words);
+  dom.drift.title = words && "matrices that have joined and left since the plan before";
 }

@@ -1,8 +1,18 @@
-// Layer map, the tour: a minute, five steps, a card in the corner that takes nothing away. A step ends
-// when its thing is done or Next is pressed, Escape ends them all. It starts by itself at the first
-// visit only, and never where somebody came for something else: by a link, on a stage, in a report.
+// @ts-check
+// The tour: a minute, five steps, a card in the corner that takes nothing away. A step ends when its
+// thing is done or Next is pressed, Escape ends them all. It is offered at the first visit only, and
+// never where somebody came for something else: by a link, on a stage, in a report.
 
-const TOUR = [
+import { node, setText } from "../../web/dom.js";
+import { recall, remember } from "../../web/memory.js";
+
+/** @import { Attributes } from "../../web/types.d.ts" */
+/** @import { LayerMap } from "./map.js" */
+/** @typedef {"read" | "s" | "choose" | "lambda" | "answer"} Deed */
+/** @typedef {{ at: string, done: Deed, title: string, words: string }} Step */
+
+/** @type {Step[]} */
+const STEPS = [
   { at: ".lm-map", done: "read", title: "One square is one weight matrix",
     words: "Of the language model inside: its layers by the parts of a layer. The colour says how well the math model's change lines up with the vision model's. Point at a few squares, or walk with the arrow keys." },
   { at: ".lm-dial-s", done: "s", title: "Drag the threshold",
@@ -14,81 +24,135 @@ const TOUR = [
   { at: ".lm-answer", done: "answer", title: "See it answer",
     words: "The same question to the vision model and to the merged one, side by side." },
 ];
-const PAUSE = 900;  // to see the tick before the next step
+const PAUSE = 900; // to see the tick before the next step
+const ENOUGH_READ = 3; // squares
 
-const tour = { steps: [], step: -1, seen: new Set(), lit: null, timer: 0 };
-
-const tourButton = (act, label, more = {}) => node("button", { type: "button", "data-act": act, ...more }, label);
-
-// The first visit: a card that asks, so that nothing moves and nothing is covered unasked.
-function inviteToTour() {
-  remember("toured", true);
-  document.addEventListener("keydown", leaveTour, true);
-  find(".lm-tour").replaceChildren(
-    node("h2", {}, "New here?"),
-    node("p", {}, "A minute shows what this map tells and what you can do with it."),
-    node("p", { class: "lm-acts" }, tourButton("tour-end", "No, thanks", { class: "lm-quiet" }), tourButton("tour", "Start the tour", { class: "lm-next" })));
-  find(".lm-tour").hidden = false;
+/**
+ * @param {string} act
+ * @param {string} label
+ * @param {Attributes} [more]
+ */
+function tourButton(act, label, more = {}) {
+  return node("button", { type: "button", "data-act": act, ...more }, label);
 }
 
-function startTour() {
-  tour.steps = TOUR.filter(({ at }) => find(at)?.offsetParent);
-  document.addEventListener("keydown", leaveTour, true);
-  showStep(0);
-  find(".lm-tour h2").focus({ preventScroll: true });
-}
+export class Tour {
+  /** @type {Step[]} Those whose thing can be seen. */
+  #steps = [];
+  #step = -1;
+  /** @type {Set<unknown>} */
+  #seen = new Set();
+  /** @type {HTMLElement | null} */
+  #lit = null;
+  #timer = 0;
 
-function endTour() {
-  const card = find(".lm-tour"), inside = card.contains(document.activeElement);
-  clearTimeout(tour.timer);
-  tour.step = -1;
-  light(null);
-  card.hidden = true;
-  card.replaceChildren();
-  document.removeEventListener("keydown", leaveTour, true);
-  if (inside) find("[data-act=tour]").focus();
-}
+  /** @param {LayerMap} map */
+  constructor(map) {
+    this.map = map;
+    this.card = map.find(".lm-tour");
+  }
 
-function leaveTour(event) {
-  if (event.key !== "Escape" || !element.offsetParent) return;
-  event.preventDefault();
-  event.stopPropagation();
-  endTour();
-}
+  /** Whether a visitor who has just come may be offered the tour. */
+  get isWelcome() {
+    const { host, state, arrival } = this.map;
+    return Boolean(host.server) && !state.onStage && !arrival.has("v") && !recall("toured", false);
+  }
 
-function light(step) {
-  tour.lit?.classList.remove("lm-lit-up");
-  tour.lit = step && find(step.at);
-  tour.lit?.classList.add("lm-lit-up");
-}
+  /** The first visit: a card that asks, so that nothing moves and nothing is covered unasked. */
+  offer() {
+    remember("toured", true);
+    document.addEventListener("keydown", this.#leave, true);
+    this.card.replaceChildren(
+      node("h2", {}, "New here?"),
+      node("p", {}, "A minute shows what this map tells and what you can do with it."),
+      node("p", { class: "lm-acts" }, tourButton("tour-end", "No, thanks", { class: "lm-quiet" }), tourButton("tour", "Start the tour", { class: "lm-next" })));
+    this.card.hidden = false;
+  }
 
-function showStep(number) {
-  const step = tour.steps[number], card = find(".lm-tour"), inside = card.contains(document.activeElement);
-  clearTimeout(tour.timer);
-  if (!step) { endTour(); return; }
-  Object.assign(tour, { step: number, seen: new Set() });
-  const last = number === tour.steps.length - 1;
-  card.hidden = false;
-  card.replaceChildren(
-    node("p", { class: "lm-tour-count" }, `Step ${number + 1} of ${tour.steps.length}`, node("span", { class: "lm-tour-tick", "aria-hidden": "true" })),
-    node("h2", { tabindex: "-1" }, step.title),
-    node("p", {}, step.words),
-    node("p", { class: "lm-acts" }, tourButton("tour-end", "End tour", { class: "lm-quiet" }), tourButton("tour-next", last ? "Done" : "Next", { class: "lm-next" })));
-  light(step);
-  if (inside) find(".lm-tour [data-act=tour-next]").focus();
-  const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-  tour.lit.scrollIntoView({ block: map.narrow ? "start" : "nearest", behavior: still ? "auto" : "smooth" });
-  setText(map.dom.status, `Tour, step ${number + 1} of ${tour.steps.length}. ${step.title}. ${step.words}`);
-}
+  start() {
+    this.#steps = STEPS.filter(({ at }) => this.map.find(at).offsetParent);
+    document.addEventListener("keydown", this.#leave, true);
+    this.#show(0);
+    this.map.find(".lm-tour h2").focus({ preventScroll: true });
+  }
 
-// Something was done: the step that waited for it gets its tick, and the next one comes.
-function toured(what, which) {
-  if (tour.step < 0 || tour.steps[tour.step].done !== what) return;
-  tour.seen.add(which);
-  if (what === "read" && tour.seen.size < 3) return;
-  find(".lm-tour-tick").textContent = " ✓ done";
-  clearTimeout(tour.timer);
-  tour.timer = setTimeout(() => showStep(tour.step + 1), PAUSE);
-}
+  next() {
+    this.#show(this.#step + 1);
+  }
 
-const mayInvite = (query) => server && !map.onStage && !query.has("v") && !recall("toured", false);
+  end() {
+    const inside = this.card.contains(document.activeElement);
+    clearTimeout(this.#timer);
+    this.#step = -1;
+    this.#light(null);
+    this.card.hidden = true;
+    this.card.replaceChildren();
+    document.removeEventListener("keydown", this.#leave, true);
+    if (inside) this.map.find("[data-act=tour]").focus();
+  }
+
+  /**
+   * Something was done: the step that waited for it gets its tick, and the next one comes.
+   *
+   * @param {Deed} deed
+   * @param {unknown} [which]
+   */
+  tick(deed, which) {
+    if (this.#steps[this.#step]?.done !== deed) return;
+    this.#seen.add(which);
+    if (deed === "read" && this.#seen.size < ENOUGH_READ) return;
+    this.map.find(".lm-tour-tick").textContent = " ✓ done";
+    clearTimeout(this.#timer);
+    this.#timer = window.setTimeout(() => this.next(), PAUSE);
+  }
+
+  /** @param {KeyboardEvent} event */
+  #leave = (event) => {
+    if (event.key !== "Escape" || !this.map.element.offsetParent) return;
+    event.preventDefault();
+    event.stopPropagation();
+    this.end();
+  };
+
+  /** @param {HTMLElement | null} found */
+  #light(found) {
+    this.#lit?.classList.remove("lm-lit-up");
+    this.#lit = found;
+    found?.classList.add("lm-lit-up");
+  }
+
+  /** @param {number} number */
+  #show(number) {
+    const step = this.#steps[number], { map } = this, inside = this.card.contains(document.activeElement);
+    clearTimeout(this.#timer);
+    if (!step) {
+      this.end();
+      return;
+    }
+    this.#step = number;
+    this.#seen = new Set();
+    this.card.hidden = false;
+    this.card.replaceChildren(...this.#content(step, number));
+    const found = map.find(step.at);
+    this.#light(found);
+    if (inside) map.find(".lm-tour [data-act=tour-next]").focus();
+    const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+    found.scrollIntoView({ block: map.state.narrow ? "start" : "nearest", behavior: still ? "auto" : "smooth" });
+    setText(map.dom.status, `Tour, step ${number + 1} of ${this.#steps.length}. ${step.title}. ${step.words}`);
+  }
+
+  /**
+   * @param {Step} step
+   * @param {number} number
+   */
+  #content({ title, words }, number) {
+    const all = this.#steps.length;
+    return [
+      node("p", { class: "lm-tour-count" }, `Step ${number + 1} of ${all}`, node("span", { class: "lm-tour-tick", "aria-hidden": "true" })),
+      node("h2", { tabindex: "-1" }, title),
+      node("p", {}, words),
+      node("p", { class: "lm-acts" }, tourButton("tour-end", "End tour", { class: "lm-quiet" }),
+        tourButton("tour-next", number === all - 1 ? "Done" : "Next", { class: "lm-next" })),
+    ];
+  }
+}

@@ -1,24 +1,19 @@
-"""The numbers under a drag are those of the merge itself: browser = Python = bytes on disk."""
+"""The numbers under a drag are those of the merge itself: page = Python = bytes on disk."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Trio
-from playwright.sync_api import Page
+from node_runner import previews_on_page
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
 from ipmerge_core.analysis.records import Analysis
-from ipmerge_core.ui.explore.layer_map import report
-from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
-
-pytestmark = pytest.mark.browser
+from ipmerge_core.ui.plan_choice import read_commit
 
 ROW = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
 PLANS = [
@@ -43,63 +38,27 @@ def analysed(request: pytest.FixtureRequest, trio: Trio) -> Analysis:
     return ipm.analyse(ipm.open_pair(trio.mllm, experts, trio.base), **options)
 
 
-@pytest.fixture
-def page(new_page: Callable[..., Page], analysed: Analysis, tmp_path: Path) -> Page:
-    """The component in the report's file."""
-    content = {
-        "id": "real",
-        "pack": analysed.to_dict(),
-        "plan": PlanChoice().to_browser(),
-        "presets": [],
-    }
-    path = tmp_path / "report.html"
-    path.write_text(report(json.loads(json.dumps(content))), encoding="utf-8")
-    page = new_page()
-    page.goto(path.as_uri())
-    return page
-
-
-@pytest.fixture
-def seen(page: Page) -> list[dict[str, Any]]:
-    """What the component itself previews for the plans."""
-    return page.evaluate(
-        "plans => { const { pack } = document.getElementById('ipmerge').ipmerge;"
-        " return plans.map((plan) => window.ipmergePreview(pack, plan)); }",
-        PLANS,
-    )
-
-
-def test_the_browser_previews_what_python_previews_and_what_a_merge_does(
-    seen: list[dict[str, Any]], analysed: Analysis, trio: Trio, tmp_path: Path
+def test_the_page_previews_what_python_previews_and_what_a_merge_does(
+    analysed: Analysis, trio: Trio, tmp_path: Path
 ):
+    seen = previews_on_page(analysed.to_dict(), PLANS)
     before, base = (load_file(folder / "model.safetensors") for folder in (trio.mllm, trio.base))
-    for number, (raw, browser) in enumerate(zip(PLANS, seen, strict=True)):
+    for number, (raw, page) in enumerate(zip(PLANS, seen, strict=True)):
         choice = read_commit({"overrides": {}, **raw}, analysed.to_dict())
         plan = ipm.make_plan(analysed, **choice.arguments)
         preview = plan.preview()
-        assert tuple(browser["selected"]) == preview.selected
-        assert browser["relative_change"] == pytest.approx(preview.relative_change, rel=1e-9)
-        assert browser["keep"] == pytest.approx(preview.keep, rel=1e-9)
+        assert tuple(page["selected"]) == preview.selected
+        assert page["relative_change"] == pytest.approx(preview.relative_change, rel=1e-9)
+        assert page["keep"] == pytest.approx(preview.keep, rel=1e-9)
 
         out = tmp_path / f"merged-{number}"
         ipm.merge(plan, out)
         measured = measure(before, load_file(out / "model.safetensors"), base, analysed)
-        assert set(browser["selected"]) == measured["changed"]
-        assert browser["relative_change"] == pytest.approx(measured["change"], rel=1e-4)
-        assert browser["keep"] == pytest.approx(measured["keep"], rel=1e-4)
-        layers = {int(layer): change for layer, change in browser["layer_change"].items()}
+        assert set(page["selected"]) == measured["changed"]
+        assert page["relative_change"] == pytest.approx(measured["change"], rel=1e-4)
+        assert page["keep"] == pytest.approx(measured["keep"], rel=1e-4)
+        layers = {int(layer): change for layer, change in page["layer_change"].items()}
         assert layers == pytest.approx(measured["layers"], rel=1e-4)
-
-
-def test_what_is_taken_away_says_how_the_pair_was_analysed(page: Page, analysed: Analysis):
-    saved = {}
-    for kind in ("json", "svg"):
-        with page.expect_download() as download:
-            page.locator(f"[data-act={kind}]").click()
-        saved[kind] = Path(download.value.path()).read_text(encoding="utf-8")
-    assert json.loads(saved["json"])["pair"]["parameters"] == analysed.parameters
-    unusual = analysed.parameters["rank"] is not None
-    assert (", rank 5, temperature 8. Geometry, not accuracy." in saved["svg"]) == unusual
 
 
 def measure(

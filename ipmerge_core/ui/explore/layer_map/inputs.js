@@ -1,0 +1,117 @@
+// @ts-check
+// The two numbers of a plan: sliders, number fields, and the plots, which are handles as well.
+
+import { setText } from "../../web/dom.js";
+import { fixed, lambdaText } from "../../web/format.js";
+import { remember } from "../../web/memory.js";
+import { LAMBDA_MAX } from "../../web/plan.js";
+import { LAMBDA_STEPS, lambdaAt } from "../../web/scales.js";
+import { INSET } from "./dials.js";
+import { commit, setPlan, startDrag } from "./session.js";
+
+/** @import { LayerMap } from "./map.js" */
+
+/** @param {HTMLInputElement} input A slider or a number field. */
+function patchOf({ dataset: { range, number }, value }) {
+  if ((range ?? number) === "s") return { s: Number(value) };
+  return { lambda: range ? lambdaAt(Number(value)) : Number(value) };
+}
+
+/** @param {HTMLInputElement} input */
+function isUsable(input) {
+  return input.value !== "" && input.validity.valid;
+}
+
+/**
+ * @param {LayerMap} map
+ * @param {HTMLInputElement} input
+ */
+export function onInput(map, input) {
+  const { range, number } = input.dataset;
+  if (range) {
+    startDrag(map);
+    hideHint(map, range);
+    setPlan(map, patchOf(input));
+  } else if (number && isUsable(input)) {
+    startDrag(map);
+    map.set({ typing: input });
+    setPlan(map, patchOf(input));
+  }
+}
+
+/**
+ * @param {LayerMap} map
+ * @param {HTMLInputElement} input
+ */
+export function onRangeChange(map, input) {
+  setPlan(map, patchOf(input));
+  commit(map);
+}
+
+/**
+ * The end of typing: what cannot be used is put back, with a sentence.
+ *
+ * @param {LayerMap} map
+ * @param {HTMLInputElement} input
+ */
+export function numberDone(map, input) {
+  if (!isUsable(input)) {
+    const { s, lambda } = map.state.plan, isS = input.dataset.number === "s";
+    input.value = isS ? fixed(s) : lambdaText(lambda);
+    setText(map.dom.status, `${isS ? "S_α" : "λ"} must be a number from 0 to ${isS ? 1 : LAMBDA_MAX}; it is still ${input.value}.`);
+  }
+  commit(map);
+}
+
+/**
+ * "Drag me" has done its work once the threshold has been moved.
+ *
+ * @param {LayerMap} map
+ * @param {string} name
+ */
+function hideHint({ dom: { dragMe } }, name) {
+  if (name !== "s" || dragMe.hidden) return;
+  dragMe.hidden = true;
+  remember("dragged", true);
+}
+
+/**
+ * Press and move anywhere on the two plots.
+ *
+ * @param {LayerMap} map
+ */
+export function listenToPlots(map) {
+  plotHandle(map, map.dom.hist, "s", (t) => ({ s: Math.round(t * 1000) / 1000 }));
+  plotHandle(map, map.dom.curve, "lambda", (t) => ({ lambda: lambdaAt(Math.round(t * LAMBDA_STEPS)) }));
+}
+
+/**
+ * @param {LayerMap} map
+ * @param {SVGSVGElement} svg
+ * @param {"s" | "lambda"} name
+ * @param {(t: number) => { s: number } | { lambda: number }} patch
+ */
+function plotHandle(map, svg, name, patch) {
+  /** @param {PointerEvent} event */
+  const move = (event) => {
+    const box = svg.getBoundingClientRect();
+    setPlan(map, patch(Math.max(0, Math.min(1, (event.clientX - box.left - INSET) / (box.width - 2 * INSET)))));
+  };
+  svg.addEventListener("pointerdown", (event) => {
+    if (event.button || !map.state.isOpen) return;
+    svg.setPointerCapture(event.pointerId);
+    startDrag(map);
+    hideHint(map, name);
+    move(event);
+  });
+  svg.addEventListener("pointermove", (event) => {
+    if (svg.hasPointerCapture(event.pointerId)) move(event);
+  });
+  for (const end of /** @type {const} */ (["pointerup", "pointercancel"])) {
+    svg.addEventListener(end, (event) => {
+      if (!svg.hasPointerCapture(event.pointerId)) return;
+      svg.releasePointerCapture(event.pointerId);
+      commit(map);
+    });
+  }
+}

@@ -1,0 +1,64 @@
+// @ts-check
+// The rows of a matrix's table of numbers.
+
+import { fixed, percent } from "../../web/format.js";
+import { MEASURES } from "../../web/plan.js";
+import { cellChange } from "../../web/preview.js";
+import { MEASURE_LABELS } from "../../web/words.js";
+
+/** @import { Cell, LayerRecord, Plan, Ranks } from "../../web/types.d.ts" */
+/** @typedef {{ cell: Cell, record: LayerRecord }} Shown */
+/** @typedef {string | ((plan: Plan) => string)} Words A text, or one that follows the plan. */
+/** @typedef {{ label: string, value: (shown: Shown) => Words, hint?: string }} NumberRow */
+
+/**
+ * @param {Cell[]} cells The one or two matrices of the table.
+ * @returns {NumberRow[]}
+ */
+export function numberRows(cells) {
+  return [
+    ...MEASURES.map((measure) => (
+      { label: MEASURE_LABELS[measure], value: (/** @type {Shown} */ { record }) => fixed(record.similarity[measure]) })),
+    { label: "best angle at rank", value: ({ record }) => orDash(record.best_index) },
+    ...principalRows(cells),
+    { label: "change if merged", hint: "‖λP‖ / ‖W‖ at the current λ",
+      value: ({ cell, record }) => (plan) => percent(cellChange(cell, [record.expert], plan)) },
+    { label: "MLLM moved by", hint: "‖W_mllm − W₀‖ / ‖W₀‖", value: ({ record: r }) => percent(Math.sqrt(r.mllm_norm2 / r.base_norm2)) },
+    { label: "math moved by", hint: "‖W_math − W₀‖ / ‖W₀‖", value: ({ record: r }) => percent(Math.sqrt(r.math_norm2 / r.base_norm2)) },
+    { label: "cosine of the two moves", value: ({ record: r }) => fixed(r.inner / Math.sqrt(r.mllm_norm2 * r.math_norm2)) },
+    { label: "rescaling ρ", hint: "ratio of nuclear norms, MLLM over math", value: ({ record }) => fixed(record.rho, 2) },
+    { label: "gap (σ₁ − σ₂) / σ₁", hint: "of the MLLM's task vector", value: ({ record }) => percent(record.gap) },
+    { label: "directions above rounding, MLLM | math",
+      hint: `of ${Math.min(...cells[0].shape)}: only these take part; the others may be rounding of the stored weights`,
+      value: ({ record: r }) => `${orDash(r.mllm_directions)} | ${orDash(r.math_directions)}` },
+    rankRow("stable rank, MLLM | math", (ranks) => fixed(ranks?.stable, 1)),
+    rankRow("effective rank, MLLM | math", (ranks) => fixed(ranks?.effective, 1)),
+    rankRow("ranks for 90 % energy, MLLM | math", (ranks) => orDash(ranks?.energy)),
+    { label: "shape", value: ({ cell }) => cell.shape.join(" × ") },
+  ];
+}
+
+/** @param {number | null | undefined} value */
+function orDash(value) {
+  return String(value ?? "–");
+}
+
+/**
+ * @param {string} label
+ * @param {(ranks: Ranks | null | undefined) => string} words
+ * @returns {NumberRow}
+ */
+function rankRow(label, words) {
+  return { label, value: ({ record }) => `${words(record.mllm_ranks)} | ${words(record.math_ranks)}` };
+}
+
+/**
+ * @param {Cell[]} cells
+ * @returns {NumberRow[]}
+ */
+function principalRows(cells) {
+  if (!cells.every((cell) => cell.experts[0].principal)) return [];
+  return Object.keys(cells[0].experts[0].principal ?? {}).map((top) => ({
+    label: `subspaces of the first ${top}`, hint: "mean cosine of the principal angles between the leading right directions",
+    value: ({ record }) => fixed(record.principal?.[top]) }));
+}

@@ -1,0 +1,1 @@
+"""JavaScript that the page's components share, and what joins modules into one script."""

@@ -1,0 +1,72 @@
+// @ts-check
+// The names of things: measures, updates, modules, matrices, plans.
+
+import { fixed, lambdaText } from "./format.js";
+import { DEFAULT_PLAN } from "./plan.js";
+
+/** @import { Pack, Plan } from "./types.d.ts" */
+
+export const VARIANT_LABELS = {
+  sum: "γ sums to 1 (paper)",
+  max: "γ divided by its maximum",
+  rescale_only: "rescale only, no projection",
+  select_only: "select only",
+};
+export const MEASURE_LABELS = {
+  first: "first angle s₁",
+  max: "best angle max sᵢ",
+  weighted: "all angles, weighted",
+};
+export const MEASURE_MEANING = {
+  first: "the cosine between the first right singular vectors of the two task vectors, s₁ = |⟨v₁, v₁′⟩|",
+  max: "the largest cosine between right singular vectors of equal rank, max |⟨vᵢ, vᵢ′⟩|",
+  weighted: "the cosines of all right singular vectors of equal rank, weighted by both singular values",
+};
+/** @type {Record<string, string>} */
+export const MODULE_MEANING = {
+  q: "Attention: what a token asks for.",
+  k: "Attention: what a token offers to be found by.",
+  v: "Attention: what a token passes on.",
+  o: "Attention: how what was gathered is written back.",
+  gate: "MLP: which of its features are let through.",
+  up: "MLP: the features it looks for.",
+  down: "MLP: what it writes back.",
+};
+
+/**
+ * A plan in a few words; in full, every choice is named.
+ *
+ * @param {Plan} plan
+ * @param {boolean} [full]
+ */
+export function planWords({ s, lambda, variant, similarity, overrides }, full = false) {
+  const byHand = Object.keys(overrides).length;
+  const parts = [`S_α ${fixed(s)}${full ? ` on ${MEASURE_LABELS[similarity]}` : ""}`, `λ ${lambdaText(lambda)}`];
+  if (!full && similarity !== DEFAULT_PLAN.similarity) parts.push(MEASURE_LABELS[similarity]);
+  if (full || variant !== DEFAULT_PLAN.variant) parts.push(VARIANT_LABELS[variant]);
+  if (byHand) parts.push(`${byHand} set by hand`);
+  return parts.join(", ");
+}
+
+/** @param {{ layer: number, module: string }} cell */
+export function title(cell) {
+  return `Layer ${cell.layer}, ${cell.module}`;
+}
+
+/**
+ * The last part of a path or a hub id.
+ *
+ * @param {string | undefined} id
+ * @param {number} [k] Which expert it is, for one without a name.
+ */
+export function shortId(id, k = 0) {
+  return (id && String(id).split("/").filter(Boolean).pop()) || `expert ${k + 1}`;
+}
+
+/**
+ * @param {Pack} pack
+ * @param {number} k
+ */
+export function expertName(pack, k) {
+  return shortId((pack.sources?.math || [])[k]?.id, k);
+}

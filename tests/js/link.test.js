@@ -1,0 +1,127 @@
+// @ts-check
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { test } from "node:test";
+
+import { linkAddress, linkQuery, packOverrides, readLink, unpackOverrides } from "../../ipmerge_core/ui/explore/layer_map/link.js";
+import { DEFAULT_PLAN } from "../../ipmerge_core/ui/web/plan.js";
+import { indexPack } from "../../ipmerge_core/ui/web/preview.js";
+import { makePack, randomNumbers } from "./packs.js";
+
+/** @import { Override, Plan } from "../../ipmerge_core/ui/web/types.d.ts" */
+
+const index = indexPack(makePack({ layers: 28 }).pack);
+const STATE = { packId: "packs-a", home: "", index, plan: DEFAULT_PLAN, target: null };
+
+test("a link brings back plan, pair and matrix", () => {
+  const [cell] = index.cells.slice(40);
+  /** @type {Plan} */
+  const plan = { s: 0.62, lambda: 0.4, similarity: "max", variant: "max", overrides: { [cell.name]: "keep", [index.cells[0].name]: "merge" } };
+  const found = readLink(`?${linkQuery({ ...STATE, plan, target: { kind: "cell", cell } })}`, index);
+  assert.deepEqual(found, { pack: "packs-a", plan, cell, problems: [] });
+});
+
+test("the usual plan makes a short link", () => {
+  assert.equal(linkQuery(STATE).toString(), "v=1&pack=packs-a&s=0.4&l=1");
+});
+
+test("any number of matrices set by hand comes back, in at most 300 characters", () => {
+  const random = randomNumbers(11);
+  for (const share of [0, 0.01, 0.5, 1]) {
+    /** @type {Record<string, Override>} */
+    const overrides = {};
+    for (const { name } of index.cells) if (random() < share) overrides[name] = random() < 0.5 ? "merge" : "keep";
+    const query = linkQuery({ ...STATE, plan: { ...DEFAULT_PLAN, s: 0.1234, similarity: "weighted", variant: "rescale_only", overrides } });
+    assert.ok(`https://huggingface.co/spaces/someone/ipmerge?${query}`.length <= 300);
+    /** @type {string[]} */
+    const problems = [];
+    assert.deepEqual(unpackOverrides(index, query.get("o"), problems), overrides);
+    assert.deepEqual(problems, []);
+  }
+});
+
+/**
+ * The overrides that one byte of a link stands for: five matrices, three choices each.
+ *
+ * @param {number} byte
+ * @param {number} place
+ */
+function overridesOf(byte, place) {
+  /** @type {Record<string, Override>} */
+  const overrides = {};
+  for (let i = 0; i < 5; i++) {
+    const digit = Math.floor(byte / 3 ** i) % 3;
+    if (digit) overrides[index.cells[5 * place + i].name] = digit === 1 ? "merge" : "keep";
+  }
+  return overrides;
+}
+
+test("every byte at every place is written in letters that an address keeps", () => {
+  for (let place = 0; place < 3; place++) {
+    for (let byte = 1; byte < 3 ** 5; byte++) {
+      const overrides = overridesOf(byte, place), text = packOverrides(index, overrides);
+      assert.match(text, /^[\w-]+$/);
+      assert.deepEqual(unpackOverrides(index, text, []), overrides);
+    }
+  }
+});
+
+test("overrides of every length are packed without loss", () => {
+  for (let length = 1; length <= 12; length++) {
+    const overrides = { [index.cells[length - 1].name]: /** @type {const} */ ("keep") };
+    assert.deepEqual(unpackOverrides(index, packOverrides(index, overrides), []), overrides);
+  }
+});
+
+for (const { release, query, plan, cell } of JSON.parse(readFileSync(new URL("../links.json", import.meta.url), "utf8"))) {
+  test(`a link of release ${release} keeps working`, () => {
+    const { pack } = makePack({ layers: 28 });
+    const places = { self_attn: ["q", "k", "v", "o"], mlp: ["gate", "up", "down"] };
+    for (const record of pack.records) {
+      const part = places.mlp.includes(record.module) ? "mlp" : "self_attn";
+      record.name = `model.layers.${record.layer}.${part}.${record.module}_proj.weight`;
+    }
+    const own = indexPack(pack), found = readLink(query, own);
+    assert.deepEqual(found?.plan, plan);
+    assert.equal(`Layer ${found?.cell?.layer} · ${found?.cell?.module}`, cell);
+    assert.equal(linkQuery({ ...STATE, index: own, plan, target: { kind: "cell", cell: /** @type {any} */ (found?.cell) } }).toString(), query);
+  });
+}
+
+for (const [query, problem] of /** @type {[string, RegExp][]} */ ([
+  ["v=1&s=9", /^s must be a number from 0 to 1$/], ["v=1&l=-1", /^lambda must be a number from 0 to 32$/],
+  ["v=1&l=1e999", /^lambda must be a number/], ["v=1&m=best", /^similarity must be one of/], ["v=1&u=%00", /^variant must be one of/],
+  ["v=1&o=<script>alert(1)</script>", /^o is damaged$/], ["v=1&o=AAAAA", /^o is damaged$/], [`v=1&o=${"A".repeat(401)}`, /^o is damaged$/],
+  ["v=1&o=-g", /^o belongs to another pair$/], [`v=1&o=${"A".repeat(55)}`, /^o belongs to another pair$/],
+  [`v=1&o=${"_".repeat(60)}`, /^o belongs to another pair$/], [`v=1&o=${"A".repeat(60)}`, /^o belongs to another pair$/],
+])) {
+  test(`${query.slice(0, 40)} gives the default and a sentence`, () => {
+    const found = readLink(query, index);
+    assert.deepEqual(found?.plan, DEFAULT_PLAN);
+    assert.equal(found?.problems.length, 1);
+    assert.match(String(found?.problems[0]), problem);
+  });
+}
+
+test("a matrix that is not there is none", () => {
+  for (const c of ["", "99.k", "<img src=x>.k", "5", "5.k.q", "."]) {
+    assert.equal(readLink(`v=1&c=${encodeURIComponent(c)}`, index)?.cell?.name ?? null, c === "5.k.q" ? "model.layers.5.k.weight" : null);
+  }
+});
+
+test("another version is not read, and no version is no link", () => {
+  assert.deepEqual(readLink("v=<b>1</b>-and-more&s=0.1", index),
+    { pack: null, problems: ["this link is of version <b>1</b>-and, which this page does not know"] });
+  assert.equal(readLink("s=0.1&l=2", index), null);
+});
+
+test("an address keeps the page's other keys and loses what the link replaces", () => {
+  const address = new URL(linkAddress(STATE, "http://127.0.0.1:7860/?__theme=dark&v=0&c=1.q&o=AA#tab"));
+  assert.equal(address.search, "?__theme=dark&v=1&pack=packs-a&s=0.4&l=1");
+  assert.equal(address.hash, "");
+});
+
+test("on a Space the address is that of its page", () => {
+  assert.equal(linkAddress({ ...STATE, home: "https://huggingface.co/spaces/a/b" }, "http://x/?y=1"),
+    "https://huggingface.co/spaces/a/b?v=1&pack=packs-a&s=0.4&l=1");
+});
