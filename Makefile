@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(su
 PY := $(VENV)/bin/python
 NPM := PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/npm
 
-.PHONY: help app test lint demo bench clean
+.PHONY: help app test lint lint-python lint-javascript demo bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,17 +35,24 @@ pytest = $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations 20
 retry = --reruns 1 --rerun-show-tracebacks
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
-test: lint
+test: lint-python
 	@$(PY) -c 'import importlib.util as u, sys; sys.exit("torchvision is installed and has no CPU build that works here. Remove it: $(PY) -m pip uninstall torchvision") if u.find_spec("torchvision") else None'
+	@if $(MAKE) --no-print-directory node_modules/.made; then $(MAKE) --no-print-directory lint-javascript; \
+	else echo "WARNING: npm could not install its tools, so the JavaScript is neither linted nor type checked."; fi
 	@IPMERGE_CHROMIUM="$$($(PY) tests/chromium.py)" && export IPMERGE_CHROMIUM && \
 	echo "Tests without a browser, with coverage" && $(pytest) -m "not browser" --cov && \
 	echo "Tests with the browser $$IPMERGE_CHROMIUM" && $(pytest) -m browser $(retry)
 
-lint: $(VENV)/.dev node_modules/.made
+lint: lint-python lint-javascript
+
+lint-python: $(VENV)/.dev
 	@echo "Lint, format and types"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+lint-javascript: node_modules/.made
+	@echo "Lint and types of the JavaScript"
 	@$(NPM) run --silent lint
 
 demo: $(VENV)/.app

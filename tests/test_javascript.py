@@ -9,7 +9,9 @@ import pytest
 from explore_page import PACKS, python_preview
 from node_runner import ROOT, previews_on_page, run_node
 
-from ipmerge_core.ui import app, compare, layer_map
+from ipmerge_core.ui import app
+from ipmerge_core.ui.compare import tab as compare
+from ipmerge_core.ui.explore import layer_map
 
 PLANS = [
     {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}},

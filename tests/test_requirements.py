@@ -92,8 +92,15 @@ def is_pytest_plugin(name: str) -> bool:
 
 
 def is_command(name: str) -> bool:
+    """Whether a distribution, or a command that it installs, is run by name."""
     text = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in COMMANDS)
-    return re.search(rf"(-m |\.venv/bin/){re.escape(name)}\b", text) is not None
+    scripts = [
+        each.name for each in distribution(name).entry_points.select(group="console_scripts")
+    ]
+    return any(
+        re.search(rf"(-m |\.venv/bin/|\$\(VENV\)/bin/){re.escape(each)}\b", text)
+        for each in (name, *scripts)
+    )
 
 
 def test_what_the_package_imports_is_in_the_requirements():
