@@ -1,4 +1,4 @@
-"""What a plan is told beside its method: one field per option, with its form, checks and words.
+"""The options of a plan beside its method: one field each, with its label, help and checks.
 
 In: text of a form or a command, values of Python or JSON. Out: a checked `PlanOptions`, and what
 surfaces need to ask for each field (`OPTIONS`). The meaning of an option, and what a method allows,
