@@ -188,6 +188,7 @@ def merge(options: argparse.Namespace) -> int:
             f"({need.nbytes_free / 1e9:.1f} GB free), takes about {max(need.seconds, 1):.0f} s on "
             f"{describe_device(need.device)}. Nothing was written."
         )
+        text += f"\n{need.advice}" if need.advice else ""
         return print_result(options, need._asdict(), text)
     progress = None
     for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):

@@ -81,6 +81,7 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
     ) -> Json:
         """Check that a plan can be merged here: models, dtypes, distances, room on the disk.
 
+        The estimate holds bytes, seconds on the device, and advice where a cheaper way exists.
         Give the digest to /merge_start to merge exactly what was checked, or nothing.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
@@ -91,6 +92,7 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
             "device": found.device,
             "suggested_folder": found.folder,
             "findings": [finding._asdict() for finding in found.findings],
+            "estimate": found.estimate._asdict() if found.estimate else None,
         }
 
     return [preview, plan_check]

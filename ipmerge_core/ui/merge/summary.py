@@ -63,6 +63,8 @@ def confirm_html(
         "Device": escape(device),
         "Time": f"{estimate_words(need.seconds, need.device)}, estimated from the sizes",
     }
+    if need.advice:
+        rows["Advice"] = escape(need.advice)
     cells = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows.items())
     return f'<dl class="facts" data-digest="{digest}">{cells}</dl>'
 

@@ -37,6 +37,7 @@ from ipmerge_core.ui.runs import POLL_SECONDS, Remembered, RunView, Watched, fin
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
+    from ipmerge_core.merging.estimates import Estimate
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.planning.plan import MergePlan
 
@@ -92,6 +93,7 @@ class Readiness(NamedTuple):
     ready: bool
     digest: str = ""  # of exactly what was checked
     device: str = ""
+    estimate: Estimate | None = None
 
 
 def merge_tab(
@@ -272,7 +274,7 @@ def readiness(
         return Readiness([refusal], "", "", ready=False)
     found += _doubts(plan)
     ready = all(finding.level != "refusal" for finding in found)
-    return Readiness(found, words, name, ready, digest, device)
+    return Readiness(found, words, name, ready, digest, device, need)
 
 
 def offered_devices(backend: Backend) -> dict[str, Any]:
