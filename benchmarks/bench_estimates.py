@@ -29,14 +29,15 @@ import ipmerge_core as ipm
 from ipmerge_core.calibration.calibrate import calibrate
 from ipmerge_core.calibration.passes import Settings
 from ipmerge_core.calibration.samples import load_samples
-from ipmerge_core.merging.estimates import Rate, estimate_pair, step_cost
+from ipmerge_core.merging.estimates import Rate, step_cost
+from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS, MergeMethod
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 SMALL, LARGE = (128, 256), (1024, 1536)
-STEPS = 10  # of an iterated method, when its rate is measured
+STEPS = 10  # of an iterated method, when its rate is measured or matrices are large
 
 
 def main() -> None:
@@ -55,12 +56,13 @@ def main() -> None:
     try:
         if "demo" not in options.skip:
             pair = ipm.open_pair(*(DEMO / role for role in ("mllm", "math", "base")))
-            print_merges("the demo trio", pair, options.methods, folder)
+            print_merges("the demo trio", plans(pair, options.methods, folder), folder)
         if "larger" not in options.skip:
             trio = written(folder / "trio", 1, hidden=1024, feed=2752, vocabulary=32000)
             pair = ipm.open_pair(*(trio / role for role in ("mllm", "math", "base")))
             able = [name for name in options.methods if METHODS[name].data is None]
-            print_merges("one layer of width 1024", pair, able, folder)
+            made = plans(pair, able, folder, {"wudi": {"iterations": STEPS}})
+            print_merges("one layer of width 1024", made, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -142,13 +144,13 @@ def shown(rate: Rate) -> str:
 # --- whole merges ---
 
 
-def print_merges(title: str, pair: ModelPair, names: list[str], folder: Path) -> None:
-    """Merge with every method's defaults; print estimate and processor seconds side by side."""
+def print_merges(title: str, made: Iterator[MergePlan], folder: Path) -> None:
+    """Carry out plans and print estimate and processor seconds side by side."""
     print(f"\nMerges of {title}, all matrices.\n")
     rows = []
-    for plan in plans(pair, names, folder):
+    for plan in made:
         out = folder / "out"
-        expected = estimate_pair(plan, pair, out).seconds
+        expected = estimate_merge(plan, out).seconds
 
         def run(plan: MergePlan = plan, out: Path = out) -> None:
             ipm.merge(plan, out)
@@ -162,18 +164,23 @@ def print_merges(title: str, pair: ModelPair, names: list[str], folder: Path) ->
     print(f"\nRatios from {min(ratios):.2f} to {max(ratios):.2f}.")
 
 
-def plans(pair: ModelPair, names: list[str], folder: Path) -> Iterator[MergePlan]:
-    """Make a plan per method that takes every matrix."""
+def plans(
+    pair: ModelPair,
+    names: list[str],
+    folder: Path,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[MergePlan]:
+    """Make a plan per method that takes every matrix, with its defaults but for `settings`."""
     for name in names:
-        method = METHODS[name]
+        method, own = METHODS[name], (settings or {}).get(name, {})
         if method.needs_analysis:
-            yield ipm.make_plan(ipm.analyse(pair), name, similarity_threshold=0.0)
+            yield ipm.make_plan(ipm.analyse(pair), name, similarity_threshold=0.0, **own)
         elif method.data is not None:
             samples = [load_samples("demo", 4, sees=sees) for sees in (True, False)]
             found = calibrate(pair, folder / method.data, Settings(method.data), *samples)
             yield ipm.make_plan(pair, name, calibration=found.folder)
         else:
-            yield ipm.make_plan(pair, name)
+            yield ipm.make_plan(pair, name, **own)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from conftest import Trio
 import ipmerge_core as ipm
 from ipmerge_core import cli
 from ipmerge_core.merging import estimates
-from ipmerge_core.merging.merge import estimate
+from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.models.shared_tokens import ROWS
@@ -47,7 +47,7 @@ def test_command_line_app_and_api_give_one_estimate_with_its_advice(
     monkeypatch.setattr(estimates, "LONG", 0.0)
     monkeypatch.setattr(estimates, "TENSOR_SECONDS", 1.0)  # so that seconds are worth comparing
     plan = chosen_plan(PACK, PlanChoice(), MethodChoice(method))
-    need = estimate(plan, tmp_path / "out")
+    need = estimate_merge(plan, tmp_path / "out")
     assert FASTER in need.advice
     plan.save(tmp_path / "plan.json")
     command = ["merge", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out"), "--dry-run"]

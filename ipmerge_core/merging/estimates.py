@@ -22,7 +22,7 @@ from ipmerge_core.merging.whole_model import is_due
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair
 from ipmerge_core.models.shared_tokens import ROWS
-from ipmerge_core.models.writer import layout_bytes, place_of
+from ipmerge_core.models.writer import layout_bytes, run_folders
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.devices import is_cpu
 
@@ -169,7 +169,7 @@ def merging_cost(shape: tuple[int, ...]) -> float:
 
 def check_space(pair: ModelPair, out: Path) -> None:
     """Refuse before the first byte when the result does not fit. Raises: RunError."""
-    if place_of(out).run.exists():
+    if run_folders(out).run.exists():
         return  # a resume: its files already take their place
     need, free = layout_bytes(pair.mllm), shutil.disk_usage(existing_parent(out)).free
     if need > free:

@@ -251,7 +251,7 @@ def readiness(
     device: str = AUTO,
 ) -> Readiness:
     """Check pair, plan, device and room before anything is written."""
-    from ipmerge_core.merging.merge import estimate, reopen
+    from ipmerge_core.merging.merge import estimate_merge, reopen
     from ipmerge_core.merging.parts import work_of
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.runtime.devices import describe_device
@@ -261,7 +261,7 @@ def readiness(
         plan = chosen_plan(pack_id, choice, method or MethodChoice())
         models = reopen(plan)
         name = backend.free_name(plan)
-        need = estimate(plan, backend.output_folder(name), device=device)
+        need = estimate_merge(plan, backend.output_folder(name), device=device)
         found = [public_finding(finding) for finding in models.check()]
         found.append(_room(need.nbytes_written, need.nbytes_free))
         beside = work_of(plan, models)
