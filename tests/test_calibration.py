@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ipmerge_core.calibration.calibrate import calibrate, estimate, iter_calibration
+from ipmerge_core.calibration.calibrate import calibrate, estimate_calibration, iter_calibration
 from ipmerge_core.calibration.passes import CalibrationSettings, Passes, encode_sample, find_module
 from ipmerge_core.calibration.samples import Sample, load_samples
 from ipmerge_core.calibration.store import Measurements
@@ -290,13 +290,13 @@ def test_damaged_and_foreign_records_are_refused_in_words(pair, grams, tmp_path)
 
 
 def test_the_estimate_says_memory_disk_and_passes(pair, tmp_path):
-    cost = estimate(pair, tmp_path / "new", GRAM, 3, 4)
+    cost = estimate_calibration(pair, tmp_path / "new", GRAM, 3, 4)
     hidden, feed = 128, 352
     per_layer = 4 * (3 * hidden**2 + feed**2)
     assert cost.nbytes_held == 4 * per_layer
     assert cost.nbytes_written == 2 * 4 * per_layer
     assert cost.passes == 7
-    tight = estimate(pair, tmp_path / "new", replace(GRAM, memory=per_layer), 3, 4)
+    tight = estimate_calibration(pair, tmp_path / "new", replace(GRAM, memory=per_layer), 3, 4)
     assert tight.nbytes_held <= per_layer
     assert tight.passes == 4 * 7
     assert cost.nbytes_free > 0

@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub_errors
 
 import ipmerge_core as ipm
 from ipmerge_core.errors import CheckpointError, RunError
-from ipmerge_core.merging.merge import estimate
+from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.models import files
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.files import LocalFiles, RemoteFiles, as_hub_id, is_hub_id, open_hub
@@ -129,7 +129,7 @@ def test_the_estimate_names_the_cheaper_way(
 ) -> None:
     pair = ipm.open_pair("org/mllm", "org/math", "org/base")
     plan = ipm.make_plan(pair, method="task_arithmetic")
-    need = estimate(plan, tmp_path / "out")
+    need = estimate_merge(plan, tmp_path / "out")
     decoder = sum(pair.mllm.spec(matrix.mllm).nbytes for matrix in pair.matrices)
     assert need.nbytes_fetched == need.nbytes_read == pair.mllm.nbytes + 2 * decoder
     assert need.nbytes_whole == sum(model.nbytes for _, model in pair.roles())
@@ -137,7 +137,7 @@ def test_the_estimate_names_the_cheaper_way(
     assert need.seconds > 0
     assert need.nbytes_memory > need.largest_matrix
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    assert "on a machine with more room" in estimate(plan, tmp_path / "out").advice
+    assert "on a machine with more room" in estimate_merge(plan, tmp_path / "out").advice
     with pytest.raises(RunError, match="needs .* GB .* are free"):
         ipm.merge(plan, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import ipmerge_core as ipm
 from ipmerge_core.errors import IPMergeError
 from ipmerge_core.models.pairing import open_pair
-from ipmerge_core.models.writer import place_of
+from ipmerge_core.models.writer import run_folders
 
 INDEX = "model.safetensors.index.json"
 Header = dict[str, dict[str, object]]
@@ -224,7 +224,7 @@ def test_damaged_models_end_in_one_clear_error_and_no_output(
         assert message.endswith((".", ")", "?")), (seed, message)
         assert len(message) > 40, (seed, message)
         assert not out.exists(), seed
-        assert not place_of(out).run.exists(), seed
+        assert not run_folders(out).run.exists(), seed
 
 
 def test_the_sound_model_does_merge(sound: Trio, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import ipmerge_core as ipm
 from ipmerge_core.analysis.records import Analysis, Source, Sources
 from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError
 from ipmerge_core.merging import merge as merging
-from ipmerge_core.merging.merge import estimate, iter_merge
+from ipmerge_core.merging.merge import estimate_merge, iter_merge
 from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.planning.plan import MergePlan
@@ -195,7 +195,7 @@ def test_the_estimate_reads_headers_only(
 ) -> None:
     plan = ipm.make_plan(analysis, similarity_threshold=0.5)
     monkeypatch.setattr(Checkpoint, "read", None)
-    need = estimate(plan, tmp_path / "out")
+    need = estimate_merge(plan, tmp_path / "out")
     assert need.n_merged == len(plan.selected)
     assert need.nbytes_written >= Checkpoint.open(trio.mllm).nbytes
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import gradio as gr
 import pytest
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.merging.merge import estimate
+from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS
 from ipmerge_core.planning.options import ANCHORS
 from ipmerge_core.runtime.jobs import JobStatus
@@ -315,7 +315,7 @@ def test_a_calibration_counts_passes() -> None:
 
 def test_steps_of_wudi_are_part_of_the_time(tmp_path: Path) -> None:
     few, many = (
-        estimate(
+        estimate_merge(
             chosen_plan(DEMO, PlanChoice(), MethodChoice("wudi", {"iterations": n})), tmp_path
         ).seconds
         for n in (1, 3000)

@@ -16,7 +16,7 @@ from conftest import write_trio
 import ipmerge_core as ipm
 from ipmerge_core.errors import RunError
 from ipmerge_core.merging.merge import iter_merge
-from ipmerge_core.models.writer import place_of
+from ipmerge_core.models.writer import run_folders
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.processes import Ranks, share_out
 
@@ -80,7 +80,7 @@ def test_two_processes_write_the_bytes_of_one(
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "ipmerge.json").read_text())["processes"] == 2
     assert files_of(out) == whole
-    assert not place_of(out).run.exists()
+    assert not run_folders(out).run.exists()
 
 
 @pytest.mark.slow

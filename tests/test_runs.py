@@ -190,6 +190,7 @@ def test_a_choice_of_devices_is_offered_where_there_is_one(machine):
 
 def test_estimates_for_a_gpu_count_what_a_gpu_does(trio: Trio, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(costs, "DISK_RATE", 1e30)  # so that only computing counts
+    monkeypatch.setattr(costs, "TENSOR_SECONDS", 0)
     pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
     for method in ("tsv", "wudi", "ties"):
         plan = ipm.make_plan(pair, method)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engines import mixed_precision_from_256, planted  # noqa: F401
+from test_svd_algorithms import mixed_precision_from_256, planted  # noqa: F401
 
 from ipmerge_core.errors import PlanError, ShapeError
 from ipmerge_core.spectral import similarity as sim

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engines import mixed_precision_from_256, planted  # noqa: F401
+from test_svd_algorithms import mixed_precision_from_256, planted  # noqa: F401
 
 from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 from ipmerge_core.spectral import spectrum as sp
-from ipmerge_core.spectral import svd_algorithms as engines
+from ipmerge_core.spectral import svd_algorithms
 
 pytestmark = pytest.mark.shapes
 
@@ -190,7 +190,7 @@ def test_an_empty_matrix_is_refused():
 
 def test_lack_of_memory_falls_back_to_the_cpu_with_a_warning(monkeypatch):
     A, calls = planted(450, 400), []
-    real = engines.gram
+    real = svd_algorithms.gram
 
     def short_of_memory(matrix, **options):
         calls.append(matrix)
@@ -198,7 +198,7 @@ def test_lack_of_memory_falls_back_to_the_cpu_with_a_warning(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(matrix, **options)
 
-    monkeypatch.setattr(engines, "gram", short_of_memory)
+    monkeypatch.setattr(svd_algorithms, "gram", short_of_memory)
     with pytest.warns(UserWarning, match="too little free memory for a 450 x 400 matrix"):
         found = sp.svd(A)
     assert_decomposes(found, A)

@@ -127,6 +127,8 @@ def test_plan_check_finds_the_demo_trio_ready(client):
     found = client.predict(pack=PACK, **EVERYTHING, api_name="/plan_check")
     assert found["ready"]
     assert {finding["level"] for finding in found["findings"]} <= {"ok", "warning"}
+    assert found["estimate"]["n_merged"] == 28
+    assert found["estimate"]["seconds"] > 0
 
 
 def test_a_merge_by_endpoints_runs_to_its_end(client):

@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from ipmerge_core.analysis.comparison import Options, compare
-from ipmerge_core.analysis.partial import Journal, Place, journal_of
+from ipmerge_core.analysis.partial import Journal, PendingMatrix, journal_of
 from ipmerge_core.analysis.records import VERSION, Analysis, LayerRecord, Source, Sources, Totals
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
@@ -172,7 +172,7 @@ def iter_analysis(
 
 
 def _open_journal(path: Path, pair: ModelPair, options: Options) -> Journal:
-    places = [Place(m.layer, m.module, comparing_cost(m.shape)) for m in pair.matrices]
+    places = [PendingMatrix(m.layer, m.module, comparing_cost(m.shape)) for m in pair.matrices]
     return Journal(
         path, _identity(pair, options), _with_records(pair, options, ()).to_dict(), places
     )

@@ -25,7 +25,7 @@ def journal_of(pack: Path) -> Path:
     return pack.with_name(pack.name + ".journal")
 
 
-class Place(NamedTuple):
+class PendingMatrix(NamedTuple):
     """One matrix that an analysis will come to, and its cost, m n min(m, n)."""
 
     layer: int
@@ -40,7 +40,7 @@ class Unfinished(NamedTuple):
     """
 
     pack: dict[str, Any]
-    places: list[Place]
+    places: list[PendingMatrix]
     n_done: int
     records: list[dict[str, Any]]
 
@@ -61,7 +61,7 @@ def read_journal(path: Path, known: int = 0) -> Unfinished:
         raise PlanError(f"The analysis '{path.name}' has not begun, or was discarded.")
     return Unfinished(
         pack=head["pack"],
-        places=[Place(*place) for place in head["places"]],
+        places=[PendingMatrix(*place) for place in head["places"]],
         n_done=len(lines),
         records=[record for line in lines[known:] for record in json.loads(line)],
     )
@@ -71,7 +71,7 @@ class Journal:
     """The writing side: records found again for the same identity, and appended as they come."""
 
     def __init__(
-        self, path: Path, identity: str, pack: Mapping[str, Any], places: Sequence[Place]
+        self, path: Path, identity: str, pack: Mapping[str, Any], places: Sequence[PendingMatrix]
     ) -> None:
         self.path, self.records = path, dict[str, list[LayerRecord]]()
         head, lines = _read(path)

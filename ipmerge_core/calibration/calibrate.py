@@ -114,7 +114,12 @@ def iter_calibration(
     """
     device, out = resolve_device(device, fp64=False), Path(out).expanduser()
     work = _plan_work(pair, settings, mllm_samples, math_samples)
-    _claim(out, settings, work, estimate(pair, out, settings, len(mllm_samples), len(math_samples)))
+    _claim(
+        out,
+        settings,
+        work,
+        estimate_calibration(pair, out, settings, len(mllm_samples), len(math_samples)),
+    )
     models = []
     total = sum(len(share.groups) * len(share.samples) for share in work)
     done = 0
@@ -169,7 +174,7 @@ def iter_calibration_of(
     yield from iter_calibration(pair, out, CalibrationSettings(kind), seen, told, device=device)
 
 
-def estimate(
+def estimate_calibration(
     pair: ModelPair, out: str | Path, settings: CalibrationSettings, n_mllm: int, n_math: int
 ) -> CalibrationCost:
     """Work out memory, disk and passes from headers; nothing is loaded."""

@@ -24,7 +24,7 @@ from ipmerge_core.cli.reading import (
 from ipmerge_core.runtime.atomic import write_whole
 
 if TYPE_CHECKING:
-    from ipmerge_core.merging.whole_model import MeasureStep
+    from ipmerge_core.merging.whole_model import FirstPassStep
     from ipmerge_core.models.pairing import ModelPair
     from ipmerge_core.planning.plan import MergePlan
 
@@ -74,7 +74,7 @@ def analyse(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> int:
     """Measure the models on samples, into a folder that plans can name."""
-    from ipmerge_core.calibration.calibrate import estimate, iter_calibration
+    from ipmerge_core.calibration.calibrate import estimate_calibration, iter_calibration
     from ipmerge_core.calibration.passes import CalibrationSettings
     from ipmerge_core.calibration.samples import load_samples
     from ipmerge_core.calibration.store import Measurements
@@ -84,7 +84,7 @@ def calibrate(options: argparse.Namespace) -> int:
     seen = load_samples(options.mllm_samples, options.limit, sees=True)
     told = load_samples(options.math_samples, options.limit, sees=False)
     if options.dry_run:
-        need = estimate(pair, options.output, how, len(seen), len(told))
+        need = estimate_calibration(pair, options.output, how, len(seen), len(told))
         text = (
             f"{need.passes} passes, {need.nbytes_model / 1e9:.3f} GB for the largest model and "
             f"{need.nbytes_held / 1e9:.3f} GB for sums in memory, {need.nbytes_written / 1e9:.3f} "
@@ -136,16 +136,16 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
-    from ipmerge_core.merging.whole_model import iter_measure
+    from ipmerge_core.merging.whole_model import iter_first_pass
     from ipmerge_core.methods.declarations import drained, relayed
 
     with Progress(options) as progress:
 
-        def show(step: MeasureStep) -> None:
+        def show(step: FirstPassStep) -> None:
             what = f"{step.number}/{step.total} {step.tensor}"
             progress.show("measuring", step.nbytes_done, step.nbytes_total, what)
 
-        return drained(relayed(iter_measure(plan, device=options.device), show))
+        return drained(relayed(iter_first_pass(plan, device=options.device), show))
 
 
 def recipe(options: argparse.Namespace) -> int:
@@ -161,7 +161,7 @@ def recipe(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Carry out a plan, or with --dry-run only say what it would take."""
-    from ipmerge_core.merging.merge import MANIFEST, estimate, iter_merge
+    from ipmerge_core.merging.merge import MANIFEST, estimate_merge, iter_merge
     from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.runtime.devices import describe_device
     from ipmerge_core.runtime.pipeline import keep_freed_memory
@@ -169,13 +169,14 @@ def merge(options: argparse.Namespace) -> int:
     keep_freed_memory()
     plan = MergePlan.load(options.plan)
     if options.dry_run:
-        need = estimate(plan, options.output, device=options.device)
+        need = estimate_merge(plan, options.output, device=options.device)
         text = (
             f"Plan {plan.hash}, {plan_sentence(plan)}\nReads {need.nbytes_read / 1e9:.3f} GB, "
             f"writes {need.nbytes_written / 1e9:.3f} GB to '{options.output}' "
             f"({need.nbytes_free / 1e9:.1f} GB free), takes about {max(need.seconds, 1):.0f} s on "
             f"{describe_device(need.device)}. Nothing was written."
         )
+        text += f"\n{need.advice}" if need.advice else ""
         return print_result(options, need._asdict(), text)
     with Progress(options) as progress:
         for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):

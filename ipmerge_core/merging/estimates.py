@@ -1,8 +1,8 @@
 """What a run will take, worked out from headers before the first byte: disk, memory, time.
 
 In: a pair, and the plan of a merge or the options of an analysis. Out: an `Estimate` that also
-names the cheaper way where there is one, or an `AnalysisEstimate`. The rates are those of an
-ordinary machine and are named below; times are rough and say so.
+names the cheaper way where there is one, or an `AnalysisEstimate`. The command line, the app and
+its API all show this one. The rates below were measured; times are rough and say so.
 """
 
 from __future__ import annotations
@@ -17,25 +17,65 @@ import psutil
 from ipmerge_core.analysis.analyse import comparing_cost, working_set
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.errors import RunError
-from ipmerge_core.merging.parts import Chosen, chosen, input_sizes, work_of
+from ipmerge_core.merging.parts import BESIDE, Chosen, chosen, input_sizes, work_of
+from ipmerge_core.merging.whole_model import is_due
 from ipmerge_core.methods import find_method
-from ipmerge_core.models.pairing import ModelPair
-from ipmerge_core.models.writer import layout_bytes, place_of
+from ipmerge_core.models.pairing import MatrixMatch, ModelPair
+from ipmerge_core.models.shared_tokens import ROWS
+from ipmerge_core.models.writer import layout_bytes, run_folders
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.devices import is_cpu
 
-DISK_RATE, HUB_RATE = 300e6, 50e6  # bytes per second
-ELEMENT_RATE = 300e6  # elements per second that an elementwise method merges on one CPU core
-SVD_RATE = 8e9 / 20  # m n min(m, n) per second on one core: 20 operations each at 8 GFLOP/s
+# Bytes per second. Between a SATA disk (0.5 GB/s) and files in memory (2 GB/s, bench_merge.py).
+DISK_RATE, HUB_RATE = 1e9, 50e6
+TENSOR_SECONDS = 5e-4  # to open, write and read back one stored tensor
+
+
+class Rate(NamedTuple):
+    """What a method takes on one CPU core: seconds per matrix, and its work per second.
+
+    The work of every task vector is m n elements, times min(m, n) where the method is matrixwise.
+    """
+
+    per_matrix: float
+    work: float
+
+
+# As benchmarks/bench_estimates.py prints them: one core of a 2-core x86_64 machine, torch 2.13.
+RATES = {
+    "ip_merging": Rate(3.8e-3, 3.2e9),
+    "linear": Rate(4.1e-5, 2.9e9),
+    "task_arithmetic": Rate(2.7e-5, 1.6e9),
+    "layer_swap": Rate(2.8e-5, 2.3e9),
+    "ties": Rate(1.2e-3, 1.8e8),
+    "sce": Rate(8.6e-5, 3.3e8),
+    "dare_linear": Rate(2.0e-4, 1.7e8),
+    "dare_ties": Rate(1.9e-4, 1.5e8),
+    "della": Rate(0.0, 3.3e7),
+    "breadcrumbs": Rate(1.7e-3, 2.1e8),
+    "fisher": Rate(4.7e-5, 2.7e8),
+    "regmean": Rate(1.2e-3, 6.5e9),
+    "tsv": Rate(7.6e-3, 2.7e9),
+    "iso_c": Rate(2.6e-3, 5.8e9),
+    "iso_cts": Rate(1.1e-2, 9.7e8),
+    "knots_ties": Rate(7.0e-3, 3.2e9),
+    "wudi": Rate(9.0e-3, 1.5e9),  # its closed form
+    "metagpt": Rate(1.0e-4, 4.9e8),
+    "nan": Rate(1.3e-4, 7.2e8),
+    "slerp": Rate(1.6e-4, 6.0e8),
+    "nuslerp": Rate(2.7e-4, 2.7e8),
+    "karcher": Rate(2.2e-4, 6.6e8),
+}
+STEP_RATE = Rate(2.0e-4, 5.2e10)  # of one step of an iterated method; work is `step_cost`
 # Of each task vector on one busy core, as benchmarks/bench_analysis.py prints them.
 ANALYSIS_RATE = 3e9  # m n min(m, n) per second, exact
 QUICK_RATE = 6e6  # elements per second, leading directions only
 # On a GPU, rates of one H200 as benchmarks/README.md prints them; other cards differ several times.
 GPU_DECOMPOSING_RATE = 1.7e12  # m n min(m, n) per second, exact analyses and merges
 GPU_QUICK_RATE = 3e9  # elements per second, leading directions only
-# Of one step of an iterated method, floating point operations per second; both rough.
-CPU_STEP_RATE, GPU_STEP_RATE = 8e9, 1e13
+GPU_STEP_RATE = 1e13  # operations per second of an iterated method; rough, not measured
 RECORD_BYTES = 1400  # of one record in a pack, gzipped
+LONG = 600  # seconds from which on faster ways are named
 
 
 class Estimate(NamedTuple):
@@ -74,7 +114,7 @@ def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path, device: str = "cp
         nbytes_whole=sum(model.nbytes for model in remote.values()),
         device=device,
     )
-    seconds = _seconds(plan, need, merged)
+    seconds = _seconds(plan, pair, need, merged)
     return need._replace(seconds=seconds, advice=_advice(plan, pair, need, seconds))
 
 
@@ -129,7 +169,7 @@ def merging_cost(shape: tuple[int, ...]) -> float:
 
 def check_space(pair: ModelPair, out: Path) -> None:
     """Refuse before the first byte when the result does not fit. Raises: RunError."""
-    if place_of(out).run.exists():
+    if run_folders(out).run.exists():
         return  # a resume: its files already take their place
     need, free = layout_bytes(pair.mllm), shutil.disk_usage(existing_parent(out)).free
     if need > free:
@@ -157,48 +197,76 @@ def _fetched(pair: ModelPair, held: list[list[int]], outside: int) -> int:
     )
 
 
-def _seconds(plan: MergePlan, need: Estimate, merged: list[Chosen]) -> float:
+def _seconds(plan: MergePlan, pair: ModelPair, need: Estimate, merged: list[Chosen]) -> float:
     moved = (need.nbytes_read + need.nbytes_written) / DISK_RATE + need.nbytes_fetched / HUB_RATE
-    method, on_cpu = find_method(plan.method), is_cpu(need.device)
-    if method.matrixwise:
-        work = sum(merging_cost(matrix.shape) * (1 + len(experts)) for matrix, experts in merged)
-        seconds = work / (SVD_RATE if on_cpu else GPU_DECOMPOSING_RATE)
-        operations = _step_operations(plan, merged)
-        return moved + seconds + operations / (CPU_STEP_RATE if on_cpu else GPU_STEP_RATE)
-    if on_cpu:
-        return moved + sum(prod(matrix.shape) for matrix, _ in merged) / ELEMENT_RATE
-    return moved  # a GPU merges elements faster than they arrive
+    moved += TENSOR_SECONDS * len(pair.mllm.tensors)
+    if is_cpu(need.device):
+        return moved + sum(_seconds_of(plan, *each) for each in merged) + _first_pass(plan, merged)
+    method = find_method(plan.method)
+    if not method.matrixwise:
+        return moved  # a GPU merges elements faster than they arrive
+    costs = [(matrix.shape, 1 + len(experts)) for matrix, experts in merged]
+    if (steps := _steps(plan)) is not None:
+        return moved + steps * sum(step_cost(*cost) for cost in costs) / GPU_STEP_RATE
+    return moved + sum(merging_cost(s) * count for s, count in costs) / GPU_DECOMPOSING_RATE
 
 
-def _step_operations(plan: MergePlan, merged: list[Chosen]) -> float:
-    """Count the floating point operations of an iterated method's steps."""
-    steps = float(plan.parameters.get("iterations") or 0)
-    return steps * sum(
-        2.0 * m * n * min(n, 2 * (1 + len(experts)) * m)
-        for (m, n), experts in ((matrix.shape, experts) for matrix, experts in merged)
-    )
+def _seconds_of(plan: MergePlan, matrix: MatrixMatch, experts: tuple[int, ...]) -> float:
+    """Seconds that merging one matrix takes on one CPU core."""
+    method, count = find_method(plan.method), 1 + len(experts)
+    if matrix.module in BESIDE and method.vectors is not None:
+        method = find_method("task_arithmetic")
+    elif (steps := _steps(plan)) is not None:
+        cost = STEP_RATE.per_matrix + step_cost(matrix.shape, count) / STEP_RATE.work
+        return steps * cost
+    calls = matrix.shape[0] if matrix.module == ROWS else 1  # rows are merged one by one
+    work = merging_cost(matrix.shape) if method.matrixwise else prod(matrix.shape)
+    rate = RATES[method.name]
+    return calls * rate.per_matrix + count * work / rate.work
+
+
+def _steps(plan: MergePlan) -> int | None:
+    """Count the steps of an iterated method; None for others, and for a closed form."""
+    steps = plan.parameters.get("iterations")
+    return None if steps is None or plan.parameters.get("closed_form") else int(steps)
+
+
+def step_cost(shape: tuple[int, ...], models: int) -> float:
+    """Floating point operations of one step of an iterated method on one matrix."""
+    m, n = shape
+    return 2.0 * m * n * min(n, 2 * models * m)
+
+
+def _first_pass(plan: MergePlan, merged: list[Chosen]) -> float:
+    """Seconds of the passes over all matrices that come before the merge."""
+    statistic = find_method(plan.method).statistic
+    if statistic is None or not is_due(plan):
+        return 0.0
+    elements = sum(prod(matrix.shape) * (1 + len(experts)) for matrix, experts in merged)
+    return statistic.passes * elements / RATES[plan.method].work
 
 
 def _advice(plan: MergePlan, pair: ModelPair, need: Estimate, seconds: float) -> str:
-    """Name the cheaper way, where there is one."""
+    """Name the cheaper ways, where there are some."""
     if need.nbytes_written > need.nbytes_free:
         return (
             f"The result needs {need.nbytes_written / 1e9:.1f} GB and {need.nbytes_free / 1e9:.1f} "
             f"GB are free. Save the plan and run `ipmerge merge plan.json -o FOLDER` on a machine "
             f"with more room."
         )
+    advice = []
     if need.nbytes_fetched:
-        return (
+        advice.append(
             f"Reading by ranges fetches {need.nbytes_fetched / 1e9:.1f} GB and keeps nothing but "
             f"the result; downloading the repositories whole would take "
             f"{need.nbytes_whole / 1e9:.1f} GB of disk first, and pays off from the second merge "
             f"of this pair on."
         )
     method = find_method(plan.method)
-    if is_cpu(need.device) and method.matrixwise and seconds > 1800 and need.n_merged:
-        return (
-            f"{method.label} decomposes every selected matrix: on a GPU, or under "
-            f"`torchrun --nproc_per_node N -m ipmerge_core merge` on several devices, it is many "
-            f"times faster."
+    if is_cpu(need.device) and method.matrixwise and seconds > LONG and need.n_merged:
+        advice.append(
+            f"{method.label} decomposes or iterates on every selected matrix: it is faster on a "
+            f"GPU, or under `torchrun --nproc_per_node N -m ipmerge_core merge` on several cores "
+            f"or devices."
         )
-    return ""
+    return " ".join(advice)

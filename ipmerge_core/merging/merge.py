@@ -40,7 +40,7 @@ from ipmerge_core.merging.parts import (
     rounding_noise,
     work_of,
 )
-from ipmerge_core.merging.whole_model import MeasureStep, is_due, measure
+from ipmerge_core.merging.whole_model import FirstPassStep, is_due, run_first_pass
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.declarations import relayed
@@ -55,7 +55,7 @@ from ipmerge_core.models.writer import (
     tidy_finished,
 )
 from ipmerge_core.planning.plan import MergePlan, reopen
-from ipmerge_core.planning.scope import engine_anchor
+from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
 from ipmerge_core.runtime.pipeline import (
     Load,
@@ -97,7 +97,7 @@ class Piece(NamedTuple):
     content: bytearray | MatrixWeights
 
 
-__all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate", "iter_merge", "merge", "reopen"]
+__all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate_merge", "iter_merge", "merge", "reopen"]
 
 
 def merge(
@@ -158,7 +158,7 @@ def iter_merge(
         run.conclude(failure, lambda: _documents(run, time.perf_counter() - started))
 
 
-def estimate(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
+def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
     """Work out bytes, memory and time from headers alone. Raises: as `iter_merge`, before work."""
     device = resolve_device(device)
     return estimate_pair(plan, reopen(plan), check_output(out), device)
@@ -348,7 +348,7 @@ class _Run:
             supplied["statistic"] = self.statistic
         if self.measurements is not None and part.matrix.module not in BESIDE:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, device)
-        anchor, weights = engine_anchor(self.method, self.plan.anchor), weights.to(device)
+        anchor, weights = method_anchor(self.method, self.plan.anchor), weights.to(device)
         if "noise" in self.method.inputs and part.matrix.module not in BESIDE:
             supplied["noise"] = rounding_noise(weights, anchor)
         if report is not None and part.matrix.module not in BESIDE:
@@ -380,13 +380,13 @@ class _Run:
         if noted is not None:
             self.statistic = tuple(noted)
         elif leads or not idle:
-            steps = measure(self.plan, self.pair, self.device, self._workers)
+            steps = run_first_pass(self.plan, self.pair, self.device, self._workers)
             self.statistic = yield from relayed(steps, _measured)
             if leads:
                 self.writer.note("statistic", self.statistic)
 
 
-def _measured(step: MeasureStep) -> MergeStep:
+def _measured(step: FirstPassStep) -> MergeStep:
     return MergeStep(*step, action="measured")
 
 

@@ -2,7 +2,7 @@
 
 In: a plan and its opened models. Out: a few numbers, and a step for every matrix on the way. They
 are a property of the plan: `merging` writes them into the manifest and takes them up again in a
-resume, and a plan may hold them already, from its analysis or from `iter_measure`.
+resume, and a plan may hold them already, from its analysis or from `iter_first_pass`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ipmerge_core.runtime.devices import resolve_device
 from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
 
 
-class MeasureStep(NamedTuple):
+class FirstPassStep(NamedTuple):
     """A matrix, or some of its rows, is measured. Sizes in bytes, over all passes."""
 
     tensor: str
@@ -45,9 +45,9 @@ class _Piece(NamedTuple):
     held: int
 
 
-def iter_measure(
+def iter_first_pass(
     plan: MergePlan, *, device: str = "cpu"
-) -> Generator[MeasureStep, None, MergePlan]:
+) -> Generator[FirstPassStep, None, MergePlan]:
     """Make the first pass of a plan now, yielding after each matrix; returns the plan with it.
 
     The plan then says what the method found in the whole models, its preview is exact where that
@@ -57,7 +57,7 @@ def iter_measure(
     where = torch.device(resolve_device(device))
     if not is_due(plan):
         return plan
-    found = yield from measure(plan, reopen(plan), where)
+    found = yield from run_first_pass(plan, reopen(plan), where)
     return replace(plan, statistic=found)
 
 
@@ -68,9 +68,9 @@ def is_due(plan: MergePlan) -> bool:
     return unknown and bool(plan.selected) and method.needs_statistic(plan.parameters)
 
 
-def measure(
+def run_first_pass(
     plan: MergePlan, pair: ModelPair, device: torch.device, workers: int = 1
-) -> Generator[MeasureStep, None, tuple[float, ...]]:
+) -> Generator[FirstPassStep, None, tuple[float, ...]]:
     """Measure every matrix that the plan merges, yielding after each piece; returns the numbers."""
     statistic = find_method(plan.method).statistic
     assert statistic is not None, "a first pass without a statistic"
@@ -95,12 +95,12 @@ def measure(
 
     index = done = 0
 
-    def told(_: None) -> MeasureStep:
+    def told(_: None) -> FirstPassStep:
         nonlocal index, done
         turn, place = divmod(index, len(cut))
         index, done = index + 1, done + cut[place].held
         number, total = turn * len(chosen) + cut[place].number, statistic.passes * len(chosen)
-        return MeasureStep(cut[place].name, number, total, done, statistic.passes * nbytes)
+        return FirstPassStep(cut[place].name, number, total, done, statistic.passes * nbytes)
 
     def apply(function: Callable[[Models], Tensor], models: Iterable[Models]) -> Iterator[Tensor]:
         for piece, numbers in zip(cut, compute_ahead(function, models, workers), strict=True):

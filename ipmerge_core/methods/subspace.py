@@ -1,7 +1,7 @@
 """Merge methods that work on the singular directions of task vectors: TSV, Iso-C, Iso-CTS, KnOTS.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
-fp64 inputs. Decompositions come from the spectral engine. A model whose task vector is zero, or
+fp64 inputs. Decompositions come from `spectral/`. A model whose task vector is zero, or
 whose weight is 0, has no directions and takes no part; a single one that is left is taken whole.
 """
 

@@ -39,7 +39,7 @@ _REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
 
 
-class Place(NamedTuple):
+class RunFolders(NamedTuple):
     """The folders of a run: the result's final name, the run's own folder, and the model in it."""
 
     out: Path
@@ -47,11 +47,11 @@ class Place(NamedTuple):
     model: Path
 
 
-def place_of(out: str | Path) -> Place:
+def run_folders(out: str | Path) -> RunFolders:
     """Name the folders that a run for `out` uses."""
     final = Path(out).expanduser().absolute()
     run = final.with_name(final.name + _PARTIAL)
-    return Place(final, run, run / "model")
+    return RunFolders(final, run, run / "model")
 
 
 class CheckpointWriter:
@@ -76,7 +76,7 @@ class CheckpointWriter:
         self, source: Checkpoint, out: str | Path, run: str, *, resume: bool, rank: int = 0
     ) -> None:
         self.source, self.run, self.rank = source, run, rank
-        self.place = place_of(check_output(out))
+        self.place = run_folders(check_output(out))
         self._resume = resume
         self._descriptors: dict[str, int] = {}
         self._open_tensor: tuple[str, xxh3_128] | None = None
@@ -325,7 +325,7 @@ def check_unfinished(out: str | Path, run: str) -> None:
 
     Raises: RunError for the unfinished result of another plan.
     """
-    place = place_of(out)
+    place = run_folders(out)
     if (place.run / _RUN).exists() and (found := _recorded_run(place.run / _RUN)) != run:
         raise RunError(
             f"'{place.run}' holds an unfinished merge of another plan ({str(found)[:8]}; this one "
@@ -340,7 +340,7 @@ def tidy_finished(out: str | Path, run: str) -> bool:
     The rename that completes a model and the removal of the run's own folder are two steps; this
     does the second one.
     """
-    place = place_of(out)
+    place = run_folders(out)
     manifest = place.out / MANIFEST
     if not place.run.is_dir() or place.model.exists() or not manifest.is_file():
         return False
@@ -378,7 +378,7 @@ def in_file_order(source: Checkpoint) -> list[TensorSpec]:
     return sorted(source.tensors.values(), key=lambda spec: (spec.shard, spec.start, spec.stop))
 
 
-def _remove(place: Place) -> None:
+def _remove(place: RunFolders) -> None:
     """Remove a run's folder, its record last, so that a kill in between can be told."""
     if place.model.exists():
         shutil.rmtree(place.model)

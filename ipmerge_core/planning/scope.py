@@ -131,7 +131,7 @@ def choose_anchor(
     return anchor
 
 
-def engine_anchor(method: MergeMethod, anchor: Anchor) -> Anchor:
+def method_anchor(method: MergeMethod, anchor: Anchor) -> Anchor:
     """Return the anchor to compute with.
 
     A plain sum on the whole MLLM is the same from any base of the MLLM's; from the experts' own

@@ -311,7 +311,7 @@ def run_job(folder: str | Path) -> int:
     """Carry out the job in `folder`; returns the exit code. Runs in the job's own process."""
     folder = Path(folder)
     status = _read_status(folder)
-    _journal(folder, {"event": "started", "process": os.getpid()})
+    _log_event(folder, {"event": "started", "process": os.getpid()})
     try:
         steps = _open_target(folder)
         status = _drain(folder, steps, status)
@@ -323,7 +323,7 @@ def run_job(folder: str | Path) -> int:
         status = replace(status, state="failed", error=text)
     status = replace(status, updated=time.time())
     _write_status(folder, status)
-    _journal(folder, {"event": status.state, "error": status.error, **status.step})
+    _log_event(folder, {"event": status.state, "error": status.error, **status.step})
     return 0 if status.state in ("finished", "cancelled") else 1
 
 
@@ -340,7 +340,7 @@ def _drain(folder: Path, steps: Generator[Any], status: JobStatus) -> JobStatus:
                 _write_status(folder, status)
                 written = now
             if now - noted >= _JOURNAL_EVERY:
-                _journal(folder, {"event": "step", **status.step})
+                _log_event(folder, {"event": "step", **status.step})
                 noted = now
     return replace(status, state="finished")
 
@@ -409,7 +409,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(content) + "\n")
 
 
-def _journal(folder: Path, entry: Mapping[str, Any]) -> None:
+def _log_event(folder: Path, entry: Mapping[str, Any]) -> None:
     with (folder / "journal.jsonl").open("a", encoding="utf-8") as journal:
         journal.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 from ipmerge_core.runtime.devices import has_fp64
-from ipmerge_core.spectral import svd_algorithms as engines
+from ipmerge_core.spectral import svd_algorithms
 
-METHODS = ("auto", "exact", "gram", "randomized")
+SVD_METHODS = ("auto", "exact", "gram", "randomized")
 EXISTS = 4.0  # a direction's singular value stands this many noise floors high, see `existing`
 _BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
 TOLERANCE = 2e-6  # of randomized: residual relative to S_1^2; fp32 products resolve about 3e-7
@@ -62,7 +62,7 @@ class Spectrum:
         tensor([3., 1.])
         """
         strongest = float(self.S[0]) if len(self.S) else 0.0
-        return self.leading(int((max(floor, engines.RESOLUTION * strongest) < self.S).sum()))
+        return self.leading(int((max(floor, svd_algorithms.RESOLUTION * strongest) < self.S).sum()))
 
 
 def as_float(tensor: Tensor) -> Tensor:
@@ -140,14 +140,14 @@ def svd(
     route = _route(method, p, rank)
     left = vectors == "both"
 
-    def run(A: Tensor) -> engines.Factors:
+    def run(A: Tensor) -> svd_algorithms.Factors:
         if route == "exact":
-            return engines.exact(A)
+            return svd_algorithms.exact(A)
         if route == "gram":
             wide = dtype == torch.float64
-            return engines.gram(A, left=left, right=True, fp64=wide, key=key, floor=floor)
+            return svd_algorithms.gram(A, left=left, right=True, fp64=wide, key=key, floor=floor)
         goal = TOLERANCE if dtype == torch.float32 else 1e-11
-        return engines.randomized(
+        return svd_algorithms.randomized(
             A, rank, left=left, right=True, tolerance=goal, accepted=tolerance, key=key
         )
 
@@ -155,7 +155,12 @@ def svd(
 
 
 def _signed(
-    found: engines.Factors, rank: int, device: torch.device, dtype: torch.dtype, *, left: bool
+    found: svd_algorithms.Factors,
+    rank: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    left: bool,
 ) -> Spectrum:
     """Put the triplets in order and fix their signs."""
     assert found.right is not None
@@ -185,11 +190,11 @@ def singular_values(
     """
     work, dtype = _prepared(matrix, method, None, dtype)
     if method == "exact":
-        return engines.exact(work).values.to(matrix.device)
+        return svd_algorithms.exact(work).values.to(matrix.device)
     wide = dtype == torch.float64
 
-    def run(A: Tensor) -> engines.Factors:
-        return engines.gram(A, left=False, right=False, fp64=wide)
+    def run(A: Tensor) -> svd_algorithms.Factors:
+        return svd_algorithms.gram(A, left=False, right=False, fp64=wide)
 
     return _run(run, work).values.to(matrix.device)
 
@@ -198,8 +203,8 @@ def _prepared(
     matrix: Tensor, method: str, rank: int | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, torch.dtype]:
     """Check the arguments; return the matrix in its working precision, and the result's dtype."""
-    if method not in METHODS:
-        raise PlanError(f"Unknown method '{method}' of svd. Available: {', '.join(METHODS)}.")
+    if method not in SVD_METHODS:
+        raise PlanError(f"Unknown method '{method}' of svd. Available: {', '.join(SVD_METHODS)}.")
     if rank is not None and rank < 1:
         raise PlanError(f"The rank is {rank}; expected a whole number >= 1, or none for all.")
     if dtype not in (None, torch.float32, torch.float64):
@@ -222,9 +227,9 @@ def _route(method: str, p: int, rank: int) -> str:
     return method
 
 
-def _run(run: Callable[[Tensor], engines.Factors], matrix: Tensor) -> engines.Factors:
+def _run(run: Callable[[Tensor], svd_algorithms.Factors], matrix: Tensor) -> svd_algorithms.Factors:
     """Run a route where the matrix lies; on the CPU when the device lacks memory or fp64."""
-    with engines.full_precision:
+    with svd_algorithms.full_precision:
         if not has_fp64(matrix.device):
             return run(matrix.cpu())
         try:

@@ -81,6 +81,7 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
     ) -> Json:
         """Check that a plan can be merged here: models, dtypes, common base, disk space.
 
+        The estimate has bytes, seconds on the device, and advice if there is a faster way.
         Pass the digest to /merge_start to merge only what was checked.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
@@ -91,6 +92,7 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
             "device": found.device,
             "suggested_folder": found.folder,
             "findings": [finding._asdict() for finding in found.findings],
+            "estimate": found.estimate._asdict() if found.estimate else None,
         }
 
     return [preview, plan_check]

@@ -172,7 +172,7 @@ class Backend:
 
     def calibration_cost(self, pack_id: str, method: str) -> CalibrationCost:
         """Estimate the cost of a calibration. Raises: IPMergeError if a model is missing."""
-        from ipmerge_core.calibration.calibrate import estimate
+        from ipmerge_core.calibration.calibrate import estimate_calibration
         from ipmerge_core.calibration.passes import CalibrationSettings
         from ipmerge_core.methods import find_method
         from ipmerge_core.planning.plan import open_sources
@@ -180,7 +180,8 @@ class Backend:
         kind = find_method(method).data
         assert kind is not None, f"{method} needs no data"
         pair = open_sources(analysis_of(pack_id).sources)
-        return estimate(pair, self.calibrations_folder, CalibrationSettings(kind), 1, 1)
+        folder, settings = self.calibrations_folder, CalibrationSettings(kind)
+        return estimate_calibration(pair, folder, settings, 1, 1)
 
     def output_folder(self, name: str) -> Path:
         """Return the folder of a merged model; a plain name is placed in the models folder.
@@ -226,9 +227,9 @@ class Backend:
         return str(FolderInUseError(str(out), job, same_work=False)) if job else ""
 
     def _is_free(self, name: str) -> bool:
-        from ipmerge_core.models.writer import place_of
+        from ipmerge_core.models.writer import run_folders
 
-        place = place_of(self.output_folder(name))
+        place = run_folders(self.output_folder(name))
         taken = place.out.exists() or place.run.exists()
         return not taken and self.store.writer_of(place.out) is None
 

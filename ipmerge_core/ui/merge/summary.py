@@ -71,6 +71,8 @@ def confirm_html(
         "Device": escape(device),
         "Time": f"{format_estimate(need.seconds, need.device)}, estimated from the sizes",
     }
+    if need.advice:
+        rows["Advice"] = escape(need.advice)
     cells = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows.items())
     return f'<dl class="facts" data-digest="{digest}">{cells}</dl>'
 

@@ -36,6 +36,7 @@ from ipmerge_core.ui.runs import Remembered, RunState, RunView, Updates, find_ru
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
+    from ipmerge_core.merging.estimates import Estimate
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.planning.plan import MergePlan
 
@@ -84,6 +85,7 @@ class Readiness(NamedTuple):
     ready: bool
     digest: str = ""  # of the pair, plan and device that were checked
     device: str = ""
+    estimate: Estimate | None = None
 
 
 def merge_tab(
@@ -228,7 +230,7 @@ def readiness(
     device: str = AUTO,
 ) -> Readiness:
     """Check pair, plan, device and disk space before anything is written."""
-    from ipmerge_core.merging.merge import estimate, reopen
+    from ipmerge_core.merging.merge import estimate_merge, reopen
     from ipmerge_core.merging.parts import work_of
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.runtime.devices import describe_device
@@ -238,7 +240,7 @@ def readiness(
         plan = chosen_plan(pack_id, choice, method or MethodChoice())
         models = reopen(plan)
         name = backend.free_name(plan)
-        need = estimate(plan, backend.output_folder(name), device=device)
+        need = estimate_merge(plan, backend.output_folder(name), device=device)
         found = [public_finding(finding) for finding in models.check()]
         found.append(_room(need.nbytes_written, need.nbytes_free))
         beside = work_of(plan, models)
@@ -251,7 +253,7 @@ def readiness(
         return Readiness([refusal], "", "", ready=False)
     found += _plan_warnings(plan)
     ready = all(finding.level != "refusal" for finding in found)
-    return Readiness(found, words, name, ready, digest, device)
+    return Readiness(found, words, name, ready, digest, device, need)
 
 
 def list_devices(backend: Backend) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import ipmerge_core as ipm
 from ipmerge_core.errors import PlanError
-from ipmerge_core.merging.merge import estimate
+from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.shared_tokens import read_tokens
 from ipmerge_core.planning.mergekit import export_recipe
@@ -182,8 +182,8 @@ def test_the_preview_says_what_is_not_in_its_numbers(shifted: Trio) -> None:
 
 def test_the_estimate_counts_what_is_read_beside(shifted: Trio, tmp_path: Path) -> None:
     pair = ipm.open_pair(shifted.mllm, shifted.math, shifted.base)
-    plain = estimate(ipm.make_plan(pair, **TASK), tmp_path / "out")
-    more = estimate(ipm.make_plan(pair, **TASK, norms="merge"), tmp_path / "out")
+    plain = estimate_merge(ipm.make_plan(pair, **TASK), tmp_path / "out")
+    more = estimate_merge(ipm.make_plan(pair, **TASK, norms="merge"), tmp_path / "out")
     assert more.nbytes_read == plain.nbytes_read + 2 * 10 * 16 * 4  # the vectors of two models
 
 

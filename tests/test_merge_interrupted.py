@@ -1,4 +1,4 @@
-"""The merge engine: killed at any moment it goes on and ends the same; it never loses or leaks."""
+"""Interrupted merges: killed at any moment, a merge resumes to the same bytes and leaks nothing."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_fifty_kills_at_random_moments_end_in_the_same_bytes(
             shutil.rmtree(out)
         else:
             with pytest.raises(IPMergeError):
-                Checkpoint.open(writing.place_of(out).model)
+                Checkpoint.open(writing.run_folders(out).model)
     ipm.merge(plan, out)
     assert files_of(out) == whole
     assert not place_left(out)
 
 
 def place_left(out: Path) -> bool:
-    return writing.place_of(out).run.exists()
+    return writing.run_folders(out).run.exists()
 
 
 class Killed(BaseException):

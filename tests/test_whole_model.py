@@ -15,7 +15,7 @@ import ipmerge_core as ipm
 from ipmerge_core.cli import main
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.merge import iter_merge
-from ipmerge_core.merging.whole_model import is_due, iter_measure
+from ipmerge_core.merging.whole_model import is_due, iter_first_pass
 from ipmerge_core.methods import METHODS
 from ipmerge_core.methods.declarations import drained
 from ipmerge_core.models.pairing import ModelPair
@@ -133,10 +133,10 @@ def test_a_measured_plan_holds_the_numbers_and_merges_to_the_same_bytes(
 ) -> None:
     plan = ipm.make_plan(pair, method, **choice)
     assert is_due(plan)
-    measured = drained(iter_measure(plan))
+    measured = drained(iter_first_pass(plan))
     assert not is_due(measured)
     assert measured.hash != plan.hash
-    assert drained(iter_measure(measured)) is measured
+    assert drained(iter_first_pass(measured)) is measured
     measured.save(tmp_path / "plan.json")
     assert MergePlan.load(tmp_path / "plan.json") == measured
     ipm.merge(plan, tmp_path / "plain")
@@ -151,7 +151,7 @@ def test_an_analysis_knows_the_norms_of_the_task_vectors(
 ) -> None:
     for method, choice in (("metagpt", {}), ("nan", {"norm_of": "tau"})):
         known = ipm.make_plan(analysis, method, **choice)
-        found = drained(iter_measure(ipm.make_plan(pair, method, **choice)))
+        found = drained(iter_first_pass(ipm.make_plan(pair, method, **choice)))
         assert not is_due(known)
         assert known.statistic == pytest.approx(found.statistic, rel=1e-6)
     assert is_due(ipm.make_plan(analysis, "nan"))
@@ -160,7 +160,7 @@ def test_an_analysis_knows_the_norms_of_the_task_vectors(
 def test_it_is_over_what_the_plan_merges_only(analysis: ipm.Analysis, pair: ModelPair) -> None:
     for source in (analysis, pair):
         part = ipm.make_plan(source, "metagpt", include=r"layers\.0\.mlp")
-        found = drained(iter_measure(part)).statistic
+        found = drained(iter_first_pass(part)).statistic
         squares = [
             sum(r.mllm_norm2 for r in analysis.records if "layers.0.mlp" in r.name),
             sum(r.math_norm2 for r in analysis.records if "layers.0.mlp" in r.name),
@@ -301,7 +301,7 @@ def test_a_measured_plan_is_previewed_exactly(
     plan = ipm.make_plan(analysis, "nan")
     with pytest.raises(PlanError, match="which the merge measures first"):
         plan.preview()
-    preview, made = compared(drained(iter_measure(plan)), pair, tmp_path / "out")
+    preview, made = compared(drained(iter_first_pass(plan)), pair, tmp_path / "out")
     assert preview.layer_change == pytest.approx(made, rel=2e-4)
 
 
