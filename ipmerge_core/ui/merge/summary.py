@@ -66,8 +66,8 @@ def confirm_html(
         f"{''.join(f', {escape(what)}' for what in plan.beside)}; {escape(change)}",
         "Reference weights": f"{escape(ANCHORS[plan.anchor])} (<code>{plan.anchor}</code>)",
         "Unchanged, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor, configs",
-        "Reads, writes": f"{format_size(need.nbytes_read)}, {format_size(need.nbytes_written)} "
-        f"({format_size(need.nbytes_free)} free)",
+        "Reads": format_size(need.nbytes_read),
+        "Writes": f"{format_size(need.nbytes_written)} ({format_size(need.nbytes_free)} free)",
         "Device": escape(device),
         "Time": f"{format_estimate(need.seconds, need.device)}, estimated from the sizes",
     }
