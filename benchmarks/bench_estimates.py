@@ -177,7 +177,8 @@ def plans(
             yield ipm.make_plan(ipm.analyse(pair), name, similarity_threshold=0.0, **own)
         elif method.data is not None:
             samples = [load_samples("demo", 4, sees=sees) for sees in (True, False)]
-            found = calibrate(pair, folder / method.data, CalibrationSettings(method.data), *samples)
+            how = CalibrationSettings(method.data)
+            found = calibrate(pair, folder / method.data, how, *samples)
             yield ipm.make_plan(pair, name, calibration=found.folder)
         else:
             yield ipm.make_plan(pair, name, **own)
