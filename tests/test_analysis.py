@@ -329,7 +329,9 @@ def test_a_device_that_is_too_small_hands_the_matrix_to_the_cpu(
         return original(matrix, **options)
 
     monkeypatch.setattr(spectrum, "svd", small)
-    with pytest.warns(UserWarning, match="does not fit the memory of cpu; .* by the CPU"):
+    with pytest.warns(
+        UserWarning, match="does not fit into the memory of cpu; falling back to the CPU"
+    ):
         found = ipm.analyse(pair)
     assert found.records == expected.records
 
