@@ -82,7 +82,7 @@ class FolderInUseError(RunError):
 
     def __init__(self, folder: str, job: str, *, same_work: bool) -> None:
         super().__init__(
-            f"Another run is writing to '{folder}' right now. Wait for it, cancel it, or choose "
+            f"Another run is writing to '{folder}'. Wait for it, cancel it, or choose "
             f"another output folder."
         )
         self.job, self.same_work = job, same_work

@@ -343,7 +343,7 @@ def test_a_space_takes_hub_ids_alone(tmp_path, trio, new_page, monkeypatch):
         check(page, ready=False)
         refusal = page.locator("#analyse-findings .refusal")
         expect(refusal).to_have_count(1)
-        expect(refusal).to_contain_text("is no hub id; expected 'org/name'")
+        expect(refusal).to_contain_text("is not a valid hub id; expected 'org/name'")
         expect(page.locator("#analyse-base textarea")).to_have_value(str(trio.base))
 
 

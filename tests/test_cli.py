@@ -181,7 +181,7 @@ def test_analyse_refuses_strangers_unless_forced(
 ) -> None:
     stranger = write_model(tmp_path / "s", text_weights(seed=5), TEXT_CONFIG)
     arguments = ["analyse", *models(trio, base=stranger), "-o", str(tmp_path / "p.json.gz")]
-    fails(arguments, "give its true parent", capsys)
+    fails(arguments, "specify the model it was trained from", capsys)
     assert cli.main([*arguments, "--force"]) == 0
 
 

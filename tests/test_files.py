@@ -241,5 +241,5 @@ def test_a_short_answer_is_noticed(trio: Trio) -> None:
 
     found = RemoteFiles("org/base", SHA, Short(), str(trio.base))
     assert found.read("config.json", 5, 5) == b""
-    with pytest.raises(RunError, match="gave 9 bytes where 10 were asked for"):
+    with pytest.raises(RunError, match="returned 9 of 10 requested bytes"):
         found.read("config.json", 0, 10)

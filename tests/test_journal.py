@@ -80,7 +80,7 @@ def test_strangers_existing_packs_and_folders_for_the_hub_are_refused(
 ) -> None:
     with pytest.raises(PairingError, match="equals the base"):
         list(iter_pack(str(trio.mllm), [str(trio.base)], str(trio.base), out))
-    with pytest.raises(CheckpointError, match="is no hub id"):
+    with pytest.raises(CheckpointError, match="is not a valid hub id"):
         run(trio, out, hub_only=True)
     with pytest.raises(PlanError, match="rank is 0"):
         run(trio, out, rank=0)

@@ -184,9 +184,9 @@ def test_a_space_takes_hub_ids_alone_and_never_looks_at_its_folders(trio, monkey
     backend = Backend()
     for address in (str(trio.mllm), "assets/demo/mllm", "~/x", "file:///x", "a/b/c"):
         found = checked(named(trio, mllm=address), hub_only=backend.hosted)[1]
-        assert "is no hub id; expected 'org/name'" in refusals(found)
+        assert "is not a valid hub id; expected 'org/name'" in refusals(found)
     assert "A hub id is" in refusals(checked(named(trio, mllm="../home"), hub_only=True)[1])
-    with pytest.raises(CheckpointError, match="is no hub id"):
+    with pytest.raises(CheckpointError, match="is not a valid hub id"):
         start_analysis(backend, named(trio))
     assert not list(packs_folder().iterdir())
     found = checked(named(trio, mllm="assets/demo", base="a/b", math=("c/d",)), hub_only=True)[1]

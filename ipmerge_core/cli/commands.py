@@ -51,7 +51,7 @@ def analyse(options: argparse.Namespace) -> int:
     keep_freed_memory()
     pair = open_models(options)
     if not options.force:
-        pair.refuse_strangers("(--force analyses anyway.)")
+        pair.require_common_base("(--force analyses anyway.)")
     check_target(options.output)
     how = Options(options.rank, options.temperature, options.quick, options.directions).check()
     journal = Path(options.output + ".journal")
