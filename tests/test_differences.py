@@ -255,7 +255,7 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_tensor(
     write_model(models.folder / "bad", weights, CONFIG)
     pair = ipm.open_pair(models.folder / "mllm", models.base, models.folder / "bad")
     found = distance(pair.check(), "math")
-    assert (found.level, "bad' holds 3 NaN or" in found.message) == ("refusal", True)
+    assert (found.level, "bad' has 3 NaN or" in found.message) == ("refusal", True)
 
 
 def test_a_partly_tuned_expert_is_analysed_and_changes_those_parts_alone(

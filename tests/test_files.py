@@ -133,11 +133,11 @@ def test_the_estimate_names_the_cheaper_way(
     decoder = sum(pair.mllm.spec(matrix.mllm).nbytes for matrix in pair.matrices)
     assert need.nbytes_fetched == need.nbytes_read == pair.mllm.nbytes + 2 * decoder
     assert need.nbytes_whole == sum(model.nbytes for _, model in pair.roles())
-    assert "Reading by ranges fetches" in need.advice
+    assert "The merge downloads" in need.advice
     assert need.seconds > 0
     assert need.nbytes_memory > need.largest_matrix
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    assert "on a machine with more room" in estimate(plan, tmp_path / "out").advice
+    assert "on a machine with more disk space" in estimate(plan, tmp_path / "out").advice
     with pytest.raises(RunError, match="needs .* GB .* are free"):
         ipm.merge(plan, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def test_a_journal_that_has_not_begun_is_refused(out: Path) -> None:
     for content in (None, "", "nonsense", json.dumps([1]), json.dumps({"format": "other"})):
         if content is not None:
             journal_of(out).write_text(content)
-        with pytest.raises(PlanError, match="has not begun"):
+        with pytest.raises(PlanError, match="has not started"):
             read_journal(journal_of(out))
 
 

@@ -27,7 +27,7 @@ def test_two_weights_of_an_average_come_together_and_do_not_cancel():
         with pytest.raises(PlanError, match="expected both, or alpha alone"):
             merged_by("linear", **given)
     opposite = {"mllm_weight": 0.5, "math_weight": -0.5}
-    with pytest.raises(PlanError, match="add up to 0"):
+    with pytest.raises(PlanError, match="sum to 0"):
         merged_by("linear", **opposite)
     apart = merged_by("linear", normalize=False, **opposite)
     assert close(apart, (0.5 * (W_V - W_E)).tolist())

@@ -288,7 +288,7 @@ BAD = {
     "{{ range(10**9) | list }}": "OverflowError",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
     "{% include 'other' %}": "cannot be rendered",
-    "no question at all": "leaves the text or the image of a message out of the prompt",
+    "no question at all": "omits the text or the image of a message from the prompt",
 }
 
 
@@ -300,14 +300,14 @@ def test_a_template_that_cannot_be_used_is_told_with_a_remedy(request, bad, side
     with pytest.raises(ModelLoadError, match=f"The chat template of '{side}'") as caught:
         encode_prompt(loaded, "What is it?", PICTURE if loaded.sees else None)
     assert BAD[bad] in str(caught.value)
-    assert "Correct chat_template.jinja" in str(caught.value)
+    assert "Fix chat_template.jinja" in str(caught.value)
 
 
 @pytest.mark.parametrize("side", ["mllm", "math"])
 def test_named_templates_without_a_default_are_named(request, side):
     loaded = request.getfixturevalue(side)
     use(loaded, {"rag": "r", "tool_use": "t"})
-    with pytest.raises(ModelLoadError, match="named 'rag', 'tool_use' and none named 'default'"):
+    with pytest.raises(ModelLoadError, match="named 'rag', 'tool_use' but none named 'default'"):
         encode_prompt(loaded, "What is it?", None)
 
 
@@ -319,7 +319,7 @@ def test_named_templates_with_a_default_use_it(mllm):
 
 def test_a_template_that_is_no_text_is_refused(mllm):
     use(mllm, ["a", "b"])
-    with pytest.raises(ModelLoadError, match="is a list; expected the text of a Jinja template"):
+    with pytest.raises(ModelLoadError, match="is a list; expected a Jinja template string"):
         encode_prompt(mllm, "What is it?", None)
 
 

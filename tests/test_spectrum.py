@@ -170,7 +170,7 @@ def test_values_that_are_not_finite_are_counted(bad):
     ("arguments", "words"),
     [
         ({"method": "lanczos"}, "Unknown svd method 'lanczos'. Available: auto, exact"),
-        ({"rank": 0}, "rank is 0; expected a whole number >= 1"),
+        ({"rank": 0}, "rank is 0; expected an integer >= 1"),
         ({"rank": -3}, "rank is -3"),
         ({"dtype": torch.float16}, "float16; expected"),
         ({"vectors": "left"}, "vectors is 'left'; expected both or right"),

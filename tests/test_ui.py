@@ -217,7 +217,7 @@ def test_bad_arguments_come_back_as_one_sentence(client, values, words):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"question": ""}, "There is no question"),
+        ({"question": ""}, "The question is empty"),
         ({"question": "x", "image": "not base64!"}, "not base64"),
         ({"question": "x", "image": "aGVsbG8="}, "not a readable image"),
         ({"question": "x", "temperature": -1}, "temperature is -1"),

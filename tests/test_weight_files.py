@@ -278,7 +278,9 @@ def test_an_adapter_beside_the_weights_is_named_and_not_taken_along(
     )
     ipm.merge(plan, tmp_path / "out")
     assert not list((tmp_path / "out").glob("adapter*"))
-    with pytest.raises(ModelLoadError, match="holds a PEFT adapter .*merge_and_unload"):
+    with pytest.raises(
+        ModelLoadError, match="contains both weights and a PEFT adapter .*merge_and_unload"
+    ):
         load_model(folder)
 
 

@@ -1,9 +1,9 @@
-"""IP-Merging's update as a LoRA adapter: small factors beside an unchanged model.
+"""Export IP-Merging's update as a LoRA adapter in the PEFT format.
 
-In: a plan of IP-Merging. Out: a PEFT folder (adapter_config.json, adapter_model.safetensors) that
-PEFT, and servers that take LoRA, load on the MLLM; lambda is the adapter's scale and can be changed
+In: a plan of IP-Merging. Out: a folder (adapter_config.json, adapter_model.safetensors) that PEFT,
+and servers with LoRA support, load on the MLLM; lambda is the adapter's scale and can be changed
 after loading. The update P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is
-squared and sums to one. How many directions a matrix needs is found from the residual and reported.
+squared and sums to one. The rank of each matrix is determined from the residual and reported.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ REPORT = "ipmerge-adapter.json"
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """One module's factors are ready.
+    """Progress: the factors of one module were computed.
 
-    `rank` directions are kept of the `needed` ones that bring the residual below the tolerance;
-    `residual` is what the kept ones leave, relative to the update's Frobenius norm.
+    `rank` is the number of kept directions, `needed` the number required for the tolerance;
+    `residual` is that of the kept ones, relative to the update's Frobenius norm.
     """
 
     tensor: str
@@ -57,7 +57,7 @@ class AdapterStep:
 
 
 class Truncated(NamedTuple):
-    """An update cut to few directions, how many it needed, and what is left out."""
+    """A truncated update, the rank required for the tolerance, and the residual."""
 
     update: Update
     needed: int
@@ -90,23 +90,23 @@ def iter_adapter(
 ) -> Iterator[AdapterStep]:
     """Write the LoRA adapter of `plan` to the new folder `out`, yielding after each module.
 
-    The adapter on the MLLM is the merged model up to the residual and the merged model's rounding
-    to its stored dtype. Factors are fp32; the scale lora_alpha / r is the plan's lambda.
+    The MLLM with the adapter equals the merged model up to the residual and the rounding of the
+    merged model to its stored dtype. Factors are fp32; the scale lora_alpha / r is lambda.
 
     Args:
-        plan: of IP-Merging with a projector; its sources are opened again and compared.
-        out: a folder that does not exist or is empty. It appears when the adapter is whole.
-        tolerance: relative Frobenius residual at which a matrix's rank is chosen.
-        max_rank: directions kept at most. A matrix that needs more is cut there, with a warning,
-            and reported with its residual.
-        device: where the matrices are decomposed: "auto", or as torch names it.
+        plan: a plan of IP-Merging with projection; its sources are opened again and compared.
+        out: a folder that does not exist or is empty. It appears when the adapter is complete.
+        tolerance: relative Frobenius residual that determines the rank of a matrix.
+        max_rank: maximum rank. A matrix that needs more is truncated with a warning, and
+            reported with its residual.
+        device: a torch device name, or "auto".
 
     Raises:
         PlanError: the method's change is not of low rank, no matrix is selected, or the device is
-            not there.
+            not available.
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source is not the one the plan was made for.
-        RunError: the target cannot be written.
+        PairingError: a source differs from the one the plan was made for.
+        RunError: the output cannot be written.
     """
     where = torch.device(resolve_device(device))
     _check(plan, tolerance, max_rank)
@@ -151,7 +151,7 @@ def update_of(
     parameters: Mapping[str, Any],
     noise: Sequence[float] | None = None,
 ) -> Update:
-    """IP-Merging's change of one matrix as factors, those of several experts side by side.
+    """Return IP-Merging's change of one matrix as factors, concatenated over experts.
 
     Math:   lambda sum_k P_k = left right; see `ip_merging`.
     """
@@ -162,17 +162,16 @@ def update_of(
 
 
 def truncated(update: Update, tolerance: float, max_rank: int) -> Truncated:
-    """Cut an update to the fewest directions that leave a residual of at most `tolerance`.
+    """Truncate an update to the smallest rank with a residual of at most `tolerance`.
 
     Math:   P = left right = Q_l (R_l R_r^T) Q_r^T with QR factors of left and right^T; the SVD
-            of the small middle gives P = U diag(s) V^T, and the needed rank is the least r with
-            sum_{i>r} s_i^2 <= tolerance^2 sum s_i^2. The factors share the weight: U sqrt(s) and
-            sqrt(s) V^T.
+            of the small inner matrix gives P = U diag(s) V^T, and the rank is the smallest r with
+            sum_{i>r} s_i^2 <= tolerance^2 sum s_i^2. The factors are U sqrt(s) and sqrt(s) V^T.
     """
     Q_l, R_l = torch.linalg.qr(update.left.double())
     Q_r, R_r = torch.linalg.qr(update.right.double().T)
     U, s, Vh = torch.linalg.svd(R_l @ R_r.T)
-    tail = s.square().flip(0).cumsum(0).flip(0)  # tail[r] is what r directions leave out
+    tail = s.square().flip(0).cumsum(0).flip(0)  # tail[r] is the squared residual of rank r
     whole = float(tail[0]) if len(tail) else 0.0
     needed = int((tail > tolerance**2 * whole).sum())
     rank = min(needed, max_rank)
@@ -186,10 +185,10 @@ def truncated(update: Update, tolerance: float, max_rank: int) -> Truncated:
 
 
 def module_name(tensor: str, mllm: Checkpoint) -> str:
-    """Name the module that transformers gives a stored matrix to, from the root of the model.
+    """Return the transformers module name of a stored matrix, from the root of the model.
 
-    Files keep the names of the transformers version that wrote them; in memory the decoder of a
-    multimodal model lies under `model.language_model` (or, in Idefics, `model.text_model`).
+    Files have the names of the transformers version that saved them; in memory the decoder of a
+    multimodal model is `model.language_model` (or, in Idefics, `model.text_model`).
     """
     name = tensor.removesuffix(".weight")
     found = re.fullmatch(r"(?P<prefix>.*?)(?P<rest>layers\.[0-9]{1,6}\..*)", name, re.DOTALL)
@@ -206,28 +205,28 @@ def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
         ablation = plan.parameters.get("ablation", "none")
         what = label if ablation == "none" else f"{label} with ablation '{ablation}'"
         raise PlanError(
-            f"{what} changes weights in all directions, so its change is no LoRA adapter. "
-            f"Use IP-Merging with its projection, or write the merged model instead."
+            f"The change of {what} has full rank and cannot be a LoRA adapter. Use IP-Merging "
+            f"with projection, or write the merged model instead."
         )
     if not 0 < tolerance < 1:
-        raise PlanError(f"The tolerance is {tolerance}; expected a number in (0, 1), as 0.001.")
+        raise PlanError(f"The tolerance is {tolerance}; expected a number in (0, 1).")
     if max_rank < 1:
-        raise PlanError(f"max_rank is {max_rank}; expected a whole number >= 1, such as 64.")
+        raise PlanError(f"max_rank is {max_rank}; expected an integer >= 1.")
     if not plan.selected:
         raise PlanError(
-            f"The plan selects none of {len(plan.decisions)} matrices, so an adapter would be "
-            f"empty. Lower the similarity threshold ({plan.similarity_threshold})."
+            f"The plan selects none of {len(plan.decisions)} matrices, so that the adapter would "
+            f"be empty. Lower the similarity threshold ({plan.similarity_threshold})."
         )
 
 
 def _per_unit_gain(plan: MergePlan, layer: int) -> dict[str, Any]:
-    """The method's parameters in one layer with lambda 1: lambda itself is the adapter's scale."""
+    """Return the method's parameters in one layer for lambda 1; lambda is the adapter's scale."""
     unit = replace(plan, parameters={**plan.parameters, "lambda_": 1.0})
     return unit.parameters_for(layer)
 
 
 def _placed(update: Update, rows: range, height: int) -> Update:
-    """Put the update of a block of rows into the taller matrix that it is stored in."""
+    """Pad the update of a block of rows to the height of its stored tensor."""
     if len(rows) == height:
         return update
     left = update.left.new_zeros(height, update.left.shape[1])
@@ -247,9 +246,9 @@ def _warn_of_cuts(steps: Sequence[AdapterStep], max_rank: int) -> None:
     if cut:
         worst = max(cut, key=lambda step: step.residual)
         warnings.warn(
-            f"{len(cut)} of {len(steps)} matrices need more than max_rank = {max_rank} directions "
-            f"and were cut; '{worst.tensor}' needs {worst.needed} and leaves out "
-            f"{worst.residual:.1%} of its update. Raise max_rank for an exact adapter.",
+            f"{len(cut)} of {len(steps)} matrices need a rank above max_rank = {max_rank} and were "
+            f"truncated; '{worst.tensor}' needs {worst.needed} and has a residual of "
+            f"{worst.residual:.1%}. Raise max_rank for a more accurate adapter.",
             stacklevel=3,
         )
 
@@ -264,7 +263,7 @@ def _write(
     steps: Sequence[AdapterStep],
     how: Mapping[str, float | str],
 ) -> None:
-    """Write everything beside `out` and rename it, so that no half adapter ever loads."""
+    """Write to a temporary folder and rename it, so that a partial adapter is never loaded."""
     if not tensors:
         raise PlanError(
             "The update of every selected matrix is zero: the math models do not differ from "
@@ -284,12 +283,12 @@ def _write(
         for name, text in documents.items():
             (partial / name).write_text(text, encoding="utf-8")
         if out.exists():
-            out.rmdir()  # empty, as checked
+            out.rmdir()  # checked to be empty
         partial.rename(out)
 
 
 def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
-    """The PEFT configuration. Every module's scale lora_alpha / r is the plan's lambda."""
+    """Return the PEFT configuration; the scale lora_alpha / r of every module is lambda."""
     ranks = {step.module: step.rank for step in steps if step.rank}
     gain = float(plan.parameters["lambda_"] or 0.0)
     largest = max(ranks.values())
@@ -353,7 +352,7 @@ def _card(plan: MergePlan, steps: Sequence[AdapterStep], nbytes: int) -> str:
             "",
             f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices, rank "
             f"{min(ranks)} to {max(ranks)}, {nbytes / 1e6:.1f} MB. Load it with PEFT on the MLLM "
-            f"that it was made for; scaling the adapter by s makes lambda s times larger.",
+            f"that it was made for; scaling the adapter by s scales lambda by s.",
             "",
             f"`{REPORT}` lists the rank and the residual of every matrix. No benchmark was run.",
             "",

@@ -1,4 +1,4 @@
-"""One function per command: read the options, call the package, print; the exit code comes back."""
+"""Implement the commands, one function each, which returns the exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Say whether the models are siblings: exit code 2 for a refusal, 1 for strict warnings."""
+    """Run the sibling check: exit code 2 for a refusal, 1 for warnings with --strict."""
     findings = open_models(options).check()
     if options.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
@@ -43,7 +43,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def analyse(options: argparse.Namespace) -> int:
-    """Write a pack; an interrupted analysis goes on."""
+    """Analyse the models and write a pack; an interrupted analysis is resumed."""
     from ipmerge_core.analysis.analyse import assemble, comparing_cost, iter_analysis
     from ipmerge_core.analysis.comparison import Options
     from ipmerge_core.runtime.pipeline import keep_freed_memory
@@ -51,7 +51,7 @@ def analyse(options: argparse.Namespace) -> int:
     keep_freed_memory()
     pair = open_models(options)
     if not options.force:
-        pair.require_common_base("(--force analyses anyway.)")
+        pair.require_common_base("Use --force to analyse anyway.")
     check_target(options.output)
     how = Options(options.rank, options.temperature, options.quick, options.directions).check()
     journal = Path(options.output + ".journal")
@@ -80,7 +80,7 @@ def analyse(options: argparse.Namespace) -> int:
 
 
 def calibrate(options: argparse.Namespace) -> int:
-    """Measure the models on samples, into a folder that plans can name."""
+    """Run a calibration and write the measurements to a folder."""
     from ipmerge_core.calibration.calibrate import estimate, iter_calibration
     from ipmerge_core.calibration.passes import Settings
     from ipmerge_core.calibration.samples import load_samples
@@ -88,18 +88,18 @@ def calibrate(options: argparse.Namespace) -> int:
 
     pair = open_models(options)
     how = Settings(options.kind, options.estimator, options.image_tokens, options.wide)
-    seen = load_samples(options.mllm_samples, options.limit, sees=True)
-    told = load_samples(options.math_samples, options.limit, sees=False)
+    mllm = load_samples(options.mllm_samples, options.limit, takes_images=True)
+    math = load_samples(options.math_samples, options.limit, takes_images=False)
     if options.dry_run:
-        need = estimate(pair, options.output, how, len(seen), len(told))
+        need = estimate(pair, options.output, how, len(mllm), len(math))
         text = (
             f"{need.passes} passes, {need.nbytes_model / 1e9:.3f} GB for the largest model and "
             f"{need.nbytes_held / 1e9:.3f} GB for sums in memory, {need.nbytes_written / 1e9:.3f} "
-            f"GB written ({need.nbytes_free / 1e9:.1f} GB free). Nothing was written."
+            f"GB on disk ({need.nbytes_free / 1e9:.1f} GB free). Dry run: nothing was written."
         )
         return print_result(options, need._asdict(), text)
     progress = None
-    for step in iter_calibration(pair, options.output, how, seen, told, device=options.device):
+    for step in iter_calibration(pair, options.output, how, mllm, math, device=options.device):
         progress = progress or Progress("calibrating", step.total, options)
         progress.show(step.done, f"{step.role}, layers {step.group + 1}/{step.groups}")
     assert progress is not None
@@ -107,7 +107,7 @@ def calibrate(options: argparse.Namespace) -> int:
     found = Measurements.open(options.output)
     tokens = {model.role: model.tokens for model in found.models}
     doubts = found.doubts(max(matrix.shape[1] for matrix in pair.matrices))
-    counted = ", ".join(f"{count} tokens of {role}" for role, count in tokens.items())
+    counted = ", ".join(f"{count} tokens for {role}" for role, count in tokens.items())
     text = (
         f"Wrote {options.output}: {counted}. Use it with "
         f"`ipmerge plan --calibration {options.output}`."
@@ -123,7 +123,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Write a plan and say what it changes."""
+    """Write a plan and print its preview."""
     from ipmerge_core.analysis.records import Analysis
     from ipmerge_core.planning.plan import make_plan
 
@@ -161,7 +161,7 @@ def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
 
 
 def recipe(options: argparse.Namespace) -> int:
-    """Write a plan as a recipe for mergekit."""
+    """Export a plan as a mergekit recipe."""
     from ipmerge_core.planning.mergekit import export_recipe
     from ipmerge_core.planning.plan import MergePlan
 
@@ -172,7 +172,7 @@ def recipe(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Carry out a plan, or with --dry-run only say what it would take."""
+    """Execute a plan, or print an estimate with --dry-run."""
     from ipmerge_core.merging.merge import MANIFEST, estimate, iter_merge
     from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.runtime.devices import describe_device
@@ -203,7 +203,7 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def adapter(options: argparse.Namespace) -> int:
-    """Write the change of an IP-Merging plan as a LoRA adapter."""
+    """Export an IP-Merging plan as a LoRA adapter."""
     from ipmerge_core.adapters.export import REPORT, iter_adapter
     from ipmerge_core.planning.plan import MergePlan
 
@@ -225,7 +225,7 @@ def adapter(options: argparse.Namespace) -> int:
 
 
 def chat(options: argparse.Namespace) -> int:
-    """Ask one model, or two, and print the answers."""
+    """Ask one or two models and print the answers."""
     from ipmerge_core.inference.generation import answer
 
     models = [options.model, *([options.compare] if options.compare else [])]
@@ -236,12 +236,12 @@ def chat(options: argparse.Namespace) -> int:
 
 
 def app(options: argparse.Namespace) -> int:
-    """Serve the app until it is stopped."""
+    """Serve the web app until it is interrupted."""
     from ipmerge_core.ui.app import launch
 
     if options.device != "auto":
         from ipmerge_core.runtime.devices import resolve_device
 
-        resolve_device(options.device)  # here, before the app is served
+        resolve_device(options.device)  # fail before the app is served
     launch(host=options.host, port=options.port, device=options.device)
     return 0

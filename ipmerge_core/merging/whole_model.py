@@ -1,8 +1,8 @@
-"""The first pass: numbers of the whole model that a method needs before it merges a matrix.
+"""First passes: compute the whole-model statistic that a method needs before merging.
 
-In: a plan and its opened models. Out: a few numbers, and a step for every matrix on the way. They
-are a property of the plan: `merging` writes them into the manifest and takes them up again in a
-resume, and a plan may hold them already, from its analysis or from `iter_measure`.
+In: a plan and its opened models. Out: a few numbers, and a step per matrix. They are a property of
+the plan: a merge stores them in the manifest and reuses them in a resume, and a plan may already
+contain them, from its analysis or from `iter_measure`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
 
 
 class MeasureStep(NamedTuple):
-    """A matrix, or some of its rows, is measured. Sizes in bytes, over all passes."""
+    """Progress: a matrix, or some of its rows, was measured. Sizes in bytes, over all passes."""
 
     tensor: str
     number: int
@@ -36,7 +36,7 @@ class MeasureStep(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Rows of the chosen matrix of that number and name, and the bytes that they take."""
+    """Rows of a chosen matrix, with its number and name, and their size in bytes."""
 
     number: int
     name: str
@@ -48,11 +48,11 @@ class _Piece(NamedTuple):
 def iter_measure(
     plan: MergePlan, *, device: str = "cpu"
 ) -> Generator[MeasureStep, None, MergePlan]:
-    """Make the first pass of a plan now, yielding after each matrix; returns the plan with it.
+    """Run the first pass of a plan, yielding after each matrix; returns the updated plan.
 
-    The plan then says what the method found in the whole models, its preview is exact where that
-    was missing, and its merge does not measure again. A plan without a first pass comes back as it
-    is. Raises: as `reopen`; PlanError for a device that is not there.
+    The returned plan contains the statistic, its preview is exact if only the statistic was
+    missing, and its merge skips the first pass. A plan without a first pass is returned unchanged.
+    Raises: as `reopen`; PlanError for a device that is not available.
     """
     where = torch.device(resolve_device(device))
     if not is_due(plan):
@@ -62,7 +62,7 @@ def iter_measure(
 
 
 def is_due(plan: MergePlan) -> bool:
-    """Whether the plan's method needs a pass over the weights that nobody has made yet."""
+    """Return whether the plan's method needs a first pass that has not been run yet."""
     unknown = plan.statistic is None and plan.calibration is None
     method = find_method(plan.method)
     return unknown and bool(plan.selected) and method.needs_statistic(plan.parameters)
@@ -71,9 +71,9 @@ def is_due(plan: MergePlan) -> bool:
 def measure(
     plan: MergePlan, pair: ModelPair, device: torch.device, workers: int = 1
 ) -> Generator[MeasureStep, None, tuple[float, ...]]:
-    """Measure every matrix that the plan merges, yielding after each piece; returns the numbers."""
+    """Measure every merged matrix, yielding after each piece; returns the statistic."""
     statistic = find_method(plan.method).statistic
-    assert statistic is not None, "a first pass without a statistic"
+    assert statistic is not None, "the method has no statistic"
     anchor = "two_base" if statistic.from_own_base else plan.anchor
     chosen = chosen_matrices(plan, pair)
     cut = [
@@ -95,7 +95,7 @@ def measure(
 
     index = done = 0
 
-    def told(_: None) -> MeasureStep:
+    def progress(_: None) -> MeasureStep:
         nonlocal index, done
         turn, place = divmod(index, len(cut))
         index, done = index + 1, done + cut[place].held
@@ -109,4 +109,4 @@ def measure(
             yield numbers
 
     with closing(statistic.steps(matrices, plan.parameters, apply=apply)) as steps:
-        return (yield from relayed(steps, told))
+        return (yield from relayed(steps, progress))

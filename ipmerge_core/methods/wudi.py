@@ -1,8 +1,8 @@
-"""WUDI-Merging: the change of weights that disturbs every model least on its own directions.
+"""WUDI-Merging: minimise the interference of the merged change with each task vector.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
-fp64 inputs. The gradient is written so that its cost does not grow with the number of models, and
-the steps are the authors' (Adam), which makes the result depend on the size of the task vectors.
+fp64 inputs. The gradient is formulated so that its cost does not grow with the number of models.
+Like the authors' code it uses Adam, so that the result depends on the scale of the task vectors.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ipmerge_core.methods.registry import Coefficient, Experts, Gain, Noise, Ran
 from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
 from ipmerge_core.spectral.spectrum import as_float, existing
 
-Steps: TypeAlias = Annotated[int, Range(low=0, help="steps of Adam")]
+Steps: TypeAlias = Annotated[int, Range(low=0, help="number of Adam steps")]
 Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]
-Closed: TypeAlias = Annotated[bool, Range(help="the minimum itself in place of steps towards it")]
+Closed: TypeAlias = Annotated[bool, Range(help="compute the exact minimum instead of Adam steps")]
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
 
 
@@ -32,7 +32,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the authors use
     source="arXiv 2503.08099",
     formula="W = W0 + s argmin_X sum_i |(X - dW_i) dW_i^T|^2 / |dW_i|^2, from X = sum_i dW_i",
     several_experts=True,
-    unknown="it is found by iteration",
+    unknown="it is the result of an iteration",
     vectors=mean_of_changes,
     matrixwise=True,
     stepwise=True,
@@ -50,20 +50,20 @@ def wudi(
     scale: Gain = 1.0,
     noise: Noise = None,
 ) -> Generator[float, None, Matrix]:
-    """Move the sum of the task vectors towards least interference with each of them.
+    """Optimise the sum of the task vectors for minimal interference with each of them.
 
-    Yields the share of the iterations that are done.
+    Yields the share of finished iterations.
 
     Math:   with tau_i = a_i dW_i: L(X) = sum_i ||(X - tau_i) tau_i^T||_F^2 / ||tau_i||_F^2, from
             X = sum_i tau_i by `iterations` of Adam; W = W0 + s X. With
             G = sum_i tau_i^T tau_i / ||tau_i||^2, C = sum_i tau_i tau_i^T tau_i / ||tau_i||^2 the
             gradient is 2 (X G - C).
-            closed_form: the minimum itself, X = C G^+ (RegMean with the Gram matrices tau^T tau),
-            over the directions of the stacked task vectors that exist (`spectrum.existing`).
-    Shapes: all (m, n). Zero task vectors are left out; one model alone is taken whole.
+            closed_form: the exact minimum X = C G^+ (RegMean with the Gram matrices tau^T tau),
+            over the existing directions of the stacked task vectors (`spectrum.existing`).
+    Shapes: all (m, n). Zero task vectors are ignored; a single one is used unchanged.
     Source: WUDI-Merging, arXiv 2503.08099, where a_i = 1. An Adam step moves an element by at most
-            about the learning rate, so task vectors larger than iterations * rate do not converge;
-            this is what the authors ship, and the closed form is the named alternative.
+            about the learning rate, so that task vectors larger than iterations * rate do not
+            converge; this is the authors' method, and the closed form is an alternative.
     """
     experts = as_list(math)
     dtype = result_dtype(base, mllm, *experts)
@@ -83,7 +83,7 @@ def wudi(
 
 
 def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """X -> 2 (X G - C), with G formed or applied as a product, whichever is less work."""
+    """Return the gradient X -> 2 (X G - C), with G formed or applied as a product if cheaper."""
     C = torch.zeros_like(vectors[0])
     for vector, unit in zip(vectors, units, strict=True):
         C.addmm_(vector @ unit.T, unit)
@@ -97,7 +97,7 @@ def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable
 def _adam(
     X: Tensor, gradient_of: Callable[[Tensor], Tensor], iterations: int, learning_rate: float
 ) -> Generator[float, None, Tensor]:
-    """Run Adam with a constant rate; deterministic, no graph is recorded."""
+    """Run Adam with a constant learning rate; deterministic, without autograd."""
     first, second = torch.zeros_like(X), torch.zeros_like(X)
     b1, b2 = _BETAS
     for step in range(1, iterations + 1):
@@ -111,7 +111,7 @@ def _adam(
 
 
 def _minimum(changes: Sequence[Change], units: Sequence[Tensor]) -> Tensor:
-    """C G^+ = D (R^T)^+ with the stacked unit task vectors R and D = [tau_i u_i^T ..]."""
+    """Compute C G^+ = D (R^T)^+ with stacked unit task vectors R and D = [tau_i u_i^T ..]."""
     rows = torch.cat(list(units)).double()
     pairs = zip(changes, units, strict=True)
     D = torch.cat([change.vector.double() @ u.double().T for change, u in pairs], dim=1)

@@ -1,7 +1,7 @@
-"""What a plan can be told beside its method, in the words of forms, commands and tables.
+"""Options of a plan other than its method and parameters, for forms, CLI and docs.
 
-In: nothing. Out: one `Option` for each; `make_plan` says what it does, `scope` what is legal.
-Imports neither torch nor a method, so that a form can be laid out before either is loaded.
+Defines one `Option` each; `make_plan` documents them, `scope` validates them. Imports neither torch
+nor methods, so that a form can be built before they are loaded.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 ANCHORS = {
-    "inject": "the experts' changes, added to the whole MLLM",
-    "two_base": "each model's change, from its own base",
-    "root": "all changes, from the experts' base",
-    "interp": "the way from the MLLM to the expert; no base",
+    "inject": "add the experts' task vectors to the MLLM",
+    "two_base": "task vectors relative to each model's own base",
+    "root": "all task vectors relative to the experts' base",
+    "interp": "interpolate from the MLLM to the expert; no base",
 }
 
 
 class Option(NamedTuple):
-    """One thing that a plan can be told. `choices` are values with their meaning; else a text."""
+    """One option of a plan. `choices` maps values to descriptions; None means free text."""
 
     name: str
     label: str
@@ -29,33 +29,33 @@ class Option(NamedTuple):
 OPTIONS = (
     Option(
         "include",
-        "Only these matrices",
-        "a regular expression: matrices whose names it finds merge",
+        "Include matrices",
+        "regular expression: only matrices with a matching name are merged",
     ),
     Option(
-        "exclude", "But not these", "a regular expression: matrices whose names it finds are kept"
+        "exclude", "Exclude matrices", "regular expression: matrices with a matching name are kept"
     ),
     Option(
         "layer_gains",
-        "Gain over the layers",
-        "factors on the experts' part from the first layer to the last, interpolated: 0 1 fades in",
+        "Layer gains",
+        "update scale per layer, interpolated from first to last layer; 0 1 increases linearly",
     ),
     Option(
         "norms",
         "Norms and biases",
-        "stay the MLLM's, or merge as matrices of one row",
+        "keep the MLLM's, or merge them as one-row matrices",
         {"keep": "", "merge": ""},
     ),
     Option(
         "embeddings",
         "Embeddings and head",
-        "stay the MLLM's, or merge the rows of tokens that every model has",
+        "keep the MLLM's, or merge the rows of tokens shared by all models",
         {"keep": "", "merge-shared": ""},
     ),
     Option(
         "anchor",
         "Anchor",
-        "what changes are measured from; the method's own where none is chosen",
+        "reference weights for the task vectors; the default depends on the method",
         ANCHORS,
     ),
 )

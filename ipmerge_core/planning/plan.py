@@ -1,9 +1,8 @@
-"""Decisions before bytes: which matrices merge, with what method and gains, and what that changes.
+"""Merge plans: which matrices are merged, with what method and parameters.
 
-In: an `Analysis` (or a bare `ModelPair` for methods that need no similarity), a threshold and
-gains. Out: a `MergePlan`, one small JSON file that repeats the merge anywhere, and its `preview()`,
-which is arithmetic on the analysis' inner products: exact, without reading a weight. Nothing is
-written here but plan files.
+In: an `Analysis` (or a `ModelPair` for methods that need no similarity), a threshold and gains.
+Out: a `MergePlan`, a small JSON file that reproduces the merge, and its `preview()`, which is
+computed exactly from the inner products of the analysis without reading weights.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from ipmerge_core.planning.scope import (
     Norms,
     Override,
     Scope,
-    check_beside,
     check_choice,
+    check_extras,
     check_layer_gains,
     check_policy,
     choose_anchor,
@@ -52,7 +51,7 @@ _FORMAT, _VERSION = "ipmerge-plan", 1
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A finished calibration: its folder, and the hash of its record."""
+    """A finished calibration: its folder and the hash of its metadata."""
 
     folder: str
     digest: str
@@ -60,7 +59,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that is needed to repeat a merge; made by `make_plan`, carried out by `merge`."""
+    """Everything needed to reproduce a merge; created by `make_plan`, executed by `merge`."""
 
     name: str
     method: str
@@ -74,17 +73,17 @@ class MergePlan:
     sources: Sources
     totals: Totals
     decisions: tuple[Decision, ...]
-    records: tuple[LayerRecord, ...] = ()  # without spectra; empty for a plan from a ModelPair
-    calibration: Calibrated | None = None  # for the methods that need data
-    norms: Norms = "keep"  # of the decoder, and its biases
-    tokens: SharedTokens | None = None  # rows of embeddings and head that merge too
-    anchor: Anchor = "two_base"  # what changes are measured from
-    statistic: tuple[float, ...] | None = None  # of the whole model, where it is known already
-    analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, where known
+    records: tuple[LayerRecord, ...] = ()  # without spectra; empty if made from a ModelPair
+    calibration: Calibrated | None = None  # for methods that need data
+    norms: Norms = "keep"  # norms and biases of the decoder
+    tokens: SharedTokens | None = None  # merged rows of embeddings and head
+    anchor: Anchor = "two_base"  # reference weights for the task vectors
+    statistic: tuple[float, ...] | None = None  # of the whole model, if already known
+    analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, if known
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides the merged bytes."""
+        """SHA-256 of everything that determines the merged bytes."""
         fingerprints = [source.fingerprint for source in self.sources.all()]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
         parameters = dict(sorted(find_method(self.method).as_hashed(self.parameters).items()))
@@ -107,7 +106,7 @@ class MergePlan:
 
     @property
     def hash(self) -> str:
-        """The first eight digits of the digest: the plan's name among people."""
+        """The first eight digits of the digest, the short name of the plan."""
         return self.digest[:8]
 
     @property
@@ -116,30 +115,30 @@ class MergePlan:
         return tuple(decision for decision in self.decisions if decision.experts)
 
     @property
-    def beside(self) -> tuple[str, ...]:
-        """What merges beside the decoder's matrices, in words."""
+    def extras(self) -> tuple[str, ...]:
+        """Descriptions of what is merged in addition to the decoder matrices."""
         found = ["the decoder's norms and biases"] if self.norms == "merge" else []
         if self.tokens:
-            found.append(f"{self.tokens.rows} rows of embeddings and head, of shared tokens")
+            found.append(f"{self.tokens.rows} rows of embeddings and head (shared tokens)")
         return tuple(found)
 
     def allows(self, name: str) -> bool:
-        """Whether a tensor beside the matrices is included and not excluded, by the base's name."""
+        """Return whether a tensor, named as in the base, is included and not excluded."""
         return Scope.of({}, self.include, self.exclude).allows(name, True)
 
     def preview(self) -> Preview:
-        """Compute what the merge will change, without reading a weight.
+        """Compute how the merge will change the model, without reading weights.
 
-        Raises: PlanError when the method's change is not affine in directions that the analysis
-            holds, or the plan was made without an analysis.
+        Raises: PlanError if the change is not affine in directions of the analysis, or the plan
+            was made without an analysis.
         """
         if not self.records:
             raise PlanError(
-                "This plan was made from a bare pair, so there is nothing to preview from. Analyse "
-                "the pair and make the plan from the analysis."
+                "This plan was made without an analysis and cannot be previewed. Analyse the pair "
+                "and make the plan from the analysis."
             )
         found = preview(self.decisions, self.records, self._update_of, self.totals)
-        return replace(found, not_counted=self.beside)
+        return replace(found, not_counted=self.extras)
 
     def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
         """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
@@ -184,7 +183,7 @@ class MergePlan:
 
     @classmethod
     def load(cls, path: str | Path) -> MergePlan:
-        """Read a plan that `save` wrote. Raises: PlanError when it is no plan."""
+        """Read a plan written by `save`. Raises: PlanError if it is not a plan."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls.from_dict(content)
@@ -193,12 +192,12 @@ class MergePlan:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
                 f"'{path}' is not a plan of this version ({type(error).__name__}: {error}). "
-                f"Make it with `ipmerge plan`."
+                f"Create it again with `ipmerge plan`."
             ) from error
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MergePlan:
-        """Rebuild a plan from its JSON content and check its values again."""
+        """Rebuild a plan from its JSON content and validate it."""
         if content["format"] != _FORMAT or content["version"] != _VERSION:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
         method = find_method(content["method"])
@@ -248,32 +247,33 @@ def make_plan(
     anchor: Anchor | None = None,
     **parameters: ParameterValue,
 ) -> MergePlan:
-    """Decide what merges.
+    """Create a plan: select the matrices to merge and set the parameters.
 
     Args:
-        source: an Analysis; a ModelPair is enough for methods that do not select by similarity.
+        source: an Analysis, or a ModelPair for methods that do not select by similarity.
         method: a key of METHODS.
-        similarity_threshold: S_alpha in [0, 1]; a matrix merges iff its similarity reaches it.
-        lambda_: gain >= 0 on the update, for the methods that have one.
+        similarity_threshold: S_alpha in [0, 1]; matrices with similarity >= S_alpha are merged.
+        lambda_: gain >= 0 on the update, for methods that have one.
         similarity: "first", "max" or "weighted".
-        overrides: per matrix name "merge" or "keep", whatever else is said of it.
-        include: a regular expression; only matrices whose name it finds are merged.
-        exclude: a regular expression; matrices whose name it finds are kept.
-        layer_gains: factors on the experts' part from the first layer to the last, evenly spread
-            and interpolated: (0, 1) fades the update in.
-        calibration: a folder that `calibrate` made, for the methods that need data.
-        norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
-        embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
-            token every model has. Include and exclude hold for both.
-        anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
-            "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
-            B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is
-            the method's own: inject for plain sums, see `choose_anchor`.
-        **parameters: the method's own; else the analysis' (temperature, rank), or the defaults.
+        overrides: "merge" or "keep" per matrix name; takes precedence over all other options.
+        include: regular expression; only matrices with a matching name are merged.
+        exclude: regular expression; matrices with a matching name are kept.
+        layer_gains: factors on the experts' update, evenly spaced from the first to the last layer
+            and interpolated: (0, 1) increases linearly.
+        calibration: a folder written by `calibrate`, for methods that need data.
+        norms: "merge" also merges the decoder's norms and biases, as one-row matrices.
+        embeddings: "merge-shared" also merges the embedding and head rows of tokens shared by all
+            models, row by row. Include and exclude apply to both.
+        anchor: reference weights of the task vectors, and the weights they are added to; W0 is the
+            experts' base, B_v the MLLM's: "inject" adds the experts' W_e - W0 to W_v; "two_base"
+            uses each model's own base and adds to B_v; "root" uses W0 for all; "interp" adds W_e -
+            W_v to W_v, without a base. None selects the method's default, see `choose_anchor`.
+        **parameters: parameters of the method; by default those of the analysis (temperature,
+            rank), or the method's defaults.
 
     Raises:
-        PlanError: a value is out of range, a name unknown, or the source does not suffice.
-        CheckpointError, PairingError: no finished calibration there, or one of other models.
+        PlanError: a value is out of range, a name unknown, or the source is not sufficient.
+        CheckpointError, PairingError: the calibration is missing or of other models.
     """
     chosen, overrides = find_method(method), dict(overrides or {})
     analysed = checked_options(chosen, source.parameters if isinstance(source, Analysis) else {})
@@ -289,7 +289,7 @@ def make_plan(
         decisions = _take_all(source.matrices, len(source.math), scope)
         (sources, totals), records = describe(source), ()
     _check_overrides(overrides, decisions)
-    check_beside(chosen, norms, embeddings)
+    check_extras(chosen, norms, embeddings)
     return MergePlan(
         name=source.name,
         method=method,
@@ -316,14 +316,14 @@ def make_plan(
 def _complete(
     method: MergeMethod, given: Mapping[str, ParameterValue], analysed: Mapping[str, ParameterValue]
 ) -> dict[str, ParameterValue]:
-    """Return the method's parameters: as given, as analysed, else the defaults."""
+    """Return the method's parameters: as given, as analysed, or the defaults."""
     names = [parameter.name for parameter in method.parameters]
     taken = {name: analysed[name] for name in method.from_analysis if name in analysed}
     if "lambda_" in names:
         return method.complete({**taken, **given})
     if given["lambda_"] != 1.0:
         raise PlanError(
-            f"{method.label} has no lambda (got {given['lambda_']!r}). Its parameters are: "
+            f"{method.label} has no parameter lambda (got {given['lambda_']!r}). It has: "
             f"{', '.join(names) or 'none'}."
         )
     return method.complete(
@@ -335,8 +335,8 @@ def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
     experts = len(source.sources.math if isinstance(source, Analysis) else source.math)
     if experts > 1 and not method.several_experts:
         raise PlanError(
-            f"{method.label} merges one expert at a time and this pair has {experts}. Choose "
-            f"another method."
+            f"{method.label} supports one expert and this pair has {experts}. Choose another "
+            f"method."
         )
     if method.selective and not isinstance(source, Analysis):
         raise PlanError(
@@ -346,7 +346,7 @@ def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
 
 
 def open_sources(sources: Sources) -> ModelPair:
-    """Open the models that a plan or an analysis names, whatever weights they hold now."""
+    """Open the models of a plan or an analysis, without comparing their weights."""
     return open_pair(
         sources.mllm.location,
         [expert.location for expert in sources.math],
@@ -356,9 +356,9 @@ def open_sources(sources: Sources) -> ModelPair:
 
 
 def reopen(plan: MergePlan) -> ModelPair:
-    """Open the plan's models again and make sure that they are the same.
+    """Open the models of a plan and check that their weights are unchanged.
 
-    Raises: PairingError when a model's weights are not those the plan was made for.
+    Raises: PairingError if the weights of a model differ from those the plan was made for.
     """
     sources = plan.sources
     pair = open_sources(sources)
@@ -366,9 +366,9 @@ def reopen(plan: MergePlan) -> ModelPair:
     for source, fingerprint in zip(sources.all(), now, strict=True):
         if source.fingerprint != fingerprint:
             raise PairingError(
-                f"'{source.id}' holds other weights than when the plan was made (fingerprint "
-                f"{fingerprint[:8]}, then {source.fingerprint[:8]}). Analyse the pair again and "
-                f"make a new plan."
+                f"The weights of '{source.id}' have changed since the plan was made (fingerprint "
+                f"{fingerprint[:8]} instead of {source.fingerprint[:8]}). Analyse the pair again "
+                f"and make a new plan."
             )
     return pair
 
@@ -384,14 +384,14 @@ def _open_calibration(
 ) -> Calibrated | None:
     if method.data is None:
         if folder is not None:
-            raise PlanError(f"{method.label} needs no data; leave the calibration out.")
+            raise PlanError(f"{method.label} does not use calibration data; omit the calibration.")
         return None
     if folder is None:
         what = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
         raise PlanError(
-            f"{method.label} needs {what[method.data]} of every model, measured on samples. Make "
-            f"them with `ipmerge calibrate --kind {method.data}` and name the folder as the "
-            f"calibration, or choose a method that needs no data."
+            f"{method.label} requires {what[method.data]} of every model. Run `ipmerge calibrate "
+            f"--kind {method.data}` and pass its output folder as calibration, or choose a method "
+            f"that needs no calibration data."
         )
     found = Measurements.open(folder)
     found.check([sources.mllm, *sources.math], method.data)
@@ -402,7 +402,7 @@ def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]
     unknown = sorted(set(overrides) - {decision.name for decision in decisions})
     if unknown:
         raise PlanError(
-            f"An override names '{unknown[0]}', which is no decoder matrix of this pair. "
+            f"An override names '{unknown[0]}', which is not a decoder matrix of this pair. "
             f"Use the base's names, such as 'model.layers.0.self_attn.q_proj.weight'."
         )
 
@@ -410,7 +410,7 @@ def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]
 def _decide(
     analysis: Analysis, similarity: str, threshold: float | None, scope: Scope
 ) -> list[Decision]:
-    """Apply the rule "merges iff similarity >= S_alpha", inside the scope, per expert."""
+    """Select experts with similarity >= S_alpha for each matrix inside the scope."""
     decisions: dict[str, Decision] = {}
     for record in analysis.records:
         reaches = threshold is None or record.similarity[similarity] >= threshold

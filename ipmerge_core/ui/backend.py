@@ -133,8 +133,8 @@ class Backend:
 
         if self.hosted and not (is_demo(seen) and is_demo(read)):
             raise RunError("Here the samples are the demo problems; on your own machine, any file.")
-        for source, sees in ((seen, True), (read, False)):
-            load_samples(source, limit, sees=sees)
+        for source, takes_images in ((seen, True), (read, False)):
+            load_samples(source, limit, takes_images=takes_images)
         kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"

@@ -55,7 +55,7 @@ def confirm_html(
         "Plan": f"<code>{plan.hash}</code>; with pair and device <code>{digest[:8]}</code>",
         "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
         f"{count_words(touched)} parameters ({share:.0%} of the language model)"
-        f"{''.join(f', {escape(what)}' for what in plan.beside)}; {escape(change)}",
+        f"{''.join(f', {escape(what)}' for what in plan.extras)}; {escape(change)}",
         "Measured from": f"{escape(ANCHORS[plan.anchor])} (<code>{plan.anchor}</code>)",
         "Stays, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor and configs",
         "Reads, writes": f"{size_words(need.nbytes_read)}, {size_words(need.nbytes_written)} "

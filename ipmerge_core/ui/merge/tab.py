@@ -401,7 +401,7 @@ def _doubts(plan: MergePlan) -> list[Finding]:
     if not plan.selected:
         return [Finding("warning", "plan", f"No matrix is left: {equals}", "Widen the patterns.")]
     found = []
-    if _change(plan) == 0 and not plan.beside:
+    if _change(plan) == 0 and not plan.extras:
         remedy = "Look at the weights, and at the layers that are kept."
         found.append(Finding("warning", "plan", f"With these values {equals}", remedy))
     if plan.calibration is not None:
