@@ -53,7 +53,7 @@ class CalibrationCost(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One measurement: the matrix at which it is taken, and all matrices that share it."""
+    """One measurement: the matrix at which it is measured, and all matrices that share it."""
 
     matrix: MatrixMatch
     names: tuple[str, ...]

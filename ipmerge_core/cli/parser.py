@@ -172,7 +172,7 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="include image positions in Gram matrices",
     )
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="output folder")
     parser.add_argument("--dry-run", action="store_true", help="print an estimate and exit")
 
 

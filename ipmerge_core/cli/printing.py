@@ -67,7 +67,7 @@ def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  
 class Progress:
     """One line on stderr: percent, what is done, time left; by cost, not by count.
 
-    Says first on which device, and how many threads compute where nobody chose that.
+    Starts with a line about the device, and the number of threads if it was not set explicitly.
     """
 
     def __init__(self, verb: str, total: int, options: argparse.Namespace) -> None:
@@ -82,7 +82,7 @@ class Progress:
     def of(
         cls, before: Progress | None, verb: str, total: int, options: argparse.Namespace
     ) -> Progress:
-        """Go on with the line before, or start one where the work has become another."""
+        """Continue the previous line, or start a new one if the kind of work has changed."""
         if before is not None and before.verb == verb:
             return before
         if before is None:

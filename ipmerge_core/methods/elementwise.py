@@ -65,7 +65,7 @@ def _affine_average(parameters: Mapping[str, Any]) -> AffineUpdate | None:
 
 
 def add_to_base_(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute the same to the last bit, in place of all three: for blocks, which are copies."""
+    """Compute the bitwise identical result in place, for blocks, which are copies."""
     change = delta.mul_(scale) if scale != 1 else delta
     return mllm.add_(change.add_(base.sub_(mllm)))
 

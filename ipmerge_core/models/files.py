@@ -206,7 +206,7 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and not folder.exists():
         return open_hub(source)
     raise CheckpointError(
-        f"There is no model folder '{source}'. Expected a folder with config.json and "
+        f"The model folder '{source}' does not exist. Expected a folder with config.json and "
         f"safetensors files, or a hub id such as 'org/name'."
     )
 
@@ -258,7 +258,7 @@ def _cached_copy(name: str, revision: str) -> LocalFiles | None:
 
 
 def _is_answer(error: Exception) -> bool:
-    """Whether the hub itself answered, so that no cached copy should stand in."""
+    """Return whether the hub responded, so that no cached copy should be used instead."""
     return any(word in type(error).__name__ for word in ("Gated", "RepositoryNotFound", "Revision"))
 
 
@@ -278,7 +278,9 @@ def _explain_hub_error(hub_id: str, error: Exception) -> str:
             f"{Path(hub_id).resolve()} does not."
         )
     elif "Validation" in kind:
-        remedy = "A hub id is 'org/name', of letters, digits, dots, dashes and underscores."
+        remedy = (
+            "A hub id is 'org/name', with alphanumeric characters, dots, dashes and underscores."
+        )
     elif "Offline" in kind:
         remedy = (
             "HF_HUB_OFFLINE is set and the hub's cache on this disk has no copy: unset it, or "

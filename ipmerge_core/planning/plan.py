@@ -226,7 +226,7 @@ class MergePlan:
             analysed=checked_options(method, made) if (made := content.get("analysed")) else None,
         )
         if plan.hash != content["hash"]:
-            raise ValueError(f"its hash is {plan.hash} and the file says {content['hash']}")
+            raise ValueError(f"its hash is {plan.hash}, but the file has {content['hash']}")
         return plan
 
 

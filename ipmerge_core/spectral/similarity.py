@@ -141,7 +141,7 @@ def importance(
 def top_k_importance(angles: Float[Tensor, " r"], k: int) -> Float[Tensor, " r"]:
     """Return the weights of the projector on the first k directions: 1 for those, else 0."""
     if k < 1:
-        raise PlanError(f"top_k is {k}; expected a whole number >= 1.")
+        raise PlanError(f"top_k is {k}; expected an integer >= 1.")
     return (torch.arange(len(angles), device=angles.device) < k).to(angles.dtype)
 
 

@@ -104,7 +104,7 @@ def svd(
     of width 1024 to 2048, square to 5:1 (`benchmarks/bench_spectrum.py`):
 
     method      answers                    error of S_i                      cost
-    exact       anything, to the last bit  about eps_64 S_1                  SVD in fp64, about 2
+    exact       all values, all vectors    about eps_64 S_1                  SVD in fp64, about 2
     gram        all values, all vectors    fp64: eps_64 S_1^2 / S_i          0.1 to 0.4; with
                                            fp32: eps_32 S_c^2 / S_i, c > 1   vectors 0.2 to 0.7
     randomized  the leading `rank`         residual_i / S_i                  0.02 to 0.1 for 8
