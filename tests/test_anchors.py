@@ -228,7 +228,7 @@ def test_the_preview_refuses_what_was_measured_from_other_bases(pair: ModelPair)
     analysis = ipm.analyse(pair)
     assert ipm.make_plan(analysis, "task_arithmetic").preview().relative_change > 0
     for anchor in ("root", "interp"):
-        with pytest.raises(PlanError, match=f"the anchor {anchor} is about"):
+        with pytest.raises(PlanError, match=f"task vectors of the anchor {anchor}"):
             ipm.make_plan(analysis, "task_arithmetic", anchor=anchor).preview()
 
 
@@ -236,7 +236,7 @@ def test_the_preview_refuses_what_was_measured_from_other_bases(pair: ModelPair)
     ("choice", "words"),
     [
         ({"method": "metagpt", "scope": "tensor", "anchor": "inject"}, "scope=model"),
-        ({"anchor": "inject", "mllm_weight": 0.9}, "stays whole"),
+        ({"anchor": "inject", "mllm_weight": 0.9}, "is not scaled"),
         ({"anchor": "both"}, "expected two_base or root or inject or interp"),
     ],
 )

@@ -253,7 +253,7 @@ def test_the_command_line_calibrates_plans_and_merges(tmp_path, capsys):
     assert main(["plan", *models, "--method=regmean", "--calibration", folder, "-o", plan]) == 0
     assert main(["merge", plan, "-o", out, "--quiet"]) == 0
     assert main([*measure]) == 2
-    assert "already holds a finished calibration" in capsys.readouterr().err
+    assert "already contains a finished calibration" in capsys.readouterr().err
 
 
 def test_a_plan_asks_for_the_calibration_that_its_method_needs(pair, grams, tmp_path):

@@ -101,7 +101,7 @@ def test_non_finite_values_are_counted(own_trio: Trio, weights_file: Path) -> No
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="There is no model folder '.*nowhere'"):
+    with pytest.raises(CheckpointError, match="The model folder '.*nowhere' does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
 
 

@@ -206,7 +206,7 @@ def test_a_model_that_is_not_there_is_named(
     missing: str, trio: Trio, tmp_path: Path, capsys: Output
 ) -> None:
     arguments = ["check", *models(trio, **{missing: tmp_path / "nowhere"})]
-    fails(arguments, "There is no model folder", capsys)
+    fails(arguments, "The model folder", capsys)
 
 
 def test_models_that_are_not_given_are_asked_for(capsys: Output) -> None:

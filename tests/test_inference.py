@@ -209,7 +209,7 @@ def test_settings_out_of_range_are_refused_with_the_value(values, words):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no model folder"):
+    with pytest.raises(CheckpointError, match="model folder .* does not exist"):
         load_model(tmp_path / "nothing")
 
 

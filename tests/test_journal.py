@@ -85,7 +85,7 @@ def test_strangers_existing_packs_and_folders_for_the_hub_are_refused(
     with pytest.raises(PlanError, match="rank is 0"):
         run(trio, out, rank=0)
     out.write_text("mine")
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match="already exists"):
         run(trio, out)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 

@@ -242,7 +242,7 @@ def test_a_missing_source_is_named(own_trio: Trio, tmp_path: Path) -> None:
     analysis = ipm.analyse(ipm.open_pair(own_trio.mllm, own_trio.math, own_trio.base))
     plan = ipm.make_plan(analysis)
     own_trio.math.rename(own_trio.math.with_name("moved"))
-    refused(plan, tmp_path, CheckpointError, "There is no model folder")
+    refused(plan, tmp_path, CheckpointError, "The model folder")
 
 
 def test_a_device_that_is_too_small_hands_the_matrix_to_the_cpu(

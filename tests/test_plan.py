@@ -173,7 +173,7 @@ def test_a_plan_that_was_tampered_with_is_refused(analysis: Analysis, tmp_path: 
     content = json.loads(path.read_text())
     content["parameters"]["lambda_"] = 7.0
     path.write_text(json.dumps(content))
-    with pytest.raises(PlanError, match="its hash is .* and the file says"):
+    with pytest.raises(PlanError, match="its hash is .* but the file has"):
         MergePlan.load(path)
 
 
@@ -302,5 +302,5 @@ def test_plans_of_a_pack_of_version_1_take_every_direction_as_they_did():
         assert (plan.hash, plan.parameters["directions"]) == (name, "all")
         assert plan.preview().relative_change == change
         assert not plan.preview().approximate
-    with pytest.raises(PlanError, match="with directions all and the plan has directions existing"):
+    with pytest.raises(PlanError, match="used directions all and the plan has directions existing"):
         ipm.make_plan(analysis, directions="existing").preview()

@@ -248,7 +248,7 @@ def test_the_command_line_takes_the_analysis_options_and_says_so(
         in capsys.readouterr().out
     )
     assert cli.main(["plan", pack, "--set", "rank=none", "-o", plan]) == 0
-    assert "is not previewable: the analysis measured" in capsys.readouterr().out
+    assert "is not previewable: the analysis used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quick", [False, True])

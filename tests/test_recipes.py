@@ -198,7 +198,7 @@ def test_what_mergekit_cannot_say_is_refused(
         ("[1]", "no merge_method"),
         ("{merge_method: passthrough}", "is not one of"),
         ("{merge_method: ties, slices: []}", "has 'slices'"),
-        ("{merge_method: ties, models: [{model: a}]}", "names 1 models"),
+        ("{merge_method: ties, models: [{model: a}]}", "has 1 models"),
         (
             "{merge_method: linear, models: [{model: a, parameters: {weight: 1}},"
             " {model: b, parameters: {weight: -1}}]}",
@@ -219,10 +219,10 @@ def test_what_mergekit_cannot_say_is_refused(
             "{model: b, parameters: {weight: 1}}]}",
             "weight is 'x'; expected a number",
         ),
-        ("{merge_method: linear, models: [{model: a}, {model: b}]}", "gives no weight"),
+        ("{merge_method: linear, models: [{model: a}, {model: b}]}", "lacks weight"),
         (
             "{merge_method: slerp, base_model: a, models: [{model: a}, {model: b}]}",
-            "gives no t",
+            "lacks t",
         ),
         (
             "{merge_method: sce, base_model: z, models: [{model: a}, {model: b}], "
