@@ -1,7 +1,7 @@
-"""IPMerge: compare and merge the weights of a vision-language model and its text siblings.
+"""IPMerge: compare and merge the weights of a vision-language model and related text models.
 
-The public names, each loaded from its own file on first use, so that importing the package does
-no work and the app can paint before torch is loaded.
+Public names are imported lazily on first use, so that `import ipmerge_core` is fast and the app can
+render before torch is loaded.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (a module attribute can be anything)
-    """Load a public name from its home on first use (PEP 562)."""
+    """Import a public name from its module on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'ipmerge_core' has no attribute '{name}'")
     check_platform()

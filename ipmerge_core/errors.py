@@ -1,20 +1,20 @@
-"""Every error a user can cause or meet, as one small tree.
+"""Exceptions raised by the package, in one hierarchy.
 
-    IPMergeError                 anything below; the CLI exits with 2, the app shows it as a message
+    IPMergeError                 base class; the CLI exits with 2, the app shows it as a message
     ├── CheckpointError          a model folder or file cannot be used
-    │   ├── MissingTensorError   a tensor or file that must be there is not
-    │   └── CorruptShardError    a safetensors file is damaged or lies about itself
-    ├── PairingError             the models do not belong together
-    │   └── ShapeError           two tensors that must match have different shapes
-    ├── PlanError                a plan or a parameter makes no sense
+    │   ├── MissingTensorError   a required tensor or file is missing
+    │   └── CorruptShardError    a safetensors file is damaged or inconsistent with its header
+    ├── PairingError             the models cannot be merged with each other
+    │   └── ShapeError           two tensors that must have equal shapes do not
+    ├── PlanError                a plan or a parameter is invalid
     │   └── UnknownMethodError   no merge method has that name
-    ├── RunError                 a run could not go on
-    │   ├── RunCancelled         the user stopped it; finished work is kept
+    ├── RunError                 a run could not continue
+    │   ├── RunCancelled         the user cancelled it; finished work is kept
     │   └── FolderInUseError     another run is writing to the same folder
     └── ModelLoadError           transformers could not load or run a model
 
 A message is one or two sentences: what happened, with the values; what was expected; what to do.
-Imports nobody.
+This module imports no other module of the package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from contextlib import contextmanager
 
 
 class IPMergeError(Exception):
-    """Base of every error that is the input's fault and not the program's."""
+    """Base class of all errors caused by the input rather than by a bug."""
 
 
 class CheckpointError(IPMergeError):
@@ -33,11 +33,11 @@ class CheckpointError(IPMergeError):
 
 
 class MissingTensorError(CheckpointError):
-    """A tensor or file that must be there is not."""
+    """A required tensor or file is missing."""
 
 
 class CorruptShardError(CheckpointError):
-    """A safetensors file is damaged, truncated, or contradicts its own header."""
+    """A safetensors file is damaged, truncated, or inconsistent with its header."""
 
 
 class PairingError(IPMergeError):
@@ -49,7 +49,7 @@ class ShapeError(PairingError):
 
 
 class PlanError(IPMergeError):
-    """A plan, a parameter or its value makes no sense."""
+    """A plan, a parameter or its value is invalid."""
 
 
 class UnknownMethodError(PlanError):
@@ -67,22 +67,22 @@ class UnknownMethodError(PlanError):
 
 
 class RunError(IPMergeError):
-    """A run could not go on; what it finished is kept for a resume."""
+    """A run could not continue; finished work is kept for a resume."""
 
 
 class RunCancelled(RunError):  # noqa: N818 (a state the user asked for, not a fault)
-    """The user stopped the run; what it finished is kept for a resume."""
+    """The user cancelled the run; finished work is kept for a resume."""
 
 
 class FolderInUseError(RunError):
     """Another run is writing to the same folder: `job` is its id.
 
-    `same_work` says whether that run makes the very thing that was asked for.
+    `same_work` is True if that run produces the requested result.
     """
 
     def __init__(self, folder: str, job: str, *, same_work: bool) -> None:
         super().__init__(
-            f"Another run is writing to '{folder}' right now. Wait for it, cancel it, or choose "
+            f"Another run is writing to '{folder}'. Wait for it, cancel it, or choose "
             f"another output folder."
         )
         self.job, self.same_work = job, same_work
@@ -94,10 +94,10 @@ class ModelLoadError(IPMergeError):
 
 @contextmanager
 def explained(explain: Callable[[Exception], IPMergeError]) -> Iterator[None]:
-    """Turn whatever goes wrong inside into an error of this package; its own errors pass.
+    """Convert exceptions raised inside to errors of this package; its own errors pass unchanged.
 
-    For calls that let another library read a stranger's files, such as a tokenizer or a chat
-    template: what these raise is no closed list, and none of it is a fault of this program.
+    For calls in which another library reads untrusted files, such as a tokenizer or a template:
+    these can raise any exception, and none of them indicates a bug in this package.
 
     >>> with explained(lambda error: RunError(f"No answer ({error}).")):
     ...     raise ZeroDivisionError("by zero")
@@ -113,10 +113,10 @@ def explained(explain: Callable[[Exception], IPMergeError]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    r"""Return what another library's error says first, short enough for a sentence.
+    r"""Return the type and the first line of an error of another library, shortened.
 
     >>> first_line(ValueError("no such token\nin line 3"))
     'ValueError: no such token'
     """
-    said = str(error).strip()[:200].split("\n")[0]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    text = str(error).strip()[:200].split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,8 +1,8 @@
-"""Figures: records -> an info tuple with every number that is drawn -> a Plotly figure.
+"""Build Plotly figures from analysis records.
 
-In: records of a pack, as plain mappings. Out: first a NamedTuple (tested by equality), then a short
-drawing of it. No gradio, no torch, no arithmetic of its own. Colours are the Okabe-Ito ones, with a
-line style beside each, so that no figure needs colour to be read.
+In: records of a pack, as plain mappings. Out: first a NamedTuple with every number that is drawn
+(tested by equality), then a figure. No gradio, no torch, no arithmetic. Uses the Okabe-Ito colours,
+each combined with a line style, so that figures are readable without colour.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-# The Okabe-Ito colours, lighter on a dark page; the layer map uses the same.
+# Okabe-Ito colours, lighter on a dark page; the layer map uses the same ones.
 MLLM = {False: "#0072b2", True: "#4aa8e0"}
 MATH = {False: "#d55e00", True: "#f08a3c"}
 ANGLE = {False: "#009e73", True: "#2fc79b"}
@@ -22,7 +22,7 @@ RULE = {False: "rgba(27,35,48,0.14)", True: "rgba(232,234,240,0.18)"}
 
 
 class SpectraInfo(NamedTuple):
-    """Both task vectors' singular values and their corresponding angles, at sampled ranks."""
+    """Singular values of both task vectors and their corresponding angles, at sampled ranks."""
 
     title: str
     ranks: tuple[int, ...]
@@ -38,7 +38,7 @@ class SpectraInfo(NamedTuple):
 
 
 def spectra_info(record: Mapping[str, Any]) -> SpectraInfo:
-    """Collect what the spectra figure of one matrix and expert shows."""
+    """Collect the numbers that the spectra figure of one matrix and expert shows."""
     return SpectraInfo(
         title=f"Layer {record['layer']}, {record['module']}",
         ranks=tuple(record["index"]),
@@ -61,13 +61,13 @@ def spectra_figure(
     dark: bool = False,
     narrow: bool = False,
 ) -> go.Figure:
-    """Draw singular values (logarithmic or linear, by button) and corresponding angles.
+    """Plot singular values (logarithmic or linear, by button) and corresponding angles.
 
     Args:
-        info: what `spectra_info` collected.
-        pinned: a second matrix, in thin lines.
-        dark: light ink, for a dark page.
-        narrow: one panel below the other, for a phone.
+        info: result of `spectra_info`.
+        pinned: a second matrix, drawn in thin lines.
+        dark: use light colours for a dark page.
+        narrow: stack the panels vertically, for a phone.
     """
     titles = (f"{info.title}: singular values", "corresponding angles sᵢ = |⟨vᵢ, vᵢ′⟩|")
     rows, columns = (2, 1) if narrow else (1, 2)
@@ -92,7 +92,7 @@ def spectra_figure(
 def _sigma_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
     lines = _sigma_lines(info, dark)
     least = min(*info.mllm_sigma, *info.math_sigma)
-    if info.noise_floor is None or info.noise_floor < least / 10:  # far below what is drawn
+    if info.noise_floor is None or info.noise_floor < least / 10:  # far below the plotted range
         return lines
     return [*lines, _level(info, info.noise_floor, "rounding of the stored weights", dark)]
 
@@ -126,7 +126,7 @@ def _angle_line(info: SpectraInfo, dark: bool) -> go.Scatter:
 
 
 def _thin(line: go.Scatter, info: SpectraInfo) -> go.Scatter:
-    """The same line for the pinned matrix, which its name says too."""
+    """Return the same line for the pinned matrix, with an adapted name."""
     return line.update(line_width=0.9, opacity=0.7, name=f"{info.title} (pinned), {line.name}")
 
 
@@ -156,7 +156,7 @@ def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
 
 
 def _level(info: SpectraInfo, value: float, name: str, dark: bool) -> go.Scatter:
-    """A horizontal line as a trace: it stays right when the axis changes to linear."""
+    """Return a horizontal line as a trace, which stays correct when the axis becomes linear."""
     return go.Scatter(
         x=[info.ranks[0], info.ranks[-1]],
         y=[value, value],
@@ -176,7 +176,7 @@ def _scale_buttons(dark: bool, narrow: bool) -> dict[str, Any]:
         "type": "buttons",
         "direction": "right",
         "buttons": buttons,
-        "x": 1 if narrow else 0.455,  # where singular values have long fallen
+        "x": 1 if narrow else 0.455,  # where singular values are already small
         "xanchor": "right",
         "y": 1,
         "yanchor": "top",
@@ -188,7 +188,7 @@ def _scale_buttons(dark: bool, narrow: bool) -> dict[str, Any]:
 
 
 def _frame(dark: bool, narrow: bool) -> dict[str, Any]:
-    """The common look: transparent, no layout title (gr.Plot gives one 100 px of margin)."""
+    """Return the common layout: transparent, no title (gr.Plot adds 100 px of margin for one)."""
     return {
         "template": None,
         "height": 760 if narrow else 340,

@@ -105,7 +105,8 @@ FAMILIES = {
             "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
             "decoder_sparse_step": 1,
         },
-        own_text={"rope_parameters": MROPE}, note="experts and router kept; only attention merges",
+        own_text={"rope_parameters": MROPE},
+        note="experts and router kept; only attention is merged",
     ),
     "Idefics2": Family(
         "Idefics2Config", "MistralConfig", EYES, ("modules",), own_text={"model_type": "mistral"},
@@ -115,7 +116,7 @@ FAMILIES = {
                 "resampler_n_heads": 2, "resampler_head_dim": 8, "num_key_value_heads": 1,
             }
         },
-        note="the resampler's own q, k, v are no decoder",
+        note="q, k, v of the resampler are kept",
     ),
     "Idefics3": Family(
         "Idefics3Config", "LlamaConfig", EYES, ("modules",), own_text={"model_type": "llama"}
@@ -127,7 +128,7 @@ FAMILIES = {
         "InternVLConfig", "Qwen2Config",
         {**EYES, "image_size": [28, 28], "patch_size": [14, 14]},
         (*NESTED, "InternVL repository"), own_text={"model_type": "qwen2"},
-        note="q, k, v biases kept; the original layout with an InternLM2 text part is refused",
+        note="q, k, v biases kept; the original layout with an InternLM2 text model is rejected",
     ),
     "Mllama (Llama 3.2 Vision)": Family(
         "MllamaConfig", "LlamaConfig",
@@ -142,7 +143,7 @@ FAMILIES = {
             "model_type": "mllama_text_model", "num_hidden_layers": LAYERS + 2,
             "cross_attention_layers": [1, 3],
         },
-        note="cross-attention layers kept; text layer j is the j-th other one",
+        note="cross-attention layers kept; text layer j is the j-th remaining one",
     ),
     "PaliGemma": Family(
         "PaliGemmaConfig", "GemmaConfig", {**SIGLIP, "projection_dim": 32}, NESTED,

@@ -15,7 +15,7 @@ from ipmerge_core.planning.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 HEADING = "## Merge methods\n\n"
-HEAD = Path(__file__).with_name("methods_head.md")  # what stands above the methods in their page
+HEAD = Path(__file__).with_name("methods_head.md")  # text above the generated sections
 DEMO = "[demo-methods.md](demo-methods.md)"  # a link from there
 
 
@@ -53,13 +53,13 @@ def _section(name: str) -> str:
     lines = [f"## {method.label}: `{name}`", "", f"`{method.formula}`", "", f"{method.source}.", ""]
     lines += [f"Anchor: `{method.anchor}`. {_preview(method)} {_beside(method)}", ""]
     if method.parameters:
-        lines += ["| parameter | default | legal values | meaning |", "|---|---|---|---|"]
+        lines += ["| parameter | default | valid values | meaning |", "|---|---|---|---|"]
         lines += [*map(_row, method.parameters), ""]
     return "\n".join(lines)
 
 
 def _preview(method: MergeMethod) -> str:
-    """Say what a plan with the defaults shows, where an analysis knows what it can know."""
+    """Describe the preview of a plan with default parameters, made from an analysis."""
     parameters = method.complete({})
     measured = method.statistic is not None and method.statistic.of_norms(parameters)
     known = {
@@ -79,11 +79,11 @@ def _preview(method: MergeMethod) -> str:
 
 def _beside(method: MergeMethod) -> str:
     if method.vectors is not None:
-        words = "by the models' shares" if method.data else "by the mean of their changes"
-        return f"Norms, biases and embeddings, where asked for: {words}."
+        rule = "weighted by the models' shares" if method.data else "by the mean of their changes"
+        return f"Norms, biases and embeddings (optional): {rule}."
     if method.matrixwise:
-        return "Norms, biases and embeddings: never."
-    return "Norms, biases and embeddings, where asked for: by the same formula, row by row."
+        return "Norms, biases and embeddings: not supported."
+    return "Norms, biases and embeddings (optional): by the same formula, row by row."
 
 
 def _row(parameter: Parameter) -> str:

@@ -138,7 +138,7 @@ def test_a_refusal_keeps_what_was_typed_and_starts_nothing(page, place):
     short = write_model(place.home / "short", fine_tuned(weights, 5), TEXT_CONFIG)
     for math, words in (
         (trio.base, "equals the base"),
-        (place.home / "nowhere", "There is no model folder"),
+        (place.home / "nowhere", "The model folder"),
         (short, "2 decoder layers"),
         ("org/math", "Cannot open 'org/math'"),
         ("", "Missing: math model"),

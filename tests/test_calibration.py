@@ -41,7 +41,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def samples():
-    return load_samples("demo", 3, sees=True), load_samples("demo", 4, sees=False)
+    return load_samples("demo", 3, takes_images=True), load_samples("demo", 4, takes_images=False)
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +207,9 @@ def test_measurements_of_other_models_or_another_kind_are_refused(pair, grams):
     grams.check([mllm, math], "gram")
     with pytest.raises(PairingError, match="--kind fisher"):
         grams.check([mllm, math], "fisher")
-    with pytest.raises(PairingError, match="measured on other weights"):
+    with pytest.raises(PairingError, match="have changed since the calibration"):
         grams.check([mllm, pair.base], "gram")
-    with pytest.raises(PairingError, match="1 math models and 2 are merged"):
+    with pytest.raises(PairingError, match="1 math models, but 2 are merged"):
         grams.check([mllm, math, math], "gram")
 
 
@@ -253,15 +253,15 @@ def test_the_command_line_calibrates_plans_and_merges(tmp_path, capsys):
     assert main(["plan", *models, "--method=regmean", "--calibration", folder, "-o", plan]) == 0
     assert main(["merge", plan, "-o", out, "--quiet"]) == 0
     assert main([*measure]) == 2
-    assert "already holds a finished calibration" in capsys.readouterr().err
+    assert "already contains a finished calibration" in capsys.readouterr().err
 
 
 def test_a_plan_asks_for_the_calibration_that_its_method_needs(pair, grams, tmp_path):
     with pytest.raises(PlanError, match="ipmerge calibrate --kind gram"):
         make_plan(pair, "regmean")
-    with pytest.raises(PlanError, match="needs no data; leave the calibration out"):
+    with pytest.raises(PlanError, match="does not use calibration data; omit the calibration"):
         make_plan(pair, "linear", calibration=grams.folder)
-    with pytest.raises(PairingError, match="the method needs Fisher information"):
+    with pytest.raises(PairingError, match="the method requires Fisher information"):
         make_plan(pair, "fisher", calibration=grams.folder)
     copy = tmp_path / "copy"
     shutil.copytree(grams.folder, copy)
@@ -270,7 +270,7 @@ def test_a_plan_asks_for_the_calibration_that_its_method_needs(pair, grams, tmp_
     record = json.loads((copy / "calibration.json").read_text())
     record["settings"]["seed"] = 1
     (copy / "calibration.json").write_text(json.dumps(record))
-    with pytest.raises(PlanError, match="is another than when the plan was made"):
+    with pytest.raises(PlanError, match="has changed since the plan was made"):
         merge(plan, tmp_path / "out")
 
 
@@ -282,7 +282,7 @@ def test_damaged_and_foreign_records_are_refused_in_words(pair, grams, tmp_path)
     damaged = Measurements.open(folder)
     with pytest.raises(CheckpointError, match="missing or damaged"):
         damaged.inputs(QUERY, [0])
-    with pytest.raises(CheckpointError, match="holds nothing for 'lm_head"):
+    with pytest.raises(CheckpointError, match="has no measurement of 'lm_head"):
         grams.inputs("lm_head.weight", [0])
     (folder / "calibration.json").write_text(json.dumps(record | {"version": 9}))
     with pytest.raises(CheckpointError, match="not a calibration of this version"):
@@ -316,9 +316,9 @@ def test_samples_without_answers_or_none_at_all_are_refused(pair, samples, tmp_p
     silent = [Sample("What is 2+2?", "")]
     with pytest.raises(PlanError, match=r"Sample 1 for the math models has no answer"):
         calibrate(pair, tmp_path / "out", FISHER, samples[0], silent)
-    with pytest.raises(PlanError, match="no calibration samples for the MLLM"):
+    with pytest.raises(PlanError, match="No calibration samples for the MLLM"):
         calibrate(pair, tmp_path / "out", GRAM, [], samples[1])
-    with pytest.raises(ModelLoadError, match="is a text model and takes no image"):
+    with pytest.raises(ModelLoadError, match="is a text model and does not support images"):
         calibrate(pair, tmp_path / "out", GRAM, samples[0], samples[0])
 
 
@@ -327,9 +327,9 @@ def test_modules_are_found_by_name_and_numbers(pair):
     matrix = pair.matrices[0]
     module = find_module(loaded, pair.mllm, matrix.mllm)
     assert torch.equal(module.weight, pair.mllm.read_matrix(matrix.mllm))
-    with pytest.raises(ModelLoadError, match="no layer of its own"):
+    with pytest.raises(ModelLoadError, match="no separate layer"):
         find_module(load_model(DEMO / "math"), pair.mllm, matrix.mllm)
-    with pytest.raises(ModelLoadError, match="store several matrices as one"):
+    with pytest.raises(ModelLoadError, match="does not support fused matrices"):
         find_module(loaded, pair.mllm, "model.layers.0.self_attn.qkv_proj.weight[0:4]")
 
 
@@ -419,11 +419,11 @@ def test_samples_come_from_a_jsonl_file(tmp_path):
     ]
     path = tmp_path / "samples.jsonl"
     path.write_text("\n\n".join(json.dumps(line) for line in lines))
-    found = load_samples(path, 10, sees=False)
+    found = load_samples(path, 10, takes_images=False)
     assert found[0] == Sample("What is 2+3?", "5")
     assert found[1].picture == tmp_path / "dot.png"
     assert found[2].answer == ""
-    assert len(load_samples(path, 2, sees=True)) == 2
+    assert len(load_samples(path, 2, takes_images=True)) == 2
     with pytest.raises(RunError, match=r"dot\.png"):
         assert found[1].image
 
@@ -431,18 +431,18 @@ def test_samples_come_from_a_jsonl_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no samples"),
+        ("", "contains no samples"),
         ("not json", "Line 1 of"),
         ('{"answer": "5"}', "KeyError: 'question'"),
-        ('{"question": 5}', "must be texts"),
-        ("[1]", "is no sample"),
+        ('{"question": 5}', "must be strings"),
+        ("[1]", "is invalid"),
     ],
 )
 def test_lines_that_are_no_samples_are_named(tmp_path, content, message):
     path = tmp_path / "samples.jsonl"
     path.write_text(content)
     with pytest.raises(RunError, match=message):
-        load_samples(path, 10, sees=False)
+        load_samples(path, 10, takes_images=False)
 
 
 @pytest.fixture
@@ -464,11 +464,11 @@ def datasets(monkeypatch):
 
 
 def test_samples_come_from_a_dataset(datasets):
-    told = load_samples("datasets:org/maths", 3, sees=False)
+    told = load_samples("datasets:org/maths", 3, takes_images=False)
     assert told == [Sample("1+1?", "2")] * 3
-    (seen,) = load_samples("datasets:org/maths:main:test", 1, sees=True)
+    (seen,) = load_samples("datasets:org/maths:main:test", 1, takes_images=True)
     assert seen.image.size == (4, 4)
-    load_samples("datasets:org/maths:test", 1, sees=True)
+    load_samples("datasets:org/maths:test", 1, takes_images=True)
     assert datasets.asked == [
         ("org/maths", None, "train"),
         ("org/maths", "main", "test"),
@@ -480,31 +480,34 @@ def test_samples_come_from_a_dataset(datasets):
     ("name", "words"),
     [
         ("nowhere", "Cannot read the dataset 'nowhere'"),
-        ("empty", "holds no rows"),
+        ("empty", "has no rows"),
         ("other", "has the columns text"),
     ],
 )
 @pytest.mark.usefixtures("datasets")
 def test_a_dataset_that_cannot_serve_is_refused(name, words):
     with pytest.raises(RunError, match=words):
-        load_samples(f"datasets:{name}", 3, sees=False)
+        load_samples(f"datasets:{name}", 3, takes_images=False)
 
 
 def test_without_the_library_a_dataset_is_answered_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RunError, match="pip install datasets"):
-        load_samples("datasets:org/maths", 3, sees=False)
+        load_samples("datasets:org/maths", 3, takes_images=False)
 
 
 def test_missing_files_and_silly_counts_are_refused(tmp_path):
-    with pytest.raises(RunError, match="Give a jsonl file, or the word demo"):
-        load_samples(tmp_path / "none.jsonl", 10, sees=False)
+    with pytest.raises(RunError, match="Expected a jsonl file, datasets:NAME, or demo"):
+        load_samples(tmp_path / "none.jsonl", 10, takes_images=False)
     with pytest.raises(RunError, match="expected 1 or more"):
-        load_samples("demo", 0, sees=False)
+        load_samples("demo", 0, takes_images=False)
 
 
 def test_demo_samples_are_drawn_for_eyes_and_told_in_words_otherwise():
-    seen, told = load_samples("demo", 12, sees=True), load_samples("demo", 12, sees=False)
+    seen, told = (
+        load_samples("demo", 12, takes_images=True),
+        load_samples("demo", 12, takes_images=False),
+    )
     assert len(seen) == len(told) == 12
     assert all(sample.image is not None for sample in seen)
     assert all(sample.image is None and sample.answer for sample in told)
@@ -521,7 +524,9 @@ def test_demo_samples_are_drawn_for_eyes_and_told_in_words_otherwise():
     ],
 )
 def test_demo_samples_can_be_of_some_tasks_only(source, tasks):
-    seen, told = (load_samples(source, 2 * len(tasks), sees=sees) for sees in (True, False))
+    seen, told = (
+        load_samples(source, 2 * len(tasks), takes_images=images) for images in (True, False)
+    )
     for i, task in enumerate(tasks):
         first, second = problems(task, 2, seed=1, split="train")
         for sample, problem in ((seen[i], first), (seen[i + len(tasks)], second)):
@@ -529,10 +534,12 @@ def test_demo_samples_can_be_of_some_tasks_only(source, tasks):
             assert sample.image.tobytes() == problem.image.tobytes()
         assert told[i].question == f"{first.words}\n{first.question}"
         assert told[i].answer == (first.worked if first.is_math else first.answer)
-    assert load_samples("demo:math", 7, sees=False) == load_samples("demo", 7, sees=False)
+    assert load_samples("demo:math", 7, takes_images=False) == load_samples(
+        "demo", 7, takes_images=False
+    )
 
 
 @pytest.mark.parametrize("source", ["demo:", "demo:reading", "demo:dots,reading", "demo:dots,"])
 def test_unknown_demo_tasks_are_refused_with_the_known_ones(source):
     with pytest.raises(RunError, match=r"Unknown demo task '(reading)?' .*perception, math, add"):
-        load_samples(source, 4, sees=True)
+        load_samples(source, 4, takes_images=True)

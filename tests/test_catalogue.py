@@ -81,7 +81,9 @@ def test_a_wrong_base_is_answered_with_the_likely_true_one(trio: Trio, tmp_path:
     )
     found = open_pair(trio.mllm, expert, stranger).check()
     remedy = next(f.remedy for f in found if f.subject == "math: distance to its base")
-    assert remedy.endswith("give its true parent, which is likely 'meta-llama/Llama-2-7b-hf'.")
+    assert remedy.endswith(
+        "specify the model it was trained from, probably 'meta-llama/Llama-2-7b-hf'."
+    )
 
 
 def test_bases_that_are_strangers_to_each_other_are_refused(trio: Trio, tmp_path: Path) -> None:

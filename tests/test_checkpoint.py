@@ -101,7 +101,7 @@ def test_non_finite_values_are_counted(own_trio: Trio, weights_file: Path) -> No
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="There is no model folder '.*nowhere'"):
+    with pytest.raises(CheckpointError, match="The model folder '.*nowhere' does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_shrinks_during_the_run_is_noticed(own_trio: Trio, weights_f
     model = Checkpoint.open(own_trio.base)
     last = max(model.tensors.values(), key=lambda spec: spec.stop)
     weights_file.write_bytes(weights_file.read_bytes()[: last.start + 1])
-    with pytest.raises(CorruptShardError, match="changed during the run"):
+    with pytest.raises(CorruptShardError, match="modified during the run"):
         model.read(last.name)
 
 
@@ -144,11 +144,11 @@ def test_a_file_that_shrinks_during_the_run_is_noticed(own_trio: Trio, weights_f
         ),
         (
             lambda header: header["model.norm.weight"].update(shape=[-16]),
-            "impossible shape",
+            "invalid shape",
         ),
         (
             lambda header: header["model.norm.weight"].update(shape=[17]),
-            "has 64 bytes; its shape and dtype need 68",
+            "has 64 bytes; its shape and dtype require 68",
         ),
         (
             lambda header: header.pop("model.norm.weight"),
@@ -220,5 +220,5 @@ def test_one_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", text_weights(), TEXT_CONFIG, shards=2)
     first, second = sorted(folder.glob("*.safetensors"))
     save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(CorruptShardError, match="each tensor must stand in one shard"):
+    with pytest.raises(CorruptShardError, match="each tensor must be in exactly one shard"):
         Checkpoint.open(folder)

@@ -80,7 +80,7 @@ def test_check_speaks_json(trio: Trio, capsys: Output) -> None:
 def test_plan_says_what_changes(pack: str, tmp_path: Path, capsys: Output) -> None:
     arguments = ["plan", pack, "--similarity-threshold", "0.7", "-o", str(tmp_path / "p.json")]
     assert cli.main(arguments) == 0
-    assert "of 21 matrices merge, the decoder changes by" in capsys.readouterr().out
+    assert "of 21 matrices are merged; decoder weights change by" in capsys.readouterr().out
     assert cli.main([*arguments, "--json"]) == 0
     assert 0 < json.loads(capsys.readouterr().out)["relative_change"] < 1
 
@@ -217,15 +217,15 @@ def test_merging_into_a_full_folder_is_refused(pack: str, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--similarity-threshold", "1.5"], "S_alpha"),
-        (["--similarity-threshold", "nan"], "S_alpha"),
+        (["--similarity-threshold", "1.5"], "similarity threshold"),
+        (["--similarity-threshold", "nan"], "similarity threshold"),
         (["--lambda", "-1"], "lambda is -1.0"),
         (["--lambda", "inf"], "lambda is inf"),
         (["--method", "tis"], "Did you mean 'ties'?"),
         (["--set", "gamma_norm"], "expected NAME=VALUE"),
         (["--set", "gamma_norm=mean"], "expected one of sum, max"),
         (["--set", "temperature=hot"], "temperature is 'hot'"),
-        (["--force-keep", "nothing"], "no decoder matrix of this pair"),
+        (["--force-keep", "nothing"], "not a decoder matrix of this pair"),
     ],
 )
 def test_impossible_choices_are_refused_in_one_sentence(
@@ -241,7 +241,7 @@ def test_analyse_refuses_strangers_unless_forced(
 ) -> None:
     stranger = write_model(tmp_path / "s", text_weights(seed=5), TEXT_CONFIG)
     arguments = ["analyse", *models(trio, base=stranger), "-o", str(tmp_path / "p.json.gz")]
-    fails(arguments, "give its true parent", capsys)
+    fails(arguments, "specify the model it was trained from", capsys)
     assert cli.main([*arguments, "--force"]) == 0
 
 
@@ -249,7 +249,7 @@ def test_analyse_refuses_a_folder_that_is_not_there_before_any_work(
     trio: Trio, tmp_path: Path, capsys: Output
 ) -> None:
     target = str(tmp_path / "nowhere" / "pack.json.gz")
-    fails(["analyse", *models(trio), "-o", target], "there is no folder", capsys)
+    fails(["analyse", *models(trio), "-o", target], "does not exist", capsys)
 
 
 def test_nan_weights_are_refused_by_name(own_trio: Trio, tmp_path: Path, capsys: Output) -> None:
@@ -266,7 +266,7 @@ def test_a_model_that_is_not_there_is_named(
     missing: str, trio: Trio, tmp_path: Path, capsys: Output
 ) -> None:
     arguments = ["check", *models(trio, **{missing: tmp_path / "nowhere"})]
-    fails(arguments, "There is no model folder", capsys)
+    fails(arguments, "The model folder", capsys)
 
 
 def test_models_that_are_not_given_are_asked_for(capsys: Output) -> None:
@@ -305,7 +305,7 @@ def test_ctrl_c_keeps_the_finished_work_and_says_so(pack: str, tmp_path: Path) -
     command = [sys.executable, "-c", script, "merge", plan, "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 128 + signal.SIGINT
-    assert "run the same command again to go on" in done.stderr
+    assert "run the same command again to resume" in done.stderr
     assert not out.exists()
     assert cli.main(["merge", plan, "-o", str(out)]) == 0
 

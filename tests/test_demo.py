@@ -147,7 +147,7 @@ def test_leaving_out_too_many_drawings_is_refused_with_the_counts():
     ("arguments", "said"),
     [
         (("multiply", 1), "Unknown demo task 'multiply'"),
-        (("mul", -1), "Asked for -1 problems"),
+        (("mul", -1), "Got a count of -1 problems"),
         (("mul", 1, 0, "dev"), "Unknown split 'dev'"),
     ],
 )

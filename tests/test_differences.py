@@ -164,7 +164,7 @@ def test_rows_that_no_sample_reaches_are_found(
             "norms and output head",
             "norms=merge and embeddings=merge-shared",
         ),
-        (names("layers.6.mlp.gate.weight"), "experts of the mixture", "Give the fine-tuned"),
+        (names("layers.6.mlp.gate.weight"), "experts of the mixture", "Use the fine-tuned"),
     ],
 )
 def test_a_model_tuned_outside_the_matrices_is_a_warning_that_says_where(
@@ -172,7 +172,7 @@ def test_a_model_tuned_outside_the_matrices_is_a_warning_that_says_where(
 ) -> None:
     found = distance(models.check(role, tuned(where)), role)
     assert found.level == "warning"
-    assert "every decoder matrix, so that nothing merges by default" in found.message
+    assert "every decoder matrix, so that nothing is merged by default" in found.message
     assert f"It differs in its {kinds}." in found.message
     assert way in found.remedy
 
@@ -210,17 +210,17 @@ def test_experts_of_a_mixture_in_another_layout_are_said_not_to_be_compared(
     weights = {name.replace("mlp.gate.", "mlp.router."): w for name, w in BASE.items()}
     found = distance(models.check("math", weights), "math")
     assert found.level == "warning"
-    assert "not compared: experts of the mixture." in found.message
+    assert "Not compared, as stored differently: experts of the mixture." in found.message
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize(
     ("where", "scale", "level", "words"),
     [
-        (within("v_proj"), 0.05, "refusal", "of the weights' norm in v_proj; fine-tunes"),
-        (within("layers.8.mlp.up_proj"), 0.05, "refusal", "norm in up_proj; fine-tunes"),
-        (within("v_proj"), 0.02, "warning", "More than the 0.1 usual"),
-        (matrices, 0.02, "warning", "More than the 0.1 usual"),
+        (within("v_proj"), 0.05, "refusal", "of the weights' norm in v_proj; typically"),
+        (within("layers.8.mlp.up_proj"), 0.05, "refusal", "norm in up_proj; typically"),
+        (within("v_proj"), 0.02, "warning", "Fine-tunes are typically below 0.1"),
+        (matrices, 0.02, "warning", "Fine-tunes are typically below 0.1"),
     ],
 )
 def test_the_distance_is_that_of_the_parts_that_differ(
@@ -251,11 +251,11 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_tensor(
     found = distance(models.check("math", weights), "math")
     assert found.level == "refusal"
     assert f"'{name}' of" in found.message
-    assert "math' holds 3 NaN or infinite values" in found.message
+    assert "math' has 3 NaN or infinite values" in found.message
     write_model(models.folder / "bad", weights, CONFIG)
     pair = ipm.open_pair(models.folder / "mllm", models.base, models.folder / "bad")
     found = distance(pair.check(), "math")
-    assert (found.level, "bad' holds 3 NaN or" in found.message) == ("refusal", True)
+    assert (found.level, "bad' has 3 NaN or" in found.message) == ("refusal", True)
 
 
 def test_a_partly_tuned_expert_is_analysed_and_changes_those_parts_alone(
@@ -321,7 +321,7 @@ def test_on_the_hub_equal_rows_are_a_warning_and_the_rest_stays_there(
     before = math.files.nbytes
     found = distance(pair.check(), "math")
     assert found.level == "warning"
-    assert "Not compared: the other rows, which are on the hub" in found.message
+    assert "Not compared: the remaining rows, which are on the hub" in found.message
     assert math.files.nbytes - before < math.nbytes / 3
 
 

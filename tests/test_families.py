@@ -122,7 +122,7 @@ def test_experts_of_a_mixture_are_kept_and_the_check_says_so(models: object) -> 
     assert MOE in pair.kept.values()
     finding = next(finding for finding in pair.check() if finding.subject == "shapes")
     assert finding.level == "warning"
-    assert "stay as they are: only attention merges" in finding.remedy
+    assert "are kept: only attention is merged" in finding.remedy
 
 
 @pytest.mark.parametrize("side", ["base", "math"])
@@ -237,15 +237,15 @@ def renamed(old: str, new: str) -> object:
             r"layers.2.linear_attn.\w_proj.weight' of .* is none of the projections",
         ),
         (renamed("model.layers", "transformer.h"), "has no decoder matrices named like"),
-        (renamed("layers.1.", "layers.7."), "layers up to 7 .* none of number 1. Is a shard"),
+        (renamed("layers.1.", "layers.7."), "layers up to 7 .* but no layer 1. Is a shard"),
         (renamed("_proj.", "_linear."), r"It has 'model.layers.*': this layout is not supported"),
         (
             lambda weights: {n: w for n, w in weights.items() if "1.input_layernorm" not in n},
-            r"Layer 1 of .*hub' has 'input_layernorm.weight' and .*odd' has none",
+            r"Layer 1 of .*hub' has 'input_layernorm.weight' but .*odd' does not",
         ),
         (
             lambda weights: weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
-            r"Layer 0 of .*odd' has 'self_attn.q_norm.weight' and .*hub' has none",
+            r"Layer 0 of .*odd' has 'self_attn.q_norm.weight' but .*hub' does not",
         ),
         (
             lambda weights: (
@@ -263,7 +263,7 @@ def test_what_is_not_supported_is_refused_by_name(
         return
     folders = models("LLaVA-1.5 (Vicuna)")
     twin = rewrite(folders["math"], tmp_path / "twin", change)
-    with pytest.raises(PairingError, match="has 2 decoders that fit the base .* alike"):
+    with pytest.raises(PairingError, match="has 2 decoders that match the base .* equally well"):
         open_pair(folders["hub"], twin, folders["base"])
 
 

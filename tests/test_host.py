@@ -30,7 +30,7 @@ def python(code):
 def test_windows_is_refused_in_one_sentence(code, exit_code):
     done = python(code)
     assert done.returncode == exit_code, done.stderr
-    assert "IPMerge needs Linux or macOS" in done.stderr
+    assert "IPMerge requires Linux or macOS" in done.stderr
     assert "WSL" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -40,7 +40,7 @@ def test_python_users_on_windows_get_the_same_sentence():
     assert (
         done.stderr.rstrip()
         .splitlines()[-1]
-        .startswith("ipmerge_core.errors.RunError: IPMerge needs Linux or macOS")
+        .startswith("ipmerge_core.errors.RunError: IPMerge requires Linux or macOS")
     )
 
 

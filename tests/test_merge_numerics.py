@@ -119,7 +119,10 @@ def write_wide(folder: Path, dtype: str) -> Wide:
         ],
         text_folder(DEMO / "base", folder / "base", base),
     )
-    samples = load_samples("demo", 4, sees=True), load_samples("demo", 4, sees=False)
+    samples = (
+        load_samples("demo", 4, takes_images=True),
+        load_samples("demo", 4, takes_images=False),
+    )
 
     @cache
     def calibration(kind: str) -> Path:

@@ -187,7 +187,7 @@ def test_norms_that_merge_are_not_said_to_stay() -> None:
     [
         ("layer_gains", "up", "expected numbers such as 0 0.5 1"),
         ("layer_gains", "1 -1", "A layer gain is -1.0"),
-        ("include", "(", "no regular expression"),
+        ("include", "(", "not a valid regular expression"),
         ("norms", "burn", "norms is 'burn'"),
     ],
 )

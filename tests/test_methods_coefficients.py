@@ -117,5 +117,5 @@ def test_the_preview_is_exact_once_the_model_is_measured():
 
 def test_nothing_to_measure_is_said():
     method = METHODS["metagpt"]
-    with pytest.raises(PlanError, match="no matrix to measure"):
+    with pytest.raises(PlanError, match="no matrices to measure"):
         method.statistic.over(list, method.complete({}))

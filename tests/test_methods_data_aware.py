@@ -164,11 +164,11 @@ def test_grams_that_are_none_are_refused():
 
 
 def test_missing_too_few_and_misshapen_data_are_refused_in_words():
-    with pytest.raises(PlanError, match="Gram matrix of every model and got none of the MLLM"):
+    with pytest.raises(PlanError, match="Gram matrix of every model and got none for the MLLM"):
         merged_by("regmean")
-    with pytest.raises(PlanError, match="none of the math model"):
+    with pytest.raises(PlanError, match="none for the math model"):
         merged_by("fisher", mllm_fisher=FISHER["mllm_fisher"])
-    with pytest.raises(PlanError, match="of 1 math models for 2"):
+    with pytest.raises(PlanError, match="of 1 math models; expected 2"):
         METHODS["regmean"](W0, W_V, [W_E, W_E], **GRAMS)
     with pytest.raises(ShapeError, match=r"shape \(3, 3\); expected \(2, 3\)"):
         merged_by("fisher", mllm_fisher=X_V.T @ X_V, math_fisher=X_V.T @ X_V)

@@ -26,10 +26,10 @@ def test_linear_matches_its_numbers():
 
 def test_two_weights_of_an_average_come_together_and_do_not_cancel():
     for given in ({"mllm_weight": 1.0}, {"math_weight": 1.0}):
-        with pytest.raises(PlanError, match="expected both, or alpha alone"):
+        with pytest.raises(PlanError, match="expected both, or only alpha"):
             merged_by("linear", **given)
     opposite = {"mllm_weight": 0.5, "math_weight": -0.5}
-    with pytest.raises(PlanError, match="add up to 0"):
+    with pytest.raises(PlanError, match="sum to 0"):
         merged_by("linear", **opposite)
     apart = merged_by("linear", normalize=False, **opposite)
     assert close(apart, (0.5 * (W_V - W_E)).tolist())

@@ -85,7 +85,7 @@ def test_a_journal_that_has_not_begun_is_refused(out: Path) -> None:
     for content in (None, "", "nonsense", json.dumps([1]), json.dumps({"format": "other"})):
         if content is not None:
             journal_of(out).write_text(content)
-        with pytest.raises(PlanError, match="has not begun"):
+        with pytest.raises(PlanError, match="has not started"):
             read_journal(journal_of(out))
 
 
@@ -99,7 +99,7 @@ def test_strangers_existing_packs_and_folders_for_the_hub_are_refused(
     with pytest.raises(PlanError, match="rank is 0"):
         run(trio, out, rank=0)
     out.write_text("mine")
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match="already exists"):
         run(trio, out)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 

@@ -94,7 +94,7 @@ def test_task_arithmetic_needs_no_decomposition(trio: Trio) -> None:
     plan = ipm.make_plan(pair, method="task_arithmetic", math_weight=0.5)
     assert len(plan.selected) == 21
     assert plan.similarity_threshold is None
-    with pytest.raises(PlanError, match="nothing to preview from"):
+    with pytest.raises(PlanError, match="cannot be previewed"):
         plan.preview()
 
 
@@ -128,19 +128,22 @@ def test_plans_that_do_the_same_have_one_hash(analysis: Analysis) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"similarity_threshold": 1.2}, r"S_alpha\) is 1.2; similarities lie in \[0, 1\]"),
-        ({"similarity_threshold": -0.1}, "S_alpha"),
-        ({"similarity_threshold": float("nan")}, "S_alpha"),
+        ({"similarity_threshold": 1.2}, r"threshold is 1.2; expected a number in \[0, 1\]"),
+        ({"similarity_threshold": -0.1}, "similarity threshold"),
+        ({"similarity_threshold": float("nan")}, "similarity threshold"),
         ({"similarity_threshold": "high"}, "expected a number in"),
         ({"lambda_": -1.0}, r"lambda is -1.0; expected a finite number in \[0, inf\)"),
         ({"lambda_": float("inf")}, "lambda is inf"),
         ({"similarity": "last"}, "Unknown similarity 'last'. Available: first, max, weighted"),
         ({"overrides": {FIRST: "maybe"}}, "is 'maybe'; expected merge or keep"),
-        ({"overrides": {"model.nothing": "keep"}}, "'model.nothing', which is no decoder matrix"),
+        (
+            {"overrides": {"model.nothing": "keep"}},
+            "'model.nothing', which is not a decoder matrix",
+        ),
         ({"gamma_norm": "mean"}, "gamma_norm is 'mean'; expected one of sum, max"),
         ({"speed": 1}, "IP-Merging has no parameter 'speed'"),
-        ({"rank": 0}, "rank is 0; expected a whole number in"),
-        ({"method": "task_arithmetic", "lambda_": 2.0}, "Task arithmetic has no lambda"),
+        ({"rank": 0}, "rank is 0; expected an integer in"),
+        ({"method": "task_arithmetic", "lambda_": 2.0}, "Task arithmetic has no parameter lambda"),
         ({"method": "task_arithmetic", "math_weight": float("nan")}, "math_weight is nan"),
     ],
 )
@@ -170,7 +173,7 @@ def test_a_plan_that_was_tampered_with_is_refused(analysis: Analysis, tmp_path: 
     content = json.loads(path.read_text())
     content["parameters"]["lambda_"] = 7.0
     path.write_text(json.dumps(content))
-    with pytest.raises(PlanError, match="its hash is .* and the file says"):
+    with pytest.raises(PlanError, match="its hash is .* but the file has"):
         MergePlan.load(path)
 
 
@@ -259,7 +262,9 @@ def test_an_override_wins_over_the_scope(analysis: Analysis) -> None:
 
 
 def test_a_pattern_that_is_none_is_refused(analysis: Analysis) -> None:
-    with pytest.raises(PlanError, match="The include pattern '\\(' is no regular expression"):
+    with pytest.raises(
+        PlanError, match="The include pattern '\\(' is not a valid regular expression"
+    ):
         ipm.make_plan(analysis, include="(")
 
 
@@ -279,7 +284,7 @@ def test_impossible_layer_gains_are_refused(factors: tuple, analysis: Analysis) 
 
 
 def test_a_method_without_a_gain_takes_no_layer_gains(analysis: Analysis) -> None:
-    with pytest.raises(PlanError, match="no gain that could differ"):
+    with pytest.raises(PlanError, match="does not support layer gains"):
         ipm.make_plan(analysis, method="karcher", layer_gains=(0, 1))
 
 
@@ -297,5 +302,5 @@ def test_plans_of_a_pack_of_version_1_take_every_direction_as_they_did():
         assert (plan.hash, plan.parameters["directions"]) == (name, "all")
         assert plan.preview().relative_change == change
         assert not plan.preview().approximate
-    with pytest.raises(PlanError, match="with directions all and the plan has directions existing"):
+    with pytest.raises(PlanError, match="used directions all and the plan has directions existing"):
         ipm.make_plan(analysis, directions="existing").preview()

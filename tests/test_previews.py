@@ -168,7 +168,11 @@ def test_packs_of_another_temperature_or_rank_give_other_digests(analysed: Any) 
     ("how", "choice", "words"),
     [
         ({"temperature": 8.0}, {"temperature": 32.0}, "temperature 8 and the plan has temperature"),
-        ({}, {"temperature": 8.0}, "Leave temperature out of the plan to take the analysis', or"),
+        (
+            {},
+            {"temperature": 8.0},
+            "Omit temperature from the plan to use that of the analysis, or",
+        ),
         ({"rank": 4}, {"rank": None}, "rank 4 and the plan has rank none"),
         ({"rank": 4}, {"ablation": "rescale_only", "rank": 3}, "analyse the pair with rank 3"),
         (
@@ -214,7 +218,7 @@ def test_a_plan_that_does_not_say_how_its_analysis_was_made_claims_nothing(
     del content["analysed"]
     old = MergePlan.from_dict(content)
     assert old.digest == plan.digest  # it merges as it did
-    assert "does not say how its analysis was made" in old.preview().approximate
+    assert "does not record its analysis options" in old.preview().approximate
     assert old.preview().relative_change == plan.preview().relative_change
     assert not ipm.make_plan(analysed("{}"), ablation="select_only").preview().approximate
 
@@ -238,15 +242,18 @@ def test_the_command_line_takes_the_analysis_options_and_says_so(
     how = ["--temperature", "8", "--rank", "4", "--quiet"]
     assert cli.main(["analyse", *models, *how, "-o", pack]) == 0
     assert cli.main(["plan", pack, "--similarity-threshold", "0", "-o", plan]) == 0
-    assert "of its norm, with the analysis' temperature 8 and rank 4." in capsys.readouterr().out
+    assert (
+        "(relative Frobenius norm), with temperature 8 and rank 4 from the analysis."
+        in capsys.readouterr().out
+    )
     assert cli.main(["plan", pack, "--set", "rank=none", "-o", plan]) == 0
-    assert "is not previewable: the analysis measured" in capsys.readouterr().out
+    assert "is not previewable: the analysis used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_model_card_says_whether_its_number_is_exact(quick: bool, analysed: Any) -> None:
     card = write_card(ipm.make_plan(analysed(json.dumps(ANALYSES[-1] if quick else {}))))
-    assert "The decoder changed by" in card
+    assert "The decoder weights changed by" in card
     assert ("(approximate: the analysis was a quick one" in card) == quick
 
 

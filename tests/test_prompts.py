@@ -100,7 +100,7 @@ def tokens(loaded: LoadedModel, *args: object) -> list[int]:
 
 def tokens_of(loaded: LoadedModel, text: str, *images: Image.Image) -> list[int]:
     """The tokens that a text written by hand has."""
-    if loaded.sees:
+    if loaded.takes_images:
         more = {"images": list(images)} if images else {}
         return loaded.processor(text=[text], **more)["input_ids"][0]
     return loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -127,7 +127,7 @@ def test_a_question_without_an_image_never_becomes_a_repr_on_either_side(request
 def test_a_system_prompt_and_earlier_turns_come_in_order(request, name, side):
     loaded = request.getfixturevalue(side)
     use(loaded, TEMPLATES[name])
-    image = PICTURE if loaded.sees else None
+    image = PICTURE if loaded.takes_images else None
     expected = tokens_of(
         loaded,
         f"SYSTEM: {HISTORY[0].text} USER: {HISTORY[1].text} ASSISTANT: {HISTORY[2].text} "
@@ -288,7 +288,7 @@ BAD = {
     "{{ range(10**9) | list }}": "OverflowError",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
     "{% include 'other' %}": "cannot be rendered",
-    "no question at all": "leaves the text or the image of a message out of the prompt",
+    "no question at all": "omits the text or the image of a message from the prompt",
 }
 
 
@@ -298,16 +298,16 @@ def test_a_template_that_cannot_be_used_is_told_with_a_remedy(request, bad, side
     loaded = request.getfixturevalue(side)
     use(loaded, bad)
     with pytest.raises(ModelLoadError, match=f"The chat template of '{side}'") as caught:
-        encode_prompt(loaded, "What is it?", PICTURE if loaded.sees else None)
+        encode_prompt(loaded, "What is it?", PICTURE if loaded.takes_images else None)
     assert BAD[bad] in str(caught.value)
-    assert "Correct chat_template.jinja" in str(caught.value)
+    assert "Fix chat_template.jinja" in str(caught.value)
 
 
 @pytest.mark.parametrize("side", ["mllm", "math"])
 def test_named_templates_without_a_default_are_named(request, side):
     loaded = request.getfixturevalue(side)
     use(loaded, {"rag": "r", "tool_use": "t"})
-    with pytest.raises(ModelLoadError, match="named 'rag', 'tool_use' and none named 'default'"):
+    with pytest.raises(ModelLoadError, match="named 'rag', 'tool_use' but none named 'default'"):
         encode_prompt(loaded, "What is it?", None)
 
 
@@ -319,7 +319,7 @@ def test_named_templates_with_a_default_use_it(mllm):
 
 def test_a_template_that_is_no_text_is_refused(mllm):
     use(mllm, ["a", "b"])
-    with pytest.raises(ModelLoadError, match="is a list; expected the text of a Jinja template"):
+    with pytest.raises(ModelLoadError, match="is a list; expected a Jinja template string"):
         encode_prompt(mllm, "What is it?", None)
 
 
@@ -357,7 +357,7 @@ def test_a_template_in_tokenizer_config_alone_is_used(folder, side):
     own = folder(side)
     in_tokenizer_config(own, TEMPLATES["string, joined"])
     loaded = load_model(own)
-    image = PICTURE if loaded.sees else None
+    image = PICTURE if loaded.takes_images else None
     mark = "<image>\n" if image else ""
     expected = tokens_of(loaded, f"USER: {mark}What? ASSISTANT:", *([image] if image else []))
     assert tokens(loaded, "What?", image) == expected

@@ -97,7 +97,7 @@ def test_auto_is_the_best_device_that_can_do_the_work(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gpu", "Unknown device 'gpu'. Expected auto, or one that torch sees here: cuda, cpu."),
+        ("gpu", "Unknown device 'gpu'. Expected auto or an available device: cuda, cpu."),
         ("cuda:", "Unknown device"),
         ("cuda:-1", "Unknown device"),
         ("CUDA", "Unknown device"),
@@ -105,8 +105,8 @@ def test_auto_is_the_best_device_that_can_do_the_work(
         ("x" * 500, "Unknown device 'x{40}'"),
         (3, "Unknown device '3'"),
         (None, "Unknown device"),
-        ("cuda:1", "'cuda:1' is not available: torch .* sees 1 cuda device on"),
-        ("xpu", "'xpu' is not available: torch .* sees no xpu devices on"),
+        ("cuda:1", "'cuda:1' is not available: torch .* finds 1 cuda device on"),
+        ("xpu", "'xpu' is not available: torch .* finds no xpu devices on"),
         ("mps", "'mps' has no 64-bit floating point"),
     ],
 )

@@ -205,7 +205,7 @@ def test_a_policy_that_is_none_is_refused(
 def test_what_works_on_whole_matrices_only_says_so(shifted: Trio) -> None:
     analysis = ipm.analyse(ipm.open_pair(shifted.mllm, shifted.math, shifted.base))
     for choice in ({"norms": "merge"}, {"embeddings": "merge-shared"}):
-        with pytest.raises(PlanError, match="works on whole matrices"):
+        with pytest.raises(PlanError, match="operates on whole matrices"):
             ipm.make_plan(analysis, "ip_merging", **choice)
 
 

@@ -80,7 +80,9 @@ def test_a_question_that_is_too_long_meets_no_pattern(monkeypatch, length):
 
     for module, name in ((turns, "show_text"), (try_it, "Turn"), (written, "clean_text")):
         monkeypatch.setattr(module, name, fail)
-    with pytest.raises(RunError, match=f"has {length} characters; at most {LONGEST_QUESTION}"):
+    with pytest.raises(
+        RunError, match=f"has {length} characters; the maximum is {LONGEST_QUESTION}"
+    ):
         try_it._read_prompt({"text": filled(r"\(", length), "files": []})
 
 

@@ -136,7 +136,7 @@ def test_a_check_says_what_it_reads_finds_siblings_and_names_the_cost(trio):
 def test_refusals_come_as_findings_and_nothing_is_started(trio, tmp_path):
     assert "equals the base" in refusals(checked(named(trio, math=(str(trio.base),)))[1])
     missing = checked(named(trio, mllm=str(tmp_path / "nowhere")))[1]
-    assert "There is no model folder" in refusals(missing)
+    assert "The model folder" in refusals(missing)
     assert not missing.ready
     offline = checked(named(trio, base="org/name"))[1]
     assert "Cannot open 'org/name'" in refusals(offline)

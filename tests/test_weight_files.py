@@ -248,7 +248,7 @@ def test_what_is_not_read_is_named(
     layout(folder)
     found = checks(folder, tmp_path)["mllm: weight files"]
     assert found.level == "warning"
-    assert f"is read from '{read}', as transformers loads it" in found.message
+    assert f"is read from '{read}', as in transformers" in found.message
     assert beside in found.message
 
 
@@ -278,7 +278,9 @@ def test_an_adapter_beside_the_weights_is_named_and_not_taken_along(
     )
     ipm.merge(plan, tmp_path / "out")
     assert not list((tmp_path / "out").glob("adapter*"))
-    with pytest.raises(ModelLoadError, match="holds a PEFT adapter .*merge_and_unload"):
+    with pytest.raises(
+        ModelLoadError, match="contains both weights and a PEFT adapter .*merge_and_unload"
+    ):
         load_model(folder)
 
 
@@ -360,7 +362,7 @@ def file_of_the_config_outside(folder: Path) -> None:
         (indexed_pickles_and_another_file, "'pytorch_model.bin.index.json' and 'weights."),
         (
             distributed_beside_single,
-            "distributed checkpoint .'shard-00000-model.* before any other",
+            "distributed checkpoint .'shard-00000-model.* in preference",
         ),
         (one_shard_without_index, "has 1 safetensors file and no model.safetensors.index.json"),
         (shards_of_a_variant, "only as a variant .'model.safetensors.index.fp16.json'"),
@@ -389,5 +391,5 @@ def test_a_folder_with_a_gguf_file_alone_is_told_what_to_use(tmp_path: Path) -> 
 def test_two_shards_with_one_tensor_are_still_refused_by_both_names(folder: Path) -> None:
     first, second, _ = sharded(folder, RIGHT)
     save_file(load_file(folder / first) | load_file(folder / second), folder / second)
-    with pytest.raises(CheckpointError, match=f"stands in both '{first}' and '{second}'"):
+    with pytest.raises(CheckpointError, match=f"is in both '{first}' and '{second}'"):
         Checkpoint.open(folder)

@@ -358,9 +358,12 @@ def test_the_command_line_says_exact_approximate_or_why_not(
     for method in ("task_arithmetic", "dare_linear", "ties"):
         assert main(["plan", pack, f"--method={method}", "-o", plan]) == 0
         said[method] = capsys.readouterr().out
-    assert "of its norm." in said["task_arithmetic"]
-    assert "of its norm (approximate: expected over the random drops)" in said["dare_linear"]
-    assert "is not previewable: which elements are kept" in said["ties"]
+    assert "(relative Frobenius norm)." in said["task_arithmetic"]
+    assert (
+        "(relative Frobenius norm, approximate: expected over the random drops)"
+        in said["dare_linear"]
+    )
+    assert "is not previewable: the kept elements depend on" in said["ties"]
     assert main(["plan", pack, "--method=ties", "--json", "-o", plan]) == 0
     assert "not previewable" in json.loads(capsys.readouterr().out)["preview"]
 

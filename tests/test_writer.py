@@ -94,7 +94,7 @@ def test_a_folder_of_somebody_else_is_not_touched(trio: Trio, tmp_path: Path) ->
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
     with (
-        pytest.raises(CheckpointError, match="was not made by a merge"),
+        pytest.raises(CheckpointError, match="was not created by a merge"),
         CheckpointWriter(source, tmp_path / "out", "run", resume=True),
     ):
         pass

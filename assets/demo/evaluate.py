@@ -1,4 +1,4 @@
-"""Measure the demo trio and print its table as Markdown.
+"""Evaluate the demo models and print the tables as Markdown.
 
     python assets/demo/evaluate.py [--trio assets/demo] [--seed 0] [--n 300] [--controls 5]
 
@@ -260,12 +260,12 @@ def words_table(folder: Path, asked: Sequence[Problem]) -> Iterator[str]:
     """Yield what the two language models do with the math problems of a draw, told in words."""
     asked = [problem for problem in asked if problem.is_math]
     worked = [Worked(*(getattr(p, field.name) for field in fields(p))) for p in asked]
-    yield "| math in words, % | right |"
+    yield "| text-only math, % | correct |"
     yield "|---|---|"
     for label, name, problems in (
-        ("base, asked for an answer", "base", asked),
-        ("base, asked for a WORKED solution", "base", worked),
-        ("math model, asked for an answer", "math", asked),
+        ("base, answer", "base", asked),
+        ("base, WORKED solution", "base", worked),
+        ("math model, answer", "math", asked),
     ):
         loaded = load_model(folder / name)
         replies = answer_all(loaded.model, loaded.tokenizer, problems)

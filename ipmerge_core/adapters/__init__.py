@@ -1,1 +1,1 @@
-"""Low-rank updates instead of whole models: PEFT adapter folders."""
+"""Export low-rank updates as PEFT adapters."""

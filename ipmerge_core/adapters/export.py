@@ -1,9 +1,9 @@
-"""IP-Merging's update as a LoRA adapter: small factors beside an unchanged model.
+"""Export IP-Merging's update as a LoRA adapter in the PEFT format.
 
-In: a plan of IP-Merging. Out: a PEFT folder (adapter_config.json, adapter_model.safetensors) that
-PEFT, and servers that take LoRA, load on the MLLM; lambda is the adapter's scale and can be changed
+In: a plan of IP-Merging. Out: a folder (adapter_config.json, adapter_model.safetensors) that PEFT,
+and servers with LoRA support, load on the MLLM; lambda is the adapter's scale and can be changed
 after loading. The update P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is
-squared and sums to one. How many directions a matrix needs is found from the residual and reported.
+squared and sums to one. The rank of each matrix is determined from the residual and reported.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ REPORT = "ipmerge-adapter.json"
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """One module's factors are ready.
+    """Progress: the factors of one module were computed.
 
-    `rank` directions are kept of the `needed` ones that bring the residual below the tolerance;
-    `residual` is what the kept ones leave, relative to the update's Frobenius norm.
+    `rank` is the number of kept directions, `needed` the number required for the tolerance;
+    `residual` is that of the kept ones, relative to the update's Frobenius norm.
     """
 
     tensor: str
@@ -80,23 +80,23 @@ def iter_adapter(
 ) -> Iterator[AdapterStep]:
     """Write the LoRA adapter of `plan` to the new folder `out`, yielding after each module.
 
-    The adapter on the MLLM is the merged model up to the residual and the merged model's rounding
-    to its stored dtype. Factors are fp32; the scale lora_alpha / r is the plan's lambda.
+    The MLLM with the adapter equals the merged model up to the residual and the rounding of the
+    merged model to its stored dtype. Factors are fp32; the scale lora_alpha / r is lambda.
 
     Args:
-        plan: of IP-Merging with a projector; its sources are opened again and compared.
-        out: a folder that does not exist or is empty. It appears when the adapter is whole.
-        tolerance: relative Frobenius residual at which a matrix's rank is chosen.
-        max_rank: directions kept at most. A matrix that needs more is cut there, with a warning,
-            and reported with its residual.
-        device: where the matrices are decomposed: "auto", or as torch names it.
+        plan: a plan of IP-Merging with projection; its sources are opened again and compared.
+        out: a folder that does not exist or is empty. It appears when the adapter is complete.
+        tolerance: relative Frobenius residual that determines the rank of a matrix.
+        max_rank: maximum rank. A matrix that needs more is truncated with a warning, and
+            reported with its residual.
+        device: a torch device name, or "auto".
 
     Raises:
         PlanError: the method's change is not of low rank, no matrix is selected, or the device is
-            not there.
+            not available.
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source is not the one the plan was made for.
-        RunError: the target cannot be written.
+        PairingError: a source differs from the one the plan was made for.
+        RunError: the output cannot be written.
     """
     where = torch.device(resolve_device(device))
     _check(plan, tolerance, max_rank)
@@ -131,17 +131,17 @@ def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
         ablation = plan.parameters.get("ablation", "none")
         what = label if ablation == "none" else f"{label} with ablation '{ablation}'"
         raise PlanError(
-            f"{what} changes weights in all directions, so its change is no LoRA adapter. "
-            f"Use IP-Merging with its projection, or write the merged model instead."
+            f"The change of {what} has full rank and cannot be a LoRA adapter. Use IP-Merging "
+            f"with projection, or write the merged model instead."
         )
     if not 0 < tolerance < 1:
-        raise PlanError(f"The tolerance is {tolerance}; expected a number in (0, 1), as 0.001.")
+        raise PlanError(f"The tolerance is {tolerance}; expected a number in (0, 1).")
     if max_rank < 1:
-        raise PlanError(f"max_rank is {max_rank}; expected a whole number >= 1, such as 64.")
+        raise PlanError(f"max_rank is {max_rank}; expected an integer >= 1.")
     if not plan.selected:
         raise PlanError(
-            f"The plan selects none of {len(plan.decisions)} matrices, so an adapter would be "
-            f"empty. Lower the similarity threshold ({plan.similarity_threshold})."
+            f"The plan selects none of {len(plan.decisions)} matrices, so that the adapter would "
+            f"be empty. Lower the similarity threshold ({plan.similarity_threshold})."
         )
 
 
@@ -150,9 +150,9 @@ def _warn_of_cuts(steps: Sequence[AdapterStep], max_rank: int) -> None:
     if cut:
         worst = max(cut, key=lambda step: step.residual)
         warnings.warn(
-            f"{len(cut)} of {len(steps)} matrices need more than max_rank = {max_rank} directions "
-            f"and were cut; '{worst.tensor}' needs {worst.needed} and leaves out "
-            f"{worst.residual:.1%} of its update. Raise max_rank for an exact adapter.",
+            f"{len(cut)} of {len(steps)} matrices need a rank above max_rank = {max_rank} and were "
+            f"truncated; '{worst.tensor}' needs {worst.needed} and has a residual of "
+            f"{worst.residual:.1%}. Raise max_rank for a more accurate adapter.",
             stacklevel=3,
         )
 
@@ -167,7 +167,7 @@ def _write(
     steps: Sequence[AdapterStep],
     how: Mapping[str, float | str],
 ) -> None:
-    """Write everything beside `out` and rename it, so that no half adapter ever loads."""
+    """Write to a temporary folder and rename it, so that a partial adapter is never loaded."""
     if not tensors:
         raise PlanError(
             "The update of every selected matrix is zero: the math models do not differ from "
@@ -242,7 +242,7 @@ def _card(plan: MergePlan, steps: Sequence[AdapterStep], nbytes: int) -> str:
             "",
             f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices, rank "
             f"{min(ranks)} to {max(ranks)}, {nbytes / 1e6:.1f} MB. Load it with PEFT on the MLLM "
-            f"that it was made for; scaling the adapter by s makes lambda s times larger.",
+            f"that it was made for; scaling the adapter by s scales lambda by s.",
             "",
             f"`{REPORT}` lists the rank and the residual of every matrix. No benchmark was run.",
             "",

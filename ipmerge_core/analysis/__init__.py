@@ -1,1 +1,1 @@
-"""Compare the models of a pair matrix by matrix; the result is a pack of small records."""
+"""Analyse a model pair matrix by matrix and store the results in a pack."""

@@ -1,4 +1,4 @@
-"""The driver that compares: every decoder matrix of a pair is decomposed once, small records stay.
+"""Driver of an analysis: decompose every decoder matrix of a pair once and record the results.
 
 In: a `ModelPair`. Out: an `Analysis` with one `LayerRecord` per matrix and expert: similarities,
 norms, inner products, sampled spectra; no weights. Everything that a plan or a plot needs later is
@@ -45,21 +45,21 @@ def analyse(
     directions: Literal["existing", "all"] = "existing",
     cache_dir: str | Path | None = None,
 ) -> Analysis:
-    """Decompose every matched matrix once and keep what all later questions need.
+    """Decompose every matched matrix once and return all records.
 
     Args:
         pair: the models, opened by `open_pair`.
-        device: where the decompositions run: "auto", or as torch names it.
+        device: a torch device name, or "auto".
         rank: keep only the leading singular triplets; None keeps all.
-        temperature: of the softmax over directions, > 0.
+        temperature: softmax temperature over directions, > 0.
         quick: an approximate preview from the leading directions, see `Options`.
-        directions: those that rounding of the stored weights cannot have made, or all.
-        cache_dir: a folder in which a finished pack is found again for the same weights and
-            options, and an interrupted analysis goes on.
+        directions: "existing" (above the rounding noise of the stored weights), or "all".
+        cache_dir: a folder in which packs of the same weights and options are reused, and an
+            interrupted analysis is resumed.
 
     Raises:
         PairingError: an expert or the MLLM equals its base, so that there is nothing to compare.
-        CheckpointError: a matrix holds NaN or infinity.
+        CheckpointError: a matrix contains NaN or infinity.
     """
     options = Options(rank, temperature, quick, directions).check()
     if cache_dir is None:
@@ -93,7 +93,7 @@ def _with_records(pair: ModelPair, options: Options, records: tuple[LayerRecord,
 
 
 def describe(pair: ModelPair) -> tuple[Sources, Totals]:
-    """Return where a pair's models come from and how large the MLLM is, from headers."""
+    """Return the sources of a pair's models and the sizes of the MLLM, from headers."""
     sources = Sources(
         mllm=_source(pair.mllm),
         base=_source(pair.base),
@@ -123,7 +123,7 @@ def _source(model: Checkpoint) -> Source:
 
 
 def _identity(pair: ModelPair, options: Options) -> str:
-    """SHA-256 of all that decides the records: weights, options, engine."""
+    """Return the SHA-256 of everything that determines the records: weights, options, engine."""
     fingerprints = [model.fingerprint for _, model in pair.roles()]
     content = json.dumps([VERSION, __version__, options, fingerprints])
     return hashlib.sha256(content.encode()).hexdigest()
@@ -132,14 +132,14 @@ def _identity(pair: ModelPair, options: Options) -> str:
 def _check_not_zero(pair: ModelPair, records: tuple[LayerRecord, ...]) -> None:
     if not any(record.mllm_norm2 for record in records):
         raise PairingError(
-            f"The decoder of the mllm '{pair.mllm.id}' equals its base '{pair.base_mllm.id}': "
-            f"there is no task vector to compare with. Give the base that it was trained from."
+            f"The decoder of the mllm '{pair.mllm.id}' equals its base '{pair.base_mllm.id}': its "
+            f"task vector is zero. Use the base that it was trained from."
         )
     for number, expert in enumerate(pair.math):
         if not any(record.math_norm2 for record in records if record.expert == number):
             raise PairingError(
                 f"The math model '{expert.id}' equals the base '{pair.base.id}': its task vector "
-                f"is zero. Give a fine-tuned model as math, or its true parent as base."
+                f"is zero. Use a fine-tuned model as math, or its original base as base."
             )
 
 
@@ -152,9 +152,9 @@ def iter_analysis(
 ) -> Iterator[LayerRecord]:
     """Yield one LayerRecord per matrix and expert, in order; `len(pair.matrices)` x experts.
 
-    While some matrices are decomposed the next one is read. What was found is appended to
-    `journal`, a file of JSON lines; given again for the same weights and options, its records come
-    from there. Errors as for `analyse`.
+    Reads the next matrices while others are decomposed. Results are appended to `journal`, a file
+    of JSON lines; if it contains records of the same weights and options, they are reused. Errors
+    as for `analyse`.
     """
     options, device = (options or Options()).check(), resolve_device(device)
     done = _open_journal(Path(journal), pair, options) if journal is not None else None
@@ -179,7 +179,7 @@ def _open_journal(path: Path, pair: ModelPair, options: Options) -> Journal:
 
 
 def comparing_cost(shape: tuple[int, int]) -> int:
-    """Relative cost of analysing one matrix, m n min(m, n), by which progress is told."""
+    """Return the relative cost of analysing one matrix, m n min(m, n), used for progress."""
     return prod(shape) * min(shape)
 
 
@@ -189,7 +189,7 @@ def comparing_cost(shape: tuple[int, int]) -> int:
 class AnalysisStep(NamedTuple):
     """How far a run of `iter_pack_of` is, in matrices and in cost.
 
-    `cost_before` is what an earlier run of the same work had done.
+    `cost_before` is the cost finished by an earlier run of the same work.
     """
 
     number: int
@@ -215,15 +215,15 @@ def iter_pack(
     """Open models by name and analyse them into the new pack `out`, see `iter_pack_of`.
 
     Raises:
-        PairingError: the sibling check refuses the models, or nothing is to be compared.
-        CheckpointError: a model cannot be opened; with `hub_only`, one that is no hub id.
-        PlanError: the device is not there.
-        RunError: `out` exists, or memory does not suffice.
+        PairingError: the sibling check refuses the models, or a task vector is zero.
+        CheckpointError: a model cannot be opened, or, with `hub_only`, is not a hub id.
+        PlanError: the device is not available.
+        RunError: `out` exists, or there is too little memory.
     """
     out, options = Path(out), Options(rank, quick=quick).check()
     device = resolve_device(device)  # a fault before any model is opened
     if out.exists():
-        raise RunError(f"'{out}' exists already. Give the pack another name.")
+        raise RunError(f"'{out}' already exists. Choose another name for the pack.")
     opened = partial(Checkpoint.open, hub_only=hub_only)
     own = opened(base_mllm) if base_mllm else None
     pair = open_pair(opened(mllm), [opened(name) for name in math], opened(base), base_mllm=own)
@@ -263,12 +263,12 @@ def iter_pack_of(
 def _analyse_each(
     pair: ModelPair, matrices: Sequence[MatrixMatch], device: str, options: Options
 ) -> Generator[list[LayerRecord]]:
-    """Yield each matrix' records in order; some are decomposed at once, the next is read ahead."""
+    """Yield the records of each matrix in order, with concurrent decompositions and reads."""
     workers = _workers(device, max((working_set(pair, m, options) for m in matrices), default=0))
     if workers == 0:
         device, workers = "cpu", 1
     loads = [Load(_stored_bytes(pair, matrix), partial(pair.read, matrix)) for matrix in matrices]
-    # The one in hand and the next, for each that is decomposed.
+    # One in use and the next one, for each concurrent decomposition.
     ahead = (1 + workers) * max((load.nbytes for load in loads), default=0)
 
     def compared(read: tuple[MatrixMatch, MatrixWeights]) -> list[LayerRecord]:
@@ -282,9 +282,9 @@ def _analyse_each(
 
 
 def _workers(device: str, working_set: int) -> int:
-    """How many matrices are decomposed at once; 0 where a GPU holds none, said in a warning.
+    """Return how many matrices to decompose concurrently; 0, with a warning, to use the CPU.
 
-    Raises: RunError where nothing can hold the largest.
+    Raises: RunError if no device can hold the largest matrix.
     """
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
@@ -293,21 +293,21 @@ def _workers(device: str, working_set: int) -> int:
         free = free_memory(device)
         warnings.warn(
             f"The largest matrix needs about {working_set / 1e9:.1f} GB and {device} has "
-            f"{free / 1e9:.1f} GB free: the analysis runs on the CPU, which takes longer.",
+            f"{free / 1e9:.1f} GB free; falling back to the CPU, which is slower.",
             stacklevel=4,
         )
     free = psutil.virtual_memory().available
     if working_set > free:
         raise RunError(
-            f"Decomposing the largest matrix takes about {working_set / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free. Analyse with quick (leading directions only), which "
-            f"takes less, or on a larger machine."
+            f"Decomposing the largest matrix needs about {working_set / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free. Use quick (leading directions only), which needs less, "
+            f"or a machine with more memory."
         )
     return 0 if on_gpu else 1
 
 
 def working_set(pair: ModelPair, matrix: MatrixMatch, options: Options) -> int:
-    """Bytes that one matrix' decomposition takes: weights and factors in fp32, Grams in fp64."""
+    """Return the bytes of one decomposition: weights and factors in fp32, Grams in fp64."""
     m, n = matrix.shape
     gram = 0 if options.quick else 8 * 4 * min(m, n) ** 2
     return 4 * m * n * (4 + 3 * len(pair.math)) + gram
@@ -320,7 +320,7 @@ def _stored_bytes(pair: ModelPair, matrix: MatrixMatch) -> int:
 def _analyse_on(
     device: str, matrix: MatrixMatch, weights: MatrixWeights, options: Options
 ) -> list[LayerRecord]:
-    """Analyse on the device; where its memory does not suffice, this one matrix on the CPU."""
+    """Analyse one matrix on the device, or on the CPU if the device runs out of memory."""
     with torch.inference_mode():
         try:
             with stream(device):

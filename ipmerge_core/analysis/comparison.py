@@ -1,8 +1,8 @@
-"""One matrix of every model: decomposed once, reduced to a few numbers.
+"""Compare one matrix of every model and reduce the result to a small record.
 
 In: the weights of one matrix in the MLLM, its base, the experts' base and every expert. Out: one
-`LayerRecord` per expert with all that plans and plots ever ask. The updates of IP-Merging are never
-formed: their norms and inner products are sums over the MLLM's directions. No IO.
+`LayerRecord` per expert with all numbers that plans and plots need. The updates of IP-Merging are
+not formed: their norms and inner products are sums over the MLLM's directions. No IO.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from ipmerge_core.spectral.kinds import TEMPERATURE
 
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
 _QUICK_RANK = 64  # leading directions of a quick analysis
-_QUICK_TOLERANCE = 0.1  # of its residuals, relative to S_1^2: leading values to five percent
-_PRINCIPAL = (1, 4, 16, 64)  # sizes of the leading subspaces that are compared
-_SAMPLES = 48  # points kept of a spectrum: enough for a plot at any width
+_QUICK_TOLERANCE = 0.1  # residual relative to S_1^2: leading values to five percent
+_PRINCIPAL = (1, 4, 16, 64)  # sizes of the compared leading subspaces
+_SAMPLES = 48  # stored points per spectrum: enough for a plot at any width
 
 
 class Options(NamedTuple):
-    """How to analyse. Two analyses of one pair with equal options give equal records.
+    """Options of an analysis; equal options of one pair give equal records.
 
-    `rank` keeps the leading singular triplets only, None all of them. `temperature` is that of the
-    softmax over directions. `quick` looks for the leading 64 directions by a randomized method, in
-    a fraction of the time: its similarities of leading directions are good, its nuclear norms and
-    ranks are those of the leading part; packs made so say that they are approximate. `directions`
-    is "existing", so that what rounding of the stored weights may have made takes part in nothing,
-    or "all", the literal reading of the paper.
+    Attributes:
+        rank: keep only the leading singular triplets; None keeps all.
+        temperature: softmax temperature over directions.
+        quick: compute only the leading 64 directions with a randomized algorithm, in a fraction of
+            the time: similarities of leading directions are accurate, nuclear norms and ranks are
+            those of the leading part. Such packs are marked as approximate.
+        directions: "existing" excludes directions that rounding of the stored weights may have
+            caused; "all" uses every direction, as in the paper.
     """
 
     rank: int | None = None
@@ -45,19 +47,19 @@ class Options(NamedTuple):
     directions: Literal["existing", "all"] = "existing"
 
     def check(self) -> Options:
-        """Return the options. Raises: PlanError for a value that makes no sense."""
+        """Return the options after validation. Raises: PlanError for an invalid value."""
         if self.rank is not None and self.rank < 1:
-            raise PlanError(f"The rank is {self.rank}; expected a whole number >= 1, or none.")
+            raise PlanError(f"The rank is {self.rank}; expected an integer >= 1, or none.")
         if not 0 < self.temperature < inf:
-            raise PlanError(f"The temperature is {self.temperature}; expected a number > 0, as 32.")
+            raise PlanError(f"The temperature is {self.temperature}; expected a number > 0.")
         if self.directions not in ("existing", "all"):
             raise PlanError(f"directions is {self.directions!r}; expected existing or all.")
         return self
 
     def decompose(self, change: Tensor, name: str, floor: float) -> spectrum.Spectrum:
-        """Decompose one task vector, sure of which directions stand above `floor`.
+        """Decompose one task vector accurately enough to decide which directions exceed `floor`.
 
-        `name` keys the randomized method's numbers.
+        `name` keys the random numbers of the randomized algorithm.
         """
         return spectrum.svd(
             change,
@@ -71,11 +73,10 @@ class Options(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """One task vector with its spectrum and the numbers that every record repeats.
+    """One task vector with its spectrum and the numbers shared by all records of a matrix.
 
-    `spectrum` holds the directions that take part, `sigma` every singular value that was found,
-    `noise` says how large the rounding of the files may be, and `existing` how many directions
-    stand clear of it.
+    `spectrum` contains the participating directions, `sigma` all computed singular values, `noise`
+    is the level of the rounding noise, and `existing` the number of directions above it.
     """
 
     task_vector: Tensor
@@ -89,7 +90,7 @@ class _Side(NamedTuple):
 
     @property
     def kept(self) -> Tensor:
-        """The task vector, or what of it lies in the kept directions of a truncated spectrum."""
+        """The task vector, projected onto the kept directions if the spectrum is truncated."""
         if len(self.sigma) == min(self.task_vector.shape):
             return self.task_vector
         return sim.truncated(self.task_vector, self.spectrum)
@@ -118,12 +119,12 @@ def _side(tuned: Tensor, base: Tensor, options: Options, name: str) -> _Side:
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """Inner product of two matrices, accumulated in fp64."""
+    """Compute the inner product of two matrices in fp64."""
     return float((a * b).sum(dtype=torch.float64))
 
 
 def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> Iterator[LayerRecord]:
-    """Yield the record of each expert for one matrix; see `LayerRecord` for every number."""
+    """Yield the record of each expert for one matrix; `LayerRecord` documents every number."""
     mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
     earlier: list[_Expert] = []
@@ -141,7 +142,7 @@ def _norm2(weight: Tensor) -> float:
 
 
 class _Expert(NamedTuple):
-    """What the products of an expert's updates are made of, without forming the updates.
+    """Intermediate results for inner products of an expert's updates, without forming them.
 
     Projected updates are P = T diag(strength) V_V^T with T = dM V_V (m, r) and strength =
     rho gamma^2; V_V has orthonormal columns, so products of updates are sums over columns of T.
@@ -168,7 +169,7 @@ def _expert(mllm: _Side, math: _Side, options: Options) -> _Expert:
 
 
 def _update_norms(mllm: _Side, expert: _Expert, earlier: list[_Expert]) -> dict[str, UpdateNorms]:
-    """Inner products of every named update with itself, dV, and the earlier experts' updates."""
+    """Compute inner products of every update with itself, dV, and earlier experts' updates."""
     r = expert.through.shape[1]
     vision = mllm.task_vector @ mllm.spectrum.Vh[:r].T  # dV V_V
     columns = {
@@ -199,7 +200,7 @@ def _update_norms(mllm: _Side, expert: _Expert, earlier: list[_Expert]) -> dict[
 
 
 def _column_products(a: Tensor, b: Tensor) -> Tensor:
-    """<a_i, b_i> for each column i that both have, accumulated in fp64."""
+    """Compute <a_i, b_i> for each column i that both have in fp64."""
     r = min(a.shape[1], b.shape[1])
     return (a[:, :r] * b[:, :r]).sum(0, dtype=torch.float64)
 
@@ -253,17 +254,17 @@ def _record(
 
 
 def _principal(a: spectrum.Spectrum, b: spectrum.Spectrum) -> dict[str, float]:
-    """Mean cosine of the principal angles between leading subspaces, for each size that fits."""
+    """Compute the mean principal cosine of leading subspaces, for each size that fits."""
     sizes = [k for k in _PRINCIPAL if k <= min(len(a.S), len(b.S))]
     return {str(k): float(sim.principal_cosines(a, b, k).double().mean()) for k in sizes}
 
 
 def _sample(n: int) -> tuple[int, ...]:
-    """At most 48 indices from 1 to n, every one at the start, then evenly spaced in log."""
+    """Return at most 48 indices from 1 to n, dense at the start, then logarithmically spaced."""
     steps = torch.logspace(0, float(torch.log10(torch.tensor(float(n)))), _SAMPLES)
     return tuple(sorted({min(n, max(1, round(float(step)))) for step in steps}))
 
 
 def _rounded(values: Tensor, picked: list[int]) -> tuple[float, ...]:
-    """Six significant digits: all that a plot shows, in half the bytes."""
+    """Round the selected values to six significant digits, which suffices for plots."""
     return tuple(float(f"{float(values[i]):.6g}") for i in picked)

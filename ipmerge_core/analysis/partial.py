@@ -1,9 +1,8 @@
-"""A pack while it is being made: a file that grows by one line a matrix.
+"""The journal of an unfinished pack: a file that grows by one line per matrix.
 
-In: what a pack says before its records, then the records of one matrix after the other. Out: the
-records that an interrupted analysis finds again, and, for whoever watches, the pack as far as it
-has come. The first line says what the file is of; a line that a kill cut short counts as not
-written. No torch.
+In: the pack's metadata, then the records of one matrix at a time. Out: the records that a resumed
+analysis reuses, and a partial pack for monitoring. The first line identifies the contents; a line
+truncated by a kill is ignored. No torch.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _FORMAT = "ipmerge-journal"
 
 
 def journal_of(pack: Path) -> Path:
-    """Where the records of a pack stand until it is whole."""
+    """Return the path of the journal of an unfinished pack."""
     return pack.with_name(pack.name + ".journal")
 
 
@@ -34,9 +33,9 @@ class PendingMatrix(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """What a journal holds: the pack without its records, all places, and the records from one on.
+    """Contents of a journal: the pack's metadata, all places, and records from one matrix on.
 
-    `n_done` counts matrices; `records` leaves out those of the matrices that a watcher knows.
+    `n_done` counts matrices; `records` omits those of the matrices that the reader already knows.
     """
 
     pack: dict[str, Any]
@@ -46,19 +45,19 @@ class Unfinished(NamedTuple):
 
     @property
     def share(self) -> float:
-        """How much of the work is done, by cost."""
+        """Finished share of the work, by cost."""
         done = sum(place.cost for place in self.places[: self.n_done])
         return done / max(sum(place.cost for place in self.places), 1)
 
 
 def read_journal(path: Path, known: int = 0) -> Unfinished:
-    """Read a journal, without the records of its first `known` matrices.
+    """Read a journal without the records of its first `known` matrices.
 
-    Raises: PlanError where there is none, or none that has begun.
+    Raises: PlanError if there is no journal, or it is empty.
     """
     head, lines = _read(path)
     if not head:
-        raise PlanError(f"The analysis '{path.name}' has not begun, or was discarded.")
+        raise PlanError(f"The analysis '{path.name}' has not started, or was discarded.")
     return Unfinished(
         pack=head["pack"],
         places=[PendingMatrix(*place) for place in head["places"]],
@@ -68,7 +67,7 @@ def read_journal(path: Path, known: int = 0) -> Unfinished:
 
 
 class Journal:
-    """The writing side: records found again for the same identity, and appended as they come."""
+    """Appends records to a journal; records of the same identity are reused."""
 
     def __init__(
         self, path: Path, identity: str, pack: Mapping[str, Any], places: Sequence[PendingMatrix]
@@ -84,14 +83,14 @@ class Journal:
         write_whole(path, "\n".join([json.dumps(new), *lines]) + "\n")
 
     def append(self, records: Sequence[LayerRecord]) -> None:
-        """Add the records of one matrix, one for each expert."""
+        """Append the records of one matrix, one per expert."""
         line = json.dumps([record.to_dict() for record in records])
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the first line's content, and the whole lines after it."""
+    """Return the content of the first line, and the complete lines after it."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         head = json.loads(lines[0])
@@ -103,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _whole(lines: Sequence[str]) -> list[str]:
-    """Leave out what is not whole: only the last line can be cut short, by a kill or a reader."""
+    """Drop an incomplete line: only the last one can be, after a kill or during a write."""
     try:
         json.loads(lines[-1] if lines else "[]")
     except ValueError:

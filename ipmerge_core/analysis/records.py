@@ -1,8 +1,8 @@
-"""What an analysis leaves behind: small records of plain values, and the pack they travel in.
+"""Records of an analysis, and the pack file that stores them.
 
-In and out: one JSON file, gzipped where its name ends in .gz, the "pack", that Python and the
-browser read alike. No tensors here and no torch: the app shows a pack before torch is loaded.
-`analysis.py` makes the records, `plan.py` decides on them, `plots.py` draws them.
+In and out: one JSON file, the "pack", gzipped if its name ends in .gz, read by both Python and the
+browser. No tensors and no torch, so that the app can show a pack before torch is loaded.
+`comparison` creates the records, `planning` and `plots` use them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of a
 
 @dataclass(frozen=True)
 class Source:
-    """Where one model came from and how to recognise its weights."""
+    """Location of a model and the fingerprint of its weights."""
 
     id: str
     revision: str | None
@@ -33,17 +33,17 @@ class Source:
 
     @property
     def location(self) -> str:
-        """What opens exactly this model again."""
+        """Path or pinned hub id that opens this model again."""
         return f"{self.id}@{self.revision}" if self.revision else self.id
 
     def relative_to(self, folder: Path) -> Source:
-        """Name a model folder below `folder` relative to it."""
+        """Return a copy whose path is relative to `folder`, if it is inside."""
         if self.revision or not Path(self.id).is_relative_to(folder):
             return self
         return replace(self, id=f"./{Path(self.id).relative_to(folder)}")
 
     def resolved_in(self, folder: Path) -> Source:
-        """Undo `relative_to`, perhaps at another place."""
+        """Return a copy with the relative path resolved in `folder`."""
         return replace(self, id=str(folder / self.id)) if self.id.startswith("./") else self
 
 
@@ -84,11 +84,11 @@ class Sources:
         )
 
     def relative_to(self, folder: Path) -> Sources:
-        """Name model folders below `folder` relative to it."""
+        """Return a copy whose paths are relative to `folder`, if they are inside."""
         return self._each(lambda source: source.relative_to(folder))
 
     def resolved_in(self, folder: Path) -> Sources:
-        """Undo `relative_to`, perhaps at another place."""
+        """Return a copy with the relative path resolved in `folder`."""
         return self._each(lambda source: source.resolved_in(folder))
 
     def _each(self, change: Callable[[Source], Source]) -> Sources:
@@ -113,7 +113,7 @@ class Sources:
 
 
 class Totals(NamedTuple):
-    """Sizes of the MLLM: parameters of the model, of its language part, of the matched matrices."""
+    """Sizes of the MLLM: parameters in total, of the language model, of the matched matrices."""
 
     model_parameters: int
     llm_parameters: int
@@ -135,17 +135,17 @@ class UpdateNorms(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What is known of one matrix and one expert. Norms are Frobenius, squared where named so.
+    """Results for one matrix and one expert. Norms are Frobenius norms, squared where named so.
 
-    `similarity` holds first, max and weighted; `updates` holds the products of four updates per
-    unit gain: "sum" and "max" (IP-Merging with gamma as the softmax gives it, and divided by its
-    maximum), "rescale_only" (rho dM) and "select_only" (dM). `principal` is the mean cosine of the
+    `similarity` contains first, max and weighted; `updates` contains the inner products of four
+    updates per unit gain: "sum" and "max" (IP-Merging with gamma normalized to sum 1, or to maximum
+    1), "rescale_only" (rho dM) and "select_only" (dM). `principal` is the mean cosine of the
     principal angles between the leading k right directions of both, for k = "1", "4", "16", "64".
-    `index` counts from 1 and says which singular values and angles were sampled. `noise_floor` and
-    `math_noise_floor` are the singular values below which dV and dM may be rounding of the stored
-    dtypes; `mllm_directions` and `math_directions` say how many directions exist, standing clear
-    of it (`spectrum.existing`). Only these take part in similarities, nuclear norms, ranks and
-    updates, unless the analysis took all. None in packs of version 1.
+    `index` (from 1) are the sampled singular values and angles. `noise_floor` and
+    `math_noise_floor` are the singular values of dV and dM that rounding of the stored dtypes can
+    cause; `mllm_directions` and `math_directions` are the numbers of existing directions above it
+    (`spectrum.existing`). Only these contribute to similarities, nuclear norms, ranks and updates,
+    unless the analysis used all. None in packs of version 1.
     """
 
     name: str
@@ -205,7 +205,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All records of a pair, with the sources they were made from."""
+    """All records of a pair, with their sources."""
 
     name: str
     created: str
@@ -217,7 +217,7 @@ class Analysis:
 
     @property
     def approximate(self) -> bool:
-        """Whether the records come from leading directions only, found by a quick analysis."""
+        """Whether the records are from a quick analysis of the leading directions."""
         return bool(self.parameters.get("quick"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -251,10 +251,10 @@ class Analysis:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the pack; gzipped where the name ends in .gz, with the same bytes each time.
+        """Write the pack, gzipped if the name ends in .gz; the bytes are reproducible.
 
-        Model folders that lie below the pack's own folder are named relative to it (`./mllm`), so
-        that pack and models can move together.
+        Paths of model folders below the pack's folder are stored relative to it (`./mllm`), so that
+        pack and models can be moved together.
         """
         folder = Path(path).absolute().parent
         content = {**self.to_dict(), "sources": asdict(self.sources.relative_to(folder))}

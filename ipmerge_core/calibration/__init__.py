@@ -1,1 +1,1 @@
-"""Run models on samples and store what data-aware methods need of the layer inputs."""
+"""Run models on samples and store the statistics that data-aware methods need."""

@@ -1,4 +1,4 @@
-"""Driver: run each model on its own samples and measure what a data-aware merge needs.
+"""Driver of a calibration: run each model on its samples and store Gram matrices or gradients.
 
 In: a pair, samples for the MLLM and for the experts, and `CalibrationSettings`: "gram" (inputs of
 every decoder matrix) or "fisher" (squared gradients). Out: a folder that `store` reads. Layers are
@@ -28,12 +28,12 @@ from ipmerge_core.runtime.devices import AUTO, resolve_device
 if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
 
-# Matrices of a block that read the same input, by the one whose name the Gram matrix takes.
+# Matrices of a block with the same input, by the one that names the Gram matrix.
 _READS = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
 
 
 class CalibrationStep(NamedTuple):
-    """One sample is through one model for one group of layers."""
+    """One sample was processed by one model for one group of layers."""
 
     role: str
     group: int
@@ -44,17 +44,17 @@ class CalibrationStep(NamedTuple):
 
 
 class CalibrationCost(NamedTuple):
-    """What a calibration will need, from headers alone. Sizes in bytes."""
+    """Resources required by a calibration, from headers. Sizes in bytes."""
 
-    nbytes_model: int  # the largest model, as it is stored
-    nbytes_held: int  # measurements in memory at a time
+    nbytes_model: int  # the largest model as stored
+    nbytes_held: int  # measurements in memory at once
     nbytes_written: int
     nbytes_free: int
-    passes: int  # through a model: samples times groups, over all models
+    passes: int  # samples times groups, over all models
 
 
 class Target(NamedTuple):
-    """One number matrix to fill: the matrix it is measured at, and those it also stands for."""
+    """One measurement: the matrix at which it is measured, and all matrices that share it."""
 
     matrix: MatrixMatch
     names: tuple[str, ...]
@@ -75,7 +75,7 @@ def calibrate(
     *,
     device: str = "cpu",
 ) -> Measurements:
-    """Measure all models and return the finished measurements; see `iter_calibration`."""
+    """Calibrate all models and return the measurements; see `iter_calibration`."""
     samples = mllm_samples, math_samples
     for _ in iter_calibration(pair, out, settings, *samples, device=device):
         pass
@@ -91,25 +91,26 @@ def iter_calibration(
     *,
     device: str = "cpu",
 ) -> Iterator[CalibrationStep]:
-    """Measure the MLLM on its samples and every expert on the text samples.
+    """Calibrate the MLLM on its samples and every expert on the text samples.
 
     Math:   gram: G = sum over tokens of x x^T / tokens, x the inputs of a matrix, in fp32.
             fisher: F = mean over samples of (d NLL / dW)^2, NLL the mean over the answer's tokens,
-            which are drawn from the model ("sampled") or given ("empirical").
+            which are sampled from the model ("sampled") or given ("empirical").
 
     Args:
-        pair: the models, as `open_pair` opens them.
-        out: a folder for the measurements; a run with the same settings, models and samples goes
-            on where it stopped.
+        pair: the models, as returned by `open_pair`.
+        out: a folder for the measurements; a run with the same settings, models and samples is
+            resumed.
         settings: what to measure and how.
-        mllm_samples: with images where the MLLM is to see some.
-        math_samples: text, for every expert.
-        device: where the models run: "auto", or as torch names it.
+        mllm_samples: samples for the MLLM, optionally with images.
+        math_samples: text samples for every expert.
+        device: a torch device name, or "auto".
 
     Raises:
-        PlanError: no samples, an answer is missing that the Fisher information needs, or the device
-            is not there.
-        RunError: the folder holds another calibration, or the disk is too small.
+        PlanError: there are no samples, an answer required for the Fisher information is missing,
+        or
+            the device is not available.
+        RunError: the folder contains another calibration, or there is too little disk space.
         ModelLoadError: a model cannot be loaded, or its matrices are not found in it.
     """
     device, out = resolve_device(device, fp64=False), Path(out).expanduser()
@@ -164,9 +165,9 @@ def iter_calibration_of(
     limit: int = 500,
     device: str = AUTO,
 ) -> Iterator[CalibrationStep]:
-    """Open the models, load the samples, and measure; from plain values, as a job has them.
+    """Open the models, load the samples, and calibrate; takes plain values, for use in jobs.
 
-    Args and Raises: as `open_pair`, `load_samples` and `iter_calibration`.
+    Args and Raises: as for `open_pair`, `load_samples` and `iter_calibration`.
     """
     pair = open_pair(mllm, math, base, base_mllm=base_mllm)
     seen = load_samples(mllm_samples, limit, sees=True)
@@ -177,7 +178,7 @@ def iter_calibration_of(
 def estimate_calibration(
     pair: ModelPair, out: str | Path, settings: CalibrationSettings, n_mllm: int, n_math: int
 ) -> CalibrationCost:
-    """Work out memory, disk and passes from headers; nothing is loaded."""
+    """Estimate memory, disk space and passes from headers, without loading models."""
     targets = _targets(pair, settings)
     groups = _groups(targets, settings.memory)
     models = [pair.mllm, *pair.math]
@@ -191,12 +192,12 @@ def estimate_calibration(
     )
 
 
-# --- what is measured where ---
+# --- measurements and groups ---
 
 
 @dataclass(frozen=True)
 class _Share:
-    """One model's part of the work."""
+    """The work for one model."""
 
     role: str
     checkpoint: Checkpoint
@@ -224,7 +225,7 @@ def _targets(pair: ModelPair, settings: CalibrationSettings) -> list[Target]:
 
 
 def _groups(targets: Sequence[Target], memory: int) -> list[list[Target]]:
-    """Cut into runs of targets that fit the budget; a target that is larger stands alone."""
+    """Split targets into groups that fit the budget; a larger target is its own group."""
     groups: list[list[Target]] = [[]]
     room = memory
     for target in targets:
@@ -244,12 +245,12 @@ def _plan_work(
 ) -> list[_Share]:
     for role, samples in (("MLLM", mllm_samples), ("math models", math_samples)):
         if not samples:
-            raise PlanError(f"There are no calibration samples for the {role}; give at least one.")
+            raise PlanError(f"No calibration samples for the {role}; expected at least one.")
         missing = [number for number, sample in enumerate(samples, 1) if not sample.answer]
         if settings.kind == "fisher" and missing:
             raise PlanError(
-                f"Sample {missing[0]} for the {role} has no answer. The Fisher information is "
-                f"about answers: give every sample one."
+                f"Sample {missing[0]} for the {role} has no answer, which the Fisher information "
+                f"requires. Add an answer to every sample."
             )
     groups = _groups(_targets(pair, settings), settings.memory)
     shares = [
@@ -278,10 +279,10 @@ def _claim(
     if out.exists() and not all(is_temporary(entry) for entry in out.iterdir()):
         claim = out / _CLAIM
         if not claim.exists() or json.loads(claim.read_text(encoding="utf-8")) != wanted:
-            what = "a finished calibration" if (out / RECORD).exists() else "something else"
+            what = "a finished calibration" if (out / RECORD).exists() else "other files"
             raise RunError(
-                f"'{out}' already holds {what}, or a run with other settings, models or samples. "
-                f"Choose another folder or delete it."
+                f"'{out}' already contains {what}, or a run with other settings, models or "
+                f"samples. Choose another folder or delete it."
             )
         return
     if cost.nbytes_written > cost.nbytes_free:
@@ -301,7 +302,7 @@ def _existing(path: Path) -> Path:
 
 
 def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
-    """Write the means of a group, in one step."""
+    """Write the means of a group atomically."""
     from safetensors.torch import save_file
 
     means = passes.means()

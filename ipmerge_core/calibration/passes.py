@@ -1,8 +1,8 @@
-"""One model and its samples: forward passes that watch inputs, backward passes for slopes.
+"""Run samples through a model and accumulate layer input products or squared gradients.
 
-In: a loaded model, the layers to watch, `Sample`s one at a time (so there is no padding to mask).
+In: a loaded model, the layers to observe, `Sample`s one at a time (so that no padding is needed).
 Out: for each layer the sum of x x^T over tokens, or of squared gradients over samples. Sums are in
-fp32; a forward pass stops where its last watched layer has been reached. Reads and writes no files.
+fp32; a forward pass ends after its last observed layer. No IO.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 Estimator: TypeAlias = Literal["sampled", "empirical"]
 _FP16_SCALE = 1024.0
-MEMORY = 4 << 30  # bytes of measurements held at a time
+MEMORY = 4 << 30  # bytes of measurements in memory at once
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
     """How to measure; two runs with the same settings give the same numbers on one device type.
 
-    `estimator` is for "fisher": "sampled" draws one answer token per position from the model
-    itself (unbiased), "empirical" takes the sample's answer. `image_tokens` is for "gram": whether
-    positions of the image count. `wide` keeps the Gram matrices of down projections as "full" or
+    `estimator` applies to "fisher": "sampled" samples one answer token per position from the model
+    (unbiased), "empirical" uses the sample's answer. `image_tokens` applies to "gram": whether
+    image positions are included. `wide` stores the Gram matrices of down projections as "full" or
     only their "diagonal".
     """
 
@@ -48,11 +48,11 @@ class CalibrationSettings:
 
 
 class _Enough(Exception):  # noqa: N818 (a signal, not a fault)
-    """Every matrix of the group has seen the sample: the rest of the forward pass is not needed."""
+    """Raised to end a forward pass after the last observed layer."""
 
 
 class Passes:
-    """One model, one group of targets, all samples."""
+    """Accumulates measurements of one model for one group of targets."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Passes:
         self.tokens = self.count = 0
 
     def add(self, number: int, sample: Sample) -> None:
-        """Run one sample through the model and add up what it gives."""
+        """Run one sample through the model and accumulate its measurements."""
         inputs, answer = encode_sample(self.loaded, sample)
         if self.settings.kind == "gram":
             self._gram(inputs)
@@ -79,7 +79,7 @@ class Passes:
         self.count += 1
 
     def means(self) -> list[Tensor]:
-        """Per token for Gram matrices, per sample for the Fisher information."""
+        """Return means: per token for Gram matrices, per sample for the Fisher information."""
         count = self.tokens if self.settings.kind == "gram" else self.count
         return [(total / max(count, 1)).cpu() for total in self.sums]
 
@@ -94,8 +94,8 @@ class Passes:
                 x = arguments[0].reshape(-1, arguments[0].shape[-1])
                 if len(x) != len(counted):
                     raise ModelLoadError(
-                        f"'{self.loaded.folder.name}' turns {len(counted)} tokens into {len(x)} "
-                        f"positions, so image and text cannot be told apart. Update the processor."
+                        f"'{self.loaded.folder.name}' expands {len(counted)} tokens to {len(x)} "
+                        f"positions, so that image positions are unknown. Update the processor."
                     )
                 x = x[counted].float()
                 if self.sums[place].ndim == 1:
@@ -120,7 +120,7 @@ class Passes:
         self.tokens += int(counted.sum())
 
     def _counted(self, inputs: Any) -> Tensor:  # noqa: ANN401
-        """Which positions count."""
+        """Return a mask of the positions to include."""
         import torch
 
         ids: Tensor = inputs["input_ids"][0]
@@ -144,7 +144,7 @@ class Passes:
             if self.settings.estimator == "sampled":
                 wanted = self._draw(number, logits)
             loss = torch.nn.functional.cross_entropy(logits, wanted)
-            # Slopes of 1e-5 are near the end of fp16; a power of two changes no digit of them.
+            # Gradients of 1e-5 are near the fp16 underflow; scaling by a power of two is exact.
             scale = _FP16_SCALE if weights[0].dtype == torch.float16 else 1.0
             gradients = torch.autograd.grad(scale * loss, weights)
         for total, gradient in zip(self.sums, gradients, strict=True):
@@ -153,12 +153,12 @@ class Passes:
         model.requires_grad_(False)
 
     def _draw(self, number: int, logits: Tensor) -> Tensor:
-        """Draw one token per position from the model, by a stream of the sample's own."""
+        """Sample one token per position from the model with a random stream per sample."""
         import torch
 
         key = hashlib.sha256(f"{self.settings.seed}|{self.role}|{number}".encode()).digest()
         stream = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-        chances = logits.detach().cpu().double().softmax(-1)  # in fp64, which not all GPUs have
+        chances = logits.detach().cpu().double().softmax(-1)  # in fp64, which not all GPUs support
         return torch.multinomial(chances, 1, generator=stream)[:, 0].to(logits.device)
 
     def _forward(self, inputs: Any) -> Any:  # noqa: ANN401
@@ -166,16 +166,16 @@ class Passes:
             return self.loaded.model(**inputs, use_cache=False)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ModelLoadError(
-                f"'{self.loaded.folder.name}' stopped on a calibration sample "
-                f"({type(error).__name__}: {error}). Does the sample fit the model?"
+                f"'{self.loaded.folder.name}' failed on a calibration sample "
+                f"({type(error).__name__}: {error}). Does the model support this input?"
             ) from error
 
 
 def encode_sample(loaded: LoadedModel, sample: Sample) -> tuple[Any, int]:
-    """Encode prompt and answer as one sequence; also say how many tokens the answer has.
+    """Encode prompt and answer as one sequence; also return the number of answer tokens.
 
-    Raises: as `encode_prompt`: RunError for an empty question, ModelLoadError for an image that the
-        model cannot take.
+    Raises: as `encode_prompt`: RunError for an empty question, ModelLoadError for an image with a
+        text model.
     """
     import torch
 
@@ -184,7 +184,7 @@ def encode_sample(loaded: LoadedModel, sample: Sample) -> tuple[Any, int]:
     tokens = loaded.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
     end = loaded.tokenizer.eos_token_id
     answer = torch.tensor([tokens + ([end] if tokens and end is not None else [])]).long()
-    for name, value in inputs.items():  # what goes along with the tokens grows with them
+    for name, value in inputs.items():  # extend inputs of the same length as the tokens
         if isinstance(value, torch.Tensor) and value.shape == prompt.shape:
             more = answer if name == "input_ids" else torch.zeros_like(answer)
             more = torch.ones_like(answer) if name == "attention_mask" else more
@@ -195,12 +195,12 @@ def encode_sample(loaded: LoadedModel, sample: Sample) -> tuple[Any, int]:
 
 
 def find_module(loaded: LoadedModel, checkpoint: Checkpoint, stored: str) -> torch.nn.Module:
-    """Find the module of a loaded model that holds a stored matrix.
+    """Find the module of a loaded model that contains a stored matrix.
 
-    Names differ between files and classes, and vision towers have projections of the same names,
-    so the end of the name has to match and the numbers have to be the same.
+    Names differ between files and classes, and vision towers have projections with the same names,
+    so that the end of the name must match and the layer numbers must be equal.
 
-    Raises: ModelLoadError when there is none.
+    Raises: ModelLoadError if there is none.
     """
     import torch
 
@@ -215,7 +215,7 @@ def find_module(loaded: LoadedModel, checkpoint: Checkpoint, stored: str) -> tor
                     if same and isinstance(module, torch.nn.Module):
                         return module
     raise ModelLoadError(
-        f"'{stored}' of '{checkpoint.id}' has no layer of its own in the loaded model, so its "
-        f"inputs cannot be measured. Models that store several matrices as one are not calibrated; "
-        f"choose a method that needs no data."
+        f"'{stored}' of '{checkpoint.id}' has no separate layer in the loaded model, so that its "
+        f"inputs cannot be observed. Calibration does not support fused matrices; choose a method "
+        f"that needs no calibration data."
     )

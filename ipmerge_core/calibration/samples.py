@@ -1,9 +1,9 @@
-"""Calibration samples: a question, its answer, perhaps an image; from wherever they are kept.
+"""Load calibration samples: a question, its answer and optionally an image.
 
-In: a jsonl file with `question`, `answer` and, for a model with eyes, `image` (a path beside the
-file) on each line; `datasets:NAME`, what the datasets library loads under that name; or `demo`, the
-demo problems, with `demo:perception` and the like for some of their tasks. Out: frozen `Sample`s;
-images are opened when asked for. Loads no model.
+In: a jsonl file with `question`, `answer` and, for a vision-language model, `image` (a path
+relative to the file) on each line; `datasets:NAME`, loaded with the datasets library; or `demo`,
+the demo problems, with `demo:perception` and the like for some of their tasks. Out: frozen
+`Sample`s; images are opened on access. Loads no model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One example. `picture` is a path, or a drawing that exists already."""
+    """One example. `picture` is a path or an image."""
 
     question: str
     answer: str
@@ -45,64 +45,67 @@ class Sample:
 
     @property
     def image(self) -> Image | None:
-        """The picture, opened. Raises: RunError when it is none."""
+        """The opened image. Raises: RunError if it is not an image."""
         if isinstance(self.picture, Path):
             return open_image(self.picture)
         image: Image | None = self.picture
         return image
 
     def key(self) -> bytes:
-        """Bytes that are the same for the same sample."""
+        """Bytes that identify the sample."""
         picture = self.picture
         seen = str(picture) if isinstance(picture, Path) else picture and picture.tobytes()
         return repr((self.question, self.answer, seen)).encode()
 
 
 def digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 over all samples in their order."""
+    """Return the SHA-256 over all samples in order."""
     whole = hashlib.sha256()
     for sample in samples:
         whole.update(hashlib.sha256(sample.key()).digest())
     return whole.hexdigest()
 
 
-def load_samples(source: str | Path, limit: int, *, sees: bool) -> list[Sample]:
-    """Read at most `limit` samples from a jsonl file, or make that many demo problems.
+def load_samples(source: str | Path, limit: int, *, takes_images: bool) -> list[Sample]:
+    """Load at most `limit` samples from a file or dataset, or generate demo problems.
 
     Args:
         source: a path; "datasets:NAME", "datasets:NAME:SPLIT" or "datasets:NAME:CONFIG:SPLIT" for
-            a dataset on the hub or in a folder; "demo": drawings of all tasks for a model that
-            takes images, math problems in words otherwise; or "demo:TASKS", of `DEMO_TASKS`,
-            separated by commas: "demo:perception", "demo:sides,area".
-        limit: how many; the first ones are taken.
-        sees: whether the samples are for a vision-language model.
+            a dataset on the hub or in a folder; "demo": drawings of all tasks for a vision-language
+            model, math problems as text otherwise; or "demo:TASKS" with comma-separated tasks of
+            `DEMO_TASKS`: "demo:perception", "demo:sides,area".
+        limit: maximum number; the first ones are used.
+        takes_images: whether the samples are for a vision-language model.
 
     Raises:
-        RunError: no such file, a line that is no sample, no sample at all, or an unknown task.
+        RunError: the file does not exist, contains an invalid line or no samples, or a task is
+            unknown.
     """
     if limit < 1:
-        raise RunError(f"Asked for {limit} calibration samples; expected 1 or more.")
+        raise RunError(f"Got a limit of {limit} calibration samples; expected 1 or more.")
     if is_demo(source):
-        return _demo(_demo_tasks(str(source), sees=sees), limit, sees=sees)
+        return _demo(
+            _demo_tasks(str(source), takes_images=takes_images), limit, takes_images=takes_images
+        )
     if str(source).startswith(DATASETS):
-        return _from_dataset(str(source).removeprefix(DATASETS), limit, sees=sees)
+        return _from_dataset(str(source).removeprefix(DATASETS), limit, takes_images=takes_images)
     path = Path(source).expanduser()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(
-            f"Cannot read the calibration samples '{path}' ({error}). Give a jsonl file, or the "
-            f"word demo."
+            f"Cannot read the calibration samples '{path}' ({error}). Expected a jsonl file, "
+            f"datasets:NAME, or demo."
         ) from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     samples = [_parse(path, number, line) for number, line in numbered[:limit]]
     if not samples:
-        raise RunError(f"'{path}' holds no samples. Write one JSON object on each line.")
+        raise RunError(f"'{path}' contains no samples. Expected one JSON object per line.")
     return samples
 
 
 def is_demo(source: str | Path) -> bool:
-    """Whether a source of samples means demo problems, and so reads nothing."""
+    """Return whether a source refers to demo problems, which are generated instead of read."""
     return str(source) == DEMO or str(source).startswith(f"{DEMO}:")
 
 
@@ -112,23 +115,23 @@ def _parse(path: Path, number: int, line: str) -> Sample:
         question, answer = entry["question"], entry.get("answer", "")
         picture = entry.get("image")
         if not all(isinstance(text, str) for text in (question, answer, picture or "")):
-            raise TypeError("question, answer and image must be texts")
+            raise TypeError("question, answer and image must be strings")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"Line {number} of '{path}' is no sample ({type(error).__name__}: {error}). Expected "
-            f'{{"question": "...", "answer": "...", "image": "picture.png"}}, the image optional.'
+            f"Line {number} of '{path}' is invalid ({type(error).__name__}: {error}). Expected "
+            f'{{"question": "...", "answer": "...", "image": "picture.png"}}, image optional.'
         ) from error
     return Sample(question, answer, path.parent / picture if picture else None)
 
 
-def _from_dataset(name: str, limit: int, *, sees: bool) -> list[Sample]:
-    """Stream the first rows of a dataset; a column may go by the names that datasets give it."""
+def _from_dataset(name: str, limit: int, *, takes_images: bool) -> list[Sample]:
+    """Stream the first rows of a dataset; common column names are recognised."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise RunError(
-            "Reading a dataset takes the datasets library, which is not installed. Install it with "
-            "`pip install datasets`, or write the samples to a jsonl file."
+            "Reading a dataset requires the datasets library, which is not installed. Install it "
+            "with `pip install datasets`, or write the samples to a jsonl file."
         ) from error
     path, *rest = name.split(":")
     config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
@@ -140,41 +143,41 @@ def _from_dataset(name: str, limit: int, *, sees: bool) -> list[Sample]:
             f"datasets:NAME, datasets:NAME:SPLIT or datasets:NAME:CONFIG:SPLIT."
         ) from error
     if not rows:
-        raise RunError(f"The dataset '{name}' holds no rows.")
+        raise RunError(f"The dataset '{name}' has no rows.")
     found = {kind: next((n for n in names if n in rows[0]), "") for kind, names in COLUMNS.items()}
     if not found["question"]:
         raise RunError(
-            f"The dataset '{name}' has the columns {', '.join(rows[0])} and none of "
+            f"The dataset '{name}' has the columns {', '.join(rows[0])}, but none of "
             f"{', '.join(COLUMNS['question'])}. Write its samples to a jsonl file."
         )
     samples = []
     for row in rows:
-        picture = row.get(found["image"]) if sees else None
+        picture = row.get(found["image"]) if takes_images else None
         picture = picture[0] if isinstance(picture, list) and picture else picture or None
         answer = str(row.get(found["answer"], ""))
         samples.append(Sample(str(row[found["question"]]), answer, picture))
     return samples
 
 
-def _demo_tasks(source: str, *, sees: bool) -> tuple[Task, ...]:
+def _demo_tasks(source: str, *, takes_images: bool) -> tuple[Task, ...]:
     if source == DEMO:
-        return TASKS if sees else MATH_TASKS
+        return TASKS if takes_images else MATH_TASKS
     names = [name.strip() for name in source.removeprefix(f"{DEMO}:").split(",")]
     unknown = next((name for name in names if name not in DEMO_TASKS), None)
     if unknown is not None:
         raise RunError(
             f"Unknown demo task '{unknown}' in the samples '{source}'. Expected demo, or demo: and "
-            f"one or more of {', '.join(DEMO_TASKS)}, separated by commas."
+            f"one or more of {', '.join(DEMO_TASKS)}, comma-separated."
         )
     return tuple(dict.fromkeys(task for name in names for task in DEMO_TASKS[name]))
 
 
-def _demo(tasks: tuple[Task, ...], limit: int, *, sees: bool) -> list[Sample]:
-    """Problems of the training split, task by task in turn."""
+def _demo(tasks: tuple[Task, ...], limit: int, *, takes_images: bool) -> list[Sample]:
+    """Generate problems of the training split, alternating between tasks."""
     each = -(-limit // len(tasks))
     turns = zip(*(problems(task, each, seed=1, split="train") for task in tasks), strict=True)
     found = [problem for turn in turns for problem in turn][:limit]
-    if sees:
+    if takes_images:
         return [Sample(problem.question, problem.answer, problem.image) for problem in found]
     return [
         Sample(f"{problem.words}\n{problem.question}", problem.worked or problem.answer)

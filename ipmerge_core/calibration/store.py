@@ -1,9 +1,9 @@
-"""What a calibration measured, on disk: one number matrix per decoder matrix and model.
+"""Store and read the measurements of a calibration, one per decoder matrix and model.
 
-In: a folder that `calibration` wrote: `calibration.json` and safetensors files. Out: the inputs of
-a data-aware merge method for one matrix at a time (`mllm_gram=...`, `math_gram=[...]`), so memory
-does not grow with the model. Matrices that read one input (q, k, v; gate, up) share one Gram
-matrix. Runs no model.
+In: a folder written by `calibrate`: `calibration.json` and safetensors files. Out: the inputs of a
+data-aware merge method for one matrix at a time (`mllm_gram=...`, `math_gram=[...]`), so that
+memory does not grow with the model. Matrices with the same input (q, k, v; gate, up) share one Gram
+matrix.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from ipmerge_core.runtime.atomic import write_whole
 Kind: TypeAlias = Literal["gram", "fisher"]
 RECORD = "calibration.json"
 _FORMAT, _VERSION = "ipmerge-calibration", 1
-_WORDS = {"gram": "Gram matrices", "fisher": "Fisher information"}
+_KINDS = {"gram": "Gram matrices", "fisher": "Fisher information"}
 
 
 class Identified(Protocol):
-    """A model as far as it matters here: a checkpoint, or a source in a plan."""
+    """A model with an id and a fingerprint: a checkpoint, or a source in a plan."""
 
     @property
     def id(self) -> str:
-        """Folder or hub id."""
+        """Folder or hub id of the model."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of its weights."""
+        """Hash of the weights."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's share: which weights, on how many samples and tokens, in which files.
+    """Measurements of one model: its weights, numbers of samples and tokens, and files.
 
-    `places` gives the file and the stored name for every decoder matrix, `norm` the Frobenius norm
-    of all that was measured, `mean` its mean; None where an older version did not record it.
+    `places` maps every decoder matrix to a file and a stored name, `norm` is the Frobenius norm of
+    all measurements, `mean` their mean; None if an older version did not record it.
     """
 
     role: str
@@ -65,13 +65,13 @@ class Measurements:
     folder: Path
     kind: Kind
     settings: dict[str, Any]
-    models: tuple[Measured, ...]  # the MLLM first, then the experts in their order
+    models: tuple[Measured, ...]  # the MLLM first, then the experts in order
 
     @classmethod
     def open(cls, folder: str | Path) -> Measurements:
-        """Read the record of a calibration; no measurement is read yet.
+        """Read the metadata of a calibration, without its measurements.
 
-        Raises: CheckpointError when there is none, or it is not of this version.
+        Raises: CheckpointError if there is none, or its version is not supported.
         """
         folder = Path(folder).expanduser()
         try:
@@ -85,17 +85,17 @@ class Measurements:
             return cls(folder, content["kind"], content["settings"], models)
         except OSError as error:
             raise CheckpointError(
-                f"There is no finished calibration in '{folder}': cannot read {RECORD} "
-                f"({error.strerror}). Make one with `ipmerge calibrate`."
+                f"'{folder}' contains no finished calibration: cannot read {RECORD} "
+                f"({error.strerror}). Create one with `ipmerge calibrate`."
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"'{folder / RECORD}' is not a calibration of this version "
-                f"({type(error).__name__}: {error}). Make it again with `ipmerge calibrate`."
+                f"({type(error).__name__}: {error}). Create it again with `ipmerge calibrate`."
             ) from error
 
     def save(self) -> None:
-        """Write the record; the calibration counts as finished from then on."""
+        """Write the metadata, which marks the calibration as finished."""
         models = [asdict(model) for model in self.models]
         content = {
             "format": _FORMAT,
@@ -108,37 +108,37 @@ class Measurements:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the record: which models, which samples, which settings."""
+        """SHA-256 of the metadata: models, samples and settings."""
         return hashlib.sha256((self.folder / RECORD).read_bytes()).hexdigest()
 
     def check(self, models: Sequence[Identified], kind: Kind) -> None:
-        """Make sure that this is what was asked for, measured on these: the MLLM, the experts.
+        """Check the kind of the calibration and that it was run on these models.
 
-        Raises: PairingError when it is of another kind or of other weights.
+        Raises: PairingError if the kind or the weights differ.
         """
         if self.kind != kind:
             raise PairingError(
-                f"'{self.folder}' holds {_WORDS[self.kind]}; the method needs {_WORDS[kind]}. "
-                f"Calibrate again with --kind {kind}."
+                f"'{self.folder}' contains {_KINDS[self.kind]}; the method requires "
+                f"{_KINDS[kind]}. Calibrate again with --kind {kind}."
             )
         if len(self.models) != len(models):
             raise PairingError(
-                f"'{self.folder}' was measured on {len(self.models) - 1} math models and "
+                f"'{self.folder}' is a calibration of {len(self.models) - 1} math models, but "
                 f"{len(models) - 1} are merged. Calibrate these models together."
             )
         for measured, model in zip(self.models, models, strict=True):
             if measured.fingerprint != model.fingerprint:
                 raise PairingError(
-                    f"'{self.folder}' was measured on other weights than '{model.id}' has now "
-                    f"(fingerprint {measured.fingerprint[:8]}, now {model.fingerprint[:8]}). "
-                    f"Calibrate again."
+                    f"The weights of '{model.id}' have changed since the calibration "
+                    f"'{self.folder}' (fingerprint {measured.fingerprint[:8]}, now "
+                    f"{model.fingerprint[:8]}). Calibrate again."
                 )
 
     def doubts(self, inputs: int) -> list[tuple[str, str]]:
-        """Say where there are fewer tokens than a matrix has inputs, and what to do.
+        """Return warnings and remedies if there are fewer tokens than inputs of a matrix.
 
-        A Gram matrix of n inputs from fewer than n tokens is singular; RegMean then leans on the
-        diagonal and on the mean of the models.
+        A Gram matrix of n inputs from fewer than n tokens is singular; RegMean then depends on the
+        jitter and on the mean of the models.
         """
         few = [model for model in self.models if model.tokens < inputs]
         if self.kind != "gram" or not few:
@@ -147,16 +147,16 @@ class Measurements:
         return [
             (
                 f"There are fewer tokens ({counted}) than the widest matrix has inputs ({inputs}).",
-                "Calibrate on more samples; several times as many tokens are good.",
+                "Calibrate on more samples, ideally with several times as many tokens as inputs.",
             )
         ]
 
     def inputs(
         self, name: str, experts: Sequence[int], device: torch.device | None = None
     ) -> dict[str, Any]:
-        """Read what a method needs for one matrix, by keyword, for these experts.
+        """Read the measurements of one matrix for these experts, as keywords of a method.
 
-        Raises: CheckpointError when the matrix was not measured or a file is damaged.
+        Raises: CheckpointError if the matrix was not measured or a file is damaged.
         """
         return {
             f"mllm_{self.kind}": self._read(self.models[0], name).to(device),
@@ -164,9 +164,9 @@ class Measurements:
         }
 
     def statistic(self, numbers: Sequence[Literal["norm", "mean"]]) -> tuple[float, ...]:
-        """Return numbers of all that was measured: the first one of every model, then the next.
+        """Return the requested statistics of every model: the first for all models, then the next.
 
-        Raises: CheckpointError when a mean was not recorded and a file is damaged.
+        Raises: CheckpointError if a mean was not recorded and a file is damaged.
         """
         return tuple(
             model.norm if number == "norm" else self._mean(model)
@@ -175,7 +175,7 @@ class Measurements:
         )
 
     def _mean(self, model: Measured) -> float:
-        """Return the mean of all that was measured of a model; read it all if nobody noted it."""
+        """Return the mean of a model's measurements; computed from the files if not recorded."""
         if model.mean is not None:
             return model.mean
         total, size = 0.0, 0
@@ -188,8 +188,8 @@ class Measurements:
     def _read(self, model: Measured, name: str) -> Tensor:
         if name not in model.places:
             raise CheckpointError(
-                f"The calibration '{self.folder}' holds nothing for '{name}' of the {model.role} "
-                f"model. Calibrate again with all matrices."
+                f"The calibration '{self.folder}' has no measurement of '{name}' of the "
+                f"{model.role} model. Calibrate again with all matrices."
             )
         file, stored = model.places[name]
         try:

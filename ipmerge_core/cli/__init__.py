@@ -1,9 +1,9 @@
 """The command line: `ipmerge check | analyse | calibrate | plan | recipe | merge | ...`.
 
-Parses arguments (`parser`), calls the package (`commands`), prints (`printing`). Results go to
-stdout, as JSON with --json; progress and errors to stderr. Exit codes: 0 done, 2 the input is at
-fault (one sentence, no traceback), 1 a bug, 130 interrupted (finished work is kept). Nothing heavy
-is imported before a command needs it.
+Parses arguments (`parser`), runs commands (`commands`), prints results (`printing`). Results go to
+stdout, as JSON with --json; progress and errors to stderr. Exit codes: 0 success, 2 invalid input
+(a message without traceback), 1 a bug, 130 interrupted (finished work is kept). Heavy libraries are
+imported only by commands that need them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = make_parser().parse_args(arguments)
     options.one_thread = "OMP_NUM_THREADS" not in os.environ
-    if options.one_thread:  # two threads on one busy core mostly wait for each other
+    if options.one_thread:  # several threads on one busy core mostly wait for each other
         os.environ["OMP_NUM_THREADS"] = "1"
     try:
         check_platform()
@@ -32,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ipmerge: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nipmerge: interrupted; run the same command again to go on.", file=sys.stderr)
+        print("\nipmerge: interrupted; run the same command again to resume.", file=sys.stderr)
         return 130
     return code
 
 
 def _resolve_device(options: argparse.Namespace) -> None:
-    """Replace "auto" by the best device, of a command that computes. Raises: PlanError."""
+    """Resolve "auto" to a device for commands that compute. Raises: PlanError."""
     if "fp64" in options:
         from ipmerge_core.runtime.devices import resolve_device
 

@@ -1,4 +1,4 @@
-"""One function per command: read the options, call the package, print; the exit code comes back."""
+"""Implement the commands, one function each, which returns the exit code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Say whether the models are siblings: exit code 2 for a refusal, 1 for strict warnings."""
+    """Run the sibling check: exit code 2 for a refusal, 1 for warnings with --strict."""
     findings = open_models(options).check()
     if options.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
@@ -53,7 +53,7 @@ def analyse(options: argparse.Namespace) -> int:
     keep_freed_memory()
     pair = open_models(options)
     if not options.force:
-        pair.refuse_strangers("(--force analyses anyway.)")
+        pair.require_common_base("Use --force to analyse anyway.")
     check_target(options.output)
     how = Options(options.rank, options.temperature, options.quick, options.directions).check()
     with Progress(options) as progress:
@@ -88,7 +88,7 @@ def calibrate(options: argparse.Namespace) -> int:
         text = (
             f"{need.passes} passes, {need.nbytes_model / 1e9:.3f} GB for the largest model and "
             f"{need.nbytes_held / 1e9:.3f} GB for sums in memory, {need.nbytes_written / 1e9:.3f} "
-            f"GB written ({need.nbytes_free / 1e9:.1f} GB free). Nothing was written."
+            f"GB on disk ({need.nbytes_free / 1e9:.1f} GB free). Dry run: nothing was written."
         )
         return print_result(options, need._asdict(), text)
     with Progress(options) as progress:
@@ -98,7 +98,7 @@ def calibrate(options: argparse.Namespace) -> int:
     found = Measurements.open(options.output)
     tokens = {model.role: model.tokens for model in found.models}
     doubts = found.doubts(max(matrix.shape[1] for matrix in pair.matrices))
-    counted = ", ".join(f"{count} tokens of {role}" for role, count in tokens.items())
+    counted = ", ".join(f"{count} tokens for {role}" for role, count in tokens.items())
     text = (
         f"Wrote {options.output}: {counted}. Use it with "
         f"`ipmerge plan --calibration {options.output}`."
@@ -114,7 +114,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Write a plan and say what it changes."""
+    """Write a plan and print its preview."""
     from ipmerge_core.analysis.records import Analysis
     from ipmerge_core.planning.plan import make_plan
 
@@ -149,7 +149,7 @@ def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
 
 
 def recipe(options: argparse.Namespace) -> int:
-    """Write a plan as a recipe for mergekit."""
+    """Export a plan as a mergekit recipe."""
     from ipmerge_core.planning.mergekit import export_recipe
     from ipmerge_core.planning.plan import MergePlan
 
@@ -190,7 +190,7 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def adapter(options: argparse.Namespace) -> int:
-    """Write the change of an IP-Merging plan as a LoRA adapter."""
+    """Export an IP-Merging plan as a LoRA adapter."""
     from ipmerge_core.adapters.export import REPORT, iter_adapter
     from ipmerge_core.planning.plan import MergePlan
 
@@ -210,7 +210,7 @@ def adapter(options: argparse.Namespace) -> int:
 
 
 def chat(options: argparse.Namespace) -> int:
-    """Ask one model, or two, and print the answers."""
+    """Ask one or two models and print the answers."""
     from ipmerge_core.inference.generation import answer
 
     models = [options.model, *([options.compare] if options.compare else [])]
@@ -221,12 +221,12 @@ def chat(options: argparse.Namespace) -> int:
 
 
 def app(options: argparse.Namespace) -> int:
-    """Serve the app until it is stopped."""
+    """Serve the web app until it is interrupted."""
     from ipmerge_core.ui.app import launch
 
     if options.device != "auto":
         from ipmerge_core.runtime.devices import resolve_device
 
-        resolve_device(options.device)  # here, before the app is served
+        resolve_device(options.device)  # fail before the app is served
     launch(host=options.host, port=options.port, device=options.device)
     return 0

@@ -1,4 +1,4 @@
-"""The commands and their options."""
+"""Define the commands and options of the command line."""
 
 from __future__ import annotations
 
@@ -12,44 +12,49 @@ from ipmerge_core.version import __version__
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser; the chosen command's function is in the namespace as `run`."""
+    """Create the parser; the namespace has the command's function as `run`."""
     parser = argparse.ArgumentParser(
-        prog="ipmerge", description="Compare and merge the weights of sibling models."
+        prog="ipmerge",
+        description="Compare and merge the weights of models fine-tuned from one base.",
     )
     parser.add_argument("--version", action="version", version=f"ipmerge {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run, words, add_options in COMMANDS:
-        command = subparsers.add_parser(run.__name__, help=words, description=words)
+    for run, summary, add_options in COMMANDS:
+        command = subparsers.add_parser(run.__name__, help=summary, description=summary)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.add_argument("--quiet", action="store_true", help="no progress on stderr")
+        command.add_argument("--quiet", action="store_true", help="do not show progress on stderr")
         add_options(command)
     return parser
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
-    parser.add_argument("--strict", action="store_true", help="exit with 1 on warnings")
+    parser.add_argument("--strict", action="store_true", help="exit with code 1 on warnings")
 
 
 def _analyse(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
-    parser.add_argument("-o", "--output", required=True, metavar="PACK", help="pack.json.gz")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="PACK", help="output file, such as pack.json.gz"
+    )
     _add_device(parser)
     parser.add_argument("--rank", type=int, help="keep only the leading singular triplets")
     parser.add_argument(
-        "--temperature", type=float, default=TEMPERATURE, help="of the direction weights"
+        "--temperature", type=float, default=TEMPERATURE, help="softmax temperature over directions"
     )
     parser.add_argument(
         "--directions",
         choices=("existing", "all"),
         default="existing",
-        help="leave out directions that rounding may have made, or take all (the literal reading)",
+        help="exclude directions within the rounding noise (default), or use all, as in the paper",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="approximate, from the leading directions only"
+        "--quick", action="store_true", help="approximate results from the leading directions"
     )
-    parser.add_argument("--force", action="store_true", help="go on although the check refuses")
+    parser.add_argument(
+        "--force", action="store_true", help="continue even if the sibling check fails"
+    )
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
@@ -59,91 +64,116 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pack", nargs="?", help="the pack, or name the models instead")
+    parser.add_argument("pack", nargs="?", help="pack of an analysis; otherwise specify models")
     _add_models(parser)
     _add_method(parser)
     parser.add_argument(
-        "--recipe", metavar="YAML", help="take models and method from a recipe of mergekit"
+        "--recipe", metavar="YAML", help="read models and method from a mergekit recipe"
     )
-    parser.add_argument("-o", "--output", required=True, metavar="PLAN", help="plan.json")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="PLAN", help="output file, such as plan.json"
+    )
     _add_device(parser)
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", help="plan.json")
-    parser.add_argument("-o", "--output", required=True, metavar="YAML", help="recipe.yaml")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="YAML", help="output file, such as recipe.yaml"
+    )
 
 
 def _merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", help="plan.json")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the new model")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FOLDER", help="output folder of the model"
+    )
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on with an unfinished run of the same plan (default)",
+        help="resume an unfinished run of the same plan (default)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="only say what it would take")
+    parser.add_argument("--dry-run", action="store_true", help="print an estimate and exit")
     _add_device(parser)
 
 
 def _adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", help="plan.json")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the new adapter")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="relative residual allowed")
-    parser.add_argument("--max-rank", type=int, default=64, help="directions per matrix, at most")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FOLDER", help="output folder of the adapter"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="maximum relative residual")
+    parser.add_argument("--max-rank", type=int, default=64, help="maximum rank per matrix")
     _add_device(parser)
 
 
 def _chat(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model folder")
-    parser.add_argument("--compare", metavar="MODEL", help="another model folder")
-    parser.add_argument("--image", help="an image file")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("model", help="model folder")
+    parser.add_argument("--compare", metavar="MODEL", help="folder of a second model")
+    parser.add_argument("--image", help="image file")
+    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
     _add_device(parser, fp64=False)
 
 
 def _app(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, help="the first free one from 7860 on, if not given")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
+    parser.add_argument("--port", type=int, help="port; by default the first free one from 7860")
     parser.add_argument(
-        "--device", default="auto", help="for its runs: auto (the default), cpu, cuda, cuda:1, xpu"
+        "--device",
+        default="auto",
+        help="device of its runs: auto (default), cpu, cuda, cuda:1, xpu",
     )
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mllm", metavar="MODEL", help="folder or hub id of the multimodal model")
     parser.add_argument(
-        "--math", metavar="MODEL", action="append", default=[], help="an expert; may be repeated"
+        "--math", metavar="MODEL", action="append", default=[], help="expert model; can be repeated"
     )
-    parser.add_argument("--base", metavar="MODEL", help="the text model they descend from")
-    parser.add_argument("--base-mllm", metavar="MODEL", help="the MLLM's own base, if another")
+    parser.add_argument("--base", metavar="MODEL", help="text model that all were fine-tuned from")
+    parser.add_argument("--base-mllm", metavar="MODEL", help="base of the MLLM, if it differs")
 
 
 def _add_device(parser: argparse.ArgumentParser, *, fp64: bool = True) -> None:
-    """Let `main` choose the device before any work; `fp64` says what it must be able to do."""
+    """Add --device, which `main` resolves; `fp64` sets whether 64-bit floats are required."""
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto (the default: the best one here), cpu, cuda, cuda:1, xpu, mps",
+        help="auto (default: fastest available), cpu, cuda, cuda:1, xpu, mps",
     )
     parser.set_defaults(fp64=fp64)
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kind", choices=("gram", "fisher"), required=True)
-    for role, tasks in (("mllm", "all"), ("math", "math")):
-        words = f"a jsonl file, datasets:NAME, demo ({tasks} tasks), demo:perception or demo:math"
-        parser.add_argument(f"--{role}-samples", default="demo", help=words)
-    parser.add_argument("--limit", type=int, default=500, help="samples of each, at most")
-    parser.add_argument("--estimator", choices=("sampled", "empirical"), default="sampled")
-    parser.add_argument("--wide", choices=("full", "diagonal"), default="full")
     parser.add_argument(
-        "--image-tokens", action=argparse.BooleanOptionalAction, default=True, help="count them"
+        "--kind", choices=("gram", "fisher"), required=True, help="statistic to measure"
     )
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
-    parser.add_argument("--dry-run", action="store_true", help="only say what it would take")
+    for role, tasks in (("mllm", "all"), ("math", "math")):
+        source = f"a jsonl file, datasets:NAME, demo ({tasks} tasks), demo:perception or demo:math"
+        parser.add_argument(f"--{role}-samples", default="demo", help=source)
+    parser.add_argument("--limit", type=int, default=500, help="maximum number of samples of each")
+    parser.add_argument(
+        "--estimator",
+        choices=("sampled", "empirical"),
+        default="sampled",
+        help="answers for the Fisher information: sampled from the model, or given",
+    )
+    parser.add_argument(
+        "--wide",
+        choices=("full", "diagonal"),
+        default="full",
+        help="Gram matrices of down projections",
+    )
+    parser.add_argument(
+        "--image-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="include image positions in Gram matrices",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="output folder")
+    parser.add_argument("--dry-run", action="store_true", help="print an estimate and exit")
 
 
 _FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan's options
@@ -159,13 +189,26 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--similarity", default="first", help=" | ".join(SIMILARITIES))
     parser.add_argument("--lambda", dest="lambda_", type=float, default=1.0)
     parser.add_argument(
-        "--set", metavar="NAME=VALUE", action="append", default=[], help="a method's parameter"
+        "--similarity-threshold",
+        type=float,
+        default=0.4,
+        metavar="S_ALPHA",
+        help="merge matrices with at least this similarity",
     )
-    parser.add_argument("--calibration", metavar="FOLDER", help="for the methods that need data")
+    parser.add_argument("--similarity", default="first", help="first, max or weighted")
+    parser.add_argument(
+        "--lambda", dest="lambda_", type=float, default=1.0, help="scale of the update"
+    )
+    parser.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help="parameter of the method"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FOLDER", help="output of calibrate, for methods that need data"
+    )
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="make a method's first pass over the weights now; the plan holds what it finds",
+        help="run the method's first pass over the weights now and store its result in the plan",
     )
     for option in OPTIONS.values():
         _add_option(parser, option)
@@ -194,13 +237,17 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
 
 
 COMMANDS = (
-    (commands.check, "are these models siblings? reads headers and a few small matrices", _check),
-    (commands.analyse, "decompose the task vectors into a small pack", _analyse),
-    (commands.calibrate, "measure the models on samples, for a method that needs data", _calibrate),
-    (commands.plan, "decide what merges; shows what changes", _plan),
-    (commands.recipe, "write a plan as a recipe for mergekit", _recipe),
-    (commands.merge, "carry out a plan", _merge),
-    (commands.adapter, "write an IP-Merging plan's change as a LoRA adapter", _adapter),
-    (commands.chat, "ask one model, or two side by side", _chat),
-    (commands.app, "serve the app", _app),
+    (commands.check, "check that the models share one base", _check),
+    (commands.analyse, "decompose the task vectors and write a pack", _analyse),
+    (
+        commands.calibrate,
+        "measure layer statistics on samples, for methods that need data",
+        _calibrate,
+    ),
+    (commands.plan, "create a merge plan and show its preview", _plan),
+    (commands.recipe, "export a plan as a mergekit recipe", _recipe),
+    (commands.merge, "execute a merge plan", _merge),
+    (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
+    (commands.chat, "ask one model, or two for comparison", _chat),
+    (commands.app, "start the web app", _app),
 )

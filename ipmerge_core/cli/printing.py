@@ -1,4 +1,4 @@
-"""What the commands print: findings, plans, results, and one line of progress."""
+"""Format findings, plans, results and progress for the terminal."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MARKS = {"ok": "ok     ", "warning": "WARNING", "refusal": "REFUSAL"}
 
 
 def finding_line(finding: Finding) -> str:
-    """Write one finding of the check."""
+    """Format one finding of the sibling check."""
     remedy = f" {finding.remedy}" if finding.remedy else ""
     return f"{_MARKS[finding.level]}  {finding.subject}: {finding.message}{remedy}"
 
 
 def preview_of(plan: MergePlan) -> dict[str, Any]:
-    """Return what the plan changes, or why that cannot be said."""
+    """Return the preview of a plan, or the reason why it is not available."""
     try:
         return asdict(plan.preview())
     except PlanError as error:
@@ -39,27 +39,28 @@ def preview_of(plan: MergePlan) -> dict[str, Any]:
 
 
 def plan_sentence(plan: MergePlan) -> str:
-    """Say in one sentence what a plan does."""
-    chosen = f"{len(plan.selected)} of {len(plan.decisions)} matrices merge"
+    """Summarize a plan in one sentence."""
+    chosen = f"{len(plan.selected)} of {len(plan.decisions)} matrices are merged"
     preview = preview_of(plan)
-    beside = f" Beside them, and in no number: {'; '.join(plan.beside)}." if plan.beside else ""
+    extras = "; ".join(plan.extras)
+    extras = f" Also merged, not included in these figures: {extras}." if extras else ""
     if "relative_change" not in preview:
-        return f"{chosen}.{beside} {preview['preview']}"
-    loose = f" (approximate: {preview['approximate']})" if preview["approximate"] else ""
-    change = f"the decoder changes by {preview['relative_change']:.3%} of its norm{loose}"
-    return f"{chosen}, {change}{_taken(plan)}.{beside}"
+        return f"{chosen}.{extras} {preview['preview']}"
+    loose = f", approximate: {preview['approximate']}" if preview["approximate"] else ""
+    change = f"{preview['relative_change']:.3%} (relative Frobenius norm{loose})"
+    return f"{chosen}; decoder weights change by {change}{_analysis_values(plan)}.{extras}"
 
 
-def _taken(plan: MergePlan) -> str:
-    """Name the parameters that the plan took from its analysis and that are not the defaults."""
+def _analysis_values(plan: MergePlan) -> str:
+    """List the parameters that come from the analysis and are not the defaults."""
     from ipmerge_core.methods import find_method
     from ipmerge_core.planning.preview import shown
 
     method, values, analysed = find_method(plan.method), plan.parameters, plan.analysed or {}
     defaults = {parameter.name: parameter.default for parameter in method.parameters}
     names = [name for name in method.from_analysis if values[name] == analysed.get(name)]
-    words = [f"{name} {shown(values[name])}" for name in names if values[name] != defaults[name]]
-    return f", with the analysis' {' and '.join(words)}" if words else ""
+    changed = [f"{name} {shown(values[name])}" for name in names if values[name] != defaults[name]]
+    return f", with {' and '.join(changed)} from the analysis" if changed else ""
 
 
 def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""From the words of the command line to models, methods and values."""
+"""Convert command-line options to models, methods and values."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 def open_models(options: argparse.Namespace) -> ModelPair:
-    """Open the models that the options name."""
+    """Open the models given by the options."""
     from ipmerge_core.models.pairing import open_pair
 
     if not (options.mllm and options.math and options.base):
-        raise PlanError("Name the models: --mllm A --math B --base Z (several --math are allowed).")
+        raise PlanError("Specify the models: --mllm A --math B --base Z (--math can be repeated).")
     return open_pair(options.mllm, options.math, options.base, base_mllm=options.base_mllm)
 
 
 def check_target(path: str) -> None:
-    """Make sure that the folder of an output file exists, before any work."""
+    """Check that the folder of an output file exists. Raises: PlanError."""
     folder = Path(path).expanduser().absolute().parent
     if not folder.is_dir():
-        raise PlanError(f"Cannot write '{path}': there is no folder '{folder}'. Make it first.")
+        raise PlanError(f"Cannot write '{path}': the folder '{folder}' does not exist.")
 
 
 def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
-    if text.lower() in ("true", "false"):  # of choices, too: some once were
+    if text.lower() in ("true", "false"):  # also for choices that used to be boolean
         return text.lower() == "true"
     if kind == "choice":
         return text
@@ -59,11 +59,11 @@ def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
     try:
         return int(text) if kind == "int" else float(text)
     except ValueError:
-        return text  # the method's own check names the parameter and what it expects
+        return text  # the method's validation reports the parameter and valid values
 
 
 def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:
-    """Return the models and the arguments of make_plan that a mergekit recipe gives."""
+    """Return the models and the arguments of make_plan from a mergekit recipe."""
     from ipmerge_core.models.pairing import open_pair
     from ipmerge_core.planning.mergekit import import_recipe
 
@@ -73,7 +73,7 @@ def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]
         raise PlanError(f"Cannot read the recipe '{options.recipe}': {error.strerror}.") from error
     base = recipe.base or options.base
     if not base:
-        raise PlanError("The recipe names no base. Say which model they descend from: --base Z.")
+        raise PlanError("The recipe has no base model. Specify it with --base Z.")
     return open_pair(recipe.mllm, recipe.math, base), recipe.arguments
 
 

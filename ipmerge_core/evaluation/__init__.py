@@ -1,1 +1,1 @@
-"""Measure models: batched answers, scores with intervals, paired tests."""
+"""Evaluate models: batched generation, scores with confidence intervals, paired tests."""

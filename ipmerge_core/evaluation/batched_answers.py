@@ -1,7 +1,8 @@
-"""Greedy answers to many problems at once: left-padded batches, equal to one by one.
+"""Generate greedy answers in left-padded batches.
 
-In: a loaded model, its processor (or tokenizer, for a text model), problems. Out: decoded replies,
-in order, unedited. The prompts are the problems' own. Does not load models and does not score.
+In: a loaded model, its processor (or tokenizer, for a text model), problems. Out: decoded replies
+in order, equal to those without batching. Prompts are defined by the problems. Does not load models
+or score answers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ipmerge_core.tasks.demo import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-LONGEST_REPLY = 20  # tokens; the longest right answer of the demo takes 18
+LONGEST_REPLY = 20  # tokens; the longest correct answer of the demo has 18
 
 
 def answer_all(
@@ -25,14 +26,14 @@ def answer_all(
     batch_size: int = 150,
     max_new_tokens: int = LONGEST_REPLY,
 ) -> list[str]:
-    """Answer each problem greedily: of its drawing if `processor` takes images, else in words.
+    """Answer each problem greedily, from its drawing if `processor` takes images, else from text.
 
     Args:
         model: A causal language model or an image-text-to-text model, in evaluation mode.
         processor: Its processor or its tokenizer.
-        problems: What to answer.
-        batch_size: Problems answered together; the replies do not depend on it.
-        max_new_tokens: Where a reply is cut.
+        problems: The problems.
+        batch_size: Problems per batch; the replies do not depend on it.
+        max_new_tokens: Maximum length of a reply.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Right or wrong, how sure, and better or not: exact match, Wilson intervals, a paired sign test.
+"""Scores with Wilson intervals, and the paired sign test.
 
 In: decoded replies and the problems they answer. Out: booleans, `Score`s, a `SignTest`. Intervals
 and p values are those of `scipy.stats.binomtest`, imported when the first one is computed. Does not
@@ -18,14 +18,14 @@ from ipmerge_core.tasks.demo import Problem
 
 @dataclass(frozen=True)
 class Score:
-    """So many right of so many."""
+    """Number of correct items out of a total."""
 
     right: int
     n: int
 
     @property
     def share(self) -> float:
-        """Share right, in [0, 1]; not a number for no items."""
+        """Share of correct items in [0, 1]; NaN for no items."""
         return self.right / self.n if self.n else math.nan
 
     @property
@@ -38,7 +38,7 @@ class Score:
         return Score(self.right + other.right, self.n + other.n)
 
     def __str__(self) -> str:
-        """Write percent with the 95 % interval.
+        """Format as percent with the 95 % interval.
 
         >>> str(Score(150, 300))
         '50.0 (44.4-55.6)'
@@ -48,7 +48,7 @@ class Score:
 
 
 def score(problems: Iterable[Problem], replies: Iterable[str]) -> Score:
-    """Count the right replies. Raises: ValueError when the two differ in length."""
+    """Count the correct replies. Raises: ValueError if the lengths differ."""
     outcomes = [is_right(problem, reply) for problem, reply in zip(problems, replies, strict=True)]
     return Score(sum(outcomes), len(outcomes))
 

@@ -1,1 +1,1 @@
-"""Run a model: load it, render its prompts, stream its answer."""
+"""Load models, render prompts and stream answers."""

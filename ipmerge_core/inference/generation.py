@@ -1,7 +1,8 @@
-"""Generate text: encode a prompt, stream the answer of a loaded model, stop it at any token.
+"""Generate text: encode a prompt and stream the answer of a loaded model.
 
 In: a `LoadedModel`, a question, optionally an image and earlier messages. Out: pieces of text as
-they are generated, or the whole answer. Sampling is seeded and independent of other threads.
+they are generated, or the whole answer. Generation can be stopped at any token. Sampling is seeded
+and independent of other threads.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 MOST_NEW_TOKENS = 2048
 
 
-_QUEUE_SECONDS = 0.1  # how often a waiting reader looks whether the writer still lives
+_QUEUE_SECONDS = 0.1  # interval at which a waiting reader checks whether the writer is alive
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,15 @@ class GenerationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense. Raises: RunError."""
-        if not 0 <= self.temperature <= 5:  # also refuses NaN
+        """Validate the values. Raises: RunError."""
+        if not 0 <= self.temperature <= 5:  # also rejects NaN
             raise RunError(
-                f"The temperature is {self.temperature}; expected a number from 0 (always the "
-                f"most likely token) to 5."
+                f"The temperature is {self.temperature}; expected a number from 0 (greedy "
+                f"decoding) to 5."
             )
         if not 1 <= self.max_new_tokens <= MOST_NEW_TOKENS:
             raise RunError(
-                f"The number of new tokens is {self.max_new_tokens}; expected a whole number from "
+                f"The number of new tokens is {self.max_new_tokens}; expected an integer from "
                 f"1 to {MOST_NEW_TOKENS}."
             )
 
@@ -65,14 +66,14 @@ def stream_answer(
     settings: GenerationSettings | None = None,
     cancelled: threading.Event | None = None,
 ) -> Iterator[str]:
-    """Answer a question, piece by piece.
+    """Stream the answer to a question.
 
-    Closing the generator, or setting `cancelled`, stops the model at its next token. Sampling draws
-    from a generator of its own, so two answers at the same time do not disturb each other.
+    Closing the generator, or setting `cancelled`, stops the model at its next token. Each call has
+    its own random generator, so that concurrent answers do not affect each other.
 
     Raises:
-        RunError: nothing to answer, or the prompt is too long.
-        ModelLoadError: the model cannot take this input.
+        RunError: the question is empty, or the prompt is too long.
+        ModelLoadError: the model does not support this input.
     """
     settings = settings or GenerationSettings()
     inputs = encode_prompt(loaded, question, image).to(loaded.model.device)
@@ -82,7 +83,7 @@ def stream_answer(
 
     def stopped(error: Exception) -> ModelLoadError:
         return ModelLoadError(
-            f"'{loaded.folder.name}' stopped while answering ({first_line(error)}). "
+            f"'{loaded.folder.name}' failed while generating ({first_line(error)}). "
             f"A shorter question or smaller image may help."
         )
 
@@ -105,9 +106,9 @@ def answer(
     seed: int = 0,
     device: str = "cpu",
 ) -> str:
-    """Return the whole answer at once; models and images may be given by their paths.
+    """Return the complete answer; models and images can be given as paths.
 
-    `device` is where a model that is given by its path is put.
+    `device` is the device of a model that is given as a path.
 
     Raises: as `load_model`, `open_image` and `stream_answer`.
     """
@@ -120,25 +121,25 @@ def answer(
 def encode_prompt(
     loaded: LoadedModel, question: str, image: Image | None, before: Sequence[Message] = ()
 ) -> Any:  # noqa: ANN401
-    """Put the question into the model's own chat format and turn it into tensors.
+    """Render the question with the model's chat template and tokenize it.
 
     Args:
-        loaded: the model that is asked.
-        question: what is asked.
-        image: the image that goes with it, if any.
-        before: what precedes the question: a system prompt, earlier questions and answers.
+        loaded: the model.
+        question: the user's message.
+        image: the image of the message, if any.
+        before: earlier messages: a system prompt, questions and answers.
 
     Raises:
         RunError: the question is empty or too long.
-        ModelLoadError: an image for a model that takes none, or the model's chat template or
-            processor cannot be used.
+        ModelLoadError: an image for a text model, or the model's chat template or processor
+            cannot be used.
     """
     messages = [*before, Message("user", check_question(question), image)]
     images = [message.image.convert("RGB") for message in messages if message.image is not None]
-    if images and not loaded.sees:
+    if images and not loaded.takes_images:
         raise ModelLoadError(
-            f"'{loaded.folder.name}' is a text model and takes no image. Ask it in words, or "
-            f"choose a vision-language model."
+            f"'{loaded.folder.name}' is a text model and does not support images. Ask without an "
+            f"image, or choose a vision-language model."
         )
     text = render_chat(loaded.chat_format, messages)
 
@@ -153,12 +154,12 @@ def encode_prompt(
 
 
 def _encode(loaded: LoadedModel, text: str, images: list[Image]) -> Any:  # noqa: ANN401
-    if loaded.sees:
+    if loaded.takes_images:
         more = {"images": images} if images else {}
         return loaded.processor(
             text=[without_begin(loaded.tokenizer, text)], return_tensors="pt", **more
         )
-    # A chat template writes the special tokens itself; without one the tokenizer has to.
+    # A chat template contains the special tokens; without one the tokenizer adds them.
     special = chat_template(loaded.chat_format) is None
     tokens = loaded.tokenizer([text], return_tensors="pt", add_special_tokens=special)
     tokens.pop("token_type_ids", None)
@@ -174,7 +175,7 @@ def _new_streamer(loaded: LoadedModel) -> Any:  # noqa: ANN401
 
 
 def _pieces(streamer: Any, run: Future[None]) -> Iterator[str]:  # noqa: ANN401
-    """Take text from the streamer until it ends, or its writer has failed."""
+    """Yield text from the streamer until it ends or the generating thread fails."""
     while True:
         try:
             yield next(streamer)
@@ -192,7 +193,7 @@ def _generate(
     streamer: Any,  # noqa: ANN401
     stops: list[threading.Event],
 ) -> None:
-    """Run the model, in a thread of its own, and let the streamer pass on what it says."""
+    """Run the model and pass its tokens to the streamer; called in a separate thread."""
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -206,7 +207,7 @@ def _generate(
     with torch.inference_mode():
         loaded.model.generate(
             **inputs,
-            do_sample=False,  # sampling is the noise that _Sampler adds
+            do_sample=False,  # _Sampler adds the sampling noise
             temperature=None,
             top_p=None,
             top_k=None,
@@ -219,7 +220,7 @@ def _generate(
 
 
 class _Sampler:
-    """Exact sampling at a temperature by a seeded stream of its own.
+    """Exact sampling at a temperature with its own seeded random stream.
 
     Math:   argmax_i (logit_i / T + g_i), g_i = -log(-log u_i), draws i with probability
             softmax(logits / T)_i (the Gumbel-max trick).

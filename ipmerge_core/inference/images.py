@@ -1,4 +1,4 @@
-"""Open a picture from an untrusted source: known formats, bounded size, upright, RGB."""
+"""Open images from untrusted sources: known formats, bounded size, upright, RGB."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def open_image(file: str | Path | BinaryIO) -> Image:
-    """Open a picture that a stranger gave: PNG, JPEG or WebP of a bearable size, upright, RGB.
+    """Open an untrusted image: PNG, JPEG or WebP of bounded size, rotated upright, RGB.
 
-    Raises: RunError when it is something else; nothing is decoded before its size is known.
+    Raises: RunError for anything else; nothing is decoded before the size is checked.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -33,14 +33,14 @@ def open_image(file: str | Path | BinaryIO) -> Image:
                 width, height = picture.size
                 if width * height > MOST_PIXELS:
                     raise RunError(
-                        f"The image '{name}' has {width} x {height} pixels; at most "
-                        f"{MOST_PIXELS / 1e6:.0f} million are taken. Make it smaller."
+                        f"The image '{name}' has {width} x {height} pixels; the maximum is "
+                        f"{MOST_PIXELS / 1e6:.0f} million. Use a smaller image."
                     )
                 picture.verify()
-            with Image.open(file, formats=IMAGE_FORMATS) as picture:  # verify() used it up
+            with Image.open(file, formats=IMAGE_FORMATS) as picture:  # verify() consumed the file
                 return ImageOps.exif_transpose(picture).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RunError(f"The image '{name}' is too large to open. Make it smaller.") from error
+        raise RunError(f"The image '{name}' is too large. Use a smaller image.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise RunError(
             f"'{name}' is not a readable image. Expected a PNG, JPEG or WebP file."

@@ -1,9 +1,8 @@
-"""Running a model: load a folder, stream its answer to an image and a question.
+"""Load models with transformers from local folders, offline and without custom code.
 
 In: a model folder in the transformers layout (an MLLM with its processor, or a text model with its
-tokenizer), a prompt, perhaps an image. Out: pieces of text as they are generated. Offline, no code
-from the model, safetensors only, and every weight must be where the model expects it. This is the
-door to transformers for chatting; it neither scores answers nor writes models.
+tokenizer). Out: a `LoadedModel`. Only safetensors are read, and every weight must match the
+architecture.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory with what turns text and images into its tokens."""
+    """A model in memory with its processor or tokenizer."""
 
     folder: Path
     fingerprint: str
     model: Any
     processor: Any
-    sees: bool  # whether it takes images
+    takes_images: bool
     nbytes: int
 
     @property
@@ -42,14 +41,14 @@ class LoadedModel:
 
     @property
     def chat_format(self) -> ChatFormat:
-        """What decides how its prompts look."""
+        """The properties that determine the prompt format."""
         return ChatFormat(
-            self.folder.name, self.processor, self.tokenizer, self.model.config, self.sees
+            self.folder.name, self.processor, self.tokenizer, self.model.config, self.takes_images
         )
 
 
 class ModelCache:
-    """The models used last, by folder and content; the oldest leaves when the room is used up."""
+    """LRU cache of loaded models by folder and content."""
 
     def __init__(self, most_models: int = 2) -> None:
         self.most_models = most_models
@@ -57,7 +56,7 @@ class ModelCache:
         self._lock = threading.Lock()
 
     def get(self, folder: str | Path, device: str = "cpu") -> LoadedModel:
-        """Return the model in `folder`, loading it if it is not here or has changed on disk.
+        """Return the model in `folder`, loading it if it is not cached or has changed on disk.
 
         Raises: as `load_model`.
         """
@@ -77,8 +76,8 @@ class ModelCache:
 
 
 def import_libraries() -> None:
-    """Import what running a model needs; the first time takes seconds, afterwards nothing."""
-    from transformers import (  # noqa: F401 (imported for the sake of it)
+    """Import the libraries for running a model, which takes seconds the first time."""
+    from transformers import (  # noqa: F401 (imported for its side effect)
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoProcessor,
@@ -90,18 +89,18 @@ def import_libraries() -> None:
 
 
 def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
-    """Load a model folder, whole and clean.
+    """Load a model folder and verify that all weights match the architecture.
 
     Args:
         folder: a local folder with config.json, safetensors weights and a tokenizer or processor.
-        device: where to put it: "auto", or as torch names it.
+        device: a torch device name, or "auto".
 
     Raises:
-        CheckpointError: there is no such folder, or its files are damaged.
-        ModelLoadError: transformers cannot build the model, or a weight has no place or no value.
-        PlanError: the device is not there.
+        CheckpointError: the folder does not exist, or its files are damaged.
+        ModelLoadError: transformers cannot build the model, or weights are missing or unexpected.
+        PlanError: the device is not available.
     """
-    # Imported here, as transformers is: pictures and settings are checked before torch is loaded.
+    # Imported here, like transformers, so that inputs are checked before torch is loaded.
     from ipmerge_core.models.checkpoint import Checkpoint
     from ipmerge_core.runtime.devices import resolve_device
 
@@ -109,15 +108,15 @@ def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
     checkpoint = Checkpoint.open(Path(folder))
     _refuse_code(checkpoint)
     _refuse_adapter(checkpoint)
-    sees = _takes_images(checkpoint)
-    processor = _load_processor(checkpoint, sees)
-    model = _load_weights(checkpoint, sees)
+    takes_images = _takes_images(checkpoint)
+    processor = _load_processor(checkpoint, takes_images)
+    model = _load_weights(checkpoint, takes_images)
     return LoadedModel(
         folder=Path(folder),
         fingerprint=checkpoint.fingerprint,
         model=model.to(device).eval(),
         processor=processor,
-        sees=sees,
+        takes_images=takes_images,
         nbytes=checkpoint.nbytes,
     )
 
@@ -128,16 +127,16 @@ def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
 def _refuse_code(checkpoint: Checkpoint) -> None:
     if "auto_map" in checkpoint.config:
         raise ModelLoadError(
-            f"'{checkpoint.id}' needs code of its own to run (its config.json has an auto_map). "
-            f"Code from model folders is never run; choose a model that transformers knows."
+            f"'{checkpoint.id}' requires custom code (its config.json has an auto_map), which is "
+            f"never executed. Choose a model that transformers supports."
         )
 
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:
     if checkpoint.weights.has_adapter:
         raise ModelLoadError(
-            f"'{checkpoint.id}' holds a PEFT adapter (adapter_config.json) beside its weights. "
-            f"Transformers would add it and a merge does not: merge it into the weights "
+            f"'{checkpoint.id}' contains both weights and a PEFT adapter (adapter_config.json), "
+            f"which transformers would apply and a merge would not. Merge it into the weights "
             f"(merge_and_unload) or delete it."
         )
 
@@ -148,18 +147,18 @@ def _takes_images(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def _load_processor(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
+def _load_processor(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: ANN401
     from transformers import AutoProcessor, AutoTokenizer
 
-    kind = AutoProcessor if sees else AutoTokenizer
-    with explained(partial(_explain, checkpoint, "processor" if sees else "tokenizer")):
+    kind = AutoProcessor if takes_images else AutoTokenizer
+    with explained(partial(_explain, checkpoint, "processor" if takes_images else "tokenizer")):
         return kind.from_pretrained(checkpoint.id, local_files_only=True, trust_remote_code=False)
 
 
-def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
+def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: ANN401
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     with explained(partial(_explain, checkpoint, "model")):
         model, notes = kind.from_pretrained(
             checkpoint.id,
@@ -168,31 +167,31 @@ def _load_weights(checkpoint: Checkpoint, sees: bool) -> Any:  # noqa: ANN401
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # they raise an error below
         )
     for what, sentence in (
-        ("missing_keys", "has no weight for"),
-        ("unexpected_keys", "has a weight that its architecture does not use:"),
+        ("missing_keys", "lacks the weight"),
+        ("unexpected_keys", "has an unexpected weight:"),
         ("mismatched_keys", "has a weight of the wrong shape:"),
     ):
-        found = notes.get(what) or []  # a mismatch comes with its two shapes
+        found = notes.get(what) or []  # a mismatch includes both shapes
         names = sorted(note if isinstance(note, str) else str(note[0]) for note in found)
         if names:
             raise ModelLoadError(
                 f"'{checkpoint.id}' {sentence} '{names[0]}'"
-                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Its answers would be "
-                f"wrong, so it is not used. Are config.json and the weights of one model?"
+                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}, so that its answers "
+                f"would be wrong. Do config.json and the weights belong to the same model?"
             )
     return model
 
 
 def _explain(checkpoint: Checkpoint, what: str, error: Exception) -> ModelLoadError:
     if "torchvision" in str(error):
-        remedy = "Install torchvision, which this model's image processor needs."
+        remedy = "Install torchvision, which this model's image processor requires."
     elif isinstance(error, ImportError):
-        remedy = "Install the library that it names."
+        remedy = "Install the missing library."
     else:
-        remedy = "Is the folder complete, and does this version of transformers know the model?"
+        remedy = "Is the folder complete, and does this version of transformers support the model?"
     return ModelLoadError(
         f"Cannot load the {what} of '{checkpoint.id}' ({first_line(error)}). {remedy}"
     )

@@ -1,8 +1,8 @@
-"""Chat prompts: messages rendered by a model's own chat template, whichever content it takes.
+"""Render chat prompts with a model's chat template.
 
-In: the processor or tokenizer of a model and the messages of a conversation. Out: the text of the
-prompt, with the model's image placeholders in it. Templates come from untrusted files: any error
-in one is raised as a `ModelLoadError`. This does not tokenize and loads nothing.
+In: the processor or tokenizer of a model and the messages of a conversation. Out: the prompt text,
+with the model's image placeholders. Templates are untrusted: any error in one is raised as a
+`ModelLoadError`. Does not tokenize.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 LONGEST_QUESTION = 4000  # characters
 REMEDY = (
-    "Correct chat_template.jinja, or chat_template in tokenizer_config.json, in the model's "
-    "folder; without a template the prompt is 'USER: ... ASSISTANT:'."
+    "Fix chat_template.jinja, or chat_template in tokenizer_config.json, in the model folder; "
+    "without a template the prompt is 'USER: ... ASSISTANT:'."
 )
-# Attributes of processors and tokenizers that hold a placeholder for an image or another input.
+# Attributes of processors and tokenizers that contain a placeholder for an image or other input.
 _PLACEHOLDERS = ("image_token", "boi_token", "eoi_token", "video_token", "audio_token")
 _BRACKETS = (
     ("vision_start_token_id", "vision_end_token_id"),
@@ -38,7 +38,7 @@ class Message(NamedTuple):
 
 
 class ChatFormat(NamedTuple):
-    """What of a model decides how its prompts look."""
+    """The properties of a model that determine its prompt format."""
 
     name: str  # for error messages
     processor: Any  # the processor of an MLLM, the tokenizer of a text model
@@ -48,7 +48,7 @@ class ChatFormat(NamedTuple):
 
     @property
     def image_token(self) -> str | None:
-        """The text that the processor replaces by an image, if the model names one."""
+        """The placeholder that the processor replaces by an image, if the model defines one."""
         for owner in (self.processor, self.tokenizer):
             if token := getattr(owner, "image_token", None):
                 return str(token)
@@ -59,7 +59,7 @@ class ChatFormat(NamedTuple):
 
     @property
     def image_text(self) -> str:
-        """What stands for an image in a message that is a string: the token in its brackets."""
+        """The placeholder of an image in a message that is a string, with its delimiters."""
         token = self.image_token or "<image>"
         for names in _BRACKETS:
             start, end = (self._token_of(name) for name in names)
@@ -76,10 +76,10 @@ class ChatFormat(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """One way of writing messages: whose content is a list of parts, and where images go."""
+    """A message format: which contents are lists of parts, and how images are included."""
 
     lists: Literal["all", "user", "none"]
-    image_parts: bool  # images are parts of a list; else their placeholder stands in the text
+    image_parts: bool  # images are list parts; otherwise placeholders in the text
 
 
 _PARTS_FIRST = [_Layout("all", True), _Layout("user", True), _Layout("none", False)]
@@ -87,28 +87,27 @@ _TEXT_FIRST = [_Layout("none", False), _Layout("user", False), _Layout("all", Fa
 
 
 def check_question(question: str) -> str:
-    """Return a question without the white space around it, once its length is known.
+    """Return a question without surrounding whitespace after checking its length.
 
-    Raises: RunError when it is empty or too long.
+    Raises: RunError if it is empty or too long.
     """
     if len(question) > LONGEST_QUESTION:
         raise RunError(
-            f"The question has {len(question)} characters; at most {LONGEST_QUESTION} are taken. "
-            f"Shorten it."
+            f"The question has {len(question)} characters; the maximum is {LONGEST_QUESTION}."
         )
     question = question.strip()
     if not question:
-        raise RunError("There is no question. Type one; an image alone is not enough.")
+        raise RunError("The question is empty. Enter one; an image alone is not sufficient.")
     return question
 
 
 def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> str:
-    """Write a conversation, ending where the model is to answer.
+    """Render a conversation up to the start of the model's answer.
 
-    Texts of messages never act as control tokens: a special token spelled in one is broken by a
-    space. A system message that the template refuses or drops opens the first user message.
+    Message texts cannot contain control tokens: a special token in the text is broken by a space. A
+    system message that the template rejects or drops is prepended to the first user message.
 
-    Raises: ModelLoadError when the template cannot be used.
+    Raises: ModelLoadError if the template cannot be used.
     """
     template = chat_template(chat)
     control = _control_tokens(chat, template or "")
@@ -128,7 +127,7 @@ def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> str:
 def chat_template(chat: ChatFormat) -> str | None:
     """Return the default chat template of a processor, else of its tokenizer, else None.
 
-    Raises: ModelLoadError when there are named templates only, or something that is no template.
+    Raises: ModelLoadError if there are only named templates, or the template is not a string.
     """
     names: list[str] = []
     for owner in (chat.processor, chat.tokenizer):
@@ -138,36 +137,36 @@ def chat_template(chat: ChatFormat) -> str | None:
             found = found.get("default")
         if found and not isinstance(found, str):
             raise ModelLoadError(
-                f"The chat template of '{chat.name}' is a {type(found).__name__}; expected the "
-                f"text of a Jinja template. {REMEDY}"
+                f"The chat template of '{chat.name}' is a {type(found).__name__}; expected a Jinja "
+                f"template string. {REMEDY}"
             )
         if found:
             return str(found)
     if names:
         listed = ", ".join(f"'{name}'" for name in sorted(set(names)))
         raise ModelLoadError(
-            f"'{chat.name}' has chat templates named {listed} and none named 'default'. Rename the "
-            f"one to use to 'default' in tokenizer_config.json, or save it as chat_template.jinja."
+            f"'{chat.name}' has chat templates named {listed} but none named 'default'. Rename one "
+            f"to 'default' in tokenizer_config.json, or save it as chat_template.jinja."
         )
     return None
 
 
 class _Attempt:
-    """Renders conversations with one template and remembers what went wrong first."""
+    """Renders conversations with one template and stores its first error."""
 
     def __init__(self, chat: ChatFormat, template: str) -> None:
         self.chat = chat
         self.template = template
-        self.failure = self._error("leaves the text or the image of a message out of the prompt")
+        self.failure = self._error("omits the text or the image of a message from the prompt")
         self._has_failed = False
 
     def find_layout(self, messages: Sequence[Message]) -> _Layout | None:
-        """Return the first layout that carries every text and image into the prompt."""
+        """Return the first layout with which every text and image appears in the prompt."""
         layouts = self._layouts(messages)
         return next((layout for layout in layouts if self._works(messages, layout)), None)
 
     def render(self, messages: Sequence[Message], layout: _Layout) -> str:
-        """Render the messages. Raises: ModelLoadError when the template fails."""
+        """Render the messages. Raises: ModelLoadError if the template fails."""
         written = [_as_dict(message, layout, self.chat.image_text) for message in messages]
         with explained(lambda error: self._error(f"cannot be rendered ({first_line(error)})")):
             prompt: str = self.chat.tokenizer.apply_chat_template(
@@ -209,10 +208,10 @@ class _Attempt:
 
 
 def _marker(number: int, *, as_list: bool) -> str:
-    r"""Return a text to look for in a prompt.
+    r"""Return a unique marker to search for in a prompt.
 
     In a list it has quotes and a backslash, which a repr or JSON of that list would escape, so that
-    it comes through whole only where the template takes the text out of its part.
+    it appears unchanged only if the template extracts the text from its part.
     """
     return f'probe {number} it\'s "\\q" end' if as_list else f"probe {number} end"
 
@@ -248,7 +247,7 @@ def _fold_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
-    """Write a conversation for a model without a template, as LLaVA's first version did."""
+    """Render a conversation for a model without a template, in the format of the first LLaVA."""
     pieces = []
     for message in messages:
         if message.role == "system":
@@ -260,7 +259,7 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
 
 
 def _control_tokens(chat: ChatFormat, template: str) -> list[str]:
-    """Name what the tokenizer or the processor would take for more than text, longest first."""
+    """List the special tokens and placeholders of the tokenizer and processor, longest first."""
     added = getattr(chat.tokenizer, "added_tokens_decoder", {}).values()
     tokens = {token.content for token in added if token.special or token.content in template}
     for owner in (chat.processor, chat.tokenizer):
@@ -269,7 +268,7 @@ def _control_tokens(chat: ChatFormat, template: str) -> list[str]:
 
 
 def _without(tokens: Sequence[str], text: str) -> str:
-    """Put a space into every control token that a text spells: `<image>` becomes `< image>`."""
+    """Insert a space into every control token in a text: `<image>` becomes `< image>`."""
     if not any(token in text for token in tokens):
         return text
     starts = "|".join(map(re.escape, tokens))
@@ -277,7 +276,7 @@ def _without(tokens: Sequence[str], text: str) -> str:
 
 
 def without_begin(tokenizer: Any, text: str) -> str:  # noqa: ANN401
-    """Drop the first token of a template's text where encoding adds it once more."""
+    """Remove the BOS token from a rendered template if encoding would add it again."""
     begin = tokenizer.bos_token
     if begin and text.startswith(begin) and _adds_begin(tokenizer):
         return text.removeprefix(begin)

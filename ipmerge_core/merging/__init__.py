@@ -1,1 +1,1 @@
-"""Carry out a plan: estimate, merge and write a complete model folder."""
+"""Execute merge plans: estimate resources, merge tensors, write a complete model folder."""

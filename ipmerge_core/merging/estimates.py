@@ -1,4 +1,4 @@
-"""What a run will take, worked out from headers before the first byte: disk, memory, time.
+"""Estimate disk space, memory and time of a merge or an analysis from headers.
 
 In: a pair, and the plan of a merge or the options of an analysis. Out: an `Estimate` that also
 names the cheaper way where there is one, or an `AnalysisEstimate`. The command line, the app and
@@ -70,7 +70,7 @@ STEP_RATE = Rate(2.0e-4, 5.2e10)  # of one step of an iterated method; work is `
 # Of each task vector on one busy core, as benchmarks/bench_analysis.py prints them.
 ANALYSIS_RATE = 3e9  # m n min(m, n) per second, exact
 QUICK_RATE = 6e6  # elements per second, leading directions only
-# On a GPU, rates of one H200 as benchmarks/README.md prints them; other cards differ several times.
+# Rates of one H200, as printed in benchmarks/README.md; other GPUs can differ by several times.
 GPU_DECOMPOSING_RATE = 1.7e12  # m n min(m, n) per second, exact analyses and merges
 GPU_QUICK_RATE = 3e9  # elements per second, leading directions only
 GPU_STEP_RATE = 1e13  # operations per second of an iterated method; rough, not measured
@@ -79,24 +79,24 @@ LONG = 600  # seconds from which on faster ways are named
 
 
 class Estimate(NamedTuple):
-    """What a merge will need, before it starts. Sizes in bytes, time in seconds."""
+    """Estimated resources of a merge. Sizes in bytes, time in seconds."""
 
     nbytes_read: int
     nbytes_written: int
     nbytes_free: int
     n_merged: int
     n_copied: int
-    largest_matrix: int  # of one merged matrix in fp32; working memory is a few times this size
-    nbytes_memory: int = 0  # peak, beside the interpreter
-    nbytes_fetched: int = 0  # of what is read, over the network
-    nbytes_whole: int = 0  # of the repositories, if they were downloaded whole
-    seconds: float = 0.0  # rough, on the device; of a CPU on one core
+    largest_matrix: int  # one merged matrix in fp32; working memory is a few times this size
+    nbytes_memory: int = 0  # peak, excluding the interpreter
+    nbytes_fetched: int = 0  # downloaded
+    nbytes_whole: int = 0  # size of the complete repositories
+    seconds: float = 0.0  # rough, on the device; for a CPU, on one core
     advice: str = ""
     device: str = "cpu"
 
 
 def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path, device: str = "cpu") -> Estimate:
-    """Work out bytes, memory and time of a plan's merge on a device, as torch names it."""
+    """Estimate disk space, memory and time of a plan's merge on a torch device."""
     merged = chosen(plan, pair)
     held = [input_sizes(pair, matrix, experts) for matrix, experts in merged]
     outside = pair.mllm.nbytes - sum(pair.mllm.spec(matrix.mllm).nbytes for matrix, _ in merged)
@@ -119,22 +119,22 @@ def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path, device: str = "cp
 
 
 class AnalysisEstimate(NamedTuple):
-    """What an analysis will need, before it starts. Sizes in bytes, time in seconds."""
+    """Estimated resources of an analysis. Sizes in bytes, time in seconds."""
 
     n_matrices: int
     nbytes_read: int
-    nbytes_fetched: int  # of what is read, over the network
-    nbytes_memory: int  # for the largest matrix and what is read ahead, beside the interpreter
+    nbytes_fetched: int  # downloaded
+    nbytes_memory: int  # largest matrix and read-ahead, excluding the interpreter
     nbytes_memory_free: int
     nbytes_written: int
-    seconds: float  # rough, on the device; of a CPU on one core
+    seconds: float  # rough, on the device; for a CPU, on one core
     device: str = "cpu"
 
 
 def estimate_analysis(pair: ModelPair, options: Options, device: str = "cpu") -> AnalysisEstimate:
-    """Work out bytes, memory and time of an analysis on a device, as torch names it.
+    """Estimate downloads, memory and time of an analysis on a torch device.
 
-    Only the decoder's matrices are read.
+    Only decoder matrices are read.
     """
     on_cpu = is_cpu(device)
     experts = range(len(pair.math))
@@ -163,7 +163,7 @@ def estimate_analysis(pair: ModelPair, options: Options, device: str = "cpu") ->
 
 
 def merging_cost(shape: tuple[int, ...]) -> float:
-    """Relative cost of merging one matrix, by which processes share them: m n min(m, n)."""
+    """Return the relative cost of merging one matrix, m n min(m, n), for load balancing."""
     return float(prod(shape) * min(shape, default=0))
 
 
@@ -174,18 +174,18 @@ def check_space(pair: ModelPair, out: Path) -> None:
     need, free = layout_bytes(pair.mllm), shutil.disk_usage(existing_parent(out)).free
     if need > free:
         raise RunError(
-            f"The merged model needs {need / 1e9:.2f} GB at '{out.parent}' and {free / 1e9:.2f} GB "
-            f"are free. Free some space or choose another output folder."
+            f"The merged model needs {need / 1e9:.2f} GB in '{out.parent}', but only "
+            f"{free / 1e9:.2f} GB are free. Free some space or choose another output folder."
         )
 
 
 def existing_parent(out: Path) -> Path:
-    """Return the nearest folder above (or at) `out` that exists."""
+    """Return the closest existing parent of `out`, or `out` itself."""
     return next(folder for folder in (out, *out.parents) if folder.exists())
 
 
 def _fetched(pair: ModelPair, held: list[list[int]], outside: int) -> int:
-    """Bytes that come over the network: of the hub models, only the tensors that are needed."""
+    """Return the bytes to download: only the required tensors of hub models."""
     mllm, own, base, math = (sum(sizes[i] for sizes in held) for i in range(4))
     hub = {role: model.files.remote for role, model in pair.roles()}
     experts_on_hub = any(value for role, value in hub.items() if role.startswith("math"))
@@ -252,7 +252,7 @@ def _advice(plan: MergePlan, pair: ModelPair, need: Estimate, seconds: float) ->
         return (
             f"The result needs {need.nbytes_written / 1e9:.1f} GB and {need.nbytes_free / 1e9:.1f} "
             f"GB are free. Save the plan and run `ipmerge merge plan.json -o FOLDER` on a machine "
-            f"with more room."
+            f"with more disk space."
         )
     advice = []
     if need.nbytes_fetched:

@@ -1,6 +1,6 @@
-"""The manifest `ipmerge.json`: everything that a merged model says of its making.
+"""Create the manifest `ipmerge.json`, which records how a merged model was made.
 
-In: a plan, its opened models, and what a run found. Out: a JSON object. Reads and writes nothing.
+In: a plan, its opened models, and the results of a run. Out: a JSON object. No IO.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ def manifest_of(
     processes: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Say of a finished merge what was asked, what was found, and what became of every tensor.
+    """Return the manifest of a finished merge: request, results, and treatment of every tensor.
 
-    `hashes` are the SHA-256 of every tensor as read back, `statistic` what the first pass found.
+    `hashes` are the SHA-256 of every tensor as read back, `statistic` is the result of the first
+    pass.
     """
     merged = _merged(plan, pair)
     return {
@@ -69,12 +70,12 @@ def manifest_of(
 
 
 def _merged(plan: MergePlan, pair: ModelPair) -> dict[str, dict[str, Any]]:
-    """By stored tensor, which experts were merged into it: of a fused one by matrix."""
+    """Return the merged experts by stored tensor; for a fused tensor, by matrix."""
     merged: dict[str, dict[str, Any]] = {}
     for name, found in work_of(plan, pair).items():
         matrix, experts = found[0]
         entry: dict[str, Any] = {"action": "merged", "experts": list(experts)}
-        if matrix.module == ROWS:  # thousands of runs: say how many rows
+        if matrix.module == ROWS:  # thousands of runs: record the number of rows
             entry["rows"] = sum(run.shape[0] for run, _ in found)
         elif len(found) > 1 or matrix.mllm != name:
             entry["experts"] = {part.mllm: list(own) for part, own in found}

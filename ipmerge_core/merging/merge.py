@@ -1,10 +1,11 @@
-"""The driver that makes a model: read, apply the plan's method, write, one tensor at a time.
+"""Driver of a merge: read, merge and write one tensor at a time.
 
 In: a `MergePlan`. Out: a folder with the MLLM's files, names, order, shapes and dtypes, in which
-the selected matrices are replaced and every other byte is the MLLM's, plus a manifest
-`ipmerge.json` and a model card. Reading goes on ahead and writing behind, within a memory budget;
-under `torchrun` or `accelerate launch` the tensors are shared out. `iter_merge` is a generator that
-yields a step per tensor: closing it stops the run and leaves what was finished for a resume.
+the selected matrices are replaced and all other bytes are identical to the MLLM's, plus a manifest
+`ipmerge.json` and a model card. Reads and writes overlap with computing within a memory budget;
+with `torchrun` or `accelerate launch` the tensors are distributed over processes. `iter_merge` is a
+generator that yields a step per tensor: closing it stops the run and keeps finished tensors for a
+resume.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ipmerge_core.merging.estimates import Estimate, check_space, estimate_pair,
 from ipmerge_core.merging.manifest import manifest_of
 from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.merging.parts import (
-    BESIDE,
+    EXTRAS,
     Part,
     Work,
     chosen_matrices,
@@ -66,8 +67,8 @@ from ipmerge_core.runtime.pipeline import (
 )
 from ipmerge_core.runtime.processes import Ranks, share_out
 
-_MOST_WORKERS = 8  # more are not faster than one thread reads
-_AUDITORS = 4  # threads that read the result back: more are not faster than memory
+_MOST_WORKERS = 8  # more are limited by the reading thread
+_AUDITORS = 4  # threads that read the result back; more are limited by memory bandwidth
 
 Action: TypeAlias = Literal["measured", "merging", "merged", "copied", "resumed"]
 Report: TypeAlias = Callable[[float], object]
@@ -77,9 +78,9 @@ Documents: TypeAlias = Callable[[], dict[str, str]]
 
 @dataclass(frozen=True)
 class MergeStep:
-    """One tensor is finished, or on its way ("merging"). Sizes in bytes.
+    """Progress: one tensor was finished, or is being merged ("merging"). Sizes in bytes.
 
-    The steps of a first pass ("measured") come before all others and count what it reads.
+    The steps of a first pass ("measured") precede all others and count the bytes it reads.
     """
 
     tensor: str
@@ -91,7 +92,7 @@ class MergeStep:
 
 
 class Piece(NamedTuple):
-    """A part that has been read: bytes to copy, or inputs to merge."""
+    """A part that was read: bytes to copy, or inputs to merge."""
 
     part: Part
     content: bytearray | MatrixWeights
@@ -103,7 +104,7 @@ __all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate_merge", "iter_merge", 
 def merge(
     plan: MergePlan, out: str | Path, *, device: str = "cpu", resume: bool = True
 ) -> dict[str, Any]:
-    """Carry out a plan and return the manifest; see `iter_merge`."""
+    """Execute a plan and return the manifest; see `iter_merge`."""
     for _ in iter_merge(plan, out, device=device, resume=resume):
         pass
     manifest: dict[str, Any] = json.loads((Path(out).expanduser() / MANIFEST).read_text("utf-8"))
@@ -115,23 +116,23 @@ def iter_merge(
 ) -> Iterator[MergeStep]:
     """Write the merged model of `plan` to the new folder `out`, yielding after each tensor.
 
-    Selected matrices are read in their stored dtype, merged in fp32 (fp64 where stored so) and cast
-    once, to nearest even. Everything else is copied as bytes. Two runs of one plan give the same
-    bytes on one device type, by however many processes. Started by `torchrun` or `accelerate
-    launch`, each process merges its share and yields the steps of that.
+    Selected matrices are read in their stored dtype, merged in fp32 (fp64 if stored as fp64) and
+    cast once, rounding to nearest even. Everything else is copied as bytes. Two runs of one plan
+    produce identical bytes on one device type, for any number of processes. With `torchrun` or
+    `accelerate launch`, each process merges its share and yields the steps of that share.
 
     Args:
-        plan: what to do; its sources are opened again and compared by fingerprint.
-        out: a folder that does not exist or is empty. It appears when the model is whole.
-        device: where the matrices are merged: "auto", or as torch names it.
-        resume: go on with an unfinished run of the same plan.
+        plan: the plan; its sources are opened again and compared by fingerprint.
+        out: a folder that does not exist or is empty. It appears when the model is complete.
+        device: a torch device name, or "auto".
+        resume: continue an unfinished run of the same plan.
 
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source is not the one the plan was made for.
-        PlanError: the plan's calibration has changed, or the device is not there.
-        RunError: the target cannot be written, another run is writing there, a source could not
-            be read to the end, or another process of this run failed.
+        PairingError: a source differs from the one the plan was made for.
+        PlanError: the plan's calibration has changed, or the device is not available.
+        RunError: the output cannot be written, another run is writing to it, a source cannot be
+            read completely, or another process of this run failed.
     """
     device = resolve_device(device)
     method = find_method(plan.method)
@@ -165,21 +166,21 @@ def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> 
 
 
 def _open_measurements(plan: MergePlan) -> Measurements | None:
-    """Open the calibration that the plan was made with, and make sure that it is the same."""
+    """Open the calibration of the plan and check that it is unchanged."""
     if plan.calibration is None:
         return None
     found = Measurements.open(plan.calibration.folder)
     if found.digest != plan.calibration.digest:
         raise PlanError(
-            f"The calibration in '{found.folder}' is another than when the plan was made. Make a "
-            f"new plan with it."
+            f"The calibration in '{found.folder}' has changed since the plan was made. Make a new "
+            f"plan with it."
         )
     return found
 
 
 @dataclass
 class _Run:
-    """One process' share of a merge, between an entered writer and the finished folder."""
+    """The share of one process in a merge, between an entered writer and the finished folder."""
 
     plan: MergePlan
     pair: ModelPair
@@ -191,7 +192,7 @@ class _Run:
     statistic: tuple[float, ...] | None = None
 
     def steps(self) -> Iterator[MergeStep]:
-        """Merge and write this process' tensors, yielding after each, and read them back."""
+        """Merge and write the tensors of this process, yielding after each, and read them back."""
         work = work_of(self.plan, self.pair)
         specs = self._mine(in_file_order(self.pair.mllm), work)
         count = _Count(len(specs), sum(spec.nbytes for spec in specs))
@@ -228,10 +229,10 @@ class _Run:
         self.writer.audit([spec.name for spec in specs], min(_AUDITORS, self.ranks.cores))
 
     def conclude(self, failure: IPMergeError | None, documents: Documents) -> None:
-        """Finish the folder if all processes did their share; else raise what went wrong.
+        """Finish the folder if all processes succeeded; otherwise raise the error.
 
-        What the target or a source's disk did is worth a resume; a source that is itself at fault
-        is not, and nothing of it stays.
+        Errors of the output or of a source's disk can be resumed; if a source itself is invalid,
+        the partial folder is removed.
         """
         said = None if failure is None else (str(failure), isinstance(failure, RunError))
         reports = self.ranks.gather((said, self.writer.done, self.writer.hashes))
@@ -251,7 +252,7 @@ class _Run:
             raise failure
 
     def _mine(self, specs: list[TensorSpec], work: Work) -> list[TensorSpec]:
-        """Choose this process' tensors: merged and copied ones are shared out each by cost."""
+        """Select the tensors of this process; merged and copied ones are balanced separately."""
         mine: list[TensorSpec] = []
         for merged in (True, False):
             group = [spec for spec in specs if (spec.name in work) == merged]
@@ -266,7 +267,7 @@ class _Run:
 
     def _read(self, part: Part) -> Piece:
         if part.matrix is not None:
-            check = not self.method.shows_bad_input  # else it is found in the result
+            check = not self.method.propagates_non_finite  # otherwise detected in the result
             return Piece(part, self.pair.read(part.matrix, part.experts, check=check))
         spec, mllm = part.spec, self.pair.mllm
         data = mllm.files.read(spec.shard, spec.start + part.start, spec.start + part.stop)
@@ -283,11 +284,11 @@ class _Run:
 
     @cached_property
     def _workers(self) -> int:
-        """How many matrices are merged at once: as many as this process has cores.
+        """Number of matrices to merge concurrently, by default the number of cores.
 
-        One where matrices are decomposed, which takes memory and keeps the threads busy that it is
-        given, and where a method is so light that reading and writing keep another core busy. On a
-        GPU as many as its memory holds, but one of a method that tells how far it is.
+        One if matrices are decomposed, which needs memory and is multithreaded, or if a method is
+        so cheap that reading and writing use the other cores. On a GPU limited by its memory, and
+        one for a method that reports progress.
         """
         if self.device.type == "cpu":
             one = self.method.matrixwise or self._local
@@ -319,13 +320,15 @@ class _Run:
             for block in blocks(values):
                 target[block] = values[block]
         else:
-            target.copy_(values.to(target.dtype))  # cast there, so that fewer bytes travel
+            target.copy_(
+                values.to(target.dtype)
+            )  # cast on the device, so that fewer bytes are copied
         if count_non_finite(target):
             assert part.matrix is not None
             self.pair.refuse_non_finite(part.matrix, part.experts)
             raise CheckpointError(
-                f"The merged '{part.spec.name}' of '{self.pair.mllm.id}' does not fit "
-                f"{part.spec.dtype}: some values are infinite or NaN. Use smaller gains."
+                f"The merged '{part.spec.name}' of '{self.pair.mllm.id}' has infinite or NaN "
+                f"values in {part.spec.dtype}. Use smaller gains."
             )
         return data
 
@@ -346,7 +349,7 @@ class _Run:
         supplied: dict[str, Any] = {}
         if self.statistic is not None:
             supplied["statistic"] = self.statistic
-        if self.measurements is not None and part.matrix.module not in BESIDE:
+        if self.measurements is not None and part.matrix.module not in EXTRAS:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, device)
         anchor, weights = method_anchor(self.method, self.plan.anchor), weights.to(device)
         if "noise" in self.method.inputs and part.matrix.module not in BESIDE:
@@ -364,18 +367,18 @@ class _Run:
         return count.step(part.spec, action) if part.stop == part.spec.nbytes else None
 
     def _first_pass(self, *, idle: bool) -> Iterator[MergeStep]:
-        """Find the method's numbers of the whole model: in the plan, in the run's notes, or now.
+        """Get the method's statistic from the plan or the run's notes, or compute it.
 
-        Every process measures for itself, but those that have nothing to merge.
+        Every process computes it, except those that have nothing to merge.
         """
         self.statistic = self.plan.statistic
         if self.measurements is not None and self.method.needs_statistic(self.plan.parameters):
-            assert self.method.statistic is not None, "numbers of the whole model for nobody"
+            assert self.method.statistic is not None, "the method has no statistic"
             numbers = self.method.statistic.calibrated(self.plan.parameters)
             self.statistic = self.measurements.statistic(numbers)
         if not is_due(self.plan):
             return
-        leads = self.ranks.rank == 0  # and writes the manifest
+        leads = self.ranks.rank == 0  # rank 0 writes the manifest
         noted = self.ranks.led(lambda: self.writer.noted("statistic"))
         if noted is not None:
             self.statistic = tuple(noted)
@@ -391,7 +394,7 @@ def _measured(step: FirstPassStep) -> MergeStep:
 
 
 class _Count:
-    """Counts finished tensors into steps."""
+    """Converts finished tensors to steps."""
 
     def __init__(self, total: int, nbytes_total: int) -> None:
         self.total, self.nbytes_total = total, nbytes_total
@@ -400,19 +403,19 @@ class _Count:
     def step(self, spec: TensorSpec, action: Action) -> MergeStep:
         self.index += 1
         self.nbytes_done += spec.nbytes
-        return self._told(spec, self.nbytes_done, action)
+        return self._step(spec, self.nbytes_done, action)
 
     def within(self, part: Part, share: float) -> MergeStep:
-        """Count a share of a matrix that is being merged, without keeping it."""
+        """Return a step for the finished share of a matrix that is being merged."""
         nbytes = part.start + int(share * (part.stop - part.start))
-        return self._told(part.spec, self.nbytes_done + nbytes, "merging")
+        return self._step(part.spec, self.nbytes_done + nbytes, "merging")
 
-    def _told(self, spec: TensorSpec, nbytes: int, action: Action) -> MergeStep:
+    def _step(self, spec: TensorSpec, nbytes: int, action: Action) -> MergeStep:
         return MergeStep(spec.name, self.index, self.total, nbytes, self.nbytes_total, action)
 
 
 def _steps_of_finished(out: str | Path) -> Iterator[MergeStep]:
-    """Report a run that was killed after its last rename: everything is there."""
+    """Yield the steps of a run that was killed after its final rename."""
     specs = in_file_order(Checkpoint.open(out))
     count = _Count(len(specs), sum(spec.nbytes for spec in specs))
     for spec in specs:

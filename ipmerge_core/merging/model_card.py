@@ -1,7 +1,7 @@
-"""The model card that a merged model carries: what it is, made of what, how to make it again.
+"""Create the model card of a merged model: sources, method, parameters.
 
-In: a plan. Out: the text of a README.md with the hub's metadata. Names come from the user's files
-and folders, so they are quoted and never trusted as markup.
+In: a plan. Out: the text of a README.md with hub metadata. Names are untrusted and therefore quoted
+or escaped.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def write_card(plan: MergePlan) -> str:
         *(_row(role, source) for role, source in _roles(plan)),
         "",
         f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices were merged"
-        f"{''.join(f', and {what}' for what in plan.beside)}; every other "
-        f"tensor, the tokenizer and the processor are the MLLM's, byte for byte.",
+        f"{''.join(f', and {what}' for what in plan.extras)}; every other "
+        f"tensor, the tokenizer and the processor are byte-identical to the MLLM's.",
         *_geometry(plan),
         "",
         "| parameter | value |",
         "|---|---|",
         *(f"| {name.rstrip('_')} | {_cell(value)} |" for name, value in settings.items()),
         "",
-        "`ipmerge.json` lists every tensor with its hash and what was done to it. No benchmark was "
-        "run by the merge: measure before you rely on it, perception as well as reasoning.",
+        "`ipmerge.json` lists every tensor with its hash and treatment. The merge ran no "
+        "benchmark: evaluate perception and reasoning before using the model.",
     ]
     return "\n".join([front, *lines]) + "\n"
 
@@ -101,7 +101,8 @@ def _cell(value: object) -> str:
 def _geometry(plan: MergePlan) -> list[str]:
     try:
         preview = plan.preview()
-    except PlanError:  # no analysis, or a change that is not affine: nothing exact to say
+    except PlanError:  # no analysis, or the change is not affine
         return []
     loose = f" (approximate: {preview.approximate})" if preview.approximate else ""
-    return [f"The decoder changed by {preview.relative_change:.3%} of its weights' norm{loose}."]
+    change = f"{preview.relative_change:.3%} (relative Frobenius norm{loose})"
+    return [f"The decoder weights changed by {change}."]

@@ -1,9 +1,8 @@
-"""What a plan asks of each stored tensor: parts to merge in place, and pieces to copy between.
+"""Split stored tensors into parts to merge and pieces to copy, according to a plan.
 
-In: a plan, a pair, and what a header says of a tensor. Out: the parts in the order of their bytes,
-and one matrix of every model on one base. A fused tensor holds several matrices; a large one is
-copied in pieces, and merged in pieces where the method looks at single elements, so that memory
-does not grow with it.
+In: a plan, a pair, and the header entry of a tensor. Out: the parts in byte order, and one matrix
+of every model relative to one base. A fused tensor contains several matrices; a large tensor is
+copied in pieces, and merged in pieces if the method is elementwise, which bounds memory.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from ipmerge_core.spectral.spectrum import noise_floor
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
 Work: TypeAlias = dict[str, list[Chosen]]  # by the MLLM's stored tensor
-BESIDE = ("norm", "bias", ROWS)  # the modules of what is no matrix of a layer
+EXTRAS = ("norm", "bias", ROWS)  # modules other than decoder matrices
 
 
 class Part(NamedTuple):
-    """Bytes [start, stop) of one tensor's data, and the matrix that they are if it is merged."""
+    """Bytes [start, stop) of one tensor's data, and their matrix if they are merged."""
 
     spec: TensorSpec
     start: int
@@ -50,11 +49,11 @@ class Part(NamedTuple):
 def on_one_base(
     weights: MatrixWeights, device: torch.device, anchor: Anchor = "two_base"
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Move weights to the device, and all to the anchor's one base: base, mllm, experts.
+    """Move weights to the device and shift them to one base: returns base, mllm, experts.
 
     Math:   two_base: on B_v, W_e' = (W_e - W0) + B_v;  root: on W0, as they are
             inject:   on W_v, W_e' = (W_e - W0) + W_v;  interp: on W_v, as they are
-    On W_v the MLLM's task vector is 0. No method needs to know.
+    On W_v the MLLM's task vector is 0. Methods are independent of the anchor.
     """
     base, root, mllm, experts = weights.to(device)
     if anchor == "interp":
@@ -68,31 +67,31 @@ def on_one_base(
 
 
 def rounding_noise(weights: MatrixWeights, anchor: Anchor = "two_base") -> tuple[float, ...]:
-    """Norm of the rounding of the files in each task vector that `on_one_base` leads to.
+    """Return the rounding noise of the files in each task vector of `on_one_base`.
 
-    It is taken from the stored dtypes, before weights are moved: what was moved is in fp32.
+    Computed from the stored dtypes before weights are shifted, as shifted weights are in fp32.
     """
     base, root, mllm, experts = weights
     own = {"two_base": root, "root": base}.get(anchor)
-    vision = noise_floor(mllm, own) if own is not None else 0.0  # on W_v it has none
+    vision = noise_floor(mllm, own) if own is not None else 0.0  # zero on W_v
     origin = mllm if anchor == "interp" else base
     return (vision, *(noise_floor(expert, origin) for expert in experts))
 
 
 def chosen(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
-    """List what the plan merges, with the experts for each matrix.
+    """List the merged matrices of a plan, with the experts of each.
 
-    Raises: PlanError when the tokens that the models share have changed since the plan was made.
+    Raises: PlanError if the shared tokens have changed since the plan was made.
     """
     every = tuple(range(len(pair.math)))
     return [
         *chosen_matrices(plan, pair),
-        *((m, every) for m in _beside(plan, pair) if plan.allows(split_address(m.name)[0])),
+        *((m, every) for m in _extras(plan, pair) if plan.allows(split_address(m.name)[0])),
     ]
 
 
 def chosen_matrices(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
-    """List the decoder matrices among them; a statistic of the whole model is taken over these."""
+    """List the merged decoder matrices, over which a statistic is computed."""
     by_name = {matrix.name: matrix for matrix in pair.matrices}
     return [(by_name[decision.name], decision.experts) for decision in plan.selected]
 
@@ -103,7 +102,8 @@ def _beside(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
     if plan.tokens:
         if shared_tokens(pair) != plan.tokens:
             raise PlanError(
-                "The tokenizers share other tokens than when the plan was made. Make a new plan."
+                "The shared tokens of the tokenizers have changed since the plan was made. Make "
+                "a new plan."
             )
         yield from shared_rows(pair)
 
@@ -120,7 +120,7 @@ def merging_of(
     ordered. The base's row keys the random numbers of a token. Where the method has nothing to say
     of vectors, norms, biases and rows are merged by task arithmetic.
     """
-    if matrix.module in BESIDE and method.vectors is not None:
+    if matrix.module in EXTRAS and method.vectors is not None:
         own, other = method.vectors(keywords, len(models[2]))
         method, keywords = METHODS["task_arithmetic"], {"mllm_weight": own, "math_weight": other}
     if matrix.module != ROWS:
@@ -143,7 +143,7 @@ def merging_of(
 
 
 def reason_to_copy(plan: MergePlan, pair: ModelPair, name: str) -> str:
-    """Say why a tensor that the plan does not merge is the MLLM's."""
+    """Return the reason why a tensor is copied from the MLLM."""
     reason = pair.kept.get(name, "not selected")
     could = (reason in (NORM, BIAS) and plan.options.norms == "merge") or (
         reason == VOCABULARY and plan.tokens is not None
@@ -152,7 +152,7 @@ def reason_to_copy(plan: MergePlan, pair: ModelPair, name: str) -> str:
 
 
 def work_of(plan: MergePlan, pair: ModelPair) -> Work:
-    """Group what the plan merges by the MLLM's stored tensor: a fused one holds several."""
+    """Group the merged matrices by the MLLM's stored tensor; a fused one contains several."""
     work: Work = {}
     for matrix, experts in chosen(plan, pair):
         work.setdefault(split_address(matrix.mllm)[0], []).append((matrix, experts))
@@ -160,9 +160,9 @@ def work_of(plan: MergePlan, pair: ModelPair) -> Work:
 
 
 def parts(spec: TensorSpec, merged: list[Chosen], most: int, *, local: bool = False) -> list[Part]:
-    """Cut a tensor into what is merged, in place, and pieces of `most` bytes to copy between.
+    """Split a tensor into merged parts and pieces of at most `most` bytes to copy.
 
-    With a `local` method the matrices are cut into rows of about that size, too.
+    With a `local` method the matrices are also split into rows of about that size.
     """
     row = spec.nbytes // spec.shape[0] if merged else 1
     parts: list[Part] = []
@@ -180,7 +180,7 @@ def parts(spec: TensorSpec, merged: list[Chosen], most: int, *, local: bool = Fa
 
 
 def in_rows(matrix: MatrixMatch, nbytes: int, most: int) -> Iterator[MatrixMatch]:
-    """Cut a matrix of so many bytes into rows of at most `most`, but one at least."""
+    """Split a matrix of `nbytes` into blocks of rows of at most `most` bytes, or one row."""
     count = matrix.shape[0]
     step = max(1, most * count // max(nbytes, 1))
     for first in range(0, count, step):
@@ -189,7 +189,7 @@ def in_rows(matrix: MatrixMatch, nbytes: int, most: int) -> Iterator[MatrixMatch
 
 
 def rows_of(matrix: MatrixMatch, first: int, last: int) -> MatrixMatch:
-    """Address the rows [first, last) of a matrix, which may itself be rows of a stored one."""
+    """Return the rows [first, last) of a matrix, which may itself be part of a stored one."""
 
     def rows(name: str) -> str:
         stored, own = split_address(name)
@@ -211,19 +211,19 @@ def _copies(spec: TensorSpec, start: int, stop: int, most: int) -> list[Part]:
 
 
 def held(pair: ModelPair, part: Part) -> int:
-    """Bytes that a part takes while it is read."""
+    """Return the bytes that a part needs while it is read."""
     if part.matrix is None:
         return part.stop - part.start
     return held_by(pair, part.matrix, part.experts)
 
 
 def held_by(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> int:
-    """Bytes that the inputs of one matrix take in the stored dtypes."""
+    """Return the bytes of the inputs of one matrix in the stored dtypes."""
     return sum(input_sizes(pair, matrix, experts))
 
 
 def input_sizes(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> list[int]:
-    """Bytes of one matrix in the MLLM, in its own base if that is another, in the base, experts."""
+    """Return the bytes of one matrix in the MLLM, its own base if different, base, experts."""
     own = 0 if pair.base_mllm is pair.base else pair.base_mllm.spec(matrix.base_mllm).nbytes
     return [
         pair.mllm.spec(matrix.mllm).nbytes,

@@ -13,7 +13,7 @@ MANIFEST = "ipmerge.json"
 
 
 class Provenance(NamedTuple):
-    """What a merged model's folder says of its making."""
+    """How a merged model was made."""
 
     plan: str  # the hash
     method: str  # a key of METHODS
@@ -21,7 +21,7 @@ class Provenance(NamedTuple):
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """Read from a merged model's manifest how it was made; None where there is no manifest."""
+    """Read the provenance from a merged model's manifest; None if there is no manifest."""
     path = folder / MANIFEST
     try:
         return _read(path, path.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""The first pass: numbers of the whole model that a method needs before it merges a matrix.
+"""First passes: compute the whole-model statistic that a method needs before merging.
 
 In: a plan and its opened models. Out: a few numbers, and a step for every matrix on the way. They
 are a property of the plan: `merging` writes them into the manifest and takes them up again in a
@@ -36,7 +36,7 @@ class FirstPassStep(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Rows of the chosen matrix of that number and name, and the bytes that they take."""
+    """Rows of a chosen matrix, with its number and name, and their size in bytes."""
 
     number: int
     name: str
@@ -50,9 +50,9 @@ def iter_first_pass(
 ) -> Generator[FirstPassStep, None, MergePlan]:
     """Make the first pass of a plan now, yielding after each matrix; returns the plan with it.
 
-    The plan then says what the method found in the whole models, its preview is exact where that
-    was missing, and its merge does not measure again. A plan without a first pass comes back as it
-    is. Raises: as `reopen`; PlanError for a device that is not there.
+    The returned plan contains the statistic, its preview is exact if only the statistic was
+    missing, and its merge skips the first pass. A plan without a first pass is returned unchanged.
+    Raises: as `reopen`; PlanError for a device that is not available.
     """
     where = torch.device(resolve_device(device))
     if not is_due(plan):
@@ -62,7 +62,7 @@ def iter_first_pass(
 
 
 def is_due(plan: MergePlan) -> bool:
-    """Whether the plan's method needs a pass over the weights that nobody has made yet."""
+    """Return whether the plan's method needs a first pass that has not been run yet."""
     unknown = plan.statistic is None and plan.calibration is None
     method = find_method(plan.method)
     return unknown and bool(plan.selected) and method.needs_statistic(plan.parameters)
@@ -73,7 +73,7 @@ def run_first_pass(
 ) -> Generator[FirstPassStep, None, tuple[float, ...]]:
     """Measure every matrix that the plan merges, yielding after each piece; returns the numbers."""
     statistic = find_method(plan.method).statistic
-    assert statistic is not None, "a first pass without a statistic"
+    assert statistic is not None, "the method has no statistic"
     anchor = "two_base" if statistic.from_own_base else plan.anchor
     chosen = chosen_matrices(plan, pair)
     cut = [
@@ -109,4 +109,4 @@ def run_first_pass(
             yield numbers
 
     with closing(statistic.steps(matrices, plan.parameters, apply=apply)) as steps:
-        return (yield from relayed(steps, told))
+        return (yield from relayed(steps, progress))

@@ -1,10 +1,10 @@
 """Every merge method, by name: `METHODS["task_arithmetic"](base, mllm, math, math_weight=0.5)`.
 
-Each method is a pure function on matrices in the file of its family; `registry.py` explains how
-one becomes an entry of `METHODS`. Importing the family files here is what registers them.
+Each method is a pure function on matrices, in the module of its family; `registry.py` describes how
+functions are registered in `METHODS`. Importing the modules below registers them.
 """
 
-# The order here is the order of METHODS, in tables and in forms.
+# Defines the order of METHODS in tables and forms.
 # isort: off
 from ipmerge_core.methods.ip_merging import ip_merging
 from ipmerge_core.methods.elementwise import layer_swap, linear, task_arithmetic

@@ -1,9 +1,9 @@
-"""Whole matrices, one block that fits a CPU's cache at a time.
+"""Apply elementwise functions to matrices in blocks that fit the CPU cache.
 
-An elementwise method is a dozen small operations; run on whole matrices each of them would read and
-write gigabytes. Run block by block they stay in cache, inputs are widened to fp32 only where they
-are used, and the result is the one large allocation. A block is a run of whole rows, and blocks
-come in order. Sums over whole matrices are taken in fp64.
+An elementwise method consists of a dozen small operations, each of which would read and write
+gigabytes on whole matrices. Block by block the data stays in cache, inputs are converted to fp32
+only where they are used, and the result is the only large allocation. A block consists of whole
+rows, and blocks are processed in order. Sums over whole matrices are accumulated in fp64.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from ipmerge_core.spectral.spectrum import as_float
 
-_CPU_BLOCK = 1 << 18  # elements: some fp32 temporaries of 1 MiB fit the last-level cache
+_CPU_BLOCK = 1 << 18  # elements: several fp32 temporaries of 1 MiB fit the last-level cache
 _DEVICE_BLOCK = 1 << 25
 
 
 def blocks(tensor: Tensor) -> Iterator[slice]:
-    """Slices that cover the flattened tensor in order."""
+    """Yield slices that cover the flattened tensor in order."""
     return _slices(tensor.numel(), _block(tensor.device))
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices that cover the rows of a matrix in order, each about a block of elements."""
+    """Yield slices that cover the rows of a matrix in order, each about one block of elements."""
     return _slices(len(matrix), max(1, _block(matrix.device) // max(matrix.shape[1], 1)))
 
 
@@ -39,14 +39,14 @@ def _block(device: torch.device) -> int:
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return fp64 if one of the tensors is fp64, else fp32."""
+    """Return fp64 if any of the tensors is fp64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def blockwise(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
-    """Apply a function of equally shaped matrices to their rows; fp32 out, or fp64 for fp64 in.
+    """Apply a function to matrices of equal shape block by block; fp32 out, or fp64 for fp64 in.
 
-    The function gets widened copies of a block of each, which it may overwrite.
+    The function receives a converted copy of a block of each, which it may overwrite.
 
     >>> blockwise(lambda a, b: a.add_(b), torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
     tensor([2., 2.])
@@ -60,7 +60,7 @@ def blockwise(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
 
 
 def blockwise_sum(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
-    """Add up, in fp64, what a function makes of every block; it gets what `blockwise` gives.
+    """Sum the results of a function over all blocks in fp64; arguments as in `blockwise`.
 
     >>> blockwise_sum(inner_products, torch.ones(3), torch.full((3,), 2.0))
     tensor([[ 3.,  6.],
@@ -73,7 +73,7 @@ def blockwise_sum(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
 
 
 def _widened(matrices: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Copies of the same rows of all matrices, in one set of buffers, which so stays in cache."""
+    """Yield converted copies of the same rows of all matrices, reusing one set of buffers."""
     rows = [_as_rows(matrix) for matrix in matrices]
     slices = list(row_blocks(rows[0]))
     shape = (slices[0].stop if slices else 0, rows[0].shape[1])
@@ -89,7 +89,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def inner_products(*vectors: Tensor) -> Float[Tensor, "k k"]:
-    """Compute <x_i, x_j> over all elements of some blocks in fp64.
+    """Compute <x_i, x_j> over all elements of blocks in fp64.
 
     >>> inner_products(torch.tensor([3.0, 4.0]))
     tensor([[25.]], dtype=torch.float64)
@@ -101,7 +101,7 @@ def inner_products(*vectors: Tensor) -> Float[Tensor, "k k"]:
 
 
 def squares(*vectors: Tensor) -> Float[Tensor, " k"]:
-    """Compute <x_i, x_i> over all elements of some blocks in fp64.
+    """Compute <x_i, x_i> over all elements of blocks in fp64.
 
     >>> squares(torch.tensor([3.0, 4.0]), torch.ones(2))
     tensor([25.,  2.], dtype=torch.float64)
@@ -111,14 +111,14 @@ def squares(*vectors: Tensor) -> Float[Tensor, " k"]:
 
 
 def task_vector_of(tuned: Tensor, base: Tensor) -> Tensor:
-    """Compute dW = W - W0 in fp32 or better without widened copies of its inputs."""
+    """Compute dW = W - W0 in fp32 or fp64 without converted copies of the whole inputs."""
     return blockwise(torch.Tensor.sub_, tuned, base)
 
 
 class TaskVectors:
-    """dW_i = W_i - W0 of some matrices, computed block by block where they are used, never stored.
+    """Task vectors dW_i = W_i - W0, computed block by block on use and never stored.
 
-    Without a base they are the matrices themselves.
+    Without a base, the vectors are the matrices themselves.
 
     >>> vectors = TaskVectors([torch.ones(2, 2), torch.eye(2)], torch.ones(2, 2))
     >>> [[change.tolist() for change in block] for block in vectors.blocks()]
@@ -130,7 +130,7 @@ class TaskVectors:
         self.size = tuned[0].numel()
 
     def blocks(self) -> Iterator[list[Tensor]]:
-        """A block of whole rows of each, in fp32 or better, for use until the next is asked for."""
+        """Yield blocks of whole rows of each in fp32 or fp64, valid until the next iteration."""
         if self.base is None:
             yield from (parts for _, parts in _widened(self.tuned))
             return
@@ -138,7 +138,7 @@ class TaskVectors:
             yield [matrix.sub_(base) for matrix in tuned]
 
     def sample(self, stride: int) -> list[Tensor]:
-        """Every element whose place is a multiple of the stride, of each, in fp32 or better."""
+        """Return every `stride`-th element of each in fp32 or fp64."""
         tuned = [matrix.reshape(-1)[::stride] for matrix in self.tuned]
         if self.base is None:
             return [as_float(part) for part in tuned]

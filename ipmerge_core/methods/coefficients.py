@@ -1,8 +1,8 @@
-"""Task arithmetic whose coefficients come from the models: MetaGPT and NAN.
+"""Merge methods with data-free coefficients computed from norms: MetaGPT and NAN.
 
 In: base, mllm and math matrices of one shape (m, n), and the norms of the whole model as
-`statistic`, which a first pass measures; without it, and with scope "tensor", the norms are those
-of the matrix at hand. Out: the merged matrix in fp32, or fp64 for fp64 inputs.
+`statistic`, measured by a first pass; without it, and with scope "tensor", the norms are those of
+the current matrix. Out: the merged matrix in fp32, or fp64 for fp64 inputs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.registry import Experts, Range, WholeModel, merge_method
 
 Scope: TypeAlias = Annotated[
-    Literal["model", "tensor"], Range(help="norms over the whole model, or matrix by matrix")
+    Literal["model", "tensor"], Range(help="norms over the whole model, or per matrix")
 ]
 NormOf: TypeAlias = Annotated[
     Literal["weights", "tau"], Range(help="norms of the models' weights, or of their task vectors")
 ]
 GlobalScale: TypeAlias = Annotated[
-    Literal["T/2", "1"], Range(help="factor on all weights, for T models")
+    Literal["T/2", "1"], Range(help="factor on all coefficients, for T models")
 ]
 _UNMEASURED = (
-    "its weights are norms of the whole models, which the merge measures first "
-    "(`ipmerge plan --measure` does that at once)"
+    "its coefficients depend on norms of the whole models, which the merge measures first "
+    "(or `ipmerge plan --measure`)"
 )
 
 
@@ -44,7 +44,7 @@ def squared_norms(
     previous: tuple[float, ...] = (),
     **parameters: Any,  # noqa: ANN401
 ) -> Tensor:
-    """||x_i||^2 of the MLLM and of every expert, x a task vector, or weights for NAN on weights."""
+    """Compute ||x_i||^2 of the MLLM and every expert, x the task vector or, for NAN, weights."""
     vectors = TaskVectors([mllm, *experts], base if _of_task_vectors(parameters) else None)
     return torch.stack([squares(*block) for block in vectors.blocks()]).sum(0).cpu()
 
@@ -54,7 +54,7 @@ def metagpt_coefficients(
     previous: tuple[float, ...] = (),
     **parameters: Any,  # noqa: ANN401
 ) -> tuple[float, ...]:
-    """Coefficients proportional to the squared norms; equal where all are zero."""
+    """Compute coefficients proportional to the squared norms; equal if all are zero."""
     total = float(sum(squares))
     return tuple(float(s) / total if total != 0 else 1 / len(squares) for s in squares)
 
@@ -66,7 +66,7 @@ def nan_coefficients(
     global_scale: str = "T/2",
     **parameters: Any,  # noqa: ANN401
 ) -> tuple[float, ...]:
-    """Coefficients inversely proportional to the norms; models of norm zero share everything."""
+    """Compute coefficients inversely proportional to the norms; zero norms share all weight."""
     norms = torch.as_tensor(squares, dtype=torch.float64).sqrt()
     inverse = norms.reciprocal() if bool((norms > 0).all()) else (norms == 0).double()
     scale = len(squares) / 2 if global_scale == "T/2" else 1.0
@@ -77,7 +77,7 @@ def nan_coefficients(
 def _affine_by(
     rule: Callable[..., tuple[float, ...]],
 ) -> Callable[[Mapping[str, Any]], AffineUpdate | None]:
-    """Exact once the norms are known: of the whole model, or from the analysis of this matrix."""
+    """Return the affine form, exact if the norms are known from a statistic or the analysis."""
 
     def affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
         found: Sequence[float] = parameters.get("statistic") or ()
@@ -94,7 +94,7 @@ def _affine_by(
 def _combine(
     base: Tensor, mllm: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float]
 ) -> Tensor:
-    """W0 + sum_i a_i (W_i - W0), written from W_v; where the a_i sum to 1 the base cancels."""
+    """Compute W0 + sum_i a_i (W_i - W0) as a change of W_v; the base cancels if sum a_i = 1."""
     rest = 1.0 - sum(coefficients)
 
     def add(W0: Tensor, W_v: Tensor, *others: Tensor) -> Tensor:
@@ -126,11 +126,11 @@ def metagpt(
     scope: Scope = "model",
     statistic: WholeModel = None,
 ) -> Matrix:
-    """Weigh every task vector by its share of the squared norm.
+    """Weight every task vector by its share of the total squared norm.
 
     Math:   a_i = ||tau_i||^2 / sum_j ||tau_j||^2, norms over all merged matrices (or this one);
-            W = W0 + sum_i a_i tau_i. The a_i sum to 1, so the base cancels and the larger change
-            is favoured.
+            W = W0 + sum_i a_i tau_i. The a_i sum to 1, so that the base cancels; larger changes
+            get larger weights.
     Shapes: all (m, n). If all task vectors are zero the a_i are equal.
     Source: MetaGPT, arXiv 2406.11385 (orthogonal task vectors, locally linear loss).
     """
@@ -162,14 +162,14 @@ def nan(
     global_scale: GlobalScale = "T/2",
     statistic: WholeModel = None,
 ) -> Matrix:
-    """Weigh every task vector by the inverse norm of its model.
+    """Weight every task vector by the inverse norm of its model.
 
     Math:   a_i = (1 / ||x_i||) / sum_j (1 / ||x_j||), x_i the weights W_i, or the task vector with
             norm_of "tau"; W = W0 + g sum_i a_i tau_i, g = T / 2 for T models, or 1.
-    Shapes: all (m, n). Models with x_i = 0 share the weight among themselves.
-    Source: NAN, arXiv 2505.16148. The paper's norm and scope are open to reading; on weights the
-            norms of siblings are nearly equal and two models are averaged, on task vectors the
-            smaller change is favoured.
+    Shapes: all (m, n). If models have x_i = 0, they share the weight equally.
+    Source: NAN, arXiv 2505.16148. The paper does not fully specify norm and scope; with weights the
+            norms of fine-tunes are nearly equal and two models are averaged, with task vectors
+            smaller changes get larger weights.
     """
     experts = as_list(math)
     whole = statistic if scope == "model" else None

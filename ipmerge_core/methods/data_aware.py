@@ -1,8 +1,8 @@
-"""Merge methods that weigh models by what they see in data: Fisher merging and RegMean.
+"""Merge methods weighted by calibration data: Fisher merging and RegMean.
 
-In: matrices of one shape (m, n) and, per model, what a calibration run measured: the diagonal of
-the Fisher information (m, n), or the Gram matrix of the inputs (n, n). Out: the merged matrix in
-fp32, or fp64 for fp64 inputs. No data is touched here; without measurements the methods refuse.
+In: matrices of one shape (m, n) and, per model, the result of a calibration: the diagonal of the
+Fisher information (m, n), or the Gram matrix of the inputs (n, n). Out: the merged matrix in fp32,
+or fp64 for fp64 inputs. Reads no data; without measurements the methods raise PlanError.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.registry import Experts, Range, Supplied, WholeModel, merge_method
 
 MllmShare: TypeAlias = Annotated[
-    float, Range(low=0, high=1, help="share of the MLLM; the experts share the rest")
+    float, Range(low=0, high=1, help="share of the MLLM; the experts split the rest")
 ]
 OffDiagonal: TypeAlias = Annotated[
-    float, Range(low=0, high=1, help="factor on the products of different inputs")
+    float, Range(low=0, high=1, help="factor on the off-diagonal entries of the Gram matrices")
 ]
 Normalised: TypeAlias = Annotated[
     Literal["model", "tensor", "none"],
-    Range(help="information is divided by its norm over the model, the matrix, or not"),
+    Range(help="normalize the information by its norm over the model, the matrix, or not"),
 ]
 Floor: TypeAlias = Annotated[
-    float, Range(low=0, help="added to the Fisher information, as `floor_is` says; 0 adds nothing")
+    float, Range(low=0, help="added to the Fisher information, see floor_is; 0 adds nothing")
 ]
 FloorIs: TypeAlias = Annotated[
     Literal["relative", "absolute"],
     Range(
-        help="the floor is a factor on each model's mean information, or the number itself",
+        help="the floor is relative to each model's mean information, or absolute",
         before="absolute",
     ),
 ]
-Measured: TypeAlias = Float[Tensor, "..."]  # shapes are compared in `_measured`, in words
+Measured: TypeAlias = Float[Tensor, "..."]  # shapes are checked in `_measured`
 MeasuredList: TypeAlias = Measured | Sequence[Measured]
 FisherInput: TypeAlias = Annotated[Measured | None, Supplied("diagonal of the Fisher information")]
 FisherInputs: TypeAlias = Annotated[MeasuredList | None, Supplied("the same, of every expert")]
 GramInput: TypeAlias = Annotated[Measured | None, Supplied("X^T X / tokens of the inputs")]
 GramInputs: TypeAlias = Annotated[MeasuredList | None, Supplied("the same, of every expert")]
-_NOTHING = 1e-30  # decides only where no model has any information and the floor is 0
+_NOTHING = 1e-30  # only relevant if no model has any information and the floor is 0
 
 
 def shares(alpha: float, experts: int) -> list[float]:
-    """The MLLM's share alpha and what is left for every expert."""
+    """Return the MLLM's share alpha and the share of every expert."""
     return [alpha] + [(1 - alpha) / experts] * experts
 
 
 def _mean_of_weights(parameters: Mapping[str, Any], experts: int) -> tuple[float, float]:
-    """Weigh vectors, of which nothing is measured, by the models' shares."""
+    """Return the weights for vectors, which are not calibrated: the models' shares."""
     own, other = shares(parameters["alpha"], experts)[:2]
     return own, other
 
@@ -68,26 +68,26 @@ def _measured(
     math: Tensor | Sequence[Tensor] | None,
     experts: int,
 ) -> list[Tensor]:
-    """One measurement per model, all of the expected shape, or a refusal in words."""
+    """Return one measurement per model, checked for completeness and shape."""
     if mllm is None or math is None:
         missing = "the MLLM" if mllm is None else "the math model"
         raise PlanError(
-            f"{label} needs the {what} of every model and got none of {missing}. Run a "
-            f"calibration on samples first, or choose a method that needs no data, such as "
+            f"{label} requires the {what} of every model and got none for {missing}. Run a "
+            f"calibration first, or choose a method that needs no calibration data, such as "
             f"task_arithmetic."
         )
     found = [mllm, *as_list(math)]
     if len(found) != 1 + experts:
         raise PlanError(
-            f"{label} got the {what} of {len(found) - 1} math models for {experts} of them; it "
-            f"needs one each."
+            f"{label} got the {what} of {len(found) - 1} math models; expected {experts}, one per "
+            f"model."
         )
     for matrix in found:
         if matrix.shape not in shapes:
             raise ShapeError(
                 f"{label} got the {what} of shape {tuple(matrix.shape)}; expected "
                 f"{shapes[0]}. "
-                f"Calibrate the models that are merged."
+                f"Calibrate the models to be merged."
             )
     return found
 
@@ -135,7 +135,7 @@ def _numbers_of_fisher(parameters: Mapping[str, Any]) -> tuple[Literal["norm", "
 def _norms_and_means(
     information: Sequence[Tensor], whole: Sequence[float] | None, *, means: bool
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Norm and mean of every model's information: over the whole model, or over this matrix."""
+    """Return norm and mean of every model's information, over the whole model or this matrix."""
     count = len(information)
     if whole is None:
         found = blockwise_sum(_squares_and_sums, *information).tolist()
@@ -143,8 +143,8 @@ def _norms_and_means(
         return [square**0.5 for square in found[:count]], [sum_ / size for sum_ in found[count:]]
     if len(whole) not in ((2 * count,) if means else (count, 2 * count)):
         raise PlanError(
-            f"Fisher merging got {len(whole)} numbers of the whole models for {count} models; it "
-            f"needs the norm of each model's information, then the mean of each."
+            f"Fisher merging got a statistic of {len(whole)} numbers for {count} models; expected "
+            f"the norm of each model's information, then the mean of each."
         )
     return whole[:count], whole[count:]
 
@@ -155,7 +155,7 @@ def _norms_and_means(
     formula="W = sum_i c_i (F_i + e_i) W_i / sum_i c_i (F_i + e_i), elementwise; "
     "e_i = floor mean(F_i)",
     several_experts=True,
-    unknown="every element moves by what the calibration measured for it",
+    unknown="the change of every element depends on the calibration",
     anchor="interp",
     vectors=_mean_of_weights,
     statistic=Statistic(_measure_fisher, _combine_fisher, calibrated=_numbers_of_fisher),
@@ -174,21 +174,21 @@ def fisher(
     math_fisher: FisherInputs = None,
     statistic: WholeModel = None,
 ) -> Matrix:
-    """Average every element in proportion to how much each model's likelihood depends on it.
+    """Average every element, weighted by the Fisher information of each model.
 
     Math:   F_i = mean over samples of (d log p(y | x) / dW)^2, one sample at a time;
             w_i = c_i (F_i + e_i) / (||F_i|| + e_i);  W = sum_i w_i W_i / sum_i w_i.
-            c is alpha for the MLLM, the rest shared by the experts. e_i is floor * mean(F_i), or
-            floor itself where it is absolute. Norm and mean are taken over the calibrated matrices
-            of the whole model (`statistic`), or over this one. With scope "none" the divisor
-            ||F_i|| + e_i is 1 and the mean that of this matrix.
-    Shapes: W, F (m, n). Where no model has information the result is the mean weighted by c.
+            c is alpha for the MLLM; the experts split the rest. e_i is floor * mean(F_i), or floor
+            if absolute. Norm and mean are computed over the calibrated matrices of the whole model
+            (`statistic`), or over this one. With scope "none" the divisor ||F_i|| + e_i is 1 and
+            the mean is that of this matrix.
+    Shapes: W, F (m, n). Where no model has information, the result is the mean weighted by c.
     Raises: PlanError without F, ShapeError for a wrong shape.
     Source: Fisher-weighted averaging, arXiv 2111.09832. The floor is added for every model; the
-            authors' code takes a maximum with it, by default for the first model only, and has
-            1e-6 for it, which in models of billions of weights is thousands of times the mean.
+            authors' code takes a maximum with it, by default for the first model only, and uses
+            1e-6, which for models with billions of weights is thousands of times the mean.
 
-    A relative floor makes the result the same whatever the scale of the information.
+    With a relative floor the result is independent of the scale of the information.
     """
     experts = as_list(math)
     label, what = "Fisher merging", "Fisher information"
@@ -223,7 +223,7 @@ def fisher(
     source="arXiv 2212.09849",
     formula="W^T = (sum_i c_i G_i)^-1 sum_i c_i G_i W_i^T, G_i = X_i^T X_i / tokens",
     several_experts=True,
-    unknown="every matrix is solved for with the inputs that the calibration measured",
+    unknown="every matrix is the solution of a least-squares problem of the calibration",
     anchor="interp",
     vectors=_mean_of_weights,
     data="gram",
@@ -239,15 +239,15 @@ def regmean(
     mllm_gram: GramInput = None,
     math_gram: GramInputs = None,
 ) -> Matrix:
-    """Find the matrix whose outputs are closest to every model's on that model's own inputs.
+    """Solve for the matrix whose outputs are closest to each model's on that model's inputs.
 
     Math:   G_i = X_i^T X_i / tokens, off-diagonal entries times `off_diagonal`;
-            W^T = (sum_i c_i G_i)^-1 sum_i c_i G_i W_i^T, c = alpha for the MLLM, the rest shared by
-            the experts. Solved in fp64 by Cholesky for the change from the mean sum_i c_i W_i,
-            so that an input no model has seen gets the mean.
-    Shapes: W (m, n), G (n, n), m outputs, n inputs; or (n,), its diagonal, where n is large.
+            W^T = (sum_i c_i G_i)^-1 sum_i c_i G_i W_i^T, c = alpha for the MLLM; the experts split
+            the rest. Solved in fp64 by Cholesky for the change from the mean sum_i c_i W_i, so
+            that an input that is always zero gets the mean.
+    Shapes: W (m, n), G (n, n), m outputs, n inputs; or (n,), its diagonal, if n is large.
     Raises: PlanError without G, ShapeError for a wrong shape.
-    Source: RegMean, arXiv 2212.09849, whose alpha is `off_diagonal` here.
+    Source: RegMean, arXiv 2212.09849; its alpha is called `off_diagonal` here.
     """
     experts = as_list(math)
     n = mllm.shape[1]
@@ -274,7 +274,7 @@ def regmean(
 def _solve_diagonal(
     coefficients: Sequence[float], grams: Sequence[Tensor], models: Sequence[Tensor], mean: Tensor
 ) -> Tensor:
-    """Weighted mean of every column, for inputs whose products are taken as zero."""
+    """Compute the weighted mean of every column, for diagonal Gram matrices."""
     total, change = torch.zeros_like(mean[0]), torch.zeros_like(mean)
     for share, gram, model in zip(coefficients, grams, models, strict=True):
         weight = share * (gram if gram.ndim == 1 else gram.diagonal()).double()
@@ -284,7 +284,7 @@ def _solve_diagonal(
 
 
 def _solve(left: Tensor, right: Tensor) -> Tensor:
-    """Solve a symmetric positive semidefinite system; a jitter grows until Cholesky succeeds."""
+    """Solve a symmetric positive semidefinite system with increasing jitter until it succeeds."""
     scale = float(left.diagonal().mean())
     if scale <= 0:
         return torch.zeros_like(right)
@@ -295,6 +295,6 @@ def _solve(left: Tensor, right: Tensor) -> Tensor:
         if not int(failed) and float(factor.diagonal().min()) > 1e-8 * scale**0.5:
             return torch.cholesky_solve(right, factor)
     raise PlanError(
-        "RegMean's Gram matrices are not positive semidefinite, so they cannot come from inputs. "
-        "Run the calibration again."
+        "RegMean's Gram matrices are not positive semidefinite, so that they are invalid. Run "
+        "the calibration again."
     )

@@ -1,8 +1,8 @@
-"""What a merge method can say of itself beside its parameters: its preview and its first pass.
+"""Optional declarations of a merge method: its affine preview and its first pass.
 
-In: plain numbers, and for a first pass matrices one after another. Out: the change of weights as a
-sum of measured directions (`AffineUpdate`), or numbers of the whole model (`Statistic`). Methods
-declare them, drivers use them; nothing is read or written here.
+In: plain numbers, and for a first pass a sequence of matrices. Out: the change of weights as a sum
+of measured directions (`AffineUpdate`), or numbers of the whole model (`Statistic`). Declared by
+methods and used by drivers; no IO.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _Told = TypeVar("_Told")
 
 
 class AffineUpdate(NamedTuple):
-    """The change U = W_merged - W_mllm as a sum of directions whose products an analysis holds.
+    """The change U = W_merged - W_mllm as a sum of directions with known inner products.
 
     Math:   U = mllm * dV + expert * sum_k w_k X_k, where X_k is the expert's update called
             `direction` in a `LayerRecord` ("select_only" is the expert's task vector itself) and
-            w_k its share, 1 where none is given. Random drops add a part of expected squared norm
+            w_k its share, by default 1. Random drops add a part of expected squared norm
             mllm_noise * ||dV||^2 + expert_noise * sum_k w_k^2 ||X_k||^2.
 
-    `approximate` says why the change is only near to this, and how near; empty where it is exact.
-    `measured_with` names the options of an analysis that the products of `direction` depend on:
-    the method must compute with the same values for them.
+    `approximate` states why and how closely the form is approximate; empty if it is exact.
+    `measured_with` names the analysis options that the inner products of `direction` depend on; the
+    method must use the same values.
     """
 
     mllm: float
@@ -47,7 +47,7 @@ class AffineUpdate(NamedTuple):
     measured_with: tuple[str, ...] = ()
 
     def from_anchor(self, anchor: Anchor, experts: int) -> AffineUpdate | None:
-        """Rewrite for an anchor on one base; None where that is not of this form.
+        """Rewrite for an anchor on one base; None if the change is not of this form.
 
         Math:   inject has dV = 0;  interp has dV = 0 and dM_k - dV in place of every dM_k.
         """
@@ -73,7 +73,7 @@ def drained(steps: Generator[object, None, _Result]) -> _Result:
 def relayed(
     steps: Generator[_Step, None, _Result], tell: Callable[[_Step], _Told]
 ) -> Generator[_Told, None, _Result]:
-    """Pass on the steps of a generator in other words, and return its result."""
+    """Map the steps of a generator with a function, and return its result."""
     while True:
         try:
             step = next(steps)
@@ -87,22 +87,22 @@ Models: TypeAlias = tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Statistic:
-    """Numbers of the whole model that a method takes as `statistic=` before it merges a matrix.
+    """Numbers of the whole model that a method receives as `statistic=` when merging a matrix.
 
-    `measure(base, mllm, experts, previous, **parameters)` gives a vector per matrix, or for some of
-    its rows; the vectors are added up; `combine(total, previous, **parameters)` makes plain numbers
-    of the sum, fit for a plan file. With two `passes`, `previous` is what the first pass combined.
-    Without a statistic a method uses the matrix at hand.
+    `measure(base, mllm, experts, previous, **parameters)` returns a vector per matrix, or for some
+    of its rows; the vectors are summed. `combine(total, previous, **parameters)` converts the sum
+    to plain numbers that a plan file can store. With two `passes`, `previous` is the combined
+    result of the first. Without a statistic a method uses the current matrix.
     """
 
     measure: Callable[..., Tensor]
     combine: Callable[..., tuple[float, ...]]
     passes: int = 1
-    # With these parameters `measure` gives the squared norms of the task vectors: those that an
-    # analysis holds, and those from each model's own base whatever the anchor.
+    # With these parameters `measure` returns the squared norms of the task vectors, which an
+    # analysis also contains, relative to each model's own base for any anchor.
     of_norms: Callable[[Mapping[str, Any]], bool] = lambda parameters: False
     from_own_base: bool = False
-    # What a calibration supplies in its place: these numbers of what was measured of every model.
+    # Numbers of every model that a calibration supplies instead.
     calibrated: Callable[[Mapping[str, Any]], tuple[Literal["norm", "mean"], ...]] = (
         lambda parameters: ()
     )
@@ -114,7 +114,7 @@ class Statistic:
         *,
         apply: Callable[..., Iterable[Tensor]] = map,
     ) -> tuple[float, ...]:
-        """Run all passes and return what was found; see `steps`."""
+        """Run all passes and return the result; see `steps`."""
         return drained(self.steps(matrices, parameters, apply=apply))
 
     def steps(
@@ -124,10 +124,10 @@ class Statistic:
         *,
         apply: Callable[..., Iterable[Tensor]] = map,
     ) -> Generator[None, None, tuple[float, ...]]:
-        """Run all passes over every matrix, or its rows piece by piece, read anew each time.
+        """Run all passes over every matrix, or pieces of its rows, which are read again each time.
 
-        Yields after each of them. `apply(function, items)` carries out the measuring, in order,
-        perhaps in threads.
+        Yields after each. `apply(function, items)` maps the measurement over the items in order,
+        possibly in threads.
         """
         found: tuple[float, ...] = ()
         for _ in range(self.passes):
@@ -141,6 +141,6 @@ class Statistic:
                 total = vector if total is None else total + vector
                 yield
             if total is None:
-                raise PlanError("There is no matrix to measure: the plan merges none.")
+                raise PlanError("There are no matrices to measure: the plan merges none.")
             found = self.combine(total, found, **parameters)
         return found

@@ -1,9 +1,9 @@
 """Merge methods that drop elements of the task vectors: DARE, DELLA and Model Breadcrumbs.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
-fp64 inputs. Random numbers come from a counter-based generator keyed by seed, tensor name and role,
-never from a global one: results do not depend on order, device count or resume, and with one seed
-what is kept at a density is kept at every higher one.
+fp64 inputs. Random numbers come from a counter-based generator keyed by seed, tensor name and role
+instead of a global one, so that results do not depend on order, device count or resume, and with
+one seed the elements kept at a density are also kept at every higher density.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ from ipmerge_core.methods.sign_election import (
 
 Rescale: TypeAlias = Annotated[
     Literal["inverse_density", "l1", "none"],
-    Range(help="what is kept is divided by its density, scaled to the old absolute sum, or left"),
+    Range(help="rescale kept elements by 1 / density, to the original absolute sum, or not"),
 ]
-Seed: TypeAlias = Annotated[int, Range(low=0, high=2**63 - 1, help="of the random drops")]
+Seed: TypeAlias = Annotated[int, Range(low=0, high=2**63 - 1, help="seed of the random drops")]
 Window: TypeAlias = Annotated[
-    float, Range(low=0, high=0.5, help="a row's densities spread this far to both sides")
+    float, Range(low=0, high=0.5, help="half-width of the range of densities within a row")
 ]
 Outliers: TypeAlias = Annotated[
-    float, Range(low=0, high=1, help="fraction of largest magnitudes dropped")
+    float, Range(low=0, high=1, help="fraction of the largest magnitudes that is dropped")
 ]
-Elect: TypeAlias = Annotated[bool, Range(help="elect a sign per element, or just add")]
+Elect: TypeAlias = Annotated[bool, Range(help="elect a sign per element; otherwise sum")]
 Ranked: TypeAlias = Annotated[
-    Literal["tensor", "row"], Range(help="magnitudes are ranked in the matrix or row by row")
+    Literal["tensor", "row"], Range(help="rank magnitudes within the matrix or within each row")
 ]
-_SMALLEST_SUM = 1e-7  # below this mass an L1 ratio means nothing (mergekit's bound)
+_SMALLEST_SUM = 1e-7  # smallest absolute sum for an L1 ratio (as in mergekit)
 
 
 def generator_for(seed: int, tensor_name: str, role: str) -> np.random.Generator:
-    """Make the generator of uniforms for one tensor of one model, row by row.
+    """Return the generator of uniform random numbers for one tensor of one model, row by row.
 
     Math: Philox-4x64 with the first 16 bytes of SHA-256("seed|name|role"), little-endian, as key.
 
@@ -75,22 +75,22 @@ def generator_for(seed: int, tensor_name: str, role: str) -> np.random.Generator
 
 
 def roles(experts: int) -> list[str]:
-    """Names under which the models draw their random numbers: the MLLM first."""
+    """Return the roles that key the models' random numbers, the MLLM first."""
     return ["vlm", "expert", *(f"expert{k}" for k in range(2, experts + 1))]
 
 
 def bound_of(chance: float | Tensor) -> Tensor:
-    """The bound below which a 64-bit number makes a uniform that is below the chance, in [0, 1).
+    """Return the bound on random 64-bit integers that corresponds to a probability.
 
     Math:   a uniform is k / 2^53 with k the upper 53 bits of the number, so k < ceil(chance 2^53).
             The bits of the bound are those of an unsigned number.
     """
     bound = (torch.as_tensor(chance, dtype=torch.float64) * 2**53).ceil()
-    return bound.clamp_(max=2**53 - 1).long().bitwise_left_shift_(11)  # for 1.0, in fp32, too
+    return bound.clamp_(max=2**53 - 1).long().bitwise_left_shift_(11)  # also for 1.0 in fp32
 
 
 def draw(generator: np.random.Generator, size: int, bound: Tensor) -> npt.NDArray[np.bool_]:
-    """Draw which of the next elements are kept, by one bound for all or one for each.
+    """Draw which of the next elements are kept, with one bound for all or one per element.
 
     >>> generator = generator_for(0, "model.layers.0.self_attn.q_proj.weight", "vlm")
     >>> draw(generator, 4, bound_of(0.5))
@@ -101,14 +101,14 @@ def draw(generator: np.random.Generator, size: int, bound: Tensor) -> npt.NDArra
 
 
 class Drop:
-    """Drop elements of a task vector at random, and make up for the loss.
+    """Drop elements of a task vector at random, and rescale the rest.
 
     Math:   M ~ Bernoulli(p); then M tau / p (inverse_density, unbiased),
             M tau * sum|tau| / sum|M tau| (l1, one ratio per matrix), or M tau (none).
-            With a window the chance grows with the rank in the row, see `keep_chances`.
+            With a window the probability grows with the rank in the row, see `keep_chances`.
 
-    The task vector comes by in blocks of whole rows, in order; `key` is what the random numbers are
-    keyed by. The ratio of l1 takes a pass of its own, which draws the same numbers.
+    The task vector is passed in blocks of whole rows, in order; `key` keys the random numbers. The
+    ratio of l1 requires an additional pass, which draws the same numbers.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Drop:
     ) -> None:
         self.density, self.rescale = density, rescale
         columns, dtype = tuned.shape[1], result_dtype(base, tuned)
-        self._chance: Tensor | float = density  # of all, or by rank in the row
+        self._chance: Tensor | float = density  # one for all, or by rank in the row
         if window and columns > 1:
             self._chance = keep_chances(columns, density, window, dtype).to(tuned.device)
         self._bound = bound_of(self._chance)
@@ -133,13 +133,13 @@ class Drop:
             self._generator = generator_for(*key)
 
     def __copy__(self) -> Drop:
-        """A copy begins with the first row again."""
+        """Return a copy that starts again at the first row."""
         fresh = object.__new__(Drop)
         fresh.__dict__.update(self.__dict__, _generator=generator_for(*self._key))
         return fresh
 
     def __call__(self, block: Tensor) -> Tensor:
-        """Drop in the next block, in place."""
+        """Drop elements of the next block, in place."""
         if self.density == 1:
             return block
         chance = self._drop_(block)
@@ -148,14 +148,14 @@ class Drop:
         return block if self.ratio == 1 else block.mul_(self.ratio)
 
     def _drop_(self, block: Tensor) -> Tensor | float:
-        """Zero what is not drawn; return every element's chance, or the one of all."""
+        """Zero the elements that are not drawn; return the probability, per element or common."""
         chance, bound = self._chance, self._bound
         if isinstance(chance, Tensor):
             order = ascending_order(block)
             chance, bound = by_rank(order, chance), by_rank(order, bound)
         kept = draw(self._generator, block.numel(), bound).reshape(block.shape)
-        if block.device.type == "cpu":  # in a third of the time that torch takes
-            with np.errstate(invalid="ignore"):  # infinity times 0 is NaN, as it should be
+        if block.device.type == "cpu":  # three times faster than torch
+            with np.errstate(invalid="ignore"):  # infinity times 0 is NaN, as intended
                 np.multiply(block.numpy(), kept, out=block.numpy())
         else:
             block *= torch.from_numpy(kept).to(block.device)
@@ -173,7 +173,7 @@ class Drop:
 
 
 def keep_chances(size: int, density: float, window: float, dtype: torch.dtype) -> Tensor:
-    """Chance of every element of a row to be kept, from the smallest magnitude to the largest.
+    """Return the keep probability of each element of a row, from smallest to largest magnitude.
 
     Math: q = (p - eps) + 2 eps r / (n - 1), r = 0 for the smallest magnitude.
     """
@@ -192,11 +192,11 @@ def _merge_dropped(
     window: float = 0.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """Drop in every task vector, then add what is left.
+    """Drop elements of every task vector, then add the rest to the base.
 
-    The weights are the MLLM's and the experts', the densities the shared one and their own; the
-    random numbers are keyed by (seed, tensor name) and the model's role. A vote is how what agrees
-    is normalized, and the kind of election; without one everything is added.
+    The weights are the MLLM's and the experts', the densities the shared one and those that
+    override it; the random numbers are keyed by (seed, tensor name) and the model's role. A vote is
+    the normalization and the kind of election; without one all elements are added.
     """
     experts = len(tuned) - 1
     drops = [
@@ -215,14 +215,14 @@ def _merge_dropped(
 
 
 def _own(parameters: Mapping[str, Any]) -> list[float]:
-    """Density of the MLLM, and the one that every expert has."""
+    """Return the density of the MLLM, and that of every expert."""
     names = ("density", "mllm_density", "math_density")
     shared, mllm, math = (parameters[name] for name in names)
     return densities_of(shared, mllm, math, 1)
 
 
 def _expected(parameters: Mapping[str, Any]) -> AffineUpdate:
-    """Mean and spread of DARE's change: of many elements the sum is close to what is expected.
+    """Return mean and variance of DARE's change, which the sum over many elements is close to.
 
     Math:   E[M] = p, Var[M] = p (1 - p); divided by p that is 1 and (1 - p) / p.
     """
@@ -232,14 +232,14 @@ def _expected(parameters: Mapping[str, Any]) -> AffineUpdate:
         unscaled = parameters["rescale"] == "none"
         means.append(weight * (p if unscaled else 1.0))
         noises.append(weight**2 * (1 - p) * (p if unscaled else 1 / p))
-    words = "expected over the random drops" if any(noises) else ""
+    approximate = "expected over the random drops" if any(noises) else ""
     return AffineUpdate(
         means[0] - 1.0,
         means[1],
         "select_only",
         mllm_noise=noises[0],
         expert_noise=noises[1],
-        approximate=words,
+        approximate=approximate,
     )
 
 
@@ -264,13 +264,13 @@ def dare_linear(
     seed: Seed = 0,
     tensor_name: TensorName = "",
 ) -> Matrix:
-    """Keep elements of the task vectors at random, rescale, add.
+    """Keep random elements of the task vectors, rescale them, and add them to the base.
 
     Math:   W = W0 + sum_i a_i rescaled(M_i tau_i), M_i ~ Bernoulli(p_i), independent per model.
             rescale: see `drop`. The variance of a kept element is tau^2 (1 - p) / p.
-    Shapes: all (m, n). A density of its own overrides the shared one; mllm_density = 1 leaves the
-            MLLM's task vector whole.
-    Source: DARE, arXiv 2311.03099 (inverse_density); "l1" is what mergekit does since 0.1.0.
+    Shapes: all (m, n). Per-model densities override the shared one; mllm_density = 1 keeps the
+            MLLM's task vector unchanged.
+    Source: DARE, arXiv 2311.03099 (inverse_density); "l1" as in mergekit since 0.1.0.
     """
     tuned = [mllm, *as_list(math)]
     weights, densities = (mllm_weight, math_weight), (density, mllm_density, math_density)
@@ -301,7 +301,7 @@ def dare_ties(
     seed: Seed = 0,
     tensor_name: TensorName = "",
 ) -> Matrix:
-    """Keep elements at random, rescale, elect a sign per element, add what agrees with it.
+    """Keep random elements, rescale them, elect a sign per element, and add those that agree.
 
     Math:   as `dare_linear`, with the sign election of `ties` in place of the sum.
     Shapes: all (m, n).
@@ -316,16 +316,16 @@ def dare_ties(
 
 
 def _check_window(parameters: Mapping[str, Any]) -> None:
-    """Raise PlanError where a chance to be kept would leave (0, 1)."""
+    """Raise PlanError if a keep probability would be outside (0, 1)."""
     epsilon = parameters["epsilon"]
     densities = [parameters[name] for name in ("density", "mllm_density", "math_density")]
     for density in densities:
         inside = density is None or (density - epsilon > 0 and density + epsilon < 1)
         if epsilon and density != 1 and not inside:
             raise PlanError(
-                f"DELLA keeps between density - epsilon = {density - epsilon:g} and density + "
-                f"epsilon = {density + epsilon:g}; both must lie strictly between 0 and 1. Choose "
-                f"a smaller epsilon."
+                f"DELLA keeps elements with probabilities from density - epsilon = "
+                f"{density - epsilon:g} to density + epsilon = {density + epsilon:g}; both must be "
+                f"strictly between 0 and 1. Choose a smaller epsilon."
             )
 
 
@@ -356,15 +356,15 @@ def della(
     seed: Seed = 0,
     tensor_name: TensorName = "",
 ) -> Matrix:
-    """Keep large elements with a higher chance than small ones, rescale, elect signs, add.
+    """Keep larger elements with higher probability, rescale them, elect signs, and add.
 
     Math:   q_ij = (p - eps) + 2 eps r_ij / (n - 1), r the rank of |tau_ij| in its row;
             M ~ Bernoulli(q); tau~ = M tau / q; then the election of `ties`, or the plain sum
             without `elect`; W = W0 + s delta. eps = 0 is DARE.
-    Shapes: all (m, n). p - eps > 0 and p + eps < 1, or p = 1, which keeps all. A density of its own
-            overrides the shared one.
-    Source: DELLA, arXiv 2406.11617; rescale "l1" is what mergekit does.
-    Raises: PlanError when density and epsilon leave (0, 1).
+    Shapes: all (m, n). p - eps > 0 and p + eps < 1, or p = 1, which keeps all. Per-model densities
+            override the shared one.
+    Source: DELLA, arXiv 2406.11617; rescale "l1" as in mergekit.
+    Raises: PlanError if a probability is outside (0, 1).
     """
     tuned = [mllm, *as_list(math)]
     weights, densities = (mllm_weight, math_weight), (density, mllm_density, math_density)
@@ -376,7 +376,7 @@ def della(
 
 
 def crumb_counts(size: int, density: float, gamma: float) -> list[int]:
-    """How many of the largest magnitudes reach down to the crumbs, and how many are outliers.
+    """Count the magnitudes above the dropped small ones, and the dropped outliers among them.
 
     Math:   k = int(density N) are kept: in ascending order the places [b, b + k), with
             b = max(0, N - k - int(gamma N)). So (N - b, N - b - k).
@@ -398,7 +398,7 @@ def _drop_crumbs_of_rows(block: Tensor, upper: int, outliers: int) -> Tensor:
 
 
 def _affine_crumbs(parameters: Mapping[str, Any]) -> AffineUpdate | None:
-    """Task arithmetic where nothing is dropped."""
+    """Return the affine form of task arithmetic if nothing is dropped."""
     if min(_own(parameters)) < 1:
         return None
     return AffineUpdate(parameters["mllm_weight"] - 1.0, parameters["math_weight"], "select_only")
@@ -425,12 +425,12 @@ def breadcrumbs(
     gamma: Outliers = 0.01,
     per: Ranked = "tensor",
 ) -> Matrix:
-    """Task arithmetic without outliers and without small noise.
+    """Apply task arithmetic to task vectors without their largest and smallest elements.
 
     Math:   of each tau_i drop the int(gamma N) largest magnitudes and enough of the smallest to
             keep int(density N); then W = W0 + sum_i a_i tau_i. N = m n, or n with per "row".
-    Shapes: all (m, n). A density of its own overrides the shared one; 1 keeps a task vector whole,
-            so that density = 1 is task arithmetic.
+    Shapes: all (m, n). Per-model densities override the shared one; 1 keeps a task vector
+            unchanged, so that density = 1 is task arithmetic.
     Source: Model Breadcrumbs, arXiv 2312.06795, whose code ranks per row; per tensor as in
             mergekit, whose gamma is the paper's beta.
     """

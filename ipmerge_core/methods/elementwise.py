@@ -1,8 +1,8 @@
-"""Merge methods that treat every element of a matrix by itself.
+"""Elementwise merge methods: weighted average, task arithmetic and layer swap.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
-fp64 inputs. Everything is written as a change of W_v, so that an element which does not change is
-the MLLM's to the last bit. Sources are named at each function. No IO, no global random state.
+fp64 inputs. All results are computed as a change of W_v, so that an unchanged element is bitwise
+the MLLM's. Sources are given at each function. No IO, no global random state.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ipmerge_core.methods.blocks import blockwise
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
 from ipmerge_core.methods.registry import Coefficient, Experts, Range, TensorName, merge_method
 
-Kept: TypeAlias = Annotated[float, Range(low=0, high=1, help="weight kept on the MLLM")]
-OneOfTwo: TypeAlias = Annotated[float, Range(help="one of two weights, in place of alpha")] | None
-Divided: TypeAlias = Annotated[bool, Range(help="divide by the sum of the two weights")]
-Layer: TypeAlias = Annotated[int, Range(low=-1, help="the last layer left as it is")]
+Kept: TypeAlias = Annotated[float, Range(low=0, high=1, help="weight of the MLLM")]
+OneOfTwo: TypeAlias = Annotated[float, Range(help="explicit weight, instead of alpha")] | None
+Divided: TypeAlias = Annotated[bool, Range(help="divide by the sum of both weights")]
+Layer: TypeAlias = Annotated[int, Range(low=-1, help="last layer that is kept unchanged")]
 
 
 def as_list(math: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One expert or several, as a list."""
+    """Return one or several experts as a list."""
     return [math] if isinstance(math, Tensor) else list(math)
 
 
@@ -37,7 +37,7 @@ def add_to_base(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -
 def _two_weights(parameters: Mapping[str, Any]) -> tuple[float, float]:
     """Weights of the MLLM and the expert: alpha and 1 - alpha unless two are given.
 
-    Raises: PlanError where one is missing, or two that are to be normalized add up to 0.
+    Raises: PlanError if only one is given, or both are to be normalized and sum to 0.
     """
     mllm, math = parameters["mllm_weight"], parameters["math_weight"]
     if mllm is None and math is None:
@@ -45,27 +45,27 @@ def _two_weights(parameters: Mapping[str, Any]) -> tuple[float, float]:
     if mllm is None or math is None:
         given, missing = ("math", "mllm") if mllm is None else ("mllm", "math")
         raise PlanError(
-            f"{given}_weight is set and {missing}_weight is not; expected both, or alpha alone."
+            f"{given}_weight is set but {missing}_weight is not; expected both, or only alpha."
         )
     total = mllm + math
     if not parameters["normalize"]:
         return mllm, math
     if total == 0:
         raise PlanError(
-            f"mllm_weight {mllm:g} and math_weight {math:g} add up to 0, by which nothing can be "
-            f"divided. Choose others, or normalize=false."
+            f"mllm_weight {mllm:g} and math_weight {math:g} sum to 0 and cannot be normalized. "
+            f"Choose other weights, or normalize=false."
         )
     return mllm / total, math / total
 
 
 def _affine_average(parameters: Mapping[str, Any]) -> AffineUpdate | None:
-    """Affine where the weights add up to 1: else the base's share changes, too."""
+    """Return the affine form if the weights sum to 1; otherwise the base contributes too."""
     own, other = _two_weights(parameters)
     return AffineUpdate(-other, other, "select_only") if abs(own + other - 1) < 1e-12 else None
 
 
 def add_to_base_(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute the same to the last bit, in place of all three: for blocks, which are copies."""
+    """Compute the bitwise identical result in place, for blocks, which are copies."""
     change = delta.mul_(scale) if scale != 1 else delta
     return mllm.add_(change.add_(base.sub_(mllm)))
 
@@ -90,10 +90,10 @@ def merge_cut(
     add: Callable[[Sequence[Tensor]], Tensor],
     scale: float = 1.0,
 ) -> Tensor:
-    """Merge what a cut leaves of every task vector: W0 + s add(cut_1(dW_1), cut_2(dW_2), ..).
+    """Merge task vectors after a cut: W0 + s add(cut_1(dW_1), cut_2(dW_2), ..).
 
-    The cuts get their task vector in blocks of whole rows, in order; they and `add` may overwrite
-    what they get.
+    The cuts receive their task vector in blocks of whole rows, in order; they and `add` may
+    overwrite their arguments.
     """
 
     def merge(W0: Tensor, W_v: Tensor, *experts: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def merge_cut(
     source="BR2V, arXiv 2505.05464",
     formula="W = a W_v + (1 - a) W_e",
     affine=_affine_average,
-    unknown="its weights do not add up to 1, so that the base's share changes, too",
+    unknown="its weights do not sum to 1, so that the base contributes too",
     anchor="interp",
     check=_two_weights,
     local=True,
@@ -124,13 +124,13 @@ def linear(
     math_weight: OneOfTwo = None,
     normalize: Divided = True,
 ) -> Matrix:
-    """Interpolate between the MLLM and the expert; the base takes no part.
+    """Interpolate between the MLLM and the expert; the base is not used.
 
     Math:   W = a W_v + (1 - a) W_e, computed as W_v + (1 - a) (W_e - W_v); with two weights
             W = (a_v W_v + a_e W_e) / (a_v + a_e), undivided with normalize = false.
-    Shapes: all (m, n). a = 1 gives W_v to the last bit.
-    Raises: PlanError for one weight without the other, or a sum of 0 that should divide.
-    Source: Bring Reason to Vision, arXiv 2505.05464, whose choice is a = 0.9. Two weights and
+    Shapes: all (m, n). a = 1 gives W_v bitwise.
+    Raises: PlanError if only one weight is given, or the weights to be normalized sum to 0.
+    Source: Bring Reason to Vision, arXiv 2505.05464, which uses a = 0.9. Two weights and
             `normalize` as in mergekit's linear.
     """
     own, other = _two_weights(
@@ -172,7 +172,7 @@ def task_arithmetic(
     """Add the weighted task vectors of the MLLM and of every expert to the base.
 
     Math:   W = W0 + a_v (W_v - W0) + a_e sum_k (W_e,k - W0), written from W_v, so that
-            a_v = 1, a_e = 0 gives W_v to the last bit. With a_v + a_e = 1 the base cancels.
+            a_v = 1, a_e = 0 gives W_v bitwise. With a_v + a_e = 1 the base cancels.
     Shapes: all (m, n).
     Source: Task Arithmetic, arXiv 2212.04089; separate coefficients as in arXiv 2605.19523.
     """
@@ -209,17 +209,17 @@ def layer_swap(
     last_kept_layer: Layer = 5,
     tensor_name: TensorName = "",
 ) -> Matrix:
-    """Leave the first layers as they are and average the others with the expert.
+    """Keep the first layers of the MLLM and average the others with the expert.
 
     Math:   layer <= l: W = W_v; else W = a W_v + (1 - a) W_e. a = 0 swaps whole layers.
-    Shapes: all (m, n). A tensor outside the layers stays the MLLM's.
-    Raises: PlanError without a tensor name, for the layer is read from it.
+    Shapes: all (m, n). Tensors outside the layers are kept.
+    Raises: PlanError without a tensor name, from which the layer is parsed.
     Source: layer swapping, arXiv 2410.01335; averaging the later layers of an MLLM,
             arXiv 2505.05464, whose code keeps layers 0 to 5.
     """
     if not tensor_name:
         raise PlanError(
-            "Layer swap reads a matrix' layer from its name and got none; pass tensor_name, such "
+            "Layer swap parses the layer from the tensor name and got none; pass tensor_name, such "
             "as 'model.layers.7.mlp.up_proj.weight'."
         )
     found = re.search(r"\blayers\.([0-9]{1,6})\.", tensor_name)

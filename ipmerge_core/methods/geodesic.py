@@ -1,9 +1,9 @@
-"""Merge methods that walk along an arc instead of a chord: SLERP, NuSLERP and the Karcher mean.
+"""Spherical merge methods: SLERP, NuSLERP and the Karcher mean.
 
-In: base, mllm and math matrices of one shape (m, n), seen as points around the origin (or around
-the base). Out: the merged matrix in fp32, or fp64 for fp64 inputs. Angles and norms are taken in
-fp64. Light fine-tunes of one base are so nearly parallel that on the weights themselves the arc is
-the chord; on task vectors it is not.
+In: base, mllm and math matrices of one shape (m, n), as vectors from the origin (or from the base).
+Out: the merged matrix in fp32, or fp64 for fp64 inputs. Angles and norms are computed in fp64.
+Fine-tunes of one base are often so nearly parallel that the arc between weights is almost the
+straight line; between task vectors it is not.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from ipmerge_core.methods.registry import Experts, Range, merge_method
 
 Step: TypeAlias = Annotated[float, Range(low=0, high=1, help="0 is the MLLM, 1 the expert")]
 Turned: TypeAlias = Annotated[
-    Literal["task_vectors", "weights"], Range(help="what lies on the arc")
+    Literal["task_vectors", "weights"], Range(help="interpolate task vectors or weights")
 ]
 Sliced: TypeAlias = Annotated[
     Literal["tensor", "row", "column"], Range(help="one angle per matrix, row or column")
 ]
 MllmShare: TypeAlias = (
-    Annotated[float, Range(low=0, high=1, help="share of the MLLM; none: all models alike")] | None
+    Annotated[float, Range(low=0, high=1, help="share of the MLLM; none: equal shares")] | None
 )
-_NEARLY_STRAIGHT = "the arc is taken as a straight line, which it nearly is between siblings"
+_NEARLY_STRAIGHT = "the arc is approximated by a straight line, as the models are nearly parallel"
 _NEARLY_PARALLEL = 0.9995  # |cos| above which SLERP of weights is a straight line (mergekit)
-_SMALLEST_SINE = 1e-4  # below it the arc's coefficients blow up near opposite directions
+_SMALLEST_SINE = 1e-4  # below it the coefficients diverge for nearly opposite directions
 _STEPS, _TOLERANCE = 10, 1e-5  # of the Karcher iteration (mergekit)
 
 
 def arc_coefficients(cosine: float, t: float) -> tuple[float, float]:
-    """Coefficients of the two ends at the fraction t of the arc between them."""
+    """Return the coefficients of both ends at the fraction t of the arc between them."""
     theta = mathematics.acos(max(-1.0, min(1.0, cosine)))
     sine = mathematics.sin(theta)
     return mathematics.sin((1 - t) * theta) / sine, mathematics.sin(t * theta) / sine
 
 
 def _chord(parameters: Mapping[str, Any]) -> AffineUpdate:
-    """The straight line in place of the arc, apart by (1 - t) w / 2 of the change."""
+    """Return the straight line instead of the arc, with a relative error of (1 - t) w / 2."""
     t = parameters["t"]
     return AffineUpdate(-t, t, "select_only", approximate=_NEARLY_STRAIGHT)
 
@@ -57,22 +57,22 @@ def _chord(parameters: Mapping[str, Any]) -> AffineUpdate:
     anchor="interp",
 )
 def slerp(base: Matrix, mllm: Matrix, math: Matrix, *, t: Step = 0.1) -> Matrix:
-    """Interpolate along the great circle from the MLLM to the expert; the base takes no part.
+    """Interpolate along the great circle from the MLLM to the expert; the base is not used.
 
     Math:   w = arccos(<W_v, W_e> / (|W_v| |W_e|)) over the flattened matrices;
             W = (sin((1 - t) w) W_v + sin(t w) W_e) / sin w; a straight line if |cos w| > 0.9995.
-    Shapes: all (m, n). t = 0 gives W_v to the last bit.
+    Shapes: all (m, n). t = 0 gives W_v bitwise.
     Source: K. Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; as in mergekit,
             whose "base model" is the end at t = 0.
     """
     cosine = float(_cosine(blockwise_sum(_products, mllm, math)))
-    turned = abs(cosine) <= _NEARLY_PARALLEL  # not for NaN, which the weights will show
+    turned = abs(cosine) <= _NEARLY_PARALLEL  # false for NaN, which propagates to the result
     a, b = arc_coefficients(cosine, t) if turned else (1 - t, t)
     return blockwise(lambda W_v, W_e: W_v.mul_(a).add_(W_e.mul_(b)), mllm, math)
 
 
 def _arc(parameters: Mapping[str, Any]) -> AffineUpdate | None:
-    """Exact for whole task vectors, whose angle an analysis knows."""
+    """Return the affine form for whole task vectors, whose angle an analysis contains."""
     if parameters["of"] == "weights":
         return _chord(parameters) if parameters["per"] == "tensor" else None
     if parameters["per"] != "tensor":
@@ -82,7 +82,7 @@ def _arc(parameters: Mapping[str, Any]) -> AffineUpdate | None:
 
 
 def _between(t: float, cosine: float | None) -> tuple[float, float]:
-    """Coefficients on the arc, or on the straight line where there is no angle to turn by."""
+    """Return the coefficients on the arc, or on the straight line if the angle is degenerate."""
     sine = 0.0 if cosine is None else mathematics.sqrt(max(0.0, 1.0 - cosine * cosine))
     if cosine is None or sine < _SMALLEST_SINE:
         return 1.0 - t, t
@@ -94,7 +94,7 @@ def _between(t: float, cosine: float | None) -> tuple[float, float]:
     source="mergekit, `nuslerp`",
     formula="W = W0 + (sin((1 - t) w) dW_v + sin(t w) dW_e) / sin w, w = angle(dW_v, dW_e)",
     affine=_arc,
-    unknown="every row or column has an angle of its own, known only when the weights are read",
+    unknown="every row or column has its own angle, which requires reading the weights",
 )
 def nuslerp(
     base: Matrix,
@@ -105,14 +105,14 @@ def nuslerp(
     of: Turned = "task_vectors",
     per: Sliced = "tensor",
 ) -> Matrix:
-    """Interpolate along the arc between task vectors, of the whole matrix or slice by slice.
+    """Interpolate along the arc between task vectors, for the whole matrix or per slice.
 
     Math:   x = W_v - W0, y = W_e - W0 (or the weights themselves); w = angle(x, y);
             W = W0 + (sin((1 - t) w) x + sin(t w) y) / sin w; a straight line if sin w < 1e-4.
-    Shapes: all (m, n). A row holds the n inputs of one output.
+    Shapes: all (m, n). A row contains the n input weights of one output.
     Source: mergekit's nuslerp. Its `nuslerp_flatten` is per "tensor"; without it, its
             `nuslerp_row_wise` false is per "row" here and true is per "column", the reverse of its
-            documentation. The guard on sin w is ours: near-opposite slices would explode.
+            documentation. The guard on sin w is an addition: nearly opposite slices would diverge.
     """
 
     def ends(W0: Tensor, W_v: Tensor, W_e: Tensor) -> list[Tensor]:
@@ -125,7 +125,7 @@ def nuslerp(
         return _products(x, y, dim)
 
     found = None
-    if dim != 1:  # a block holds whole rows, but only a part of every column
+    if dim != 1:  # a block contains whole rows, but only parts of columns
         found = _slice_coefficients(blockwise_sum(products, base, mllm, math), t)
 
     def merge(W0: Tensor, W_v: Tensor, W_e: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def nuslerp(
 
 
 def _products(x: Tensor, y: Tensor, dim: int | None = None) -> Tensor:
-    """<x, x>, <x, y>, <y, y> in fp64: of all elements, or of matching rows (1) or columns (0)."""
+    """Compute <x, x>, <x, y>, <y, y> in fp64, over all elements or per row (1) or column (0)."""
     if dim is None:
         return inner_products(x, y)[[0, 0, 1], [0, 1, 1]]
     x, y = x.double(), y.double()
@@ -146,13 +146,13 @@ def _products(x: Tensor, y: Tensor, dim: int | None = None) -> Tensor:
 
 
 def _cosine(products: Tensor) -> Tensor:
-    """Cosine from <x, x>, <x, y> and <y, y>; 1 where one of them is zero."""
+    """Compute the cosine from <x, x>, <x, y> and <y, y>; 1 if a norm is zero."""
     norms = (products[0] * products[2]).sqrt()
     return torch.where(norms > 0, products[1] / norms.masked_fill(norms == 0, 1), 1.0)
 
 
 def _slice_coefficients(products: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """Coefficients on the arc of every slice, or on the straight line where it has no angle."""
+    """Return the coefficients of every slice, on the straight line if its angle is degenerate."""
     angle = _cosine(products).clamp(-1, 1).arccos()
     straight = angle.sin() < _SMALLEST_SINE
     sine = angle.sin().masked_fill(straight, 1)
@@ -189,8 +189,8 @@ def karcher(
             T = sum_i a_i (theta_i / sin theta_i) (u_i - cos(theta_i) u),
             u <- cos|T| u + sin|T| T / |T| until |T| < 1e-5, at most 10 times;
             W = (sum_i a_i |W_i|) u. All u lie in the span of the u_i, so the iteration runs on
-            coefficients and the inner products <u_i, u_j> alone.
-    Shapes: all (m, n). alpha is the MLLM's share, the rest is shared by the experts; none: equal.
+            coefficients and the inner products <u_i, u_j>.
+    Shapes: all (m, n). alpha is the MLLM's share, the experts split the rest; none: equal shares.
     Source: Karcher, Comm. Pure Appl. Math. 30, 1977; as in mergekit (equal shares).
     """
     matrices = [mllm, *as_list(math)]
@@ -209,7 +209,7 @@ def karcher(
 
 
 def _mean_direction(cosines: Tensor, shares: Tensor) -> Tensor:
-    """Coefficients c of the Karcher mean u = sum_i c_i u_i, given <u_i, u_j>."""
+    """Compute the coefficients c of the Karcher mean u = sum_i c_i u_i, given <u_i, u_j>."""
 
     def norm(c: Tensor) -> Tensor:
         return (c @ cosines @ c).clamp(min=0).sqrt()

@@ -1,9 +1,9 @@
-"""IP-Merging: identify, rescale and project an expert's task vector into the MLLM's subspace.
+"""IP-Merging: rescale an expert's task vector and project it onto the MLLM's subspace.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
-fp64 inputs. Which matrices take part is the plan's decision (similarity >= S_alpha); this is what
-happens to one that does. Source: arXiv 2510.14387 and its public snapshot; where they leave a
-choice the docstring names it.
+fp64 inputs. The plan selects matrices by similarity >= S_alpha; this module merges a selected one.
+Source: arXiv 2510.14387 and its public snapshot; unspecified choices are documented in the
+docstrings.
 """
 
 from __future__ import annotations
@@ -34,27 +34,31 @@ from ipmerge_core.spectral.spectrum import (
 )
 
 Ablation = Annotated[
-    Literal["none", "rescale_only", "select_only"], Range(help="leave out the projection, or more")
+    Literal["none", "rescale_only", "select_only"],
+    Range(help="skip the projection, or also the rescaling"),
 ]
 GammaNorm = Annotated[
-    Literal["sum", "max"], Range(help="gamma adds up to 1, or its largest value is 1")
+    Literal["sum", "max"], Range(help="normalize gamma to sum 1, or to maximum 1")
 ]
 Projector = Annotated[
-    Literal["softmax", "top_k"], Range(help="weights by similarity, or the first directions whole")
+    Literal["softmax", "top_k"],
+    Range(help="softmax weights, or the first top_k directions unweighted"),
 ]
-Temperature = Annotated[float, Range(low=0, low_open=True, help="of the softmax over directions")]
-TopK = Annotated[int, Range(low=1, help="directions of the projector top_k")]
+Temperature = Annotated[
+    float, Range(low=0, low_open=True, help="softmax temperature over directions")
+]
+TopK = Annotated[int, Range(low=1, help="number of directions of the top_k projector")]
 Directions = Annotated[
     Literal["existing", "all"],
     Range(
-        help="those that rounding of the stored weights cannot have made, or every one",
+        help="use only directions above the rounding noise of the stored weights, or all",
         before="all",
     ),
 ]
-Rank = Annotated[int, Range(low=1, help="singular triplets kept; none: all")] | None
+Rank = Annotated[int, Range(low=1, help="number of singular triplets to keep; none: all")] | None
 
 
-# The options of an analysis that each of its directions depends on.
+# The analysis options that each of its directions depends on.
 _MEASURED_WITH = {
     "sum": ("temperature", "rank", "directions"),
     "max": ("temperature", "rank", "directions"),
@@ -64,7 +68,7 @@ _MEASURED_WITH = {
 
 
 def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
-    """Name the direction an analysis holds; None where these parameters change the direction."""
+    """Return the affine form in a direction of the analysis; None for other parameters."""
     ablated = parameters["ablation"] != "none"
     if not ablated and parameters["projector"] != "softmax":
         return None
@@ -99,24 +103,24 @@ def ip_merging(
     directions: Directions = "existing",
     noise: Noise = None,
 ) -> Matrix:
-    """Add every expert's rescaled task vector, projected on the MLLM's leading directions.
+    """Add every expert's rescaled task vector, projected onto the MLLM's leading directions.
 
     Math:   dV = W_v - W0 = U_V S_V V_V^T,  dM_k = W_e,k - W0,  s_i = |<v_M,i , v_V,i>|
-            rho = sum(S_V) / sum(S_M), each over the directions that exist in it
-            gamma = softmax(temperature * s), over those that exist in both
+            rho = sum(S_V) / sum(S_M), each over its existing directions
+            gamma = softmax(temperature * s), over directions that exist in both
             P_k = rho dM_k V_V diag(gamma^2) V_V^T
             W   = W_v + lambda sum_k P_k
-            A direction exists where its singular value stands above what rounding of the stored
-            weights can make (`spectrum.existing`); below it a direction is random.
-    Variants, by name: `gamma_norm="max"` divides gamma by its largest value, so that the
-            best-aligned direction passes in full; `projector="top_k"` lets the first `top_k`
-            directions of the MLLM pass in full and no others; `rank` keeps that many singular
-            triplets of both task vectors (the public snapshot: 1024); `ablation="rescale_only"`
-            adds rho dM_k unprojected, `"select_only"` dM_k itself; `directions="all"` is the
-            literal reading, in which every direction takes part, as in the public snapshot.
-    Source: IP-Merging, arXiv 2510.14387. The absolute value is ours: a singular vector's sign is
-            arbitrary, and without it the result would depend on it. So are the directions that
-            exist: without them the update of a low-rank expert is decided by rounding.
+            A direction exists if its singular value exceeds what rounding of the stored weights can
+            cause (`spectrum.existing`); below that level a direction is random.
+    Variants: `gamma_norm="max"` divides gamma by its largest value, so that the best-aligned
+            direction has weight 1; `projector="top_k"` keeps the first `top_k` directions of the
+            MLLM with weight 1 and no others; `rank` keeps that many singular triplets of both task
+            vectors (the public snapshot: 1024); `ablation="rescale_only"` adds rho dM_k without
+            projection, `"select_only"` dM_k itself; `directions="all"` uses every direction, as in
+            the paper and the public snapshot.
+    Source: IP-Merging, arXiv 2510.14387. The absolute value is an addition: the sign of a singular
+            vector is arbitrary, and the result would depend on it. So is the restriction to
+            existing directions, without which rounding determines the update of a low-rank expert.
     """
     experts = [math] if isinstance(math, Tensor) else list(math)
     merged = as_float(mllm)
@@ -174,9 +178,9 @@ def ip_updates(
 
 
 class _Compared(NamedTuple):
-    """An expert's task vector, both spectra, and the ratio of their nuclear norms.
+    """An expert's task vector, both spectra, and their nuclear norm ratio.
 
-    `kept` is the spectrum that the task vector is truncated to; None where it is kept whole.
+    `kept` is the spectrum that the task vector is truncated to; None if it is not truncated.
     """
 
     change: Tensor
@@ -194,7 +198,7 @@ def _compared(
     directions: str,
     noise: Sequence[float] | None,
 ) -> Iterator[_Compared]:
-    """Decompose both task vectors of each expert; the MLLM's only once."""
+    """Decompose the task vector of the MLLM once, and that of each expert."""
     floors = noise or [noise_floor(model, base) for model in (mllm, *experts)]
 
     def decomposed(change: Tensor, floor: float) -> Spectrum:

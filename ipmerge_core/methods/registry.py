@@ -1,9 +1,8 @@
-"""The registry of merge methods: one decorated pure function per method, one dict of them all.
+"""Registry of merge methods: `@merge_method` registers a pure function in METHODS.
 
 The decorator reads a function's keyword-only parameters (name, type, range, default, help) into a
 frozen `MergeMethod`. Sliders, the CLI, the README table, error messages and the contract tests are
-all made from `METHODS`, so a method is described once, in its own signature. No classes are made at
-run time and no tensor is touched here.
+all generated from `METHODS`, so that a method is described once, in its signature.
 
 Some keywords are no form fields: what only a driver knows. Their annotation carries `Supplied`:
 `tensor_name` (randomness is keyed by it, and a layer swap reads the layer from it), `statistic` (a
@@ -50,9 +49,9 @@ Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
 class Range:
     """Bounds, both included unless `low_open`, and one line of help for a parameter.
 
-    `usual` is where a slider runs, if not over the whole range. Choices have help only, and where
-    they once were true or false, `former` says which word each of the two has become. `before` is
-    what plans did that were made when there was no such parameter.
+    `usual` is the range of a slider, if not the whole range. Choices have only help; `former` maps
+    true and false to choices for parameters that used to be boolean. `before` is the value that
+    applies to plans created before the parameter was added.
     """
 
     low: float = -math.inf
@@ -64,20 +63,20 @@ class Range:
     before: str | float | None = None
 
     def __contains__(self, value: object) -> bool:
-        """Whether a finite number lies inside."""
+        """Return whether a finite number is inside the bounds."""
         if not isinstance(value, int | float) or not math.isfinite(value):
             return False
         return (self.low < value if self.low_open else self.low <= value) and value <= self.high
 
     @property
     def slides(self) -> tuple[float, float] | None:
-        """Where a slider runs: over the usual range, or over the whole one if it ends."""
+        """Range of a slider: the usual range, or the whole one if it is bounded."""
         if self.usual is not None:
             return self.usual
         return (self.low, self.high) if math.isfinite(self.high - self.low) else None
 
     def __str__(self) -> str:
-        """Write the interval: `(0, 1]`, `[0, inf)`."""
+        """Format the interval: `(0, 1]`, `[0, inf)`."""
         left = "(" if self.low_open or math.isinf(self.low) else "["
         right = ")" if math.isinf(self.high) else "]"
         return f"{left}{self.low:g}, {self.high:g}{right}"
@@ -93,18 +92,18 @@ Density: TypeAlias = Annotated[float, Range(low=0, high=1, low_open=True, help="
 
 @dataclass(frozen=True)
 class Supplied:
-    """Marks a keyword that the driver passes and no form shows."""
+    """Marks a keyword that the driver supplies and forms do not show."""
 
     help: str
 
 
-TensorName: TypeAlias = Annotated[str, Supplied("the matrix' name; keys its random numbers")]
+TensorName: TypeAlias = Annotated[str, Supplied("name of the matrix; keys its random numbers")]
 WholeModel: TypeAlias = Annotated[
-    tuple[float, ...] | None, Supplied("what the method's Statistic found over all matrices")
+    tuple[float, ...] | None, Supplied("result of the method's Statistic over all matrices")
 ]
 Noise: TypeAlias = Annotated[
     Sequence[float] | None,
-    Supplied("norm of the stored weights' rounding in each task vector, the MLLM's first"),
+    Supplied("norm of the rounding noise in each task vector, the MLLM's first"),
 ]
 
 Report: TypeAlias = Annotated[
@@ -115,22 +114,22 @@ Report: TypeAlias = Annotated[
 
 @dataclass(frozen=True)
 class Parameter:
-    """One keyword of a merge method, as a form field needs it."""
+    """One parameter of a merge method, as used by form fields."""
 
     name: str
     kind: Literal["float", "int", "bool", "choice"]
     default: ParameterValue
     bounds: Range = Range()
     choices: tuple[str, ...] = ()
-    optional: bool = False  # None is legal
+    optional: bool = False  # None is valid
 
     def read(self, value: ParameterValue) -> ParameterValue:
-        """Return the word that a true or false of former times stands for, else the value."""
+        """Return the value, with true or false of older plans converted to a choice."""
         words = dict(self.bounds.former)
         return words.get(value, value) if isinstance(value, bool) else value
 
     def check(self, value: ParameterValue) -> None:
-        """Raise PlanError unless `value` is legal for this parameter."""
+        """Raise PlanError unless `value` is valid for this parameter."""
         if value is None and self.optional:
             return
         legal = {
@@ -147,12 +146,12 @@ class Parameter:
 
     @property
     def expectation(self) -> str:
-        """What values are legal, in words."""
+        """Description of the valid values."""
         if self.kind == "choice":
             return "one of " + ", ".join(self.choices)
         if self.kind == "bool":
             return "true or false"
-        noun = "a whole number" if self.kind == "int" else "a finite number"
+        noun = "an integer" if self.kind == "int" else "a finite number"
         return f"{noun} in {self.bounds}" + (" or none" if self.optional else "")
 
 
@@ -161,7 +160,7 @@ _Merging: TypeAlias = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A merge method and all that a form, a table or an error message says of it.
+    """A merge method and its metadata for forms, tables and error messages.
 
     `gains` names the parameters that scale the change: with all experts' gains at 0 (and the
     MLLM's at 1) the result is the MLLM. `several_experts` says that `math` may be a list of
@@ -211,11 +210,11 @@ class MergeMethod:
     ) -> Matrix:
         """Merge matrices of one shape (m, n); the result is fp32, or fp64 for fp64 inputs.
 
-        Raises: ShapeError for unequal shapes, PlanError for an illegal parameter.
+        Raises: ShapeError for unequal shapes, PlanError for an invalid parameter.
         """
         experts = [math] if isinstance(math, Tensor) else list(math)
         supplied = {name: parameters.pop(name) for name in self.inputs if name in parameters}
-        parameters.pop("tensor_name", None)  # legal for every method
+        parameters.pop("tensor_name", None)  # valid for every method
         self._check_matrices(base, mllm, experts)
         argument = experts if self.several_experts else experts[0]
         return self.function(base, mllm, argument, **self.complete(parameters), **supplied)
@@ -223,22 +222,22 @@ class MergeMethod:
     def _check_matrices(self, base: Tensor, mllm: Tensor, experts: Sequence[Tensor]) -> None:
         if base.ndim != 2:
             raise ShapeError(
-                f"{self.label} merges matrices and got a base of shape {tuple(base.shape)}; a "
-                f"vector can be passed as one row."
+                f"{self.label} merges matrices and got a base of shape {tuple(base.shape)}; pass a "
+                f"vector as one row."
             )
         for role, matrix in [("mllm", mllm), *(("math", expert) for expert in experts)]:
             if matrix.shape != base.shape:
                 raise ShapeError(
                     f"{self.label} got a {role} matrix of shape {tuple(matrix.shape)} and a base "
-                    f"of shape {tuple(base.shape)}; all must have one shape."
+                    f"of shape {tuple(base.shape)}; expected equal shapes."
                 )
         if not experts:
-            raise PlanError(f"{self.label} got no math matrix; it needs at least one expert.")
+            raise PlanError(f"{self.label} got no math matrix; expected at least one expert.")
         if len(experts) > 1 and not self.several_experts:
             raise PlanError(f"{self.label} merges one expert at a time and got {len(experts)}.")
 
     def needs_statistic(self, parameters: Mapping[str, ParameterValue]) -> bool:
-        """Whether a first pass over the whole model comes before the merge."""
+        """Return whether the merge requires a first pass over the whole model."""
         scope = self.complete(parameters).get("scope")
         return self.statistic is not None and scope == "model"
 
@@ -253,15 +252,15 @@ class MergeMethod:
         return not self.matrixwise
 
     def is_local(self, parameters: Mapping[str, ParameterValue]) -> bool:
-        """Whether any rows of a matrix can be merged apart from the others, to the same bits."""
+        """Return whether rows of a matrix can be merged separately with identical results."""
         return self.local and (self.statistic is None or self.needs_statistic(parameters))
 
     def scaled(
         self, parameters: Mapping[str, ParameterValue], factor: float
     ) -> dict[str, ParameterValue] | None:
-        """Scale the experts' part: the gain on it, or what a share of the MLLM leaves to them.
+        """Scale the experts' contribution: its gain, or the share left by the MLLM's.
 
-        None where no parameter says how much of the experts there is.
+        Returns None if no parameter controls the experts' contribution.
         """
         for name in ("lambda_", "math_weight", "t"):
             gain = parameters.get(name)
@@ -286,7 +285,7 @@ class MergeMethod:
         for name, value in parameters.items():
             known[name].check(value)
         complete = {name: parameters.get(name, known[name].default) for name in known}
-        complete = {  # 1 is as good as 1.0, in plans and in signatures
+        complete = {  # accept 1 for 1.0
             name: float(value) if known[name].kind == "float" and value is not None else value
             for name, value in complete.items()
         }
@@ -297,20 +296,20 @@ class MergeMethod:
     def with_former_defaults(
         self, parameters: Mapping[str, ParameterValue]
     ) -> dict[str, ParameterValue]:
-        """Add to the parameters of a file what those that it cannot know of then stood for.
+        """Add the former behaviour of parameters that a plan file predates.
 
-        A plan names all parameters that there were when it was made. One that is missing came
-        later, and what was done before may not be its default.
+        A plan stores all parameters that existed when it was created. A missing one was added
+        later, and the behaviour before that may differ from its default.
         """
         before = {parameter.name: parameter.bounds.before for parameter in self.parameters}
         known = {name: value for name, value in before.items() if value is not None}
         return {**known, **parameters}
 
     def as_hashed(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
-        """Return complete parameters as the first plans wrote them, which keeps their hash.
+        """Return complete parameters in the format of the first plans, which keeps their hash.
 
-        Words that were true or false are so again; parameters that came later and say what was
-        done before are left out.
+        Choices that used to be boolean are converted back; parameters that were added later and
+        have the former behaviour are omitted.
         """
         known = {parameter.name: parameter.bounds for parameter in self.parameters}
         written = {
@@ -330,11 +329,11 @@ _Function = TypeVar("_Function", bound=_Merging)
 
 
 def merge_method(**traits: Any) -> Callable[[_Function], _Function]:  # noqa: ANN401
-    """Put a function into METHODS under its own name and return it unchanged.
+    """Register a function in METHODS under its name and return it unchanged.
 
     Args:
-        **traits: fields of `MergeMethod`; label, source and formula at least. Name, function,
-            parameters and inputs are read from the function.
+        **traits: fields of `MergeMethod`, at least label, source and formula. Name, function,
+            parameters and inputs are derived from the function.
     """
 
     def register(function: _Function) -> _Function:
@@ -351,7 +350,7 @@ def merge_method(**traits: Any) -> Callable[[_Function], _Function]:  # noqa: AN
 
 
 def find_method(name: str) -> MergeMethod:
-    """Return the method of that name. Raises: UnknownMethodError with the nearest name."""
+    """Return the method of that name. Raises: UnknownMethodError with the closest name."""
     if name not in METHODS:
         raise UnknownMethodError(name, METHODS)
     return METHODS[name]

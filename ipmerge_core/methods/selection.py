@@ -1,10 +1,10 @@
-"""Exact selection by magnitude without sorting a matrix.
+"""Exact selection of the largest magnitudes without sorting a matrix.
 
 In: values of any shape. Out: the same values with all but the k largest magnitudes set to zero, or
-the order of the elements of every row. Equal magnitudes are ordered by their place, so exactly k
-survive. The threshold is found by Floyd and Rivest's sampling (1975): a sample brackets
-it, one pass counts what lies above, and only the few values inside the bracket are looked at
-closely. The answer does not depend on the sample, its speed does.
+the order of the elements of every row. Equal magnitudes are ordered by position, so that exactly k
+remain. The threshold is found with Floyd and Rivest's sampling (1975): a sample brackets it, one
+pass counts the values above, and only the few values inside the bracket are examined. The result
+does not depend on the sample, only the speed does.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import TaskVectors, blocks
 
-_SMALL = 1 << 16  # below this a direct selection is as fast
+_SMALL = 1 << 16  # below this size a direct selection is as fast
 _SAMPLE = 1 << 17
-_FIRST_BITS = 16  # of the 31 bits of a magnitude in fp32; the rest is for the second pass
+_FIRST_BITS = 16  # upper bits of the 31 of an fp32 magnitude; the second pass uses the others
 _INFINITE = 0x7F800000  # bits of infinity in fp32; those of NaN are larger
 
 
 class Trim:
-    """Zero what is below a magnitude in a tensor that comes by in blocks, in order.
+    """Zero the magnitudes below a threshold in a tensor that is passed in blocks, in order.
 
-    Of the elements equal to the threshold the first `spare` are kept. A threshold below 0 keeps
-    everything.
+    Of the elements equal to the threshold the first `spare` are kept. A negative threshold keeps
+    all elements.
     """
 
     def __init__(self, threshold: float, spare: int) -> None:
         self.threshold, self.spare = threshold, spare
 
     def __call__(self, block: Tensor) -> Tensor:
-        """Trim the next block, into a new tensor unless all of it is kept."""
+        """Trim the next block into a new tensor, or return it if all of it is kept."""
         if self.threshold < 0:
             return block
         if self.spare == 0:
-            return torch.hardshrink(block, self.threshold)  # zeroes what equals it, too
+            return torch.hardshrink(block, self.threshold)  # also zeroes elements equal to it
         values, count, places = _searchable(block.abs())
         equal = values == self.threshold
         found = int(count(equal))
@@ -57,7 +57,7 @@ class Trim:
 
 
 def trims(vectors: TaskVectors, wanted: Sequence[Sequence[int]]) -> list[list[Trim]]:
-    """Make trims that each keep exactly so many elements: of every vector as many as wanted."""
+    """Return trims that keep exactly the requested numbers of elements of each vector."""
     size = vectors.size
     inside = [[count for count in counts if 0 < count < size] for counts in wanted]
     found = [
@@ -72,13 +72,13 @@ def trims(vectors: TaskVectors, wanted: Sequence[Sequence[int]]) -> list[list[Tr
 
 def _trim(count: int, size: int, known: Mapping[int, tuple[float, int]]) -> Trim:
     if count not in known:
-        return Trim(-1.0 if count >= size else math.inf, 0)  # all are kept, or none
+        return Trim(-1.0 if count >= size else math.inf, 0)  # keep all, or none
     threshold, above = known[count]
     return Trim(threshold, count - above)
 
 
 def keep_largest_(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, "*shape"]:
-    """Zero, in place, all but the `count` largest magnitudes; of equal ones the first are kept.
+    """Zero, in place, all but the `count` largest magnitudes; the first of equal ones are kept.
 
     >>> keep_largest_(torch.tensor([[0.5, -0.5], [2.0, 0.5]]), 2)
     tensor([[0.5000, 0.0000],
@@ -92,7 +92,7 @@ def keep_largest_(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, 
 
 
 def zero_below(values: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*shape"]:
-    """Zero the magnitudes strictly below the threshold, in a new tensor."""
+    """Zero the magnitudes strictly below the threshold in a new tensor."""
     if threshold <= 0:
         return values.clone()
     below = torch.nextafter(torch.tensor(threshold, dtype=values.dtype), torch.tensor(0.0))
@@ -102,7 +102,7 @@ def zero_below(values: Float[Tensor, "*shape"], threshold: float) -> Float[Tenso
 def kth_largest(
     vectors: TaskVectors, wanted: Sequence[Sequence[int]]
 ) -> list[list[tuple[float, int]]]:
-    """Find the k-th largest magnitude, and how many are larger, for every k wanted of each vector.
+    """Find the k-th largest magnitude, and the number of larger ones, for each k of each vector.
 
     >>> kth_largest(TaskVectors([torch.tensor([0.5, -2.0, 0.5])]), [[1, 2]])
     [[(2.0, 0), (0.5, 1)]]
@@ -111,7 +111,7 @@ def kth_largest(
         return [[] for _ in wanted]
     if vectors.size <= _SMALL:
         return [_direct(x, counts) for x, counts in zip(vectors.sample(1), wanted, strict=True)]
-    stride = max(vectors.size // _SAMPLE, 16) | 1  # odd, so as not to walk down one column
+    stride = max(vectors.size // _SAMPLE, 16) | 1  # odd, to avoid sampling a single column
     brackets = [
         _brackets(sample, vectors.size, counts)
         for sample, counts in zip(vectors.sample(stride), wanted, strict=True)
@@ -125,7 +125,7 @@ def kth_largest(
 
 @dataclass
 class _Tally:
-    """What lies above and within a bracket [low, high]; one value alone is counted, not kept."""
+    """Counts above and values within a bracket [low, high]; a single value is only counted."""
 
     low: float
     high: float
@@ -163,7 +163,7 @@ def _kth_of(vectors: TaskVectors, number: int, k: int, tally: _Tally) -> tuple[f
         inside = TaskVectors([torch.cat(tally.inside)])
         ((threshold, larger),) = kth_largest(inside, [[k - tally.above]])[0]
         return threshold, tally.above + larger
-    return _direct(vectors.sample(1)[number], [k])[0]  # the sample misled
+    return _direct(vectors.sample(1)[number], [k])[0]  # the bracket missed the threshold
 
 
 def _direct(values: Tensor, counts: Sequence[int]) -> list[tuple[float, int]]:
@@ -176,7 +176,7 @@ def _direct(values: Tensor, counts: Sequence[int]) -> list[tuple[float, int]]:
 
 
 def _brackets(sample: Tensor, size: int, counts: Sequence[int]) -> list[tuple[float, float]]:
-    """Two magnitudes for every k that very probably enclose the k-th largest."""
+    """Return two magnitudes for every k that enclose the k-th largest with high probability."""
     ordered = np.sort(sample.abs().cpu().numpy())[::-1]
     found = []
     for k in counts:
@@ -190,14 +190,14 @@ def _brackets(sample: Tensor, size: int, counts: Sequence[int]) -> list[tuple[fl
 
 
 def _searchable(values: Tensor) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
-    """Values, counter and finder of truths: numpy's on a CPU, where they are ten times faster."""
+    """Return values and functions to count and find True; numpy on a CPU, ten times faster."""
     if values.device.type == "cpu":
         return values.numpy(), np.count_nonzero, np.flatnonzero
     return values, torch.count_nonzero, lambda mask: mask.view(-1).nonzero().view(-1)
 
 
 def ascending_order(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
-    """Columns of every row by ascending magnitude; of equal ones the first comes first.
+    """Return the columns of every row by ascending magnitude, equal ones in order.
 
     >>> ascending_order(torch.tensor([[0.5, -0.25, 0.125, -0.25]]))
     tensor([[2, 1, 3, 0]])
@@ -205,7 +205,8 @@ def ascending_order(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
     magnitude = values.abs()
     if magnitude.dtype != torch.float32:
         return magnitude.argsort(dim=1, stable=True)
-    # Magnitude and place in one key: no stable sort needed. Bits of floats are ordered as they are.
+    # Magnitude and position in one key, so that no stable sort is needed: the bits of non-negative
+    # floats have the order of their values.
     key = magnitude.view(torch.int32).long().bitwise_left_shift_(32)
     key |= torch.arange(values.shape[1], device=values.device)
     if key.device.type == "cpu":
@@ -216,7 +217,7 @@ def ascending_order(values: Float[Tensor, "m n"]) -> Int[Tensor, "m n"]:
 
 
 def by_rank(order: Int[Tensor, "m n"], table: Shaped[Tensor, " n"]) -> Shaped[Tensor, "m n"]:
-    """Look up every element's rank in its row: table[0] for what comes first in the row's order.
+    """Map every element to the table entry of its rank in its row.
 
     >>> by_rank(torch.tensor([[2, 1, 0]]), torch.tensor([0.25, 0.5, 0.75]))
     tensor([[0.7500, 0.5000, 0.2500]])
@@ -226,10 +227,10 @@ def by_rank(order: Int[Tensor, "m n"], table: Shaped[Tensor, " n"]) -> Shaped[Te
 
 
 def magnitude_histogram(values: Float[Tensor, "m n"], prefix: int | None) -> Float[Tensor, " bins"]:
-    """Count magnitudes by the upper bits of their fp32 form, or by the lower ones below a prefix.
+    """Count magnitudes by the upper bits of their fp32 form, or by the lower ones of a prefix.
 
-    Non-negative floats are ordered as their bits are, so two such passes find a quantile over any
-    number of matrices exactly. Counts are fp64, to be added up; NaN where a value is not finite.
+    Non-negative floats are ordered like their bits, so that two such passes find an exact quantile
+    over any number of matrices. Counts are fp64, to be summed; NaN if a value is not finite.
     """
     low_bits = 31 - _FIRST_BITS
     bins = 1 << (_FIRST_BITS if prefix is None else low_bits)
@@ -246,7 +247,7 @@ def magnitude_histogram(values: Float[Tensor, "m n"], prefix: int | None) -> Flo
 
 
 def bin_of_kth(counts: Float[Tensor, " bins"], k: int) -> tuple[int, int]:
-    """Find the bin that holds the k-th largest value, and how many values lie above that bin."""
+    """Find the bin that contains the k-th largest value, and the number of values above it."""
     from_above = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(from_above, float(k)))
     above = int(from_above[place - 1]) if place else 0
@@ -254,6 +255,6 @@ def bin_of_kth(counts: Float[Tensor, " bins"], k: int) -> tuple[int, int]:
 
 
 def magnitude_of(prefix: int, rest: int) -> float:
-    """Make the fp32 magnitude whose bits are the given upper and lower ones."""
+    """Return the fp32 magnitude with the given upper and lower bits."""
     bits = torch.tensor((prefix << (31 - _FIRST_BITS)) | rest, dtype=torch.int32)
     return float(bits.view(torch.float32))

@@ -1,8 +1,9 @@
-"""Sign election, and the merge methods built on it: TIES and SCE.
+"""Merge methods with sign election: TIES and SCE.
 
-Where task vectors disagree in sign, one sign is elected for the element and only the vectors that
-have it are added. In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in
-fp32, or fp64 for fp64 inputs. Where public code differs from a paper, both behaviours are choices.
+Where task vectors disagree in sign, one sign is elected per element and only the vectors with
+that sign are added. In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in
+fp32, or fp64 for fp64 inputs. Where public code differs from a paper, both behaviours are
+available.
 """
 
 from __future__ import annotations
@@ -51,33 +52,33 @@ from ipmerge_core.methods.selection import (
     zero_below,
 )
 
-UNREAD = "which elements are kept is known only when the weights are read"
-_FORMER = ((False, "none"), (True, "weights"))  # what plans said before there was "count"
+UNREAD = "the kept elements depend on the weights, which a preview does not read"
+_FORMER = ((False, "none"), (True, "weights"))  # values in plans from before "count" was added
 Normalize: TypeAlias = Annotated[
     Literal["none", "weights", "count", False, True],
     Range(
-        help="divide by the weights of the models that agree (only math_weight / mllm_weight "
-        "matters then), or by how many they are",
+        help="divide by the total weight of the models that agree (then only math_weight / "
+        "mllm_weight matters), or by their number",
         former=_FORMER,
     ),
 ]
 OwnDensity: TypeAlias = (
-    Annotated[float, Range(low=0, high=1, low_open=True, help="in place of the shared density")]
+    Annotated[float, Range(low=0, high=1, low_open=True, help="overrides the shared density")]
     | None
 )
 Elections: TypeAlias = Literal["weighted", "majority", "unweighted"]
 _ELECTION = Range(
-    help="signs are elected by weighted sum, or unweighted; an element without one gets the "
-    "majority sign of the matrix, as in the paper, else +"
+    help="elect signs by weighted sum, or unweighted; ties get the majority sign of the "
+    "matrix (as in the paper), or +"
 )
 Election: TypeAlias = Annotated[Elections, _ELECTION]
 LaterElection: TypeAlias = Annotated[Elections, replace(_ELECTION, before="weighted")]
 TrimKinds: TypeAlias = Literal["exact", "official"]
-_TRIM = Range(help="official keeps one element more, as the paper's code")
+_TRIM = Range(help="official keeps one more element, as in the code of the paper")
 TrimKind: TypeAlias = Annotated[TrimKinds, _TRIM]
 LaterTrimKind: TypeAlias = Annotated[TrimKinds, replace(_TRIM, before="exact")]
 Whole: TypeAlias = Annotated[
-    Literal["tensor", "model"], Range(help="one threshold per matrix, or one for the whole model")
+    Literal["tensor", "model"], Range(help="threshold per matrix, or for the whole model")
 ]
 Share: TypeAlias = Annotated[float, Range(low=0, high=1, help="fraction of positions kept")]
 
@@ -90,13 +91,13 @@ def agreeing_sum_(
     default_sign: float | None = None,
     least_weight: float = 0.0,
 ) -> Tensor:
-    """Add the weighted task vectors whose sign is the elected one, elementwise; overwrites them.
+    """Add the weighted task vectors that have the elected sign, elementwise; overwrites them.
 
     Math:   d_i = w_i tau_i;  g = sign(sum_i d_i), zero counting as positive (weighted), or
             g = sign(sum_i tau_i), zero counting as `default_sign` (unweighted, if that is given);
             N = sum of the d_i of sign g;  divided by the sum of their w_i, or by their number.
     """
-    # Arithmetic in place on whole blocks: several times faster than masks and `where` on a CPU.
+    # In-place arithmetic on whole blocks is several times faster than masks and `where` on a CPU.
     factors = list(weights)
     if default_sign is None:
         for factor, vector in zip(factors, vectors, strict=True):
@@ -114,17 +115,17 @@ def agreeing_sum_(
 
 
 def _signs_(votes: Tensor, default: float) -> Tensor:
-    """Signs of the votes in their place; the default (1, -1 or 0) where they are tied."""
+    """Replace the votes by their signs; ties get the default (1, -1 or 0)."""
     if default == 0:
         return votes.sign_()
     if default < 0:
-        votes.neg_().add_(0.0)  # a tie is no negative zero
+        votes.neg_().add_(0.0)  # avoid negative zero for ties
     torch.copysign(votes.new_ones(()), votes, out=votes)
     return votes.neg_() if default < 0 else votes
 
 
 def _agreeing_weight(agreeing: Sequence[Tensor], weights: Sequence[float], least: float) -> Tensor:
-    """Sum the weights of the models that agree, per element: at least `least`, and never zero."""
+    """Sum the weights of the models that agree, per element; at least `least` and never zero."""
     share = weighted_sum_([part.sign() for part in agreeing], weights)
     if least:
         return share.clamp_(min=least)
@@ -139,7 +140,7 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 
 def votes(*vectors: Tensor) -> Tensor:
-    """Sum of all elementwise signs of sum_i tau_i, over a block."""
+    """Sum the elementwise signs of sum_i tau_i over a block."""
     return _sum(vectors).sign_().sum(dtype=torch.float64)
 
 
@@ -149,21 +150,21 @@ def sign_of_ties(
     tuned: Sequence[Tensor],
     cuts: Sequence[Callable[[Tensor], Tensor]],
 ) -> float | None:
-    """The sign of an element whose votes cancel; None where the votes are weighted."""
+    """Return the sign of an element with tied votes; None if votes are weighted."""
     if election == "majority":
         return _majority(base, tuned, cuts)
     return None if election == "weighted" else 1.0
 
 
 def majority_sign(vectors: Sequence[Tensor]) -> float:
-    """Sign of the sum of all elementwise signs of sum_i tau_i: what a tied element gets."""
+    """Return the sign of the sum of all elementwise signs of sum_i tau_i, used for ties."""
     return float(blockwise_sum(votes, *vectors).sign())
 
 
 def densities_of(
     shared: float, mllm: float | None, math: float | None, experts: int
 ) -> list[float]:
-    """Densities of the MLLM and of every expert; the shared one where none of their own is set."""
+    """Return the densities of the MLLM and every expert, by default the shared one."""
     return [shared if density is None else density for density in [mllm, *([math] * experts)]]
 
 
@@ -187,7 +188,7 @@ def _measure_magnitudes(
 def _combine_magnitudes(
     total: Tensor, previous: tuple[float, ...], **parameters: ParameterValue
 ) -> tuple[float, ...]:
-    """After the first pass (prefix, rank below it) per model, after the second its threshold."""
+    """Return (prefix, rank within it) per model after the first pass, then the threshold."""
     if previous:
         pairs = zip(previous[::2], previous[1::2], strict=True)
         return tuple(
@@ -207,12 +208,12 @@ def _combine_magnitudes(
 
 
 def kept_count(size: int, density: float, *, official: bool) -> int:
-    """How many elements a trim keeps, those apart that equal the last of an official one."""
+    """Return how many elements a trim keeps, not counting ties of an official one."""
     return min(max(1, int(density * size)) + official, size)
 
 
 def trimmed_(values: Tensor, density: float, *, official: bool) -> Tensor:
-    """Zero all but the largest magnitudes, in place where the trim is exact."""
+    """Zero all but the largest magnitudes, in place if the trim is exact."""
     count = kept_count(values.numel(), density, official=official)
     if not official:
         return keep_largest_(values, count)
@@ -228,7 +229,7 @@ def _trims(
     *,
     official: bool,
 ) -> list[Callable[[Tensor], Tensor]]:
-    """Zero all but the largest magnitudes: by this matrix' densities or by given thresholds."""
+    """Return trims by this matrix's densities, or by given thresholds."""
     vectors = TaskVectors(tuned, base)
     if thresholds is None:
         counts = [[kept_count(vectors.size, share, official=official)] for share in densities]
@@ -269,21 +270,21 @@ def ties(
     scale: Gain = 1.0,
     statistic: WholeModel = None,
 ) -> Matrix:
-    """Trim the task vectors, elect a sign for every element, add what agrees with it.
+    """Trim the task vectors, elect a sign per element, and add those that agree.
 
     Math:   d_i = a_i trim(tau_i);  g = sign(sum_i d_i);  N = sum of the d_i of sign g;
             W = W0 + s N; with `normalize` W0 + s N / (sum of their a_i), or s N / (their number).
-            trim keeps exactly max(1, int(density * m n)) largest magnitudes, of equal ones the
-            first; of the whole model with scope "model" (all equal to the threshold are kept).
-    Shapes: all (m, n). Densities in (0, 1]; a density of its own overrides the shared one.
+            trim keeps exactly the max(1, int(density * m n)) largest magnitudes, the first of equal
+            ones; of the whole model with scope "model" (all equal to the threshold are kept).
+    Shapes: all (m, n). Densities in (0, 1]; per-model densities override the shared one.
     Source: TIES-Merging, arXiv 2306.01708; per-tensor trim and weights inside the election as in
             mergekit. The paper: a_i = 1, normalize "weights", election "majority" (unweighted; a
             tied element gets the majority sign of the matrix), scope "model". The paper's code:
-            trim "official", which keeps one element more, and all that equal the last. PEFT and
+            trim "official", which keeps one more element, and all that equal the last. PEFT and
             the code of BR2V, arXiv 2505.05464: normalize "count", election "unweighted".
 
-    With normalize "weights" only a_e / a_v matters, and an element that one model alone kept gets
-    its full task vector whatever its weight.
+    With normalize "weights" only a_e / a_v matters, and an element that only one model kept gets
+    its full task vector regardless of the weight.
     """
     tuned = [mllm, *as_list(math)]
     densities = densities_of(density, mllm_density, math_density, len(tuned) - 1)
@@ -298,7 +299,7 @@ def ties(
 def _majority(
     base: Tensor, tuned: Sequence[Tensor], cuts: Sequence[Callable[[Tensor], Tensor]]
 ) -> float:
-    """Sign of the majority of all trimmed elements; the cuts are as fresh afterwards as before."""
+    """Return the majority sign of all trimmed elements, without advancing the cuts."""
     fresh = [copy(cut) for cut in cuts]
 
     def of_block(*models: Tensor) -> Tensor:
@@ -324,13 +325,13 @@ def sce(
     mllm_weight: Coefficient = 1.0,
     math_weight: Coefficient = 1.0,
 ) -> Matrix:
-    """Select where the models differ most, weigh them by energy, erase minority signs.
+    """Select the elements with the largest variance, weight models by energy, drop minority signs.
 
     Math:   keep the int(select_topk * #{var > 0}) positions of the largest variance over models;
             w_i = a_i mean(tau_i^2) / sum_j mean(tau_j^2); g = sign(sum_i tau_i);
             W = W0 + sum_(agreeing) w_i tau_i / max(sum_(agreeing) w_i, 1e-6).
     Shapes: all (m, n). With one expert the variance is (tau_v - tau_e)^2 / 4: disagreement.
-    Source: SCE of FuseChat, arXiv 2408.07990, where a_i = 1; the a_i are ours.
+    Source: SCE of FuseChat, arXiv 2408.07990, where a_i = 1; the a_i are an addition.
     """
     tuned = [mllm, *as_list(math)]
     masks = [_most_different(base, tuned, select_topk)] if select_topk < 1 else []
@@ -350,7 +351,7 @@ def sce(
     ]
 
     def merge(W0: Tensor, W_v: Tensor, *rest: Tensor) -> Tensor:
-        # Unweighted election; a tied element is positive, as in the weighted form.
+        # Unweighted election; ties are positive, as in the weighted form.
         vectors = selected(W0, W_v, *rest)
         delta = agreeing_sum_(
             vectors, weights, normalize="weights", default_sign=1.0, least_weight=1e-6
@@ -361,12 +362,12 @@ def sce(
 
 
 def _most_different(base: Tensor, tuned: Sequence[Tensor], share: float) -> Tensor:
-    """Mark, by 1 and 0, that share of all positions that vary over the models which vary most."""
+    """Return a 0/1 mask of the share of non-constant positions with the largest variance."""
     variance = blockwise(lambda *models: _variance(*changes_(*models)), base, *tuned)
     return keep_largest_(variance, int(share * int(variance.count_nonzero()))).sign_()
 
 
 def _variance(*vectors: Tensor) -> Tensor:
-    """Population variance over the models, position by position."""
+    """Compute the population variance over the models, per position."""
     mean = _sum(vectors) / len(vectors)
     return _sum([(vector - mean).square() for vector in vectors]) / len(vectors)

@@ -1,4 +1,4 @@
-"""Merge methods that work on the singular directions of task vectors: TSV, Iso-C, Iso-CTS, KnOTS.
+"""Merge methods on singular vectors of task vectors: TSV, Iso-C, Iso-CTS and KnOTS.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
 fp64 inputs. Decompositions come from `spectral/`. A model whose task vector is zero, or
@@ -39,26 +39,27 @@ from ipmerge_core.methods.sign_election import (
 from ipmerge_core.spectral.spectrum import EXISTS, Spectrum, as_float, existing, noise_floor, svd
 from ipmerge_core.spectral.svd_algorithms import RESOLUTION
 
-_NEAR = 3e-3  # 1 - c below which fp32 no longer says how far apart two directions are
-SHARED = 2e-5  # relative singular value below which two directions of a stack are one
-ANEW = "the directions of all task vectors are combined anew"
+_NEAR = 3e-3  # 1 - c below which fp32 does not resolve the angle between two directions
+SHARED = 2e-5  # relative singular value below which stacked directions count as identical
+RECOMBINED = "it recombines the singular directions of all task vectors"
 Common: TypeAlias = Annotated[
-    float, Range(low=0, high=1, help="share of directions taken from the sum of all")
+    float, Range(low=0, high=1, help="share of directions from the sum of all task vectors")
 ]
 Cutoff: TypeAlias = Annotated[
-    float, Range(low=0, high=1, help="directions weaker than this times the first are dropped")
+    float,
+    Range(low=0, high=1, help="drop directions below this fraction of the largest singular value"),
 ]
 
 
 class Change(NamedTuple):
-    """A weighted task vector a dW, and the norm that rounding of the stored weights can give it."""
+    """A weighted task vector a dW, and the norm of its rounding noise."""
 
     vector: Tensor
     noise: float
 
     @property
     def arithmetic_noise(self) -> float:
-        """The same, or what arithmetic on a vector of this size can give a part of it."""
+        """The rounding noise, or that of arithmetic on a vector of this norm, if larger."""
         size = float(torch.linalg.matrix_norm(self.vector, dtype=torch.float64))
         return max(self.noise, RESOLUTION / EXISTS * size)
 
@@ -70,7 +71,7 @@ def changes_of(
     weights: Sequence[float],
     noise: Sequence[float] | None = None,
 ) -> list[Change]:
-    """Weighted task vectors of the models that change something, in the result's precision."""
+    """Return the non-zero weighted task vectors in the result's precision."""
     dtype = result_dtype(base, mllm, *experts)
     models = [mllm, *experts]
     floors = noise or [noise_floor(model, base) for model in models]
@@ -83,7 +84,7 @@ def changes_of(
 
 
 def mean_of_changes(parameters: Mapping[str, Any], experts: int) -> tuple[float, float]:
-    """Weigh vectors, which have no directions to share: the mean of the weighted task vectors."""
+    """Return the weights for vectors, which have no directions: the mean of the task vectors."""
     count = 1 + experts
     return parameters["mllm_weight"] / count, parameters["math_weight"] / count
 
@@ -104,9 +105,10 @@ def _start(
 
 
 def polar(matrix: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
-    """Nearest matrix with orthonormal columns; the least one where columns depend on each other.
+    """Return the polar factor: the nearest matrix with orthonormal columns.
 
-    Math: A = P S Q^T -> P Q^T over the singular values above `SHARED` S_1.
+    Math: A = P S Q^T -> P Q^T over the singular values above `SHARED` S_1, which is of lower rank
+          if columns are linearly dependent.
     """
     found = svd(matrix, floor=0.0)
     found = found.above(SHARED * float(found.S[0]))
@@ -116,13 +118,13 @@ def polar(matrix: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
 def orthogonalised_pair(
     A: Float[Tensor, "m k"], B: Float[Tensor, "m l"]
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "m l"]]:
-    """Polar factor of [A, B], both with orthonormal columns, from one small decomposition.
+    """Compute the polar factor of [A, B], both with orthonormal columns, from one small SVD.
 
     Math:   A^T B = P diag(c) Q^T, x = 1 / sqrt(1 + c), y = 1 / sqrt(1 - c),
             a = (x + y) / 2, b = (x - y) / 2;  A' = A + [A P (a - 1) + B Q b] P^T and likewise B'.
-            The overlap is multiplied in fp64. Even so, 1 - c of nearly shared directions is mostly
+            The overlap is multiplied in fp64. For nearly identical directions 1 - c is still mostly
             rounding of A and B; these few columns of A P and B Q are stacked, and their polar
-            factor is taken in fp64.
+            factor is computed in fp64.
     """
     found = svd(A.double().T @ B.double())
     P, c, Q = _left(found), found.S, found.Vh.T
@@ -142,7 +144,7 @@ def orthogonalised_pair(
 
 
 def _orthogonalised(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Polar factor of the parts side by side, each with orthonormal columns, cut up again."""
+    """Compute the polar factor of stacked parts with orthonormal columns, and split it again."""
     if len(parts) == 2:
         return list(orthogonalised_pair(parts[0], parts[1]))
     sizes = [part.shape[1] for part in parts]
@@ -159,7 +161,7 @@ def _left(found: Spectrum) -> Tensor:
     source="arXiv 2412.00081",
     formula="W = W0 + s U' diag(S) V'^T, U', V' nearest orthonormal to the stacked top r / T",
     several_experts=True,
-    unknown=ANEW,
+    unknown=RECOMBINED,
     vectors=mean_of_changes,
     matrixwise=True,
 )
@@ -173,17 +175,17 @@ def tsv(
     scale: Gain = 1.0,
     noise: Noise = None,
 ) -> Matrix:
-    """Keep the top directions of every task vector and make them orthogonal to each other.
+    """Keep the top singular directions of every task vector and orthogonalise them.
 
-    Math:   a_i tau_i = U_i S_i V_i^T, of the first k = int(min(m, n) / T) triplets those that
-            exist (`spectrum.existing`); U = [U_1 .. U_T], V likewise; U' = polar(U),
-            V' = polar(V); W = W0 + s U' diag(S_1 .. S_T) V'^T.
-            For T = 2 the polar factors come from the k x k overlap U_1^T U_2.
-    Shapes: all (m, n). T counts the models whose task vector is not zero; one alone is taken
-            whole. Matrices with fewer than T rows or columns get the mean of the task vectors.
-    Source: Task Singular Vectors, arXiv 2412.00081, where a_i = 1 and directions that do not exist
-            take part. Directions that two models share have no unique polar factor; here both
-            halves get the common direction.
+    Math:   a_i tau_i = U_i S_i V_i^T, restricted to the existing ones (`spectrum.existing`) of
+            the first k = int(min(m, n) / T) triplets; U = [U_1 .. U_T], V likewise;
+            U' = polar(U), V' = polar(V); W = W0 + s U' diag(S_1 .. S_T) V'^T.
+            For T = 2 the polar factors are computed from the k x k overlap U_1^T U_2.
+    Shapes: all (m, n). T is the number of non-zero task vectors; a single one is used unchanged.
+            Matrices with fewer than T rows or columns get the mean of the task vectors.
+    Source: Task Singular Vectors, arXiv 2412.00081, where a_i = 1 and all directions are used. The
+            polar factor of directions shared by two models is not unique; here both get the
+            common direction.
     """
     W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise)
     vectors = [change.vector for change in changes]
@@ -208,7 +210,7 @@ def tsv(
     source="arXiv 2502.04959",
     formula="W = W0 + s mean(S) U V^T, U S V^T = sum_i a_i dW_i",
     several_experts=True,
-    unknown=ANEW,
+    unknown=RECOMBINED,
     vectors=mean_of_changes,
     matrixwise=True,
 )
@@ -222,10 +224,10 @@ def iso_c(
     scale: Gain = 1.0,
     noise: Noise = None,
 ) -> Matrix:
-    """Sum the task vectors and make all directions of the sum equally strong.
+    """Sum the task vectors and equalise the singular values of the sum.
 
     Math:   sum_i a_i tau_i = U S V^T; W = W0 + s mean(S) U V^T over the directions that exist
-            (`spectrum.existing`), so that a low-rank sum is not filled up with noise.
+            (`spectrum.existing`), so that noise is not amplified in a low-rank sum.
     Shapes: all (m, n).
     Source: Isotropic merging, arXiv 2502.04959, where a_i = 1 and s is tuned.
     """
@@ -243,7 +245,7 @@ def iso_c(
     source="arXiv 2502.04959",
     formula="W = W0 + s mean(S) U' V'^T, common directions of the sum and task-specific ones",
     several_experts=True,
-    unknown=ANEW,
+    unknown=RECOMBINED,
     vectors=mean_of_changes,
     matrixwise=True,
 )
@@ -258,15 +260,14 @@ def iso_cts(
     scale: Gain = 1.0,
     noise: Noise = None,
 ) -> Matrix:
-    """Keep the common directions of the sum, fill up with each task's own, level all.
+    """Combine common directions of the sum with task-specific ones and equalise their strength.
 
     Math:   r = min(m, n); t = round((r - int(f r)) / T) directions per task (half to even), the
             first c = r - T t of sum_i a_i tau_i are common: U_c, S_c, V_c. Per task the first t of
             (I - U_c U_c^T) a_i tau_i. [tasks .., common] stacked; U' and V' their polar factors;
             W = W0 + s mean(all S) U' V'^T.
-    Shapes: all (m, n). Directions that do not exist (`spectrum.existing`) are left out; f = 1 is
-            `iso_c`. Decomposed in fp64: what is left of a task beside the common directions is
-            small.
+    Shapes: all (m, n). Directions that do not exist (`spectrum.existing`) are omitted; f = 1 is
+            `iso_c`. Decomposed in fp64, since the task-specific residual is small.
     Source: Isotropic merging in common and task-specific subspaces, arXiv 2502.04959.
     """
     W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise)
@@ -290,9 +291,9 @@ def iso_cts(
 
 
 def _sum(changes: Sequence[Change]) -> Change:
-    """Sum task vectors, with the noise of the sum.
+    """Sum task vectors and their noise.
 
-    Math:   half of a task vector's variance is the base's, which all share, half its own:
+    Math:   half of a task vector's noise variance is the base's, which all share, half its own:
             n^2 = (sum_i n_i^2 + (sum_i n_i)^2) / 2.
     """
     noise = [change.noise for change in changes]
@@ -307,7 +308,7 @@ def _sum(changes: Sequence[Change]) -> Change:
     source="arXiv 2410.19735",
     formula="W = W0 + s U ties(U^T dW_v, U^T dW_e), U from the SVD of [dW_v | dW_e]",
     several_experts=True,
-    unknown=ANEW,
+    unknown=RECOMBINED,
     vectors=mean_of_changes,
     matrixwise=True,
 )
@@ -326,17 +327,17 @@ def knots_ties(
     cutoff: Cutoff = 1e-5,
     scale: Gain = 1.0,
 ) -> Matrix:
-    """Write all task vectors in one shared basis of outputs and merge them there with TIES.
+    """Express all task vectors in a shared output basis and merge them there with TIES.
 
     Math:   [tau_1 | .. | tau_T] = U S [V_1^T | .. | V_T^T]; P_i = S V_i^T = U^T tau_i over the
-            S above the cutoff; delta = U ties(P_1 .. P_T) with the trim of exactly int(density N)
+            S above the cutoff; delta = U ties(P_1 .. P_T) with a trim of exactly int(density N)
             elements each, or the official one of `ties`, and the unweighted majority of signs;
-            W = W0 + s delta. A density of its own overrides the shared one.
-    Shapes: all (m, n); the decomposed matrix is (m, T n). With density 1 and no conflict of signs
-            this is the mean of what is kept, or task arithmetic with normalize "none".
+            W = W0 + s delta. Per-model densities override the shared one.
+    Shapes: all (m, n); the decomposed matrix is (m, T n). With density 1 and no sign conflicts
+            this is the mean of the kept elements, or task arithmetic with normalize "none".
     Source: KnOTS, arXiv 2410.19735, with the election and mean of the TIES paper; the authors'
-            code trims as trim "official" does. The cutoff is relative here (1e-5 absolute in the
-            authors' code), so small changes survive.
+            code trims like trim "official". The cutoff is relative here (1e-5 absolute in the
+            authors' code), so that small changes are kept.
     """
     W0, W_v, changes = _start(base, mllm, math, 1.0, 1.0, None)
     if not changes:

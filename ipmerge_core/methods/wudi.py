@@ -1,4 +1,4 @@
-"""WUDI-Merging: the change of weights that disturbs every model least on its own directions.
+"""WUDI-Merging: minimise the interference of the merged change with each task vector.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
 fp64 inputs. The gradient is written so that its cost does not grow with the number of models, and
@@ -30,7 +30,7 @@ from ipmerge_core.methods.registry import (
 from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
 from ipmerge_core.spectral.spectrum import as_float, existing
 
-Steps: TypeAlias = Annotated[int, Range(low=0, help="steps of Adam")]
+Steps: TypeAlias = Annotated[int, Range(low=0, help="number of Adam steps")]
 Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]
 Closed: TypeAlias = Annotated[bool, Range(help="the minimum itself in place of steps towards it")]
 
@@ -40,7 +40,7 @@ Closed: TypeAlias = Annotated[bool, Range(help="the minimum itself in place of s
     source="arXiv 2503.08099",
     formula="W = W0 + s argmin_X sum_i |(X - dW_i) dW_i^T|^2 / |dW_i|^2, from X = sum_i dW_i",
     several_experts=True,
-    unknown="it is found by iteration",
+    unknown="it is the result of an iteration",
     vectors=mean_of_changes,
     matrixwise=True,
 )
@@ -64,12 +64,12 @@ def wudi(
             X = sum_i tau_i by `iterations` of Adam; W = W0 + s X. With
             G = sum_i tau_i^T tau_i / ||tau_i||^2, C = sum_i tau_i tau_i^T tau_i / ||tau_i||^2 the
             gradient is 2 (X G - C).
-            closed_form: the minimum itself, X = C G^+ (RegMean with the Gram matrices tau^T tau),
-            over the directions of the stacked task vectors that exist (`spectrum.existing`).
-    Shapes: all (m, n). Zero task vectors are left out; one model alone is taken whole.
+            closed_form: the exact minimum X = C G^+ (RegMean with the Gram matrices tau^T tau),
+            over the existing directions of the stacked task vectors (`spectrum.existing`).
+    Shapes: all (m, n). Zero task vectors are ignored; a single one is used unchanged.
     Source: WUDI-Merging, arXiv 2503.08099, where a_i = 1. An Adam step moves an element by at most
-            about the learning rate, so task vectors larger than iterations * rate do not converge;
-            this is what the authors ship, and the closed form is the named alternative.
+            about the learning rate, so that task vectors larger than iterations * rate do not
+            converge; this is the authors' method, and the closed form is an alternative.
     """
     experts = as_list(math)
     dtype = result_dtype(base, mllm, *experts)
@@ -90,7 +90,7 @@ def wudi(
 
 
 def _gradient_of(vectors: Sequence[Tensor], units: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """X -> 2 (X G - C), with G formed or applied as a product, whichever is less work."""
+    """Return the gradient X -> 2 (X G - C), with G formed or applied as a product if cheaper."""
     C = torch.zeros_like(vectors[0])
     for vector, unit in zip(vectors, units, strict=True):
         C.addmm_(vector @ unit.T, unit)
@@ -120,7 +120,7 @@ def _adam(
 
 
 def _minimum(changes: Sequence[Change], units: Sequence[Tensor]) -> Tensor:
-    """C G^+ = D (R^T)^+ with the stacked unit task vectors R and D = [tau_i u_i^T ..]."""
+    """Compute C G^+ = D (R^T)^+ with stacked unit task vectors R and D = [tau_i u_i^T ..]."""
     rows = torch.cat(list(units)).double()
     pairs = zip(changes, units, strict=True)
     D = torch.cat([change.vector.double() @ u.double().T for change, u in pairs], dim=1)

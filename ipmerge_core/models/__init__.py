@@ -1,1 +1,1 @@
-"""Model folders: read by their headers, matched matrix by matrix, checked and written."""
+"""Read checkpoints, match their tensors, check their lineage, and write merged models."""

@@ -1,8 +1,8 @@
-"""The catalogue of known models and pairs: who descends from whom, with which skill and licence.
+"""Catalogue of known models, pairs and presets, with their sources.
 
-In: `catalogue.json` beside this file. Out: known models, pairs and presets as plain values, and the
-likely true base of a model. Every fact names its source; a licence that nobody read is None, and a
-preset says whether it is a paper's, its public code's, or ours. Asks no network, loads no torch.
+In: `catalogue.json` in this folder. Out: known models, pairs and presets as plain values, and the
+likely base of a model. Every entry names its source; an unverified licence is None, and a preset
+records whether it comes from a paper, its public code, or this project. No network, no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model on the hub. `sources` says where its parent and licence were read."""
+    """A model on the hub. `sources` names where its parent and licence are documented."""
 
     id: str
     role: Literal["mllm", "base", "expert"]
@@ -32,7 +32,7 @@ class KnownModel:
 
 @dataclass(frozen=True)
 class KnownPair:
-    """Models that somebody merged, with the base of each. Fields as in `open_pair`."""
+    """A published combination of models, with the base of each. Fields as in `open_pair`."""
 
     mllm: str
     math: tuple[str, ...]
@@ -45,7 +45,7 @@ class KnownPair:
 
 @dataclass(frozen=True)
 class Preset:
-    """A method with its settings; `origin` says whose they are."""
+    """A method with parameter values; `origin` is where the values come from."""
 
     name: str
     method: str
@@ -58,7 +58,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All that is known."""
+    """The contents of the catalogue."""
 
     models: dict[str, KnownModel]
     pairs: tuple[KnownPair, ...]
@@ -67,7 +67,7 @@ class Catalogue:
 
 @cache
 def load_catalogue() -> Catalogue:
-    """Read the catalogue that comes with the package."""
+    """Read the catalogue shipped with the package."""
     text = (
         resources.files("ipmerge_core.models")
         .joinpath("catalogue.json")
@@ -84,7 +84,7 @@ def load_catalogue() -> Catalogue:
 
 
 def find_model(name: str) -> KnownModel | None:
-    """Find a model by hub id, or by the last part of one, whatever the case.
+    """Find a model by hub id or repository name, case-insensitively.
 
     >>> find_model("qwen2-vl-7b-instruct").parent
     'Qwen/Qwen2-7B'
@@ -98,9 +98,9 @@ def find_model(name: str) -> KnownModel | None:
 
 
 def likely_base(model: Checkpoint) -> str | None:
-    """Name the parent of a model that the catalogue knows, by its id or folder, else its config.
+    """Return the catalogued parent of a model, looked up by its id or folder, else by its config.
 
-    A config's `_name_or_path` is what the training started from, or the model's own name.
+    A config's `_name_or_path` is the initial checkpoint of the training or the model's own name.
     """
     itself = find_model(model.id)
     if itself is not None and itself.parent is not None:

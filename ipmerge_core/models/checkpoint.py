@@ -1,10 +1,10 @@
-"""A model on disk or on the hub, opened by its headers, read one tensor at a time.
+"""Open safetensors checkpoints by their headers and read single tensors.
 
 In: a folder or a hub id (`org/name` or `org/name@revision`). Out: a `TensorSpec` per tensor without
-reading any weight, and the bytes or values of one tensor on request, by positioned reads: memory
-never holds more than what was asked for. Format: safetensors (JSON header behind an 8-byte length,
-then the data). Every header is distrusted: sizes, offsets, overlaps and names are checked before
-use. Which files hold the weights is `weight_files.py`'s choice, writing is `writer.py`.
+reading any weights, and the bytes or values of one tensor on request, by positioned reads, so that
+memory never holds more than the requested data. Format: safetensors (an 8-byte length, a JSON
+header, the data). Headers are untrusted: sizes, offsets, overlaps and names are validated before
+use. `weight_files.py` selects the weight files; `writer.py` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _HEADER_LIMIT = 100 * 2**20  # the safetensors library's own limit
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of one tensor. `start` and `stop` are byte offsets in the shard file."""
+    """Header entry of one tensor. `start` and `stop` are byte offsets in the shard file."""
 
     name: str
     dtype: str
@@ -84,48 +84,48 @@ class Checkpoint:
             for spec in _read_header(files, shard):
                 if spec.name in self.tensors:
                     raise CorruptShardError(
-                        f"'{spec.name}' stands in both '{self.tensors[spec.name].shard}' and "
-                        f"'{shard}' of '{self.id}'; each tensor must stand in one shard."
+                        f"'{spec.name}' is in both '{self.tensors[spec.name].shard}' and "
+                        f"'{shard}' of '{self.id}'; each tensor must be in exactly one shard."
                     )
                 self.tensors[spec.name] = spec
         self.weights.check_index(self.id, {name: spec.shard for name, spec in self.tensors.items()})
 
     @classmethod
     def open(cls, source: str | Path, *, hub_only: bool = False) -> Checkpoint:
-        """Open a model folder or a hub id by its headers; no weight is read.
+        """Open a model folder or a hub id by its headers, without reading weights.
 
         Args:
             source: a folder, or `org/name`, or `org/name@revision`.
-            hub_only: take hub ids only, for names that strangers write.
+            hub_only: accept only hub ids, for untrusted input.
 
         Raises:
-            CheckpointError: there is no such model, or it holds no safetensors weights.
-            CorruptShardError: a header contradicts its file.
+            CheckpointError: the model does not exist or has no safetensors weights.
+            CorruptShardError: a header is inconsistent with its file.
         """
         return cls(find_files(source, hub_only=hub_only))
 
     @property
     def id(self) -> str:
-        """The folder or hub id, as the user knows it."""
+        """The folder or hub id of the model."""
         return self.files.id
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Total size of all tensors in bytes."""
         return sum(spec.nbytes for spec in self.tensors.values())
 
     @property
     def numel(self) -> int:
-        """Parameters of all tensors together."""
+        """Total number of parameters."""
         return sum(spec.numel for spec in self.tensors.values())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 by which a plan recognises the weights it was made for, without reading them all.
+        """SHA-256 that identifies the weights without reading all of them.
 
-        On the hub the pinned commit stands for the content. On disk it covers the headers and two
-        kilobytes of every tensor: training touches every part of a tensor, so another state of the
-        model gives another value; a copy of the folder elsewhere gives the same one.
+        For hub models it covers the pinned commit, on disk the headers and two kilobytes of every
+        tensor: training changes every part of a tensor, so other weights give another value, and a
+        copy of the folder gives the same one.
         """
         if self.files.revision is not None:
             return hashlib.sha256(f"{self.id}@{self.files.revision}".encode()).hexdigest()
@@ -139,10 +139,10 @@ class Checkpoint:
         return digest.hexdigest()
 
     def spec(self, name: str) -> TensorSpec:
-        """Return what the header says of a tensor, or of rows of one: `name[start:stop]`.
+        """Return the header entry of a tensor, or of rows of a tensor: `name[start:stop]`.
 
-        Rows lie together on disk, so that a part of a fused matrix is read like a tensor of its
-        own. Raises: MissingTensorError.
+        Rows are contiguous on disk, so that a part of a fused matrix is read like a separate
+        tensor. Raises: MissingTensorError.
         """
         if name in self.tensors:
             return self.tensors[name]
@@ -150,7 +150,7 @@ class Checkpoint:
         whole = self.tensors.get(stored)
         if rows is None or whole is None or rows.stop > whole.shape[0]:
             raise MissingTensorError(
-                f"'{self.id}' has no tensor '{name}' among its {len(self.tensors)} tensors."
+                f"'{self.id}' has no tensor '{name}' (it has {len(self.tensors)} tensors)."
             )
         row = whole.nbytes // whole.shape[0]
         start, stop = whole.start + rows.start * row, whole.start + rows.stop * row
@@ -158,12 +158,12 @@ class Checkpoint:
         return TensorSpec(name, whole.dtype, shape, whole.shard, start, stop)
 
     def read_bytes(self, name: str) -> bytearray:
-        """Read a tensor's stored bytes, undecoded."""
+        """Read the stored bytes of a tensor."""
         spec = self.spec(name)
         return self.files.read(spec.shard, spec.start, spec.stop)
 
     def iter_bytes(self, name: str, step: int = 1 << 20) -> Iterator[bytearray]:
-        """Read a tensor's stored bytes piece by piece."""
+        """Read the stored bytes of a tensor in pieces."""
         spec = self.spec(name)
         for start in range(spec.start, spec.stop, step):
             yield self.files.read(spec.shard, start, min(start + step, spec.stop))
@@ -171,34 +171,34 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype, on the CPU."""
         spec = self.spec(name)
-        data = torch.empty(spec.nbytes, dtype=torch.uint8)  # not zeroed first, as a bytearray is
+        data = torch.empty(spec.nbytes, dtype=torch.uint8)  # a bytearray would be zeroed first
         self.files.read_into(data.numpy().data, spec.shard, spec.start)
         return data.view(DTYPES[spec.dtype]).reshape(spec.shape)
 
     def read_matrix(self, name: str, *, check: bool = True) -> Tensor:
-        """Read a float tensor to compute with. Raises: CheckpointError for NaN or infinity."""
+        """Read a floating-point tensor. Raises: CheckpointError for NaN or infinity."""
         found = self.read(name)
         if check:
             self.refuse_non_finite(name, count_non_finite(found))
         return found
 
     def refuse_non_finite(self, name: str, bad: int) -> None:
-        """Raise CheckpointError if a tensor holds `bad` > 0 values that are no numbers."""
+        """Raise CheckpointError if a tensor holds `bad` > 0 NaN or infinite values."""
         if bad:
             raise CheckpointError(
-                f"'{name}' of '{self.id}' holds {bad} NaN or infinite values of "
+                f"'{name}' of '{self.id}' holds {bad} NaN or infinite values out of "
                 f"{self.spec(name).numel}. The file is damaged or the training diverged: use "
                 f"another copy."
             )
 
     def read_header(self, shard: str) -> bytearray:
-        """Read a shard's length prefix and header as they are."""
+        """Read the raw length prefix and header of a shard."""
         length = int.from_bytes(self.files.read(shard, 0, 8), "little")
         return self.files.read(shard, 0, 8 + length)
 
 
 def split_address(address: str) -> tuple[str, range | None]:
-    """Split `name[start:stop]` into a stored tensor's name and rows; None stands for all rows.
+    """Split `name[start:stop]` into the name of a stored tensor and rows; None means all rows.
 
     >>> split_address("model.layers.0.self_attn.qkv_proj.weight[64:96]")
     ('model.layers.0.self_attn.qkv_proj.weight', range(64, 96))
@@ -212,31 +212,31 @@ def split_address(address: str) -> tuple[str, range | None]:
 
 
 def as_tensor(data: bytearray, dtype: str) -> Tensor:
-    """Look at stored bytes as a flat tensor; the memory is shared."""
+    """View stored bytes as a flat tensor that shares their memory."""
     if not data:
         return torch.empty(0, dtype=DTYPES[dtype])
     return torch.frombuffer(data, dtype=DTYPES[dtype])
 
 
 def count_non_finite(values: Tensor) -> int:
-    """Count NaN and infinite values; 0 for other dtypes than floats."""
+    """Count NaN and infinite values; 0 for non-float dtypes."""
     if values.dtype not in _FLOATS or not values.numel():
         return 0
-    low, high = torch.aminmax(values)  # one pass; NaN wins
+    low, high = torch.aminmax(values)  # one pass; NaN propagates
     if torch.isfinite(low) and torch.isfinite(high):
         return 0
     return int(values.numel() - torch.isfinite(values).sum())
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """Return a tensor's elements, row-major, as safetensors stores them (little-endian)."""
+    """Return the elements of a tensor as safetensors stores them: row-major, little-endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data: bytes = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return data
 
 
 def _read_header(files: Files, shard: str) -> list[TensorSpec]:
-    """Parse one shard's header and check it against the file, in the order of the data."""
+    """Parse the header of a shard and validate it against the file, in data order."""
     size = files.size(shard)
     fault = _Fault(files.id, shard)
     if size < 8:
@@ -264,7 +264,7 @@ def _read_header(files: Files, shard: str) -> list[TensorSpec]:
 
 
 class _Fault:
-    """Makes a CorruptShardError that names the file and the remedy."""
+    """Creates a CorruptShardError that names the file and the remedy."""
 
     def __init__(self, model: str, shard: str) -> None:
         self.model, self.shard = model, shard
@@ -287,14 +287,14 @@ def _read_entry(fault: _Fault, shard: str, data: int, name: str, entry: Any) -> 
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise fault(f"the entry of '{name}' lacks dtype, shape or data_offsets") from error
+        raise fault(f"the entry for '{name}' lacks dtype, shape or data_offsets") from error
     if dtype not in DTYPES:
         raise fault(f"'{name}' has the unknown dtype {dtype!r}")
     numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-        raise fault(f"'{name}' has the impossible shape {shape!r} or offsets {start!r}, {stop!r}")
+        raise fault(f"'{name}' has an invalid shape {shape!r} or offsets {start!r}, {stop!r}")
     spec = TensorSpec(name, dtype, tuple(shape), shard, data + start, data + stop)
     expected = spec.numel * DTYPES[dtype].itemsize
     if spec.nbytes != expected:
-        raise fault(f"'{name}' has {spec.nbytes} bytes; its shape and dtype need {expected}")
+        raise fault(f"'{name}' has {spec.nbytes} bytes; its shape and dtype require {expected}")
     return spec

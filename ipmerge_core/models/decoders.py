@@ -1,9 +1,9 @@
-"""A model's language decoder, found from names and shapes in its headers, in one common form.
+"""Locate the language decoder of a checkpoint from tensor names and shapes.
 
-In: a `Checkpoint`. Out: `Decoder`s: tensors by (text layer, name inside the layer), whatever the
-prefix, with fused projections split by rows and layers that are no text layers set apart. Which
-family a model belongs to is never asked. What the matrices of a layer cannot be is refused by name:
-quantised storage, hybrid layers, other projections than q, k, v, o, gate, up and down.
+In: a `Checkpoint`. Out: `Decoder`s: tensors by (text layer, name inside the layer), independent of
+the prefix, with fused projections split by rows and non-text layers listed separately. Does not
+depend on the model family. Unsupported layers are rejected by name: quantised storage, hybrid
+layers, projections other than q, k, v, o, gate, up and down.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MATRICES = {
     **{f"self_attn.{module}_proj.weight": module for module in MODULES[:4]},
     **{f"mlp.{module}_proj.weight": module for module in MODULES[4:]},
 }
-MOE = "mixture of experts: experts and router are kept, attention merges"
-CROSS_ATTENTION = "cross-attention layer: the text model has none"
-BUFFER = "buffer: computed, not learned"
+MOE = "mixture of experts: experts and router are kept, attention is merged"
+CROSS_ATTENTION = "cross-attention layer: no counterpart in the text model"
+BUFFER = "buffer: computed, not trained"
 NORMS, BIASES, EMBEDDINGS, HEAD = "norms", "biases", "embeddings", "output head"
 MIXTURE = "experts of the mixture"
 
-# Names are a stranger's: a match ends at the first layer number, and no number is too long to read.
+# Names are untrusted: a match ends at the first layer number, whose length is bounded.
 _LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
 _MOE = re.compile(
     r"(mlp\.(experts|gate|router|shared_experts?|shared_expert_gate)\.|block_sparse_moe\.).+"
@@ -43,8 +43,8 @@ _QUANTISED = re.compile(
 class Decoder:
     """The text layers under one prefix. `tensors` is by (text layer, name inside the layer).
 
-    `layers` are the stored numbers of the text layers, `apart` says of each other tensor under the
-    prefix's layers why it belongs to no text layer or is no matrix to merge.
+    `layers` are the stored numbers of the text layers. `apart` maps each other tensor under the
+    prefix's layers to the reason why it is not merged.
     """
 
     prefix: str
@@ -62,9 +62,9 @@ class Decoder:
         }
 
     def other_tensors(self, model: Checkpoint) -> dict[tuple[str, int, str], str]:
-        """Name the model's other tensors of the language model by (kind, text layer, name there).
+        """Return the other tensors of the language model by (kind, text layer, name in the layer).
 
-        Norms and biases, experts and router of a mixture, embeddings, output head.
+        These are norms and biases, experts and router of a mixture, embeddings and output head.
         """
         found = {
             (BIASES if rest.endswith(".bias") else NORMS, layer, rest): spec.name
@@ -86,28 +86,28 @@ class Decoder:
 
 
 def output_head(model: Checkpoint) -> str | None:
-    """Name the output head, if the model stores one."""
+    """Return the name of the output head, if the model stores one."""
     found = [name for name in model.tensors if name.split(".")[-2:] == ["lm_head", "weight"]]
     return min(found, key=len, default=None)
 
 
 def text_config(model: Checkpoint) -> dict[str, Any]:
-    """Return the config of the model's language part, with the outer config's values below it."""
+    """Return the config of the language model, with the outer config's values as defaults."""
     outer = model.config
     inner = [outer.get(key) for key in ("text_config", "llm_config", "language_config")]
     own: dict[str, Any] = next((part for part in inner if isinstance(part, dict)), {})
     merged = outer | {key: value for key, value in own.items() if value is not None}
     rope = merged.get("rope_parameters")
     if isinstance(rope, dict):
-        rope = rope.get("full_attention", rope)  # where local layers have a rope of their own
+        rope = rope.get("full_attention", rope)  # local layers may have a different RoPE
         merged["rope_theta"] = rope.get("rope_theta", merged.get("rope_theta"))
     return merged
 
 
 def find_decoders(role: str, model: Checkpoint) -> list[Decoder]:
-    """List the groups of layers that hold matrices of the seven kinds, the largest first.
+    """List the groups of layers that contain matrices of the seven kinds, largest first.
 
-    Raises: PairingError when there is none, naming what there is instead.
+    Raises: PairingError if there is none; the message names what was found instead.
     """
     groups: dict[str, dict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
     for spec in model.tensors.values():
@@ -130,21 +130,20 @@ def find_decoders(role: str, model: Checkpoint) -> list[Decoder]:
 
 
 def refuse_unsupported(model: Checkpoint, decoder: Decoder) -> None:
-    """Refuse a decoder with matrices that no merge here understands. Raises: PairingError."""
+    """Raise PairingError for a decoder with unsupported matrices."""
     numbers = sorted({int(_number(name)) for name in decoder.apart} | set(decoder.layers))
     if numbers != list(range(len(numbers))):
         missing = min(set(range(numbers[-1])) - set(numbers))
         raise PairingError(
-            f"'{model.id}' has layers up to {numbers[-1]} under '{decoder.prefix}layers.' but "
-            f"none of number {missing}. Is a shard missing?"
+            f"'{model.id}' has layers up to {numbers[-1]} under '{decoder.prefix}layers.' but no "
+            f"layer {missing}. Is a shard missing?"
         )
     for (layer, rest), spec in decoder.tensors.items():
         _refuse_quantised(model, spec, rest)
         if len(spec.shape) > 1 and rest not in MATRICES:
             raise PairingError(
-                f"'{spec.name}' of '{model.id}' {spec.shape} is none of the projections q, k, v, "
-                f"o, gate, up, down that merges know (layer {layer}). This architecture is not "
-                f"supported."
+                f"'{spec.name}' of '{model.id}' {spec.shape} in layer {layer} is none of the "
+                f"projections q, k, v, o, gate, up, down. This architecture is not supported."
             )
 
 
@@ -176,7 +175,7 @@ def _refuse_quantised(model: Checkpoint, spec: TensorSpec, rest: str) -> None:
 def _quantised_error(model: Checkpoint, name: str) -> PairingError:
     return PairingError(
         f"'{name}' of '{model.id}' is quantised ({model.spec(name).dtype}). Differences of "
-        f"quantised weights are mostly rounding: use the model's own float weights (F32, F16, "
+        f"quantised weights are mostly rounding errors: use the original float weights (F32, F16, "
         f"BF16)."
     )
 
@@ -188,7 +187,7 @@ def _number(name: str) -> str:
 
 
 def _decoder(prefix: str, layers: Mapping[int, Mapping[str, TensorSpec]]) -> Decoder:
-    """Tell text layers from others, number them anew, and set apart what is no part of them."""
+    """Select and renumber the text layers, and list the other tensors separately."""
     text = [number for number in sorted(layers) if _is_text_layer(layers[number])]
     tensors: dict[tuple[int, str], TensorSpec] = {}
     apart: dict[str, str] = {}
@@ -205,13 +204,13 @@ def _decoder(prefix: str, layers: Mapping[int, Mapping[str, TensorSpec]]) -> Dec
 
 
 def _is_text_layer(layer: Mapping[str, TensorSpec]) -> bool:
-    """Every layer is one, unless cross-attention takes the place of self-attention in it."""
+    """Return True unless cross-attention replaces self-attention in the layer."""
     crossed = any(rest.startswith("cross_attn.") for rest in layer)
     return not crossed or any(rest.startswith("self_attn.") for rest in layer)
 
 
 def _split_fused(model: Checkpoint, layer: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Replace `qkv_proj` and `gate_up_proj` by addresses of the rows that they stack."""
+    """Replace `qkv_proj` and `gate_up_proj` by the addresses of their stacked rows."""
     split: dict[str, TensorSpec] = {}
     for rest, spec in layer.items():
         place, _, kind = rest.rpartition(".")
@@ -231,19 +230,19 @@ def _split_fused(model: Checkpoint, layer: Mapping[str, TensorSpec]) -> dict[str
 
 
 def _qkv_rows(model: Checkpoint, spec: TensorSpec) -> list[int]:
-    """Rows of q, k and v in a fused projection, from the number of heads."""
+    """Compute the rows of q, k and v in a fused projection from the number of heads."""
     config = text_config(model)
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(width, int):
         raise PairingError(
-            f"'{spec.name}' of '{model.id}' holds q, k and v in one, and the config does not say "
-            f"num_attention_heads and hidden_size, so that they cannot be told apart."
+            f"'{spec.name}' of '{model.id}' is a fused q, k and v projection, and its config lacks "
+            f"num_attention_heads or hidden_size, so that it cannot be split."
         )
     head = config.get("head_dim") or width // heads
     keys = (config.get("num_key_value_heads") or heads) * head
     if heads * head + 2 * keys != spec.shape[0]:
         raise ShapeError(
             f"'{spec.name}' of '{model.id}' has {spec.shape[0]} rows; {heads} query heads and "
-            f"{keys // head} key/value heads of {head} need {heads * head + 2 * keys}."
+            f"{keys // head} key/value heads of {head} require {heads * head + 2 * keys}."
         )
     return [heads * head, keys, keys]

@@ -1,10 +1,10 @@
-"""Where a model differs from its base, and by how much: a few rows first, everything if need be.
+"""Find where and by how much a model differs from its base: a few rows first, then all values.
 
-In: the tensors of two decoders that correspond. Out: `Differences`. Experts are often tuned in part
-(LoRA on q and v, one layer, norms alone), so every kind of matrix is sampled, and where the sample
-shows nothing the search goes on: all layers, then every value, piece by piece until the first that
-differs. Memory is bounded by the pieces. Over a network the search ends with the first rows of all
-tensors, unless the hub says that the files are the same.
+In: corresponding tensors of two decoders. Out: `Differences`. Experts are often fine-tuned only in
+part (LoRA on q and v, one layer, norms only), so every kind of matrix is sampled; if the sample
+shows no difference, the search continues over all layers and then over all values, in pieces, up to
+the first difference. Memory is bounded by the piece size. Over a network the search ends with the
+first rows of all tensors, unless the hub reports identical files.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from ipmerge_core.models.checkpoint import Checkpoint, count_non_finite, split_address
 from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK
 
-_SAMPLE_BYTES = 1 << 19  # of each sampled matrix: some ten megabytes in all, also from the hub
-_PIECE = 1 << 20  # elements to compare at once
+_SAMPLE_BYTES = 1 << 19  # per sampled matrix: about ten megabytes in total
+_PIECE = 1 << 20  # elements compared at once
 
 
 class Part(NamedTuple):
@@ -34,9 +34,9 @@ class Part(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Rows of a part that were compared, and where they differ the squared norms of both.
+    """Result for compared rows of a part, with squared norms if they differ.
 
-    `bad` counts the NaN and infinite values of the model and of its base, where there are any.
+    `bad` counts the NaN and infinite values of the model and of its base.
     """
 
     part: Part
@@ -47,18 +47,18 @@ class Measured(NamedTuple):
 
 
 class Differences(NamedTuple):
-    """What was found.
+    """Result of a comparison of two decoders.
 
     Attributes:
-        compared: the matrices whose rows were measured, changed or not.
-        beside: the kinds of other tensors that differ, looked at where no matrix does.
-        sampled: whether `compared` are rows of many matrices. If not, it is the first piece that
-            differs in a model whose sampled rows all equal the base's.
-        unread: what was not compared although nothing differs, in words.
+        compared: the matrices that were compared, changed or not.
+        extras: the kinds of other tensors that differ; compared only if no matrix differs.
+        sampled: True if `compared` are the first rows of many matrices; False if it is the first
+            differing piece of a model whose sampled rows all equal the base's.
+        unread: description of what was not compared although no difference was found.
     """
 
     compared: tuple[Measured, ...]
-    beside: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     sampled: bool = True
     unread: str = ""
 
@@ -69,10 +69,10 @@ class Differences(NamedTuple):
 
     @property
     def largest(self) -> tuple[str, float]:
-        """The kind of matrix that differs most, with its distance.
+        """The kind of matrix with the largest distance, and that distance.
 
-        The distance of a kind is ||W - W0||_F / ||W0||_F over its matrices that differ: neither do
-        the parts that were not trained hide it, nor does one small matrix decide it.
+        The distance of a kind is ||W - W0||_F / ||W0||_F over its matrices that differ: untrained
+        parts do not reduce it, and a single small matrix does not dominate it.
         """
         kinds = dict.fromkeys(found.part.kind for found in self.changed)
         distances = [(kind, _distance(self.changed, kind)) for kind in kinds]
@@ -80,7 +80,7 @@ class Differences(NamedTuple):
 
     @property
     def damaged(self) -> Measured | None:
-        """The first matrix that holds values which are no finite numbers."""
+        """The first matrix with NaN or infinite values."""
         return next((found for found in self.compared if any(found.bad)), None)
 
 
@@ -97,15 +97,15 @@ def sample_differences(
 
 
 def find_differences(
-    model: Checkpoint, root: Checkpoint, matrices: Sequence[Part], beside: Sequence[Part]
+    model: Checkpoint, root: Checkpoint, matrices: Sequence[Part], extras: Sequence[Part]
 ) -> Differences:
-    """Compare a model's decoder with its base's, as far as it takes to find a difference.
+    """Compare a model's decoder with its base's until a difference is found.
 
     Args:
         model: the fine-tuned model.
         root: its base.
-        matrices: the parts that merge.
-        beside: other parts of the language model, looked at last.
+        matrices: the mergeable parts.
+        extras: other parts of the language model, compared last.
     """
     found = sample_differences(model, root, matrices)
     if not found.changed:
@@ -113,17 +113,17 @@ def find_differences(
     if found.changed or _are_same_files(model, root):
         return found
     if model.files.remote or root.files.remote:
-        kinds = _changed_kinds(model, root, beside, _first_rows)
-        return Differences(found.compared, kinds, unread="the other rows, which are on the hub")
+        kinds = _changed_kinds(model, root, extras, _first_rows)
+        return Differences(found.compared, kinds, unread="the remaining rows, which are on the hub")
     for part in matrices:
         first = _first_difference(model, root, part, _pieces)
         if first is not None:
             return Differences((first,), sampled=False)
-    return Differences(found.compared, _changed_kinds(model, root, beside, _pieces))
+    return Differences(found.compared, _changed_kinds(model, root, extras, _pieces))
 
 
 def _sampled(model: Checkpoint, root: Checkpoint, parts: Iterable[Part]) -> Iterator[Measured]:
-    """Measure the first rows of each part, several at once where each is a request."""
+    """Compare the first rows of each part, concurrently over a network."""
 
     def measure(part: Part) -> Measured:
         (rows,) = _first_rows(model, root, part)
@@ -135,7 +135,7 @@ def _sampled(model: Checkpoint, root: Checkpoint, parts: Iterable[Part]) -> Iter
 
 
 def _measure(model: Checkpoint, root: Checkpoint, part: Part, rows: range) -> Measured:
-    """Compare rows of a part in the model's own dtype, and measure their change in fp64."""
+    """Compare rows of a part in the model's dtype and compute their change in fp64."""
     tuned = model.read(_address(part.name, rows))
     base = root.read(_address(part.root, rows))
     if _are_equal(tuned, base):
@@ -146,14 +146,14 @@ def _measure(model: Checkpoint, root: Checkpoint, part: Part, rows: range) -> Me
 
 
 def _are_equal(tuned: Tensor, base: Tensor) -> bool:
-    """Whether all values are equal in the dtype of the first; bytes first, which is much faster."""
-    if tuned.dtype == base.dtype and torch.equal(_words(tuned), _words(base)):
+    """Return whether all values are equal in the dtype of the first; compares bytes if possible."""
+    if tuned.dtype == base.dtype and torch.equal(_as_integers(tuned), _as_integers(base)):
         return True
     return torch.equal(tuned, base.to(tuned.dtype))
 
 
-def _words(values: Tensor) -> Tensor:
-    """Look at freshly read values as integers, the widest that fit."""
+def _as_integers(values: Tensor) -> Tensor:
+    """View values as the widest integers whose size divides theirs."""
     stored = values.reshape(-1).view(torch.uint8)
     return stored if stored.numel() % 8 else stored.view(torch.int64)
 
@@ -169,7 +169,7 @@ def _first_difference(model: Checkpoint, root: Checkpoint, part: Part, cut: Cut)
 def _changed_kinds(
     model: Checkpoint, root: Checkpoint, parts: Sequence[Part], cut: Cut
 ) -> tuple[str, ...]:
-    """List the kinds of which some part differs; each is read until its first difference."""
+    """List the kinds with a part that differs; each is read up to its first difference."""
     changed: dict[str, None] = {}
     for part in parts:
         if part.kind not in changed and _first_difference(model, root, part, cut) is not None:
@@ -190,19 +190,19 @@ def _pieces(model: Checkpoint, root: Checkpoint, part: Part) -> Iterator[range]:
 
 
 def _common_rows(model: Checkpoint, root: Checkpoint, part: Part) -> int:
-    """Rows that both have: a vocabulary may have grown."""
+    """Return the number of rows that both have: a vocabulary may have been extended."""
     return min(model.spec(part.name).shape[0], root.spec(part.root).shape[0])
 
 
 def _address(name: str, rows: range) -> str:
-    """Name some rows of a tensor, or of the rows that `name` itself stands for."""
+    """Return the address of some rows of a tensor, or of rows of an address."""
     stored, within = split_address(name)
     start = within.start if within else 0
     return f"{stored}[{start + rows.start}:{start + rows.stop}]"
 
 
 def _are_same_files(model: Checkpoint, root: Checkpoint) -> bool:
-    """Whether the weights are known to be the same without reading them."""
+    """Return whether the weights are known to be identical without reading them."""
     if (model.files.id, model.files.revision) == (root.files.id, root.files.revision):
         return True
     ours = [model.files.content_id(shard) for shard in model.shards]

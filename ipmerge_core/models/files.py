@@ -1,8 +1,8 @@
-"""Where a model's files lie: a folder on disk, or a repository on the hub at one pinned commit.
+"""Read the files of a model from a folder or from a pinned commit on the hub.
 
-In: a path or a hub id `org/name[@revision]`. Out: names, sizes, and the bytes of any range, by
-positioned reads: nothing stays mapped, nothing more is fetched than was asked for. What the disk or
-the network says is turned into one sentence here. Knows nothing of the formats inside the files.
+In: a path or a hub id `org/name[@revision]`. Out: file names, sizes, and any byte range, by
+positioned reads: nothing is memory-mapped, and only the requested range is fetched. Disk and
+network errors are converted to a readable message. Independent of file formats.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _READ_STEP = 1 << 30  # Linux reads at most 2 GiB at once
 
 
 class Pace(NamedTuple):
-    """How to read a model through: bytes of a piece, bytes to read ahead, pieces at once."""
+    """How to read a whole model: bytes per piece, bytes to read ahead, concurrent reads."""
 
     piece: int
     ahead: int
     threads: int
 
 
-FROM_DISK = Pace(1 << 22, 1 << 26, 1)  # pieces that pass from cache to cache
-OVER_NETWORK = Pace(1 << 24, 1 << 29, 8)  # every piece of every model is a request that takes time
+FROM_DISK = Pace(1 << 22, 1 << 26, 1)  # pieces that fit a CPU cache
+OVER_NETWORK = Pace(1 << 24, 1 << 29, 8)  # each piece is a request with latency
 
 
 class Files(Protocol):
-    """A model's files, wherever they are."""
+    """The files of a model, local or remote."""
 
     id: str
-    revision: str | None  # the commit, on the hub
-    remote: bool  # whether every read is a request over a network
+    revision: str | None  # the commit, for a hub model
+    remote: bool  # whether every read is a network request
 
     def names(self) -> list[str]:
-        """List the files at the top of the model folder, sorted."""
+        """List the files at the top level of the model folder, sorted."""
         ...
 
     def size(self, name: str) -> int:
@@ -52,7 +52,7 @@ class Files(Protocol):
         ...
 
     def content_id(self, name: str) -> str | None:
-        """Return the hub's hash of one file's content; None on disk, where nobody has hashed it."""
+        """Return the hub's hash of a file's content; None for local files."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
@@ -65,7 +65,7 @@ class Files(Protocol):
 
 
 class LocalFiles:
-    """A model folder on disk; with `id` and `revision` where it is a hub model's local copy."""
+    """A model folder on disk; `id` and `revision` are given for a hub model in the local cache."""
 
     remote = False
 
@@ -90,7 +90,7 @@ class LocalFiles:
             raise _unreadable(self.folder / name, error) from error
 
     def content_id(self, name: str) -> str | None:
-        """Return None: nobody has hashed the files."""
+        """Return None: local files have no precomputed hash."""
         return None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
@@ -100,7 +100,7 @@ class LocalFiles:
         return data
 
     def read_into(self, memory: memoryview, name: str, start: int) -> None:
-        """Fill `memory` by positioned reads, so that no page stays mapped."""
+        """Fill `memory` by positioned reads, without memory mapping."""
         done = 0
         try:
             descriptor = self._open(name)
@@ -113,9 +113,8 @@ class LocalFiles:
             raise _unreadable(self.folder / name, error) from error
         if done < len(memory):
             raise CorruptShardError(
-                f"'{self.folder / name}' ended at byte {start + done} while bytes up to "
-                f"{start + len(memory)} were expected. Was it changed during the run? Copy it "
-                f"again."
+                f"'{self.folder / name}' ends at byte {start + done}; expected at least "
+                f"{start + len(memory)}. Was it modified during the run? Copy it again."
             )
 
     def _open(self, name: str) -> int:
@@ -125,13 +124,13 @@ class LocalFiles:
             return self._descriptors[name]
 
     def __del__(self) -> None:
-        """Close what was opened."""
+        """Close open files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
 
 class RemoteFiles:
-    """A model folder on any file system that fsspec knows, read by ranges; used for the hub."""
+    """A model folder on any fsspec file system, read by byte ranges; used for the hub."""
 
     remote = True
 
@@ -149,7 +148,7 @@ class RemoteFiles:
         }
 
     def names(self) -> list[str]:
-        """List the files at the top of the repository, sorted."""
+        """List the files at the top level of the repository, sorted."""
         return sorted(self._sizes)
 
     def size(self, name: str) -> int:
@@ -157,7 +156,7 @@ class RemoteFiles:
         return self._sizes[name]
 
     def content_id(self, name: str) -> str | None:
-        """Return git's hash of the file, or of the pointer that holds a large file's SHA-256."""
+        """Return the git hash of the file, or of its LFS pointer, which contains its SHA-256."""
         return self._blobs[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
@@ -168,8 +167,8 @@ class RemoteFiles:
         data: bytearray = self._ask(lambda: self._range(f"{self._folder}/{name}", start, stop))
         if len(data) != stop - start:
             raise RunError(
-                f"'{name}' of '{self.id}' gave {len(data)} bytes where {stop - start} were asked "
-                f"for. Run the same command again; finished tensors are kept."
+                f"Reading '{name}' of '{self.id}' returned {len(data)} of {stop - start} requested "
+                f"bytes. Run the same command again; finished tensors are kept."
             )
         return data
 
@@ -183,7 +182,7 @@ class RemoteFiles:
             return bytearray(file.read(stop - start))
 
     def _ask(self, request: Any) -> Any:  # noqa: ANN401
-        """Carry out one request and explain what goes wrong with it."""
+        """Execute one request and convert its errors to a RunError."""
         try:
             return request()
         except _request_errors() as error:
@@ -194,11 +193,11 @@ class RemoteFiles:
 
 
 def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
-    """Return the files of a folder, or of a hub id if there is no such folder.
+    """Return the files of a folder, or of a hub id if no such folder exists.
 
-    With `hub_only`, for names that strangers write, no folder is looked at.
+    With `hub_only`, for untrusted input, local folders are not accessed.
 
-    Raises: CheckpointError when there is neither, or the hub refuses.
+    Raises: CheckpointError if neither exists, or access is denied.
     """
     if hub_only:
         return open_hub(as_hub_id(source))
@@ -208,7 +207,7 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     if isinstance(source, str) and is_hub_id(source) and not folder.exists():
         return open_hub(source)
     raise CheckpointError(
-        f"There is no model folder '{source}'. Expected a folder with config.json and "
+        f"The model folder '{source}' does not exist. Expected a folder with config.json and "
         f"safetensors files, or a hub id such as 'org/name'."
     )
 
@@ -243,9 +242,9 @@ def as_hub_id(source: str | Path) -> str:
 
 
 def open_hub(hub_id: str) -> Files:
-    """Pin a hub model to a commit; no file is downloaded.
+    """Resolve a hub model to a commit without downloading files.
 
-    Without a connection (or with HF_HUB_OFFLINE=1) a copy in the local hub cache serves.
+    Offline (or with HF_HUB_OFFLINE=1) a copy in the local hub cache is used.
     """
     from huggingface_hub import HfApi, HfFileSystem
 
@@ -271,7 +270,7 @@ def _request_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def _cached_copy(name: str, revision: str) -> LocalFiles | None:
-    """Find the model in the hub's own cache on this disk."""
+    """Find the model in the local hub cache."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -321,5 +320,5 @@ def _remedy_of(error: Exception, hub_id: str) -> str:
 def _unreadable(path: Path, error: OSError) -> RunError:
     return RunError(
         f"Cannot read '{path}': {error.strerror or error}. Was it moved, or its disk unmounted? "
-        f"Put it back and run the same command again; finished tensors are kept."
+        f"Restore it and run the same command again; finished tensors are kept."
     )

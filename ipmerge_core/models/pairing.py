@@ -1,11 +1,10 @@
-"""Which tensors of the models correspond, and why others do not.
+"""Match the decoder tensors of an MLLM, its experts and their base.
 
 In: an MLLM, one or several math LLMs, their common base (or one base per role). Out: a `ModelPair`
 with one `MatrixMatch` per decoder matrix, a reason for every tensor of the MLLM that is kept, and
-the findings of the sibling check. Names differ between layouts, so the match is learned by lineage:
-among the decoders that the headers show, the one whose tensors and shapes are the base's. A tensor
-of the decoder without its counterpart is refused by name. Weights are read by the check alone, and
-only a few rows.
+the findings of the sibling check. Names differ between layouts, so each model's decoder is the one
+whose tensors and shapes equal the base's. A decoder tensor without a counterpart raises an error
+that names it. Only the sibling check reads weights, and only a few rows.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ __all__ = [
     "text_config",
 ]
 
-VOCABULARY = "vocabulary: rows belong to the MLLM's own tokens"
+VOCABULARY = "vocabulary: rows correspond to the MLLM's tokens"
 OUTSIDE = "outside the language model"
 BIAS = "bias: only matrices are merged"
 NORM = "norm: only matrices are merged"
@@ -59,10 +58,10 @@ NORM = "norm: only matrices are merged"
 
 @dataclass(frozen=True)
 class MatrixMatch:
-    """One decoder matrix under its name in each model. `name` is the base's name for it.
+    """One decoder matrix with its name in each model; `name` is its name in the base.
 
-    A matrix that a model stores inside a fused one is named by its rows there, such as
-    `model.layers.0.self_attn.qkv_proj.weight[0:4096]`; `Checkpoint` reads such names.
+    A matrix stored as part of a fused one is addressed by its rows, such as
+    `model.layers.0.self_attn.qkv_proj.weight[0:4096]`; `Checkpoint` accepts such names.
     """
 
     name: str
@@ -75,9 +74,9 @@ class MatrixMatch:
 
 
 class MatrixWeights(NamedTuple):
-    """One matrix of every model that takes part, in the stored dtypes.
+    """One matrix of every participating model, in the stored dtypes.
 
-    `root` is the MLLM's own base: the very tensor `base` where both descend from one.
+    `root` is the MLLM's own base: the same tensor as `base` if both share one base.
     """
 
     base: Tensor
@@ -86,7 +85,7 @@ class MatrixWeights(NamedTuple):
     math: tuple[Tensor, ...]
 
     def to(self, device: str | torch.device) -> MatrixWeights:
-        """Return the same on another device."""
+        """Return a copy on another device."""
         base = self.base.to(device)
         root = base if self.root is self.base else self.root.to(device)
         experts = tuple(expert.to(device) for expert in self.math)
@@ -94,7 +93,7 @@ class MatrixWeights(NamedTuple):
 
 
 class ModelPair:
-    """An MLLM with its math experts and base, matched matrix by matrix; no weights in memory."""
+    """An MLLM, its math experts and their base with matched matrices; holds no weights."""
 
     def __init__(
         self, mllm: Checkpoint, math: Sequence[Checkpoint], base: Checkpoint, base_mllm: Checkpoint
@@ -115,7 +114,7 @@ class ModelPair:
 
     @cached_property
     def vectors(self) -> tuple[MatrixMatch, ...]:
-        """Norms and biases of the text layers and the last norm, as matrices of one row."""
+        """Norms and biases of the text layers and the final norm, as one-row matrices."""
         root = self.sides[0][1]
         found = [
             (layer, [decoder.tensors[layer, rest] for _, decoder in self.sides])
@@ -133,7 +132,7 @@ class ModelPair:
 
     @cached_property
     def kept(self) -> dict[str, str]:
-        """Every tensor of the MLLM that no merge of matrices touches, with the reason."""
+        """The tensors of the MLLM that merging matrices leaves unchanged, each with the reason."""
         matched = {split_address(matrix.mllm)[0] for matrix in self.matrices}
         return {
             name: _reason_to_keep(spec, self._decoder)
@@ -147,34 +146,34 @@ class ModelPair:
         return " + ".join(Path(model.id).name for model in (self.mllm, *self.math))
 
     def check(self) -> list[Finding]:
-        """Compare the models from headers, configs and a few rows of every kind of matrix.
+        """Run the sibling check on headers, configs and a few rows of every kind of matrix.
 
-        More is read only of a model that seems to be its base. Returns findings, each ok, warning
-        or refusal, with the numbers and a remedy. A merge of a pair with a refusal is possible only
-        when it is forced.
+        More is read only if a model seems to equal its base. Returns findings, each ok, warning
+        or refusal, with the numbers and a remedy. A pair with a refusal can only be merged with
+        force.
         """
         places = [(matrix.module, matrix.layer) for matrix in self.matrices]
         return [self._tensor_finding(), *check_siblings(list(self._members()), places)]
 
-    def refuse_strangers(self, way_out: str = "") -> None:
-        """Raise PairingError for the first refusal of the check; `way_out` ends its message."""
+    def require_common_base(self, hint: str = "") -> None:
+        """Raise PairingError for the first refusal of the sibling check, followed by `hint`."""
         for finding in self.check():
             if finding.level == "refusal":
-                words = (f"{finding.subject}: {finding.message}", finding.remedy, way_out)
-                raise PairingError(" ".join(filter(None, words)))
+                message = (f"{finding.subject}: {finding.message}", finding.remedy, hint)
+                raise PairingError(" ".join(filter(None, message)))
 
     def read(
         self, matrix: MatrixMatch, experts: Sequence[int] | None = None, *, check: bool = True
     ) -> MatrixWeights:
-        """Read one matrix of every model, or of some experts only, by index.
+        """Read one matrix of every model, or only of the experts with the given indices.
 
-        Raises: CheckpointError where a matrix holds NaN or infinity, unless `check` is false.
+        Raises: CheckpointError if a matrix contains NaN or infinity, unless `check` is false.
         """
         chosen = range(len(self.math)) if experts is None else experts
 
         def read(model: Checkpoint, name: str) -> Tensor:
             found = model.read_matrix(name, check=check)
-            return found.reshape(matrix.shape)  # a vector is a matrix of one row
+            return found.reshape(matrix.shape)  # a vector is a one-row matrix
 
         base = read(self.base, matrix.name)
         shared = self.base_mllm is self.base
@@ -187,14 +186,14 @@ class ModelPair:
 
     @property
     def pace(self) -> Pace:
-        """How to read the models through."""
+        """How to read the whole models."""
         remote = any(model.files.remote for _, model in self.roles())
         return OVER_NETWORK if remote else FROM_DISK
 
     def refuse_non_finite(self, matrix: MatrixMatch, experts: Sequence[int]) -> None:
-        """Look through the stored tensors that hold a matrix, in every model.
+        """Check the stored tensors that contain a matrix, in every model.
 
-        Raises: CheckpointError naming the first with NaN or infinity, and how many.
+        Raises: CheckpointError naming the first with NaN or infinity, and their number.
         """
         names = [(self.mllm, matrix.mllm), (self.base, matrix.name)]
         names += [(self.base_mllm, matrix.base_mllm)]
@@ -208,7 +207,7 @@ class ModelPair:
             model.refuse_non_finite(stored, bad)
 
     def roles(self) -> Iterator[tuple[str, Checkpoint]]:
-        """Name each model: mllm, base, math (or math 1, math 2, ...), and base of the mllm."""
+        """Yield the models by role: mllm, base, math (or math 1, ...), base of the mllm."""
         for member in self._members():
             yield member.role, member.model
 
@@ -226,7 +225,7 @@ class ModelPair:
             yield Member(role, expert, [m.math[k] for m in self.matrices], "base", others[3 + k])
 
     def _tensor_finding(self) -> Finding:
-        """Say of every tensor of the MLLM whether it can merge, or why it is kept."""
+        """Summarize which tensors of the MLLM match, and why the others are kept."""
         reasons = Counter(reason.partition(":")[0] for reason in self.kept.values())
         kept = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         message = (
@@ -241,8 +240,8 @@ class ModelPair:
             "warning",
             "shapes",
             message,
-            f"The experts of this mixture are {share:.0%} of its parameters and stay as they are: "
-            f"only attention merges.",
+            f"The experts of this mixture are {share:.0%} of its parameters and are kept: only "
+            f"attention is merged.",
         )
 
 
@@ -253,21 +252,21 @@ def open_pair(
     *,
     base_mllm: Source | None = None,
 ) -> ModelPair:
-    """Open the models by their headers and match their decoder matrices; no weight is read.
+    """Open the models by their headers and match their decoder matrices, without reading weights.
 
     Args:
         mllm: the multimodal model: a folder, a hub id `org/name[@revision]`, or a Checkpoint.
         math: the expert, or a list of experts.
         base: the text model that the experts (and the MLLM) were fine-tuned from.
-        base_mllm: the text model the MLLM was built on, where it is another one.
+        base_mllm: the text model that the MLLM was built on, if it differs from `base`.
 
     Raises:
         CheckpointError: a model cannot be opened.
-        PairingError: the models' decoders do not correspond (ShapeError: in a shape).
+        PairingError: the decoders do not match (ShapeError: differing shapes).
     """
     experts = [math] if isinstance(math, str | Path | Checkpoint) else list(math)
     if not experts:
-        raise PairingError("No math model was given; expected at least one expert to merge.")
+        raise PairingError("No math model given; expected at least one expert.")
     root = _open(base)
     return ModelPair(
         _open(mllm),
@@ -282,21 +281,21 @@ def _open(source: Source) -> Checkpoint:
 
 
 def _align(role: str, model: Checkpoint, base: Checkpoint, wanted: Decoder) -> Decoder:
-    """Return the model's decoder that fits the base's best, without a hole or a stranger."""
+    """Return the model's decoder that matches the base's tensor by tensor."""
     fits = [(_fit(decoder, wanted), decoder) for decoder in find_decoders(role, model)]
     best, decoder = max(fits, key=lambda fit: fit[0])
     twins = [other.prefix for fit, other in fits if fit == best]
     if len(twins) > 1 and best[0]:
         raise PairingError(
-            f"The {role} '{model.id}' has {len(twins)} decoders that fit the base '{base.id}' "
-            f"alike, under {', '.join(repr(twin) for twin in twins)}. Which one is meant cannot "
-            f"be told."
+            f"The {role} '{model.id}' has {len(twins)} decoders that match the base '{base.id}' "
+            f"equally well, under {', '.join(repr(twin) for twin in twins)}: the choice is "
+            f"ambiguous."
         )
     layers, expected = len(decoder.layers), len(wanted.layers)
     if layers != expected:
         raise PairingError(
             f"The {role} '{model.id}' has {layers} decoder layers and the base '{base.id}' has "
-            f"{expected}. Both must descend from one base."
+            f"{expected}. Both must share one base."
         )
     refuse_unsupported(model, decoder)
     holes = sorted(wanted.tensors.keys() ^ decoder.tensors.keys())
@@ -304,8 +303,8 @@ def _align(role: str, model: Checkpoint, base: Checkpoint, wanted: Decoder) -> D
         layer, rest = holes[0]
         has, lacks = (base, model) if holes[0] in wanted.tensors else (model, base)
         raise PairingError(
-            f"Layer {layer} of '{has.id}' has '{rest}' and '{lacks.id}' has none. Every tensor of "
-            f"the decoder needs its counterpart: do both descend from one base?"
+            f"Layer {layer} of '{has.id}' has '{rest}' but '{lacks.id}' does not. Every tensor of "
+            f"the decoder needs a counterpart: do both share one base?"
         )
     for key, spec in wanted.tensors.items():
         if decoder.tensors[key].shape != spec.shape:
@@ -318,7 +317,7 @@ def _align(role: str, model: Checkpoint, base: Checkpoint, wanted: Decoder) -> D
 
 
 def _fit(decoder: Decoder, wanted: Decoder) -> tuple[int, int]:
-    """How many tensors correspond in name and shape, and how many in name."""
+    """Count the tensors that match in name and shape, and those that match in name."""
     shared = [key for key in wanted.tensors if key in decoder.tensors]
     equal = [key for key in shared if decoder.tensors[key].shape == wanted.tensors[key].shape]
     return len(equal), len(shared)

@@ -1,9 +1,9 @@
-"""Which rows of the vocabulary matrices belong to one token in every model.
+"""Match the rows of the embedding and the output head by token string.
 
 In: a `ModelPair` and the tokenizer.json of its models. Out: `MatrixMatch`es over runs of rows of
-the input embedding and the output head. A row is known by its token's string, never by its number:
-tokenizers of siblings insert tokens of their own and shift the rest. Rows of the MLLM's own tokens
-and padding rows are in no run, so that a merge copies them. No weight is read.
+the input embedding and the output head. Rows are matched by token string, not by index, because
+fine-tuned models insert tokens that shift the others. Rows of tokens that only the MLLM has and
+padding rows are in no run, so that a merge copies them. No weights are read.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.decoders import Decoder, output_head, text_config
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair
 
-ROWS = "vocabulary"  # the module of such a match; its rows merge one by one
+ROWS = "vocabulary"  # the module of such a match; its rows are merged one by one
 TOKENIZER = "tokenizer.json"
-_BLOCK = 1024  # rows of a run, at most: memory does not grow with the vocabulary
+_BLOCK = 1024  # maximum rows of a run, which bounds memory for any vocabulary
 
 
 class SharedTokens(NamedTuple):
-    """What a plan keeps of the match: how many rows merge, and a hash of which."""
+    """Summary of a match stored in a plan: number of merged rows, and a hash of them."""
 
     rows: int
     digest: str
 
 
 def shared_tokens(pair: ModelPair) -> SharedTokens:
-    """Count and identify the rows that every model has. Raises: as `shared_rows`."""
+    """Count and identify the rows shared by all models. Raises: as `shared_rows`."""
     runs = shared_rows(pair)
     named = [[run.mllm, run.name, run.base_mllm, *run.math] for run in runs]
     digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
     return SharedTokens(sum(run.shape[0] for run in runs), digest)
 
 
-@lru_cache(maxsize=1)  # a merge asks several times, and a tokenizer takes a second to read
+@lru_cache(maxsize=1)  # called several times per merge; reading a tokenizer takes a second
 def shared_rows(pair: ModelPair) -> tuple[MatrixMatch, ...]:
-    """Match the rows of the embedding and the head by token, as runs of neighbouring rows.
+    """Match the rows of the embedding and the head by token, as runs of consecutive rows.
 
-    A head that is tied to the embedding and not stored is no tensor of its own; where the MLLM
-    stores both, both get the same rows.
+    A tied head that is not stored is not matched separately; if the MLLM stores both, both get
+    the same rows.
 
     Raises:
-        PlanError: a model has no tokenizer.json, or the models have no token in common.
+        PlanError: a model has no tokenizer.json, or the models share no token.
         ShapeError: the rows differ in length.
     """
     models = [model for model, _ in pair.sides]
@@ -55,7 +55,7 @@ def shared_rows(pair: ModelPair) -> tuple[MatrixMatch, ...]:
     if not ids:
         raise PlanError(
             f"The tokenizers of '{pair.mllm.id}' and '{pair.base.id}' have no token in common, so "
-            f"no row of the embeddings can be merged. Keep the embeddings."
+            f"no embedding rows can be merged. Keep the embeddings."
         )
     last = max(matrix.layer for matrix in pair.matrices)
     embeddings = [_embedding(model, decoder) for model, decoder in pair.sides]
@@ -73,12 +73,12 @@ def shared_rows(pair: ModelPair) -> tuple[MatrixMatch, ...]:
 
 
 def read_tokens(model: Checkpoint) -> dict[str, int]:
-    """Read the row of every token from a model's tokenizer.json. Raises: PlanError."""
+    """Read the row index of every token from tokenizer.json. Raises: PlanError."""
     if TOKENIZER not in model.files.names():
         raise PlanError(
-            f"'{model.id}' has no {TOKENIZER}, and rows of embeddings are matched by token. Save "
-            f"its tokenizer with transformers (AutoTokenizer, save_pretrained) into the folder, "
-            f"or keep the embeddings."
+            f"'{model.id}' has no {TOKENIZER}, which is needed to match embedding rows by token. "
+            f"Save its tokenizer into the folder with transformers (AutoTokenizer, "
+            f"save_pretrained), or keep the embeddings."
         )
     try:
         content = json.loads(model.files.read(TOKENIZER))
@@ -96,7 +96,7 @@ def read_tokens(model: Checkpoint) -> dict[str, int]:
 
 
 def _tokens_by_row(content: dict[str, Any]) -> dict[int, str]:
-    """List the tokens of a tokenizer; an added token stands in place of the vocabulary's."""
+    """Map rows to tokens; an added token overrides the vocabulary's token in its row."""
     vocabulary = content["model"]["vocab"]
     pairs = (  # Unigram models store a list of (token, score)
         vocabulary.items()
@@ -110,7 +110,7 @@ def _tokens_by_row(content: dict[str, Any]) -> dict[int, str]:
 
 
 def _common_ids(vocabularies: Sequence[dict[str, int]]) -> list[tuple[int, ...]]:
-    """Rows of the tokens that all have, one tuple per token, ordered by the MLLM's row."""
+    """Return the rows of the shared tokens, one tuple per token, ordered by the MLLM's row."""
     shared = set(vocabularies[0]).intersection(*vocabularies[1:])
     rows = (tuple(vocabulary[token] for vocabulary in vocabularies) for token in shared)
     return sorted(rows, key=lambda row: row[1])
@@ -128,7 +128,7 @@ def _embedding(model: Checkpoint, decoder: Decoder) -> str:
 def _runs(
     models: Sequence[Checkpoint], names: Sequence[str], ids: list[tuple[int, ...]], layer: int
 ) -> Iterator[MatrixMatch]:
-    """Cut the tokens into runs whose rows follow each other in every model."""
+    """Split the tokens into runs of rows that are consecutive in every model."""
     shapes = [model.spec(name).shape for model, name in zip(models, names, strict=True)]
     width = shapes[0][-1]
     for model, name, shape in zip(models, names, shapes, strict=True):

@@ -1,9 +1,9 @@
-"""The sibling check: do these models descend from one base? Asked before any work is done.
+"""The sibling check: verify that the models were fine-tuned from one base.
 
-In: the models, each with its role and its names for the matched matrices. Out: findings, each ok,
-warning or refusal, with the numbers and a remedy: files, configs, dtypes, and how far and in which
-parts a model differs from its base. For a base that cannot be the true one, the catalogue's is
-named if it knows.
+In: the models, each with its role and its names of the matched matrices. Out: findings, each ok,
+warning or refusal, with the numbers and a remedy, about files, configs, dtypes, and how far and in
+which parts a model differs from its base. If a base is probably wrong, the remedy names the
+catalogued one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ipmerge_core.models.differences import (
 )
 from ipmerge_core.models.weight_files import ADAPTER_CONFIG
 
-SIBLING_DISTANCE = 0.1  # fine-tunes of one base usually lie closer than this
-REFUSED_DISTANCE = 0.3  # unrelated models lie near sqrt(2)
-_LISTED = 4  # layers that a finding names one by one
+SIBLING_DISTANCE = 0.1  # typical upper limit for fine-tunes of one base
+REFUSED_DISTANCE = 0.3  # unrelated models have a distance near sqrt(2)
+_LISTED = 4  # maximum number of layers that a finding lists
 
 _MUST_AGREE = {
     "num_attention_heads": "attention heads",
@@ -40,7 +40,7 @@ _SHOULD_AGREE = {
     "tie_word_embeddings": "tied embeddings",
     "vocab_size": "vocabulary size",
 }
-_LEFT_OUT = {  # what a config means when it does not say
+_LEFT_OUT = {  # defaults of settings that a config omits
     "llama": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
     "mistral": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
     "qwen2": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
@@ -50,7 +50,7 @@ Level = Literal["ok", "warning", "refusal"]
 
 
 class Finding(NamedTuple):
-    """One line of the sibling check."""
+    """One result of the sibling check."""
 
     level: Level
     subject: str
@@ -59,9 +59,9 @@ class Finding(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A model with its role, its name for each matched matrix, and the role of its base.
+    """A model with its role, its names of the matched matrices, and the role of its base.
 
-    `others` names the rest of its language model, by (kind, layer, name inside the layer).
+    `others` are the other tensors of its language model by (kind, layer, name inside the layer).
     """
 
     role: str
@@ -72,7 +72,7 @@ class Member(NamedTuple):
 
 
 def check_siblings(members: Sequence[Member], places: Sequence[tuple[str, int]]) -> list[Finding]:
-    """Compare files, configs, dtypes and weights; `places` are the matrices' modules and layers."""
+    """Check files, configs, dtypes and weights; `places` are the matrices' modules and layers."""
     return [
         *_check_files(members),
         *_check_configs(members),
@@ -82,7 +82,7 @@ def check_siblings(members: Sequence[Member], places: Sequence[tuple[str, int]])
 
 
 def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
-    """Name what lies beside a model's weights and could be taken for them."""
+    """Report other files in the folder that could be mistaken for the model's weights."""
     for member in members:
         model, weights = member.model, member.model.weights
         if weights.unused:
@@ -91,19 +91,19 @@ def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"{member.role}: weight files",
-                f"'{model.id}' is read from '{read}', as transformers loads it. Also in the "
-                f"folder, and not read: '{first}'{f' and {len(more)} more' if more else ''}.",
-                "If that is the model you mean, give it in a folder of its own; else delete it, as "
-                "other programs may load it.",
+                f"'{model.id}' is read from '{read}', as in transformers. Ignored in the same "
+                f"folder: '{first}'{f' and {len(more)} more' if more else ''}.",
+                "If that is the intended model, move it to a separate folder; otherwise delete it, "
+                "as other programs may load it.",
             )
         if weights.has_adapter:
             yield Finding(
                 "warning",
                 f"{member.role}: adapter",
-                f"'{model.id}' holds a PEFT adapter ('{ADAPTER_CONFIG}') beside its weights. Only "
-                f"the weights are read and merged; transformers with PEFT adds the adapter.",
-                "If it belongs to the model, merge it into the weights first (merge_and_unload), "
-                "else delete it.",
+                f"'{model.id}' contains both weights and a PEFT adapter ('{ADAPTER_CONFIG}'). Only "
+                f"the weights are merged; transformers with PEFT would apply the adapter.",
+                "If it belongs to the model, merge it into the weights first (merge_and_unload); "
+                "otherwise delete it.",
             )
 
 
@@ -114,15 +114,15 @@ def _check_configs(members: Sequence[Member]) -> Iterator[Finding]:
             continue
         config = _settings(member.model)
         for keys, level in ((_MUST_AGREE, "refusal"), (_SHOULD_AGREE, "warning")):
-            for key, words in keys.items():
+            for key, label in keys.items():
                 ours, theirs = config.get(key), base.get(key)
                 if ours is None or theirs is None or ours == theirs:
                     continue
-                yield _difference(level, f"{member.role}: {words}", key, ours, theirs)  # type: ignore[arg-type]
+                yield _difference(level, f"{member.role}: {label}", key, ours, theirs)  # type: ignore[arg-type]
 
 
 def _settings(model: Checkpoint) -> dict[str, object]:
-    """Return the text config, with the family's own defaults for what it leaves out."""
+    """Return the text config, with the model type's defaults for omitted settings."""
     config = text_config(model)
     defaults = (
         _LEFT_OUT.get(str(config.get("model_type")), {}) if "text_config" not in config else {}
@@ -139,7 +139,7 @@ def _difference(level: Level, subject: str, key: str, ours: object, theirs: obje
         level,
         subject,
         f"{ours}, but {theirs} in the base.",
-        "Models trained with different values rarely merge: is this the true base?",
+        "Models trained with different values rarely merge well: is this the right base?",
     )
 
 
@@ -157,7 +157,7 @@ def _check_dtypes(members: Sequence[Member]) -> Iterator[Finding]:
             "warning",
             "dtype",
             f"The decoders are stored in different dtypes: {text}.",
-            "Differences then hold the coarser dtype's rounding; the noise floor shows how much.",
+            "Task vectors then include the rounding of the coarser dtype; see the noise floor.",
         )
 
 
@@ -173,7 +173,7 @@ def _check_distances(
             Part(f"{module}_proj", layer, name, base)
             for (module, layer), name, base in zip(places, member.names, root.names, strict=True)
         ]
-        if member.root is None:  # a base, which may well equal the other one
+        if member.root is None:  # a base, which may equal the other one
             found = sample_differences(member.model, root.model, matrices)
         else:
             found = find_differences(member.model, root.model, matrices, _others(member, root))
@@ -181,7 +181,7 @@ def _check_distances(
 
 
 def _others(member: Member, root: Member) -> list[Part]:
-    """Match what is no matrix to merge; a tensor that only one model stores is left out."""
+    """Match the other tensors; a tensor that only one model stores is skipped."""
     return [
         Part(kind, layer, name, root.others[kind, layer, rest])
         for (kind, layer, rest), name in member.others.items()
@@ -200,8 +200,8 @@ def _judge(member: Member, root: Member, found: Differences) -> Finding:
         return Finding(
             "refusal",
             subject,
-            f"{distance:.3g} of the weights' norm in {kind}; fine-tunes lie below "
-            f"{SIBLING_DISTANCE}, unrelated models near 1.4.",
+            f"{distance:.3g} of the weights' norm in {kind}; typically below "
+            f"{SIBLING_DISTANCE} for fine-tunes, near 1.4 for unrelated models.",
             f"'{root.model.id}' is probably not the {root.role} of '{member.model.id}': "
             f"{_true_parent(member.model)}.",
         )
@@ -210,8 +210,8 @@ def _judge(member: Member, root: Member, found: Differences) -> Finding:
         return Finding(
             "warning",
             subject,
-            f"{message} More than the {SIBLING_DISTANCE} usual for fine-tunes.",
-            "Large task vectors often merge badly: check that the base is the true parent.",
+            f"{message} Fine-tunes are typically below {SIBLING_DISTANCE}.",
+            "Large task vectors often merge badly: check that the base is the right one.",
         )
     return Finding("ok", subject, message)
 
@@ -222,18 +222,18 @@ def _judge_damaged(member: Member, root: Member, found: Measured, subject: str) 
     return Finding(
         "refusal",
         subject,
-        f"'{name}' of '{model.id}' holds {ours or theirs} NaN or infinite values among those "
-        f"compared.",
+        f"'{name}' of '{model.id}' has {ours or theirs} NaN or infinite values in the compared "
+        f"rows.",
         "The file is damaged or the training diverged: use another copy.",
     )
 
 
 def _judge_equal(member: Member, root: Member, found: Differences, subject: str) -> Finding:
-    """Judge a model none of whose matrices was seen to differ from its base's."""
+    """Return the finding for a model whose compared matrices all equal its base's."""
     equal = f"'{member.model.id}' equals the base '{root.model.id}' in"
-    remedy = f"Give the fine-tuned model as {member.role}, or its true parent as base."
+    remedy = f"Use the fine-tuned model as {member.role}, or the model it was trained from as base."
     if found.unread:
-        seen = f", and differs in its {_join(found.beside)}" if found.beside else ""
+        seen = f", and differs in its {_join(found.extras)}" if found.extras else ""
         return Finding(
             "warning",
             subject,
@@ -242,32 +242,32 @@ def _judge_equal(member: Member, root: Member, found: Differences, subject: str)
             remedy,
         )
     uncompared = sorted({key[0] for key in member.others.keys() ^ root.others.keys()} - {HEAD})
-    if not found.beside and not uncompared:
+    if not found.extras and not uncompared:
         return Finding(
             "refusal",
             subject,
             f"{equal} every tensor of the language model: its task vector is zero.",
             remedy,
         )
-    differs = f" It differs in its {_join(found.beside)}." if found.beside else ""
-    apart = f" Stored otherwise and not compared: {_join(uncompared)}." if uncompared else ""
+    differs = f" It differs in its {_join(found.extras)}." if found.extras else ""
+    apart = f" Not compared, as stored differently: {_join(uncompared)}." if uncompared else ""
     return Finding(
         "warning",
         subject,
-        f"{equal} every decoder matrix, so that nothing merges by default.{differs}{apart}",
-        " ".join(filter(None, (_way_to_merge(found.beside), remedy))),
+        f"{equal} every decoder matrix, so that nothing is merged by default.{differs}{apart}",
+        " ".join(filter(None, (_way_to_merge(found.extras), remedy))),
     )
 
 
 def _way_to_merge(kinds: Sequence[str]) -> str:
-    """Say which options of a plan take in tensors of these kinds."""
+    """Return the plan options that include tensors of these kinds."""
     options = ["norms=merge"] * bool({NORMS, BIASES} & set(kinds))
     options += ["embeddings=merge-shared"] * bool({EMBEDDINGS, HEAD} & set(kinds))
     return f"Plan with {' and '.join(options)} to merge them." if options else ""
 
 
 def _where(found: Differences) -> str:
-    """Say in which matrices a model differs, unless it does in all that were sampled."""
+    """Describe which matrices differ; empty if all sampled ones do."""
     changed = {found.part for found in found.changed}
     if not found.sampled:
         (part,) = changed
@@ -296,7 +296,7 @@ def _where(found: Differences) -> str:
 
 
 def _name_kinds(kinds: Sequence[str]) -> list[str]:
-    """Name kinds of matrices, the attention and the MLP as wholes where all of theirs are there."""
+    """Name kinds of matrices, combined to "the attention" and "the MLP" where complete."""
     names = list(kinds)
     for whole, parts in (("the attention", "qkvo"), ("the MLP", ("gate", "up", "down"))):
         of_whole = [f"{part}_proj" for part in parts]
@@ -314,12 +314,12 @@ def _name_layers(layers: Sequence[int], sampled: Sequence[int]) -> str:
     return f"layer{'s' * (len(layers) > 1)} {_join([str(layer) for layer in layers])}"
 
 
-def _join(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+def _join(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _true_parent(model: Checkpoint) -> str:
     known = likely_base(model)
     if known is None:
-        return "give its true parent"
-    return f"give its true parent, which is likely '{known}'"
+        return "specify the model it was trained from"
+    return f"specify the model it was trained from, probably '{known}'"

@@ -1,10 +1,10 @@
-"""Which of a model folder's files hold its weights: the choice that transformers makes.
+"""Select the weight files of a model folder, in the order that transformers uses.
 
-In: the names in a folder and its config. Out: `WeightFiles`: the shards to read, their index, and
-what lies beside them and is not read. The order is that of `from_pretrained` (transformers 5):
-the file that the config names, `model.safetensors`, `model.safetensors.index.json`, and only then
-pickle, which is refused here. Folders for which the loader would take something that cannot be
-read here are refused, so that no other model is analysed or merged than the one that answers.
+In: the file names of a folder and its config. Out: `WeightFiles`: the shards to read, their index,
+and the ignored files. The order is that of `from_pretrained` (transformers 5): the file named in
+the config, `model.safetensors`, `model.safetensors.index.json`, then pickle files, which are
+rejected here. A folder from which transformers would load an unsupported file is rejected, so that
+the analysed or merged weights are always those that transformers loads.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SAFETENSORS = ".safetensors"
 _FORMATS = (_SAFETENSORS, *_PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot")
 _AN_INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack)\.index(\.[^.]+)?\.json$")
-_A_SHARD = re.compile(r"-\d+-of-0*(?!1\b)\d+\.")  # of several
+_A_SHARD = re.compile(r"-\d+-of-0*(?!1\b)\d+\.")  # one of several shards
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(
     r"model(-\d+-of-\d+)?\.[^.]+\.safetensors|model\.safetensors\.index\.[^.]+\.json"
 )
-_OTHER_LAYOUTS = ("adapter_model", "consolidated")  # PEFT's, and Mistral's own beside the usual one
+_OTHER_LAYOUTS = ("adapter_model", "consolidated")  # PEFT adapters; Mistral's additional copy
 _NAMED_BY_CONFIG = "transformers_weights"  # a key of config.json
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that hold a model's weights.
+    """The weight files of a model.
 
     Attributes:
         shards: the safetensors files to read, sorted.
-        index: the index that names them, if one does.
-        weight_map: the shard of each tensor, as the index says.
-        unused: other safetensors files and indexes in the folder, which no loader would read by
+        index: the index that lists them, if any.
+        weight_map: the shard of each tensor, according to the index.
+        unused: other safetensors files and indexes in the folder, which are not loaded by
             default; well-known second copies (variants, `consolidated`, adapters) are not listed.
-        has_adapter: whether a PEFT adapter lies in the same folder.
-        renamed: whether the one shard has a name of its own, under which no loader finds it.
+        has_adapter: whether the folder also contains a PEFT adapter.
+        renamed: whether the only shard has a non-standard name, under which it is not loaded.
     """
 
     shards: tuple[str, ...]
@@ -57,39 +57,39 @@ class WeightFiles:
     renamed: bool = False
 
     def saved_as(self, shard: str) -> str:
-        """Name a shard's copy in a merged model, such that loaders find it."""
+        """Return the name of a shard's copy in a merged model, under which it is loaded."""
         return WEIGHTS if self.renamed else shard
 
     def is_copied(self, name: str) -> bool:
-        """Whether a merged model takes over a file of this name as it is.
+        """Return whether a file of this name is copied unchanged into a merged model.
 
-        Weights are written tensor by tensor. Files of other weights, their indexes and adapters
-        would make a loader take them instead, or add them.
+        Weights are written tensor by tensor. Other weight files, their indexes and adapters are
+        not copied, since they could be loaded instead of or on top of the merged weights.
         """
         return name == self.index or not (
             name.endswith(_FORMATS) or _AN_INDEX.search(name) or name == ADAPTER_CONFIG
         )
 
     def check_index(self, model: str, placed: Mapping[str, str]) -> None:
-        """Compare the index with the shard that each tensor was found in.
+        """Check that each tensor is in the shard given by the index.
 
-        Raises: MissingTensorError for the first tensor that is not where the index says.
+        Raises: MissingTensorError for the first tensor that is not.
         """
         for name, shard in self.weight_map.items():
             if placed.get(name) != shard:
                 where = f"it is in '{placed[name]}'" if name in placed else "it is in no shard"
                 raise MissingTensorError(
-                    f"The index of '{model}' says that '{name}' is in '{shard}', but {where}."
+                    f"According to the index of '{model}', '{name}' is in '{shard}', but {where}."
                 )
 
 
 def find_weights(files: Files, config: Mapping[str, Any]) -> WeightFiles:
-    """Choose the weight files of a model folder as transformers does.
+    """Select the weight files of a model folder as transformers does.
 
     Raises:
-        CheckpointError: the folder has no weights that can be read here, or the loader would take
-            others; the message names both.
-        MissingTensorError: the index or the config names a file that is not there.
+        CheckpointError: the folder has no supported weights, or transformers would load other
+            files; the message names both.
+        MissingTensorError: the index or the config names a missing file.
     """
     names = files.names()
     _refuse_distributed(files, names)
@@ -133,19 +133,19 @@ def _refuse_distributed(files: Files, names: Sequence[str]) -> None:
     parts = [name for name in names if _DISTRIBUTED.fullmatch(name)]
     if parts:
         raise CheckpointError(
-            f"'{files.id}' holds a distributed checkpoint ('{parts[0]}' and {len(parts) - 1} more "
-            f"of its kind), which transformers loads before any other weights. Load it with "
+            f"'{files.id}' contains a distributed checkpoint ('{parts[0]}' and {len(parts) - 1} "
+            f"more files), which transformers loads in preference to other weights. Load it with "
             f"transformers and save it with save_pretrained into a new folder."
         )
 
 
 def _named_by_config(files: Files, names: Sequence[str], chosen: object) -> WeightFiles:
-    """Take the file that the config names, as transformers does before it looks for others."""
+    """Use the file named in the config, as transformers does with the highest priority."""
     allowed = isinstance(chosen, str) and chosen.endswith((_SAFETENSORS, ".safetensors.index.json"))
     if not isinstance(chosen, str) or not allowed or not _is_bare(chosen):
         raise CheckpointError(
             f"The config of '{files.id}' names {chosen!r} as its weights ({_NAMED_BY_CONFIG}). "
-            f"Expected a safetensors file, or the index of several, in the same folder."
+            f"Expected a safetensors file or index in the same folder."
         )
     if chosen not in names:
         raise MissingTensorError(
@@ -176,7 +176,7 @@ def _indexed(files: Files, names: Sequence[str], index: str) -> WeightFiles:
 
 
 def _of_another_name(files: Files, names: Sequence[str]) -> WeightFiles:
-    """Take the only safetensors file of a folder where transformers would find no weights."""
+    """Use the only safetensors file of a folder in which transformers would find no weights."""
     found = [
         name
         for name in names
@@ -189,15 +189,15 @@ def _of_another_name(files: Files, names: Sequence[str]) -> WeightFiles:
 
 
 def _why_none(files: Files, names: Sequence[str], found: Sequence[str], pickled: str | None) -> str:
-    """Say why none of the files can be taken as the weights, and what to do."""
+    """Explain why none of the files can be used as the weights, and how to fix it."""
     variants = [name for name in names if _AN_INDEX.search(name) and _VARIANT.fullmatch(name)]
     layouts = [name for name in names if name.startswith(_OTHER_LAYOUTS[1])]
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if found and pickled is not None:
         return (
-            f"'{files.id}' holds '{pickled}' and '{found[0]}', and transformers loads the first, a "
-            f"pickle, which can run code when read. Remove it if '{found[0]}' is the model, else "
-            f"load the folder with transformers where you trust it and save it with "
+            f"'{files.id}' contains '{pickled}' and '{found[0]}', and transformers loads the "
+            f"first, a pickle file, which can run code. Remove it if '{found[0]}' is the model; "
+            f"otherwise, if you trust it, load the folder with transformers and save it with "
             f"save_pretrained."
         )
     if variants:
@@ -208,17 +208,17 @@ def _why_none(files: Files, names: Sequence[str], found: Sequence[str], pickled:
     if found:
         return (
             f"'{files.id}' has {len(found)} safetensors file{'s' * (len(found) > 1)} and no "
-            f"{INDEX} that says which belong to the model. Add the index."
+            f"{INDEX} that lists those of the model. Add the index."
         )
     if pickles and not layouts:
         return (
-            f"'{files.id}' has its weights only as pickle ('{pickles[0]}'), which can run code "
-            f"when read. Convert it to safetensors first (load it with transformers where you "
-            f"trust it, then save_pretrained)."
+            f"'{files.id}' has its weights only as pickle ('{pickles[0]}'), which can execute "
+            f"code. Convert it to safetensors first (if you trust it, load it with transformers "
+            f"and save it with save_pretrained)."
         )
     if layouts:
         return (
-            f"'{files.id}' has its weights only in another layout than transformers' "
+            f"'{files.id}' has its weights only in a layout other than that of transformers "
             f"('{layouts[0]}'). Use the model in the transformers layout ({WEIGHTS} or {INDEX})."
         )
     return f"'{files.id}' has no safetensors weights ({WEIGHTS} or {INDEX}).{_gguf_hint(names)}"
@@ -229,8 +229,8 @@ def _gguf_hint(names: Sequence[str]) -> str:
     if found is None:
         return ""
     return (
-        f" '{found}' is a GGUF file, made for running a model and mostly quantised: use the "
-        f"safetensors weights that it was converted from."
+        f" '{found}' is a GGUF file, which is usually quantised: use the safetensors weights "
+        f"that it was converted from."
     )
 
 
@@ -239,6 +239,6 @@ def _is_bare(name: str) -> bool:
 
 
 def _is_other_set(name: str) -> bool:
-    """Whether a file belongs to a set of safetensors weights that may be taken for the model's."""
+    """Return whether a file belongs to another set of safetensors weights of the folder."""
     belongs = name.endswith(_SAFETENSORS) or bool(_AN_INDEX.search(name) and _SAFETENSORS in name)
     return belongs and not name.startswith(_OTHER_LAYOUTS) and not _VARIANT.fullmatch(name)

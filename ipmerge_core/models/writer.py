@@ -1,12 +1,12 @@
-"""Writes a merged model next to nobody's data: sparse shards, a journal, one rename at the end.
+"""Write a merged model folder safely: resumable, verified, and renamed when complete.
 
 In: the checkpoint whose layout is kept (names, order, shapes, dtypes, shard files) and the bytes of
-its tensors. Out: a folder that appears under its final name only when it is whole. Until then all
-lies in `OUT.partial`, whose shard files carry a suffix no loader accepts, and a journal line with a
-checksum follows each tensor, so that a run killed at any moment goes on where it was. Nothing that
-existed before is overwritten or deleted. Data is left to the system's own flushing, as `cp` does:
-after a power cut the checksums in the journal and the SHA-256 in the manifest tell what reached the
-disk. SHA-256 is slow, so it is taken once, of what was read back.
+its tensors. Out: a folder that appears under its final name only when complete. Until then all data
+is in `OUT.partial`, whose shard files have a suffix that no loader accepts, and a journal entry
+with a checksum follows each tensor, so that a run killed at any time can be resumed. Existing files
+are never overwritten or deleted. Data is not explicitly flushed, as with `cp`: after a power loss
+the checksums in the journal and the SHA-256 in the manifest show what reached the disk. SHA-256 is
+slow, so it is computed once, on the data read back.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ def run_folders(out: str | Path) -> RunFolders:
 class CheckpointWriter:
     """Writes tensors into the layout of `source` at `out`; use as a context manager.
 
-    Several processes may write one model: the leader (`rank` 0) makes the folder and finishes it,
-    the others join while the leader is inside its `with` block.
+    Several processes can write one model: rank 0 creates and finishes the folder, the others join
+    while rank 0 is inside its `with` block.
 
     Args:
         source: the checkpoint whose files, names, order and dtypes the result keeps.
-        out: the folder to make; it must not exist, or be empty.
-        run: what identifies the work (plan and sources); only the same work is resumed.
-        resume: go on with an unfinished run of the same work, else start it anew.
-        rank: the number of this process among those that write.
+        out: the output folder; it must not exist or must be empty.
+        run: identifies the work (plan and sources); only the same work is resumed.
+        resume: continue an unfinished run of the same work; otherwise start over.
+        rank: the rank of this process.
 
     Raises:
         CheckpointError: `out` exists and is not empty.
-        RunError: another run is writing there, or an unfinished run of other work lies there.
+        RunError: another run is writing there, or an unfinished run of other work exists there.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class CheckpointWriter:
         self._resume = resume
         self._descriptors: dict[str, int] = {}
         self._open_tensor: tuple[str, xxh3_128] | None = None
-        self.done: dict[str, str] = {}  # tensor name -> checksum of the bytes that were written
-        self.hashes: dict[str, str] = {}  # tensor name -> SHA-256 of the bytes that were read back
+        self.done: dict[str, str] = {}  # tensor name -> checksum of the written bytes
+        self.hashes: dict[str, str] = {}  # tensor name -> SHA-256 of the bytes read back
 
     def __enter__(self) -> Self:
-        """Take the folder, and find what an earlier run of the same work has finished."""
+        """Lock the folder and find the tensors finished by an earlier run of the same work."""
         self._headers = {shard: self.source.read_header(shard) for shard in self.source.shards}
         with explained(self.place.run):
             if self.rank == 0:
@@ -98,7 +98,7 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let go of the files; unfinished work stays in the partial folder for a resume."""
+        """Close the files; unfinished work stays in the partial folder for a resume."""
         self._journal.close()
         for descriptor in self._descriptors.values():
             os.close(descriptor)
@@ -107,13 +107,13 @@ class CheckpointWriter:
             self._lock.release()
 
     def write(self, name: str, data: bytes | bytearray) -> None:
-        """Write one tensor's bytes in its place, then its line in the journal."""
+        """Write the bytes of one tensor, then its journal entry."""
         self.write_piece(name, 0, data)
 
     def write_piece(self, name: str, offset: int, data: bytes | bytearray) -> None:
-        """Write bytes of a tensor from `offset` on; the pieces of one tensor come in order.
+        """Write bytes of a tensor at `offset`; the pieces of a tensor must be written in order.
 
-        The last piece is followed by the tensor's line in the journal.
+        The last piece is followed by the tensor's journal entry.
         """
         spec = self.source.spec(name)
         if offset == 0:
@@ -132,17 +132,17 @@ class CheckpointWriter:
                 self.done[name] = entry[_CHECKSUM]
 
     def note(self, name: str, content: object) -> None:
-        """Keep a JSON value with the run until it is finished."""
+        """Store a JSON value with the run until it is finished."""
         with explained(self.place.run):
             write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(content))
 
     def noted(self, name: str) -> Any:  # noqa: ANN401
-        """Return what an earlier part of this run has noted, or None."""
+        """Return a value that `note` stored in this run, or None."""
         path = self.place.run / f"{name}{_NOTE}"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def audit(self, names: Iterable[str], threads: int = 1) -> None:
-        """Read written tensors back from the disk, compare them with what was written, hash them.
+        """Read written tensors back from disk, verify their checksums, and hash them.
 
         Raises: RunError naming the first that differs.
         """
@@ -154,9 +154,9 @@ class CheckpointWriter:
                 checksum, self.hashes[name] = found
                 if checksum != self.done[name]:
                     raise RunError(
-                        f"'{name}' differs when read back from '{self.place.run}'. The disk does "
-                        f"not keep what is written, or another program changed it. Check the disk, "
-                        f"delete that folder and run again."
+                        f"'{name}' read back from '{self.place.run}' differs from what was "
+                        f"written. The disk is faulty, or another program changed the file. Check "
+                        f"the disk, delete that folder and run again."
                     )
 
     def _read_back(self, name: str) -> tuple[str, str]:
@@ -167,9 +167,9 @@ class CheckpointWriter:
         return checksum.hexdigest(), sha256.hexdigest()
 
     def finish(self, documents: Mapping[str, str]) -> None:
-        """Copy the model's other files, add `documents`, check the whole, give it its final name.
+        """Copy the model's other files, add `documents`, verify the headers, rename the folder.
 
-        Raises: RunError when the headers on disk are not those of the source.
+        Raises: RunError if the headers on disk differ from those of the source.
         """
         missing = [name for name in self.source.tensors if name not in self.done]
         assert not missing, f"{len(missing)} tensors were never written: {missing[:3]}"
@@ -188,7 +188,7 @@ class CheckpointWriter:
             _remove(self.place)
 
     def discard(self) -> None:
-        """Remove the partial folder: for errors after which no resume makes sense."""
+        """Remove the partial folder, after errors that a resume cannot fix."""
         _remove(self.place)
 
     def _lead(self) -> None:
@@ -199,11 +199,11 @@ class CheckpointWriter:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise RunError(
-                f"Another run is writing '{self.place.out}' right now. Wait for it, cancel it, or "
+                f"Another run is writing to '{self.place.out}'. Wait for it, cancel it, or "
                 f"choose another output folder."
             ) from error
         try:
-            check_output(self.place.out)  # again, now that nobody else can finish it
+            check_output(self.place.out)  # again, now that no other process can finish it
             self._take_over()
             self.place.model.mkdir(exist_ok=True)
         except BaseException:
@@ -224,19 +224,19 @@ class CheckpointWriter:
                 old.unlink()
         elif any(not (entry.name == "lock" or is_temporary(entry)) for entry in run.iterdir()):
             raise CheckpointError(
-                f"'{run}' exists and was not made by a merge. Choose another output folder."
+                f"'{run}' exists and was not created by a merge. Choose another output folder."
             )
         write_whole(record, json.dumps({"run": self.run}))
 
     def _undo_renames(self) -> None:
-        """Give shards that a killed run had already renamed their partial names back."""
+        """Restore the partial names of shards that a killed run had already renamed."""
         for shard in self.source.shards:
             final = self.place.model / self.source.weights.saved_as(shard)
             if final.exists():
                 final.replace(self.place.model / (shard + _PARTIAL))
 
     def _verified(self) -> dict[str, str]:
-        """Return the journals' tensors whose bytes on disk still have the recorded checksum."""
+        """Return the journalled tensors whose bytes on disk match the recorded checksum."""
         done: dict[str, str] = {}
         for entry in _journal_entries(self._journals()):
             spec = self.source.spec(entry["tensor"])
@@ -250,19 +250,19 @@ class CheckpointWriter:
         return done
 
     def _pieces(self, spec: TensorSpec) -> Iterator[memoryview]:
-        """Read a tensor's bytes on disk piece by piece, each into the memory of the last."""
+        """Read a tensor's bytes on disk in pieces, reusing one buffer."""
         descriptor, memory = self._shard(spec.shard), memoryview(bytearray(_COPY_STEP))
         for start in range(spec.start, spec.stop, _COPY_STEP):
             piece = memory[: min(_COPY_STEP, spec.stop - start)]
             yield piece[: os.preadv(descriptor, [piece], start)]
 
     def _audit_headers(self) -> None:
-        """Open the result as a checkpoint, partial names and all, and compare what it says."""
+        """Open the result as a checkpoint with partial names and compare its headers."""
         written = Checkpoint(_PartialFiles(self.place.model))
         if written.tensors != self.source.tensors or written.shards != self.source.shards:
             raise RunError(
-                f"The headers in '{self.place.run}' are not those of '{self.source.id}'. Delete "
-                f"that folder and run again."
+                f"The headers in '{self.place.run}' differ from those of '{self.source.id}'. "
+                f"Delete that folder and run again."
             )
 
     def _copy_file(self, name: str) -> None:
@@ -278,7 +278,7 @@ class CheckpointWriter:
         return sorted(self.place.run.glob("journal-*.jsonl"))
 
     def _shard(self, shard: str) -> int:
-        """Open a shard file, made with its header and full length on first use."""
+        """Open a shard file, creating it with its header and full length on first use."""
         if shard not in self._descriptors:
             path = self.place.model / (shard + _PARTIAL)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -290,10 +290,10 @@ class CheckpointWriter:
 
 
 class _PartialFiles(LocalFiles):
-    """A model folder whose shards still carry the partial suffix."""
+    """A model folder whose shards still have the partial suffix."""
 
     def names(self) -> list[str]:
-        """List the files under the names they will have."""
+        """List the files under their final names."""
         return sorted(name.removesuffix(_PARTIAL) for name in super().names())
 
     def size(self, name: str) -> int:
@@ -309,36 +309,36 @@ class _PartialFiles(LocalFiles):
 
 
 def check_output(out: str | Path) -> Path:
-    """Return the absolute output folder. Raises: CheckpointError if it exists and is not empty."""
+    """Return the absolute output path. Raises: CheckpointError if it exists and is not empty."""
     path = Path(out).expanduser().absolute()
     if path.is_dir() and any(path.iterdir()):
         raise CheckpointError(
             f"The output folder '{path}' exists and is not empty. Choose another, or empty it."
         )
     if (path.exists() or path.is_symlink()) and not path.is_dir():
-        raise CheckpointError(f"The output '{path}' is a file. Give the name of a new folder.")
+        raise CheckpointError(f"The output '{path}' is a file. Expected the path of a new folder.")
     return path
 
 
 def check_unfinished(out: str | Path, run: str) -> None:
-    """Make sure that what lies unfinished beside `out`, if anything, is of this run.
+    """Check that an unfinished run for `out`, if any, is of the same work.
 
-    Raises: RunError for the unfinished result of another plan.
+    Raises: RunError for an unfinished run of another plan.
     """
     place = run_folders(out)
     if (place.run / _RUN).exists() and (found := _recorded_run(place.run / _RUN)) != run:
         raise RunError(
-            f"'{place.run}' holds an unfinished merge of another plan ({str(found)[:8]}; this one "
-            f"is {run[:8]}). Finish it with its own plan, delete that folder, or choose another "
-            f"output folder."
+            f"'{place.run}' contains an unfinished merge of another plan ({str(found)[:8]}, not "
+            f"{run[:8]}). Finish it with that plan, delete the folder, or choose another output "
+            f"folder."
         )
 
 
 def tidy_finished(out: str | Path, run: str) -> bool:
-    """Whether `out` is the complete result of this run, killed just before it tidied up.
+    """Clean up after a run that was killed after completing `out`; return whether this was so.
 
-    The rename that completes a model and the removal of the run's own folder are two steps; this
-    does the second one.
+    Renaming the complete model and removing the working folder are two steps; this performs the
+    second one.
     """
     place = run_folders(out)
     manifest = place.out / MANIFEST
@@ -352,10 +352,10 @@ def tidy_finished(out: str | Path, run: str) -> bool:
 
 
 def files_to_copy(source: Checkpoint) -> list[str]:
-    """List the files that a merged model takes over as they are: all but weights and model card.
+    """List the files copied unchanged into a merged model: all but weights and model card.
 
-    Of indexes only the one in use comes along. So do Python files where the config points to them
-    (`auto_map`): without them those who trust such a model cannot load it. They are never run.
+    Of the indexes only the one in use is copied. Python files are copied if the config refers to
+    them (`auto_map`), as users who trust the model need them to load it. They are never executed.
     """
     code = "auto_map" in source.config
     return [
@@ -368,13 +368,13 @@ def files_to_copy(source: Checkpoint) -> list[str]:
 
 
 def layout_bytes(source: Checkpoint) -> int:
-    """Bytes that a merged model will take on disk."""
+    """Return the size of a merged model on disk in bytes."""
     shards = sum(source.files.size(shard) for shard in source.shards)
     return shards + sum(source.files.size(name) for name in files_to_copy(source))
 
 
 def in_file_order(source: Checkpoint) -> list[TensorSpec]:
-    """List the tensors shard by shard, in the order of their data: the cheapest to read."""
+    """List the tensors by shard and offset, which is the fastest order to read."""
     return sorted(source.tensors.values(), key=lambda spec: (spec.shard, spec.start, spec.stop))
 
 
@@ -407,18 +407,18 @@ def _journal_entries(journals: Iterable[Path]) -> Iterable[dict[str, str]]:
         for line in journal.read_text(encoding="utf-8").splitlines():
             try:
                 yield json.loads(line)
-            except ValueError:  # the line that a kill cut short
+            except ValueError:  # a line truncated by a kill
                 continue
 
 
 class explained:  # noqa: N801 (reads as a word at its use)
-    """Turns what the file system says into one sentence that keeps the finished work."""
+    """Context manager that converts file system errors to a RunError with a readable message."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __enter__(self) -> None:
-        """Nothing to prepare."""
+        """Enter the context."""
 
     def __exit__(
         self,
@@ -430,10 +430,10 @@ class explained:  # noqa: N801 (reads as a word at its use)
         if not isinstance(error, OSError):
             return
         reason = {
-            errno.ENOSPC: "the disk is full: free some space",
-            errno.EDQUOT: "the disk quota is used up: free some space",
-            errno.EROFS: "the file system is read-only: choose another output folder",
-            errno.EACCES: "permission was denied: choose another output folder",
+            errno.ENOSPC: "the disk is full; free some space",
+            errno.EDQUOT: "the disk quota is exceeded; free some space",
+            errno.EROFS: "the file system is read-only; choose another output folder",
+            errno.EACCES: "permission denied; choose another output folder",
         }.get(error.errno or 0, f"{error.strerror or error}")
         raise RunError(
             f"Cannot write to '{self.folder}': {reason}, then run the same command again; "

@@ -1,1 +1,1 @@
-"""Decide what a merge does before a byte is read: options, scope, preview, plan, recipes."""
+"""Create merge plans: options, selection, previews, plan files and mergekit recipes."""

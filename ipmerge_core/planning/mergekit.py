@@ -1,11 +1,11 @@
-"""Plans as mergekit recipes, and two-model recipes as arguments of a plan.
+"""Convert plans to mergekit recipes, and recipes to arguments of `make_plan`.
 
-In and out: the YAML of mergekit 0.1.5, and what `make_plan` takes. mergekit merges every tensor of
-a model, we merge decoder matrices: an exported recipe therefore limits every weight to names with
-`_proj.weight` and leaves the rest to the first model; where a method has no weight to limit, the
-recipe says so in a comment. What one side cannot say is refused by name. mergekit does not know
-multimodal models; a recipe runs where the MLLM's files have the names of a text model. No model is
-opened here.
+In and out: the YAML of mergekit 0.1.5, and arguments of `make_plan`. mergekit merges every tensor
+of a model, this package merges decoder matrices: an exported recipe therefore restricts every
+weight to names with `_proj.weight` and keeps the first model's other tensors; if a method has no
+weight to restrict, a comment in the recipe states it. Settings without a counterpart raise an error
+that names them. mergekit does not support multimodal models; a recipe can be run if the MLLM's
+tensors have the names of a text model. Opens no models.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
 from ipmerge_core.planning.plan import MergePlan
 
-MATRICES = "_proj.weight"  # part of the name of every decoder matrix and of nothing else
+MATRICES = "_proj.weight"  # part of the name of every decoder matrix and of no other tensor
 _RESCALE = {"l1": True, "none": False}
 _UNLIMITED = (
-    "# mergekit has no weight here that could be limited to the decoder's matrices: it merges\n"
-    "# norms, biases and embeddings, too.\n"
+    "# This method has no weight that mergekit could restrict to decoder matrices: it also\n"
+    "# merges norms, biases and embeddings.\n"
 )
 
 
 class Recipe(NamedTuple):
-    """The models a recipe names, and what to give to `make_plan` beside them."""
+    """The models of a recipe, and the other arguments of `make_plan`."""
 
     mllm: str
     math: list[str]
@@ -36,17 +36,17 @@ class Recipe(NamedTuple):
     arguments: dict[str, Any]
 
 
-# --- out ---
+# --- export ---
 
 
 def export_recipe(plan: MergePlan) -> str:
-    """Write a plan as a mergekit recipe.
+    """Convert a plan to a mergekit recipe.
 
-    Raises: PlanError when mergekit has no such method, or cannot say what the plan says.
+    Raises: PlanError if mergekit has no such method, or cannot express the plan.
     """
     if plan.method not in _WRITERS:
         raise PlanError(
-            f"mergekit has no counterpart of {find_method(plan.method).label}. It has: "
+            f"mergekit has no counterpart of {find_method(plan.method).label}. Supported: "
             f"{', '.join(_WRITERS)}."
         )
     _check_expressible(plan)
@@ -61,29 +61,29 @@ def _check_expressible(plan: MergePlan) -> None:
             f"The plan keeps {len(kept)} matrices, '{kept[0]}' first; a recipe merges all of them. "
             f"Export a plan without overrides, include or exclude."
         )
-    if plan.beside:
+    if plan.extras:
         raise PlanError(
-            f"The plan also merges {plan.beside[0]}; an exported recipe limits itself to decoder "
+            f"The plan also merges {plan.extras[0]}; an exported recipe is restricted to decoder "
             f"matrices. Export a plan that keeps norms and embeddings."
         )
     own = find_method(plan.method).anchor
     if plan.anchor not in ("two_base", "root", own) and not _injects_a_sum(plan):
         raise PlanError(
-            f"The plan's anchor is {plan.anchor}; a recipe measures every change from one base. "
+            f"The plan's anchor is {plan.anchor}; a recipe has one base for all task vectors. "
             f"Export a plan with the anchor {own}."
         )
     if plan.sources.base_mllm is not None:
-        raise PlanError("The MLLM has a base of its own; a recipe has one base for all models.")
+        raise PlanError("The MLLM has a different base; a recipe has one base for all models.")
 
 
 def _injects_a_sum(plan: MergePlan) -> bool:
-    """Whether the plan adds thinned changes to the whole MLLM: a density of 1 says the same."""
+    """Return whether the plan adds sparse task vectors to the MLLM, exported as density 1."""
     elects = plan.method in ("ties", "dare_ties") or plan.parameters.get("elect") is True
     return plan.anchor == "inject" and plan.method in _ELEMENTWISE and not elects
 
 
 def _write_elementwise(plan: MergePlan) -> dict[str, Any]:
-    """Task vectors with weights, and whatever thins them out."""
+    """Export task vectors with weights, densities and rescaling."""
     p = plan.parameters
     _refuse_unless(plan, election="weighted", trim="exact", scope="tensor", per="tensor")
     host: dict[str, Any] = {"weight": _limited(p["mllm_weight"], 1.0)}
@@ -106,7 +106,7 @@ def _write_elementwise(plan: MergePlan) -> dict[str, Any]:
 def _switches(plan: MergePlan) -> dict[str, Any]:
     p = plan.parameters
     divides = p.get("elect", True) and p.get("normalize", "none") != "none"
-    if divides:  # by weights; mergekit cannot count
+    if divides:  # by weights; mergekit does not support count
         _refuse_unless(plan, normalize="weights")
     switches: dict[str, Any] = {"normalize": divides}
     if "scale" in p:
@@ -114,8 +114,8 @@ def _switches(plan: MergePlan) -> dict[str, Any]:
     if "rescale" in p:
         if p["rescale"] not in _RESCALE:
             raise PlanError(
-                f"{find_method(plan.method).label} rescales by 1 / density here; mergekit rescales "
-                f"by the ratio of absolute sums or not at all. Plan with rescale=l1 or none."
+                f"The plan rescales {find_method(plan.method).label} by 1 / density; mergekit only "
+                f"supports rescale=l1 or none."
             )
         switches["rescale"] = _RESCALE[str(p["rescale"])]
     return switches
@@ -159,7 +159,7 @@ def _write_nuslerp(plan: MergePlan) -> dict[str, Any]:
         recipe["base_model"] = plan.sources.base.id
     host, expert = {"weight": _limited(1.0 - t, 1.0)}, {"weight": _limited(t, 0.0)}
     switches = {"nuslerp_flatten": plan.parameters["per"] == "tensor"}
-    if not switches["nuslerp_flatten"]:  # its row-wise is what is called per column here
+    if not switches["nuslerp_flatten"]:  # mergekit's row-wise is per column here
         switches["nuslerp_row_wise"] = plan.parameters["per"] == "column"
     return {
         **recipe,
@@ -205,12 +205,12 @@ def _models(plan: MergePlan, host: dict[str, Any], expert: dict[str, Any]) -> li
 
 
 def _limited(value: Any, rest: float) -> list[dict[str, Any]]:  # noqa: ANN401
-    """A value for decoder matrices, and what leaves every other tensor to the first model."""
+    """Restrict a value to decoder matrices, so that other tensors are the first model's."""
     return [{"filter": MATRICES, "value": value}, {"value": rest}]
 
 
 def _graded(plan: MergePlan, gain: str) -> Any:  # noqa: ANN401
-    """A gain, or its values from the first layer to the last where the plan grades it."""
+    """Return a gain, or its values from the first layer to the last with layer gains."""
     value = cast("float", plan.parameters[gain])
     return [value * factor for factor in plan.options.layer_gains] or value
 
@@ -225,11 +225,11 @@ def _refuse_unless(plan: MergePlan, **expected: str | float | None) -> None:
             )
 
 
-# --- in ---
+# --- import ---
 
 
 class _Defaults(NamedTuple):
-    """What mergekit 0.1.5 takes where a recipe is silent."""
+    """Defaults of mergekit 0.1.5."""
 
     normalize: bool = False
     rescale: bool = False
@@ -248,23 +248,25 @@ _KNOWN = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dt
 
 
 def import_recipe(text: str) -> Recipe:
-    """Read a mergekit recipe of two models (or more experts): the first is the host, our MLLM.
+    """Read a mergekit recipe of two models (or more experts); the first is the MLLM.
 
-    Raises: PlanError for what is no recipe, or says what a plan cannot say.
+    Raises: PlanError for an invalid recipe, or one that a plan cannot express.
     """
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise PlanError(f"This is not YAML: {' '.join(str(error).split())}.") from error
+        raise PlanError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(recipe, dict) or "merge_method" not in recipe:
-        raise PlanError("This is no mergekit recipe: it has no merge_method.")
+        raise PlanError("This is not a mergekit recipe: it has no merge_method.")
     unknown = sorted(set(recipe) - set(_KNOWN))
     if unknown:
-        raise PlanError(f"The recipe has '{unknown[0]}', which a plan cannot say.")
+        raise PlanError(f"The recipe has '{unknown[0]}', which a plan cannot express.")
     method = str(recipe["merge_method"])
     ours = "della" if method == "della_linear" else method
     if ours not in _WRITERS:
-        raise PlanError(f"The recipe's '{method}' is not one of: {', '.join(_WRITERS)}.")
+        raise PlanError(
+            f"The method '{method}' of the recipe is not one of: {', '.join(_WRITERS)}."
+        )
     names, parts = _read_models(recipe)
     reader = _Reader(method, parts)
     values = _READERS.get(ours, _read_elementwise)(reader)
@@ -282,14 +284,16 @@ def import_recipe(text: str) -> Recipe:
 def _read_models(recipe: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     base = recipe.get("base_model")
     entries = [entry for entry in recipe.get("models") or [] if isinstance(entry, dict)]
-    if recipe["merge_method"] != "slerp":  # there the base is the host
+    if recipe["merge_method"] != "slerp":  # there the base is the MLLM
         entries = [entry for entry in entries if entry.get("model") != base]
-    elif base is not None:  # the end at t = 0 comes first, wherever the recipe lists it
+    elif (
+        base is not None
+    ):  # the model at t = 0 comes first, regardless of its position in the recipe
         entries.sort(key=lambda entry: entry.get("model") != base)
     if len(entries) < 2 or not all(isinstance(entry.get("model"), str) for entry in entries):
         raise PlanError(
-            f"The recipe names {len(entries)} models beside its base; a plan needs the MLLM and at "
-            f"least one expert."
+            f"The recipe has {len(entries)} models in addition to its base; a plan requires the "
+            f"MLLM and at least one expert."
         )
     shared = dict(recipe.get("parameters") or {})
     parts = [{**shared, **(entry.get("parameters") or {})} for entry in entries]
@@ -299,34 +303,36 @@ def _read_models(recipe: Mapping[str, Any]) -> tuple[list[str], list[dict[str, A
 
 
 class _Reader:
-    """Takes values out of a recipe, and knows which nobody took."""
+    """Reads values of a recipe and keeps track of unused ones."""
 
     def __init__(self, method: str, parts: list[dict[str, Any]]) -> None:
         self.method, self.experts = method, len(parts) - 1
         self.parts = [{name: _plain(value) for name, value in p.items()} for p in parts[:2]]
-        self.taken = {"int8_mask"}  # how mergekit stores its masks changes no value
+        self.taken = {"int8_mask"}  # the storage of masks does not affect the result
 
     def both(self, name: str, default: Any = None) -> tuple[Any, Any]:  # noqa: ANN401
-        """Return the host's and the experts' value."""
+        """Return the values of the MLLM and of the experts."""
         self.taken.add(name)
         host, expert = (part.get(name, default) for part in self.parts)
         if host is None or expert is None:
-            raise PlanError(f"The recipe gives no {name} for every model, which {self.method} has.")
+            raise PlanError(
+                f"The recipe lacks {name} for some models, which {self.method} requires."
+            )
         return host, expert
 
     def one(self, name: str, default: Any = None) -> Any:  # noqa: ANN401
-        """Return a value that a plan has once. Raises: PlanError where the models differ."""
+        """Return a value common to all models. Raises: PlanError if they differ."""
         host, expert = self.both(name, default)
         if host != expert:
             raise PlanError(f"The recipe's {name} differs between the models; a plan has one.")
         return host
 
     def refuse_the_rest(self) -> None:
-        """Raise PlanError for a value that would be left out."""
+        """Raise PlanError for an unused value."""
         rest = sorted({name for part in self.parts for name in part} - self.taken)
         if rest:
             raise PlanError(
-                f"The recipe's {self.method} has '{rest[0]}', which a plan of it cannot say."
+                f"The recipe's {self.method} has '{rest[0]}', which a plan cannot express."
             )
 
 
@@ -348,8 +354,8 @@ def _read_elementwise(reader: _Reader) -> dict[str, Any]:
     if "rescale" in known:
         values["rescale"] = "l1" if rescale else "none"
     elif rescale:
-        raise PlanError(f"The recipe's {reader.method} rescales, which a plan of it cannot say.")
-    if normalize and not elects:  # a sum that is divided is a sum of other weights
+        raise PlanError(f"The recipe's {reader.method} rescales, which a plan cannot express.")
+    if normalize and not elects:  # a normalized sum is a sum with other weights
         scale /= _divisor(reader, host, expert)
     if elects and "normalize" in known:
         values["normalize"] = normalize
@@ -364,7 +370,7 @@ def _read_elementwise(reader: _Reader) -> dict[str, Any]:
 
 
 def _densities(reader: _Reader, known: set[str]) -> dict[str, Any]:
-    """How much every model keeps; mergekit keeps all unless told."""
+    """Read the density of every model, in mergekit 1 by default."""
     if "density" not in known:
         return {}
     host, expert = reader.both("density", 1.0)
@@ -378,7 +384,7 @@ def _densities(reader: _Reader, known: set[str]) -> dict[str, Any]:
 def _divisor(reader: _Reader, host: Any, expert: Any) -> float:  # noqa: ANN401
     total = _number("weight", host) + reader.experts * _number("weight", expert)
     if abs(total) < 1e-8:
-        raise PlanError(f"The weights of the recipe's {reader.method} add up to 0.")
+        raise PlanError(f"The weights of the recipe's {reader.method} sum to 0.")
     return total
 
 
@@ -426,15 +432,15 @@ def _switch(reader: _Reader, name: str, default: bool) -> bool:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Take the value for decoder matrices out of a list of conditions."""
+    """Return the value for decoder matrices from a list of conditions."""
     conditions = [value] if isinstance(value, dict) else value
     if isinstance(conditions, list) and any(isinstance(part, dict) for part in conditions):
         for part in conditions:
             if isinstance(part, dict) and part.get("filter") in (None, "*", MATRICES):
                 return part.get("value")
         raise PlanError(
-            f"The recipe limits a value to '{conditions[0].get('filter')}'; a plan says that with "
-            f"include and exclude."
+            f"The recipe restricts a value to '{conditions[0].get('filter')}'; use include and "
+            f"exclude of a plan instead."
         )
     return value
 

@@ -25,10 +25,10 @@ Embeddings = Literal["keep", "merge-shared"]
 Kind = Literal["pattern", "factors", "choice", "rules"]
 
 ANCHORS = {
-    "inject": "the experts' changes, added to the whole MLLM",
-    "two_base": "each model's change, from its own base",
-    "root": "all changes, from the experts' base",
-    "interp": "the way from the MLLM to the expert; no base",
+    "inject": "add the experts' task vectors to the MLLM",
+    "two_base": "task vectors relative to each model's own base",
+    "root": "all task vectors relative to the experts' base",
+    "interp": "interpolate from the MLLM to the expert; no base",
 }
 
 

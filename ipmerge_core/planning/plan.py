@@ -1,9 +1,8 @@
-"""Decisions before bytes: which matrices merge, with what method and gains, and what that changes.
+"""Merge plans: which matrices are merged, with what method and parameters.
 
-In: an `Analysis` (or a bare `ModelPair` for methods that need no similarity), a threshold and
-gains. Out: a `MergePlan`, one small JSON file that repeats the merge anywhere, and its `preview()`,
-which is arithmetic on the analysis' inner products: exact, without reading a weight. Nothing is
-written here but plan files.
+In: an `Analysis` (or a `ModelPair` for methods that need no similarity), a threshold and gains.
+Out: a `MergePlan`, a small JSON file that reproduces the merge, and its `preview()`, which is
+computed exactly from the inner products of the analysis without reading weights.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from ipmerge_core.planning.preview import (
 )
 from ipmerge_core.planning.scope import (
     Scope,
-    check_beside,
     check_choice,
+    check_extras,
     check_layer_gains,
     choose_anchor,
     spread,
@@ -50,7 +49,7 @@ _FORMAT, _VERSION = "ipmerge-plan", 1
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A finished calibration: its folder, and the hash of its record."""
+    """A finished calibration: its folder and the hash of its metadata."""
 
     folder: str
     digest: str
@@ -58,7 +57,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that is needed to repeat a merge; made by `make_plan`, carried out by `merge`."""
+    """Everything needed to reproduce a merge; created by `make_plan`, executed by `merge`."""
 
     name: str
     method: str
@@ -101,7 +100,7 @@ class MergePlan:
 
     @property
     def hash(self) -> str:
-        """The first eight digits of the digest: the plan's name among people."""
+        """The first eight digits of the digest, the short name of the plan."""
         return self.digest[:8]
 
     @property
@@ -120,7 +119,7 @@ class MergePlan:
         """What merges beside the decoder's matrices, in words."""
         found = ["the decoder's norms and biases"] if self.options.norms == "merge" else []
         if self.tokens:
-            found.append(f"{self.tokens.rows} rows of embeddings and head, of shared tokens")
+            found.append(f"{self.tokens.rows} rows of embeddings and head (shared tokens)")
         return tuple(found)
 
     def allows(self, name: str) -> bool:
@@ -128,18 +127,18 @@ class MergePlan:
         return Scope.of(replace(self.options, overrides={})).allows(name, True)
 
     def preview(self) -> Preview:
-        """Compute what the merge will change, without reading a weight.
+        """Compute how the merge will change the model, without reading weights.
 
-        Raises: PlanError when the method's change is not affine in directions that the analysis
-            holds, or the plan was made without an analysis.
+        Raises: PlanError if the change is not affine in directions of the analysis, or the plan
+            was made without an analysis.
         """
         if not self.records:
             raise PlanError(
-                "This plan was made from a bare pair, so there is nothing to preview from. Analyse "
-                "the pair and make the plan from the analysis."
+                "This plan was made without an analysis and cannot be previewed. Analyse the pair "
+                "and make the plan from the analysis."
             )
         found = preview(self.decisions, self.records, self._update_of, self.totals)
-        return replace(found, not_counted=self.beside)
+        return replace(found, not_counted=self.extras)
 
     def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
         """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
@@ -188,7 +187,7 @@ class MergePlan:
 
     @classmethod
     def load(cls, path: str | Path) -> MergePlan:
-        """Read a plan that `save` wrote. Raises: PlanError when it is no plan."""
+        """Read a plan written by `save`. Raises: PlanError if it is not a plan."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls.from_dict(content)
@@ -197,12 +196,12 @@ class MergePlan:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
                 f"'{path}' is not a plan of this version ({type(error).__name__}: {error}). "
-                f"Make it with `ipmerge plan`."
+                f"Create it again with `ipmerge plan`."
             ) from error
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MergePlan:
-        """Rebuild a plan from its JSON content and check its values again."""
+        """Rebuild a plan from its JSON content and validate it."""
         if content["format"] != _FORMAT or content["version"] != _VERSION:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
         method = find_method(content["method"])
@@ -231,7 +230,7 @@ class MergePlan:
             analysed=checked_options(method, made) if (made := content.get("analysed")) else None,
         )
         if plan.hash != content["hash"]:
-            raise ValueError(f"its hash is {plan.hash} and the file says {content['hash']}")
+            raise ValueError(f"its hash is {plan.hash}, but the file has {content['hash']}")
         return plan
 
 
@@ -247,13 +246,13 @@ def make_plan(
     calibration: str | Path | None = None,
     **parameters: Any,  # noqa: ANN401 (options have types of their own)
 ) -> MergePlan:
-    """Decide what merges.
+    """Create a plan: select the matrices to merge and set the parameters.
 
     Args:
-        source: an Analysis; a ModelPair is enough for methods that do not select by similarity.
+        source: an Analysis, or a ModelPair for methods that do not select by similarity.
         method: a key of METHODS.
-        similarity_threshold: S_alpha in [0, 1]; a matrix merges iff its similarity reaches it.
-        lambda_: gain >= 0 on the update, for the methods that have one.
+        similarity_threshold: S_alpha in [0, 1]; matrices with similarity >= S_alpha are merged.
+        lambda_: gain >= 0 on the update, for methods that have one.
         similarity: "first", "max" or "weighted".
         overrides: per matrix name "merge" or "keep", whatever else is said of it.
         options: `PlanOptions`, which lists them: include, exclude, layer_gains, norms, embeddings,
@@ -263,8 +262,8 @@ def make_plan(
             (temperature, rank), or the defaults.
 
     Raises:
-        PlanError: a value is out of range, a name unknown, or the source does not suffice.
-        CheckpointError, PairingError: no finished calibration there, or one of other models.
+        PlanError: a value is out of range, a name unknown, or the source is not sufficient.
+        CheckpointError, PairingError: the calibration is missing or of other models.
     """
     chosen = find_method(method)
     named = parameters if overrides is None else {**parameters, "overrides": overrides}
@@ -306,14 +305,14 @@ def make_plan(
 def _complete(
     method: MergeMethod, given: Mapping[str, ParameterValue], analysed: Mapping[str, ParameterValue]
 ) -> dict[str, ParameterValue]:
-    """Return the method's parameters: as given, as analysed, else the defaults."""
+    """Return the method's parameters: as given, as analysed, or the defaults."""
     names = [parameter.name for parameter in method.parameters]
     taken = {name: analysed[name] for name in method.from_analysis if name in analysed}
     if "lambda_" in names:
         return method.complete({**taken, **given})
     if given["lambda_"] != 1.0:
         raise PlanError(
-            f"{method.label} has no lambda (got {given['lambda_']!r}). Its parameters are: "
+            f"{method.label} has no parameter lambda (got {given['lambda_']!r}). It has: "
             f"{', '.join(names) or 'none'}."
         )
     return method.complete(
@@ -325,8 +324,8 @@ def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
     experts = len(source.sources.math if isinstance(source, Analysis) else source.math)
     if experts > 1 and not method.several_experts:
         raise PlanError(
-            f"{method.label} merges one expert at a time and this pair has {experts}. Choose "
-            f"another method."
+            f"{method.label} supports one expert and this pair has {experts}. Choose another "
+            f"method."
         )
     if method.needs_analysis and not isinstance(source, Analysis):
         raise PlanError(
@@ -341,9 +340,9 @@ def open_sources(sources: Sources) -> ModelPair:
 
 
 def reopen(plan: MergePlan) -> ModelPair:
-    """Open the plan's models again and make sure that they are the same.
+    """Open the models of a plan and check that their weights are unchanged.
 
-    Raises: PairingError when a model's weights are not those the plan was made for.
+    Raises: PairingError if the weights of a model differ from those the plan was made for.
     """
     sources = plan.sources
     pair = open_sources(sources)
@@ -351,9 +350,9 @@ def reopen(plan: MergePlan) -> ModelPair:
     for source, fingerprint in zip(sources.all(), now, strict=True):
         if source.fingerprint != fingerprint:
             raise PairingError(
-                f"'{source.id}' holds other weights than when the plan was made (fingerprint "
-                f"{fingerprint[:8]}, then {source.fingerprint[:8]}). Analyse the pair again and "
-                f"make a new plan."
+                f"The weights of '{source.id}' have changed since the plan was made (fingerprint "
+                f"{fingerprint[:8]} instead of {source.fingerprint[:8]}). Analyse the pair again "
+                f"and make a new plan."
             )
     return pair
 
@@ -367,14 +366,14 @@ def _open_calibration(
 ) -> Calibrated | None:
     if method.data is None:
         if folder is not None:
-            raise PlanError(f"{method.label} needs no data; leave the calibration out.")
+            raise PlanError(f"{method.label} does not use calibration data; omit the calibration.")
         return None
     if folder is None:
         what = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
         raise PlanError(
-            f"{method.label} needs {what[method.data]} of every model, measured on samples. Make "
-            f"them with `ipmerge calibrate --kind {method.data}` and name the folder as the "
-            f"calibration, or choose a method that needs no data."
+            f"{method.label} requires {what[method.data]} of every model. Run `ipmerge calibrate "
+            f"--kind {method.data}` and pass its output folder as calibration, or choose a method "
+            f"that needs no calibration data."
         )
     found = Measurements.open(folder)
     found.check(sources.merged(), method.data)
@@ -385,7 +384,7 @@ def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]
     unknown = sorted(set(overrides) - {decision.name for decision in decisions})
     if unknown:
         raise PlanError(
-            f"An override names '{unknown[0]}', which is no decoder matrix of this pair. "
+            f"An override names '{unknown[0]}', which is not a decoder matrix of this pair. "
             f"Use the base's names, such as 'model.layers.0.self_attn.q_proj.weight'."
         )
 
@@ -393,7 +392,7 @@ def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]
 def _decide(
     analysis: Analysis, similarity: str, threshold: float | None, scope: Scope
 ) -> list[Decision]:
-    """Apply the rule "merges iff similarity >= S_alpha", inside the scope, per expert."""
+    """Select experts with similarity >= S_alpha for each matrix inside the scope."""
     decisions: dict[str, Decision] = {}
     for record in analysis.records:
         reaches = threshold is None or record.similarity[similarity] >= threshold

@@ -1,7 +1,7 @@
-"""What a decision changes, worked out from inner products: exact, without reading a weight.
+"""Preview the change of a merge from inner products, without reading weights.
 
-In: the decisions of a plan, the records of an analysis, and how the method's change is affine in
-measured directions. Out: a `Preview`. The browser does the same arithmetic while a slider moves.
+In: the decisions of a plan, the records of an analysis, and the affine form of the method's change
+in measured directions. Out: a `Preview`. The browser computes the same while a slider moves.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
 
-_QUICK = "the analysis was a quick one, from the leading directions only"
-_UNSAID = "the plan does not say how its analysis was made; make it again for an exact preview"
+_QUICK = "the analysis was a quick one of the leading directions only"
+_UNKNOWN = "the plan does not record its analysis options; make it again for an exact preview"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one matrix: the experts (by index) that are merged into it, none for kept."""
+    """Decision for one matrix: the indices of the experts to merge; empty if kept."""
 
     name: str
     layer: int
@@ -33,14 +33,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a plan will change. Fractions are in [0, 1], angles are given as cosines in [-1, 1].
+    """Predicted change of a plan. Fractions are in [0, 1], angles are cosines in [-1, 1].
 
     `relative_change` is ||W_merged - W_mllm||_F / ||W_mllm||_F over all decoder matrices, and
     `layer_change` the same per layer. `keep` is the cosine between the merged and the MLLM's task
     vector, `absorb` the one between the merged task vector and the experts' update. Both are None
-    where one of the two is zero. They are geometry, not accuracy. `not_counted` names what merges
-    beside the decoder matrices and is in none of the numbers. `approximate` says why the numbers
-    are near and not exact; empty where they are exact.
+    if one of the two is zero. They describe geometry, not accuracy. `not_counted` lists what is
+    merged in addition to the decoder matrices and not included in the numbers. `approximate` states
+    why the numbers are approximate; empty if they are exact.
     """
 
     selected: tuple[str, ...]
@@ -101,16 +101,16 @@ def preview(
     """Sum the records' inner products over the decisions.
 
     Math:   per matrix, with selected experts E: X = sum_E w_k P_k, U = a dV + b X
-            (`AffineUpdate`), so ||U||^2 = a^2 ||dV||^2 + 2 a b <dV, X> + b^2 ||X||^2, and what is
-            expected of random drops on top,
+            (`AffineUpdate`), so ||U||^2 = a^2 ||dV||^2 + 2 a b <dV, X> + b^2 ||X||^2, plus the
+            expectation over random drops,
             change = sqrt(sum ||U||^2 / sum ||W_mllm||^2), keep = cos(dV, dV + U),
             absorb = cos(X, dV + U), sums over matrices.
 
     Args:
-        decisions: what merges.
-        records: of the analysis, all matrices and experts.
-        update_of: the change of a matrix, given its records; gains differ from layer to layer.
-        totals: the model's sizes.
+        decisions: the decisions of the plan.
+        records: records of the analysis, for all matrices and experts.
+        update_of: returns the change of a matrix, given its records; gains can depend on the layer.
+        totals: sizes of the model.
     """
     by_matrix: dict[str, list[LayerRecord]] = {}
     for record in records:
@@ -171,9 +171,9 @@ def known_statistic(
     records: Sequence[LayerRecord],
     decisions: Iterable[Decision],
 ) -> tuple[float, ...] | None:
-    """Make the method's numbers of the whole model, where an analysis holds what they are made of.
+    """Compute the method's statistic from an analysis, if it contains the required norms.
 
-    Math:   ||dV||^2 of the MLLM and ||dM_k||^2 of every expert, each summed over what merges.
+    Math:   ||dV||^2 of the MLLM and ||dM_k||^2 of every expert, each summed over merged matrices.
     """
     statistic = method.statistic
     if statistic is None or not method.needs_statistic(parameters):
@@ -200,11 +200,14 @@ def known_update(
     *,
     own_base: bool,
 ) -> AffineUpdate:
-    """Say how a matrix will change, from its records.
+    """Return the change of a matrix, computed from its records.
 
-    Raises: PlanError with the reason where that is not known before the weights are read.
+    Raises: PlanError with the reason if the change cannot be computed without the weights.
     """
-    parallel = anchor in ("two_base", "root")  # else there is one change, and no angle between two
+    parallel = anchor in (
+        "two_base",
+        "root",
+    )  # otherwise there is only one task vector, and no angle
     norms2 = math.sqrt(records[0].mllm_norm2 * records[0].math_norm2)
     facts = {
         "statistic": statistic,
@@ -216,20 +219,20 @@ def known_update(
     update = method.affine({**parameters, **facts}) if method.affine else None
     if update is None or update.direction not in records[0].updates:
         raise _unknown(method, method.unknown)
-    # What is measured from other bases than the analysis did is not among its products.
+    # The analysis has no inner products for task vectors relative to other bases.
     elsewhere = own_base and anchor in ("root", "interp")
     moved = None if elsewhere else update.from_anchor(anchor, len(records))
     if moved is None:
         raise _unknown(
-            method, f"the analysis did not measure the changes that the anchor {anchor} is about"
+            method, f"the analysis does not contain the task vectors of the anchor {anchor}"
         )
     return moved
 
 
 def checked_options(method: MergeMethod, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of an analysis, checked where the method depends on them.
+    """Return the options of an analysis, validated if the method depends on them.
 
-    Raises: PlanError for a value that the method could not compute with.
+    Raises: PlanError for a value that the method does not support.
     """
     for parameter in method.parameters:
         if parameter.name in method.from_analysis and parameter.name in options:
@@ -244,43 +247,43 @@ def as_measured(
     analysed: Mapping[str, ParameterValue] | None,
     shape: tuple[int, int],
 ) -> AffineUpdate:
-    """Return the update, marked as approximate where the analysis was not exact.
+    """Return the update, marked as approximate if the analysis was not exact.
 
     Args:
-        method: whose update it is.
+        method: the method.
         update: the change of one matrix.
-        parameters: of the method.
-        analysed: the options that the analysis was made with; None where the plan does not say.
-        shape: of the matrix.
+        parameters: parameters of the method.
+        analysed: the options of the analysis; None if the plan does not record them.
+        shape: shape of the matrix.
 
-    Raises: PlanError where the analysis measured the direction with other options.
+    Raises: PlanError if the analysis measured the direction with other options.
     """
     if not update.measured_with:
         return update
     if analysed is None:
-        return update._replace(approximate=_UNSAID)
+        return update._replace(approximate=_UNKNOWN)
     defaults = {parameter.name: parameter.default for parameter in method.parameters}
     for name in update.measured_with:
         there, here = analysed.get(name, defaults[name]), parameters[name]
         if _effective(name, there, shape) != _effective(name, here, shape):
             raise _unknown(
                 method,
-                f"the analysis measured its updates with {name} {shown(there)} and the plan has "
-                f"{name} {shown(here)}. Leave {name} out of the plan to take the analysis', or "
-                f"analyse the pair with {name} {shown(here)}",
+                f"the analysis used {name} {shown(there)} and the plan has {name} {shown(here)}. "
+                f"Omit {name} from the plan to use that of the analysis, or analyse the pair with "
+                f"{name} {shown(here)}",
             )
     return update._replace(approximate=_QUICK) if analysed.get("quick") else update
 
 
 def _effective(name: str, value: ParameterValue, shape: tuple[int, int]) -> ParameterValue:
-    """The value as one matrix sees it: a rank is at most all of its directions."""
+    """Return the effective value for one matrix: a rank is bounded by its dimensions."""
     if name != "rank":
         return value
     return min(shape) if value is None else min(int(value), *shape)
 
 
 def shown(value: ParameterValue) -> str:
-    """Write a parameter's value as --set takes it.
+    """Format a parameter value in the syntax of --set.
 
     >>> shown(8.0), shown(None), shown("sum")
     ('8', 'none', 'sum')

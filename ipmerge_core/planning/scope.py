@@ -20,7 +20,7 @@ from ipmerge_core.spectral.kinds import SIMILARITIES
 
 
 class Scope(NamedTuple):
-    """What may merge at all: an override says so, or the name is included and not excluded."""
+    """Selects tensors by name: an override, or included and not excluded."""
 
     overrides: Mapping[str, str]
     include: re.Pattern[str] | None
@@ -32,7 +32,7 @@ class Scope(NamedTuple):
         return cls(options.overrides, _compile(options.include), _compile(options.exclude))
 
     def allows(self, name: str, wanted: bool) -> bool:
-        """Whether a tensor merges, if it is wanted at all."""
+        """Return whether a tensor is merged; `wanted` is the default decision."""
         if name in self.overrides:
             return self.overrides[name] == "merge"
         if self.include and not self.include.search(name):
@@ -50,7 +50,7 @@ def check_beside(method: MergeMethod, options: PlanOptions) -> None:
     asked += ["embeddings"] if options.embeddings != "keep" else []
     if asked and method.matrixwise and method.vectors is None:
         raise PlanError(
-            f"{method.label} works on whole matrices and has nothing to say of {asked[0]}. Keep "
+            f"{method.label} operates on whole matrices and does not support {asked[0]}. Keep "
             f"them, or choose another method, such as task_arithmetic."
         )
 
@@ -59,10 +59,10 @@ def check_choice(threshold: float, similarity: str) -> None:
     """Refuse an impossible threshold or similarity. Raises: PlanError."""
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
         raise PlanError(f"The similarity threshold is {threshold!r}; expected a number in [0, 1].")
-    if not 0 <= threshold <= 1:  # also refuses NaN
+    if not 0 <= threshold <= 1:  # also rejects NaN
         raise PlanError(
-            f"The similarity threshold (S_alpha) is {threshold}; similarities lie in [0, 1], so "
-            f"choose a value there, such as the default 0.4."
+            f"The similarity threshold is {threshold}; expected a number in [0, 1], such as the "
+            f"default 0.4."
         )
     if similarity not in SIMILARITIES:
         raise PlanError(f"Unknown similarity {similarity!r}. Available: {', '.join(SIMILARITIES)}.")
@@ -75,12 +75,12 @@ def check_layer_gains(
     for factor in factors:
         scaled = method.scaled(parameters, factor)
         if scaled is None:
-            raise PlanError(f"{method.label} has no gain that could differ from layer to layer.")
+            raise PlanError(f"{method.label} does not support layer gains: it has no gain.")
         method.complete(scaled)
 
 
 def spread(factors: Sequence[float], layers: Iterable[int]) -> dict[int, float]:
-    """Give every layer its factor: spread evenly from the first to the last, and interpolated.
+    """Return a factor per layer: evenly spaced from the first to the last, and interpolated.
 
     >>> spread((0, 1), range(3))
     {0: 0.0, 1: 0.5, 2: 1.0}
@@ -93,40 +93,39 @@ def spread(factors: Sequence[float], layers: Iterable[int]) -> dict[int, float]:
 def choose_anchor(
     method: MergeMethod, anchor: Anchor | None, parameters: Mapping[str, Any]
 ) -> Anchor:
-    """Return the anchor that was asked for, or the method's own.
+    """Return the requested anchor, or the method's default.
 
-    A plain sum is injected: the MLLM stays whole, and its own base plays no part. Methods that
-    average weights take the models as they are. Those that weigh the models' changes against each
-    other need the MLLM's change, too, and measure each from its own base; so does a sum that scales
-    the MLLM's change.
+    A plain sum uses inject: the MLLM's own change is kept, and its base is not used. Methods that
+    average weights use interp. Methods that weight the models' changes against each other also need
+    the MLLM's change and use two_base, as does a sum that scales the MLLM's change.
 
-    Raises: PlanError for an anchor that the method has no meaning for.
+    Raises: PlanError for an anchor that the method does not support.
     """
     if anchor is None:
         scaled = method.anchor == "inject" and parameters.get("mllm_weight") != 1.0
         return "two_base" if scaled else method.anchor
     if method.needs_analysis and anchor != "two_base":
         raise PlanError(
-            f"{method.label} always adds to the whole MLLM and needs both task vectors, each from "
-            f"its model's own base; leave the anchor at two_base."
+            f"{method.label} adds to the MLLM and requires both task vectors, each relative to its "
+            f"model's own base; use the anchor two_base."
         )
     if method.data is not None and anchor not in ("interp", "root"):
         raise PlanError(
-            f"{method.label} takes the very weights that were calibrated; the anchor {anchor} "
-            f"would move the expert's. Leave it at interp."
+            f"{method.label} requires exactly the weights that were calibrated, which the anchor "
+            f"{anchor} would change. Use the anchor interp."
         )
     if anchor in ("two_base", "root"):
         return anchor
     if method.anchor != "interp" and parameters.get("mllm_weight", 1.0) != 1.0:
         raise PlanError(
-            f"mllm_weight is {parameters['mllm_weight']!r}; with the anchor {anchor} the MLLM "
-            f"stays whole, so leave it at 1 and set math_weight."
+            f"mllm_weight is {parameters['mllm_weight']!r}; with the anchor {anchor} the MLLM's "
+            f"task vector is not scaled. Use mllm_weight=1 and set math_weight."
         )
     own_norms = method.statistic is not None and method.statistic.from_own_base
     if own_norms and parameters["scope"] != "model":
         raise PlanError(
-            f"With the anchor {anchor} a matrix has one change only, and {method.label} weighs "
-            f"two. Take the norms of the whole models with scope=model, or the anchor two_base."
+            f"With the anchor {anchor} a matrix has one task vector, but {method.label} weights "
+            f"two. Use scope=model, or the anchor two_base."
         )
     return anchor
 
@@ -134,7 +133,7 @@ def choose_anchor(
 def method_anchor(method: MergeMethod, anchor: Anchor) -> Anchor:
     """Return the anchor to compute with.
 
-    A plain sum on the whole MLLM is the same from any base of the MLLM's; from the experts' own
-    base nothing has to be moved, which costs time and a rounding.
+    A plain sum added to the MLLM is the same for any base of the MLLM; with the experts' base no
+    weights have to be shifted, which saves time and a rounding.
     """
     return "root" if anchor == "inject" and method.anchor == "inject" else anchor

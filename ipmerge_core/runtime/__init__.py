@@ -1,1 +1,1 @@
-"""Threads, devices, processes and long runs: what the other packages run on."""
+"""Threads, devices, processes and long-running jobs."""

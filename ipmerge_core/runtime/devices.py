@@ -1,9 +1,8 @@
-"""Where matrices are computed: which device, and how many at once on a GPU.
+"""Select compute devices and manage CUDA streams.
 
-In: a device as torch names it or "auto", and the memory that one matrix takes. Out: the name of a
-device that is there, numbers and contexts. On a CPU a matrix uses the threads that torch was given;
-on a CUDA GPU some matrices run at once, each in a stream of its own, so that one is copied there
-while another is computed.
+In: a torch device name or "auto", and the memory that one matrix requires. Out: the name of an
+available device, counts and contexts. On a CPU a matrix uses torch's threads; on a CUDA GPU several
+matrices run concurrently, each in its own stream, so that copying overlaps with computing.
 """
 
 from __future__ import annotations
@@ -19,20 +18,21 @@ import torch
 from ipmerge_core.errors import PlanError
 
 AUTO = "auto"
-KINDS = ("cuda", "xpu", "mps", "cpu")  # the best first; torch's ROCm builds call their GPUs cuda
+KINDS = ("cuda", "xpu", "mps", "cpu")  # fastest first; torch's ROCm builds call their GPUs cuda
 STREAMS = 3  # one computes, one is on its way in, one on its way out
 
 _NAME = re.compile(rf"({'|'.join(KINDS)})(?::([0-9]{{1,3}}))?")
 
-# torch keeps the memory that was freed on a stream for that stream, so a few are used for ever.
+# torch reserves memory freed on a stream for that stream, so a few streams are reused.
 _idle: dict[torch.device, deque[torch.cuda.Stream]] = defaultdict(deque)
 
 
 def available_devices(*, fp64: bool = True) -> list[str]:
-    """List the devices that torch sees here, the best first, the CPU last.
+    """List the devices that torch can use on this machine, fastest first, the CPU last.
 
     Args:
-        fp64: only those that compute in 64 bits, as analyses and merges do. Apple's GPUs do not.
+        fp64: only those with 64-bit floating point, which analyses and merges need. Apple GPUs
+            have none.
     """
     found: list[str] = []
     for kind in KINDS:
@@ -46,25 +46,25 @@ def resolve_device(name: str = AUTO, *, fp64: bool = True) -> str:
     """Return the device to compute on.
 
     Args:
-        name: as torch names it, such as "cpu", "cuda" or "cuda:1"; "auto" is the best one here.
-        fp64: whether the work needs 64-bit floating point: True for all work on weights, False for
+        name: a torch device name such as "cpu", "cuda" or "cuda:1"; "auto" selects the fastest.
+        fp64: whether 64-bit floating point is required: True for all work on weights, False for
             running a model.
 
-    Raises: PlanError for a device that does not exist, is not here, or cannot do this work.
+    Raises: PlanError for a device that is unknown, unavailable, or lacks 64-bit floating point.
     """
     here = available_devices(fp64=fp64)
     if name == AUTO:
-        return here[0].partition(":")[0]  # "cuda" lets several processes take a GPU each
+        return here[0].partition(":")[0]  # "cuda" lets several processes use one GPU each
     found = _NAME.fullmatch(name) if isinstance(name, str) else None
     if found is None:
         raise PlanError(
-            f"Unknown device {str(name)[:40]!r}. Expected auto, or one that torch sees here: "
+            f"Unknown device {str(name)[:40]!r}. Expected auto or an available device: "
             f"{', '.join(here)}."
         )
     kind, index = found[1], int(found[2] or 0)
     if index >= _count(kind):
         raise PlanError(
-            f"The device '{name}' is not available: torch {torch.__version__} sees "
+            f"The device '{name}' is not available: torch {torch.__version__} finds "
             f"{_count(kind) or 'no'} {kind} device{'' if _count(kind) == 1 else 's'} on this "
             f"machine. Use auto, or one of: {', '.join(here)}."
         )
@@ -77,7 +77,7 @@ def resolve_device(name: str = AUTO, *, fp64: bool = True) -> str:
 
 
 def describe_device(name: str) -> str:
-    """Return a device's name for people.
+    """Return a human-readable device name.
 
     >>> describe_device("cpu")
     'CPU'
@@ -92,7 +92,7 @@ def describe_device(name: str) -> str:
 
 
 def is_cpu(name: str) -> bool:
-    """Whether a device is the CPU.
+    """Return whether a device is the CPU.
 
     >>> is_cpu("cpu"), is_cpu("cuda:1")
     (True, False)
@@ -101,7 +101,7 @@ def is_cpu(name: str) -> bool:
 
 
 def has_fp64(device: str | torch.device) -> bool:
-    """Whether a device computes in 64-bit floating point."""
+    """Return whether a device supports 64-bit floating point."""
     where = torch.device(device)
     if where.type == "xpu":
         return bool(torch.xpu.get_device_properties(where).has_fp64)
@@ -109,19 +109,19 @@ def has_fp64(device: str | torch.device) -> bool:
 
 
 def _count(kind: str) -> int:
-    """How many devices of a kind torch can use here."""
+    """Count the devices of a kind that torch can use on this machine."""
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     if kind == "cpu":
         return 1
-    room = getattr(torch, kind)
-    return int(room.device_count()) if room.is_available() else 0
+    backend = getattr(torch, kind)
+    return int(backend.device_count()) if backend.is_available() else 0
 
 
 def streams(device: str | torch.device, working_set: int) -> int:
-    """How many matrices run at once: as many streams as a GPU's free memory holds, one on a CPU.
+    """Return how many matrices can run concurrently: limited by free GPU memory, one on a CPU.
 
-    0 where a GPU cannot hold even one. `working_set` is bytes for the largest matrix.
+    Returns 0 if the GPU cannot hold even one. `working_set` is in bytes, for the largest matrix.
     """
     if torch.device(device).type != "cuda":
         return 1
@@ -130,14 +130,14 @@ def streams(device: str | torch.device, working_set: int) -> int:
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes of a GPU that can be had: those nobody holds, and those torch keeps for reuse."""
+    """Return the available bytes of a GPU: unallocated ones and those cached by torch."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @contextmanager
 def stream(device: str | torch.device) -> Iterator[None]:
-    """Work in a stream that no other thread is in; on a CPU nothing happens."""
+    """Enter a CUDA stream that no other thread uses; a no-op on other devices."""
     where = torch.device(device)
     if where.type != "cuda":
         yield
@@ -154,14 +154,14 @@ def stream(device: str | torch.device) -> Iterator[None]:
 
 
 def warn_of_cpu(device: str | torch.device, name: str, shape: Sequence[int]) -> None:
-    """Say that a matrix goes to the CPU, since the device's memory does not suffice for it."""
+    """Warn that a matrix is processed on the CPU because the device has too little memory."""
     warnings.warn(
-        f"'{name}' {tuple(shape)} does not fit the memory of {device}; it is worked on by the CPU, "
-        f"which takes longer.",
+        f"'{name}' {tuple(shape)} does not fit into the memory of {device}; falling back to the "
+        f"CPU, which is slower.",
         stacklevel=2,
     )
 
 
 def _load_solvers(device: str | torch.device) -> None:
-    """Use a solver once: torch loads them at the first use, and fails if two threads are first."""
+    """Load the solver library: torch does so on first use, which fails from two threads at once."""
     torch.linalg.inv(torch.ones(1, 1, device=device))

@@ -1,4 +1,4 @@
-"""What this process runs on: an operating system, the user's machine or a Hugging Face Space."""
+"""Query the host environment: operating system, and whether it is a Hugging Face Space."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ipmerge_core.errors import RunError
 
 
 def check_platform() -> None:
-    """Refuse to start where files cannot be locked and written as this package does.
+    """Check that the operating system is supported.
 
     Raises: RunError on Windows, which has neither `fcntl` nor `pwrite`.
     """
     if sys.platform == "win32":
         raise RunError(
-            "IPMerge needs Linux or macOS: it locks and writes files in ways that Windows does "
-            "not offer. On Windows, run it in WSL (Windows Subsystem for Linux)."
+            "IPMerge requires Linux or macOS: it uses file locks and positioned writes that are "
+            "not available on Windows. On Windows, use WSL (Windows Subsystem for Linux)."
         )
 
 
@@ -31,5 +31,5 @@ def space_host() -> str:
 
 
 def is_hosted() -> bool:
-    """Whether the app is public: it runs on a Space, for visitors who are not its owner."""
+    """Return whether the app runs on a public Space, for visitors who are not its owner."""
     return bool(space_id())

@@ -1,11 +1,11 @@
-"""A long run in a process of its own: started, watched, cancelled and resumed by an id.
+"""Run long jobs in separate processes; start, monitor, cancel and resume them by id.
 
-In: a generator function that yields one small step at a time (any driver of this package) and its
-arguments. Out: a job folder with what was asked (`job.json`), where it stands (`status.json`), what
-happened (`journal.jsonl`) and what was printed (`log.txt`). The run outlives the browser tab and
-the server; whoever knows the id may watch, whoever holds the key may cancel and resume. Starts
-and resumes are taken one at a time, by every process that uses the folder, so that neither a limit
-nor an output folder is shared by accident. Knows callables, not what they do.
+In: a generator function that yields small steps (any driver of this package) and its arguments.
+Out: a job folder with the request (`job.json`), the current state (`status.json`), a history
+(`journal.jsonl`) and the printed output (`log.txt`). A job survives the browser tab and the server;
+anyone who has the id can monitor it, only the holder of the key can cancel and resume it. Starts
+and resumes are serialized across all processes that use the folder, so that the limit on running
+jobs holds and no two jobs write to one output folder. Independent of what the callables do.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from ipmerge_core.runtime.pipeline import keep_freed_memory
 
 State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
 _ID = re.compile(r"[0-9a-f]{32}")
-SHORTEST_SECRET = 32  # letters of an owner's secret
+SHORTEST_SECRET = 32  # minimum number of characters of an owner's secret
 _WRITE_EVERY = 0.1  # seconds between two writes of status.json
 _JOURNAL_EVERY = 2.0  # seconds between two journal lines about progress
-_LOCK_PATIENCE = 10.0  # seconds that a process may take to let go after its last word
-# Where the targets and arguments of jobs were defined when older jobs were written.
+_LOCK_PATIENCE = 10.0  # seconds that a process may take to release its lock after its last status
+# Former import paths of job targets and arguments, as stored in older jobs.
 _FORMER = {
     "ipmerge_core.merging:iter_merge": "ipmerge_core.merging.merge:iter_merge",
     "ipmerge_core.analysis:iter_pack": "ipmerge_core.analysis.analyse:iter_pack",
@@ -55,16 +55,16 @@ _START = "import sys; from ipmerge_core.runtime.jobs import main; sys.exit(main(
 
 @runtime_checkable
 class Saved(Protocol):
-    """An argument that is stored as a file of its own; its class has a matching `load`."""
+    """An argument that is stored in its own file; its class has a matching `load`."""
 
     def save(self, path: str | Path) -> None:
-        """Write to `path`."""
+        """Write the argument to `path`."""
         ...
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Where a job stands. Times are seconds since the epoch; `step` is the last one it yielded."""
+    """State of a job. Times are seconds since the epoch; `step` is the last one it yielded."""
 
     id: str
     title: str
@@ -77,24 +77,24 @@ class JobStatus:
 
     @property
     def is_running(self) -> bool:
-        """Whether a process is working on it now."""
+        """Whether a process is currently executing the job."""
         return self.state in ("running", "cancelling")
 
     @property
     def can_resume(self) -> bool:
-        """Whether it stopped before its end and may go on."""
+        """Whether the job stopped before its end and can be resumed."""
         return self.state in ("cancelled", "failed", "interrupted")
 
 
 class Claim(NamedTuple):
-    """A folder that a run alone may write to while it runs, and what it makes there."""
+    """A folder reserved for one job while it runs, and a label of what the job writes there."""
 
     folder: str
     work: str = ""
 
 
 class Started(NamedTuple):
-    """What `JobStore.start` hands to the one who asked: the key is kept nowhere else."""
+    """Result of `JobStore.start`; the key is stored nowhere else."""
 
     id: str
     key: str
@@ -114,7 +114,7 @@ def home_folder() -> Path:
 
 
 class JobStore:
-    """The jobs in one folder."""
+    """Manages the jobs in one folder."""
 
     def __init__(self, folder: Path, *, most_running: int = 2) -> None:
         self.folder = folder
@@ -134,11 +134,11 @@ class JobStore:
         Args:
             target: a generator function that can be imported by its module and name.
             arguments: JSON values, or objects with `save` and a class method `load`.
-            title: what people call this run.
-            claim: the folder that no other run may write to meanwhile.
-            owner: a secret of the one who asks; the run's key is then `key_of(job, owner)`.
+            title: a human-readable name.
+            claim: a folder that no other job may write to in the meantime.
+            owner: a secret of the caller; the job's key is then `key_of(job, owner)`.
 
-        Raises: RunError when too many jobs are running, FolderInUseError for a claimed folder.
+        Raises: RunError if too many jobs are running, FolderInUseError for a claimed folder.
         """
         with self._one_at_a_time():
             self._admit(claim)
@@ -170,20 +170,20 @@ class JobStore:
         return Started(job, key)
 
     def status(self, job: str) -> JobStatus:
-        """Tell where a job stands. Raises: RunError for an unknown id."""
+        """Return the status of a job. Raises: RunError for an unknown id."""
         folder = self._folder(job)
-        for _ in range(2):  # a process may end between reading its status and trying its lock
+        for _ in range(2):  # a process may end between the two reads below
             status = _read_status(folder)
             if not status.is_running or _is_locked(folder):
                 break
         else:
-            return replace(status, state="interrupted", error="Its process ended unexpectedly.")
+            return replace(status, state="interrupted", error="The process ended unexpectedly.")
         if status.state == "running" and (folder / "cancel").exists():
             return replace(status, state="cancelling")
         return status
 
     def all(self) -> list[JobStatus]:
-        """List every job, the newest first."""
+        """List all jobs, newest first."""
         if not self.folder.is_dir():
             return []
         jobs = [path.name for path in self.folder.iterdir() if (path / "status.json").is_file()]
@@ -191,9 +191,9 @@ class JobStore:
         return sorted(statuses, key=lambda status: -status.started)
 
     def cancel(self, job: str, key: str) -> JobStatus:
-        """Ask a job to stop after its current step; what it finished is kept.
+        """Request that a job stop after its current step; finished work is kept.
 
-        Raises: RunError for an unknown id, or a key that is not the creator's.
+        Raises: RunError for an unknown id or a wrong key.
         """
         self._authorise(job, key)
         if self.status(job).is_running:
@@ -201,10 +201,10 @@ class JobStore:
         return self.status(job)
 
     def resume(self, job: str, key: str) -> JobStatus:
-        """Run a stopped job again with the same arguments; its target skips what is done.
+        """Run a stopped job again with the same arguments; its target skips finished work.
 
-        Raises: RunError for an unknown id, a wrong key, a job that is running or finished, or when
-            too many jobs are running; FolderInUseError when another run is writing to its folder.
+        Raises: RunError for an unknown id, a wrong key, a job that is running or finished, or if
+            too many jobs are running; FolderInUseError if another job is writing to its folder.
         """
         self._authorise(job, key)
         with self._one_at_a_time():
@@ -224,13 +224,13 @@ class JobStore:
 
     @staticmethod
     def key_of(job: str, owner: str) -> str:
-        """Return the key of a job that was started by `owner`; "" where that is no secret."""
+        """Return the key of a job that `owner` started; "" if `owner` is too short a secret."""
         if len(owner) < SHORTEST_SECRET:
             return ""
         return hmac.new(owner.encode(), job.encode(), hashlib.sha256).hexdigest()
 
     def holds_key(self, job: str, key: str) -> bool:
-        """Whether `key` is the one that `start` gave out for this job."""
+        """Return whether `key` is the key that `start` returned for this job."""
         content = json.loads((self._folder(job) / "job.json").read_text("utf-8"))
         return hmac.compare_digest(str(content["key"]), _digest(key))
 
@@ -242,14 +242,14 @@ class JobStore:
 
     @contextlib.contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Hold the store's lock: what is counted inside stays true until the end."""
+        """Hold the store's lock, so that job counts do not change inside the block."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _admit(self, claim: Claim | None) -> None:
-        """Refuse one more run where its folder is claimed, or too many are running."""
+        """Raise if the folder is claimed or too many jobs are running."""
         running = [status.id for status in self.all() if status.is_running]
         for job in running:
             found = self._claim(job)
@@ -277,8 +277,8 @@ class JobStore:
         content = json.loads((folder / "job.json").read_text("utf-8"))
         status = JobStatus(job, content["title"], "running", {}, content["arguments"], time.time())
         with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as log:
-            # The child inherits the lock with the open file, so that there is no moment in which
-            # a running job looks dead.
+            # The child inherits the open, locked file, so that a running job never appears
+            # interrupted.
             _lock(lock)
             (folder / "cancel").unlink(missing_ok=True)
             _write_status(folder, status)
@@ -292,7 +292,7 @@ class JobStore:
                 pass_fds=[lock.fileno()],
                 start_new_session=True,
             )
-        # Somebody has to take note of its end, or it stays behind as a zombie.
+        # Reap the child when it ends, otherwise it remains as a zombie process.
         threading.Thread(target=child.wait, daemon=True).start()
 
 
@@ -300,7 +300,7 @@ class JobStore:
 
 
 def main(folder: str, lock: str) -> int:
-    """Carry out a job, then let go of its lock: leaving Python may take a while after that."""
+    """Run a job, then release its lock: interpreter shutdown may take a while after that."""
     keep_freed_memory()
     code = run_job(folder)
     fcntl.flock(int(lock), fcntl.LOCK_UN)
@@ -308,7 +308,7 @@ def main(folder: str, lock: str) -> int:
 
 
 def run_job(folder: str | Path) -> int:
-    """Carry out the job in `folder`; returns the exit code. Runs in the job's own process."""
+    """Run the job in `folder` in the current process and return the exit code."""
     folder = Path(folder)
     status = _read_status(folder)
     _log_event(folder, {"event": "started", "process": os.getpid()})
@@ -317,9 +317,9 @@ def run_job(folder: str | Path) -> int:
         status = _drain(folder, steps, status)
     except IPMergeError as error:
         status = replace(status, state="failed", error=str(error))
-    except Exception as error:  # noqa: BLE001 (a bug is reported to whoever watches the job)
+    except Exception as error:  # noqa: BLE001 (a bug is reported in the job's status)
         traceback.print_exc()
-        text = f"Unexpected {type(error).__name__}: {error}. Details are in the run's log."
+        text = f"Unexpected {type(error).__name__}: {error}. See the run's log for details."
         status = replace(status, state="failed", error=text)
     status = replace(status, updated=time.time())
     _write_status(folder, status)
@@ -328,7 +328,7 @@ def run_job(folder: str | Path) -> int:
 
 
 def _drain(folder: Path, steps: Generator[Any], status: JobStatus) -> JobStatus:
-    """Take steps until the end or until someone cancels."""
+    """Advance the generator until it ends or the job is cancelled."""
     written = noted = 0.0
     with contextlib.closing(steps):
         for step in steps:
@@ -363,7 +363,7 @@ def _find(name: str) -> Any:  # noqa: ANN401 (a function or a class)
 
 
 def _plain(step: Any) -> dict[str, Any]:  # noqa: ANN401 (whatever a driver yields)
-    """Turn a step (a named tuple, a dataclass or a mapping) into JSON values."""
+    """Convert a step (a named tuple, a dataclass or a mapping) to JSON values."""
     if isinstance(step, Mapping):
         return dict(step)
     if hasattr(step, "_asdict"):
@@ -392,7 +392,7 @@ def _store_arguments(
 
 
 def _same(claim: Claim | None, folder: str) -> bool:
-    """Whether a claim is for this folder, however its path is written."""
+    """Return whether a claim refers to this folder, after resolving links."""
     return claim is not None and os.path.realpath(claim.folder) == os.path.realpath(folder)
 
 
@@ -415,7 +415,7 @@ def _log_event(folder: Path, entry: Mapping[str, Any]) -> None:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether the job's process lives: it holds the lock until it ends, however it ends."""
+    """Return whether the job's process is alive: it holds the lock until it ends for any reason."""
     with (folder / "lock").open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -425,7 +425,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _lock(lock: IO[str]) -> None:
-    """Take the lock; a watcher may hold it for an instant, a running job holds it on and on."""
+    """Acquire the lock; status checks hold it briefly, a running job until it ends."""
     deadline = time.monotonic() + _LOCK_PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):

@@ -1,9 +1,9 @@
-"""Threads read ahead of a loop, some compute for it, and one writes behind it.
+"""Overlap reading, computing and writing with background threads.
 
-In: functions that read or write, each with the bytes it holds, within a memory budget. Out: what
-they return, in order, so that no result depends on timing. An error in a thread appears in the
-loop. Leaving early stops the reading after the load under way and lets the writing finish. Knows
-neither tensors nor files.
+In: functions that read or write, each with the bytes it holds, and a memory budget. Out: their
+results in order, so that no result depends on timing. An exception in a thread is raised in the
+caller's loop. On early exit, reading stops after the current load and pending writes finish.
+Independent of tensors and files.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _MALLOC = {"arenas": (-8, 1), "map from": (-3, 1 << 30), "trim from": (-1, 1 << 
 
 
 def keep_freed_memory() -> None:
-    """Let this process use the memory it frees again, rather than give it back to the system.
+    """Make glibc reuse freed memory instead of returning it to the operating system.
 
-    glibc gives large blocks back at once, and each new one is faulted in and zeroed page by page:
-    with a stream of large pieces that costs more than the arithmetic on them. Meant for processes
-    that do nothing else; elsewhere than on glibc nothing happens.
+    By default glibc returns large blocks immediately, and each new one is faulted in and zeroed
+    page by page; for a stream of large pieces that costs more than the arithmetic on them. Intended
+    for processes that do nothing else; a no-op without glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -40,17 +40,17 @@ def keep_freed_memory() -> None:
 
 
 class Load(NamedTuple, Generic[_T]):
-    """A piece of reading. `nbytes` is the memory that its result holds."""
+    """A pending read. `nbytes` is the size of its result in memory."""
 
     nbytes: int
     read: Callable[[], _T]
 
 
 def read_ahead(loads: Iterable[Load[_T]], budget: int, threads: int = 1) -> Generator[_T]:
-    """Yield the results of loads in order, carried out in threads while they fit the budget.
+    """Yield the results of loads in order, running them in threads within a memory budget.
 
-    The result in the caller's hands counts until it asks for the next one. A load larger than the
-    budget is carried out alone.
+    The result last yielded counts until the next one is requested. A load larger than the budget
+    runs alone.
 
     >>> list(read_ahead([Load(8, lambda: "a"), Load(8, lambda: "b")], budget=8))
     ['a', 'b']
@@ -78,7 +78,7 @@ def read_ahead(loads: Iterable[Load[_T]], budget: int, threads: int = 1) -> Gene
 
 
 def compute_ahead(function: Callable[[_T], _U], items: Iterable[_T], workers: int) -> Generator[_U]:
-    """Yield function(item) for each, in order, computed in `workers` threads; in none for one.
+    """Yield function(item) for each item in order, computed in `workers` threads if more than one.
 
     >>> list(compute_ahead(str, [1, 2, 3], workers=2))
     ['1', '2', '3']
@@ -129,9 +129,9 @@ def with_reports(work: Callable[[Callable[[_T], None]], _U]) -> Generator[_T, No
 
 
 class WriteBehind(AbstractContextManager["WriteBehind[_T]"], Generic[_T]):
-    """Carries out jobs in a thread, in order; `submit` waits while they hold more than the budget.
+    """Runs jobs in order in one thread; `submit` blocks while they exceed the memory budget.
 
-    After a job has failed no later one is carried out.
+    After a job fails, no later job is run.
     """
 
     def __init__(self, budget: int) -> None:
@@ -146,13 +146,13 @@ class WriteBehind(AbstractContextManager["WriteBehind[_T]"], Generic[_T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Finish the jobs that wait."""
+        """Wait for pending jobs."""
         self._thread.shutdown()
 
     def submit(self, nbytes: int, job: Callable[[], _T]) -> Iterator[_T]:
-        """Add a job that holds `nbytes`; return the results of those that have ended by now.
+        """Submit a job that holds `nbytes`; return the results of jobs that have finished.
 
-        Raises: what an earlier job raised.
+        Raises: any exception of an earlier job.
         """
         ended = []
         while self._waiting and self._held + nbytes > self._budget:
@@ -166,7 +166,7 @@ class WriteBehind(AbstractContextManager["WriteBehind[_T]"], Generic[_T]):
         return iter(ended)
 
     def drain(self) -> Iterator[_T]:
-        """Wait for all jobs and yield their results. Raises: what a job raised."""
+        """Wait for all jobs and yield their results. Raises: any exception of a job."""
         while self._waiting:
             yield self._next()
 
@@ -179,7 +179,7 @@ class WriteBehind(AbstractContextManager["WriteBehind[_T]"], Generic[_T]):
     def _guarded(self, job: Callable[[], _T]) -> _T:
         if self._broken:
             raise CancelledError
-        self._broken = True  # stays so if the job raises
+        self._broken = True  # remains set if the job raises
         result = job()
         self._broken = False
         return result

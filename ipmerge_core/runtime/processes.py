@@ -1,9 +1,9 @@
-"""The processes that share one run, as `torchrun` or `accelerate launch` starts them.
+"""Coordinate the processes of a distributed run started by `torchrun` or `accelerate launch`.
 
-In: the launcher's environment (RANK, WORLD_SIZE, ...). Out: this process' number, and two ways to
-talk: everybody learns what the leader (rank 0) says, and the leader hears of everybody's end. Only
-small Python objects travel, over gloo, on any device. A process that has died is named. Without a
-launcher there is one process and nothing is loaded.
+In: the launcher's environment (RANK, WORLD_SIZE, ...). Out: this process's rank and two collective
+operations: broadcast from rank 0, and gather to rank 0. Only small Python objects are sent, over
+gloo, on any device. An error names the process that died. Without a launcher there is one process
+and torch.distributed is not imported.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import psutil
 from ipmerge_core.errors import IPMergeError, RunError
 
 _T = TypeVar("_T")
-_PATIENCE = timedelta(days=7)  # a dead process closes its connection; a slow one is waited for
+_PATIENCE = timedelta(days=7)  # a dead process closes its connection; slow ones are waited for
 
 
 class Ranks(AbstractContextManager["Ranks"]):
-    """This process among its peers; use as a context manager."""
+    """The process group of a run; use as a context manager."""
 
     def __init__(self) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -32,7 +32,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         self._owned = False
 
     def __enter__(self) -> Ranks:
-        """Connect to the others, unless the caller already has."""
+        """Initialize the process group, unless the caller already has."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -47,7 +47,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Disconnect."""
+        """Destroy the process group if this object created it."""
         if self._owned:
             import torch.distributed as dist
 
@@ -55,20 +55,20 @@ class Ranks(AbstractContextManager["Ranks"]):
 
     @property
     def cores(self) -> int:
-        """How many processor cores this process may keep busy, its peers on this machine too."""
+        """Processor cores available to this process, shared with its peers on this machine."""
         mine = psutil.Process()
         usable = len(mine.cpu_affinity()) if hasattr(mine, "cpu_affinity") else psutil.cpu_count()
         peers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
         return max(1, (usable or 1) // peers)
 
     def device(self, device: str) -> str:
-        """Give each process of a machine its own GPU where just "cuda" was asked for."""
+        """Return this process's own GPU if only "cuda" or "xpu" was requested."""
         if device in ("cuda", "xpu") and self.size > 1:
             return f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
         return device
 
     def led(self, work: Callable[[], _T]) -> _T:
-        """Let the leader do something and give everyone its result, or its error."""
+        """Run `work` on rank 0 and return its result, or raise its error, on all ranks."""
         outcome: tuple[Any, str | None] = (None, None)
         if self.rank == 0:
             try:
@@ -85,7 +85,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         return result
 
     def gather(self, mine: _T) -> list[_T]:
-        """Give the leader what every process has, in order; the others get a list of their own."""
+        """Gather each process's value on rank 0, in order; other ranks return only their own."""
         if self.rank:
             self._send(mine, 0)
             return [mine]
@@ -115,15 +115,15 @@ class Ranks(AbstractContextManager["Ranks"]):
 
     def _lost(self, rank: int) -> RunError:
         return RunError(
-            f"Process {rank} of {self.size} (counted from 0) has died. Look at its own message, "
+            f"Process {rank} of {self.size} (counted from 0) has died. Check its error message, "
             f"then run the same command again; finished tensors are kept."
         )
 
 
 def share_out(costs: Sequence[float], size: int) -> list[int]:
-    """Assign each piece of work to one of `size` processes: the costliest first, to the idlest.
+    """Assign each piece of work to one of `size` processes: costliest first, to the least loaded.
 
-    The result depends on the costs alone, so that every process finds the same.
+    The result depends only on the costs, so that all processes compute the same assignment.
 
     >>> share_out([5, 1, 4, 2], 2)
     [0, 0, 1, 1]

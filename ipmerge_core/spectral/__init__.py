@@ -1,1 +1,1 @@
-"""Mathematics of one matrix and of two: singular values, directions, similarity."""
+"""Singular value decompositions, similarity of spectra, and projected updates."""

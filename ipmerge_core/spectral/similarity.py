@@ -1,8 +1,8 @@
-"""Two spectra: how well their right singular directions agree, and the update that follows.
+"""Similarity of the right singular vectors of two spectra, and IP-Merging's projected update.
 
 In: the spectra of an MLLM's and a math model's task vectors for one matrix. Out: corresponding
-angles, their summaries, and IP-Merging's projected update, as a matrix or as factors. Source:
-IP-Merging, arXiv 2510.14387. No IO.
+angles, their summaries, and the projected update, as a matrix or as factors. Source: IP-Merging,
+arXiv 2510.14387. No IO.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 def corresponding_angles(a: Spectrum, b: Spectrum) -> Float[Tensor, " r"]:
-    """Alignment of index-matched right singular vectors, strongest direction first.
+    """Compute the alignment of index-matched right singular vectors, strongest direction first.
 
-    A direction whose singular value is no more than rounding (eps_fp32 of the largest) has no
-    meaning and gets 0; so a zero task vector is similar to nothing.
+    A direction whose singular value is at the rounding level (eps_fp32 of the largest) is
+    meaningless and gets 0, so that a zero task vector has similarity 0 to any other.
 
     Math:   s_i = |<v_a,i, v_b,i>|, i = 1..min(r_a, r_b).
-    Shapes: Vh (r, n) with orthonormal rows in both. Result (r,), in [0, 1], no unit.
-    Raises: ShapeError when n differs.
+    Shapes: Vh (r, n) with orthonormal rows in both. Result (r,), in [0, 1].
+    Raises: ShapeError if n differs.
     Source: IP-Merging, arXiv 2510.14387, Definition 1; absolute value because singular vectors
             have no sign.
 
@@ -50,11 +50,11 @@ def similarities(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum) -> dict[
 
 
 def similarity_of(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum, kind: str) -> float:
-    """Summarise corresponding angles in one number in [0, 1].
+    """Reduce corresponding angles to one number in [0, 1].
 
     Math:   first     s_1
             max       max_i s_i
-            weighted  sum_i S_a,i S_b,i s_i / sum_i S_a,i S_b,i, 0 when the sum below is 0
+            weighted  sum_i S_a,i S_b,i s_i / sum_i S_a,i S_b,i, 0 if the denominator is 0
     Raises: PlanError for another kind.
     """
     if kind in SIMILARITIES and not len(angles):
@@ -72,26 +72,26 @@ def similarity_of(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum, kind: s
 
 
 def principal_cosines(a: Spectrum, b: Spectrum, k: int) -> Float[Tensor, " k"]:
-    """Cosines of the principal angles between the leading k right directions, descending.
+    """Compute the cosines of the principal angles between the leading k directions, descending.
 
     Math:   singular values of V_a,k^T V_b,k; unlike corresponding angles they do not depend on
             the order of directions inside the two subspaces.
     Shapes: result (k,), in [0, 1].
-    Raises: ShapeError when n differs, PlanError when k is not in 1..min(r_a, r_b).
+    Raises: ShapeError if n differs, PlanError if k is not in 1..min(r_a, r_b).
     """
     _check_width(a, b)
     if not 1 <= k <= min(len(a.S), len(b.S)):
         raise PlanError(
-            f"k is {k}; expected 1 to {min(len(a.S), len(b.S))}, the directions both spectra have."
+            f"k is {k}; expected 1 to {min(len(a.S), len(b.S))}, the number of directions in both."
         )
     cosines: Tensor = torch.linalg.svdvals(a.Vh[:k] @ b.Vh[:k].T)
     return cosines.clamp(max=1.0)
 
 
 def chance_level(n: int, kind: str, r: int | None = None) -> float:
-    """Similarity to expect of two unrelated bases of r directions in n dimensions.
+    """Compute the expected similarity of two unrelated bases of r directions in n dimensions.
 
-    Math:   the entries of a random direction are about normal with variance 1 / n, so
+    Math:   the entries of a random direction are approximately normal with variance 1 / n, so
             first, weighted  E|z| / sqrt n = sqrt(2 / (pi n))
             max              median of the maximum of r of them: erf(x / sqrt 2) = 2^(-1/r)
     Raises: PlanError for another kind.
@@ -108,9 +108,9 @@ def chance_level(n: int, kind: str, r: int | None = None) -> float:
 
 
 def nuclear_ratio(mllm: Spectrum, math: Spectrum) -> float:
-    """Return rho = sum S_mllm / sum S_math, which brings dM to the strength of dV.
+    """Return rho = sum S_mllm / sum S_math, which rescales dM to the nuclear norm of dV.
 
-    0 when the math task vector is zero, since there is nothing to bring.
+    0 if the math task vector is zero.
     """
     total = float(math.S.double().sum())
     return float(mllm.S.double().sum()) / total if total > 0 else 0.0
@@ -121,11 +121,11 @@ def importance(
     temperature: float = TEMPERATURE,
     gamma_norm: str = "sum",
 ) -> Float[Tensor, " r"]:
-    """Weight of each direction in the projection.
+    """Compute the weight of each direction in the projection.
 
     Math:   gamma = softmax(tau s), sum gamma = 1 (the paper); "max" divides by max gamma, so
-            that the best aligned direction passes in full.
-    Raises: PlanError for a temperature that is not a positive number, or another norm.
+            that the best-aligned direction has weight 1.
+    Raises: PlanError for a temperature that is not a positive number, or an unknown norm.
     """
     if not (temperature > 0 and math.isfinite(temperature)):
         raise PlanError(f"The temperature is {temperature}; expected a number > 0, such as 32.")
@@ -138,14 +138,14 @@ def importance(
 
 
 def top_k_importance(angles: Float[Tensor, " r"], k: int) -> Float[Tensor, " r"]:
-    """Weights of the plain projector on the first k directions: 1 for those, 0 for the rest."""
+    """Return the weights of the projector on the first k directions: 1 for those, else 0."""
     if k < 1:
-        raise PlanError(f"top_k is {k}; expected a whole number >= 1.")
+        raise PlanError(f"top_k is {k}; expected an integer >= 1.")
     return (torch.arange(len(angles), device=angles.device) < k).to(angles.dtype)
 
 
 def strengths(gamma: Float[Tensor, " r"], mllm: Spectrum) -> Float[Tensor, " r"]:
-    """Return diag(gamma^2) of the projector: 0 where dV is zero, a direction that is arbitrary."""
+    """Return diag(gamma^2) of the projector, 0 for arbitrary directions in which dV is zero."""
     return gamma.square() * _is_meant(mllm)[: len(gamma)]
 
 
@@ -194,12 +194,12 @@ def update_factors(
     *,
     math: Spectrum | None = None,
 ) -> Update:
-    """IP-Merging's update as factors; n x n is never formed.
+    """Compute IP-Merging's update as factors, without forming an n x n matrix.
 
-    Directions are dropped only where all of them together change P by less than fp32 rounding:
+    Directions are dropped only if together they change P by less than fp32 rounding:
     since ||dM V_D diag(gamma_D^2)||_F <= ||dM||_F max gamma_D^2, the set D is dropped when
     ||dM||_F max gamma_D^2 <= eps_fp32 / 2 ||dM V_K diag(gamma_K^2)||_F for the kept set K.
-    Directions in which dV is zero are arbitrary and never part of the projector.
+    Directions in which dV is zero are arbitrary and excluded from the projector.
 
     Math:   P = rho dM V_V diag(gamma^2) V_V^T = left right, with
             left (m, q) = rho dM V_K diag(gamma_K^2), right (q, n) = V_K^T.
@@ -209,7 +209,7 @@ def update_factors(
         mllm: spectrum of the MLLM's task vector, for V_V.
         gamma: one weight per direction, at most as many as `mllm` has.
         rho: the rescaling, `nuclear_ratio`.
-        math: where given, dM is first truncated to this spectrum's directions.
+        math: if given, dM is first truncated to the directions of this spectrum.
     """
     _check_matrix(math_task_vector, mllm)
     dM = as_float(math_task_vector)
@@ -236,12 +236,12 @@ def projected_update(
     *,
     math: Spectrum | None = None,
 ) -> Float[Tensor, "m n"]:
-    """Form P = rho dM V_V diag(gamma^2) V_V^T; arguments and bounds as in `update_factors`."""
+    """Compute P = rho dM V_V diag(gamma^2) V_V^T; arguments and bounds as in `update_factors`."""
     return update_factors(math_task_vector, mllm, gamma, rho, math=math).matrix()
 
 
 def truncated(matrix: Float[Tensor, "m n"], spectrum: Spectrum) -> Float[Tensor, "m n"]:
-    """Return A V V^T: the matrix in the right directions that its spectrum kept; U not needed."""
+    """Return A V V^T, the projection on the spectrum's right singular vectors; U is not needed."""
     _check_matrix(matrix, spectrum)
     A = as_float(matrix)
     basis = spectrum.Vh.to(A)
@@ -249,7 +249,7 @@ def truncated(matrix: Float[Tensor, "m n"], spectrum: Spectrum) -> Float[Tensor,
 
 
 def _apply(dM: Tensor, directions: Tensor, math: Spectrum | None) -> Tensor:
-    """Return dM @ directions^T, with dM truncated to the directions of `math` where given."""
+    """Return dM @ directions^T, with dM truncated to the directions of `math` if given."""
     if math is not None:
         basis = math.Vh.to(dM)
         directions = (directions @ basis.T) @ basis
@@ -257,7 +257,7 @@ def _apply(dM: Tensor, directions: Tensor, math: Spectrum | None) -> Tensor:
 
 
 def _is_meant(spectrum: Spectrum) -> Tensor:
-    """Which directions stand above the rounding of fp32 arithmetic; the others are arbitrary."""
+    """Return a mask of the directions above fp32 rounding; the others are arbitrary."""
     return spectrum.S.gt(_EPS * float(spectrum.S[:1].sum()))
 
 
@@ -265,7 +265,7 @@ def _check_width(a: Spectrum, b: Spectrum) -> None:
     if a.Vh.shape[1] != b.Vh.shape[1]:
         raise ShapeError(
             f"The right singular vectors have {a.Vh.shape[1]} and {b.Vh.shape[1]} entries; "
-            f"angles need matrices with equal numbers of columns."
+            f"expected matrices with equal numbers of columns."
         )
 
 
@@ -273,5 +273,5 @@ def _check_matrix(matrix: Tensor, spectrum: Spectrum) -> None:
     if matrix.shape[1] != spectrum.Vh.shape[1]:
         raise ShapeError(
             f"The math task vector has shape {tuple(matrix.shape)} and the MLLM's directions have "
-            f"{spectrum.Vh.shape[1]} entries; a projection needs as many columns as entries."
+            f"{spectrum.Vh.shape[1]} entries; expected as many columns as entries."
         )

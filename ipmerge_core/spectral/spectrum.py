@@ -1,7 +1,7 @@
-"""One matrix: its task vector, its singular value decomposition, and numbers read off the values.
+"""Task vectors, their singular value decompositions, and statistics of singular values.
 
 In: weight matrices (m, n) in any float dtype. Out: a `Spectrum` (U, S, Vh), as `torch.linalg.svd`
-returns them, `Vh` being V transposed. No IO, no global random state, no knowledge of models.
+returns them, `Vh` being V transposed. No IO, no global random state.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ TOLERANCE = 2e-6  # of randomized: residual relative to S_1^2; fp32 products res
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A thin, possibly truncated, singular value decomposition A = U diag(S) Vh.
+    """A thin, possibly truncated singular value decomposition A = U diag(S) Vh.
 
-    Shapes: U (m, r) or None where it was not asked for, S (r,) descending, Vh (r, n) with
-    orthonormal rows. `method` names the route that was taken; `error` (r,) bounds the absolute
-    error of each singular value.
+    Shapes: U (m, r) or None if not requested, S (r,) descending, Vh (r, n) with orthonormal rows.
+            `method` is the algorithm that was used; `error` (r,) bounds the absolute error of each
+            singular value.
     """
 
     U: Float[Tensor, "m r"] | None
@@ -41,12 +41,12 @@ class Spectrum:
     error: Float[Tensor, " r"] | None = None
 
     def matrix(self) -> Float[Tensor, "m n"]:
-        """Multiply the factors together: A, truncated to the kept triplets."""
-        assert self.U is not None, "a spectrum without U cannot be multiplied out"
+        """Multiply the factors: A, truncated to the kept triplets."""
+        assert self.U is not None, "the spectrum was computed without U"
         return (self.U * self.S) @ self.Vh
 
     def leading(self, rank: int) -> Spectrum:
-        """Keep the first `rank` triplets, or all where there are fewer."""
+        """Keep the first `rank` triplets, or all if there are fewer."""
         return Spectrum(
             None if self.U is None else self.U[:, :rank],
             self.S[:rank],
@@ -56,7 +56,7 @@ class Spectrum:
         )
 
     def above(self, floor: float) -> Spectrum:
-        """Keep the triplets that stand above a singular value and above rounding; see `existing`.
+        """Keep the triplets with singular values above `floor` and above rounding; see `existing`.
 
         >>> svd(torch.diag(torch.tensor([3.0, 1.0, 1e-9]))).above(0.5).S
         tensor([3., 1.])
@@ -66,19 +66,19 @@ class Spectrum:
 
 
 def as_float(tensor: Tensor) -> Tensor:
-    """Return the tensor in fp32; fp64 is kept."""
+    """Convert to fp32, or leave in fp64."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def task_vector(tuned: Float[Tensor, "m n"], base: Float[Tensor, "p q"]) -> Float[Tensor, "m n"]:
-    """Return dW = W - W0 in fp32, or fp64 where either is stored so.
+    """Compute dW = W - W0 in fp32, or in fp64 if either input is fp64.
 
     Raises: ShapeError for unequal shapes.
     """
     if tuned.shape != base.shape:
         raise ShapeError(
             f"The tuned matrix has shape {tuple(tuned.shape)} and its base {tuple(base.shape)}; "
-            f"a task vector needs equal shapes: are both from one family?"
+            f"a task vector needs equal shapes: are both of one model family?"
         )
     return as_float(tuned) - as_float(base)
 
@@ -94,43 +94,43 @@ def svd(
     tolerance: float | None = None,
     floor: float | None = None,
 ) -> Spectrum:
-    """Decompose a matrix into A = U diag(S) Vh, signs fixed, strongest direction first.
+    """Compute A = U diag(S) Vh with fixed signs and descending singular values.
 
-    The sign of a pair (u_i, v_i) is arbitrary; here the entry of v_i that is largest in magnitude
-    (the first of equals) is positive. Directions whose S is zero are arbitrary but orthonormal, so
-    a zero matrix has a spectrum too. The result depends on the arguments alone.
+    The sign of a pair (u_i, v_i) is arbitrary; here the entry of v_i with the largest magnitude
+    (the first one in a tie) is positive. Directions with S = 0 are arbitrary but orthonormal, so
+    that a zero matrix has a spectrum too. The result depends only on the arguments.
 
-    With p = min(m, n), and processor time relative to fp32 `torch.linalg.svd` as measured on task
-    vectors 1024 to 2048 wide, square to 5:1 (`benchmarks/bench_spectrum.py`):
+    With p = min(m, n), and CPU time relative to fp32 `torch.linalg.svd`, measured on task vectors
+    of width 1024 to 2048, square to 5:1 (`benchmarks/bench_spectrum.py`):
 
     method      answers                    error of S_i                      cost
-    exact       anything, to the last bit  about eps_64 S_1                  SVD in fp64, about 2
+    exact       all values, all vectors    about eps_64 S_1                  SVD in fp64, about 2
     gram        all values, all vectors    fp64: eps_64 S_1^2 / S_i          0.1 to 0.4; with
                                            fp32: eps_32 S_c^2 / S_i, c > 1   vectors 0.2 to 0.7
     randomized  the leading `rank`         residual_i / S_i                  0.02 to 0.1 for 8
     auto        randomized where 4 rank + 64 < p, else gram; exact below p = 32
 
-    For an fp32 result, gram finds the leading c or so directions in fp64 and the rest in fp32, and
-    takes fp64 throughout where that could change sum S by 1e-4 of itself. Ask for
-    dtype=torch.float64 where the small end of the spectrum matters. A randomized result is never
-    worse than asked for: where a residual stays above `tolerance`, gram takes over.
+    For an fp32 result, gram computes about c leading directions in fp64 and the rest in fp32, and
+    uses fp64 throughout if this could change sum S by a relative 1e-4. Use dtype=torch.float64
+    if the smallest singular values matter. If a residual of the randomized algorithm stays above
+    `tolerance`, gram is used instead.
 
     Args:
         matrix: (m, n) in any float dtype.
-        method: the route; `Spectrum.method` says which was taken.
-        rank: keep the leading triplets only, at most p; None keeps all.
+        method: the algorithm; `Spectrum.method` is the one that was used.
+        rank: keep only the leading triplets, at most p; None keeps all.
         dtype: of the result, fp32 (default; fp64 for fp64 input) or fp64.
-        vectors: "right" leaves U out, which saves a product.
-        key: (seed, name) of the random start of randomized; no other state is used.
-        tolerance: of randomized: the largest residual ||A A^T u_i - S_i^2 u_i|| / S_1^2 that the
-            caller can bear; None is what is aimed at: 2e-6 for fp32, which its products resolve,
-            1e-11 for fp64.
-        floor: a singular value; which S stand above it (and above 4 eps_32 S_1) must be certain,
-            as `existing` needs it.
+        vectors: "right" skips computing U, which saves a matrix product.
+        key: (seed, name) for the random start of randomized; no other random state is used.
+        tolerance: for randomized: the largest acceptable residual
+            ||A A^T u_i - S_i^2 u_i|| / S_1^2; None is the target: 2e-6 for fp32, which its products
+            resolve, 1e-11 for fp64.
+        floor: a singular value; the result must be accurate enough to decide which S exceed it (and
+            4 eps_32 S_1), as `existing` requires.
 
     Raises:
-        CheckpointError: the matrix holds NaN or infinity.
-        PlanError: unknown method or vectors, a rank below 1, or another dtype.
+        CheckpointError: the matrix contains NaN or infinity.
+        PlanError: unknown method or vectors, a rank below 1, or an unsupported dtype.
     """
     if vectors not in ("both", "right"):
         raise PlanError(f"vectors is '{vectors}'; expected both or right.")
@@ -162,7 +162,7 @@ def _signed(
     *,
     left: bool,
 ) -> Spectrum:
-    """Put the triplets in order and fix their signs."""
+    """Sort the triplets and fix their signs."""
     assert found.right is not None
     order = found.values.argsort(descending=True, stable=True)[:rank]  # rounding can swap ties
     Vh = found.right[order]
@@ -180,11 +180,12 @@ def _signed(
 def singular_values(
     matrix: Float[Tensor, "m n"], *, method: str = "auto", dtype: torch.dtype | None = None
 ) -> Float[Tensor, " p"]:
-    """All singular values and no vectors, in fp64, descending; their sum is the nuclear norm.
+    """Compute all singular values without vectors, in fp64, descending.
 
-    Error as `svd` by gram: with dtype fp32 (the default for fp32 input) the sum is right to 1e-4
-    by its bound and about 1e-7 as measured; with fp64 every value is right to eps_64 S_1^2 / S_i.
-    Costs the product A A^T and the eigenvalues of a (p, p) matrix, a third of what vectors cost.
+    Their sum is the nuclear norm. Error as for `svd` with gram: with dtype fp32 (the default for
+    fp32 input) the sum is accurate to 1e-4 by its bound and to about 1e-7 as measured; with fp64
+    every value is accurate to eps_64 S_1^2 / S_i. The cost is that of the product A A^T and of the
+    eigenvalues of a (p, p) matrix, a third of that with vectors.
 
     Raises: as `svd`.
     """
@@ -206,7 +207,7 @@ def _prepared(
     if method not in SVD_METHODS:
         raise PlanError(f"Unknown method '{method}' of svd. Available: {', '.join(SVD_METHODS)}.")
     if rank is not None and rank < 1:
-        raise PlanError(f"The rank is {rank}; expected a whole number >= 1, or none for all.")
+        raise PlanError(f"The rank is {rank}; expected an integer >= 1, or none for all.")
     if dtype not in (None, torch.float32, torch.float64):
         raise PlanError(f"The dtype of a spectrum is {dtype}; expected torch.float32 or float64.")
     if matrix.numel() == 0:
@@ -218,7 +219,7 @@ def _prepared(
 
 
 def _route(method: str, p: int, rank: int) -> str:
-    """Name the route to take; a randomized one needs room for its basis."""
+    """Select the algorithm; randomized needs a basis smaller than the matrix."""
     leading = 4 * rank + 64 < p
     if method == "randomized" or (method == "auto" and leading):
         return "randomized" if leading else "gram"
@@ -239,7 +240,7 @@ def _run(run: Callable[[Tensor], svd_algorithms.Factors], matrix: Tensor) -> svd
             need = working_bytes(*matrix.shape) / 1e9
             warnings.warn(
                 f"{matrix.device} has too little free memory for a {shape} matrix (about "
-                f"{need:.1f} GB); decomposing it on the CPU, which is slower.",
+                f"{need:.1f} GB); falling back to the CPU, which is slower.",
                 stacklevel=3,
             )
         torch.cuda.empty_cache()
@@ -247,7 +248,7 @@ def _run(run: Callable[[Tensor], svd_algorithms.Factors], matrix: Tensor) -> svd
 
 
 def working_bytes(m: int, n: int) -> int:
-    """Estimate the memory that `svd` of an fp32 (m, n) matrix takes beside the matrix itself.
+    """Estimate the memory that `svd` of an fp32 (m, n) matrix needs in addition to the matrix.
 
     The Gram matrix in fp64 with the eigensolver's copies, 6 x 8 p^2, one fp64 strip of the matrix
     and the long side's vectors in fp32.
@@ -257,34 +258,34 @@ def working_bytes(m: int, n: int) -> int:
 
 
 def check_finite(matrix: Tensor) -> None:
-    """Raise CheckpointError when the matrix holds NaN or infinity; the caller adds its name."""
-    low, high = torch.aminmax(matrix)  # one quick pass; NaN wins
+    """Raise CheckpointError if the matrix contains NaN or infinity; the caller adds its name."""
+    low, high = torch.aminmax(matrix)  # one fast pass; NaN propagates
     if not (torch.isfinite(low) and torch.isfinite(high)):
         wrong = int((~torch.isfinite(matrix)).sum())
         raise CheckpointError(
             f"{wrong} of {matrix.numel()} values are NaN or infinite; expected finite weights. "
-            f"The file is damaged or its training diverged: fetch or train it again."
+            f"The file is damaged or the training diverged: use another copy."
         )
 
 
 def _signs(Vh: Tensor) -> Tensor:
-    """+1 or -1 for each row, so that its entry of largest magnitude becomes positive."""
+    """Return +1 or -1 per row, which makes the entry of largest magnitude positive."""
     top = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     return torch.where(top < 0, -1.0, 1.0).to(Vh)
 
 
-# --- numbers read off the values ---
+# --- statistics of singular values ---
 
 
 def stable_rank(spectrum: Spectrum) -> float:
-    """Return sum S^2 / S_1^2: how many directions as strong as the first; 0 for a zero matrix."""
+    """Return the stable rank sum S^2 / S_1^2; 0 for a zero matrix."""
     S = spectrum.S.double()
     top = float(S[0]) if len(S) else 0.0
     return float((S / top).square().sum()) if top > 0 else 0.0
 
 
 def effective_rank(spectrum: Spectrum) -> float:
-    """Return exp of the entropy of p_i = S_i / sum S (Roy, Vetterli 2007); 0 for a zero one."""
+    """Return exp of the entropy of p_i = S_i / sum S (Roy, Vetterli 2007); 0 for a zero matrix."""
     S = spectrum.S.double()
     total = float(S.sum())
     if total <= 0:
@@ -294,7 +295,7 @@ def effective_rank(spectrum: Spectrum) -> float:
 
 
 def energy_rank(spectrum: Spectrum, fraction: float = 0.9) -> int:
-    """Least k with sum_{i<=k} S_i^2 >= fraction * sum S^2; 0 for a zero matrix."""
+    """Return the least k with sum_{i<=k} S_i^2 >= fraction * sum S^2; 0 for a zero matrix."""
     if not 0 < fraction <= 1:
         raise PlanError(f"The energy fraction is {fraction}; expected a number in (0, 1].")
     energy = spectrum.S.double().square().cumsum(0)
@@ -305,24 +306,25 @@ def energy_rank(spectrum: Spectrum, fraction: float = 0.9) -> int:
 
 
 def spectral_gap(spectrum: Spectrum) -> float:
-    """(S_1 - S_2) / S_1, in [0, 1]: 1 for rank one, 0 for a tie and for a zero matrix."""
+    """Return (S_1 - S_2) / S_1, in [0, 1]: 1 for rank one, 0 for a tie or a zero matrix."""
     S = spectrum.S.double()
     if not len(S) or float(S[0]) <= 0:
         return 0.0
     return float((S[0] - S[1]) / S[0]) if len(S) > 1 else 1.0
 
 
-# --- which directions exist ---
+# --- directions above the rounding noise ---
 
 
 def noise_floor(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> float:
-    """Singular value of tuned - base below which it may all be rounding of the stored files.
+    """Return the singular value of tuned - base that rounding of the stored weights can cause.
 
-    Both files round to the spacing of their dtype (ulp), so the difference carries independent
-    errors of variance (ulp_tuned^2 + ulp_base^2) / 12 per element. The norm of such noise is
-    at most its largest row norm plus its largest column norm (Marchenko-Pastur's edge
-    sigma (sqrt m + sqrt n) where all weights have one spacing). Weights that were widened after
-    they had been rounded, as a bf16 model saved in fp32, count with the dtype that holds them.
+    Both files are rounded to the spacing of their dtype (ulp), so the difference contains
+    independent errors of variance (ulp_tuned^2 + ulp_base^2) / 12 per element. The spectral norm of
+    such noise is at most its largest row norm plus its largest column norm (the Marchenko-Pastur
+    edge sigma (sqrt m + sqrt n) if all weights have the same spacing). For weights that were
+    converted to a wider dtype after rounding, such as a bf16 model saved in fp32, the spacing is
+    that of the narrowest dtype that represents them exactly.
     """
     squares = [_spacing(W).square_() for W in (tuned, base)]
     sums = [[square.sum(axis, dtype=torch.float64) for square in squares] for axis in (1, 0)]
@@ -339,13 +341,13 @@ def existing(
     vectors: str = "both",
     key: tuple[int, str] = (0, ""),
 ) -> Spectrum:
-    """Decompose a task vector and keep the directions that rounding could not have made.
+    """Decompose a task vector and keep the directions that rounding cannot have caused.
 
     Math:   direction i exists iff S_i > max(c noise, 4 eps_32 S_1), c = `EXISTS` = 4.
-            Moving every weight of both files by one unit in the last place makes noise of at most
-            3.6 times the edge that `noise_floor` computes for their rounding; so no such noise
-            makes a direction. The second bound is what the arithmetic resolves; it is the same in
-            fp32 and fp64, so that both find the same directions.
+            Changing every weight of both files by one unit in the last place causes noise of at
+            most 3.6 times the edge that `noise_floor` computes for rounding, so that no such noise
+            counts as a direction. The second bound is the resolution of the arithmetic; it is the
+            same in fp32 and fp64, so that both find the same directions.
     Shapes: as `svd` with r <= min(m, n) directions; r = 0 for a zero matrix.
     Raises: as `svd`.
     """
@@ -357,7 +359,7 @@ def existing(
 
 
 def _spacing(weight: Tensor) -> Tensor:
-    """Distance between neighbouring numbers of the dtype that holds the weights (ulp)."""
+    """Return the spacing (ulp) of the weights in the narrowest dtype that represents them."""
     info, size = torch.finfo(_held_by(weight)), as_float(weight)
     kind, exponent = _BITS[size.dtype]
     power = (size.view(kind) & exponent).view(size.dtype)  # 2^floor(log2 |w|)
@@ -365,7 +367,7 @@ def _spacing(weight: Tensor) -> Tensor:
 
 
 def _held_by(weight: Tensor) -> torch.dtype:
-    """The coarsest dtype that holds every value exactly; it may be stored in a wider one."""
+    """Return the narrowest dtype that represents every value exactly."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if dtype.itemsize > weight.dtype.itemsize or dtype == weight.dtype:
             break

@@ -1,11 +1,11 @@
-"""The routes from a matrix to its singular values and vectors; `spectrum.svd` chooses among them.
+"""SVD algorithms, from which `spectrum.svd` selects: exact, gram and randomized.
 
-In: a finite matrix A (m, n), p = min(m, n). Out: `Factors` in the route's own precision, strongest
-first, signs not fixed, each value with an error bound. Three routes:
+In: a finite matrix A (m, n), p = min(m, n). Out: `Factors` in the algorithm's own precision,
+descending, signs not fixed, each value with an error bound. Three algorithms:
 
-    exact       LAPACK's or cuSOLVER's SVD in fp64: the definition, and the truth in the tests
+    exact       LAPACK's or cuSOLVER's SVD in fp64: the reference in the tests
     gram        eigenvectors of A A^T or A^T A, whichever is smaller, accumulated in fp64
-    randomized  leading directions only, block Krylov from a start keyed by (seed, name)
+    randomized  leading directions only, block Krylov iteration with a start keyed by (seed, name)
 
 No global random state, no TF32, no IO.
 """
@@ -24,18 +24,19 @@ Key = tuple[int, str]
 
 _EPS32 = torch.finfo(torch.float32).eps
 _EPS64 = torch.finfo(torch.float64).eps
-_DENSE = 768  # below this width a full fp64 eigensolver costs no more than the mixed route
-_STRIP = 2048  # columns turned to fp64 at a time, so that no fp64 copy of A is held
-_HEAD = 24  # leading directions looked for before an fp32 eigensolver is let loose on the rest
-_BLOCK = 8  # Krylov vectors per step: fewer waste a pass over A, more converge slower
+_DENSE = 768  # below this width a full fp64 eigensolver costs no more than the mixed one
+_STRIP = 2048  # columns converted to fp64 at a time, so that no fp64 copy of A is stored
+_HEAD = 24  # leading directions computed before an fp32 eigensolver computes the rest
+_BLOCK = 8  # Krylov vectors per step: fewer underuse a pass over A, more converge slower
 _NUCLEAR = 1e-4  # allowed bound on the relative error of sum S; measured errors are 100 x smaller
-# What decompositions for an fp32 result tell from zero, relative to S_1, in either precision: a
-# Gram matrix in fp64 resolves a third of it, so that fp32 and fp64 find the same directions.
+# Smallest singular value relative to S_1 that is distinguished from zero in an fp32 result, in
+# either precision: a Gram matrix in fp64 resolves a third of it, so that fp32 and fp64 find the
+# same directions.
 RESOLUTION = 4 * _EPS32
 
 
 class Factors(NamedTuple):
-    """A = left diag(values) right: (m, r), (r,), (r, n); `error` bounds |values - true|."""
+    """A = left diag(values) right: (m, r), (r,), (r, n); `error` bounds |values - exact|."""
 
     left: Tensor | None
     values: Tensor
@@ -55,7 +56,7 @@ class Factors(NamedTuple):
 
 
 class _Eigen(NamedTuple):
-    """Eigenvalues, descending, error bounds on them, and eigenvectors as rows (maybe fewer)."""
+    """Eigenvalues, descending, with error bounds, and eigenvectors as rows (possibly fewer)."""
 
     values: Tensor
     slack: Tensor
@@ -64,9 +65,9 @@ class _Eigen(NamedTuple):
 
 
 class _FullPrecision:
-    """Keeps fp32 products in fp32 (no TF32, no bf16 splitting) while any thread is inside.
+    """Disables TF32 and bf16 splitting of fp32 products while any thread is inside.
 
-    The setting is torch's and global: the first to enter saves it, the last to leave restores it.
+    The torch setting is global: the first thread to enter saves it, the last to leave restores it.
     """
 
     def __init__(self) -> None:
@@ -92,7 +93,7 @@ full_precision = _FullPrecision()
 
 
 def exact(A: Tensor) -> Factors:
-    """SVD in fp64. Error a few eps_64 S_1 for every value; cost O(m n p), the largest constant."""
+    """Compute the SVD in fp64. Error: a few eps_64 S_1 per value; cost: O(m n p), the slowest."""
     left, values, right = torch.linalg.svd(A.double(), full_matrices=False)
     error = torch.full_like(values, _EPS64 * max(A.shape) ** 0.5) * values[0]
     return Factors(left, values, right, error, "exact")
@@ -110,19 +111,19 @@ def gram(
     key: Key = (0, ""),
     floor: float | None = None,
 ) -> Factors:
-    """Eigendecomposition of the smaller Gram matrix.
+    """Compute the SVD from an eigendecomposition of the smaller Gram matrix.
 
     Math:   B = A or A^T with p rows, G = B B^T = X diag(S^2) X^T, long side = B^T X / S.
     Error:  |dS_i| <= d / S_i where d bounds the eigenvalues' error. With `fp64` d is a few
-            eps_64 S_1^2. Without, the leading directions are found in fp64 and moved down to the
-            rest's level, fp32 eigh solves what remains, and d is a few eps_32 S_c^2 with S_c the
-            last of those; where that could change sum S by more than 1e-4 of itself, make the
-            long side's vectors depend on each other, or leave open which values stand above
-            `floor`, fp64 is used after all.
+            eps_64 S_1^2. Without, the leading directions are computed in fp64 and deflated to the
+            level of the rest, which fp32 eigh solves, and d is a few eps_32 S_c^2 with S_c the
+            last of those; if this could change sum S by a relative 1e-4, make the long side's
+            vectors linearly dependent, or leave undecided which values exceed `floor`, fp64 is
+            used instead.
     Cost:   2 m n p flops for G (half by symmetry), 4/3 p^3 for the values or about 9 p^3 with
             vectors, 2 m n p for the long side. Memory 8 p^2 bytes, several times.
     """
-    B = A if A.shape[0] < A.shape[1] else A.T  # a square's right side is the one asked for
+    B = A if A.shape[0] < A.shape[1] else A.T  # for a square matrix, the right side is needed
     scale = float(B.abs().max())
     if scale == 0:
         return _zero(A, left=left, right=right)
@@ -153,7 +154,7 @@ def gram(
 
 
 def _gram_matrix(B: Tensor, scale: float) -> Tensor:
-    """B B^T / scale^2 in fp64; only the lower triangle is multiplied, then mirrored."""
+    """Compute B B^T / scale^2 in fp64: the lower triangle is multiplied, then mirrored."""
     p = B.shape[0]
     step = max(-(-p // 4), 128)
     sums = [B.new_zeros(p - i, min(step, p - i), dtype=torch.float64) for i in range(0, p, step)]
@@ -198,7 +199,7 @@ def _dense(G: Tensor, *, vectors: bool) -> _Eigen:
 
 
 def _low_rank(head: Krylov, p: int, trace: float) -> _Eigen:
-    """The head holds all of the trace: everything else is zero."""
+    """Return the head, which accounts for the whole trace, padded with zero eigenvalues."""
     values = head.values.new_zeros(p)
     values[: len(head.values)] = head.values
     slack = torch.full_like(values, p * _EPS64 * trace)
@@ -206,12 +207,12 @@ def _low_rank(head: Krylov, p: int, trace: float) -> _Eigen:
 
 
 def _mixed(G: Tensor, head: Krylov, *, vectors: bool) -> _Eigen | None:
-    """Solve in fp32 after moving the known head of the spectrum down to the level of the rest.
+    """Solve in fp32 after deflating the known head of the spectrum to the level of the rest.
 
-    With head eigenpairs (l_i, x_i), i = 1..c, found to fp64 quality, G + X^T (M - L) X has the
+    With head eigenpairs (l_i, x_i), i = 1..c, accurate in fp64, G + X^T (M - L) X has the
     same eigenvectors and, for M_i in (1, 1.5] l_c, a norm of 1.5 l_c instead of l_1: the
-    rounding of fp32 is then relative to the rest of the spectrum and not to its largest value.
-    None where the head was not the head: it missed copies of a multiple eigenvalue.
+    fp32 rounding is then relative to the rest of the spectrum instead of its largest value.
+    Returns None if the head is incomplete: it missed copies of a multiple eigenvalue.
     """
     c = len(head.values)
     if c == 0:
@@ -231,15 +232,15 @@ def _mixed(G: Tensor, head: Krylov, *, vectors: bool) -> _Eigen | None:
     if not torch.allclose(values[:c].double(), moved, rtol=0, atol=1e-4):
         return None
     rest = values[c:].double() * unit
-    # Errors measured against fp64 at widths 512 to 2048, in eps_32 S_c^2: below 3.5 with vectors;
-    # without, up to 36 at the strongest of the rest (0.8 sqrt p) and below 5 past the first eighth.
+    # Measured errors against fp64 at widths 512 to 2048, in eps_32 S_c^2: below 3.5 with vectors;
+    # without, up to 36 for the largest of the rest (0.8 sqrt p), below 5 after the first eighth.
     solver = 8 * unit + (0.0 if vectors else 1.5 * len(G) ** 0.5) * rest.clamp(min=0)
     slack = torch.cat([_rounding64(head.values, len(G)) + head.residuals, _EPS32 * solver])
     return _Eigen(torch.cat([head.values, rest]), slack, rows, c)
 
 
 def _rounding64(values: Tensor, p: int) -> Tensor:
-    """Bound on what fp64 rounding does to eigenvalues of a (p, p) matrix, (r,)."""
+    """Bound the effect of fp64 rounding on the eigenvalues of a (p, p) matrix, (r,)."""
     return torch.full_like(values, 4 * _EPS64 * p**0.5) * values[0]
 
 
@@ -248,19 +249,19 @@ def _is_good_enough(eigen: _Eigen, *, safe_tail: bool, floor: float | None) -> b
     values = squares.sqrt()
     if float(_error(values, eigen.slack).sum()) > _NUCLEAR * float(values.sum()):
         return False
-    if floor is not None and not _tells_apart(eigen, max(floor, RESOLUTION * float(values[0]))):
+    if floor is not None and not _resolves_floor(eigen, max(floor, RESOLUTION * float(values[0]))):
         return False
     return not safe_tail or float(eigen.slack[-1]) <= 1e-3 * float(squares[-1])
 
 
-def _tells_apart(eigen: _Eigen, floor: float) -> bool:
-    """Whether it is certain, or a matter of a tenth of `floor`, which values stand above it."""
+def _resolves_floor(eigen: _Eigen, floor: float) -> bool:
+    """Return whether it is decided, up to a tenth of `floor`, which values exceed it."""
     uncertain = (eigen.values - floor**2).abs() <= eigen.slack
     return not bool((uncertain & (eigen.slack > 0.2 * floor**2)).any())
 
 
 def _error(values: Tensor, slack: Tensor) -> Tensor:
-    """Bound on |S - S_true| where |S^2 - S_true^2| <= slack, both S >= 0."""
+    """Bound |S - S_true| given |S^2 - S_true^2| <= slack, both S >= 0."""
     squares = values.square()
     below = values - (squares - slack).clamp(min=0).sqrt()
     above = slack / ((squares + slack).sqrt() + values).clamp(min=1e-300)
@@ -268,7 +269,7 @@ def _error(values: Tensor, slack: Tensor) -> Tensor:
 
 
 def _long_side(B: Tensor, short: Tensor, values: Tensor, n_head: int, key: Key) -> Tensor:
-    """Rows B^T x_i / S_i, unit length; arbitrary orthonormal rows where S_i is zero."""
+    """Compute unit rows B^T x_i / S_i; arbitrary orthonormal rows where S_i is zero."""
     n_real = int((values > 0).sum())
     short = short.to(B.dtype) if short.dtype != torch.float64 else short
     rows = short[:n_real] @ B.to(short.dtype)
@@ -279,7 +280,7 @@ def _long_side(B: Tensor, short: Tensor, values: Tensor, n_head: int, key: Key) 
 
 
 def _completed(rows: Tensor, count: int, key: Key) -> Tensor:
-    """Add arbitrary orthonormal rows, orthogonal to the given ones, up to `count`."""
+    """Append arbitrary orthonormal rows, orthogonal to the given ones, up to `count`."""
     missing = count - len(rows)
     if missing <= 0:
         return rows
@@ -312,7 +313,7 @@ class Krylov(NamedTuple):
     residuals: Tensor
 
     def converged(self, tolerance: float) -> Krylov:
-        """Keep the leading pairs up to the first whose residual is above tolerance * largest."""
+        """Keep the leading pairs before the first whose residual exceeds tolerance * largest."""
         good = self.residuals <= tolerance * self.values[0]
         count = int(good.long().cumprod(0).sum())
         return Krylov(self.values[:count], self.rows[:count], self.residuals[:count])
@@ -328,20 +329,20 @@ def randomized(
     key: Key,
     accepted: float | None = None,
 ) -> Factors:
-    """Leading `rank` triplets by block Krylov iteration on the smaller side; A is only multiplied.
+    """Compute the leading `rank` triplets by block Krylov iteration on the smaller side.
 
-    Error:  |dS_i| <= r_i / S_i from the residual norm r_i = ||A A^T u_i - S_i^2 u_i||; that no
-            larger value was missed is as sure as a random start has a part in every direction.
-            Directions are right to about r_i / (distance of S_i^2 to its neighbours).
-    Cost:   4 m n flops per vector of the basis, at most 3 rank + 64 of them; it ends as soon as
-            every residual is below tolerance * S_1^2. Where one is then above accepted * S_1^2
-            (None: tolerance), as on a flat spectrum, leading directions may be missing, so `gram`
-            solves it instead; and so it does where ties fill a block, since a Krylov space holds no
-            more copies of one singular value than its block has vectors.
+    Error:  |dS_i| <= r_i / S_i with the residual norm r_i = ||A A^T u_i - S_i^2 u_i||. That no
+            larger value was missed relies on the random start, which almost surely has a component
+            in every direction. Directions are accurate to about r_i / (gap of S_i^2).
+    Cost:   4 m n flops per basis vector, at most 3 rank + 64 of them; stops as soon as every
+            residual is below tolerance * S_1^2. If one then exceeds accepted * S_1^2 (None:
+            tolerance), as for a flat spectrum, leading directions may be missing and `gram` is
+            used instead; likewise if ties fill a block, since a Krylov space contains no more
+            copies of a singular value than its block has vectors.
     """
     B = A if A.shape[0] < A.shape[1] else A.T
     p = B.shape[0]
-    block = min(max(_BLOCK, rank // 4), 64)  # passes for 16 rows cost little more than for 8
+    block = min(max(_BLOCK, rank // 4), 64)  # a pass for 16 rows costs little more than for 8
     found = krylov(
         lambda rows: (rows @ B) @ B.T, start(p, block, key, A), rank, tolerance, 3 * rank + 64
     )
@@ -366,7 +367,7 @@ def randomized(
 
 
 def _may_hide_copies(squares: Tensor, block: int) -> bool:
-    """Whether some value but the last is found `block` times: it may be there more often."""
+    """Return whether a value other than the last occurs `block` times, so copies may be missing."""
     if len(squares) <= block:
         return False
     ties = squares[:-block] - squares[block - 1 : -1] <= 1e-5 * squares[:-block]
@@ -380,10 +381,11 @@ def krylov(
     tolerance: float,
     budget: int,
 ) -> Krylov:
-    """Leading `count` eigenpairs of a symmetric positive operator given by its product with rows.
+    """Compute the leading `count` eigenpairs of a symmetric positive semidefinite operator.
 
-    Rayleigh-Ritz on span{X, XG, XG^2, ...}, the basis kept orthonormal by projecting twice. The
-    residuals cost no product with G: the part of Q G outside the basis is the next block times R.
+    The operator is given by its product with rows. Rayleigh-Ritz on span{X, XG, XG^2, ...}, the
+    basis kept orthonormal by projecting twice. Residuals need no product with G: the part of Q G
+    outside the basis is the next block times R.
     Stops when all residuals are below tolerance * largest value, or at `budget` basis vectors.
     """
     p, block = first.shape[1], len(first)
@@ -410,7 +412,7 @@ def krylov(
 
 
 def _orthogonal_to(basis: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Split rows into a part in the basis and R^T times orthonormal rows; return those and R."""
+    """Split rows into a part in the basis and R^T Q; return the orthonormal rows Q, and R."""
     rows = rows - (rows @ basis.T) @ basis
     Q, R = torch.linalg.qr(rows.T)
     again = Q.T - (Q.T @ basis.T) @ basis
@@ -419,7 +421,7 @@ def _orthogonal_to(basis: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def start(length: int, count: int, key: Key, like: Tensor) -> Tensor:
-    """Normal rows (count, length) that depend on (seed, name) only, not on device or order."""
+    """Return normal random rows (count, length) that depend only on (seed, name)."""
     digest = hashlib.sha256(f"{key[0]}:{key[1]}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(count, length, generator=generator, dtype=torch.float64).to(like)

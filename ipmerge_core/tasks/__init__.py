@@ -1,1 +1,1 @@
-"""Problems with answers: one file per task, and how an answer is read from a text."""
+"""Evaluation tasks with reference answers, and answer extraction."""

@@ -1,4 +1,4 @@
-"""Read the answer that a reply gives, and compare it with the expected one."""
+"""Extract the answer from a reply and compare it with the reference."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _NUMBER = re.compile(r"-?\d+")
 
 
 def stated_result(reply: str) -> str | None:
-    """Return the number a reply gives as its result: after the last `=`, or the whole reply.
+    """Return the number that a reply states as its result: after the last `=`, or the whole reply.
 
-    A calculation that is written down and not carried out states no result.
+    An unevaluated expression states no result.
 
     >>> stated_result("6+4=10; 10*2=20."), stated_result("20."), stated_result("6*4.")
     ('20', '20', None)
@@ -22,24 +22,24 @@ def stated_result(reply: str) -> str | None:
 
 
 class Question(Protocol):
-    """Whatever has one expected answer: a problem of a task, a recorded example."""
+    """Anything with a reference answer: a problem of a task, a recorded example."""
 
     @property
     def answer(self) -> str:
-        """The expected answer."""
+        """The reference answer."""
         ...
 
     @property
     def is_math(self) -> bool:
-        """Whether only the stated result counts, not the whole reply."""
+        """Whether only the stated result is compared, not the whole reply."""
         ...
 
 
 def is_right(question: Question, reply: str) -> bool:
-    """Whether a reply gives the expected answer.
+    """Return whether a reply is correct.
 
-    For a math question the stated result is compared, otherwise the whole reply, ignoring case,
-    surrounding whitespace and a final full stop.
+    For a math question the stated result is compared with the reference, otherwise the whole
+    reply, ignoring case, surrounding whitespace and a final full stop.
     """
     if question.is_math:
         return stated_result(reply) == question.answer
@@ -47,7 +47,7 @@ def is_right(question: Question, reply: str) -> bool:
 
 
 def differ(first: str, second: str) -> bool:
-    """Whether two replies give different answers: their results if both state one, else all."""
+    """Return whether two replies differ: in their stated results if both have one, else as text."""
     results = stated_result(first), stated_result(second)
     if None not in results:
         return results[0] != results[1]
@@ -55,7 +55,7 @@ def differ(first: str, second: str) -> bool:
 
 
 def normalized(reply: str) -> str:
-    """Return a reply without case, surrounding whitespace and a final full stop.
+    """Return a reply in lower case without surrounding whitespace and a final full stop.
 
     >>> normalized(" Triangle. ")
     'triangle'

@@ -1,11 +1,11 @@
-"""The demo problems: small drawings with a question and an answer, seeded and without end.
+"""The demo task: procedurally generated drawings with a question and an answer.
 
-In: a task name, a count, a seed, a split. Out: frozen `Problem`s, whose image is drawn when asked
-for. Answers follow from the drawn values, so they are right by construction. The three splits use
-disjoint handwriting (scikit-learn's `load_digits`) and disjoint random streams; the test split has
-the last 497 digits. Shapes and dots have no handwriting, so two streams can draw the same picture:
-drawings that a model was trained on are left out by naming them. Every problem can also be put in
-words, for a model without eyes. Does not score answers (`scores`) and loads no model.
+In: a task name, a count, a seed, a split. Out: frozen `Problem`s, whose image is rendered on
+access. Answers are computed from the drawn values and thus correct by construction. The three
+splits use disjoint handwriting (scikit-learn's `load_digits`) and disjoint random streams; the test
+split uses the last 497 digits. Shapes and dots have no handwriting, so that two streams can produce
+the same image: training drawings can be excluded explicitly. Every problem also has a text-only
+prompt, for text models. Scoring is in `scores`; no model is loaded.
 """
 
 from __future__ import annotations
@@ -69,21 +69,21 @@ QUESTIONS: dict[Task, tuple[str, ...]] = {
     "dots": ("How many dots are there?", "Count the dots.", "How many dots do you see?"),
 }
 
-# Rows of load_digits: handwriting that one split shows is never shown by another.
+# Rows of load_digits, disjoint between the splits.
 GLYPHS: dict[Split, range] = {
     "train": range(1100),
     "validation": range(1100, 1300),
     "test": range(1300, 1797),
 }
 
-IMAGE_SIZE = 128  # pixels of a side
-CELL = 32  # the drawing is laid out on a 4 x 4 grid of cells
-_INK = 24  # grey of lines and shapes, 255 is paper
+IMAGE_SIZE = 128  # side length in pixels
+CELL = 32  # drawings use a 4 x 4 grid of cells
+_INK = 24  # grey level of lines and shapes; 255 is the background
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One thing drawn: a digit, an operator, a dot or an outline, in a box of pixels."""
+    """One drawn element: a digit, an operator, a dot or an outline, with its bounding box."""
 
     symbol: str
     box: tuple[int, int, int, int]
@@ -91,15 +91,15 @@ class Mark:
     tilt: int = 0  # degrees, for a digit
 
 
-Drawing: TypeAlias = tuple[Mark, ...]  # equal drawings are equal pixel by pixel
+Drawing: TypeAlias = tuple[Mark, ...]  # equal drawings render to identical pixels
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A drawing, a question about it and the one right answer.
+    """A drawing, a question about it and the correct answer.
 
-    `words` says what the drawing shows, `calculation` is what the answer is computed from (empty
-    for a perception task), `worked` is the calculation carried out.
+    `words` describes the drawing in text, `calculation` is the expression of the answer (empty for
+    a perception task), `worked` is the calculation with its steps.
     """
 
     task: Task
@@ -117,17 +117,17 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """What a model with eyes is asked; `<image>` stands for the drawing."""
+        """The prompt for a vision-language model; `<image>` is the placeholder of the drawing."""
         return f"USER: <image>\n{self.question} ASSISTANT:"
 
     @property
     def text_prompt(self) -> str:
-        """The same question about the same thing in words."""
+        """The prompt for a text model, with the drawing described in text."""
         return f"USER: {self.words}\n{self.question} ASSISTANT:"
 
     @property
     def is_math(self) -> bool:
-        """Whether the answer has to be computed and not only read."""
+        """Whether the answer must be computed rather than only read."""
         return self.task in MATH_TASKS
 
 
@@ -139,16 +139,16 @@ def problems(
     *,
     without: Collection[Drawing] = frozenset(),
 ) -> list[Problem]:
-    """Make the first `n` problems of a task; problem i does not depend on `n`.
+    """Generate the first `n` problems of a task; problem i does not depend on `n`.
 
     Args:
         task: One of `TASKS`.
-        n: How many.
-        seed: Of the random stream.
-        split: Whose handwriting and random stream.
-        without: Drawings to leave out; the next problems of the stream take their place.
+        n: Number of problems.
+        seed: Seed of the random stream.
+        split: Split that determines handwriting and random stream.
+        without: Drawings to skip; the following problems of the stream replace them.
 
-    Raises: RunError for an unknown task or split, a negative count, or when `without` leaves fewer
+    Raises: RunError for an unknown task or split, a negative count, or if `without` leaves fewer
         than `n` among the first 10 `n` + 100 problems.
 
     >>> problem = problems("mul", 1, seed=3)[0]
@@ -160,26 +160,26 @@ def problems(
     if split not in SPLITS:
         raise RunError(f"Unknown split '{split}'. Available: {', '.join(SPLITS)}.")
     if n < 0:
-        raise RunError(f"Asked for {n} problems of '{task}'; the count must be 0 or more.")
+        raise RunError(f"Got a count of {n} problems of '{task}'; expected 0 or more.")
     tried = 10 * n + 100
     stream = (make_problem(task, seed, split, index) for index in range(tried))
     found = list(itertools.islice((p for p in stream if p.marks not in without), n))
     if len(found) < n:
         raise RunError(
-            f"Only {len(found)} of the first {tried} problems of '{task}' show a drawing that is "
-            f"not left out; expected {n}. Ask for fewer, or leave out fewer drawings."
+            f"Only {len(found)} of the first {tried} problems of '{task}' have a drawing that is "
+            f"not excluded; expected {n}. Request fewer problems, or exclude fewer drawings."
         )
     return found
 
 
 def make_problem(task: Task, seed: int, split: Split, index: int) -> Problem:
-    """Make problem number `index` of the stream named by task, seed and split."""
+    """Generate problem number `index` of the stream given by task, seed and split."""
     rng = np.random.default_rng([seed, SPLITS.index(split), TASKS.index(task), index])
     question = QUESTIONS[task][rng.integers(len(QUESTIONS[task]))]
     return _MAKERS[task](task, question, rng, GLYPHS[split])
 
 
-# --- what the problems are about -------------------------------------------------------------
+# --- problem content -------------------------------------------------------------------------
 
 
 def _calculation(task: Task, question: str, rng: np.random.Generator, glyphs: range) -> Problem:
@@ -292,7 +292,7 @@ def _symbol_in_cell(
 
 
 def draw(marks: Drawing) -> Image.Image:
-    """Draw the marks in dark ink on white paper."""
+    """Render the marks in dark grey on white."""
     page = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 255)
     pen = ImageDraw.Draw(page)
     for mark in marks:
@@ -309,7 +309,7 @@ def draw(marks: Drawing) -> Image.Image:
 
 def _draw_digit(page: Image.Image, mark: Mark) -> None:
     left, top, right, bottom = mark.box
-    pixels = (_digits()[0][mark.glyph] * (255 / 16)).astype(np.uint8)  # load_digits counts to 16
+    pixels = (_digits()[0][mark.glyph] * (255 / 16)).astype(np.uint8)  # values 0 to 16
     ink = Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
     ink = ink.rotate(mark.tilt, Image.Resampling.BILINEAR)
     page.paste(_INK, (left, top), ink)
@@ -359,7 +359,7 @@ def _star(x: float, y: float, radius: float) -> list[tuple[float, float]]:
 
 @functools.cache
 def _digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    # Imported here: scikit-learn takes a second to import, and only drawing needs it.
+    # Imported here because importing scikit-learn takes a second and only rendering needs it.
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
