@@ -176,7 +176,7 @@ def plans(
         if method.needs_analysis:
             yield ipm.make_plan(ipm.analyse(pair), name, similarity_threshold=0.0, **own)
         elif method.data is not None:
-            samples = [load_samples("demo", 4, sees=sees) for sees in (True, False)]
+            samples = [load_samples("demo", 4, takes_images=sees) for sees in (True, False)]
             how = CalibrationSettings(method.data)
             found = calibrate(pair, folder / method.data, how, *samples)
             yield ipm.make_plan(pair, name, calibration=found.folder)

@@ -205,7 +205,7 @@ def test_a_merge_of_the_app_runs_on_the_gpu_and_says_so(
 
 @pytest.mark.parametrize("kind", ["gram", "fisher"])
 def test_a_calibration_measures_the_same(kind: str, demo: ModelPair, tmp_path: Path) -> None:
-    samples = load_samples("demo", 3, sees=True), load_samples("demo", 3, sees=False)
+    samples = tuple(load_samples("demo", 3, takes_images=images) for images in (True, False))
     settings = (
         CalibrationSettings(kind)
         if kind == "gram"

@@ -227,7 +227,7 @@ def iter_pack(
     opened = partial(Checkpoint.open, hub_only=hub_only)
     own = opened(base_mllm) if base_mllm else None
     pair = open_pair(opened(mllm), [opened(name) for name in math], opened(base), base_mllm=own)
-    pair.refuse_strangers()
+    pair.require_common_base()
     yield from iter_pack_of(pair, out, options, device=device)
 
 

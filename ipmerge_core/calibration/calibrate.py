@@ -170,8 +170,8 @@ def iter_calibration_of(
     Args and Raises: as for `open_pair`, `load_samples` and `iter_calibration`.
     """
     pair = open_pair(mllm, math, base, base_mllm=base_mllm)
-    seen = load_samples(mllm_samples, limit, sees=True)
-    told = load_samples(math_samples, limit, sees=False)
+    seen = load_samples(mllm_samples, limit, takes_images=True)
+    told = load_samples(math_samples, limit, takes_images=False)
     yield from iter_calibration(pair, out, CalibrationSettings(kind), seen, told, device=device)
 
 

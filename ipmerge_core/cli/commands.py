@@ -81,8 +81,8 @@ def calibrate(options: argparse.Namespace) -> int:
 
     pair = open_models(options)
     how = CalibrationSettings(options.kind, options.estimator, options.image_tokens, options.wide)
-    seen = load_samples(options.mllm_samples, options.limit, sees=True)
-    told = load_samples(options.math_samples, options.limit, sees=False)
+    seen = load_samples(options.mllm_samples, options.limit, takes_images=True)
+    told = load_samples(options.math_samples, options.limit, takes_images=False)
     if options.dry_run:
         need = estimate_calibration(pair, options.output, how, len(seen), len(told))
         text = (

@@ -17,7 +17,7 @@ import psutil
 from ipmerge_core.analysis.analyse import comparing_cost, working_set
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.errors import RunError
-from ipmerge_core.merging.parts import BESIDE, Chosen, chosen, input_sizes, work_of
+from ipmerge_core.merging.parts import EXTRAS, Chosen, chosen, input_sizes, work_of
 from ipmerge_core.merging.whole_model import is_due
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair
@@ -214,7 +214,7 @@ def _seconds(plan: MergePlan, pair: ModelPair, need: Estimate, merged: list[Chos
 def _seconds_of(plan: MergePlan, matrix: MatrixMatch, experts: tuple[int, ...]) -> float:
     """Seconds that merging one matrix takes on one CPU core."""
     method, count = find_method(plan.method), 1 + len(experts)
-    if matrix.module in BESIDE and method.vectors is not None:
+    if matrix.module in EXTRAS and method.vectors is not None:
         method = find_method("task_arithmetic")
     elif (steps := _steps(plan)) is not None:
         cost = STEP_RATE.per_matrix + step_cost(matrix.shape, count) / STEP_RATE.work

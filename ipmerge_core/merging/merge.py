@@ -352,9 +352,9 @@ class _Run:
         if self.measurements is not None and part.matrix.module not in EXTRAS:
             supplied |= self.measurements.inputs(part.matrix.name, part.experts, device)
         anchor, weights = method_anchor(self.method, self.plan.anchor), weights.to(device)
-        if "noise" in self.method.inputs and part.matrix.module not in BESIDE:
+        if "noise" in self.method.inputs and part.matrix.module not in EXTRAS:
             supplied["noise"] = rounding_noise(weights, anchor)
-        if report is not None and part.matrix.module not in BESIDE:
+        if report is not None and part.matrix.module not in EXTRAS:
             supplied["report"] = report
         models = on_one_base(weights, device, anchor)
         parameters = self.plan.parameters_for(part.matrix.layer)

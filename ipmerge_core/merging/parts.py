@@ -96,7 +96,7 @@ def chosen_matrices(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
     return [(by_name[decision.name], decision.experts) for decision in plan.selected]
 
 
-def _beside(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
+def _extras(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
     if plan.options.norms == "merge":
         yield from pair.vectors
     if plan.tokens:

@@ -95,7 +95,7 @@ def run_first_pass(
 
     index = done = 0
 
-    def told(_: None) -> FirstPassStep:
+    def progress(_: None) -> FirstPassStep:
         nonlocal index, done
         turn, place = divmod(index, len(cut))
         index, done = index + 1, done + cut[place].held

@@ -247,7 +247,7 @@ class MergeMethod:
         return bool(self.from_analysis)
 
     @property
-    def shows_bad_input(self) -> bool:
+    def propagates_non_finite(self) -> bool:
         """Whether NaN or infinity in an input that takes part makes some of the result so, too."""
         return not self.matrixwise
 

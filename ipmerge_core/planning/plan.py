@@ -115,7 +115,7 @@ class MergePlan:
         return tuple(decision for decision in self.decisions if decision.experts)
 
     @property
-    def beside(self) -> tuple[str, ...]:
+    def extras(self) -> tuple[str, ...]:
         """What merges beside the decoder's matrices, in words."""
         found = ["the decoder's norms and biases"] if self.options.norms == "merge" else []
         if self.tokens:
@@ -282,7 +282,7 @@ def make_plan(
         decisions = _take_all(source.matrices, len(source.math), scope)
         (sources, totals), records = describe(source), ()
     _check_overrides(options.overrides, decisions)
-    check_beside(chosen, options)
+    check_extras(chosen, options)
     check_layer_gains(chosen, options.layer_gains, complete)
     return MergePlan(
         name=source.name,

@@ -44,7 +44,7 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
     return None if pattern is None else re.compile(pattern)
 
 
-def check_beside(method: MergeMethod, options: PlanOptions) -> None:
+def check_extras(method: MergeMethod, options: PlanOptions) -> None:
     """Refuse what the method cannot merge beside matrices. Raises: PlanError."""
     asked = ["norms and biases"] if options.norms != "keep" else []
     asked += ["embeddings"] if options.embeddings != "keep" else []

@@ -136,7 +136,7 @@ class Backend:
                 "This Space accepts only demo samples. Run the app locally to use a file."
             )
         for source, sees in ((seen, True), (read, False)):
-            load_samples(source, limit, sees=sees)
+            load_samples(source, limit, takes_images=sees)
         kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"

@@ -63,7 +63,7 @@ def confirm_html(
         "Plan": f"<code>{plan.hash}</code>; digest with pair and device <code>{digest[:8]}</code>",
         "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
         f"{format_count(touched)} parameters ({share:.0%} of the language model)"
-        f"{''.join(f', {escape(what)}' for what in plan.beside)}; {escape(change)}",
+        f"{''.join(f', {escape(what)}' for what in plan.extras)}; {escape(change)}",
         "Reference weights": f"{escape(ANCHORS[plan.anchor])} (<code>{plan.anchor}</code>)",
         "Unchanged, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor, configs",
         "Reads": format_size(need.nbytes_read),

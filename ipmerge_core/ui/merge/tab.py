@@ -377,7 +377,7 @@ def _plan_warnings(plan: MergePlan) -> list[Finding]:
             )
         ]
     found = []
-    if _change(plan) == 0 and not plan.beside:
+    if _change(plan) == 0 and not plan.extras:
         remedy = "Check the merge weights and the layers that are kept."
         found.append(Finding("warning", "plan", f"With these parameters, {equals}", remedy))
     if plan.calibration is not None:
