@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import gradio as gr
 
-    from ipmerge_core.ui.app import SCRIPT, STYLE
+    from ipmerge_core.ui.app import STYLE, page_script
     from ipmerge_core.ui.chat.answers import Side
     from ipmerge_core.ui.chat.tab import lay_out_chat
     from ipmerge_core.ui.chat.turns import Turn, view
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     app.launch(
         theme=theme(),
         css_paths=[STYLE],
-        js=SCRIPT.read_text(encoding="utf-8"),
+        js=page_script(),
         ssr_mode=False,
         run_history=False,
     )

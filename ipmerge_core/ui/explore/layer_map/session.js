@@ -19,11 +19,12 @@ import { describeDials, rebuildColours, rescale } from "./painting.js";
  * @param {LayerMap} map
  * @param {Partial<Plan>} patch
  */
-export function setPlan(map, patch) {
-  const within = { ...patch };
-  if (patch.s !== undefined) Object.assign(within, { s: Number(clamp(patch.s, 1).toFixed(4)) });
-  if (patch.lambda !== undefined) Object.assign(within, { lambda: clamp(patch.lambda, LAMBDA_MAX) });
-  map.set({ plan: { ...map.state.plan, ...within } });
+export function setPlan(map, { s, lambda, ...rest }) {
+  map.set({ plan: {
+    ...map.state.plan, ...rest,
+    ...(s === undefined ? {} : { s: Number(clamp(s, 1).toFixed(4)) }),
+    ...(lambda === undefined ? {} : { lambda: clamp(lambda, LAMBDA_MAX) }),
+  } });
 }
 
 /**
