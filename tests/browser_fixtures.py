@@ -1,7 +1,7 @@
 """Real headless browsers and a running app, shared by every browser test.
 
 `chromium_page` is a fresh page (own profile, 1280 x 900); `new_page` makes pages of other sizes;
-`app_url` starts `app.py` once for the whole run, `explore_url` the Explore tab over packs of the
+`app_url` starts `app.py` once in each worker, `explore_url` the Explore tab over packs of the
 tests' own. Nothing here skips: where no Chromium is found the
 test fails and says what to do.
 """
@@ -167,7 +167,7 @@ def playwright_driver() -> Iterator[Playwright]:
 
 @pytest.fixture(scope="session")
 def chromium(playwright_driver: Playwright) -> Iterator[Browser]:
-    """One headless Chromium for the whole run."""
+    """One headless Chromium for all tests of a worker."""
     browser = playwright_driver.chromium.launch(
         executable_path=find_chromium(playwright_driver), headless=True, args=CHROMIUM_FLAGS
     )

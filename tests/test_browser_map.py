@@ -319,9 +319,15 @@ def test_show_me_moves_the_threshold_over_the_flip_and_back(new_page: NewPage, e
     )
     cell.click()
     page.get_by_role("button", name="Why?").click()
+    cell.evaluate(
+        """cell => {
+          window.flips = [];
+          const note = () => window.flips.push(cell.dataset.on);
+          new MutationObserver(note).observe(cell, { attributeFilter: ["data-on"] });
+        }"""
+    )
     page.get_by_role("button", name="Show me the flip").click()
-    expect(cell).to_have_attribute("data-on", "0")
-    expect(cell).to_have_attribute("data-on", "1")
+    page.wait_for_function("window.flips.includes('0') && window.flips.at(-1) === '1'")
     assert plan_on_page(page) == DEFAULT
     assert traffic.commits() == []
 
