@@ -1,10 +1,10 @@
-# Commands of this repository. Each installs its prerequisites first.
+# The commands of this repository. Every one makes what it needs first, and is quick the second time.
 #
-#   make app     install the requirements and start the app on 127.0.0.1
-#   make test    install the test tools, then run lint, type checks and all tests
+#   make app     install what the app needs and start it on 127.0.0.1
+#   make test    install the test tools, then lint, type check and run every test
 #   make lint    ruff and mypy only
-#   make demo    train the demo models in assets/demo
-#   make bench   run the benchmarks of benchmarks/README.md
+#   make demo    train the demo trio in assets/demo again
+#   make bench   print the figures of benchmarks/README.md
 #   make clean   remove the environment and all caches
 #
 # Settings: PYTHON (interpreter to start from), VENV (folder of the environment),
