@@ -1,10 +1,10 @@
-"""Nanoseconds that one element costs each elementwise method, on one core.
+"""Time per element of each elementwise method on one core, in nanoseconds.
 
     python benchmarks/bench_elements.py [--shape 5504 2048]
 
 A base and two fine-tunes of one matrix, bf16, in memory: no file is read or written. Below the
-methods stand the parts that some of them cannot do without: a 64-bit random number (DARE draws one
-for each model), the order of a row (DELLA), the threshold of one task vector (TIES).
+methods are the costs of parts that some of them require: a 64-bit random number (DARE draws one for
+each model), the order of a row (DELLA), the threshold of one task vector (TIES).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def main() -> None:
     }
     least = costs["task_arithmetic"]
     rows = [[n, f"{cost:.1f}", f"{cost / least:.1f}"] for n, cost in sorted_by_cost(costs)]
-    print(table(["method", "ns an element", "x task arithmetic"], rows), "\n")
+    print(table(["method", "ns per element", "x task arithmetic"], rows), "\n")
     rows = [[n, f"{nanoseconds(run, base):.1f}"] for n, run in parts(base, mllm).items()]
-    print(table(["part", "ns an element"], rows))
+    print(table(["part", "ns per element"], rows))
 
 
 def trio(rows: int, columns: int) -> list[Tensor]:

@@ -1,10 +1,10 @@
-"""What a hand feels of the layer map: drag, commit, change of pair, first paint; and its findings.
+"""Measure the layer map in a browser: drag, commit, switching pairs, first paint, accessibility.
 
     python benchmarks/bench_explore.py [--runs 5]
 
 Drives the app (`app.py`) in a real headless Chromium over synthetic packs of 196 and 448 matrices,
-on the CPU as it is and slowed four times. Paint is the script's own time per frame. A cold page is
-one in a new browser with an empty profile. axe looks at both maps, light and dark, wide and narrow.
+with and without CPU throttling. Paint is the script time per frame. A cold page is one in a new
+browser with an empty profile. axe checks both maps, light and dark, wide and narrow.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Row = list[str]
 
 
 def row(figure: str, bar: float | None, measured: float, unit: str, note: str = "") -> Row:
-    """One line of the table: what was measured beside what it should stay below."""
+    """One line of the table: figure, target and measurement."""
     reached = "" if bar is None else "yes" if measured <= bar else "**no**"
     return [
         figure,
@@ -127,14 +127,17 @@ def measure_drags(page: Page) -> list[Row]:
             label = f"paint p95, {cells} matrices, CPU x 1/{slowdown}"
             rows.append(row(label, bar, quantile(paints, 0.95), "ms", note))
         session.send("Emulation.setCPUThrottlingRate", {"rate": 1})
-    rows.append(row(f"requests in a drag of {MOVES} moves, most", 0, requests, ""))
-    return [*rows, row("commit, from release to answer", 300, max(commits), "ms", "slowest of 4")]
+    rows.append(row(f"requests during a drag of {MOVES} moves, maximum", 0, requests, ""))
+    return [
+        *rows,
+        row("commit, from end of drag to response", 300, max(commits), "ms", "slowest of 4"),
+    ]
 
 
 def measure_switches(page: Page, runs: int) -> Row:
     """The change to another bundled pair and back."""
     times = [show_pair(page, cells) for _ in range(runs) for cells in (196, 448)]
-    return row("change of pair, slowest", 1, max(times), "s", f"median {median(times):.2f} s")
+    return row("switching the pair, slowest", 1, max(times), "s", f"median {median(times):.2f} s")
 
 
 def measure_cold_pages(playwright: Playwright, url: str, runs: int) -> Row:
@@ -166,7 +169,7 @@ def count_findings(browser: Browser, url: str) -> Row:
             page.wait_for_selector("#compare-map .c")
             found += violations(page, "#compare-map")
             page.context.close()
-    return row("axe: violations in both maps", 0, found, "", "light, dark, 1280 and 390 px")
+    return row("axe violations in both maps", 0, found, "", "light, dark, 1280 and 390 px")
 
 
 def violations(page: Page, place: str) -> int:

@@ -1,11 +1,11 @@
-"""A Qwen2.5-7B-shaped pair on one GPU: every decomposition beside the direct one, then the whole.
+"""Analyse and merge a pair with the shapes of Qwen2.5-7B on one GPU, compared with direct SVDs.
 
     python benchmarks/bench_gpu.py [--folder bench-gpu] [--layers 28]
 
 Writes the decoders of a base and two fine-tunes of it (28 layers, 196 matrices, bf16, 13 GB each)
 below --folder, analyses all matrices exactly, merges all of them by IP-Merging, and prints wall
 seconds and peak memory as Markdown tables. Everything written is removed at the end. Needs a CUDA
-device; without one it says so and measures nothing.
+device; otherwise nothing is measured.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("No CUDA device here, so nothing is measured.")
+        print("No CUDA device available; nothing was measured.")
         return
     keep_freed_memory()  # as the command line does
     print(f"{machine(torch.cuda.get_device_name())}, torch {torch.__version__}\n")
@@ -70,7 +70,7 @@ def main() -> None:
 
 def by_shape(layers: int) -> None:
     """Both task vectors of a matrix of each shape, and what all matrices would take one by one."""
-    print("Seconds for the two task vectors of a matrix, one at a time\n")
+    print("Seconds for both task vectors of a matrix, one at a time\n")
     head = ["matrix", "naive", "selection", "x", "all values", "values, bases, P", "exact*", "x"]
     print(table(head, []), flush=True)
     every: list[Times] = []
@@ -81,7 +81,7 @@ def by_shape(layers: int) -> None:
             print(speed_row(f"{shape[0]} x {shape[1]}", times), flush=True)
     summed = Times(*(sum(column) for column in zip(*every, strict=True)))
     print(speed_row(f"all {len(every)}", summed))
-    print("\n* selection, all values of every matrix, bases and P of the third that is selected\n")
+    print("\n* selection, all values of every matrix, bases and P for the selected third\n")
     print(
         f"Compute of an exact analysis and of merging all, the column before exact* twice: "
         f"{2 * summed.bases:.1f} s; bar 60 s\n"
@@ -97,7 +97,7 @@ def by_streams(pair: ModelPair) -> None:
         seconds, memory = measured(lambda: ipm.analyse(pair, device="cuda"))
         rows.append([str(count), f"{seconds:.1f}", f"{memory:.1f}"])
     devices.STREAMS = 3
-    print(f"Analysis of {FEW} layers, matrices at once in streams of their own\n")
+    print(f"Analysis of {FEW} layers by the number of concurrent matrices, one stream each\n")
     print(table(["streams", "seconds", "peak GiB on the GPU"], rows), end="\n\n", flush=True)
 
 
@@ -119,11 +119,11 @@ def whole(pair: ModelPair, out: Path) -> None:
     size = sum(model.nbytes for _, model in pair.roles()) / 1e9
     print(
         f"All {len(pair.matrices)} matrices with their files: {size:.0f} GB read twice from the "
-        f"system's cache, {pair.mllm.nbytes / 1e9:.0f} GB written, hashed and read back\n"
+        f"page cache, {pair.mllm.nbytes / 1e9:.0f} GB written, hashed and read back\n"
     )
     print(table(["step", "seconds", "peak GiB on the GPU"], rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"\nPeak memory of the process beside the GPU's: {peak:.1f} GB, writing included.")
+    print(f"\nPeak memory of the process, excluding the GPU: {peak:.1f} GB.")
 
 
 def measured(run: Callable[[], object]) -> tuple[float, float]:

@@ -1,11 +1,11 @@
-"""Merging beside mergekit 0.1.5 and beside the machine's floor, on one synthetic trio.
+"""Compare merging with mergekit 0.1.5 and with plain file copies, on synthetic models.
 
     python benchmarks/bench_merge.py --mergekit /path/to/mergekit-yaml
 
 Writes a base and two fine-tunes (Llama-shaped, bf16) below --folder, merges them with each tool in
 turn in fresh processes, and prints wall time, peak memory, and ratios as Markdown tables. Runs are
-alternated and the minimum is kept, so that a busy machine hurts both alike. Without --mergekit only
-our own figures are printed. Everything written is removed at the end.
+alternated and the minimum is reported, so that other load affects both equally. Without --mergekit
+only the figures of this package are printed. Everything written is removed at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Cost(NamedTuple):
 def main() -> None:
     """Parse, measure, print, clean up."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mergekit", help="the mergekit-yaml command of an environment of its own")
+    parser.add_argument("--mergekit", help="the mergekit-yaml command of a separate environment")
     parser.add_argument("--folder", default="bench-merge", help="scratch space, about 10 GB")
     parser.add_argument("--layers", type=int, default=12, help="12 make 0.74 B parameters")
     parser.add_argument("--repeat", type=int, default=3)
@@ -52,10 +52,10 @@ def main() -> None:
         "--methods",
         nargs="*",
         default=list(GAINS),
-        help="names, or the word elementwise: all that need no data and decompose nothing",
+        help="names, or elementwise: all methods without data or decompositions",
     )
     parser.add_argument("--skip", nargs="*", default=[], help="speed, flat, equal, ranks")
-    parser.add_argument("--write", nargs=6, help="only write a trio: folder, sizes, dtype")
+    parser.add_argument("--write", nargs=6, help="only write models: folder, sizes, dtype")
     options = parser.parse_args()
     if options.write:
         trio, layers, hidden, feed, vocabulary, dtype = options.write
@@ -110,13 +110,13 @@ def speed(folder: Path, options: argparse.Namespace) -> None:
     first = options.methods[0]
     own = best(ours[first])
     print(
-        f"\nFloor, `cat` of the inputs and `cp` of the output: {least:.2f} s; {first} "
-        f"takes {own.wall / least:.1f} times that. Interpreter with its imports: "
+        f"\nLower bound, `cat` of the inputs and `cp` of the output: {least:.2f} s; {first} "
+        f"takes {own.wall / least:.1f} times as long. Interpreter with imports: "
         f"{bare.wall:.1f} s, {bare.rss / 1e9:.2f} GB, so the merge itself adds "
         f"{(own.rss - bare.rss) / 1e9:.2f} GB."
     )
     if len(options.methods) > 1:
-        print(f"\nWall time beside {first}, imports included and without them:\n")
+        print(f"\nWall time relative to {first}, with and without imports:\n")
         print(table(["method", "wall s", "ratio", "without imports"], ratios_to(own, ours, bare)))
     shutil.rmtree(trio)
 

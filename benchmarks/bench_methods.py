@@ -1,16 +1,15 @@
-"""Every merge method on the demo trio: accuracy, seconds, memory, change per layer.
+"""Evaluate every merge method on the demo models: accuracy, time, memory, change per layer.
 
     python benchmarks/bench_methods.py [--n 300] [--methods ties,tsv] [--samples 200]
 
-Each method merges the trio into a folder with its default parameters, in a process of its own, as
-`ipmerge merge` does; the folder is then loaded and asked the test draw of the demo problems, which
-shows no drawing of training. Some rows more have other settings, which stand beside their names.
-Intervals are 95 % Wilson intervals over all tasks of a kind. Seconds are those of the merge alone,
-memory is the process' peak over that of a process that only imports torch. Methods that need data
-are calibrated first, which is timed apart: the math model on math problems in words, the MLLM on
-perception problems, so that neither sees an image-and-math item; a second row also shows the MLLM
-image-and-math problems with their answers, which no other method is given. Defaults are defaults:
-the table compares what a user gets first, not what tuning could reach.
+Each method merges the models into a folder with default parameters in a separate process, with
+`ipmerge merge`; the folder is then loaded and evaluated on the test draw of the demo problems
+without training drawings. Additional rows have other settings, listed with the name. Intervals are
+95 % Wilson intervals over all tasks of a kind. Seconds are those of the merge, memory is the peak
+above that of a process that only imports torch. Methods that need data are calibrated first, which
+is timed separately: the math model on text-only math problems, the MLLM on perception problems, so
+that no image+math item is used; a second row also calibrates the MLLM on image+math problems with
+answers, which no other method uses. The table compares defaults, not tuned settings.
 """
 
 from __future__ import annotations
@@ -63,11 +62,11 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The method and what the row says beside it."""
-        beside = ", ".join(f"{key.rstrip('_')}={value}" for key, value in self.settings.items())
+        """The method with its non-default settings."""
+        extras = ", ".join(f"{key.rstrip('_')}={value}" for key, value in self.settings.items())
         if ipm.METHODS[self.method].data is not None:
-            beside = SAMPLES[self.samples] + (f", {beside}" if beside else "")
-        return f"`{self.method}` {beside}".strip()
+            extras = SAMPLES[self.samples] + (f", {extras}" if extras else "")
+        return f"`{self.method}` {extras}".strip()
 
 
 SAMPLES = {
@@ -86,7 +85,7 @@ MORE = [
     Run("fisher", samples="demo"),
     Run("regmean", samples="demo"),
     Run("wudi", {"closed_form": True}),
-]  # what a default leaves open on this trio
+]  # settings that the defaults do not cover on these models
 HEAD = ("method", "image+math, %", "perception, %", "s", "MB", "change per layer, %")
 
 

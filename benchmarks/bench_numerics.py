@@ -1,4 +1,4 @@
-"""Every merge method in the precision of a merge against its definition in fp64.
+"""Compare every merge method in the precision of a merge with its definition in fp64.
 
     python benchmarks/bench_numerics.py [--methods tsv iso_cts] [--quick] [--large] [--device cuda]
     python benchmarks/bench_numerics.py --write docs/numerics.md
@@ -8,8 +8,8 @@ tall and wide matrices, full and low-rank changes, aligned and random. For each 
 largest relative error of the change, beyond twice what rounding the result to fp32 costs, by stored
 dtype, and how well the definition itself is conditioned. `--quick` takes 24 of the cases, `--large`
 also those 1024 wide on both sides, `--all` prints each. `--write` makes the page, with what other
-implementations said (`numerics_references.json`). The exit code is 1 where a method is further from
-its definition than `test_numerics.py` allows.
+implementations computed (`numerics_references.json`). The exit code is 1 if an error exceeds the
+limit of `test_numerics.py`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ COMPARED = """
 
 
 class Measured(NamedTuple):
-    """What was found of one method."""
+    """Results of one method."""
 
     name: str
     found: dict[Case, Finding]
@@ -117,13 +117,13 @@ class Measured(NamedTuple):
 
 
 def main() -> None:
-    """Print the table, and write the page where it is asked for."""
+    """Print the table, and write the page with --write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--quick", action="store_true", help="24 cases of the grid")
     parser.add_argument("--large", action="store_true", help="also 1024 wide on both sides")
-    parser.add_argument("--device", default="cpu", help="where the merges run")
-    parser.add_argument("--seed", type=int, default=0, help="of the cases of --quick")
+    parser.add_argument("--device", default="cpu", help="device of the merges")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases of --quick")
     parser.add_argument("--all", action="store_true", help="print every case")
     parser.add_argument("--write", type=Path, help="write the page here")
     options = parser.parse_args()

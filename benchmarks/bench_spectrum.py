@@ -1,4 +1,4 @@
-"""The spectral engine against the direct reading of the method, side by side in one run.
+"""Compare the SVD algorithms with direct SVDs: time, accuracy and scaling.
 
     python benchmarks/bench_spectrum.py [--widths 1024 2048]
 
@@ -164,8 +164,8 @@ def speed_and_accuracy(widths: list[int]) -> None:
         print(speed_row(f"{m} x {n}", totals[-1]), flush=True)
         if m * n * min(m, n) < 1e10:  # the truth itself takes minutes above
             accuracy.append([f"{m} x {n}", *(f"{error:.1e}" for error in errors(pair))])
-    print(speed_row("all together", Times(*(sum(column) for column in zip(*totals, strict=True)))))
-    print("\n* selection, all values of every matrix, bases and P of the third that is selected\n")
+    print(speed_row("total", Times(*(sum(column) for column in zip(*totals, strict=True)))))
+    print("\n* selection, all values of every matrix, bases and P for the selected third\n")
     print("Largest errors against the SVD in fp64; bars: similarity 1e-4, nuclear 1e-4, P 1e-3\n")
     head = ["matrix", "similarity, leading only", "first, max, weighted", "nuclear", "P"]
     print(table(head, accuracy), end="\n\n", flush=True)
@@ -226,12 +226,12 @@ def against_snapshot(width: int) -> None:
                 f"{abs(float(S.sum() / truth.sum()) - 1):.1e}",
             ]
         )
-    print(f"The public snapshot's choice, {width} x {width}, rank {rank}\n")
+    print(f"Settings of the public snapshot, {width} x {width}, rank {rank}\n")
     print(table(["route", "seconds", "worst S, relative", "sum S, relative"], rows), end="\n\n")
 
 
 def growth() -> None:
-    """Exponent of time over width, square matrices, beside the one derived from the flops."""
+    """Print the scaling exponent of time with width, measured and derived from the flops."""
     widths = [768, 1024, 1536]
     times = [timed(synthetic(width, width)) for width in widths]
     span = math.log(widths[-1] / widths[0])
@@ -240,8 +240,8 @@ def growth() -> None:
         [name, f"{math.log(getattr(times[-1], name) / getattr(times[0], name)) / span:.2f}", power]
         for name, power in derived.items()
     ]
-    print(f"Growth of time with the width, {widths[0]} to {widths[-1]}, square matrices\n")
-    print(table(["route", "exponent measured", "derived"], rows), end="\n\n")
+    print(f"Scaling of time with the width, {widths[0]} to {widths[-1]}, square matrices\n")
+    print(table(["algorithm", "measured exponent", "derived"], rows), end="\n\n")
 
 
 def batching() -> None:
@@ -253,8 +253,8 @@ def batching() -> None:
         one_by_one = least_seconds(lambda grams=grams: [torch.linalg.eigh(gram) for gram in grams])
         batch = least_seconds(lambda grams=grams: torch.linalg.eigh(grams))
         rows.append([f"4 of {width} x {width}", f"{one_by_one:.3f}", f"{batch / one_by_one:.2f}"])
-    print("Batches of one shape: does one call for four matrices pay?\n")
-    print(table(["matrices", "seconds one by one", "x as a batch"], rows), end="\n\n")
+    print("Batches of one shape: one call for four matrices\n")
+    print(table(["matrices", "seconds without batching", "x as a batch"], rows), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Seconds from starting `python app.py` to the first answered page request.
+"""Time from starting `python app.py` to the first page response.
 
     python benchmarks/bench_startup.py [--runs 5]
 
-Each run is a new process on a free port; the page is asked for every 10 ms until it answers. The
-first run also reads the packages from disk, so it stands apart. Processor seconds are those of the
-app alone, so that other work on the machine counts little. Also prints which heavy packages the
-process had loaded by the time the page was there (Linux).
+Each run is a new process on a free port; the page is requested every 10 ms until it responds. The
+first run also reads the packages from disk and is reported separately. CPU seconds are those of the
+app, so that other load has little effect. Also prints which heavy packages the process has loaded
+by then (Linux).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEAVY = ("torch", "transformers", "scipy", "sklearn")
 
 
 class Start(NamedTuple):
-    """One start of the app, measured when its first page had been answered."""
+    """One start of the app, measured at its first page response."""
 
     seconds: float
     processor_seconds: float

@@ -1,11 +1,11 @@
-"""What the MLLM is shown in training, and evaluation draws that show nothing of it.
+"""Training drawings of the MLLM, and evaluation draws that exclude them.
 
     python assets/demo/draws.py [--seed 0]
 
-In: the seed a trio is trained with. Out: the drawings of every training step (`train` trains on
-them), and problems whose drawings are not among them. Run as a script, it prints how many problems
-are left out of each evaluation draw because training showed the same drawing. Handwriting keeps the
-splits apart; shapes and dots have none, and a few of their drawings come up twice. Loads no model.
+In: the training seed. Out: the drawings of every training step (`train` uses them), and problems
+whose drawings are not among them. As a script, prints how many problems are excluded from each
+evaluation draw because they have a training drawing. The splits have disjoint handwriting; shapes
+and dots have none, and a few of their drawings recur. Loads no model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ipmerge_core.tasks.demo import (  # noqa: E402
     problems,
 )
 
-MLLM_STEPS = (1300, 240, 120)  # naming cells, reading with new eyes, reading with all
+MLLM_STEPS = (1300, 240, 120)  # naming cells, reading (tower only), reading (all weights)
 WITHOUT_HANDWRITING: tuple[Task, ...] = ("shape", "dots")
 _MATH_SHARE = 0.3  # of the drawings that are read
 
@@ -48,18 +48,18 @@ PER_TASK: dict[Draw, int] = {"validation": 100, "test": 300, "recorded": 60}
 
 
 class Step(NamedTuple):
-    """What one step of the MLLM's training is about."""
+    """The data of one training step of the MLLM."""
 
     shown: list[TrainingItem]
     replay: list[Document]  # documents of the base, without a drawing
 
     def problems(self) -> list[Problem]:
-        """Make the problems that are shown."""
+        """Generate the problems of the step."""
         return [item.problem() for item in self.shown]
 
 
 def mllm_steps(seed: int, counts: tuple[int, int, int] = MLLM_STEPS) -> Iterator[Step]:
-    """Yield what the MLLM is shown, step by step, in the three stages of its training."""
+    """Yield the training data of the MLLM, step by step, in three stages."""
     rng = np.random.default_rng([seed, 3])
     for _ in range(counts[0]):
         yield Step([training_item(_pick(TASKS, rng), rng) for _ in range(96)], [])
@@ -74,7 +74,7 @@ def mllm_steps(seed: int, counts: tuple[int, int, int] = MLLM_STEPS) -> Iterator
 def training_drawings(
     seed: int = 0, counts: tuple[int, int, int] = MLLM_STEPS
 ) -> frozenset[Drawing]:
-    """Collect the drawings without handwriting that training shows; the others cannot recur."""
+    """Collect the training drawings without handwriting; the others cannot recur."""
     return frozenset(
         item.problem().marks
         for step in mllm_steps(seed, counts)
@@ -86,21 +86,21 @@ def training_drawings(
 def evaluation_problems(
     tasks: Sequence[Task], n: int, draw: Draw, training_seed: int = 0
 ) -> list[Problem]:
-    """Return `n` problems of each task, of a draw, none of them with a drawing of training."""
+    """Return `n` problems of each task of a draw, without training drawings."""
     split, seed = DRAWS[draw]
     seen = training_drawings(training_seed)
     return [p for task in tasks for p in problems(task, n, seed, split, without=seen)]
 
 
 def recurring(task: Task, n: int, draw: Draw, training_seed: int = 0) -> int:
-    """Count the problems among the first `n` of a draw that are left out of it."""
+    """Count the excluded problems among the first `n` of a draw."""
     split, seed = DRAWS[draw]
     seen = training_drawings(training_seed)
     return sum(problem.marks in seen for problem in problems(task, n, seed, split))
 
 
 def _to_read(count: int, rng: np.random.Generator) -> list[TrainingItem]:
-    """Draw problems to read; the math ones are only ever answered by writing them down."""
+    """Generate problems to read; math problems are answered by the expression only."""
     is_math = rng.random(count) < _MATH_SHARE
     return [
         training_item(_pick(MATH_TASKS if math else PERCEPTION_TASKS, rng), rng) for math in is_math
@@ -112,15 +112,15 @@ def _pick(tasks: Sequence[Task], rng: np.random.Generator) -> Task:
 
 
 def main() -> None:
-    """Print how many problems of each draw show a drawing of training."""
+    """Print how many problems of each draw have a training drawing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="the seed the trio is trained with")
+    parser.add_argument("--seed", type=int, default=0, help="training seed")
     seed = parser.parse_args().seed
     shown = sum(len(step.shown) for step in mllm_steps(seed))
     print(
-        f"Training shows the MLLM {shown} drawings, among them {len(training_drawings(seed))} "
-        f"different ones without handwriting.\nProblems left out of each evaluation draw because "
-        f"training showed the same drawing:\n"
+        f"The MLLM is trained on {shown} drawings, including {len(training_drawings(seed))} "
+        f"different ones without handwriting.\nProblems excluded from each evaluation draw "
+        f"because they have a training drawing:\n"
     )
     print("| draw | " + " | ".join(TASKS) + " |")
     print("|---" * (len(TASKS) + 1) + "|")

@@ -2,11 +2,11 @@
 
     python assets/demo/evaluate.py [--trio assets/demo] [--seed 0] [--n 300] [--controls 5]
 
-In: a trained trio and the seed it was trained with. Out: on stdout, the tables of
+In: trained models and their training seed. Out: on stdout, the tables of
 assets/demo/README.md with 95 % Wilson intervals. Gains are chosen on a validation draw (most
-image+math right, perception at most 2 points below the MLLM's), scores are of a test draw with
-other handwriting; no problem of either shows a drawing of training. A control changes every matrix
-by as much as the merge it controls.
+image+math correct, perception at most 2 points below the MLLM's), scores are of a test draw with
+other handwriting; both exclude training drawings. A control changes every matrix by the same norm
+as the merge it controls.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ALLOWED_LOSS = 0.02  # of perception, when a gain is chosen
 
 
 class Result(NamedTuple):
-    """One merge at one gain, measured: right or wrong for every problem of a draw."""
+    """Result of one merge at one gain: correct or not for every problem of a draw."""
 
     variant: Variant
     gain: float
@@ -67,7 +67,7 @@ class Result(NamedTuple):
 
 
 class Bench:
-    """A trio and the two draws it is measured on."""
+    """The models and the two draws they are evaluated on."""
 
     def __init__(self, trio: Trio, counts: Mapping[Draw, int], training_seed: int) -> None:
         self.trio = trio
@@ -90,7 +90,7 @@ class Bench:
         return [self.measure(variant, gain, "validation") for gain in gains]
 
     def choose(self, results: Iterable[Result]) -> Result:
-        """Return the best math among those that keep perception; of equals the first."""
+        """Return the best math result among those that keep perception; the first in a tie."""
         lowest = self.start.perception.share - ALLOWED_LOSS
         keeping = [result for result in results if result.perception.share >= lowest]
         return max(keeping or [self.start], key=lambda result: result.math.share)
@@ -116,7 +116,7 @@ def selections(
 
 
 def controls(bench: Bench, controlled: Result, draws: int) -> Iterator[str]:
-    """Yield the rows of the controls, all of the size of the merge they control."""
+    """Yield the rows of the controls, with the same norm as the merge they control."""
     for name, make in (
         ("gamma permuted", bench.trio.permuted),
         ("random direction", bench.trio.random_direction),
@@ -248,16 +248,16 @@ def comparisons(mllm: Result, arithmetic: Result, gamma_max: Result) -> Iterator
 
 
 class Worked(Problem):
-    """A problem in words that asks for a worked solution, as the base was taught to give one."""
+    """A text-only problem that requests a worked solution, in the format of the base's training."""
 
     @property
     def text_prompt(self) -> str:
-        """The question in words, with the word WORKED in place of ASSISTANT."""
+        """The text-only question, with the marker WORKED instead of ASSISTANT."""
         return super().text_prompt.removesuffix("ASSISTANT:") + "WORKED:"
 
 
 def words_table(folder: Path, asked: Sequence[Problem]) -> Iterator[str]:
-    """Yield what the two language models do with the math problems of a draw, told in words."""
+    """Yield the results of both language models on the text-only math problems of a draw."""
     asked = [problem for problem in asked if problem.is_math]
     worked = [Worked(*(getattr(p, field.name) for field in fields(p))) for p in asked]
     yield "| text-only math, % | correct |"
@@ -273,7 +273,7 @@ def words_table(folder: Path, asked: Sequence[Problem]) -> Iterator[str]:
 
 
 def task_vectors(trio: Trio) -> str:
-    """Say how large the two task vectors are beside the base's matrices."""
+    """Report the norms of both task vectors relative to the base's matrices."""
     base = norm(m.base for m in trio.matrices.values())
     vision = norm(m.mllm - m.base for m in trio.matrices.values())
     return (
@@ -286,7 +286,7 @@ def main() -> None:
     """Parse the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trio", type=Path, default=HERE)
-    parser.add_argument("--seed", type=int, default=0, help="the seed the trio was trained with")
+    parser.add_argument("--seed", type=int, default=0, help="training seed")
     parser.add_argument("--n", type=int, default=PER_TASK["test"], help="test problems of a task")
     parser.add_argument("--n-validation", type=int, default=PER_TASK["validation"])
     parser.add_argument("--controls", type=int, default=5, help="draws of each control")
@@ -306,8 +306,8 @@ def main() -> None:
         f"Measured {datetime.date.today()} on {os.cpu_count()} {platform.machine()} cores, one "
         f"thread, torch {torch.__version__}, {time.process_time() - started:.0f} processor "
         f"seconds: {counts['test']} problems of each task (test), {counts['validation']} "
-        f"(validation); {skipped['test']} and {skipped['validation']} whose drawing training "
-        f"showed are replaced by the next of their stream."
+        f"(validation); {skipped['test']} and {skipped['validation']} with a training drawing "
+        f"are replaced by the next ones of their stream."
     )
     print()
     print("\n".join(lines))

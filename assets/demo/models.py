@@ -1,8 +1,7 @@
-"""The demo trio's architectures, tokenizer and processor, and how they are written to disk.
+"""Architectures, tokenizer and processor of the demo models, and their serialization.
 
 In: a seed or a trained model. Out: fresh transformers models, and folders that load offline with
-the Auto classes. The MLLM's tensors are written under the names that LLaVA checkpoints on the hub
-carry. Trains nothing.
+the Auto classes. The MLLM's tensors have the names of LLaVA checkpoints on the hub.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Record what the demo's MLLM and two of its merges answer, for the app to show at once.
+"""Record answers of the demo MLLM and of two merges, which the app shows as examples.
 
     python assets/demo/record.py --lambda 4 --math-weight 1 [--trio assets/demo] [--seed 0]
 
-In: a trained trio with its pack, and the seed it was trained with. Out: recorded.json and the
-pictures in examples/. The merges are written to disk and loaded again, as a user's would be; the
-replies are kept as they were decoded. Among the problems of a draw the first of each task is taken,
-and the first few that a merge breaks. No drawing of training is among them.
+In: trained models with their pack, and the training seed. Out: recorded.json and the images in
+examples/. The merges are written to disk and loaded again, as for users; the replies are stored as
+decoded. Of the problems of a draw the first of each task is used, and the first few that become
+wrong with a merge. Training drawings are excluded.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def ask(folder: Path, asked: list[Problem]) -> list[str]:
 
 
 def verdict(problem: Problem, before: str, after: str) -> str:
-    """Say what the merge changed."""
+    """Describe the effect of the merge on one answer."""
     was, now = is_right(problem, before), is_right(problem, after)
     if was == now:
         return "both right" if now else "both wrong"
@@ -116,7 +116,7 @@ def main() -> None:
     """Parse the arguments, merge, ask, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trio", type=Path, default=HERE)
-    parser.add_argument("--seed", type=int, default=0, help="the seed the trio was trained with")
+    parser.add_argument("--seed", type=int, default=0, help="training seed")
     parser.add_argument("--lambda", dest="lambda_", type=float, required=True)
     parser.add_argument("--math-weight", type=float, required=True)
     arguments = parser.parse_args()

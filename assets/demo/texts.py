@@ -1,10 +1,10 @@
-"""The documents the demo trio is trained on: seeded, endless, made from a handful of patterns.
+"""Training documents of the demo models, generated from a few seeded patterns.
 
-In: a random generator. Out: `Document(prompt, reply)`; the text a model sees is both, in a row.
-The base model sees calculations carried out only under the marker `WORKED:`; after `ASSISTANT:` it
-is shown, three times in four, how to write the calculation down and stop. That makes computing a
-skill it has but does not show, which the math model then brings out. What a drawing shows is told
-in words or typed as a grid of 16 characters, one for each cell.
+In: a random generator. Out: `Document(prompt, reply)`; a model is trained on their concatenation.
+In the base's documents, results are computed only after the marker `WORKED:`; after `ASSISTANT:`
+three of four replies are the expression without its result. Computing is therefore a skill that the
+base has but does not use by default, and that the math model elicits. Drawings are described as
+text or as a grid of 16 characters, one per cell.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the demo trio from scratch: base, math and mllm, as folders beside this file.
+"""Train the demo models from scratch: base, math and mllm, as folders in this directory.
 
     python assets/demo/train.py [--seed 0] [--out assets/demo] [--stages base,math,mllm,pack]
 

@@ -1,4 +1,4 @@
-"""The merges compared on the demo trio, in memory: one trio, many updates of its decoder.
+"""Merges of the demo models in memory, for comparing many updates of the decoder.
 
 In: a folder with base, math and mllm. Out: replies of the MLLM with an update added. The updates
 come from the package's own methods at gain 1; only the controls, which no user would want, are made
