@@ -166,13 +166,14 @@ def test_every_method_merges_from_every_anchor_what_it_makes_of_matrices_moved_t
     method: str, anchor: str, trio: Trio, pair: ModelPair, tmp_path: Path
 ) -> None:
     extra = {"last_kept_layer": 0} if method == "layer_swap" else {}
-    after = merged(pair, tmp_path / "out", method=method, anchor=anchor, math_weight=None, **extra)
+    choice = {"method": method, "anchor": anchor, "math_weight": None, **extra}
+    after = merged(pair, tmp_path / "out", include=r"layers\.1\.", **choice)
     folders = (trio.base, Path(pair.base_mllm.id), Path(pair.mllm.id), trio.math)
     w0, bv, wv, we = (load_file(folder / "model.safetensors") for folder in folders)
     manifest = json.loads((tmp_path / "out" / "ipmerge.json").read_text())
     statistic = manifest["plan"]["statistic"]
     supplied = {"statistic": tuple(statistic)} if statistic else {}
-    for m in pair.matrices:
+    for m in (match for match in pair.matrices if match.layer == 1):
         names = (m.name, m.base_mllm, m.mllm, m.math[0])
         base, own, mllm, math = (
             w[n].double() for w, n in zip((w0, bv, wv, we), names, strict=True)
