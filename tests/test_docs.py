@@ -156,7 +156,7 @@ def test_tracked_text_links_only_to_known_hosts():
     found = [
         f"{name}: {host}"
         for name, text in text_files().items()
-        if name != "package-lock.json"  # it names where its packages come from
+        if name != "package-lock.json"  # npm writes where each package asks for donations
         for host in re.findall(r"\bhttps?://([A-Za-z0-9.-]+)", text)
         if host not in HOSTS and not host.endswith((".example", ".invalid", ".test", ".hf.space"))
     ]

@@ -95,3 +95,14 @@ def test_components_share_code_only_through_the_folder_for_that():
             if target.parent not in {path.parent, ui / "web"}:
                 wrong.append(f"{path.relative_to(ui)} imports {target.relative_to(ui)}")
     assert not wrong
+
+
+def test_the_lock_file_pins_every_package_and_names_no_registry():
+    packages = json.loads((ROOT / "package-lock.json").read_text(encoding="utf-8"))["packages"]
+    wanted = json.loads((ROOT / "package.json").read_text(encoding="utf-8"))["devDependencies"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in wanted.values())
+    assert packages.pop("")["devDependencies"] == wanted
+    for name, package in packages.items():
+        assert package["integrity"].startswith("sha512-"), name
+        assert "resolved" not in package, name
+        assert package["dev"], f"{name} is no tool of development only"

@@ -66,14 +66,14 @@ def test_comments_stay_behind_and_code_that_looks_like_one_does_not(tmp_path: Pa
         tmp_path,
         main="// @ts-check\n/** @import { X } from './x.d.ts' */\n\n/**\n * Says it.\n *\n"
         " * @param {string} word\n */\nexport function start(word) {\n  // aside\n"
-        '  console.log(word, "/** kept */", "https://x.example" /* kept */); // kept\n'
+        '  console.log(word, "/** kept */", "https://arxiv.org" /* kept */); // kept\n'
         '  /** kept */ console.log("cast"); /** @type {string} */\n}\n',
     )
     script = join_modules(entry, "start('hello')")
     assert "Says it" not in script
     assert "aside" not in script
     assert script.count("kept") == 4
-    assert printed(script) == "hello /** kept */ https://x.example\ncast\n"
+    assert printed(script) == "hello /** kept */ https://arxiv.org\ncast\n"
 
 
 @pytest.mark.parametrize(

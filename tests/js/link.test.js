@@ -122,6 +122,6 @@ test("an address keeps the page's other keys and loses what the link replaces", 
 });
 
 test("on a Space the address is that of its page", () => {
-  assert.equal(linkAddress({ ...STATE, home: "https://huggingface.co/spaces/a/b" }, "http://x.example/?y=1"),
+  assert.equal(linkAddress({ ...STATE, home: "https://huggingface.co/spaces/a/b" }, "http://127.0.0.1/?y=1"),
     "https://huggingface.co/spaces/a/b?v=1&pack=packs-a&s=0.4&l=1");
 });
