@@ -15,11 +15,11 @@ if __name__ == "__main__":
     import slow_steps
 
     from ipmerge_core.analysis import analyse as analysis
-    from ipmerge_core.inference import loading as inference
+    from ipmerge_core.inference import generation
     from ipmerge_core.merging import merge as merging
     from ipmerge_core.ui.app import launch
 
-    inference.stream_answer = slow_steps.slow_answer
+    generation.stream_answer = slow_steps.slow_answer
     merging.iter_merge = slow_steps.slow_merge
     analysis.iter_pack = slow_steps.slow_pack
     launch()
