@@ -118,7 +118,7 @@ export function readLink(search, index) {
   const query = new URLSearchParams(search), version = query.get("v");
   if (version === null) return null;
   if (version !== LINK_VERSION) {
-    return { pack: null, problems: [`this link is of version ${version.slice(0, 12)}, which this page does not know`] };
+    return { pack: null, problems: [`version ${version.slice(0, 12)} of the link is not supported`] };
   }
   /** @type {string[]} */
   const problems = [];

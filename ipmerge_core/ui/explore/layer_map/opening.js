@@ -130,19 +130,19 @@ function linkElsewhere({ state: { packId, linkAsked } }, link) {
 }
 
 /**
- * Take over what a link says; returns what to tell about it.
+ * Apply the content of a link; returns the message about it.
  *
  * @param {LayerMap} map
  * @param {LinkContent} link
  */
 function followLink(map, { pack, plan, cell, problems }) {
-  if (pack && pack !== map.state.packId) return "The link names a pair that is not here, so this one is shown as it starts.";
+  if (pack && pack !== map.state.packId) return "The pair of the link is not available; this pair is shown with its default plan.";
   if (plan) {
     map.set({ plan });
     begin(map);
   }
   if (cell) map.set({ target: { kind: "cell", cell } });
-  return problems.length ? `Some of the link was not usable and took its default: ${problems.join("; ")}.` : "";
+  return problems.length ? `Some values of the link are invalid and were replaced by defaults: ${problems.join("; ")}.` : "";
 }
 
 /**
