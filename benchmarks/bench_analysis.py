@@ -1,4 +1,4 @@
-"""Seconds for analysing and merging: the demo trio, and a synthetic pair of real layer shapes.
+"""Seconds for analysing and merging: the demo models, and a synthetic pair of real layer shapes.
 
     python benchmarks/bench_analysis.py [--width 1024]
 
@@ -45,20 +45,20 @@ def main() -> None:
 
 
 def demo(folder: Path) -> list[list[str]]:
-    """Time the demo trio: analysis, again from the cache, and a merge of all its matrices."""
+    """Time the demo models: analysis, again from the cache, and a merge of all its matrices."""
     pair = ipm.open_pair(DEMO / "mllm", DEMO / "math", DEMO / "base")
     analysis = ipm.analyse(pair, cache_dir=folder / "cache")
     plan = ipm.make_plan(analysis, similarity_threshold=0.0)
     out = count()
     return [
-        ["analyse, demo trio", f"{seconds(lambda: ipm.analyse(pair)):.2f}", "5"],
+        ["analyse, demo models", f"{seconds(lambda: ipm.analyse(pair)):.2f}", "5"],
         [
             "the same again, from the cache",
             f"{seconds(lambda: ipm.analyse(pair, cache_dir=folder / 'cache')):.2f}",
             "",
         ],
         [
-            "merge, demo trio, all 28 matrices",
+            "merge, demo models, all 28 matrices",
             f"{seconds(lambda: ipm.merge(plan, folder / f'out-{next(out)}')):.2f}",
             "5",
         ],

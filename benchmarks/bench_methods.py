@@ -1,4 +1,4 @@
-"""Every merge method on the demo trio: accuracy, seconds, memory, change per layer.
+"""Every merge method on the demo models: accuracy, seconds, memory, change per layer.
 
     python benchmarks/bench_methods.py [--n 300] [--methods ties,tsv] [--samples 200]
 

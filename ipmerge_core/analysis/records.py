@@ -264,7 +264,7 @@ class Analysis:
 
     @classmethod
     def load(cls, path: str | Path) -> Analysis:
-        """Read a pack that `save` wrote. Raises: PlanError when it is no pack."""
+        """Read a pack written by `save`. Raises: PlanError if it is not a pack."""
         analysis, folder = read_pack(path)[1], Path(path).absolute().parent
         return replace(analysis, sources=analysis.sources.resolved_in(folder))
 
@@ -272,7 +272,7 @@ class Analysis:
 def read_pack(path: str | Path) -> tuple[dict[str, Any], Analysis]:
     """Read a pack's file: its JSON content, and the analysis in it, with sources as written.
 
-    Raises: PlanError when it is no pack.
+    Raises: PlanError if it is not a pack.
     """
     try:
         data = Path(path).read_bytes()

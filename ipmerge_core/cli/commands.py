@@ -44,7 +44,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def analyse(options: argparse.Namespace) -> int:
-    """Write a pack; an interrupted analysis goes on."""
+    """Write a pack; resume an interrupted analysis."""
     from ipmerge_core.analysis.analyse import iter_pack_of
     from ipmerge_core.analysis.comparison import Options
     from ipmerge_core.analysis.records import Analysis
@@ -160,7 +160,7 @@ def recipe(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Carry out a plan, or with --dry-run only say what it would take."""
+    """Execute a plan, or with --dry-run print an estimate."""
     from ipmerge_core.merging.merge import MANIFEST, estimate_merge, iter_merge
     from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.runtime.devices import describe_device

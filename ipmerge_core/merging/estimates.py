@@ -2,7 +2,7 @@
 
 In: a pair, and the plan of a merge or the options of an analysis. Out: an `Estimate` that also
 names the cheaper way where there is one, or an `AnalysisEstimate`. The command line, the app and
-its API all show this one. The rates below were measured; times are rough and say so.
+its API all show this one. The rates below were measured; times are labelled as approximate.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ def merging_of(
     """Merge one matrix; rows of a vocabulary one by one, whatever rows they were read with.
 
     A threshold or a direction is then a token's own, and does not depend on how the tokens are
-    ordered. The base's row keys the random numbers of a token. Where the method has nothing to say
-    of vectors, norms, biases and rows are merged by task arithmetic.
+    ordered. The base's row keys the random numbers of a token. Norms, biases and rows are merged by
+    task arithmetic if the method does not define them for vectors.
     """
     if matrix.module in EXTRAS and method.vectors is not None:
         own, other = method.vectors(keywords, len(models[2]))

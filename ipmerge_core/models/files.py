@@ -292,7 +292,7 @@ def _is_answer(error: Exception) -> bool:
 
 
 def _remedy_of(error: Exception, hub_id: str) -> str:
-    """Say what to do about an error of huggingface_hub."""
+    """Return the remedy for an error of huggingface_hub."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):  # a subclass of RepositoryNotFoundError

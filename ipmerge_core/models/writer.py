@@ -379,7 +379,7 @@ def in_file_order(source: Checkpoint) -> list[TensorSpec]:
 
 
 def _remove(place: RunFolders) -> None:
-    """Remove a run's folder, its record last, so that a kill in between can be told."""
+    """Remove a run's folder, its record last, so that an interrupted removal is detected."""
     if place.model.exists():
         shutil.rmtree(place.model)
     for entry in sorted(place.run.iterdir(), key=lambda path: path.name == _RUN):

@@ -1,9 +1,9 @@
-"""The options of a plan beside its method: one field each, with its label, help and checks.
+"""The options of a plan other than its method: one field each, with its label, help and checks.
 
-In: text of a form or a command, values of Python or JSON. Out: a checked `PlanOptions`, and what
-surfaces need to ask for each field (`OPTIONS`). The meaning of an option, and what a method allows,
-stand in `scope`. A new option is a field here and its meaning there. Imports neither torch nor a
-method, so that a form can be laid out before either is loaded.
+In: text of a form or a command, values of Python or JSON. Out: a checked `PlanOptions`, and the
+description of each field for forms and parsers (`OPTIONS`). `scope` implements the options and
+defines what a method allows. A new option is a field here and its implementation there. Imports
+neither torch nor a method, so that a form can be laid out before either is loaded.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ ANCHORS = {
 
 
 class Option(NamedTuple):
-    """How one field of `PlanOptions` is asked for.
+    """The label, help and kind of one field of `PlanOptions`, for forms and parsers.
 
     A "pattern" is a regular expression, "factors" are numbers >= 0, a "choice" is one of `choices`
-    (with their meanings), and "rules" say of matrices by name "merge" or "keep": a form gives them
-    matrix by matrix, as the map does, and not as a field.
+    (with their meanings), and "rules" map names of matrices to "merge" or "keep": they are
+    set per matrix in the map, not in a form field.
     """
 
     name: str
@@ -60,11 +60,11 @@ class PlanOptions:
     """The options of a plan, checked when they are made.
 
     Attributes:
-        include: a regular expression; only matrices whose name it finds are merged.
-        exclude: a regular expression; matrices whose name it finds are kept.
-        overrides: per matrix name "merge" or "keep", whatever else is said of it.
-        layer_gains: factors on the experts' part from the first layer to the last, evenly spread
-            and interpolated: (0, 1) fades the update in.
+        include: regular expression; only matrices with a matching name are merged.
+        exclude: regular expression; matrices with a matching name are kept.
+        overrides: per matrix name "merge" or "keep"; takes precedence over all other options.
+        layer_gains: update scale per layer, interpolated from the first to the last layer: (0, 1)
+            fades the update in.
         norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
         embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
             token every model has. Include and exclude hold for both.
@@ -162,7 +162,7 @@ class PlanOptions:
         return {name: _plain(getattr(self, name)) for name in OPTIONS}
 
     def describe(self) -> dict[str, str]:
-        """Return what differs from the default, as words for a table.
+        """Return the non-default values as text, by display name.
 
         >>> PlanOptions(layer_gains=(0, 1), overrides={"a.weight": "keep"}).describe()
         {'overrides': '1 set by hand', 'layer gains': '0 1'}
@@ -192,7 +192,7 @@ def _read_pattern(option: Option, value: Any) -> str | None:  # noqa: ANN401 (wh
         return None if value is None else str(re.compile(value).pattern)
     except (re.error, TypeError) as error:
         raise PlanError(
-            f"The {option.name} pattern {value!r} is no regular expression: {error}. "
+            f"The {option.name} pattern {value!r} is not a valid regular expression: {error}. "
             f"Expected one such as 'mlp' or 'layers\\.(0|1)\\.'."
         ) from error
 

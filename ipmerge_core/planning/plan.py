@@ -116,14 +116,14 @@ class MergePlan:
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """What merges beside the decoder's matrices, in words."""
+        """Descriptions of what is merged in addition to the decoder's matrices."""
         found = ["the decoder's norms and biases"] if self.options.norms == "merge" else []
         if self.tokens:
             found.append(f"{self.tokens.rows} rows of embeddings and head (shared tokens)")
         return tuple(found)
 
     def allows(self, name: str) -> bool:
-        """Whether a tensor beside the matrices is included and not excluded, by the base's name."""
+        """Whether an additional tensor, by the base's name, is included and not excluded."""
         return Scope.of(replace(self.options, overrides={})).allows(name, True)
 
     def preview(self) -> Preview:
@@ -169,7 +169,7 @@ class MergePlan:
         """Return the plan's JSON content."""
         content = asdict(self)
         options = self.options.to_dict()
-        del content["options"], options["embeddings"]  # which `tokens` says
+        del content["options"], options["embeddings"]  # `tokens` contains it
         return {
             "format": _FORMAT,
             "version": _VERSION,
@@ -254,7 +254,7 @@ def make_plan(
         similarity_threshold: S_alpha in [0, 1]; matrices with similarity >= S_alpha are merged.
         lambda_: gain >= 0 on the update, for methods that have one.
         similarity: "first", "max" or "weighted".
-        overrides: per matrix name "merge" or "keep", whatever else is said of it.
+        overrides: per matrix name "merge" or "keep"; takes precedence over all other options.
         options: `PlanOptions`, which lists them: include, exclude, layer_gains, norms, embeddings,
             anchor. Each may be given by its own name instead, as `norms="merge"`.
         calibration: a folder that `calibrate` made, for the methods that need data.

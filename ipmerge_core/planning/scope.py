@@ -45,7 +45,7 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def check_extras(method: MergeMethod, options: PlanOptions) -> None:
-    """Refuse what the method cannot merge beside matrices. Raises: PlanError."""
+    """Check that the method can merge the requested extras. Raises: PlanError."""
     asked = ["norms and biases"] if options.norms != "keep" else []
     asked += ["embeddings"] if options.embeddings != "keep" else []
     if asked and method.matrixwise and method.vectors is None:

@@ -20,7 +20,7 @@ from ipmerge_core.runtime.devices import has_fp64
 from ipmerge_core.spectral import svd_algorithms
 
 SVD_METHODS = ("auto", "exact", "gram", "randomized")
-EXISTS = 4.0  # a direction's singular value stands this many noise floors high, see `existing`
+EXISTS = 4.0  # a direction's singular value over the noise floor, at least; see `existing`
 _BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
 TOLERANCE = 2e-6  # of randomized: residual relative to S_1^2; fp32 products resolve about 3e-7
 

@@ -193,8 +193,8 @@ class Backend:
             return home_folder() / "models" / name
         if self.hosted or not name:
             raise RunError(
-                f"The output folder is '{name[:80]}'; expected a name of letters, digits, dots, "
-                f"dashes and underscores."
+                f"The output folder is '{name[:80]}'; expected a name of A-Z, a-z, 0-9, "
+                f"'.', '-' and '_'."
             )
         path = Path(name).expanduser()
         if not path.is_absolute():
