@@ -74,7 +74,7 @@ def analyse(
 
 
 def _assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
-    """Make an Analysis of the records that `iter_analysis` yielded."""
+    """Create an Analysis from the records that `iter_analysis` yielded."""
     _check_not_zero(pair, records)
     return _with_records(pair, options, records)
 

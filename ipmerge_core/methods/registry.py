@@ -161,21 +161,29 @@ _Merging: TypeAlias = Callable[..., Tensor]
 class MergeMethod:
     """A merge method and its metadata for forms, tables and error messages.
 
-    `gains` names the parameters that scale the change: with all experts' gains at 0 (and the
-    MLLM's at 1) the result is the MLLM. With `several_experts`, `math` may be a list of
-    matrices. `affine` writes the change as an `AffineUpdate`, which makes its preview exact, from
-    the parameters and known values: the `statistic`, the `layer`, the number of `experts`, the
-    `cosine` of the task vectors and their `squared_norms`; None if the change does not have that
-    form, for the reason in `unknown`. `from_analysis` names the parameters that are also options of
-    an analysis: a plan uses the values of its analysis by default. `anchor` is the default anchor
-    of a plan. `statistic` is a first pass over the whole model, `data` the required calibration,
-    `inputs` the keywords that a driver supplies. `matrixwise` methods decompose or iterate on whole
-    matrices and do not apply to vectors; all others do a few operations per element. `local`
-    methods depend only on that element of each model, and on their statistic. NaN and infinity in
-    an input propagate to the result, unless a method is matrixwise. `check` rejects combinations of
-    values that are valid individually. `vectors` is for methods that are not defined for norms,
-    biases and rows of embeddings: from the parameters and the number of experts, it returns the
-    weights of task arithmetic on them.
+    Attributes:
+        gains: the parameters that scale the change: with all experts' gains at 0 (and the MLLM's
+            at 1) the result is the MLLM.
+        several_experts: whether `math` may be a list of matrices.
+        affine: returns the change as an `AffineUpdate`, which makes its preview exact, from the
+            parameters and other known values: the `statistic`, the `layer`, the number of
+            `experts`, the `cosine` of the task vectors and their `squared_norms`; None if the
+            change is not of that form.
+        unknown: why the change is not of that form.
+        from_analysis: the parameters that are also options of an analysis; a plan uses the values
+            of its analysis unless they are given.
+        anchor: the default anchor of a plan.
+        statistic: a first pass over the whole model.
+        data: the calibration that the method requires.
+        inputs: the keywords that a driver supplies.
+        matrixwise: whether whole matrices are decomposed or iterated on, which does not apply to
+            vectors; all other methods perform a few operations per element. NaN and infinity in an
+            input propagate to the result, unless a method is matrixwise.
+        local: whether an element of the result depends only on that element of each model and on
+            the statistic.
+        check: raises PlanError for values that are valid separately but not in combination.
+        vectors: for methods that do not apply to norms, biases and embedding rows: returns the
+            weights of task arithmetic on them, from the parameters and the number of experts.
     """
 
     name: str

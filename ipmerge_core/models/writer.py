@@ -40,7 +40,7 @@ _COPY_STEP = 1 << 20
 
 
 class RunFolders(NamedTuple):
-    """The folders of a run: the result's final name, the run's own folder, and the model in it."""
+    """The folders of a run: final output, working folder, and the model inside it."""
 
     out: Path
     run: Path
@@ -48,7 +48,7 @@ class RunFolders(NamedTuple):
 
 
 def run_folders(out: str | Path) -> RunFolders:
-    """Name the folders that a run for `out` uses."""
+    """Return the folders that a run for `out` uses."""
     final = Path(out).expanduser().absolute()
     run = final.with_name(final.name + _PARTIAL)
     return RunFolders(final, run, run / "model")

@@ -139,7 +139,7 @@ def _write_slerp(plan: MergePlan) -> dict[str, Any]:
 
 def _write_nuslerp(plan: MergePlan) -> dict[str, Any]:
     if plan.options.layer_gains:
-        raise PlanError("mergekit's nuslerp has weights and no t to grade. Plan without gains.")
+        raise PlanError("mergekit's nuslerp has no per-layer t. Plan without layer gains.")
     t = cast("float", plan.parameters["t"])
     recipe: dict[str, Any] = {"merge_method": "nuslerp"}
     if plan.parameters["of"] == "task_vectors":

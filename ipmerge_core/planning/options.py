@@ -63,15 +63,16 @@ class PlanOptions:
         include: regular expression; only matrices with a matching name are merged.
         exclude: regular expression; matrices with a matching name are kept.
         overrides: per matrix name "merge" or "keep"; takes precedence over all other options.
-        layer_gains: update scale per layer, interpolated from the first to the last layer: (0, 1)
-            fades the update in.
-        norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
-        embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
-            token every model has. Include and exclude hold for both.
-        anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
-            "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
-            B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is
-            the method's own: inject for plain sums, see `scope.choose_anchor`.
+        layer_gains: factors on the experts' update, evenly spaced from the first to the last layer
+            and interpolated: (0, 1) increases linearly.
+        norms: "merge" also merges the decoder's norms and biases, as one-row matrices.
+        embeddings: "merge-shared" also merges the embedding and head rows of tokens shared by all
+            models, row by row. Include and exclude apply to both.
+        anchor: reference weights of the task vectors, and the weights they are added to; W0 is the
+            experts' base, B_v the MLLM's: "inject" adds the experts' W_e - W0 to W_v; "two_base"
+            uses each model's own base and adds to B_v; "root" uses W0 for all; "interp" adds W_e -
+            W_v to W_v, without a base. None selects the method's default, see
+            `scope.choose_anchor`.
 
     Raises: PlanError for a value that is out of range or of another kind.
     """
@@ -80,29 +81,28 @@ class PlanOptions:
         default=None,
         metadata=_asked(
             "pattern",
-            "Only these matrices",
-            "a regular expression: matrices whose names it finds merge",
+            "Include matrices",
+            "regular expression: only matrices with a matching name are merged",
         ),
     )
     exclude: str | None = field(
         default=None,
         metadata=_asked(
             "pattern",
-            "But not these",
-            "a regular expression: matrices whose names it finds are kept",
+            "Exclude matrices",
+            "regular expression: matrices with a matching name are kept",
         ),
     )
     overrides: Mapping[str, Override] = field(
         default_factory=dict,
-        metadata=_asked("rules", "Set by hand", "matrices that merge or stay at any similarity"),
+        metadata=_asked("rules", "Overrides", "merge or keep matrices at any similarity"),
     )
     layer_gains: tuple[float, ...] = field(
         default=(),
         metadata=_asked(
             "factors",
-            "Gain over the layers",
-            "factors on the experts' part from the first layer to the last, interpolated: "
-            "0 1 fades in",
+            "Layer gains",
+            "update scale per layer, interpolated from first to last layer; 0 1 increases linearly",
         ),
     )
     norms: Norms = field(
@@ -110,7 +110,7 @@ class PlanOptions:
         metadata=_asked(
             "choice",
             "Norms and biases",
-            "stay the MLLM's, or merge as matrices of one row",
+            "keep the MLLM's, or merge them as one-row matrices",
             {"keep": "", "merge": ""},
         ),
     )
@@ -119,7 +119,7 @@ class PlanOptions:
         metadata=_asked(
             "choice",
             "Embeddings and head",
-            "stay the MLLM's, or merge the rows of tokens that every model has",
+            "keep the MLLM's, or merge the rows of tokens shared by all models",
             {"keep": "", "merge-shared": ""},
         ),
     )
@@ -128,7 +128,7 @@ class PlanOptions:
         metadata=_asked(
             "choice",
             "Anchor",
-            "what changes are measured from; the method's own where none is chosen",
+            "reference weights for the task vectors; the default depends on the method",
             ANCHORS,
         ),
     )
@@ -141,7 +141,7 @@ class PlanOptions:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> PlanOptions:
-        """Read options by name, as text, Python or JSON has them; other names are not looked at.
+        """Read options by name, given as text, Python or JSON values; other names are ignored.
 
         >>> PlanOptions.read({"layer_gains": "0, 0.5 1", "method": "ties"}).changed()
         {'layer_gains': (0.0, 0.5, 1.0)}
@@ -158,7 +158,7 @@ class PlanOptions:
         return {name: value for name, value in values.items() if value != OPTIONS[name].default}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values by name, which `read` takes."""
+        """Return JSON values by name, which `read` accepts."""
         return {name: _plain(getattr(self, name)) for name in OPTIONS}
 
     def describe(self) -> dict[str, str]:

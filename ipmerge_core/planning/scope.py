@@ -71,7 +71,7 @@ def check_choice(threshold: float, similarity: str) -> None:
 def check_layer_gains(
     method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any]
 ) -> None:
-    """Refuse a schedule that the method cannot follow. Raises: PlanError."""
+    """Validate layer gains for the method. Raises: PlanError."""
     for factor in factors:
         scaled = method.scaled(parameters, factor)
         if scaled is None:

@@ -203,7 +203,7 @@ def singular_values(
 def _prepared(
     matrix: Tensor, method: str, rank: int | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, torch.dtype]:
-    """Check the arguments; return the matrix in its working precision, and the result's dtype."""
+    """Validate the arguments; return the matrix in working precision, and the result dtype."""
     if method not in SVD_METHODS:
         raise PlanError(f"Unknown method '{method}' of svd. Available: {', '.join(SVD_METHODS)}.")
     if rank is not None and rank < 1:
@@ -229,7 +229,7 @@ def _route(method: str, p: int, rank: int) -> str:
 
 
 def _run(run: Callable[[Tensor], svd_algorithms.Factors], matrix: Tensor) -> svd_algorithms.Factors:
-    """Run a route where the matrix lies; on the CPU when the device lacks memory or fp64."""
+    """Run an algorithm on the matrix's device, or on the CPU if memory or fp64 is lacking."""
     with svd_algorithms.full_precision:
         if not has_fp64(matrix.device):
             return run(matrix.cpu())

@@ -135,8 +135,8 @@ class Backend:
             raise RunError(
                 "This Space accepts only demo samples. Run the app locally to use a file."
             )
-        for source, sees in ((seen, True), (read, False)):
-            load_samples(source, limit, takes_images=sees)
+        for source, takes_images in ((seen, True), (read, False)):
+            load_samples(source, limit, takes_images=takes_images)
         kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"

@@ -79,7 +79,7 @@ export function showFlip(map, cell) {
 }
 
 /**
- * Merge or keep some matrices whatever the threshold says, or let it decide again.
+ * Override the threshold for some matrices, or remove their overrides.
  *
  * @param {LayerMap} map
  * @param {Cell[]} cells

@@ -1,5 +1,5 @@
 // @ts-check
-// Opening a pair: the content that Python sent, and what the address or the history says about it.
+// Opening a pair: the content that Python sent, and the plan of the address or the history.
 
 import { setText } from "../../web/dom.js";
 import { cleanPlan, samePlan } from "../../web/plan.js";
@@ -15,7 +15,7 @@ import { begin, here, settle } from "./session.js";
 /** @import { LayerMap } from "./map.js" */
 
 /**
- * Show a content: a pack and a plan; on the first one, the address may say another plan or pair.
+ * Show a content: a pack and a plan; on the first one, the address may contain another plan or pair.
  *
  * @param {LayerMap} map
  */
@@ -77,7 +77,7 @@ function openFirst(map, content) {
 
 /**
  * @param {LayerMap} map
- * @param {string} words What the status line says about it.
+ * @param {string} words The message of the status line.
  */
 function draw(map, words) {
   buildPicks(map);
