@@ -3,7 +3,7 @@
     python benchmarks/bench_estimates.py [--folder bench-estimates] [--skip rates demo larger]
 
 Prints the table RATES for one CPU core, measured on matrices of two sizes, and for merges of the
-demo trio and of a larger synthetic one the processor seconds beside the estimate. Processor
+demo models and of a larger synthetic one the processor seconds and the estimate. Processor
 seconds, least of some repeats, change little on a busy machine. Everything written is removed.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
     try:
         if "demo" not in options.skip:
             pair = ipm.open_pair(*(DEMO / role for role in ("mllm", "math", "base")))
-            print_merges("the demo trio", plans(pair, options.methods, folder), folder)
+            print_merges("the demo models", plans(pair, options.methods, folder), folder)
         if "larger" not in options.skip:
             trio = written(folder / "trio", 1, hidden=1024, feed=2752, vocabulary=32000)
             pair = ipm.open_pair(*(trio / role for role in ("mllm", "math", "base")))

@@ -1,4 +1,4 @@
-"""Anchors: what changes are measured from, against the formulas in fp64."""
+"""Anchors: the reference weights of task vectors, against the formulas in fp64."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_a_kept_plan_can_be_compared(chromium_page: Page, served: str):
     page.get_by_role("button", name="Keep plan").click()
     set_value(page, "S alpha as a number", 0.3)
     page.get_by_role("tab", name="Compare").click()
-    page.locator("#compare-map [data-preset=b]").select_option(label="Kept 1 · S_α 0.550, λ 1")
+    page.locator("#compare-map [data-preset=b]").select_option(label="Kept 1 · Sα 0.550, λ 1")
     expect(page.get_by_label("S alpha of B")).to_have_value("0.550")
     sets = [set(python_preview(PACKS["a"], {**A, "s": s}).selected) for s in (0.3, 0.55)]
     expect(page.locator("#compare-map .sum")).to_contain_text(summary(*sets))

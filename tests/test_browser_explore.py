@@ -173,7 +173,7 @@ def test_a_preset_sets_the_plan_and_says_where_it_comes_from(chromium_page: Page
     page.get_by_label("Preset").select_option(label="Task arithmetic")
     received(page, variant="select_only")
     expect(page.locator("#layer-map .lm-source")).to_contain_text("2212.04089")
-    page.get_by_role("slider", name="gain on the update").press("ArrowRight")
+    page.get_by_role("slider", name="scale of the update").press("ArrowRight")
     expect(page.get_by_label("Preset").locator("option:checked")).to_have_text(
         "Task arithmetic, edited"
     )

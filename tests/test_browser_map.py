@@ -71,7 +71,7 @@ def test_axes_stay_fixed_in_a_drag_and_follow_when_it_ends(chromium_page: Page, 
     open_map(page, explore_url)
     axes = f"(({{ barTop, curveLow, domain }}) => [barTop, curveLow, ...domain])({COMPONENT})"
     before = page.evaluate(axes)
-    slider = page.get_by_role("slider", name="gain on the update")
+    slider = page.get_by_role("slider", name="scale of the update")
     box = slider.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
@@ -178,12 +178,12 @@ def test_kept_plans_stand_on_the_number_keys_survive_a_reload_and_can_be_forgott
     page.reload()
     page.wait_for_selector("#layer-map [role=gridcell] button[aria-label]")
     preset = page.get_by_role("combobox", name="Preset")
-    expect(preset.locator("option:checked")).to_have_text("2 · S_α 0.600, λ 1")
+    expect(preset.locator("option:checked")).to_have_text("2 · Sα 0.600, λ 1")
     slider = page.get_by_role("slider", name=THRESHOLD)
     slider.press("1")
     received(page, s=0.3)
     page.get_by_role("button", name="Forget plan").click()
-    expect(preset.locator("optgroup option")).to_have_text(["1 · S_α 0.600, λ 1"])
+    expect(preset.locator("optgroup option")).to_have_text(["1 · Sα 0.600, λ 1"])
     slider.press("1")
     received(page, s=0.6)
 
@@ -205,7 +205,7 @@ def test_a_double_click_on_a_handle_takes_the_presets_value(chromium_page: Page,
     set_threshold(page, 0.7)
     page.locator("#layer-map .lm-hist").dblclick()
     received(page, s=0.4)
-    gain = page.get_by_role("slider", name="gain on the update")
+    gain = page.get_by_role("slider", name="scale of the update")
     gain.press("End")
     received(page, **{"lambda": 32})
     gain.dblclick()
@@ -326,7 +326,7 @@ def test_show_me_moves_the_threshold_over_the_flip_and_back(new_page: NewPage, e
           new MutationObserver(note).observe(cell, { attributeFilter: ["data-on"] });
         }"""
     )
-    page.get_by_role("button", name="Show me the flip").click()
+    page.get_by_role("button", name="Animate the threshold").click()
     page.wait_for_function("window.flips.includes('0') && window.flips.at(-1) === '1'")
     assert plan_on_page(page) == DEFAULT
     assert traffic.commits() == []

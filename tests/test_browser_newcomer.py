@@ -72,7 +72,7 @@ def test_every_step_of_the_tour_is_done_by_doing_it(
     expect_step(page, 3)
     page.get_by_role("button", name=re.compile("^Layer 2, k,")).click()
     expect_step(page, 4)
-    page.get_by_role("slider", name="gain on the update").press("ArrowRight")
+    page.get_by_role("slider", name="scale of the update").press("ArrowRight")
     expect(page.locator(TOUR)).to_be_hidden()
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert traffic.complaints == []
@@ -129,7 +129,7 @@ def test_a_newcomer_gets_the_simple_layout_and_the_other_one_is_remembered(
         for r in PACKS["a"]["records"]
         if (r["layer"], r["module"]) == (12, "k")
     )
-    expect(detail).to_contain_text(f"in directions that agree by {value:.2f}")
+    expect(detail).to_contain_text(f"in directions with a similarity of {value:.2f}")
     expect(detail.locator("table")).to_have_count(0)
     page.get_by_role("button", name="All numbers and spectra").click()
     expect(detail.locator(".lm-numbers")).to_contain_text("gap (σ₁ − σ₂) / σ₁")
@@ -162,7 +162,7 @@ def test_the_answer_button_opens_the_answers_and_ends_the_tour(new_page: NewPage
         expect_step(page, number, of=5)
         page.get_by_role("button", name="Next", exact=True).click()
     expect_step(page, 5, of=5)
-    page.get_by_role("button", name="See it answer").click()
+    page.get_by_role("button", name="Ask both models").click()
     expect(page.get_by_role("tab", name="Try it")).to_have_attribute("aria-selected", "true")
     expect(page.locator("#prompt")).to_be_visible()
     page.get_by_role("tab", name="Explore").click()

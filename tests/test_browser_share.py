@@ -129,7 +129,7 @@ def test_the_picture_is_valid_svg_with_the_plan_in_its_caption_and_a_sharp_png(
     expect(page.locator("#layer-map [role=gridcell]")).to_have_count(28)
     picture = ElementTree.fromstring(text_of(save(page, "svg")))
     words = " ".join(node.text or "" for node in picture.iter("{http://www.w3.org/2000/svg}text"))
-    assert "S_α 0.300" in words
+    assert "Sα 0.300" in words
     assert "of 28 matrices merge" in words
     assert "synthetic 4 layers" in words
     png = Path(save(page, "png").path()).read_bytes()
@@ -210,11 +210,11 @@ def test_why_is_answered_from_the_live_values(chromium_page: Page, explore_url: 
     value = record["similarity"]["first"]
     place = 1 + similarities.index(value)
     why = page.locator(".lm-why")
-    expect(why).to_contain_text(f"is kept because {value:.3f} < S_α 0.400. It ranks {place} of 196")
+    expect(why).to_contain_text(f"is kept because {value:.3f} < Sα 0.400. Rank {place} of 196")
     number = page.get_by_label("S alpha as a number")
     number.fill("0")
     number.press("Enter")
-    expect(why).to_contain_text(f"merges because {value:.3f} ≥ S_α 0.000")
+    expect(why).to_contain_text(f"is merged because {value:.3f} ≥ Sα 0.000")
 
 
 def test_the_table_tells_what_the_map_shows(chromium_page: Page, explore_url: str):

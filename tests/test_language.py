@@ -86,7 +86,10 @@ def messages_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 _SCRIPT = re.compile(
-    r"/\*.*?\*/|//[^\n]*|`(?:\\.|[^`\\])*`|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'", re.DOTALL
+    r"/\*.*?\*/|//[^\n]*"  # comments
+    r"|(?:(?<=[(=,:!])\s?|(?<=return ))/(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\n\[])+/"  # expressions
+    r"|`(?:\\.|[^`\\])*`|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'",
+    re.DOTALL,
 )
 
 
@@ -183,7 +186,7 @@ def test_every_option_of_the_command_line_has_help() -> None:
         if not action.help
     ]
     assert not missing
-    assert all(option.help and option.label for option in OPTIONS)
+    assert all(option.help and option.label for option in OPTIONS.values())
 
 
 def test_the_check_finds_what_it_is_for(tmp_path: Path) -> None:
@@ -202,3 +205,5 @@ def test_the_check_finds_what_it_is_for(tmp_path: Path) -> None:
     script = tmp_path / "a.js"
     script.write_text('// somebody\nconst a = "b c", d = `it ${told} them`; /* nobody else */\n')
     assert list(script_texts(script)) == [(2, '"b c"'), (2, "`it {} them`")]
+    script.write_text('return /[",\\n]/.test(a) ? "b c" : d / 2; /* it\'s */\n')
+    assert list(script_texts(script)) == [(1, '"b c"')]

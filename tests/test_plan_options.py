@@ -121,8 +121,8 @@ def test_a_name_wins_over_the_options_it_is_given_with(analysis: ipm.Analysis):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"include": "("}, "no regular expression"),
-        ({"exclude": 3}, "no regular expression"),
+        ({"include": "("}, "not a valid regular expression"),
+        ({"exclude": 3}, "not a valid regular expression"),
         ({"layer_gains": "fast"}, "expected numbers such as"),
         ({"layer_gains": (float("inf"),)}, "finite numbers"),
         ({"norms": "burn"}, "norms is 'burn'; expected keep or merge"),

@@ -11,7 +11,8 @@ from conftest import Trio
 import ipmerge_core as ipm
 from ipmerge_core.errors import PlanError
 from ipmerge_core.models.pairing import ModelPair
-from ipmerge_core.planning.mergekit import export_recipe, import_recipe
+from ipmerge_core.planning.mergekit import export_recipe
+from ipmerge_core.planning.mergekit_import import import_recipe
 
 CHOICES: list[dict[str, Any]] = [
     {"method": "task_arithmetic", "mllm_weight": 0.9, "math_weight": 0.4},

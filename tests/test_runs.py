@@ -24,8 +24,8 @@ from ipmerge_core.merging import estimates as costs
 from ipmerge_core.runtime import devices
 from ipmerge_core.runtime.jobs import Claim, JobStatus, JobStore, Started
 from ipmerge_core.ui.analyse.descriptions import needs_html
-from ipmerge_core.ui.analyse.models_form import Checked, check_trio, start_analysis
-from ipmerge_core.ui.analyse.models_form import Trio as Named
+from ipmerge_core.ui.analyse.models_form import AnalysisRequest as Named
+from ipmerge_core.ui.analyse.models_form import Checked, check_request, start_analysis
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.format import progress_html
 from ipmerge_core.ui.merge import tab as merge_tab
@@ -207,7 +207,7 @@ def test_estimates_for_a_gpu_count_what_a_gpu_does(trio: Trio, tmp_path: Path, m
 def test_an_analysis_is_estimated_for_the_device_that_it_takes(machine, trio: Trio):
     machine(cuda=1)
     named = Named(str(trio.mllm), (str(trio.math),), str(trio.base))
-    *_, found = check_trio(named, hub_only=False)
+    *_, found = check_request(named, hub_only=False)
     assert isinstance(found, Checked)
     assert "on the GPU (cuda), estimated" in needs_html(found, hosted=False)
     assert "CPU" not in needs_html(found, hosted=False)

@@ -24,9 +24,9 @@ from ipmerge_core.ui.analyse import models_form as room
 from ipmerge_core.ui.analyse.descriptions import known_html, known_label, needs_html, pair_html
 from ipmerge_core.ui.analyse.models_form import (
     Checked,
-    check_trio,
+    check_request,
     discard,
-    read_trio,
+    read_request,
     start_analysis,
 )
 from ipmerge_core.ui.analyse.panel import iter_check, news_of
@@ -56,13 +56,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def named(trio: Trio, **changes: object) -> room.Trio:
-    asked = room.Trio(str(trio.mllm), (str(trio.math),), str(trio.base))
+def named(trio: Trio, **changes: object) -> room.AnalysisRequest:
+    asked = room.AnalysisRequest(str(trio.mllm), (str(trio.math),), str(trio.base))
     return asked._replace(**changes)
 
 
-def checked(asked: room.Trio, *, hub_only: bool = False) -> tuple[list[str], Checked]:
-    *words, found = check_trio(asked, hub_only=hub_only)
+def checked(asked: room.AnalysisRequest, *, hub_only: bool = False) -> tuple[list[str], Checked]:
+    *words, found = check_request(asked, hub_only=hub_only)
     assert isinstance(found, Checked)
     return words, found
 
@@ -96,7 +96,7 @@ def grow(trio: Trio, name: str, steps: int) -> str:
 )
 def test_an_unfinished_form_is_answered_with_what_is_missing(typed, words):
     with pytest.raises(PlanError, match=words):
-        read_trio(*typed)
+        read_request(*typed)
 
 
 def test_known_pairs_have_names_of_their_own_and_say_what_was_read():
@@ -370,5 +370,5 @@ def test_what_a_pair_is_stands_behind_a_line_and_names_stay_names(tmp_path):
     assert "<img" not in growing
 
 
-def typed(asked: room.Trio) -> tuple[object, ...]:
+def typed(asked: room.AnalysisRequest) -> tuple[object, ...]:
     return (asked.mllm, "\n".join(asked.math), asked.base, asked.base_mllm, "exact", 0)

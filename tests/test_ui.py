@@ -220,7 +220,7 @@ def test_bad_arguments_come_back_as_one_sentence(client, values, words):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"question": ""}, "There is no question"),
+        ({"question": ""}, "The question is empty"),
         ({"question": "x", "image": "not base64!"}, "not a base64"),
         ({"question": "x", "image": "aGVsbG8="}, "not a readable image"),
         ({"question": "x", "temperature": -1}, "temperature is -1"),
@@ -273,7 +273,7 @@ def test_output_folders_are_names_or_full_paths(home, tmp_path):
 def test_a_space_takes_plain_names_only_and_hides_its_folders(monkeypatch, home, tmp_path):
     monkeypatch.setenv("SPACE_ID", "org/ipmerge")
     backend = Backend()
-    with pytest.raises(RunError, match="expected a name of letters"):
+    with pytest.raises(RunError, match="expected a name of A-Z"):
         backend.output_folder(str(tmp_path))
     text = messages.sentence_of(RunError(f"'{home}/models/x' is full, see {packs.ROOT}/assets"))
     assert text == "'models/x' is full, see assets"

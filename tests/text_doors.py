@@ -17,7 +17,7 @@ from ipmerge_core.models.checkpoint import split_address
 from ipmerge_core.models.decoders import find_decoders
 from ipmerge_core.models.files import as_hub_id
 from ipmerge_core.tasks.answers import stated_result
-from ipmerge_core.ui.analyse.models_form import read_trio
+from ipmerge_core.ui.analyse.models_form import read_request
 from ipmerge_core.ui.pairs import find_partial
 from ipmerge_core.ui.safe_text import as_html, as_markdown, show_text
 
@@ -88,6 +88,6 @@ DOORS: dict[str, Callable[[str], object]] = {
     "pack id": lambda text: find_partial(f"packs-{text}"),
     "method": _anyway(find_method),
     "list of models": _anyway(
-        lambda text: read_trio("org/a", text, "org/b", "", quick=True, rank=None)
+        lambda text: read_request("org/a", text, "org/b", "", quick=True, rank=None)
     ),
 }

@@ -187,7 +187,7 @@ def _write(
 
 
 def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
-    """The PEFT configuration. Every module's scale lora_alpha / r is the plan's lambda."""
+    """Return the PEFT configuration; the scale lora_alpha / r of every module is lambda."""
     from peft import LoraConfig
 
     ranks = {step.module: step.rank for step in steps if step.rank}

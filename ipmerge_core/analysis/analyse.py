@@ -1,8 +1,8 @@
 """Driver of an analysis: decompose every decoder matrix of a pair once and record the results.
 
 In: a `ModelPair`. Out: an `Analysis` with one `LayerRecord` per matrix and expert: similarities,
-norms, inner products, sampled spectra; no weights. Everything that a plan or a plot needs later is
-there, so that no slider ever asks for a decomposition. `iter_analysis` yields the records one by
+norms, inner products, sampled spectra; no weights. Plans and plots need nothing else, so no
+slider triggers a decomposition. `iter_analysis` yields the records one by
 one and can be closed at any time; `iter_pack_of` is the run that leaves a pack, for Python, the
 command line and, from names of models, the app (`iter_pack`).
 """
@@ -74,7 +74,7 @@ def analyse(
 
 
 def _assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
-    """Make an Analysis of the records that `iter_analysis` yielded."""
+    """Create an Analysis from the records that `iter_analysis` yielded."""
     _check_not_zero(pair, records)
     return _with_records(pair, options, records)
 
@@ -234,9 +234,9 @@ def iter_pack(
 def iter_pack_of(
     pair: ModelPair, out: Path, options: Options, *, device: str = "cpu"
 ) -> Iterator[AnalysisStep]:
-    """Analyse a pair into the pack `out`, step by step; interrupted, it goes on.
+    """Analyse a pair into the pack `out`, step by step; resume an interrupted run.
 
-    What is found stands in the journal beside `out` (see `journal_of`) until the pack is whole.
+    Records are kept in a journal (see `journal_of`) until the pack is complete.
     Errors as for `analyse`.
     """
     device = resolve_device(device)  # a fault before any file

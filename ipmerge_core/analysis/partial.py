@@ -25,7 +25,7 @@ def journal_of(pack: Path) -> Path:
 
 
 class PendingMatrix(NamedTuple):
-    """One matrix that an analysis will come to, and its cost, m n min(m, n)."""
+    """One matrix of an analysis and its cost, m n min(m, n)."""
 
     layer: int
     module: str

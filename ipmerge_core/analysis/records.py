@@ -19,8 +19,8 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.runtime.atomic import write_whole
 
 _FORMAT, VERSION = "ipmerge-pack", 2
-_FIRST = 1  # packs in which every direction took part, whether it exists or not
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape causes
+_FIRST = 1  # version of packs in which all directions were used, existing or not
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # for unexpected JSON content
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Analysis:
 
     @classmethod
     def load(cls, path: str | Path) -> Analysis:
-        """Read a pack that `save` wrote. Raises: PlanError when it is no pack."""
+        """Read a pack written by `save`. Raises: PlanError if it is not a pack."""
         analysis, folder = read_pack(path)[1], Path(path).absolute().parent
         return replace(analysis, sources=analysis.sources.resolved_in(folder))
 
@@ -272,7 +272,7 @@ class Analysis:
 def read_pack(path: str | Path) -> tuple[dict[str, Any], Analysis]:
     """Read a pack's file: its JSON content, and the analysis in it, with sources as written.
 
-    Raises: PlanError when it is no pack.
+    Raises: PlanError if it is not a pack.
     """
     try:
         data = Path(path).read_bytes()
@@ -284,5 +284,5 @@ def read_pack(path: str | Path) -> tuple[dict[str, Any], Analysis]:
     except (*_MALFORMED, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise PlanError(
             f"'{path}' is not a pack of this version ({type(error).__name__}: {error}). "
-            f"Make it again with `ipmerge analyse`."
+            f"Create it again with `ipmerge analyse`."
         ) from error

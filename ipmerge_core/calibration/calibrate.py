@@ -2,8 +2,8 @@
 
 In: a pair, samples for the MLLM and for the experts, and `CalibrationSettings`: "gram" (inputs of
 every decoder matrix) or "fisher" (squared gradients). Out: a folder that `store` reads. Layers are
-measured group by group, as many as the memory budget holds, and every finished group is on disk: a
-run that stops goes on there. The passes themselves are in `passes`.
+processed in groups that fit the memory budget, and every finished group is written to disk, so that
+a run can be resumed. `passes` implements the passes.
 """
 
 from __future__ import annotations
@@ -170,9 +170,10 @@ def iter_calibration_of(
     Args and Raises: as for `open_pair`, `load_samples` and `iter_calibration`.
     """
     pair = open_pair(mllm, math, base, base_mllm=base_mllm)
-    seen = load_samples(mllm_samples, limit, takes_images=True)
-    told = load_samples(math_samples, limit, takes_images=False)
-    yield from iter_calibration(pair, out, CalibrationSettings(kind), seen, told, device=device)
+    for_mllm = load_samples(mllm_samples, limit, takes_images=True)
+    for_math = load_samples(math_samples, limit, takes_images=False)
+    settings = CalibrationSettings(kind)
+    yield from iter_calibration(pair, out, settings, for_mllm, for_math, device=device)
 
 
 def estimate_calibration(
@@ -271,7 +272,7 @@ _CLAIM = "calibration.partial.json"
 def _claim(
     out: Path, settings: CalibrationSettings, work: Sequence[_Share], cost: CalibrationCost
 ) -> None:
-    """Make the folder, or make sure that an unfinished run in it is this one."""
+    """Create the folder, or check that it contains an unfinished run of the same work."""
     wanted = {
         "settings": asdict(settings),
         "models": [[s.role, s.checkpoint.fingerprint, digest(s.samples)] for s in work],
@@ -309,7 +310,9 @@ def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
     squares = sum(float(mean.double().square().sum()) for mean in means)
     total = sum(float(mean.double().sum()) for mean in means)
     tensors = {target.matrix.name: mean for target, mean in zip(group, means, strict=True)}
-    totals = json.dumps([squares, passes.tokens, total])  # one key: several come in any order
+    totals = json.dumps(
+        [squares, passes.tokens, total]
+    )  # one key: the order of several is not defined
     with atomic_path(file) as temporary:
         save_file(tensors, temporary, {"totals": totals})
 

@@ -31,7 +31,7 @@ MEMORY = 4 << 30  # bytes of measurements in memory at once
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How to measure; two runs with the same settings give the same numbers on one device type.
+    """Calibration settings; the same settings give the same results on one device type.
 
     `estimator` applies to "fisher": "sampled" samples one answer token per position from the model
     (unbiased), "empirical" uses the sample's answer. `image_tokens` applies to "gram": whether

@@ -44,7 +44,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def analyse(options: argparse.Namespace) -> int:
-    """Write a pack; an interrupted analysis goes on."""
+    """Write a pack; resume an interrupted analysis."""
     from ipmerge_core.analysis.analyse import iter_pack_of
     from ipmerge_core.analysis.comparison import Options
     from ipmerge_core.analysis.records import Analysis
@@ -73,7 +73,7 @@ def analyse(options: argparse.Namespace) -> int:
 
 
 def calibrate(options: argparse.Namespace) -> int:
-    """Measure the models on samples, into a folder that plans can name."""
+    """Run a calibration and write the measurements to a folder."""
     from ipmerge_core.calibration.calibrate import estimate_calibration, iter_calibration
     from ipmerge_core.calibration.passes import CalibrationSettings
     from ipmerge_core.calibration.samples import load_samples
@@ -81,10 +81,10 @@ def calibrate(options: argparse.Namespace) -> int:
 
     pair = open_models(options)
     how = CalibrationSettings(options.kind, options.estimator, options.image_tokens, options.wide)
-    seen = load_samples(options.mllm_samples, options.limit, takes_images=True)
-    told = load_samples(options.math_samples, options.limit, takes_images=False)
+    mllm = load_samples(options.mllm_samples, options.limit, takes_images=True)
+    math = load_samples(options.math_samples, options.limit, takes_images=False)
     if options.dry_run:
-        need = estimate_calibration(pair, options.output, how, len(seen), len(told))
+        need = estimate_calibration(pair, options.output, how, len(mllm), len(math))
         text = (
             f"{need.passes} passes, {need.nbytes_model / 1e9:.3f} GB for the largest model and "
             f"{need.nbytes_held / 1e9:.3f} GB for sums in memory, {need.nbytes_written / 1e9:.3f} "
@@ -92,7 +92,7 @@ def calibrate(options: argparse.Namespace) -> int:
         )
         return print_result(options, need._asdict(), text)
     with Progress(options) as progress:
-        for step in iter_calibration(pair, options.output, how, seen, told, device=options.device):
+        for step in iter_calibration(pair, options.output, how, mllm, math, device=options.device):
             what = f"{step.role}, layers {step.group + 1}/{step.groups}"
             progress.show("calibrating", step.done, step.total, what)
     found = Measurements.open(options.output)
@@ -160,7 +160,7 @@ def recipe(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Carry out a plan, or with --dry-run only say what it would take."""
+    """Execute a plan, or with --dry-run print an estimate."""
     from ipmerge_core.merging.merge import MANIFEST, estimate_merge, iter_merge
     from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.runtime.devices import describe_device

@@ -184,10 +184,7 @@ _FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan'
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="ip_merging")
-    parser.add_argument("--similarity-threshold", type=float, default=0.4, metavar="S_ALPHA")
-    parser.add_argument("--similarity", default="first", help=" | ".join(SIMILARITIES))
-    parser.add_argument("--lambda", dest="lambda_", type=float, default=1.0)
+    parser.add_argument("--method", default="ip_merging", help="name of the merge method")
     parser.add_argument(
         "--similarity-threshold",
         type=float,
@@ -195,7 +192,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="S_ALPHA",
         help="merge matrices with at least this similarity",
     )
-    parser.add_argument("--similarity", default="first", help="first, max or weighted")
+    parser.add_argument("--similarity", default="first", help=" | ".join(SIMILARITIES))
     parser.add_argument(
         "--lambda", dest="lambda_", type=float, default=1.0, help="scale of the update"
     )

@@ -72,8 +72,8 @@ def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  
 class Progress:
     """A progress bar on stderr: percent by cost rather than by count, and the time left.
 
-    The first line names the device, and the number of threads where nobody chose it. Into a file
-    or a pipe goes a line every five seconds. Closed at the end of its `with` block.
+    The first line names the device, and the number of threads if it was not specified. Files
+    and pipes get one line every five seconds. Closed at the end of its `with` block.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -101,7 +101,7 @@ class Progress:
     def show(self, verb: str, done: int, total: int, what: str) -> None:
         """Show how much of the total is done; another verb starts another bar.
 
-        `what` may hold names from models of strangers: what a terminal could obey is replaced.
+        `what` may contain names from untrusted models: control characters are replaced.
         """
         if self.options.quiet:
             return
@@ -129,7 +129,7 @@ class _Log(tqdm):  # type: ignore[misc]
         self.fp.write(f"{self}\n")
 
     def close(self) -> None:
-        """Write where the work ended, if no line says so yet."""
+        """Write the final state, unless the last line already shows it."""
         if not self.disable and self.n != self.last_print_n:
             self.display()
         self.disable = True

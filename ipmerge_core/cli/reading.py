@@ -65,7 +65,7 @@ def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
 def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:
     """Return the models and the arguments of make_plan from a mergekit recipe."""
     from ipmerge_core.models.pairing import open_pair
-    from ipmerge_core.planning.mergekit import import_recipe
+    from ipmerge_core.planning.mergekit_import import import_recipe
 
     try:
         recipe = import_recipe(Path(options.recipe).read_text(encoding="utf-8"))
@@ -78,6 +78,6 @@ def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]
 
 
 def read_plan_options(options: argparse.Namespace) -> PlanOptions:
-    """Return what the plan is told beside its method. Raises: PlanError."""
+    """Return the options of a plan other than its method. Raises: PlanError."""
     rules = {name: rule for rule in ("merge", "keep") for name in vars(options)[f"force_{rule}"]}
     return PlanOptions.read({**vars(options), "overrides": rules})

@@ -39,7 +39,7 @@ _QUEUE_SECONDS = 0.1  # interval at which a waiting reader checks whether the wr
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate. Temperature 0 takes the most likely token each time."""
+    """Generation settings. Temperature 0 selects the most likely token."""
 
     temperature: float = 0.0
     max_new_tokens: int = 256

@@ -1,8 +1,8 @@
 """Estimate disk space, memory and time of a merge or an analysis from headers.
 
-In: a pair, and the plan of a merge or the options of an analysis. Out: an `Estimate` that also
-names the cheaper way where there is one, or an `AnalysisEstimate`. The command line, the app and
-its API all show this one. The rates below were measured; times are rough and say so.
+In: a pair, and the plan of a merge or the options of an analysis. Out: an `Estimate`, which
+includes a cheaper alternative if there is one, or an `AnalysisEstimate`. The command line, the app
+and its API all show this estimate. Times are approximate, from the measured rates below.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ RATES = {
     "karcher": Rate(2.2e-4, 6.6e8),
 }
 STEP_RATE = Rate(2.0e-4, 5.2e10)  # of one step of an iterated method; work is `step_cost`
-# Of each task vector on one busy core, as benchmarks/bench_analysis.py prints them.
+# Per task vector on one core, as printed by benchmarks/bench_analysis.py.
 ANALYSIS_RATE = 3e9  # m n min(m, n) per second, exact
 QUICK_RATE = 6e6  # elements per second, leading directions only
 # Rates of one H200, as printed in benchmarks/README.md; other GPUs can differ by several times.
 GPU_DECOMPOSING_RATE = 1.7e12  # m n min(m, n) per second, exact analyses and merges
 GPU_QUICK_RATE = 3e9  # elements per second, leading directions only
 GPU_STEP_RATE = 1e13  # operations per second of an iterated method; rough, not measured
-RECORD_BYTES = 1400  # of one record in a pack, gzipped
+RECORD_BYTES = 1400  # per record of a pack, gzipped
 LONG = 600  # seconds from which on faster ways are named
 
 
@@ -168,9 +168,9 @@ def merging_cost(shape: tuple[int, ...]) -> float:
 
 
 def check_space(pair: ModelPair, out: Path) -> None:
-    """Refuse before the first byte when the result does not fit. Raises: RunError."""
+    """Check that the result fits on the disk. Raises: RunError."""
     if run_folders(out).run.exists():
-        return  # a resume: its files already take their place
+        return  # a resume: the files already have their full size
     need, free = layout_bytes(pair.mllm), shutil.disk_usage(existing_parent(out)).free
     if need > free:
         raise RunError(
@@ -204,7 +204,7 @@ def _seconds(plan: MergePlan, pair: ModelPair, need: Estimate, merged: list[Chos
         return moved + sum(_seconds_of(plan, *each) for each in merged) + _first_pass(plan, merged)
     method = find_method(plan.method)
     if not method.matrixwise:
-        return moved  # a GPU merges elements faster than they arrive
+        return moved  # a GPU merges elements faster than they are read
     costs = [(matrix.shape, 1 + len(experts)) for matrix, experts in merged]
     if (steps := _steps(plan)) is not None:
         return moved + steps * sum(step_cost(*cost) for cost in costs) / GPU_STEP_RATE
@@ -257,10 +257,9 @@ def _advice(plan: MergePlan, pair: ModelPair, need: Estimate, seconds: float) ->
     advice = []
     if need.nbytes_fetched:
         advice.append(
-            f"Reading by ranges fetches {need.nbytes_fetched / 1e9:.1f} GB and keeps nothing but "
-            f"the result; downloading the repositories whole would take "
-            f"{need.nbytes_whole / 1e9:.1f} GB of disk first, and pays off from the second merge "
-            f"of this pair on."
+            f"The merge downloads {need.nbytes_fetched / 1e9:.1f} GB and stores only the result. "
+            f"Downloading the complete repositories needs {need.nbytes_whole / 1e9:.1f} GB of disk "
+            f"space, and is faster from the second merge of this pair on."
         )
     method = find_method(plan.method)
     if is_cpu(need.device) and method.matrixwise and seconds > LONG and need.n_merged:

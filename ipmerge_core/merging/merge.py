@@ -160,7 +160,7 @@ def iter_merge(
 
 
 def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
-    """Work out bytes, memory and time from headers alone. Raises: as `iter_merge`, before work."""
+    """Estimate bytes, memory and time from headers. Raises: as `iter_merge` before any work."""
     device = resolve_device(device)
     return estimate_pair(plan, reopen(plan), check_output(out), device)
 
@@ -219,7 +219,7 @@ class _Run:
                 if isinstance(result, bytearray):
                     data = result
                 else:
-                    yield from filter(None, behind.drain())  # so that what is done only grows
+                    yield from filter(None, behind.drain())  # so that progress is monotonic
                     data = yield from relayed(with_reports(result), partial(count.within, part))
                 action: Action = "merged" if part.spec.name in work else "copied"
                 job = partial(self._write, part, data, count, action)
@@ -234,8 +234,8 @@ class _Run:
         Errors of the output or of a source's disk can be resumed; if a source itself is invalid,
         the partial folder is removed.
         """
-        said = None if failure is None else (str(failure), isinstance(failure, RunError))
-        reports = self.ranks.gather((said, self.writer.done, self.writer.hashes))
+        error = None if failure is None else (str(failure), isinstance(failure, RunError))
+        reports = self.ranks.gather((error, self.writer.done, self.writer.hashes))
 
         def finish() -> None:
             for rank, (trouble, done, hashes) in enumerate(reports):
@@ -312,7 +312,7 @@ class _Run:
     def _stored(
         self, part: Part, weights: MatrixWeights, report: Report | None = None
     ) -> bytearray:
-        """Merge a matrix, cast it to its stored dtype, once, and refuse what does not fit it."""
+        """Merge a matrix and cast it once to its stored dtype; raise an error on overflow."""
         merged = self._merging(part, weights, report)
         data = bytearray(part.stop - part.start)
         values, target = merged.detach().reshape(-1), as_tensor(data, part.spec.dtype)
@@ -333,7 +333,7 @@ class _Run:
         return data
 
     def _merging(self, part: Part, weights: MatrixWeights, report: Report | None) -> Tensor:
-        """Merge a matrix on the device; where its memory does not suffice, this one on the CPU."""
+        """Merge a matrix on the device, or on the CPU if the device runs out of memory."""
         assert part.matrix is not None
         try:
             return self._merging_on(self.device, part, weights, report)
@@ -344,7 +344,7 @@ class _Run:
     def _merging_on(
         self, device: torch.device, part: Part, weights: MatrixWeights, report: Report | None
     ) -> Tensor:
-        """Call the method on one matrix, with all that the run found or measured for it."""
+        """Call the method on one matrix with its statistic, noise and measurements."""
         assert part.matrix is not None
         supplied: dict[str, Any] = {}
         if self.statistic is not None:

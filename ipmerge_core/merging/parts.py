@@ -114,11 +114,11 @@ def merging_of(
     models: tuple[Tensor, Tensor, list[Tensor]],
     **keywords: Any,  # noqa: ANN401
 ) -> Tensor:
-    """Merge one matrix; rows of a vocabulary one by one, whatever rows they were read with.
+    """Merge one matrix; rows of a vocabulary are merged one by one.
 
-    A threshold or a direction is then a token's own, and does not depend on how the tokens are
-    ordered. The base's row keys the random numbers of a token. Where the method has nothing to say
-    of vectors, norms, biases and rows are merged by task arithmetic.
+    Thresholds and directions are then computed per token, independent of the token order. The
+    base's row keys the random numbers of a token. If the method does not apply to vectors, norms,
+    biases and rows are merged by task arithmetic.
     """
     if matrix.module in EXTRAS and method.vectors is not None:
         own, other = method.vectors(keywords, len(models[2]))

@@ -1,8 +1,8 @@
 """First passes: compute the whole-model statistic that a method needs before merging.
 
-In: a plan and its opened models. Out: a few numbers, and a step for every matrix on the way. They
-are a property of the plan: `merging` writes them into the manifest and takes them up again in a
-resume, and a plan may hold them already, from its analysis or from `iter_first_pass`.
+In: a plan and its opened models. Out: a few numbers, and a step per matrix. They are a property of
+the plan: a merge stores them in the manifest and reuses them in a resume, and a plan may already
+contain them, from its analysis or from `iter_first_pass`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
 
 
 class FirstPassStep(NamedTuple):
-    """A matrix, or some of its rows, is measured. Sizes in bytes, over all passes."""
+    """Progress: a matrix, or some of its rows, was measured. Sizes in bytes, over all passes."""
 
     tensor: str
     number: int
@@ -48,7 +48,7 @@ class _Piece(NamedTuple):
 def iter_first_pass(
     plan: MergePlan, *, device: str = "cpu"
 ) -> Generator[FirstPassStep, None, MergePlan]:
-    """Make the first pass of a plan now, yielding after each matrix; returns the plan with it.
+    """Run the first pass of a plan, yielding after each matrix; returns the updated plan.
 
     The returned plan contains the statistic, its preview is exact if only the statistic was
     missing, and its merge skips the first pass. A plan without a first pass is returned unchanged.
@@ -71,7 +71,7 @@ def is_due(plan: MergePlan) -> bool:
 def run_first_pass(
     plan: MergePlan, pair: ModelPair, device: torch.device, workers: int = 1
 ) -> Generator[FirstPassStep, None, tuple[float, ...]]:
-    """Measure every matrix that the plan merges, yielding after each piece; returns the numbers."""
+    """Measure every merged matrix, yielding after each piece; returns the statistic."""
     statistic = find_method(plan.method).statistic
     assert statistic is not None, "the method has no statistic"
     anchor = "two_base" if statistic.from_own_base else plan.anchor

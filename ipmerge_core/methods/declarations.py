@@ -21,7 +21,7 @@ ParameterValue: TypeAlias = float | int | bool | str | None
 Anchor: TypeAlias = Literal["two_base", "root", "inject", "interp"]
 _Result = TypeVar("_Result")
 _Step = TypeVar("_Step")
-_Told = TypeVar("_Told")
+_Mapped = TypeVar("_Mapped")
 
 
 class AffineUpdate(NamedTuple):
@@ -71,15 +71,15 @@ def drained(steps: Generator[object, None, _Result]) -> _Result:
 
 
 def relayed(
-    steps: Generator[_Step, None, _Result], tell: Callable[[_Step], _Told]
-) -> Generator[_Told, None, _Result]:
+    steps: Generator[_Step, None, _Result], convert: Callable[[_Step], _Mapped]
+) -> Generator[_Mapped, None, _Result]:
     """Map the steps of a generator with a function, and return its result."""
     while True:
         try:
             step = next(steps)
         except StopIteration as end:
             return cast("_Result", end.value)
-        yield tell(step)
+        yield convert(step)
 
 
 Models: TypeAlias = tuple[Matrix, Matrix, Sequence[Matrix], Mapping[str, Any]]

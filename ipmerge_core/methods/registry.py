@@ -4,13 +4,12 @@ The decorator reads a function's keyword-only parameters (name, type, range, def
 frozen `MergeMethod`. Sliders, the CLI, the README table, error messages and the contract tests are
 all generated from `METHODS`, so that a method is described once, in its signature.
 
-Some keywords are no form fields: what only a driver knows. Their annotation carries `Supplied`:
-`tensor_name` (randomness is keyed by it, and a layer swap reads the layer from it), `statistic` (a
-number of the whole model, see `Statistic`), `noise` (how large the rounding of the files is in each
-task vector; without it, it is taken from the matrices), `report` (is told how far a slow method
-is), and calibration data such as `mllm_gram`.
-Every method accepts `tensor_name`, whether it uses it or not; the others are legal where `inputs`
-lists them.
+Some keywords are not form fields: the driver supplies them. Their annotation is `Supplied`:
+`tensor_name` (it keys the randomness, and a layer swap reads the layer from it), `statistic` (a
+number of the whole model, see `Statistic`), `noise` (the size of the files' rounding errors in each
+task vector; by default estimated from the matrices), `report` (called with the progress of a slow
+method), and calibration data such as `mllm_gram`. Every method accepts `tensor_name`, whether
+it uses it or not; the others are valid only if `inputs` lists them.
 """
 
 from __future__ import annotations
@@ -162,23 +161,29 @@ _Merging: TypeAlias = Callable[..., Tensor]
 class MergeMethod:
     """A merge method and its metadata for forms, tables and error messages.
 
-    `gains` names the parameters that scale the change: with all experts' gains at 0 (and the
-    MLLM's at 1) the result is the MLLM. `several_experts` says that `math` may be a list of
-    matrices. `affine` writes the change as an
-    `AffineUpdate`, which makes its preview exact, from the parameters and what else is known: the
-    `statistic`, the `layer`, the number of `experts`, the `cosine` of the task vectors and their
-    `squared_norms`; None where the change is not of that form, and `unknown` says why it is not.
-    `from_analysis` names the parameters that are options of an analysis, too: a plan takes their
-    values from its analysis unless they are given. `anchor` is what a plan measures changes from
-    unless told otherwise. `statistic` is a first pass
-    over the whole model, `data` the calibration that it cannot do without, `inputs` the keywords
-    that a driver supplies. `matrixwise` methods decompose or iterate on whole matrices, which
-    vectors have no use for; all others do a few operations per element. `local` ones look at
-    nothing but that element of each model, and at their statistic. What is NaN or infinite in an
-    input is so in the result, unless a method is matrixwise. `check` refuses values that are legal
-    each by itself and not together. `vectors` is for methods that say nothing of norms, biases and
-    rows of embeddings: from the parameters and the number of experts, the weights of task
-    arithmetic on them.
+    Attributes:
+        gains: the parameters that scale the change: with all experts' gains at 0 (and the MLLM's
+            at 1) the result is the MLLM.
+        several_experts: whether `math` may be a list of matrices.
+        affine: returns the change as an `AffineUpdate`, which makes its preview exact, from the
+            parameters and other known values: the `statistic`, the `layer`, the number of
+            `experts`, the `cosine` of the task vectors and their `squared_norms`; None if the
+            change is not of that form.
+        unknown: why the change is not of that form.
+        from_analysis: the parameters that are also options of an analysis; a plan uses the values
+            of its analysis unless they are given.
+        anchor: the default anchor of a plan.
+        statistic: a first pass over the whole model.
+        data: the calibration that the method requires.
+        inputs: the keywords that a driver supplies.
+        matrixwise: whether whole matrices are decomposed or iterated on, which does not apply to
+            vectors; all other methods perform a few operations per element. NaN and infinity in an
+            input propagate to the result, unless a method is matrixwise.
+        local: whether an element of the result depends only on that element of each model and on
+            the statistic.
+        check: raises PlanError for values that are valid separately but not in combination.
+        vectors: for methods that do not apply to norms, biases and embedding rows: returns the
+            weights of task arithmetic on them, from the parameters and the number of experts.
     """
 
     name: str
@@ -248,7 +253,7 @@ class MergeMethod:
 
     @property
     def propagates_non_finite(self) -> bool:
-        """Whether NaN or infinity in an input that takes part makes some of the result so, too."""
+        """Whether NaN or infinity in an input with a nonzero weight propagates to the result."""
         return not self.matrixwise
 
     def is_local(self, parameters: Mapping[str, ParameterValue]) -> bool:

@@ -1,8 +1,8 @@
 """WUDI-Merging: minimise the interference of the merged change with each task vector.
 
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
-fp64 inputs. The gradient is written so that its cost does not grow with the number of models, and
-the steps are the authors' (Adam with its defaults), which makes the result depend on the size of
+fp64 inputs. The gradient is formulated so that its cost does not grow with the number of models.
+Like the authors' code it uses Adam with its defaults, so that the result depends on the scale of
 the task vectors.
 """
 
@@ -32,7 +32,7 @@ from ipmerge_core.spectral.spectrum import as_float, existing
 
 Steps: TypeAlias = Annotated[int, Range(low=0, help="number of Adam steps")]
 Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]
-Closed: TypeAlias = Annotated[bool, Range(help="the minimum itself in place of steps towards it")]
+Closed: TypeAlias = Annotated[bool, Range(help="compute the exact minimum instead of Adam steps")]
 
 
 @merge_method(
@@ -58,7 +58,7 @@ def wudi(
     noise: Noise = None,
     report: Report = None,
 ) -> Matrix:
-    """Move the sum of the task vectors towards least interference with each of them.
+    """Optimise the sum of the task vectors for minimal interference with each of them.
 
     Math:   with tau_i = a_i dW_i: L(X) = sum_i ||(X - tau_i) tau_i^T||_F^2 / ||tau_i||_F^2, from
             X = sum_i tau_i by `iterations` of Adam; W = W0 + s X. With

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LONGEST_ID = 300  # characters of a hub id with its revision
 _REVISION = re.compile(r"[A-Za-z0-9._/-]+")  # a branch, a tag, a commit or refs/pr/1
-_READ_STEP = 1 << 30  # Linux reads at most 2 GiB at once
+_READ_STEP = 1 << 30  # a read returns at most 2 GiB on Linux
 
 
 class Pace(NamedTuple):
@@ -232,7 +232,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def as_hub_id(source: str | Path) -> str:
-    """Return a hub id as it is. Raises: CheckpointError for anything else."""
+    """Return a valid hub id unchanged. Raises: CheckpointError for anything else."""
     if isinstance(source, str) and is_hub_id(source):
         return source
     raise CheckpointError(
@@ -292,7 +292,7 @@ def _is_answer(error: Exception) -> bool:
 
 
 def _remedy_of(error: Exception, hub_id: str) -> str:
-    """Say what to do about an error of huggingface_hub."""
+    """Return the remedy for an error of huggingface_hub."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):  # a subclass of RepositoryNotFoundError

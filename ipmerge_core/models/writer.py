@@ -40,7 +40,7 @@ _COPY_STEP = 1 << 20
 
 
 class RunFolders(NamedTuple):
-    """The folders of a run: the result's final name, the run's own folder, and the model in it."""
+    """The folders of a run: final output, working folder, and the model inside it."""
 
     out: Path
     run: Path
@@ -48,7 +48,7 @@ class RunFolders(NamedTuple):
 
 
 def run_folders(out: str | Path) -> RunFolders:
-    """Name the folders that a run for `out` uses."""
+    """Return the folders that a run for `out` uses."""
     final = Path(out).expanduser().absolute()
     run = final.with_name(final.name + _PARTIAL)
     return RunFolders(final, run, run / "model")
@@ -379,7 +379,7 @@ def in_file_order(source: Checkpoint) -> list[TensorSpec]:
 
 
 def _remove(place: RunFolders) -> None:
-    """Remove a run's folder, its record last, so that a kill in between can be told."""
+    """Remove a run's folder, its record last, so that an interrupted removal is detected."""
     if place.model.exists():
         shutil.rmtree(place.model)
     for entry in sorted(place.run.iterdir(), key=lambda path: path.name == _RUN):

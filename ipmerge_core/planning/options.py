@@ -1,9 +1,9 @@
-"""The options of a plan beside its method: one field each, with its label, help and checks.
+"""The options of a plan other than its method: one field each, with its label, help and checks.
 
-In: text of a form or a command, values of Python or JSON. Out: a checked `PlanOptions`, and what
-surfaces need to ask for each field (`OPTIONS`). The meaning of an option, and what a method allows,
-stand in `scope`. A new option is a field here and its meaning there. Imports neither torch nor a
-method, so that a form can be laid out before either is loaded.
+In: text of a form or a command, values of Python or JSON. Out: a checked `PlanOptions`, and the
+description of each field for forms and parsers (`OPTIONS`). `scope` implements the options and
+defines what a method allows. A new option is a field here and its implementation there. Imports
+neither torch nor a method, so that a form can be laid out before either is loaded.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ ANCHORS = {
 
 
 class Option(NamedTuple):
-    """How one field of `PlanOptions` is asked for.
+    """The label, help and kind of one field of `PlanOptions`, for forms and parsers.
 
     A "pattern" is a regular expression, "factors" are numbers >= 0, a "choice" is one of `choices`
-    (with their meanings), and "rules" say of matrices by name "merge" or "keep": a form gives them
-    matrix by matrix, as the map does, and not as a field.
+    (with their meanings), and "rules" map names of matrices to "merge" or "keep": they are
+    set per matrix in the map, not in a form field.
     """
 
     name: str
@@ -60,18 +60,19 @@ class PlanOptions:
     """The options of a plan, checked when they are made.
 
     Attributes:
-        include: a regular expression; only matrices whose name it finds are merged.
-        exclude: a regular expression; matrices whose name it finds are kept.
-        overrides: per matrix name "merge" or "keep", whatever else is said of it.
-        layer_gains: factors on the experts' part from the first layer to the last, evenly spread
-            and interpolated: (0, 1) fades the update in.
-        norms: "merge" also merges the decoder's norms and biases, as matrices of one row.
-        embeddings: "merge-shared" also merges, one by one, the rows of embedding and head whose
-            token every model has. Include and exclude hold for both.
-        anchor: where changes are measured from and land, W0 the experts' base, B_v the MLLM's:
-            "inject" the experts' from W0, on the whole MLLM; "two_base" each from its own base, on
-            B_v; "root" all from W0, on W0; "interp" W_e - W_v, on the MLLM, without a base. None is
-            the method's own: inject for plain sums, see `scope.choose_anchor`.
+        include: regular expression; only matrices with a matching name are merged.
+        exclude: regular expression; matrices with a matching name are kept.
+        overrides: per matrix name "merge" or "keep"; takes precedence over all other options.
+        layer_gains: factors on the experts' update, evenly spaced from the first to the last layer
+            and interpolated: (0, 1) increases linearly.
+        norms: "merge" also merges the decoder's norms and biases, as one-row matrices.
+        embeddings: "merge-shared" also merges the embedding and head rows of tokens shared by all
+            models, row by row. Include and exclude apply to both.
+        anchor: reference weights of the task vectors, and the weights they are added to; W0 is the
+            experts' base, B_v the MLLM's: "inject" adds the experts' W_e - W0 to W_v; "two_base"
+            uses each model's own base and adds to B_v; "root" uses W0 for all; "interp" adds W_e -
+            W_v to W_v, without a base. None selects the method's default, see
+            `scope.choose_anchor`.
 
     Raises: PlanError for a value that is out of range or of another kind.
     """
@@ -80,29 +81,28 @@ class PlanOptions:
         default=None,
         metadata=_asked(
             "pattern",
-            "Only these matrices",
-            "a regular expression: matrices whose names it finds merge",
+            "Include matrices",
+            "regular expression: only matrices with a matching name are merged",
         ),
     )
     exclude: str | None = field(
         default=None,
         metadata=_asked(
             "pattern",
-            "But not these",
-            "a regular expression: matrices whose names it finds are kept",
+            "Exclude matrices",
+            "regular expression: matrices with a matching name are kept",
         ),
     )
     overrides: Mapping[str, Override] = field(
         default_factory=dict,
-        metadata=_asked("rules", "Set by hand", "matrices that merge or stay at any similarity"),
+        metadata=_asked("rules", "Overrides", "merge or keep matrices at any similarity"),
     )
     layer_gains: tuple[float, ...] = field(
         default=(),
         metadata=_asked(
             "factors",
-            "Gain over the layers",
-            "factors on the experts' part from the first layer to the last, interpolated: "
-            "0 1 fades in",
+            "Layer gains",
+            "update scale per layer, interpolated from first to last layer; 0 1 increases linearly",
         ),
     )
     norms: Norms = field(
@@ -110,7 +110,7 @@ class PlanOptions:
         metadata=_asked(
             "choice",
             "Norms and biases",
-            "stay the MLLM's, or merge as matrices of one row",
+            "keep the MLLM's, or merge them as one-row matrices",
             {"keep": "", "merge": ""},
         ),
     )
@@ -119,7 +119,7 @@ class PlanOptions:
         metadata=_asked(
             "choice",
             "Embeddings and head",
-            "stay the MLLM's, or merge the rows of tokens that every model has",
+            "keep the MLLM's, or merge the rows of tokens shared by all models",
             {"keep": "", "merge-shared": ""},
         ),
     )
@@ -128,7 +128,7 @@ class PlanOptions:
         metadata=_asked(
             "choice",
             "Anchor",
-            "what changes are measured from; the method's own where none is chosen",
+            "reference weights for the task vectors; the default depends on the method",
             ANCHORS,
         ),
     )
@@ -141,7 +141,7 @@ class PlanOptions:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> PlanOptions:
-        """Read options by name, as text, Python or JSON has them; other names are not looked at.
+        """Read options by name, given as text, Python or JSON values; other names are ignored.
 
         >>> PlanOptions.read({"layer_gains": "0, 0.5 1", "method": "ties"}).changed()
         {'layer_gains': (0.0, 0.5, 1.0)}
@@ -158,11 +158,11 @@ class PlanOptions:
         return {name: value for name, value in values.items() if value != OPTIONS[name].default}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values by name, which `read` takes."""
+        """Return JSON values by name, which `read` accepts."""
         return {name: _plain(getattr(self, name)) for name in OPTIONS}
 
     def describe(self) -> dict[str, str]:
-        """Return what differs from the default, as words for a table.
+        """Return the non-default values as text, by display name.
 
         >>> PlanOptions(layer_gains=(0, 1), overrides={"a.weight": "keep"}).describe()
         {'overrides': '1 set by hand', 'layer gains': '0 1'}
@@ -192,7 +192,7 @@ def _read_pattern(option: Option, value: Any) -> str | None:  # noqa: ANN401 (wh
         return None if value is None else str(re.compile(value).pattern)
     except (re.error, TypeError) as error:
         raise PlanError(
-            f"The {option.name} pattern {value!r} is no regular expression: {error}. "
+            f"The {option.name} pattern {value!r} is not a valid regular expression: {error}. "
             f"Expected one such as 'mlp' or 'layers\\.(0|1)\\.'."
         ) from error
 

@@ -68,15 +68,15 @@ class MergePlan:
     sources: Sources
     totals: Totals
     decisions: tuple[Decision, ...]
-    records: tuple[LayerRecord, ...] = ()  # without spectra; empty for a plan from a ModelPair
-    calibration: Calibrated | None = None  # for the methods that need data
-    tokens: SharedTokens | None = None  # rows of embeddings and head that merge too
-    statistic: tuple[float, ...] | None = None  # of the whole model, where it is known already
-    analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, where known
+    records: tuple[LayerRecord, ...] = ()  # without spectra; empty if made from a ModelPair
+    calibration: Calibrated | None = None  # for methods that need data
+    tokens: SharedTokens | None = None  # merged rows of embeddings and head
+    statistic: tuple[float, ...] | None = None  # of the whole model, if already known
+    analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, if known
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides the merged bytes."""
+        """SHA-256 of everything that determines the merged bytes."""
         options = self.options
         fingerprints = [source.fingerprint for source in self.sources.all()]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
@@ -116,14 +116,14 @@ class MergePlan:
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """What merges beside the decoder's matrices, in words."""
+        """Descriptions of what is merged in addition to the decoder's matrices."""
         found = ["the decoder's norms and biases"] if self.options.norms == "merge" else []
         if self.tokens:
             found.append(f"{self.tokens.rows} rows of embeddings and head (shared tokens)")
         return tuple(found)
 
     def allows(self, name: str) -> bool:
-        """Whether a tensor beside the matrices is included and not excluded, by the base's name."""
+        """Whether an additional tensor, by the base's name, is included and not excluded."""
         return Scope.of(replace(self.options, overrides={})).allows(name, True)
 
     def preview(self) -> Preview:
@@ -169,7 +169,7 @@ class MergePlan:
         """Return the plan's JSON content."""
         content = asdict(self)
         options = self.options.to_dict()
-        del content["options"], options["embeddings"]  # which `tokens` says
+        del content["options"], options["embeddings"]  # `tokens` contains it
         return {
             "format": _FORMAT,
             "version": _VERSION,
@@ -254,12 +254,12 @@ def make_plan(
         similarity_threshold: S_alpha in [0, 1]; matrices with similarity >= S_alpha are merged.
         lambda_: gain >= 0 on the update, for methods that have one.
         similarity: "first", "max" or "weighted".
-        overrides: per matrix name "merge" or "keep", whatever else is said of it.
+        overrides: per matrix name "merge" or "keep"; takes precedence over all other options.
         options: `PlanOptions`, which lists them: include, exclude, layer_gains, norms, embeddings,
             anchor. Each may be given by its own name instead, as `norms="merge"`.
-        calibration: a folder that `calibrate` made, for the methods that need data.
-        **parameters: options by name, and the method's own parameters; else the analysis'
-            (temperature, rank), or the defaults.
+        calibration: a folder written by `calibrate`, for methods that need data.
+        **parameters: options by name, and parameters of the method; by default those of the
+            analysis (temperature, rank), or the method's defaults.
 
     Raises:
         PlanError: a value is out of range, a name unknown, or the source is not sufficient.
@@ -335,7 +335,7 @@ def _check_source(method: MergeMethod, source: Analysis | ModelPair) -> None:
 
 
 def open_sources(sources: Sources) -> ModelPair:
-    """Open the models that a plan or an analysis names, whatever weights they hold now."""
+    """Open the models of a plan or an analysis, without comparing their weights."""
     return open_pair(**sources.locations()._asdict())
 
 

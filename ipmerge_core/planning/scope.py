@@ -45,7 +45,7 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def check_extras(method: MergeMethod, options: PlanOptions) -> None:
-    """Refuse what the method cannot merge beside matrices. Raises: PlanError."""
+    """Check that the method can merge the requested extras. Raises: PlanError."""
     asked = ["norms and biases"] if options.norms != "keep" else []
     asked += ["embeddings"] if options.embeddings != "keep" else []
     if asked and method.matrixwise and method.vectors is None:
@@ -71,7 +71,7 @@ def check_choice(threshold: float, similarity: str) -> None:
 def check_layer_gains(
     method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any]
 ) -> None:
-    """Refuse a schedule that the method cannot follow. Raises: PlanError."""
+    """Validate layer gains for the method. Raises: PlanError."""
     for factor in factors:
         scaled = method.scaled(parameters, factor)
         if scaled is None:

@@ -1,8 +1,8 @@
-"""Files and folders that appear under their name whole, or not at all.
+"""Write files and folders atomically: under their name they are complete or absent.
 
-In: a path and its content. Out: the path, written beside its place under a hidden name and renamed
-at the end, so that no reader and no kill ever sees a part of it. Models stream into a folder of
-their own with a journal (`models.writer`): that is resumed, and this is not.
+In: a path and its content. Out: the path, written under a hidden name in the same folder and
+renamed at the end, so that no partial content is visible, even after a kill. Models are written to
+a folder with a journal (`models.writer`) and can be resumed; these files cannot.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _ENDING = ".new"
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a hidden path beside `path` for a new file or folder; rename it at the end.
+    """Yield a hidden path next to `path` for a new file or folder; rename it at the end.
 
-    Where `path` is a file it is replaced; a folder must be empty. If the block raises, its output
-    is removed and `path` stays as it was. A kill leaves the hidden one: see `is_temporary`.
+    An existing file is replaced; a folder must be empty. If the block raises, its output is removed
+    and `path` is unchanged. A killed process leaves the hidden path: see `is_temporary`.
     """
     target = Path(path)
     target = target.resolve() if target.is_symlink() else target

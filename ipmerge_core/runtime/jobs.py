@@ -405,7 +405,7 @@ def _write_status(folder: Path, status: JobStatus) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write at once or not at all, so that a reader never sees half a file."""
+    """Write atomically, so that readers never see a partial file."""
     write_whole(path, json.dumps(content) + "\n")
 
 

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-SIMILARITIES = ("first", "max", "weighted")  # `similarity.similarity_of` says what each is
+SIMILARITIES = ("first", "max", "weighted")  # defined in `similarity.similarity_of`
 TEMPERATURE = 32.0  # the public snapshot's constant; with 1 the update all but vanishes

@@ -58,7 +58,7 @@ def similarity_of(angles: Float[Tensor, " r"], a: Spectrum, b: Spectrum, kind: s
     Raises: PlanError for another kind.
     """
     if kind in SIMILARITIES and not len(angles):
-        return 0.0  # no direction exists in both
+        return 0.0  # no direction in common
     if kind == "first":
         return float(angles[0])
     if kind == "max":

@@ -20,7 +20,7 @@ from ipmerge_core.runtime.devices import has_fp64
 from ipmerge_core.spectral import svd_algorithms
 
 SVD_METHODS = ("auto", "exact", "gram", "randomized")
-EXISTS = 4.0  # a direction's singular value stands this many noise floors high, see `existing`
+EXISTS = 4.0  # a direction's singular value over the noise floor, at least; see `existing`
 _BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
 TOLERANCE = 2e-6  # of randomized: residual relative to S_1^2; fp32 products resolve about 3e-7
 
@@ -203,7 +203,7 @@ def singular_values(
 def _prepared(
     matrix: Tensor, method: str, rank: int | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, torch.dtype]:
-    """Check the arguments; return the matrix in its working precision, and the result's dtype."""
+    """Validate the arguments; return the matrix in working precision, and the result dtype."""
     if method not in SVD_METHODS:
         raise PlanError(f"Unknown method '{method}' of svd. Available: {', '.join(SVD_METHODS)}.")
     if rank is not None and rank < 1:
@@ -229,7 +229,7 @@ def _route(method: str, p: int, rank: int) -> str:
 
 
 def _run(run: Callable[[Tensor], svd_algorithms.Factors], matrix: Tensor) -> svd_algorithms.Factors:
-    """Run a route where the matrix lies; on the CPU when the device lacks memory or fp64."""
+    """Run an algorithm on the matrix's device, or on the CPU if memory or fp64 is lacking."""
     with svd_algorithms.full_precision:
         if not has_fp64(matrix.device):
             return run(matrix.cpu())

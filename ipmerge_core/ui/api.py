@@ -19,7 +19,7 @@ from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.runtime.jobs import JobStatus
-from ipmerge_core.ui.analyse.models_form import Trio, start_analysis
+from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
 from ipmerge_core.ui.errors import public_text, show_errors
@@ -136,7 +136,7 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         Returns the run's id, its key and the id of the new pair immediately. `quick` is
         approximate; rank 0 keeps all directions. The run fails if the sibling check does.
         """
-        asked = Trio(mllm, _several(math), base, base_mllm, quick, rank or None)
+        asked = AnalysisRequest(mllm, _several(math), base, base_mllm, quick, rank or None)
         started = start_analysis(backend, asked, device)
         return {"job_id": started.id, "key": started.key, "pack": started.pack}
 

@@ -34,7 +34,7 @@ from ipmerge_core.ui.web.modules import join_modules
 
 HEADING = """\
 # IPMerge
-Merge the skill of a math model into a vision-language model. Drag to see which layers take part.
+Merge a math model into a vision-language model. Drag the threshold to see which layers are merged.
 """
 NO_PACKS = """\
 **No pair has been analysed yet.** Create a pack and reload this page:

@@ -135,8 +135,8 @@ class Backend:
             raise RunError(
                 "This Space accepts only demo samples. Run the app locally to use a file."
             )
-        for source, sees in ((seen, True), (read, False)):
-            load_samples(source, limit, takes_images=sees)
+        for source, takes_images in ((seen, True), (read, False)):
+            load_samples(source, limit, takes_images=takes_images)
         kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"
@@ -193,8 +193,8 @@ class Backend:
             return home_folder() / "models" / name
         if self.hosted or not name:
             raise RunError(
-                f"The output folder is '{name[:80]}'; expected a name of letters, digits, dots, "
-                f"dashes and underscores."
+                f"The output folder is '{name[:80]}'; expected a name of A-Z, a-z, 0-9, "
+                f"'.', '-' and '_'."
             )
         path = Path(name).expanduser()
         if not path.is_absolute():

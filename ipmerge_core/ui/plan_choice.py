@@ -145,7 +145,7 @@ def plan_of(pack_id: str, choice: PlanChoice, **more: Any) -> MergePlan:  # noqa
 
 
 def describe_choice(choice: PlanChoice) -> str:
-    """Describe a choice in a few words.
+    """Describe a choice briefly.
 
     >>> describe_choice(PlanChoice(0.1, 4.0, variant="max"))
     'Sα 0.1, λ 4, γ max'

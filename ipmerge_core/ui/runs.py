@@ -2,7 +2,7 @@
 
 In: the id and key that the browser remembers, and the server's runs. Out: a `RunView`, which lays
 itself out and wires itself. The state is read from the run's folder every time, never kept in the
-page. Whoever knows the id can watch; only the holder of the key gets buttons.
+page. The id gives read access; the buttons require the key.
 """
 
 from __future__ import annotations

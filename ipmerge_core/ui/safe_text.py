@@ -3,7 +3,7 @@ r"""Escape untrusted text of models and users for HTML and Markdown, and render 
 In: a question, a model's answer, a name, an error message. Out: HTML, or Markdown for
 `gr.Markdown`, that shows the same characters. Chats render a closed list and show everything else
 unchanged: formulas (see `latex`), code spans and fences, pipe tables, and bold and italics made
-with stars around letters. Control and bidirectional characters are removed. The time is linear in
+with asterisks around text. Control and bidirectional characters are removed. The time is linear in
 the length of the text.
 """
 
@@ -263,7 +263,7 @@ class _Covered:
 
 
 def _emphasis(text: str, atoms: Sequence[Atom]) -> list[tuple[int, int, str]]:
-    """Pair single and double stars around letters; each becomes a tag (start, end, HTML)."""
+    """Pair single and double asterisks around text; each becomes a tag (start, end, HTML)."""
     tags: list[tuple[int, int, str]] = []
     opened: dict[int, int] = {}  # position of the star or stars that wait for their partner
     covered = _Covered(atoms)
@@ -295,7 +295,7 @@ def _opens_emphasis(text: str, start: int, end: int) -> bool:
 
 
 def _is_emphasis(text: str, begin: int, end: int, length: int) -> bool:
-    """Whether stars enclose letters: single ones a word or more, double ones at least a letter."""
+    """Whether asterisks enclose text: single ones at least a word, double ones a character."""
     last, after = text[end - 1 : end], text[end + length : end + length + 1]
     if last.isspace() or last == "\\" or after.isalnum() or after in ("_", "(", "["):
         return False

@@ -1,8 +1,8 @@
 """Import gradio in half the usual time, without side effects on source folders.
 
-Each gradio component class writes an editor stub (`.pyi`) beside its source file when the class is
-made. That takes half of gradio's import time, and for our own component it would leave a file in
-this package that type checkers then prefer. The stubs serve editors only, so none is written here.
+Each gradio component class writes an editor stub (`.pyi`) next to its source file when the class is
+created. That takes half of gradio's import time, and for the component of this package it would
+leave a file that type checkers then prefer. The stubs serve editors only, so none is written here.
 """
 
 from __future__ import annotations

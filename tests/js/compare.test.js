@@ -93,7 +93,7 @@ test("what is chosen is said in words", () => {
   const made = makePack({ layers: 2 }), sides = { a: side(made, { s: 0 }), b: side(made, { s: 1 }) }, pairs = cellPairs(sides);
   const [cell] = sides.a.index.cells, other = sides.b.index.cells[0];
   assert.match(targetWords(sides, pairs, { kind: "cell", cell }, other), /^Layer 0, q merges only in A\. A: merges, similarity .* B: kept, /);
-  assert.match(targetWords(sides, pairs, { kind: "cell", cell }, undefined), /B: no such matrix\.$/);
+  assert.match(targetWords(sides, pairs, { kind: "cell", cell }, undefined), /B: no corresponding matrix\.$/);
   assert.equal(targetWords(sides, pairs, { kind: "layer", layer: 1 }, undefined), "Layer 1: 0 in both, 7 only in A, 0 only in B, 0 in neither.");
   assert.equal(targetWords(sides, pairs, { kind: "module", module: "v" }, undefined), "All v: 0 in both, 2 only in A, 0 only in B, 0 in neither.");
 });

@@ -111,7 +111,7 @@ test("a matrix that is not there is none", () => {
 
 test("another version is not read, and no version is no link", () => {
   assert.deepEqual(readLink("v=<b>1</b>-and-more&s=0.1", index),
-    { pack: null, problems: ["this link is of version <b>1</b>-and, which this page does not know"] });
+    { pack: null, problems: ["version <b>1</b>-and of the link is not supported"] });
   assert.equal(readLink("s=0.1&l=2", index), null);
 });
 

@@ -46,7 +46,7 @@ test("kept plans come back cleaned, nine at most, and the page is told", () => {
   assert.deepEqual(events.splice(0), [KEPT_EVENT]);
   const kept = keptPlans("packs-a", index);
   assert.deepEqual(kept.map(({ plan }) => plan.s), [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4]);
-  assert.equal(kept[1].label, "2 · S_α 0.050, λ 1");
+  assert.equal(kept[1].label, "2 · Sα 0.050, λ 1");
   assert.deepEqual(keptPlans("packs-b", index), []);
 });
 

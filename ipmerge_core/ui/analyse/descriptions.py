@@ -49,8 +49,8 @@ def _licence(name: str) -> str:
 
 def needs_html(checked: Checked, *, hosted: bool) -> str:
     """Describe what an analysis reads, how much memory and time it takes, and what it saves."""
-    need, trio = checked.need, checked.asked
-    if need is None or trio is None:
+    need, request = checked.need, checked.asked
+    if need is None or request is None:
         return ""
     reads = f"{format_size(need.nbytes_read)} of weights (decoder matrices only)"
     if need.nbytes_fetched:
@@ -58,8 +58,8 @@ def needs_html(checked: Checked, *, hosted: bool) -> str:
             f"; {format_size(need.nbytes_fetched)} of it over the network with range requests, "
             f"not cached on disk"
         )
-    depth = describe_depth({"quick": trio.quick, "rank": trio.rank}).strip(" ()") or "exact"
-    experts = f" for each of {len(trio.math)} math models" if len(trio.math) > 1 else ""
+    depth = describe_depth({"quick": request.quick, "rank": request.rank}).strip(" ()") or "exact"
+    experts = f" for each of {len(request.math)} math models" if len(request.math) > 1 else ""
     where = "" if hosted else f" in <code>{as_html(str(packs_folder()))}</code>"
     return _facts(
         {

@@ -1,8 +1,8 @@
 """Read the models of a new analysis from a form, check them by their headers, start the analysis.
 
-In: the form's fields. Out: a `Trio` of names, a `Checked` trio with the findings of the check and
-the cost of its analysis, and a run. A check reads headers, configs and a few rows, and reports its
-progress. On a Space only hub ids are accepted; `iter_pack` checks this again.
+In: the form's fields. Out: an `AnalysisRequest`, a `Checked` request with the findings of the
+check and the cost of its analysis, and a run. A check reads headers, configs and a few rows, and
+reports its progress. On a Space only hub ids are accepted; `iter_pack` checks this again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_EXPERTS = 8
 LONGEST_ADDRESS = 300  # characters of a folder or hub id
 
 
-class Trio(NamedTuple):
+class AnalysisRequest(NamedTuple):
     """The models to compare, by folder or hub id, and the options of the analysis."""
 
     mllm: str
@@ -52,9 +52,9 @@ class Trio(NamedTuple):
 class Checked(NamedTuple):
     """The result of a check. `pinned` names the models at the commits that were checked."""
 
-    asked: Trio | None
+    asked: AnalysisRequest | None
     findings: list[Finding]
-    pinned: Trio | None = None
+    pinned: AnalysisRequest | None = None
     need: AnalysisEstimate | None = None
 
     @property
@@ -71,50 +71,54 @@ class StartedAnalysis(NamedTuple):
     pack: str
 
 
-def read_trio(
+def read_request(
     mllm: str, math: str, base: str, base_mllm: str, quick: bool, rank: float | None
-) -> Trio:
+) -> AnalysisRequest:
     r"""Read the form: one math model per line, or separated by commas. Raises: PlanError.
 
-    >>> read_trio(" a/v ", "b/m\nc/m", "d/b", "d/b", False, 0)
-    Trio(mllm='a/v', math=('b/m', 'c/m'), base='d/b', base_mllm='', quick=False, rank=None)
+    >>> read_request(" a/v ", "b/m\nc/m", "d/b", "d/b", False, 0).math
+    ('b/m', 'c/m')
     """
     mllm, base, base_mllm = mllm.strip(), base.strip(), base_mllm.strip()
     experts = tuple(filter(None, (part.strip() for part in re.split(r"[\n,]", math))))
     if rank and rank != int(rank):
-        raise PlanError(f"The rank is {rank:g}; expected a whole number, or 0 for all directions.")
+        raise PlanError(f"The rank is {rank:g}; expected an integer, or 0 for all directions.")
     own = "" if base_mllm == base else base_mllm
-    return validate_trio(Trio(mllm, experts, base, own, bool(quick), int(rank or 0) or None))
+    return validate_request(
+        AnalysisRequest(mllm, experts, base, own, bool(quick), int(rank or 0) or None)
+    )
 
 
-def validate_trio(trio: Trio) -> Trio:
-    """Return the trio if it is complete. Raises: PlanError."""
-    if not all(isinstance(address, str) for _, address in trio.addresses()):
+def validate_request(request: AnalysisRequest) -> AnalysisRequest:
+    """Return the request if it is complete. Raises: PlanError."""
+    if not all(isinstance(address, str) for _, address in request.addresses()):
         raise PlanError("The name of a model is not a string; expected a hub id.")
-    if not isinstance(trio.rank, int | None) or not isinstance(trio.quick, bool):
-        raise PlanError(f"The rank is {str(trio.rank)[:40]!r}; expected an integer or null.")
-    missing = [role for role, address in trio.addresses() if not address]
-    if missing or not trio.math:
-        words = [*missing, *([] if trio.math else ["math model"])]
+    if not isinstance(request.rank, int | None) or not isinstance(request.quick, bool):
+        raise PlanError(f"The rank is {str(request.rank)[:40]!r}; expected an integer or null.")
+    missing = [role for role, address in request.addresses() if not address]
+    if missing or not request.math:
+        words = [*missing, *([] if request.math else ["math model"])]
         raise PlanError(f"Missing: {', '.join(words)}.")
-    if len(trio.math) > MOST_EXPERTS:
-        raise PlanError(f"Got {len(trio.math)} math models; expected at most {MOST_EXPERTS}.")
-    for role, address in trio.addresses():
+    if len(request.math) > MOST_EXPERTS:
+        raise PlanError(f"Got {len(request.math)} math models; expected at most {MOST_EXPERTS}.")
+    for role, address in request.addresses():
         if len(address) > LONGEST_ADDRESS:
             raise PlanError(
                 f"The name of the {role} has {len(address)} characters; expected a folder or a hub "
                 f"id of at most {LONGEST_ADDRESS}."
             )
-    return trio
+    return request
 
 
-def check_trio(trio: Trio, *, hub_only: bool, device: str = "auto") -> Iterator[str | Checked]:
+def check_request(
+    request: AnalysisRequest, *, hub_only: bool, device: str = "auto"
+) -> Iterator[str | Checked]:
     """Check models by headers, configs and a few rows; yield progress messages, then the result.
 
     The cost of the analysis is estimated for `device`.
     """
     try:
-        yield from _check(trio, hub_only, device)
+        yield from _check(request, hub_only, device)
     except IPMergeError as error:
         yield failed_check(error)
 
@@ -127,27 +131,27 @@ def failed_check(error: IPMergeError) -> Checked:
     return Checked(None, [refusal])
 
 
-def _check(trio: Trio, hub_only: bool, device: str) -> Iterator[str | Checked]:
-    mllm, base, *rest = yield from _open_all(trio, hub_only)  # before torch is loaded
+def _check(request: AnalysisRequest, hub_only: bool, device: str) -> Iterator[str | Checked]:
+    mllm, base, *rest = yield from _open_all(request, hub_only)  # before torch is loaded
     from ipmerge_core.analysis.comparison import Options
     from ipmerge_core.merging.estimates import estimate_analysis
     from ipmerge_core.models.pairing import open_pair
     from ipmerge_core.runtime.devices import resolve_device
 
-    options = Options(trio.rank, quick=trio.quick).check()
-    own = rest.pop(0) if trio.base_mllm else None
+    options = Options(request.rank, quick=request.quick).check()
+    own = rest.pop(0) if request.base_mllm else None
     pair = open_pair(mllm, rest, base, base_mllm=own)
     yield "Comparing a few rows of each model"
     findings = [public_finding(finding) for finding in pair.check()]
     need = estimate_analysis(pair, options, resolve_device(device))
     findings += [*_memory(need), *_known(pair, options._asdict())]
-    yield Checked(trio, findings, _pinned(trio, pair), need)
+    yield Checked(request, findings, _pinned(request, pair), need)
 
 
-def _open_all(trio: Trio, hub_only: bool) -> Generator[str, None, list[Checkpoint]]:
-    """Open every model and report progress; return them in the order of `Trio.addresses`."""
+def _open_all(request: AnalysisRequest, hub_only: bool) -> Generator[str, None, list[Checkpoint]]:
+    """Open every model and report progress; return them in the order of their addresses."""
     models = []
-    addresses = list(trio.addresses())
+    addresses = list(request.addresses())
     for number, (role, address) in enumerate(addresses, 1):
         yield f"Reading headers, {number} of {len(addresses)}: {role} {address}"
         from ipmerge_core.models.checkpoint import Checkpoint
@@ -156,12 +160,12 @@ def _open_all(trio: Trio, hub_only: bool) -> Generator[str, None, list[Checkpoin
     return models
 
 
-def _pinned(trio: Trio, pair: ModelPair) -> Trio:
-    """Return the trio with each model pinned to the commit that was checked."""
+def _pinned(request: AnalysisRequest, pair: ModelPair) -> AnalysisRequest:
+    """Return the request with each model pinned to the commit that was checked."""
     from ipmerge_core.analysis.analyse import describe
 
     found = describe(pair)[0].locations()
-    return trio._replace(
+    return request._replace(
         mllm=found.mllm, math=tuple(found.math), base=found.base, base_mllm=found.base_mllm or ""
     )
 
@@ -206,8 +210,10 @@ def _known(pair: ModelPair, options: dict[str, object]) -> Iterator[Finding]:
 # --- the run ---------------------------------------------------------------------------------
 
 
-def start_analysis(backend: Backend, trio: Trio, device: str = "auto") -> StartedAnalysis:
-    """Start a run that analyses a trio into a new pack in the user's folder.
+def start_analysis(
+    backend: Backend, request: AnalysisRequest, device: str = "auto"
+) -> StartedAnalysis:
+    """Start a run that analyses the models into a new pack in the user's folder.
 
     Raises: PlanError or, on a Space, CheckpointError for invalid names, PlanError for a device that
         is not available, RunError if too many runs are in progress.
@@ -215,23 +221,23 @@ def start_analysis(backend: Backend, trio: Trio, device: str = "auto") -> Starte
     from ipmerge_core.analysis.analyse import iter_pack
     from ipmerge_core.analysis.comparison import Options
 
-    validate_trio(trio)
+    validate_request(request)
     if backend.hosted:
-        for _, address in trio.addresses():
+        for _, address in request.addresses():
             as_hub_id(address)
-    Options(trio.rank, quick=trio.quick).check()
+    Options(request.rank, quick=request.quick).check()
     device = backend.device_for(device)
-    names = [Path(address.partition("@")[0]).name for address in (trio.mllm, *trio.math)]
-    depth = "quick" if trio.quick else f"rank{trio.rank}" if trio.rank else ""
+    names = [Path(address.partition("@")[0]).name for address in (request.mllm, *request.math)]
+    depth = "quick" if request.quick else f"rank{request.rank}" if request.rank else ""
     out = reserve_name(*names, depth)
     arguments = {
-        "mllm": trio.mllm,
-        "math": list(trio.math),
-        "base": trio.base,
-        "base_mllm": trio.base_mllm or None,
+        "mllm": request.mllm,
+        "math": list(request.math),
+        "base": request.base,
+        "base_mllm": request.base_mllm or None,
         "out": str(out),
-        "rank": trio.rank,
-        "quick": trio.quick,
+        "rank": request.rank,
+        "quick": request.quick,
         "device": device,
         "hub_only": backend.hosted,
     }

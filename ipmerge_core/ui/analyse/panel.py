@@ -18,13 +18,13 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.models.catalogue import load_catalogue
 from ipmerge_core.ui.analyse.descriptions import known_html, known_label, needs_html, pair_html
 from ipmerge_core.ui.analyse.models_form import (
+    AnalysisRequest,
     Checked,
-    Trio,
-    check_trio,
+    check_request,
     discard,
     failed_check,
     is_running,
-    read_trio,
+    read_request,
     start_analysis,
 )
 from ipmerge_core.ui.backend import Backend
@@ -60,7 +60,7 @@ STALE = "Changed since the check. Check again."
 
 
 class Form(NamedTuple):
-    """The form: its fields, in the order of `read_trio`, and the outputs of the check."""
+    """The form: its fields, in the order of `read_request`, and the outputs of the check."""
 
     known: gr.Dropdown
     note: gr.HTML
@@ -273,12 +273,14 @@ def iter_check(backend: Backend, *typed: Any) -> Iterator[CheckView]:  # noqa: A
     yield CheckView(words, findings_html(found.findings), facts, found)
 
 
-def _read(mllm: str, math: str, base: str, own: str, depth: str, rank: float | None) -> Trio:
-    return read_trio(mllm, math, base, own, depth == QUICK, rank)
+def _read(
+    mllm: str, math: str, base: str, own: str, depth: str, rank: float | None
+) -> AnalysisRequest:
+    return read_request(mllm, math, base, own, depth == QUICK, rank)
 
 
 def _checks(backend: Backend, *typed: Any) -> Iterator[str | Checked]:  # noqa: ANN401
-    return check_trio(_read(*typed), hub_only=backend.hosted, device=backend.device)
+    return check_request(_read(*typed), hub_only=backend.hosted, device=backend.device)
 
 
 def _waiting(text: str) -> str:
@@ -325,7 +327,7 @@ def _form(*, hosted: bool) -> Form:
 
 
 def _fields(*, hosted: bool) -> list[Any]:
-    """Lay out the fields that `read_trio` reads."""
+    """Lay out the fields that `read_request` reads."""
     address = ADDRESS + ("" if hosted else OR_FOLDER)
     with gr.Row(elem_classes="fields"):
         mllm = gr.Textbox(label="Vision-language model", info=address, elem_id="analyse-mllm")

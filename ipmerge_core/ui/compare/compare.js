@@ -87,12 +87,12 @@ export class Compare {
     this.describe();
   }
 
-  /** Say what is chosen. */
+  /** Describe the selection. */
   describe() {
     const { target, otherTarget, sides, pairs } = this.state;
     setText(this.dom.read, sides && target
       ? targetWords(sides, pairs, target, otherTarget?.kind === "cell" ? otherTarget.cell : undefined)
-      : "Choose a matrix, a layer or a module to read its values.");
+      : "Select a matrix, a layer or a module to show its values.");
   }
 
   /** The visitor has kept or forgotten a plan. */
@@ -136,7 +136,7 @@ export class Compare {
       `parameters A ${count(a.result.parameters_touched)}, B ${count(b.result.parameters_touched)}`);
     const [ofA, ofB] = [a, b].map((side) => side.index.layers.length);
     setText(part(this.element, ".lm-source"), ofA === ofB ? ""
-      : `A has ${ofA} layers and B ${ofB}: each layer of A stands beside the one of B at the same relative depth.`);
+      : `A has ${ofA} layers and B has ${ofB}. Layers are compared at the same relative depth.`);
     part(this.element, "[data-act=first]", HTMLButtonElement).disabled = !pairs.some(differs);
   }
 

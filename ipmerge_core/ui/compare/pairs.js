@@ -1,5 +1,5 @@
 // @ts-check
-// What corresponds to what: cells of A and B by relative depth, and what each pair says. Pure, no DOM.
+// What corresponds to what: cells of A and B by relative depth, and the text of each pair. Pure, no DOM.
 
 import { fixed, percent, signed } from "../web/format.js";
 import { cellAt, cellChange, shownSimilarity } from "../web/preview.js";
@@ -143,7 +143,7 @@ export function tally(pairs) {
 }
 
 /**
- * What a chosen target says, in words.
+ * The description of a selected target.
  *
  * @param {Sides} sides
  * @param {CellPair[]} pairs
@@ -168,7 +168,7 @@ export function targetWords({ a, b }, pairs, target, other) {
  * @param {Cell | undefined} cell
  */
 function cellWords({ plan, result }, cell) {
-  if (!cell) return "no such matrix";
+  if (!cell) return "no corresponding matrix";
   const experts = result.masks[cell.position];
   return `${experts.length ? "merges" : "kept"}, similarity ${fixed(similarityOf({ plan }, cell))}, change ${percent(cellChange(cell, experts, plan))}`;
 }

@@ -116,7 +116,7 @@ def explore_tab(
 ) -> ExploreTab:
     """Lay out the tab inside the open `gr.Tab` and wire it to the pair and the session's choice.
 
-    `is_running` tells whether the analysis of an unfinished pair is in progress.
+    `is_running` returns whether the analysis of an unfinished pair is in progress.
     """
 
     def grown(asked: object) -> dict[str, Any]:

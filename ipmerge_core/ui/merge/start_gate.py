@@ -131,10 +131,10 @@ class StartGate:
         filled = [
             shown.findings, shown.confirmation, self.digest, self._ready, shown.folder
         ]  # fmt: skip
-        said = found.then(
+        filled_in = found.then(
             None, [self._asked, self._answer, shown.folder], filled, js=_SHOW, queue=False, **QUIET
         ).then(**self._note)
-        then: Dependency = said.then(**self._unlock)
+        then: Dependency = filled_in.then(**self._unlock)
         return then
 
     def _note_once_asked(self, asked: str, name: str, busy: str) -> str:

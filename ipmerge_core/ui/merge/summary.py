@@ -41,13 +41,13 @@ def confirm_html(
     device: str,
     digest: str,
 ) -> str:
-    """Describe what changes, what stays, and the cost of the merge.
+    """Describe the changed and unchanged tensors and the cost of the merge.
 
     Args:
-        plan: the plan to carry out.
-        change: how much it changes, see `describe_change`.
+        plan: the plan to execute.
+        change: the change of the weights, see `describe_change`.
         need: its estimated cost.
-        kept: the reason for every tensor that stays as it is.
+        kept: the reason for every unchanged tensor.
         device: the display name of the device.
         digest: the digest of everything that was checked.
     """
@@ -65,7 +65,8 @@ def confirm_html(
         f"{format_count(touched)} parameters ({share:.0%} of the language model)"
         f"{''.join(f', {escape(what)}' for what in plan.extras)}; {escape(change)}",
         "Reference weights": f"{escape(ANCHORS[plan.anchor])} (<code>{plan.anchor}</code>)",
-        "Unchanged, byte for byte": escape("; ".join(stays)) + "; tokenizer, processor, configs",
+        "Unchanged (bitwise identical)": escape("; ".join(stays))
+        + "; tokenizer, processor, configs",
         "Reads": format_size(need.nbytes_read),
         "Writes": f"{format_size(need.nbytes_written)} ({format_size(need.nbytes_free)} free)",
         "Device": escape(device),

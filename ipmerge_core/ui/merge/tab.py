@@ -243,8 +243,8 @@ def readiness(
         need = estimate_merge(plan, backend.output_folder(name), device=device)
         found = [public_finding(finding) for finding in models.check()]
         found.append(_room(need.nbytes_written, need.nbytes_free))
-        beside = work_of(plan, models)
-        kept = {name: reason for name, reason in models.kept.items() if name not in beside}
+        extras = work_of(plan, models)
+        kept = {name: reason for name, reason in models.kept.items() if name not in extras}
         digest = choice_digest(pack_id, plan, device)
         where = describe_device(device)
         words = confirm_html(plan, describe_change(plan), need, kept, device=where, digest=digest)

@@ -24,7 +24,7 @@ const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowR
 const targets = new WeakMap();
 
 /**
- * What a button of a grid stands for.
+ * The target of a button of a grid.
  *
  * @param {EventTarget | null} button
  */

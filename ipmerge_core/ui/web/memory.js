@@ -10,7 +10,7 @@ import { planWords } from "./words.js";
 
 export const MEMORY = "ipmerge.map.v1";
 export const MOST_KEPT = 9; // one a number key
-export const KEPT_EVENT = "ipmerge-kept"; // tells other components of the page
+export const KEPT_EVENT = "ipmerge-kept"; // notifies other components of the page
 
 /** @type {Record<string, unknown>} */
 const remembered = {};
@@ -50,7 +50,7 @@ export function keptPlans(packId, index) {
   const kept = allKept()[packId];
   return (Array.isArray(kept) ? kept.slice(0, MOST_KEPT) : []).map((raw, i) => {
     const plan = cleanPlan(Object(raw), index);
-    return { label: `${i + 1} · ${planWords(plan)}`, source: "A plan you kept, in this browser only.", plan, kept: true };
+    return { label: `${i + 1} · ${planWords(plan)}`, source: "Plan stored in this browser only.", plan, kept: true };
   });
 }
 

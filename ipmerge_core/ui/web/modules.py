@@ -50,7 +50,7 @@ def join_modules(entry: Path, call: str) -> str:
         entry: the module that is run last.
         call: what the script does in the end: a call of one of the entry's exports.
 
-    Raises: ValueError where a module is missing, imports what is not exported, takes part in a
+    Raises: ValueError where a module is missing, imports what is not exported, is part of a
         cycle, gives a name twice, or uses a form that is not understood; the message names it.
     """
     modules = _load(entry.resolve())
@@ -82,7 +82,7 @@ def _parse(path: Path) -> Module:
     for names, source in _IMPORT.findall(text):
         target = (path.parent / source).resolve()
         if not source.startswith(".") or not target.is_file():
-            raise ValueError(f'{path.name} imports from "{source}", which is no file beside it.')
+            raise ValueError(f'{path.name} imports from "{source}", which does not exist.')
         imports[target] = (*imports.get(target, ()), *_names(names, path))
     exports = tuple(_EXPORT.findall(text))
     body = _EXPORT.sub("", _IMPORT.sub("", text))

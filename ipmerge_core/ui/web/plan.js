@@ -71,7 +71,7 @@ function cleanOverrides(raw, index, problems) {
   const overrides = {};
   for (const [name, value] of Object.entries(raw || {})) {
     if (index.byName.has(name) && (value === "merge" || value === "keep")) overrides[name] = value;
-    else problems.push("an override names no matrix of this pair");
+    else problems.push("an override does not match a matrix of this pair");
   }
   return overrides;
 }

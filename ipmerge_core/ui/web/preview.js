@@ -23,7 +23,7 @@ export function emptyIndex() {
 
 /**
  * One cell per matrix, with one record per expert, and the sums that no plan changes. A pack that is
- * still growing says which matrices will come; those that have not come are no cells yet.
+ * incomplete lists the matrices to come; those without records have no cells yet.
  *
  * @param {Pack} pack
  * @returns {Index}

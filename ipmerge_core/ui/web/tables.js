@@ -121,7 +121,7 @@ function sortHeads(names, { key, down }) {
 }
 
 /**
- * Rows in the order that the heads say, equal ones by layer.
+ * Rows in the selected order, equal ones by layer.
  *
  * @param {Row[]} rows
  * @param {Sorting} sort

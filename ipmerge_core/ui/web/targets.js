@@ -16,7 +16,7 @@ export function coversLayer(target, layer) {
 }
 
 /**
- * The cells that a target stands for.
+ * The cells of a target.
  *
  * @param {Index} index
  * @param {Target | null} target
@@ -52,7 +52,7 @@ export function sameTarget(a, b) {
 }
 
 /**
- * What tells a target from others of its kind.
+ * The key of a target among others of its kind.
  *
  * @param {Target} target
  */

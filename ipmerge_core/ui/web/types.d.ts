@@ -134,7 +134,7 @@ export interface KeptPlan extends Preset {
   plan: Plan;
 }
 
-/** What a link says about a pair. */
+/** The content of a link about a pair. */
 export interface LinkContent {
   pack: string | null;
   plan?: Plan;

@@ -24,24 +24,24 @@ export const MEASURE_MEANING = {
 };
 /** @type {Record<string, string>} */
 export const MODULE_MEANING = {
-  q: "Attention: what a token asks for.",
-  k: "Attention: what a token offers to be found by.",
-  v: "Attention: what a token passes on.",
-  o: "Attention: how what was gathered is written back.",
-  gate: "MLP: which of its features are let through.",
-  up: "MLP: the features it looks for.",
-  down: "MLP: what it writes back.",
+  q: "Attention queries: what a token attends to.",
+  k: "Attention keys: what queries are matched against.",
+  v: "Attention values: what attended tokens contribute.",
+  o: "Attention output: projection of the attended values.",
+  gate: "MLP gate: which hidden features are active.",
+  up: "MLP input: projection to the hidden features.",
+  down: "MLP output: projection of the hidden features.",
 };
 
 /**
- * A plan in a few words; in full, every choice is named.
+ * A short description of a plan; in full, it names every choice.
  *
  * @param {Plan} plan
  * @param {boolean} [full]
  */
 export function planWords({ s, lambda, variant, similarity, overrides }, full = false) {
   const byHand = Object.keys(overrides).length;
-  const parts = [`S_α ${fixed(s)}${full ? ` on ${MEASURE_LABELS[similarity]}` : ""}`, `λ ${lambdaText(lambda)}`];
+  const parts = [`Sα ${fixed(s)}${full ? ` on ${MEASURE_LABELS[similarity]}` : ""}`, `λ ${lambdaText(lambda)}`];
   if (!full && similarity !== DEFAULT_PLAN.similarity) parts.push(MEASURE_LABELS[similarity]);
   if (full || variant !== DEFAULT_PLAN.variant) parts.push(VARIANT_LABELS[variant]);
   if (byHand) parts.push(`${byHand} set by hand`);

@@ -49,7 +49,7 @@ export function entriesOf({ presets, kept }) {
 }
 
 /**
- * The plan of an entry; presets say nothing about matrices.
+ * The plan of an entry; presets have no overrides.
  *
  * @param {State} state
  * @param {Pick<Preset, "plan" | "kept">} entry

@@ -72,7 +72,7 @@ export class Curve {
     svg.setAttribute("viewBox", `0 0 ${this.#width + 2 * INSET} ${this.#height}`);
     svg.replaceChildren(...rules,
       shape("line", { x1: paper, x2: paper, y1: 4, y2: this.#height, class: "lm-paper" },
-        shape("title", {}, "λ = 1, the update as the paper writes it")),
+        shape("title", {}, "λ = 1, the update as in the paper")),
       this.#paths.keep, this.#paths.absorb, ...this.#labels(right), this.#line, this.#dots.keep, this.#dots.absorb);
   }
 

@@ -40,20 +40,20 @@ export class DetailPanel {
     this.#live.refresh(result);
   }
 
-  /** Before a choice: how to choose, and which matrices stand at the edge. */
+  /** Before a choice: how to choose, and which matrices are close to the threshold. */
   #nothingChosen() {
     const { narrow, layout } = this.map.state;
-    const [across, down] = narrow ? ["parts of a layer", "layers"] : ["layers", "parts of a layer"];
+    const [across, down] = narrow ? ["modules", "layers"] : ["layers", "modules"];
     if (layout === "simple") {
-      return [node("p", { class: "lm-hint" }, `Choose a square to read what it is and why it merges or stays. Each one is a weight matrix of the language model: columns are ${across}, rows are ${down}.`)];
+      return [node("p", { class: "lm-hint" }, `Select a square to show what it is and why it is merged or kept. Each square is a weight matrix of the language model: columns are ${across}, rows are ${down}.`)];
     }
     return [
-      node("p", { class: "lm-hint" }, "Choose a matrix in the map, or press Enter on one, for its numbers, spectra and angles. Heads of rows and columns choose a whole module or layer; dragged across, a range of layers. Shift and click pins a second matrix."),
+      node("p", { class: "lm-hint" }, "Select a matrix in the map (click, or Enter) to show its values, spectra and angles. Row and column headers select a module or a layer; drag across layer headers to select a range. Shift+click pins a second matrix."),
       node("h2", { class: "lm-minor" }, "At the threshold"),
       node("table", { class: "lm-numbers" }, node("tbody", {},
-        this.#edge("next to join", (flips, first) => flips[first]),
-        this.#edge("next to leave", (flips, first) => flips[(first < 0 ? flips.length : first) - 1]))),
-      node("p", { class: "lm-hint" }, "Keys: [ and ] step to the next matrix that flips, F merges the chosen one always, K keeps it, A lets the threshold decide, 1 to 9 take a kept plan, Ctrl+Z undoes."),
+        this.#edge("next to be merged", (flips, first) => flips[first]),
+        this.#edge("next to be kept", (flips, first) => flips[(first < 0 ? flips.length : first) - 1]))),
+      node("p", { class: "lm-hint" }, "Keys: [ and ] step through the similarities, F always merges the selected matrix, K always keeps it, A removes the override, 1 to 9 load a kept plan, Ctrl+Z undoes."),
     ];
   }
 

@@ -1,11 +1,11 @@
 // @ts-check
-// What the two dials share: a plot that stands exactly over a slider, and the ticks under it.
+// What the two dials share: a plot aligned with a slider, and the ticks under it.
 
 import { node, shape } from "../../web/dom.js";
 
 /** @import { LayerMap } from "./map.js" */
 
-export const INSET = 10; // half a slider thumb, so that a line stands exactly over the thumb
+export const INSET = 10; // half a slider thumb, so that a line is aligned with the thumb
 
 /**
  * @param {LayerMap} map

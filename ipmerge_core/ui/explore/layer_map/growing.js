@@ -63,7 +63,7 @@ function takeNews(map, news) {
   if (!growing) { // the sentence keeps the height that it had: nothing jumps at the end
     map.set({ presets: news.presets });
     buildPicks(map);
-    announce(map, `The analysis is finished: all ${index.cells.length} matrices are there.`);
+    announce(map, `The analysis is complete: all ${index.cells.length} matrices are there.`);
   }
   map.painter.now();
 }

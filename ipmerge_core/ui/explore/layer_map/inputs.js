@@ -58,7 +58,7 @@ export function numberDone(map, input) {
   if (!isUsable(input)) {
     const { s, lambda } = map.state.plan, isS = input.dataset.number === "s";
     input.value = isS ? fixed(s) : lambdaText(lambda);
-    setText(map.dom.status, `${isS ? "S_α" : "λ"} must be a number from 0 to ${isS ? 1 : LAMBDA_MAX}; it is still ${input.value}.`);
+    setText(map.dom.status, `${isS ? "Sα" : "λ"} must be a number from 0 to ${isS ? 1 : LAMBDA_MAX}; the value remains ${input.value}.`);
   }
   commit(map);
 }

@@ -90,7 +90,7 @@ function sliderKey(map, { key, shiftKey }, target) {
 /**
  * @param {LayerMap} map
  * @param {KeyboardEvent} event
- * @param {Target} own What the button with the focus stands for.
+ * @param {Target} own The target of the focused button.
  */
 function gridKey(map, event, own) {
   const override = OVERRIDE_KEYS[event.key.toLowerCase()];
@@ -104,7 +104,7 @@ function gridKey(map, event, own) {
 }
 
 /**
- * A head inside the brushed range stands for the range.
+ * A header inside the brushed range represents the range.
  *
  * @param {Target | null} chosen
  * @param {Target} own

@@ -1,7 +1,7 @@
 // @ts-check
 // The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&o=..&c=.. in at most 300 characters. `o` packs the
-// cells set by hand, five to a byte, so that any number of them fits. Nothing in a link is believed:
-// unusable values take their defaults, and the page says so.
+// cells set by hand, five to a byte, so that any number of them fits. A link is untrusted input:
+// invalid values are replaced by their defaults, with a message.
 
 import { lambdaText } from "../../web/format.js";
 import { MEMORY } from "../../web/memory.js";
@@ -108,7 +108,7 @@ export function linkSearch(arrival) {
 }
 
 /**
- * What a link says about a pair, or null where it says nothing.
+ * The content of a link about a pair, or null if there is none.
  *
  * @param {string} search
  * @param {Index} index
@@ -118,7 +118,7 @@ export function readLink(search, index) {
   const query = new URLSearchParams(search), version = query.get("v");
   if (version === null) return null;
   if (version !== LINK_VERSION) {
-    return { pack: null, problems: [`this link is of version ${version.slice(0, 12)}, which this page does not know`] };
+    return { pack: null, problems: [`version ${version.slice(0, 12)} of the link is not supported`] };
   }
   /** @type {string[]} */
   const problems = [];

@@ -24,7 +24,7 @@ const FINEST = 1e4; // steps of the threshold from 0 to 1
 export function flipOn(map) {
   const { flips, plan: { s } } = map.state;
   const ahead = flips.findLast(({ value }) => value >= s && value < 1);
-  if (!ahead) setText(map.dom.status, "No matrix leaves above.");
+  if (!ahead) setText(map.dom.status, "No matrix is removed at a higher threshold.");
   else flipTo(map, ahead, Math.min(1, Math.floor(ahead.value * FINEST) / FINEST + 1 / FINEST), "leaves");
 }
 
@@ -36,7 +36,7 @@ export function flipOn(map) {
 export function flipBack(map) {
   const { flips, plan: { s } } = map.state;
   const ahead = flips.find(({ value }) => value < s);
-  if (!ahead) setText(map.dom.status, "No matrix joins below.");
+  if (!ahead) setText(map.dom.status, "No matrix is added at a lower threshold.");
   else flipTo(map, ahead, Math.floor(ahead.value * FINEST) / FINEST, "joins");
 }
 
@@ -79,7 +79,7 @@ export function showFlip(map, cell) {
 }
 
 /**
- * Merge or keep some matrices whatever the threshold says, or let it decide again.
+ * Override the threshold for some matrices, or remove their overrides.
  *
  * @param {LayerMap} map
  * @param {Cell[]} cells
@@ -140,7 +140,7 @@ export function keepPlan(map) {
   buildPresets(map);
   paintPreset(map);
   const number = map.state.kept.length;
-  announce(map, at >= 0 ? "Forgotten." : `Kept as number ${number}: choose it under Preset, with the key ${number}, or in Compare.`);
+  announce(map, at >= 0 ? "Plan removed." : `Kept as plan ${number}: select it under Preset, with the key ${number}, or in Compare.`);
 }
 
 /**

@@ -1,5 +1,5 @@
 // @ts-check
-// Opening a pair: the content that Python sent, and what the address or the history says about it.
+// Opening a pair: the content that Python sent, and the plan of the address or the history.
 
 import { setText } from "../../web/dom.js";
 import { cleanPlan, samePlan } from "../../web/plan.js";
@@ -15,7 +15,7 @@ import { begin, here, settle } from "./session.js";
 /** @import { LayerMap } from "./map.js" */
 
 /**
- * Show a content: a pack and a plan; on the first one, the address may say another plan or pair.
+ * Show a content: a pack and a plan; on the first one, the address may contain another plan or pair.
  *
  * @param {LayerMap} map
  */
@@ -77,7 +77,7 @@ function openFirst(map, content) {
 
 /**
  * @param {LayerMap} map
- * @param {string} words What the status line says about it.
+ * @param {string} words The message of the status line.
  */
 function draw(map, words) {
   buildPicks(map);
@@ -130,19 +130,19 @@ function linkElsewhere({ state: { packId, linkAsked } }, link) {
 }
 
 /**
- * Take over what a link says; returns what to tell about it.
+ * Apply the content of a link; returns the message about it.
  *
  * @param {LayerMap} map
  * @param {LinkContent} link
  */
 function followLink(map, { pack, plan, cell, problems }) {
-  if (pack && pack !== map.state.packId) return "The link names a pair that is not here, so this one is shown as it starts.";
+  if (pack && pack !== map.state.packId) return "The pair of the link is not available; this pair is shown with its default plan.";
   if (plan) {
     map.set({ plan });
     begin(map);
   }
   if (cell) map.set({ target: { kind: "cell", cell } });
-  return problems.length ? `Some of the link was not usable and took its default: ${problems.join("; ")}.` : "";
+  return problems.length ? `Some values of the link are invalid and were replaced by defaults: ${problems.join("; ")}.` : "";
 }
 
 /**

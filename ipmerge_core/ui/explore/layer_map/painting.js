@@ -78,7 +78,7 @@ function paintInputs(map) {
   if (typing !== number.s) number.s.value = fixed(s, Number.isInteger(Math.round(s * 1e6) / 1e3) ? 3 : 4);
   if (typing !== number.lambda) number.lambda.value = lambdaText(lambda);
   range.s.setAttribute("aria-valuetext", `${fixed(s)}, ${result.selected.length} of ${result.n_matrices} matrices merge`);
-  range.lambda.setAttribute("aria-valuetext", lambdaText(lambda) + (lambda === 1 ? ", as the paper writes it" : ""));
+  range.lambda.setAttribute("aria-valuetext", lambdaText(lambda) + (lambda === 1 ? ", as in the paper" : ""));
   if (!dragMe.hidden) dragMe.style.setProperty("--at", String(s));
   if (!dragging) paintChoices(map);
 }

@@ -1,6 +1,6 @@
 // @ts-check
-// The words about the whole plan: the sentence, what the threshold's neighbourhood holds, and what has
-// joined and left. The lines keep their height while something is being dragged.
+// The summary of a plan: the sentence, the matrices close to the threshold, and those added and
+// removed. The lines keep their height while something is being dragged.
 
 import { node, setText } from "../../web/dom.js";
 import { bytes, count, fixed, percent } from "../../web/format.js";
@@ -10,7 +10,7 @@ import { cellsOf } from "../../web/targets.js";
 /** @import { Pack, Preview } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
 /** @import { State } from "./types.d.ts" */
-/** @typedef {string | { strong: string } | "·"} Piece Text, or text that stands out, or a dot. */
+/** @typedef {string | { strong: string } | "·"} Piece Text, or emphasized text, or a dot. */
 
 const STEP = 0.01;
 const SAME = "The merged model equals the multimodal model.";
@@ -23,7 +23,7 @@ export function paintSentence(map) {
   const { dom, state: { pack, result } } = map;
   setText(dom.count, `${result.selected.length} of ${result.n_matrices}`);
   const pieces = result.selected.length ? mergingPieces(map.state) : nothingPieces(map.state);
-  const chip = pack.growing ? growingWords(pack) : "", key = JSON.stringify([chip, pieces]);
+  const chip = pack.growing ? growingText(pack) : "", key = JSON.stringify([chip, pieces]);
   if (written.get(dom.sum) === key) return;
   written.set(dom.sum, key);
   dom.sum.replaceChildren(...(chip ? [node("span", { class: "lm-chip" }, chip), " "] : []), ...pieces.map(drawn));
@@ -62,7 +62,7 @@ function closingPieces(lambda, isGrowing, result) {
   if (result.selected.length === result.n_matrices) {
     return [`Every ${isGrowing ? "analysed " : ""}matrix merges: no selection step is left.`];
   }
-  return [`${bytes(result.bytes_rewritten)} rewritten`, "·", "vision tower untouched"];
+  return [`${bytes(result.bytes_rewritten)} rewritten`, "·", "vision tower unchanged"];
 }
 
 /**
@@ -74,15 +74,15 @@ function nothingPieces({ pack, index, plan }) {
   const best = similarities.reduce((highest, each) => Math.max(highest, each), -Infinity);
   return [{ strong: "Nothing merges" }, best < plan.s
     ? ` above ${fixed(best)}, the highest similarity of this pair${pack.growing ? " so far" : ""}. ${SAME}`
-    : `: every matrix is kept by hand. ${SAME}`];
+    : `: every matrix is set to keep. ${SAME}`];
 }
 
 /**
- * What stands before the sentence, so that nobody takes a part for the whole.
+ * The label in front of the sentence while the analysis is incomplete.
  *
  * @param {Pack} pack
  */
-function growingWords({ growing }) {
+function growingText({ growing }) {
   const done = `${Math.floor(100 * (growing?.done ?? 0))} %`;
   return growing?.running ? `analysis running, ${done}` : `analysis stopped at ${done}`;
 }
@@ -94,8 +94,8 @@ function growingWords({ growing }) {
  */
 export function paintSense({ dom, state }) {
   const { joins, leaves } = edgeCounts(state);
-  const near = `Lowering S_α by ${STEP} adds ${joins}, raising it by ${STEP} drops ${leaves}.`;
-  setText(dom.sense, state.target?.kind === "range" ? `${rangeWords(state)} ${near}` : near);
+  const near = `Lowering Sα by ${STEP} adds ${joins}, raising it by ${STEP} removes ${leaves}.`;
+  setText(dom.sense, state.target?.kind === "range" ? `${rangeText(state)} ${near}` : near);
 }
 
 /**
@@ -116,7 +116,7 @@ export function edgeCounts({ index, plan: { s, similarity, overrides } }) {
 }
 
 /** @param {State} state */
-function rangeWords(state) {
+function rangeText(state) {
   const { target, index, result } = state, cells = cellsOf(index, target);
   if (target?.kind !== "range") return "";
   const n = cells.filter((cell) => merges(state, result, cell)).length;
@@ -137,5 +137,5 @@ export function paintDrift({ dom, state: { ghost, result } }) {
   });
   const words = joined || left ? `+${joined} −${left}` : "";
   setText(dom.drift, words);
-  dom.drift.title = words && "matrices that have joined and left since the plan before";
+  dom.drift.title = words && "matrices added and removed since the previous plan";
 }

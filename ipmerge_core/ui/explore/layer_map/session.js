@@ -46,7 +46,7 @@ export function startDrag(map) {
  * The hand has let go: what it has left becomes a step of the history.
  *
  * @param {LayerMap} map
- * @param {string} [words] Said before the sentence.
+ * @param {string} [words] Announced before the sentence.
  */
 export function commit(map, words = "") {
   map.set({ dragging: false, typing: null });
@@ -94,7 +94,7 @@ export function begin(map) {
 }
 
 /**
- * Where the history stands.
+ * The position in the history.
  *
  * @param {State} state
  * @returns {Step}

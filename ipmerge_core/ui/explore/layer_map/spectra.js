@@ -19,7 +19,7 @@ const PANEL = 100, GAP = 8, PANEL_HEIGHT = 54;
 const panels = new WeakMap();
 
 /**
- * The matrix that a panel of the small multiples stands for.
+ * The matrix of a panel of the small multiples.
  *
  * @param {Element | null} panel
  */

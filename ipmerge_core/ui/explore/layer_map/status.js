@@ -1,12 +1,12 @@
 // @ts-check
-// The two lines that say what has happened: one that is seen and one that is heard.
+// The two status lines: a visible one, and one for screen readers.
 
 import { setText } from "../../web/dom.js";
 
 /** @import { LayerMap } from "./map.js" */
 
 /**
- * Say something in both.
+ * Show a message in both.
  *
  * @param {LayerMap} map
  * @param {string} words

@@ -91,13 +91,13 @@ export async function copyLink(map) {
  * @param {LayerMap} map
  */
 export async function saveReport({ host, state, dom }) {
-  setText(dom.note, "Writing the report …");
+  setText(dom.note, "Saving the report …");
   try {
     const report = await host.server?.report_file?.(state.packId, state.plan);
-    if (typeof report !== "string") throw new TypeError("The server sent no report.");
+    if (typeof report !== "string") throw new TypeError("The server did not return a report.");
     saveText(`${fileStem(state.pack)}.html`, report, "text/html");
     setText(dom.note, "Report saved.");
   } catch {
-    setText(dom.note, "The report could not be written. Reload the page and try again.");
+    setText(dom.note, "Could not save the report. Reload the page and try again.");
   }
 }

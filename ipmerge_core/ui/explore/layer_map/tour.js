@@ -1,7 +1,7 @@
 // @ts-check
 // The tour: a minute, five steps, a card in the corner that takes nothing away. A step ends when its
 // thing is done or Next is pressed, Escape ends them all. It is offered at the first visit only, and
-// never where somebody came for something else: by a link, on a stage, in a report.
+// never for a visit by a link, on a stage, or in a report.
 
 import { node, setText } from "../../web/dom.js";
 import { recall, remember } from "../../web/memory.js";
@@ -14,15 +14,15 @@ import { recall, remember } from "../../web/memory.js";
 /** @type {Step[]} */
 const STEPS = [
   { at: ".lm-map", done: "read", title: "One square is one weight matrix",
-    words: "Of the language model inside: its layers by the parts of a layer. The colour says how well the math model's change lines up with the vision model's. Point at a few squares, or walk with the arrow keys." },
+    words: "The map shows the language model: layers on one axis, the modules of a layer on the other. The colour shows how similar the math model's change is to the vision model's. Hover over a few squares, or move with the arrow keys." },
   { at: ".lm-dial-s", done: "s", title: "Drag the threshold",
-    words: "A matrix whose similarity reaches S_α takes the math model's change: framed, in full colour. The others stay as they are: hatched." },
-  { at: ".lm-map", done: "choose", title: "Choose a square",
-    words: "It tells its similarity, why it merges or stays, and lets you decide otherwise for this one." },
-  { at: ".lm-dial-l", done: "lambda", title: "Turn the gain λ",
-    words: "How strongly the change is merged. To the right the merged model absorbs more of the math model (dashed) and keeps less of the vision model (solid). This is geometry, not accuracy." },
-  { at: ".lm-answer", done: "answer", title: "See it answer",
-    words: "The same question to the vision model and to the merged one, side by side." },
+    words: "Matrices with a similarity of at least Sα are merged (framed, in full colour). The others are kept (hatched)." },
+  { at: ".lm-map", done: "choose", title: "Select a square",
+    words: "The details show its similarity and why it is merged or kept. You can override the decision for this matrix." },
+  { at: ".lm-dial-l", done: "lambda", title: "Change the scale λ",
+    words: "λ scales the update. Larger values absorb more of the math model (dashed) and keep less of the vision model (solid). The curves are cosines, not accuracies." },
+  { at: ".lm-answer", done: "answer", title: "Ask both models",
+    words: "Compare the answers of the vision model and the merged model to the same question." },
 ];
 const PAUSE = 900; // to see the tick before the next step
 const ENOUGH_READ = 3; // squares
@@ -64,7 +64,7 @@ export class Tour {
     document.addEventListener("keydown", this.#leave, true);
     this.card.replaceChildren(
       node("h2", {}, "New here?"),
-      node("p", {}, "A minute shows what this map tells and what you can do with it."),
+      node("p", {}, "A one-minute tour explains this map and its controls."),
       node("p", { class: "lm-acts" }, tourButton("tour-end", "No, thanks", { class: "lm-quiet" }), tourButton("tour", "Start the tour", { class: "lm-next" })));
     this.card.hidden = false;
   }

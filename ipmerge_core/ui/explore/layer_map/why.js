@@ -1,6 +1,6 @@
 // @ts-check
-// Why a matrix merges or is kept, answered from the live values; in the field's words, and in plain
-// ones for the simple layout.
+// Why a matrix merges or is kept, computed from the live values: a technical text, and a plain
+// one for the simple layout.
 
 import { actionButton, node, setText } from "../../web/dom.js";
 import { fixed, percent } from "../../web/format.js";
@@ -31,14 +31,14 @@ function rankOf(state, cell) {
 export function verdictText(state, cell) {
   const { s, similarity, overrides } = state.plan, value = shownSimilarity(state, cell), text = fixed(value);
   const override = overrides[cell.name];
-  if (override) return `Always ${override === "merge" ? "merged" : "kept"}, by your choice. Its similarity is ${text}.`;
+  if (override) return `Always ${override === "merge" ? "merged" : "kept"} (override). Similarity: ${text}.`;
   return value >= s
-    ? `Merges: ${MEASURE_LABELS[similarity]} is ${text}, at or above S_α ${fixed(s)}.`
-    : `Kept: ${MEASURE_LABELS[similarity]} is ${text}. It needs S_α ≤ ${text} to merge.`;
+    ? `Merged: ${MEASURE_LABELS[similarity]} is ${text} ≥ Sα ${fixed(s)}.`
+    : `Kept: ${MEASURE_LABELS[similarity]} is ${text}. Merged for Sα ≤ ${text}.`;
 }
 
 /**
- * The same for someone who has never seen a weight matrix.
+ * The same for readers without a background in linear algebra.
  *
  * @param {State} state
  * @param {Cell} cell
@@ -46,11 +46,11 @@ export function verdictText(state, cell) {
 export function plainText(state, cell) {
   const { s, overrides } = state.plan, value = shownSimilarity(state, cell), text = fixed(value, 2);
   const override = overrides[cell.name];
-  const alike = `The math model and the vision model changed this matrix in directions that agree by ${text}, where 0 is unrelated and 1 the same.`;
-  if (override) return `${alike} You have set it to ${override === "merge" ? "merge" : "stay"}, whatever the threshold says.`;
+  const alike = `The math model and the vision model changed this matrix in directions with a similarity of ${text} (0: unrelated, 1: identical).`;
+  if (override) return `${alike} It is always ${override === "merge" ? "merged" : "kept"}, because you overrode the threshold.`;
   return value >= s
-    ? `${alike} That reaches the threshold ${fixed(s, 2)}, so the math model's change is merged into it.`
-    : `${alike} That is below the threshold ${fixed(s, 2)}, so it stays as the vision model has it.`;
+    ? `${alike} This reaches the threshold ${fixed(s, 2)}, so the math model's change is merged.`
+    : `${alike} This is below the threshold ${fixed(s, 2)}, so the vision model's weights are kept.`;
 }
 
 /**
@@ -59,17 +59,17 @@ export function plainText(state, cell) {
  */
 function whyText(state, cell) {
   const { s, overrides } = state.plan, value = shownSimilarity(state, cell), text = fixed(value);
-  const rank = `It ranks ${rankOf(state, cell)} of ${state.index.cells.length}.`;
+  const rank = `Rank ${rankOf(state, cell)} of ${state.index.cells.length}.`;
   if (overrides[cell.name]) {
-    return `${title(cell)} is set by hand; without that it would ${value >= s ? "merge" : "be kept"}, with ${text} against S_α ${fixed(s)}. ${rank}`;
+    return `${title(cell)} has an override; without it, it would be ${value >= s ? `merged (${text} ≥` : `kept (${text} <`} Sα ${fixed(s)}). ${rank}`;
   }
   return value >= s
-    ? `${title(cell)} merges because ${text} ≥ S_α ${fixed(s)}. ${rank} It would leave above ${text}.`
-    : `${title(cell)} is kept because ${text} < S_α ${fixed(s)}. ${rank} It would join at ${text}.`;
+    ? `${title(cell)} is merged because ${text} ≥ Sα ${fixed(s)}. ${rank} Kept for Sα > ${text}.`
+    : `${title(cell)} is kept because ${text} < Sα ${fixed(s)}. ${rank} Merged for Sα ≤ ${text}.`;
 }
 
 /**
- * What this matrix is worth to the whole: the change with and without it.
+ * The contribution of this matrix: the total change with and without it.
  *
  * @param {State} state
  * @param {Cell} cell
@@ -80,7 +80,7 @@ function shareText(state, cell, result) {
   const overrides = { ...state.plan.overrides, [cell.name]: isOn ? /** @type {const} */ ("keep") : /** @type {const} */ ("merge") };
   const other = previewOf(state.index, { ...state.plan, overrides });
   const [without, now] = [other, result].map(({ relative_change: x }) => `${Number((100 * x).toPrecision(3))} %`);
-  return `${isOn ? "Without it" : "With it"} the whole change would be ${without} of ‖W‖ instead of ${now}.`;
+  return `${isOn ? "Without it" : "With it"} the total change would be ${without} of ‖W‖ instead of ${now}.`;
 }
 
 /**
@@ -92,9 +92,9 @@ function shareText(state, cell, result) {
 function otherMeasures({ plan, expert }, cell) {
   const words = MEASURES.filter((measure) => measure !== plan.similarity).map((similarity) => {
     const value = shownSimilarity({ plan: { similarity }, expert }, cell);
-    return `${MEASURE_LABELS[similarity]} is ${fixed(value)}: ${value >= plan.s ? "merges" : "kept"}`;
+    return `${MEASURE_LABELS[similarity]} is ${fixed(value)}: ${value >= plan.s ? "merged" : "kept"}`;
   });
-  return `By the other measures: ${words.join("; ")}.`;
+  return `With the other measures: ${words.join("; ")}.`;
 }
 
 /**
@@ -103,7 +103,7 @@ function otherMeasures({ plan, expert }, cell) {
  */
 function chanceText({ plan }, record) {
   const chance = record.chance?.[plan.similarity];
-  const level = Number.isFinite(chance) ? ` Two unrelated matrices of this size reach about ${fixed(chance, 2)}.` : "";
+  const level = Number.isFinite(chance) ? ` Chance level for unrelated matrices of this size: about ${fixed(chance, 2)}.` : "";
   return `Similarity is ${MEASURE_MEANING[plan.similarity]}.${level}`;
 }
 
@@ -119,12 +119,12 @@ function chanceText({ plan }, record) {
 export function whyBlock(map, live, cell, record, buttons) {
   const text = node("div", { class: "lm-why", id: `${map.id}why`, hidden: "" });
   const button = actionButton("why", "Why?", { "aria-expanded": "false", "aria-controls": text.id });
-  const show = actionButton("show-flip", "Show me the flip");
+  const show = actionButton("show-flip", "Animate the threshold");
   live.add(() => { show.hidden = Boolean(map.state.plan.overrides[cell.name]); });
   /** @param {(result: Preview) => string} words */
   const line = (words) => {
     const made = node("p");
-    live.add((result) => { if (!text.hidden) setText(made, words(result)); }); // no sums for what nobody reads
+    live.add((result) => { if (!text.hidden) setText(made, words(result)); }); // no sums for hidden text
     return made;
   };
   text.append(
@@ -137,5 +137,5 @@ export function whyBlock(map, live, cell, record, buttons) {
 /** @param {LayerRecord} record */
 function gapWarning({ gap }) {
   if (gap === null || !Number.isFinite(gap) || gap >= 0.05) return [];
-  return [node("p", {}, `The first two singular values differ by only ${percent(gap)}, so which direction counts as the first is nearly a coin toss here.`)];
+  return [node("p", {}, `The first two singular values differ by only ${percent(gap)}, so the choice of the first direction is unstable.`)];
 }
