@@ -312,7 +312,7 @@ def test_a_sum_of_updates_applies_the_gain_of_each():
 def test_changes_of_full_rank_are_refused(plan_of, tmp_path):
     for options, words in [
         ({"method": "task_arithmetic"}, "change of Task arithmetic has full rank"),
-        ({"ablation": "select_only"}, "IP-Merging with ablation 'select_only' changes"),
+        ({"ablation": "select_only"}, "IP-Merging with ablation 'select_only' has full rank"),
     ]:
         with pytest.raises(PlanError, match=words):
             export_adapter(plan_of(**options), tmp_path / "adapter")

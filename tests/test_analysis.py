@@ -362,7 +362,7 @@ def test_a_gpu_runs_as_many_matrices_at_once_as_its_memory_holds(
 
 
 def test_a_matrix_too_large_for_the_machine_is_refused_with_numbers(trio: Trio) -> None:
-    with pytest.raises(RunError, match=r"takes about 1000000\.0 GB of memory and .* GB are free"):
+    with pytest.raises(RunError, match=r"needs about 1000000\.0 GB of memory and .* GB are free"):
         analysis_room._workers("cpu", working_set=10**15)
 
 

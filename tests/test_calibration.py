@@ -154,7 +154,7 @@ def test_a_folder_with_anything_else_is_left_alone(pair, samples, tmp_path, gram
     with pytest.raises(RunError, match="a finished calibration"):
         calibrate(pair, grams.folder, GRAM, *samples)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="something else"):
+    with pytest.raises(RunError, match="other files"):
         calibrate(pair, tmp_path, GRAM, *samples)
 
 
