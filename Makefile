@@ -3,7 +3,7 @@
 #   make app     install what the app needs and start it on 127.0.0.1
 #   make test    install the test tools, then lint, type check and run every test
 #   make lint    ruff, mypy, eslint and tsc only
-#   make demo    train the demo trio in assets/demo again
+#   make demo    train the demo models in assets/demo again
 #   make bench   print the figures of benchmarks/README.md
 #   make clean   remove the environment and all caches
 #
