@@ -171,7 +171,7 @@ def test_values_that_are_not_finite_are_counted(bad):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"method": "lanczos"}, "Unknown svd method 'lanczos'. Available: auto, exact"),
+        ({"method": "lanczos"}, "Unknown method 'lanczos' of svd. Available: auto, exact"),
         ({"rank": 0}, "rank is 0; expected an integer >= 1"),
         ({"rank": -3}, "rank is -3"),
         ({"dtype": torch.float16}, "float16; expected"),
