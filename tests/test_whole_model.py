@@ -21,6 +21,8 @@ from ipmerge_core.methods.declarations import drained
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
 
+pytestmark = pytest.mark.shapes  # the methods' previews too
+
 WHOLE: list[tuple[str, dict[str, Any]]] = [
     ("metagpt", {}),
     ("nan", {}),
