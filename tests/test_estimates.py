@@ -16,7 +16,7 @@ from ipmerge_core.methods import METHODS
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.models.shared_tokens import ROWS
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.format import estimate_words
+from ipmerge_core.ui.format import format_estimate
 from ipmerge_core.ui.merge.method_form import MethodChoice, chosen_plan
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice
@@ -59,7 +59,7 @@ def test_command_line_app_and_api_give_one_estimate_with_its_advice(
     assert found.estimate is not None
     assert found.estimate.seconds == need.seconds
     assert found.estimate.advice == need.advice
-    assert estimate_words(need.seconds, "cpu") in found.confirmation
+    assert format_estimate(need.seconds, "cpu") in found.confirmation
     assert f"<dt>Advice</dt><dd>{METHODS[method].label}" in found.confirmation
     assert FASTER in found.confirmation
 
