@@ -237,7 +237,7 @@ def test_the_preview_refuses_what_was_measured_from_other_bases(pair: ModelPair)
     ("choice", "words"),
     [
         ({"method": "metagpt", "scope": "tensor", "anchor": "inject"}, "scope=model"),
-        ({"anchor": "inject", "mllm_weight": 0.9}, "stays whole"),
+        ({"anchor": "inject", "mllm_weight": 0.9}, "is not scaled"),
         ({"anchor": "both"}, "expected inject or two_base or root or interp"),
     ],
 )
