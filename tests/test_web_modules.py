@@ -84,7 +84,10 @@ def test_comments_stay_behind_and_code_that_looks_like_one_does_not(tmp_path: Pa
         ('import { a } from "./a.js";\nimport { a } from "./b.js";\n', "the name 'a' twice"),
         ("export function a() {}\nexport const a = 1;\n", "main.js has the name 'a' twice"),
         ('import { a as b } from "./a.js";\n', "'a as b'; renaming is not understood"),
-        ('import { a } from "./nowhere.js";\n', 'imports from "./nowhere.js", which does not exist'),
+        (
+            'import { a } from "./nowhere.js";\n',
+            'imports from "./nowhere.js", which does not exist',
+        ),
         ('import { a } from "a";\n', 'imports from "a", which does not exist'),
         ('import a from "./a.js";\n', "only named imports"),
         ('import * as a from "./a.js";\n', "only named imports"),
