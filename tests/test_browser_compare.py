@@ -118,7 +118,7 @@ def test_another_pair_is_compared_by_relative_depth(chromium_page: Page, served:
     traffic = open_compare(page, served)
     page.get_by_label("Pair B").click()
     page.get_by_role("option", name="own: synthetic 4 layers").click()
-    expect(page.locator("#compare-map .lm-source")).to_contain_text("A has 28 layers and B 4")
+    expect(page.locator("#compare-map .lm-source")).to_contain_text("A has 28 layers and B has 4")
     selected = [set(python_preview(PACKS[name], A).selected) for name in ("a", "b")]
     pairs = set()
     for name in python_preview(PACKS["a"], {**A, "s": 0.0}).selected:
@@ -151,7 +151,7 @@ def test_side_by_side_shows_two_maps_with_one_choice_at_the_same_relative_depth(
     traffic = open_compare(page, served)
     page.get_by_label("Pair B").click()
     page.get_by_role("option", name="own: synthetic 4 layers").click()
-    expect(page.locator("#compare-map .lm-source")).to_contain_text("A has 28 layers and B 4")
+    expect(page.locator("#compare-map .lm-source")).to_contain_text("A has 28 layers and B has 4")
     page.get_by_role("button", name="Side by side").click()
     for letter, name, cells in (("a", "a", 196), ("b", "b", 28)):
         grid = page.locator(f"#compare-map [data-grid={letter}]")
