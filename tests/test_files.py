@@ -137,7 +137,7 @@ def test_the_estimate_names_the_cheaper_way(
     assert need.seconds > 0
     assert need.nbytes_memory > need.largest_matrix
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    assert "on a machine with more room" in estimate_merge(plan, tmp_path / "out").advice
+    assert "on a machine with more disk space" in estimate_merge(plan, tmp_path / "out").advice
     with pytest.raises(RunError, match="needs .* GB .* are free"):
         ipm.merge(plan, tmp_path / "out")
     assert not list(tmp_path.iterdir())

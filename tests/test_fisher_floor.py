@@ -159,9 +159,9 @@ def test_a_model_without_any_information_takes_no_part() -> None:
 def test_numbers_of_the_whole_model_that_do_not_fit_are_refused() -> None:
     weights, found = case()
     norms = whole(found, means=False)
-    with pytest.raises(PlanError, match="got 2 numbers .* for 2 models; .*, then the mean of each"):
+    with pytest.raises(PlanError, match="of 2 numbers for 2 models; .*, then the mean of each"):
         merged(weights, found, statistic=norms)
-    with pytest.raises(PlanError, match="got 3 numbers"):
+    with pytest.raises(PlanError, match="statistic of 3 numbers"):
         merged(weights, found, statistic=(*norms, 1.0), **ABSOLUTE)
     for options in (ABSOLUTE, {"floor": 0.0}):
         one = merged(weights, found, statistic=norms, **options)
