@@ -197,7 +197,7 @@ def test_a_picture_without_a_question_gets_a_sentence(page, tmp_path):
     page.locator("#prompt input[type=file]").set_input_files(tmp_path / "grey.png")
     expect(page.locator("#prompt img")).to_be_visible()
     ask(page, "")
-    expect(page.get_by_test_id("toast-body")).to_contain_text("without a question")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("an image but no question")
 
 
 def test_one_side_may_fail_and_the_other_still_answers(page):
