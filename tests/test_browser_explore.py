@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from explore_page import (
+    COMPONENT,
     PACKS,
     csv_rows,
     expect_summary,
@@ -61,6 +62,16 @@ def test_a_drag_of_sixty_moves_asks_nothing_of_the_server_and_commits_once(
     received(chromium_page, s=plan["s"])
     assert len(traffic.commits()) == 1
     expect_summary(chromium_page, PACKS["a"])
+
+
+def test_every_commit_is_answered_so_that_other_tabs_do_not_wait(chromium_page: Page, app_url: str):
+    """Other tabs wait until the server has the plan; an uncounted answer costs them 5 seconds."""
+    open_map(chromium_page, app_url)
+    number = chromium_page.get_by_label("S alpha as a number")
+    for value in ("0.3", "0.2"):
+        number.fill(value)
+        number.press("Enter")
+        chromium_page.wait_for_function(f"{COMPONENT}.isSettled()")
 
 
 def test_everything_works_from_the_keyboard(chromium_page: Page, explore_url: str):

@@ -68,7 +68,7 @@ PRESETS: list[dict[str, Any]] = [
 # In the page: count an answered commit; wait until all are answered (and the pair is shown), for
 # at most 5 seconds.
 _MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
-_ANSWERED = f"() => {{ const map = {_MAP}; if (map) map.unanswered -= 1; }}"
+_ANSWERED = f"() => {{ {_MAP}?.answered(); }}"
 _UNTIL_SETTLED = f"""async (pair) => {{
   const isSettled = (map) => map.isSettled() && (!pair || map.packId === pair);
   for (let i = 0; i < 250 && {_MAP} && !isSettled({_MAP}); i++)
