@@ -192,13 +192,13 @@ def _layout(*, hosted: bool) -> _Parts:
         seen = gr.Textbox(
             label="Samples for the vision-language model",
             info=SAMPLES_HINT.format(tasks="all", columns="question, answer and image"),
-            elem_id="samples-seen",
+            elem_id="samples-mllm",
             **words,
         )
         read = gr.Textbox(
             label="Samples for the math model",
             info=SAMPLES_HINT.format(tasks="math", columns="question and answer"),
-            elem_id="samples-told",
+            elem_id="samples-math",
             **words,
         )
         limit = gr.Number(
