@@ -137,5 +137,8 @@ def launch(
         run_history=False,  # do not keep images and questions in the browser
         max_file_size=LARGEST_UPLOAD,
         allowed_paths=[],
+        # Gradio asks itself for the page and ends the app where that takes over three seconds, as
+        # on a busy machine, or where a proxy is set for this machine's own address.
+        _frontend=False,
         app_kwargs={"routes": [download_route(backend)]},
     )
