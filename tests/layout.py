@@ -46,7 +46,7 @@ UI_ORDER = [
     {"startup", "latex", "theme", "web"},
     {"safe_text"},
     {"pairs", "format"},
-    {"errors", "plan_choice"},
+    {"errors", "plan_choice", "web_security"},
     {"backend"},
     {"finished_merges", "runs"},
     {"explore"},

@@ -6,6 +6,7 @@ the chosen pair, the session's `PlanChoice` and one `Backend`.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import remembered_run
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
+from ipmerge_core.ui.web_security import web_security
 
 HEADING = """\
 # IPMerge
@@ -43,6 +45,7 @@ NO_PACKS = """\
 LARGEST_UPLOAD = "15mb"
 QUEUE = 32  # waiting requests
 SCRIPT = Path(__file__).with_name("page.js")
+STORAGE = SCRIPT.parent / "web" / "storage.js"
 STYLE = ROOT / "assets" / "style.css"
 
 
@@ -132,6 +135,7 @@ def launch(
         theme=theme(),
         css_paths=[STYLE],
         js=page_script(),
+        head=f"<script>{STORAGE.read_text('utf-8')}</script>",
         footer_links=["api", "settings"],
         ssr_mode=False,
         run_history=False,  # do not keep images and questions in the browser
@@ -140,5 +144,8 @@ def launch(
         # Gradio asks itself for the page and ends the app where that takes over three seconds, as
         # on a busy machine, or where a proxy is set for this machine's own address.
         _frontend=False,
-        app_kwargs={"routes": [download_route(backend)]},
+        app_kwargs={
+            "routes": [download_route(backend)],
+            "middleware": [web_security(host or os.environ.get("GRADIO_SERVER_NAME"))],
+        },
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# The folders of an absolute path, up to its last name; not those of a hub id or a web address.
+_PATH = re.compile(r"(?<![\w:/.~-])/(?:[^\s/'\"`<>|:;,()]{1,255}/)+(?=[^\s'\"`])")
 
 # Options of a listener without a progress spinner and without an API endpoint.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -60,10 +64,14 @@ def sentence_of(error: BaseException) -> str:
 
 
 def public_text(text: str) -> str:
-    """Remove the server's folders from a text if this is a Space."""
+    """Remove the server's folders from a text if this is a Space.
+
+    Of every other absolute path, such as one in an error of another library, the last name stays.
+    """
     if is_hosted():
         for folder in _private_folders():
             text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "")
+        text = _PATH.sub("", text)
     return text
 
 
