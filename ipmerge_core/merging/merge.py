@@ -25,7 +25,7 @@ from torch import Tensor
 from ipmerge_core.analysis.analyse import working_set
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.calibration.store import Measurements
-from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
+from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, PlanError, RunError
 from ipmerge_core.merging.estimates import Estimate, check_space, estimate_pair, merging_cost
 from ipmerge_core.merging.manifest import manifest_of
 from ipmerge_core.merging.model_card import write_card
@@ -41,6 +41,7 @@ from ipmerge_core.merging.parts import (
     rounding_noise,
     work_of,
 )
+from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.merging.whole_model import FirstPassStep, is_due, run_first_pass
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
@@ -58,6 +59,7 @@ from ipmerge_core.models.writer import (
 from ipmerge_core.planning.plan import MergePlan, reopen
 from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
+from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.runtime.pipeline import (
     Load,
     WriteBehind,
@@ -107,7 +109,7 @@ def merge(
     """Execute a plan and return the manifest; see `iter_merge`."""
     for _ in iter_merge(plan, out, device=device, resume=resume):
         pass
-    manifest: dict[str, Any] = json.loads((Path(out).expanduser() / MANIFEST).read_text("utf-8"))
+    manifest: dict[str, Any] = json.loads((resolve_path(out) / MANIFEST).read_text("utf-8"))
     return manifest
 
 
@@ -123,13 +125,16 @@ def iter_merge(
 
     Args:
         plan: the plan; its sources are opened again and compared by fingerprint.
-        out: a folder that does not exist or is empty. It appears when the model is complete.
+        out: a folder that does not exist or is empty, or that contains the finished model of this
+            plan. It appears when the model is complete; one that cannot be replaced (see
+            `runtime.paths.is_fixed`) is filled, its config.json last.
         device: a torch device name, or "auto".
-        resume: continue an unfinished run of the same plan.
+        resume: continue an unfinished run of the same plan; a finished one is not repeated.
 
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source differs from the one the plan was made for.
+        PairingError: a source differs from the one the plan was made for, or is written during
+            the run.
         PlanError: the plan's calibration has changed, or the device is not available.
         RunError: the output cannot be written, another run is writing to it, a source cannot be
             read completely, or another process of this run failed.
@@ -137,11 +142,13 @@ def iter_merge(
     device = resolve_device(device)
     method = find_method(plan.method)
     measurements = _open_measurements(plan)
-    if resume and tidy_finished(out, plan.digest):
+    if resume and is_finished(plan, out):
+        tidy_finished(out)
         yield from _steps_of_finished(out)
         return
     out = check_output(out)
     pair = reopen(plan)
+    before = pair.stamps()
     check_space(pair, out)
     started = time.perf_counter()
     with Ranks() as ranks, ExitStack() as stack:
@@ -156,7 +163,30 @@ def iter_merge(
             yield from run.steps()
         except IPMergeError as error:
             failure = error
-        run.conclude(failure, lambda: _documents(run, time.perf_counter() - started))
+        run.conclude(
+            failure,
+            lambda: _documents(run, time.perf_counter() - started),
+            lambda: pair.check_unchanged(before),
+        )
+
+
+def is_finished(plan: MergePlan, out: str | Path) -> bool:
+    """Return whether `out` contains the model of this plan, complete, from an earlier run.
+
+    Compared are the digest of the plan, the fingerprints of its sources and the headers; a folder
+    without a manifest, or with that of another plan, is not. Raises: RunError for an invalid path.
+    """
+    folder = resolve_path(out)
+    made = read_provenance(folder)
+    if made is None or made.digest != plan.digest:
+        return False
+    known = [source.fingerprint for source in made.sources.all()]
+    if known != [source.fingerprint for source in plan.sources.all()]:
+        return False
+    try:
+        return Checkpoint.open(folder).tensors.keys() == made.tensors
+    except CheckpointError:  # such as a shard that is missing
+        return False
 
 
 def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
@@ -228,10 +258,12 @@ class _Run:
             yield from filter(None, behind.drain())
         self.writer.audit([spec.name for spec in specs], min(_AUDITORS, self.ranks.cores))
 
-    def conclude(self, failure: IPMergeError | None, documents: Documents) -> None:
+    def conclude(
+        self, failure: IPMergeError | None, documents: Documents, check: Callable[[], object]
+    ) -> None:
         """Finish the folder if all processes succeeded; otherwise raise the error.
 
-        Errors of the output or of a source's disk can be resumed; if a source itself is invalid,
+        `check` raises if a source has changed since the start. Errors of the output or of a source's disk can be resumed; if a source itself is invalid,
         the partial folder is removed.
         """
         error = None if failure is None else (str(failure), isinstance(failure, RunError))
@@ -245,7 +277,11 @@ class _Run:
                     self.writer.discard()
                 if trouble is not None:
                     raise failure or RunError(f"Process {rank}: {trouble[0]}")
-            self.writer.finish(documents())
+            try:
+                self.writer.finish(documents(), check)
+            except PairingError:
+                self.writer.discard()
+                raise
 
         self.ranks.led(finish)
         if failure is not None:

@@ -18,6 +18,8 @@ class Provenance(NamedTuple):
     plan: str  # the hash
     method: str  # a key of METHODS
     sources: Sources
+    digest: str = ""  # of the plan; "" in manifests from before it was recorded
+    tensors: frozenset[str] = frozenset()  # the names of all tensors
 
 
 def read_provenance(folder: Path) -> Provenance | None:
@@ -35,7 +37,11 @@ def _read(path: Path, _modified: int) -> Provenance | None:
         content = json.loads(path.read_text("utf-8"))
         plan = content["plan"]
         return Provenance(
-            str(plan["hash"]), str(plan["method"]), Sources.from_dict(content["sources"])
+            str(plan["hash"]),
+            str(plan["method"]),
+            Sources.from_dict(content["sources"]),
+            str(plan.get("digest", "")),
+            frozenset(content.get("tensors", ())),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -81,4 +81,5 @@ def _as_message(error: IPMergeError, in_page: bool) -> gr.Error:
 
 
 def _private_folders() -> Iterator[Path]:
-    yield from (home_folder(), ROOT, Path.home())
+    folders = (home_folder(), ROOT, Path(os.path.expanduser("~")))
+    yield from (folder for folder in folders if len(folder.parts) > 1)
