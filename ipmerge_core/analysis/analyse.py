@@ -98,10 +98,10 @@ def _with_records(pair: ModelPair, options: Options, records: tuple[LayerRecord,
 def describe(pair: ModelPair) -> tuple[Sources, Totals]:
     """Return the sources of a pair's models and the sizes of the MLLM, from headers."""
     sources = Sources(
-        mllm=_source(pair.mllm),
-        base=_source(pair.base),
-        base_mllm=None if pair.base_mllm is pair.base else _source(pair.base_mllm),
-        math=tuple(_source(expert) for expert in pair.math),
+        mllm=source_of(pair.mllm),
+        base=source_of(pair.base),
+        base_mllm=None if pair.base_mllm is pair.base else source_of(pair.base_mllm),
+        math=tuple(source_of(expert) for expert in pair.math),
     )
     decoder = [pair.mllm.spec(matrix.mllm) for matrix in pair.matrices]
     outside = sum(
@@ -119,7 +119,8 @@ def describe(pair: ModelPair) -> tuple[Sources, Totals]:
     return sources, totals
 
 
-def _source(model: Checkpoint) -> Source:
+def source_of(model: Checkpoint) -> Source:
+    """Return the location and fingerprint of a model."""
     local = model.files.revision is None
     name = str(Path(model.id).expanduser().absolute()) if local else model.id
     return Source(name, model.files.revision, model.fingerprint)
@@ -245,7 +246,7 @@ def iter_pack_of(
     """
     device = resolve_device(device)  # a fault before any file
     out = output_file(out, suffix=SUFFIX)
-    before = pair.stamps()
+    stamps = pair.stamps()
     costs = [comparing_cost(matrix.shape) for matrix in pair.matrices]
     journal = _open_journal(journal_of(out), pair, options)
     before = sum(costs[: len(journal.records)])
@@ -260,7 +261,7 @@ def iter_pack_of(
             step = step._replace(number=number, matrix=record.name, cost_done=done)
             yield step
     try:
-        pair.check_unchanged(before)
+        pair.check_unchanged(stamps)
         _assemble(pair, tuple(records), options).save(out)
     except PairingError:  # the records are of no use
         journal.path.unlink()

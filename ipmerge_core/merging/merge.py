@@ -41,7 +41,7 @@ from ipmerge_core.merging.parts import (
     rounding_noise,
     work_of,
 )
-from ipmerge_core.merging.provenance import read_provenance
+from ipmerge_core.merging.provenance import is_finished
 from ipmerge_core.merging.whole_model import FirstPassStep, is_due, run_first_pass
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
@@ -170,25 +170,6 @@ def iter_merge(
         )
 
 
-def is_finished(plan: MergePlan, out: str | Path) -> bool:
-    """Return whether `out` contains the model of this plan, complete, from an earlier run.
-
-    Compared are the digest of the plan, the fingerprints of its sources and the headers; a folder
-    without a manifest, or with that of another plan, is not. Raises: RunError for an invalid path.
-    """
-    folder = resolve_path(out)
-    made = read_provenance(folder)
-    if made is None or made.digest != plan.digest:
-        return False
-    known = [source.fingerprint for source in made.sources.all()]
-    if known != [source.fingerprint for source in plan.sources.all()]:
-        return False
-    try:
-        return Checkpoint.open(folder).tensors.keys() == made.tensors
-    except CheckpointError:  # such as a shard that is missing
-        return False
-
-
 def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
     """Estimate bytes, memory and time from headers. Raises: as `iter_merge` before any work."""
     device = resolve_device(device)
@@ -263,8 +244,8 @@ class _Run:
     ) -> None:
         """Finish the folder if all processes succeeded; otherwise raise the error.
 
-        `check` raises if a source has changed since the start. Errors of the output or of a source's disk can be resumed; if a source itself is invalid,
-        the partial folder is removed.
+        `check` raises if a source has changed since the start. Errors of the output or of a
+        source's disk can be resumed; if a source itself is invalid, the partial folder is removed.
         """
         error = None if failure is None else (str(failure), isinstance(failure, RunError))
         reports = self.ranks.gather((error, self.writer.done, self.writer.hashes))

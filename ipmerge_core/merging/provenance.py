@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ipmerge_core.analysis.records import Sources
+from ipmerge_core.errors import CheckpointError
+from ipmerge_core.runtime.paths import resolve_path
+
+if TYPE_CHECKING:
+    from ipmerge_core.planning.plan import MergePlan
 
 MANIFEST = "ipmerge.json"
 
@@ -29,6 +34,27 @@ def read_provenance(folder: Path) -> Provenance | None:
         return _read(path, path.stat().st_mtime_ns)
     except OSError:
         return None
+
+
+def is_finished(plan: MergePlan, out: str | Path) -> bool:
+    """Return whether `out` contains the model of this plan, complete, from an earlier run.
+
+    Compared are the digest of the plan, the fingerprints of its sources and the headers; a folder
+    without a manifest, or with that of another plan, is not. Raises: RunError for an invalid path.
+    """
+    from ipmerge_core.models.checkpoint import Checkpoint  # takes torch
+
+    folder = resolve_path(out)
+    made = read_provenance(folder)
+    if made is None or made.digest != plan.digest:
+        return False
+    known = [source.fingerprint for source in made.sources.all()]
+    if known != [source.fingerprint for source in plan.sources.all()]:
+        return False
+    try:
+        return Checkpoint.open(folder).tensors.keys() == made.tensors
+    except CheckpointError:  # such as a shard that is missing
+        return False
 
 
 @lru_cache(maxsize=256)

@@ -53,9 +53,9 @@ class RunFolders(NamedTuple):
 
 
 def run_folders(out: str | Path) -> RunFolders:
-    """Return the folders that a run for `out` uses: those of an unfinished run, if there are any."""
+    """Return the folders that a run for `out` uses: those of an unfinished run, if any."""
     final = resolve_path(out)
-    inside, next_to = final / _INSIDE, final.with_name((final.name or "root") + _PARTIAL)
+    inside, next_to = final / _INSIDE, final.parent / (final.name + _PARTIAL)
     if inside.is_dir() or (is_fixed(final) and not next_to.is_dir()):
         return RunFolders(final, inside, inside / "model")
     return RunFolders(final, next_to, next_to / "model")

@@ -45,25 +45,31 @@ def writing(path: str | Path, kept: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (reason := _reason(error)) is None:
+        code = _code_of(error)
+        if code is None:
             raise
+        reason = reason_of(error) or (os.strerror(code) if code else str(error))
         rest = f"; {kept}" if kept else ""
         raise RunError(
             f"Cannot write to '{path}': {reason}, then run the same command again{rest}."
         ) from error
 
 
-def _reason(error: Exception) -> str | None:
-    """Return the cause and the remedy if the error is one of the disk."""
+def reason_of(error: Exception) -> str | None:
+    """Return the cause and the remedy if an error is one of the disk; None for others."""
+    return _REASONS.get(_code_of(error) or 0)
+
+
+def _code_of(error: Exception) -> int | None:
+    """Return the number of a system error, also of the safetensors library; 0 if unknown."""
     if isinstance(error, OSError):
-        return _REASONS.get(error.errno or 0, error.strerror or str(error))
+        return error.errno or 0
     from safetensors import SafetensorError
 
     if not isinstance(error, SafetensorError):
         return None
     found = _OS_ERROR.search(str(error))
-    code = int(found[1]) if found else 0
-    return _REASONS.get(code, os.strerror(code) if code else str(error))
+    return int(found[1]) if found else 0
 
 
 @contextlib.contextmanager

@@ -29,12 +29,12 @@ def expand_path(path: str | Path) -> Path:
         raise RunError("The path is empty; expected the path of a file or a folder.")
     if "\0" in text:
         raise RunError(f"The path {text[:80]!r} contains a null character; choose another path.")
-    expanded = os.path.expanduser(text)
-    if text.startswith("~") and (expanded == text or not os.path.isabs(expanded)):
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
         raise RunError(
-            f"Cannot expand '{text[:80]}': this user has no home folder. Specify an absolute path."
-        )
-    return Path(expanded)
+            f"Cannot expand '{text[:80]}': there is no such home folder. Specify an absolute path."
+        ) from error
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -123,7 +123,8 @@ def is_fixed(folder: Path) -> bool:
     """
     if not folder.is_dir():
         return False
-    current = folder.samefile(os.curdir) if os.path.isdir(os.curdir) else False
+    here = Path(os.curdir)
+    current = here.is_dir() and folder.samefile(here)
     return current or is_mounted(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
 
 

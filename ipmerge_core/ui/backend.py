@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import CheckpointError, FolderInUseError, IPMergeError, RunError
 from ipmerge_core.merging.provenance import read_provenance
-from ipmerge_core.runtime.host import is_hosted
-from ipmerge_core.runtime.jobs import Claim, JobStore, Started, check_home, home_folder
+from ipmerge_core.runtime.host import check_home, home_folder, is_hosted
+from ipmerge_core.runtime.jobs import Claim, JobStore, Started
 from ipmerge_core.runtime.paths import expand_path, resolve_path
 from ipmerge_core.ui.plan_choice import analysis_of
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ipmerge_core.analysis.partial import Unfinished, journal_of, read_journal
 from ipmerge_core.analysis.records import read_pack
 from ipmerge_core.errors import PlanError
-from ipmerge_core.runtime.jobs import check_home, home_folder
+from ipmerge_core.runtime.host import check_home, home_folder
 from ipmerge_core.spectral.kinds import TEMPERATURE
 
 ROOT = Path(__file__).resolve().parents[2]
