@@ -27,13 +27,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         try:
-            return _run(arguments)
-        finally:
+            code = _run(arguments)
+        except SystemExit:  # after --help or --version, or with an option that does not exist
             sys.stdout.flush()
+            raise
+        return code if _flushed() else 2
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # so that Python's own flush succeeds
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 128 + signal.SIGPIPE
+
+
+def _flushed() -> bool:
+    """Flush stdout; return False if its disk is full, which has been reported."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _discard_output()
+        return False
+    return True
+
+
+def _discard_output() -> None:
+    """Send the rest of the output to nowhere, so that Python can flush it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -346,14 +346,15 @@ def check_output(out: str | Path) -> Path:
         RunError: it cannot be created or written to, or its name is too long.
     """
     path = resolve_path(out)
-    if path.exists() and not path.is_dir():
+    if path.is_file():
         raise CheckpointError(f"The output '{path}' is a file. Expected the path of a new folder.")
+    output_folder(path, suffix=_PARTIAL)
     own = {_INSIDE, *(_read_note(path / _INSIDE, _MOVING) or [])}
     if path.is_dir() and any(entry.name not in own for entry in path.iterdir()):
         raise CheckpointError(
             f"The output folder '{path}' exists and is not empty. Choose another, or empty it."
         )
-    return output_folder(path, suffix=_PARTIAL)
+    return path
 
 
 def check_unfinished(out: str | Path, run: str) -> None:

@@ -75,15 +75,16 @@ def output_file(path: str | Path, *, suffix: str = "") -> Path:
         its name is too long.
     """
     given = expand_path(path)
+    _check_name(given, suffix)
     if not suffix and given.is_fifo():
         return given  # resolving /dev/stdout does not give a path
     found = resolve_path(given)
+    _check_name(found, suffix)
     if found.exists() and not found.is_file():
         kind = _kind(found.stat().st_mode)
         raise RunError(f"Cannot write '{path}': it is {kind}. Expected the path of a file.")
     if not found.parent.is_dir():
         raise RunError(f"Cannot write '{path}': the folder '{found.parent}' does not exist.")
-    _check_name(found, suffix)
     _check_writable(path, found.parent)
     if is_mounted(found):
         raise RunError(
@@ -99,6 +100,7 @@ def output_folder(path: str | Path, *, suffix: str = "") -> Path:
     Raises: RunError if it is a file, cannot be created or written to, or its name is too long with
         the suffix of its unfinished form.
     """
+    _check_name(expand_path(path), suffix)
     found = resolve_path(path)
     _check_name(found, suffix)
     parent = existing_parent(found)
@@ -139,7 +141,7 @@ def is_mounted(path: Path) -> bool:
 
 def _check_name(path: Path, suffix: str) -> None:
     """Check the length of every name, and of the last one with its suffix, in bytes."""
-    names = [*path.parts[1:-1], path.name + suffix]
+    names = [*path.parts[:-1], path.name + suffix]
     longest = max(names, key=lambda name: len(os.fsencode(name)))
     if len(os.fsencode(longest)) > _LONGEST_NAME:
         room = _LONGEST_NAME - (len(os.fsencode(suffix)) if longest == names[-1] else 0)
