@@ -88,7 +88,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
-    _add_plan(parser)
+    _add_plan(parser, own_base=False)  # which a recipe cannot express
     _add_output(parser, "YAML", "output file, such as recipe.yaml")
 
 
@@ -131,22 +131,25 @@ def _app(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def _add_plan(parser: argparse.ArgumentParser, *, own_base: bool = True) -> None:
     """Add the plan, and where its models are now if they have moved since it was made."""
     parser.add_argument("plan", help="plan.json, or the file of the app's Plan as JSON")
     parser.add_argument(
         "--pack", metavar="FILE", help="pack of an app's plan, if it is not one of the app's"
     )
-    _add_models(parser, ", if it has moved since the plan was made")
+    _add_models(parser, ", if it has moved since the plan was made", own_base=own_base)
 
 
-def _add_models(parser: argparse.ArgumentParser, moved: str = "") -> None:
-    for name, words in (
+def _add_models(
+    parser: argparse.ArgumentParser, moved: str = "", *, own_base: bool = True
+) -> None:
+    roles = (
         ("--mllm", "folder or hub id of the multimodal model"),
         ("--math", "expert model; can be repeated"),
         ("--base", "text model that all were fine-tuned from"),
         ("--base-mllm", "base of the MLLM, if it differs"),
-    ):
+    )
+    for name, words in roles if own_base else roles[:-1]:
         several: dict[str, Any] = {"action": "append", "default": []} if name == "--math" else {}
         parser.add_argument(name, metavar="MODEL", help=words + moved, **several)
 
