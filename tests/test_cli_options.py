@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +183,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "image": ["--image", str(files["folder"] / "picture.png")],
         "prompt": ["--prompt", "another"],
         "max_new_tokens": ["--max-new-tokens", "3"],
-        "host": ["--host", "0.0.0.0"],  # noqa: S104
+        "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         **(others if command == "check" else {}),
     }
@@ -211,7 +211,7 @@ def described(value: object) -> object:
 
 
 @pytest.fixture
-def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Replace the work of one command by a capture of its arguments, and allow every device."""
 
     def measured(plan: object, *, device: str) -> Generator[None, None, object]:
@@ -237,7 +237,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]
             "ipmerge_core.runtime.devices.resolve_device", lambda name="auto", **_: name
         )
 
-    yield capture
+    return capture
 
 
 def outcome_of(command: str, arguments: list[str], output: Path | None) -> Outcome:
@@ -390,3 +390,20 @@ def test_a_port_that_cannot_be_used_is_named(
     monkeypatch.setattr("ipmerge_core.ui.app.launch", launch)
     assert cli.main(["app", "--port", "7999"]) == 2
     assert "port 7999" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "CUDA", "cuda:99", "cuda:x", "", "mps:3", "cpu:1"])
+def test_every_command_that_computes_refuses_a_device_that_is_not_there(
+    device: str, files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, parser in parsers().items():
+        if "device" not in {action.dest for action in parser._actions}:
+            assert command in ("check", "recipe"), f"{command} computes without --device"
+            continue
+        form = list(forms_of(command, files).values())[-1 if command == "plan" else 0]
+        output = ["-o", str(tmp_path / "x")] if command not in ("chat", "app") else []
+        assert cli.main([command, *form, *output, "--device", device]) == 2, command
+        message = capsys.readouterr().err
+        assert "one of: " in message or "available device: " in message
+        assert "cpu" in message
+    assert list(tmp_path.iterdir()) == []

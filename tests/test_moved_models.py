@@ -218,11 +218,15 @@ def test_a_file_that_is_written_during_a_merge_is_copied_whole_by_the_next_run(
     plan = ipm.MergePlan.load(plan_for("merge", own_trio, tmp_path))
     out = tmp_path / "out"
     changed = own_trio.mllm / name
-    with pytest.raises(ipm.errors.RunError, match=f"'{name}' .* was written while"):
+
+    def disturbed() -> None:
         for step in ipm.iter_merge(plan, out):
             if step.index == 5:
                 text = changed.read_text() if changed.exists() else "{}"
                 changed.write_text(text + " ")
+
+    with pytest.raises(ipm.errors.RunError, match=f"'{name}' .* was written while"):
+        disturbed()
     assert not out.exists()
     actions = [step.action for step in ipm.iter_merge(plan, out)]
     assert set(actions) == {"resumed"}
@@ -247,9 +251,7 @@ def test_a_finished_merge_of_the_same_plan_is_a_success(
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_what_only_looks_like_the_finished_merge_is_refused(
-    own_trio: Trio, tmp_path: Path
-) -> None:
+def test_what_only_looks_like_the_finished_merge_is_refused(own_trio: Trio, tmp_path: Path) -> None:
     plan = ipm.MergePlan.load(plan_for("merge", own_trio, tmp_path))
     out = tmp_path / "out"
     for damage in ("shard", "manifest", "sources"):

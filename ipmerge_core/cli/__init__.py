@@ -88,4 +88,5 @@ def _resolve_device(options: argparse.Namespace) -> None:
     if "fp64" in options:
         from ipmerge_core.runtime.devices import AUTO, resolve_device
 
-        options.device = resolve_device(options.device or AUTO, fp64=options.fp64)
+        chosen = AUTO if options.device is None else options.device
+        options.device = resolve_device(chosen, fp64=options.fp64)

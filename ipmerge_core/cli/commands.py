@@ -234,7 +234,7 @@ def app(options: argparse.Namespace) -> int:
     """Serve the web app until it is interrupted."""
     from ipmerge_core.ui.app import launch
 
-    device = options.device or AUTO
+    device = AUTO if options.device is None else options.device
     if device != AUTO:
         from ipmerge_core.runtime.devices import resolve_device
 

@@ -140,9 +140,7 @@ def _add_plan(parser: argparse.ArgumentParser, *, own_base: bool = True) -> None
     _add_models(parser, ", if it has moved since the plan was made", own_base=own_base)
 
 
-def _add_models(
-    parser: argparse.ArgumentParser, moved: str = "", *, own_base: bool = True
-) -> None:
+def _add_models(parser: argparse.ArgumentParser, moved: str = "", *, own_base: bool = True) -> None:
     roles = (
         ("--mllm", "folder or hub id of the multimodal model"),
         ("--math", "expert model; can be repeated"),

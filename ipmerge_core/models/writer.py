@@ -12,6 +12,7 @@ slow, so it is computed once, on the data read back.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -375,8 +376,8 @@ def tidy_finished(out: str | Path) -> None:
     """Remove what a run leaves next to the complete model in `out` if it is killed at its end."""
     place = run_folders(out)
     if (place.run / _RUN).is_file() and not place.model.exists():
-        with writing(place.run, _KEPT):
-            _remove(place)
+        with writing(place.run, _KEPT), contextlib.suppress(FileNotFoundError):
+            _remove(place)  # every process of a distributed run may do so
 
 
 def files_to_copy(source: Checkpoint) -> list[str]:
