@@ -31,7 +31,7 @@ from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
 from ipmerge_core.runtime.atomic import writing
 from ipmerge_core.runtime.devices import free_memory, resolve_device, stream, streams, warn_of_cpu
-from ipmerge_core.runtime.paths import output_file, output_folder
+from ipmerge_core.runtime.paths import expand_path, output_file, output_folder
 from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
 from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.version import __version__
@@ -122,7 +122,7 @@ def describe(pair: ModelPair) -> tuple[Sources, Totals]:
 def source_of(model: Checkpoint) -> Source:
     """Return the location and fingerprint of a model."""
     local = model.files.revision is None
-    name = str(Path(model.id).expanduser().absolute()) if local else model.id
+    name = str(expand_path(model.id).absolute()) if local else model.id
     return Source(name, model.files.revision, model.fingerprint)
 
 

@@ -125,16 +125,14 @@ def iter_merge(
 
     Args:
         plan: the plan; its sources are opened again and compared by fingerprint.
-        out: a folder that does not exist or is empty, or that contains the finished model of this
-            plan. It appears when the model is complete; one that cannot be replaced (see
-            `runtime.paths.is_fixed`) is filled, its config.json last.
+        out: a folder that does not exist, is empty, or contains the finished model of this plan. It
+            appears when the model is complete; a mount point is filled, its config.json last.
         device: a torch device name, or "auto".
         resume: continue an unfinished run of the same plan; a finished one is not repeated.
 
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source differs from the one the plan was made for, or is written during
-            the run.
+        PairingError: a source differs from the plan's, or is written during the run.
         PlanError: the plan's calibration has changed, or the device is not available.
         RunError: the output cannot be written, another run is writing to it, a source cannot be
             read completely, or another process of this run failed.
