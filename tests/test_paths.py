@@ -6,14 +6,12 @@ import contextlib
 import io
 import json
 import os
-import resource
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Trio
+from full_disk import no_room
 
 from ipmerge_core import cli
 from ipmerge_core.errors import IPMergeError, RunError
@@ -140,19 +138,6 @@ def test_a_folder_without_permission_is_refused_before_any_work(
     message = run([*made[command], "-o", str(tmp_path / "x")])
     assert "does not permit writing" in message
     assert tree(tmp_path) == []
-
-
-@contextlib.contextmanager
-def no_room(nbytes: int) -> Iterator[None]:
-    """Let the system refuse every file beyond a size, as a full disk does."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("command", ["plan", "analyse", "recipe", "merge", "adapter"])
