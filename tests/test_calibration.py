@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from full_disk import no_room
 from PIL import Image
 
 from ipmerge_core.calibration.calibrate import calibrate, estimate_calibration, iter_calibration
@@ -148,6 +149,26 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(pair, samples, tmp_p
     assert cut.models == whole.models
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
+
+
+def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on(pair, samples, tmp_path, grams):
+    out = tmp_path / "out"
+    with no_room(5000), pytest.raises(RunError, match="Cannot write to .*are kept"):
+        calibrate(pair, out, GRAM, *samples)
+    assert [path.name for path in out.iterdir()] == ["calibration.partial.json"]
+    assert calibrate(pair, out, GRAM, *samples).models == grams.models
+
+
+def test_weights_that_are_written_during_a_run_leave_no_measurements(samples, tmp_path):
+    folders = [shutil.copytree(DEMO / role, tmp_path / role) for role in ("mllm", "math", "base")]
+    changing = open_pair(*folders)
+    steps = iter_calibration(changing, tmp_path / "out", GRAM, *samples)
+    next(steps)
+    weights = next(folders[1].glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(PairingError, match="was written while it was in use"):
+        list(steps)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_folder_with_anything_else_is_left_alone(pair, samples, tmp_path, grams):

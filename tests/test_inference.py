@@ -18,6 +18,7 @@ from ipmerge_core.errors import CheckpointError, ModelLoadError, RunError
 from ipmerge_core.evaluation.batched_answers import answer_all
 from ipmerge_core.inference.generation import (
     GenerationSettings,
+    _Sampler,
     answer,
     encode_prompt,
     stream_answer,
@@ -205,11 +206,23 @@ def test_a_failure_inside_the_model_is_told(mllm, monkeypatch):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"max_new_tokens": 0}, "new tokens is 0"),
         ({"max_new_tokens": 10_000}, "new tokens is 10000"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_the_value(values, words):
     with pytest.raises(RunError, match=words):
         GenerationSettings(**values)
+
+
+def test_any_temperature_above_zero_gives_finite_scores():
+    scores = torch.linspace(-80, 80, 1000)[None]
+    greedy = int(scores.argmax())
+    for temperature in (5e-324, 1e-39, 1e-30, 1e-3, 5.0):
+        sampler = _Sampler(GenerationSettings(temperature=temperature, seed=2**63 - 1))
+        found = sampler(None, scores)
+        assert bool(found.isfinite().all())
+        assert temperature > 0.001 or int(found.argmax()) == greedy
 
 
 # --- folders that cannot be used -------------------------------------------------------------

@@ -14,7 +14,8 @@ import pytest
 from platformdirs import user_data_path
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, home_folder, run_job
+from ipmerge_core.runtime.host import home_folder
+from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, run_job
 
 WAIT = 60  # seconds that a process may take to do what a test waits for
 PATIENCE = 8  # less than a resume waits for the lock of a run that does not end

@@ -26,10 +26,11 @@ from ipmerge_core.merging.merge import reopen
 from ipmerge_core.merging.model_card import front_matter
 from ipmerge_core.merging.parts import work_of
 from ipmerge_core.methods import find_method
-from ipmerge_core.models.writer import check_output, explained
+from ipmerge_core.models.writer import check_output
 from ipmerge_core.planning.plan import MergePlan
-from ipmerge_core.runtime.atomic import atomic_path
+from ipmerge_core.runtime.atomic import atomic_path, writing
 from ipmerge_core.runtime.devices import resolve_device
+from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.version import __version__
 
 RESIDUAL = 1e-3  # Frobenius norm of what is left out, relative to the update's
@@ -63,7 +64,7 @@ def export_adapter(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Write the update of a plan as a PEFT folder and return its report; see `iter_adapter`."""
-    out = Path(out).expanduser().absolute()
+    out = resolve_path(out)
     for _ in iter_adapter(plan, out, tolerance=tolerance, max_rank=max_rank, device=device):
         pass
     report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
@@ -95,13 +96,15 @@ def iter_adapter(
         PlanError: the method's change is not of low rank, no matrix is selected, or the device is
             not available.
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source differs from the one the plan was made for.
+        PairingError: a source differs from the one the plan was made for, or is written during
+            the run.
         RunError: the output cannot be written.
     """
     where = torch.device(resolve_device(device))
     _check(plan, tolerance, max_rank)
     out = check_output(out)
     pair = reopen(plan)
+    before = pair.stamps()
     work = work_of(plan, pair)
     unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
     tensors: dict[str, Tensor] = {}
@@ -121,6 +124,7 @@ def iter_adapter(
         "max_rank": max_rank,
         "device": str(where),
     }
+    pair.check_unchanged(before)
     _write(plan, out, tensors, steps, how)
     _warn_of_cuts(steps, max_rank)
 
@@ -173,7 +177,7 @@ def _write(
             "The update of every selected matrix is zero: the math models do not differ from "
             "their base there. Give fine-tuned models as math."
         )
-    with explained(out), atomic_path(out) as partial:
+    with writing(out), atomic_path(out) as partial:
         partial.mkdir(parents=True)
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         nbytes = (partial / "adapter_model.safetensors").stat().st_size

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference.images import open_image
+from ipmerge_core.runtime.paths import input_file
 from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, TASKS, Task, problems
 
 if TYPE_CHECKING:
@@ -89,13 +90,15 @@ def load_samples(source: str | Path, limit: int, *, takes_images: bool) -> list[
         )
     if str(source).startswith(DATASETS):
         return _from_dataset(str(source).removeprefix(DATASETS), limit, takes_images=takes_images)
-    path = Path(source).expanduser()
+    expected = "Expected a jsonl file, datasets:NAME, or demo."
     try:
+        path = input_file(source, "calibration samples")
         lines = path.read_text(encoding="utf-8").splitlines()
+    except RunError as error:
+        raise RunError(f"{error} {expected}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(
-            f"Cannot read the calibration samples '{path}' ({error}). Expected a jsonl file, "
-            f"datasets:NAME, or demo."
+            f"Cannot read the calibration samples '{path}' ({error}). {expected}"
         ) from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     samples = [_parse(path, number, line) for number, line in numbered[:limit]]

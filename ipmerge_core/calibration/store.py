@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, PairingError
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.paths import expand_path
 
 Kind: TypeAlias = Literal["gram", "fisher"]
 RECORD = "calibration.json"
@@ -73,7 +74,7 @@ class Measurements:
 
         Raises: CheckpointError if there is none, or its version is not supported.
         """
-        folder = Path(folder).expanduser()
+        folder = expand_path(folder)
         try:
             content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             if (content["format"], content["version"]) != (_FORMAT, _VERSION):

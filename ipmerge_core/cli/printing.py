@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ipmerge_core.errors import PlanError
+from ipmerge_core.errors import PlanError, RunError
 
 if TYPE_CHECKING:
     from ipmerge_core.models.pairing import Finding
@@ -64,8 +64,20 @@ def _analysis_values(plan: MergePlan) -> str:
 
 
 def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  # noqa: ANN401
-    """Print the result as text or JSON and return the exit code for success."""
-    print(json.dumps(content, indent=1) if options.json else text)
+    """Print the result as text or JSON and return the exit code for success.
+
+    Raises: BrokenPipeError if the reader of stdout has closed it, RunError if its disk is full.
+    """
+    shown = json.dumps(content, indent=1) if options.json else text
+    try:
+        print(shown, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"Cannot write the result to the standard output: {error.strerror}. Other results of "
+            f"the command are complete."
+        ) from error
     return 0
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 MOST_NEW_TOKENS = 2048
+LARGEST_SEED = 2**63 - 1
 
 
 _QUEUE_SECONDS = 0.1  # interval at which a waiting reader checks whether the writer is alive
@@ -56,6 +57,10 @@ class GenerationSettings:
             raise RunError(
                 f"The number of new tokens is {self.max_new_tokens}; expected an integer from "
                 f"1 to {MOST_NEW_TOKENS}."
+            )
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise RunError(
+                f"The seed is {self.seed}; expected an integer from 0 to {LARGEST_SEED}."
             )
 
 
@@ -222,8 +227,8 @@ def _generate(
 class _Sampler:
     """Exact sampling at a temperature with its own seeded random stream.
 
-    Math:   argmax_i (logit_i / T + g_i), g_i = -log(-log u_i), draws i with probability
-            softmax(logits / T)_i (the Gumbel-max trick).
+    Math:   argmax_i (logit_i + T g_i), g_i = -log(-log u_i), draws i with probability
+            softmax(logits / T)_i (the Gumbel-max trick, times T, which is finite for every T).
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
@@ -237,4 +242,4 @@ class _Sampler:
 
         uniform = torch.rand(scores.shape, generator=self.random, dtype=torch.float64)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
-        return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)
+        return scores.float() + (self.temperature * gumbel).to(scores.device, torch.float32)

@@ -62,10 +62,11 @@ class ModelCache:
         """
         from ipmerge_core.models.checkpoint import Checkpoint
         from ipmerge_core.runtime.devices import resolve_device
+        from ipmerge_core.runtime.paths import resolve_path
 
         device = resolve_device(device, fp64=False)
         with self._lock:
-            path = Path(folder).expanduser().resolve()
+            path = resolve_path(folder)
             key = (path, Checkpoint.open(path).fingerprint, device)
             if key not in self._models:
                 while len(self._models) >= self.most_models:

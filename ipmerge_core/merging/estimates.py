@@ -25,6 +25,7 @@ from ipmerge_core.models.shared_tokens import ROWS
 from ipmerge_core.models.writer import layout_bytes, run_folders
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.devices import is_cpu
+from ipmerge_core.runtime.paths import existing_parent
 
 # Bytes per second. Between a SATA disk (0.5 GB/s) and files in memory (2 GB/s, bench_merge.py).
 DISK_RATE, HUB_RATE = 1e9, 50e6
@@ -177,11 +178,6 @@ def check_space(pair: ModelPair, out: Path) -> None:
             f"The merged model needs {need / 1e9:.2f} GB in '{out.parent}', but only "
             f"{free / 1e9:.2f} GB are free. Free some space or choose another output folder."
         )
-
-
-def existing_parent(out: Path) -> Path:
-    """Return the closest existing parent of `out`, or `out` itself."""
-    return next(folder for folder in (out, *out.parents) if folder.exists())
 
 
 def _fetched(pair: ModelPair, held: list[list[int]], outside: int) -> int:

@@ -42,6 +42,7 @@ def manifest_of(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan": {
             "hash": plan.hash,
+            "digest": plan.digest,
             "method": plan.method,
             "parameters": dict(plan.parameters),
             "similarity": plan.similarity,

@@ -25,7 +25,7 @@ from torch import Tensor
 from ipmerge_core.analysis.analyse import working_set
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.calibration.store import Measurements
-from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
+from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, PlanError, RunError
 from ipmerge_core.merging.estimates import Estimate, check_space, estimate_pair, merging_cost
 from ipmerge_core.merging.manifest import manifest_of
 from ipmerge_core.merging.model_card import write_card
@@ -41,6 +41,7 @@ from ipmerge_core.merging.parts import (
     rounding_noise,
     work_of,
 )
+from ipmerge_core.merging.provenance import is_finished
 from ipmerge_core.merging.whole_model import FirstPassStep, is_due, run_first_pass
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
@@ -58,6 +59,7 @@ from ipmerge_core.models.writer import (
 from ipmerge_core.planning.plan import MergePlan, reopen
 from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
+from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.runtime.pipeline import (
     Load,
     WriteBehind,
@@ -107,7 +109,7 @@ def merge(
     """Execute a plan and return the manifest; see `iter_merge`."""
     for _ in iter_merge(plan, out, device=device, resume=resume):
         pass
-    manifest: dict[str, Any] = json.loads((Path(out).expanduser() / MANIFEST).read_text("utf-8"))
+    manifest: dict[str, Any] = json.loads((resolve_path(out) / MANIFEST).read_text("utf-8"))
     return manifest
 
 
@@ -123,13 +125,14 @@ def iter_merge(
 
     Args:
         plan: the plan; its sources are opened again and compared by fingerprint.
-        out: a folder that does not exist or is empty. It appears when the model is complete.
+        out: a folder that does not exist, is empty, or contains the finished model of this plan. It
+            appears when the model is complete; a mount point is filled, its config.json last.
         device: a torch device name, or "auto".
-        resume: continue an unfinished run of the same plan.
+        resume: continue an unfinished run of the same plan; a finished one is not repeated.
 
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source differs from the one the plan was made for.
+        PairingError: a source differs from the plan's, or is written during the run.
         PlanError: the plan's calibration has changed, or the device is not available.
         RunError: the output cannot be written, another run is writing to it, a source cannot be
             read completely, or another process of this run failed.
@@ -137,11 +140,13 @@ def iter_merge(
     device = resolve_device(device)
     method = find_method(plan.method)
     measurements = _open_measurements(plan)
-    if resume and tidy_finished(out, plan.digest):
+    if resume and is_finished(plan, out):
+        tidy_finished(out)
         yield from _steps_of_finished(out)
         return
     out = check_output(out)
     pair = reopen(plan)
+    before = pair.stamps()
     check_space(pair, out)
     started = time.perf_counter()
     with Ranks() as ranks, ExitStack() as stack:
@@ -156,7 +161,11 @@ def iter_merge(
             yield from run.steps()
         except IPMergeError as error:
             failure = error
-        run.conclude(failure, lambda: _documents(run, time.perf_counter() - started))
+        run.conclude(
+            failure,
+            lambda: _documents(run, time.perf_counter() - started),
+            lambda: pair.check_unchanged(before),
+        )
 
 
 def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
@@ -228,11 +237,13 @@ class _Run:
             yield from filter(None, behind.drain())
         self.writer.audit([spec.name for spec in specs], min(_AUDITORS, self.ranks.cores))
 
-    def conclude(self, failure: IPMergeError | None, documents: Documents) -> None:
+    def conclude(
+        self, failure: IPMergeError | None, documents: Documents, check: Callable[[], object]
+    ) -> None:
         """Finish the folder if all processes succeeded; otherwise raise the error.
 
-        Errors of the output or of a source's disk can be resumed; if a source itself is invalid,
-        the partial folder is removed.
+        `check` raises if a source has changed since the start. Errors of the output or of a
+        source's disk can be resumed; if a source itself is invalid, the partial folder is removed.
         """
         error = None if failure is None else (str(failure), isinstance(failure, RunError))
         reports = self.ranks.gather((error, self.writer.done, self.writer.hashes))
@@ -245,7 +256,11 @@ class _Run:
                     self.writer.discard()
                 if trouble is not None:
                     raise failure or RunError(f"Process {rank}: {trouble[0]}")
-            self.writer.finish(documents())
+            try:
+                self.writer.finish(documents(), check)
+            except PairingError:
+                self.writer.discard()
+                raise
 
         self.ranks.led(finish)
         if failure is not None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError, first_line
+from ipmerge_core.runtime.descriptors import Descriptors
+from ipmerge_core.runtime.paths import expand_path
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -36,6 +37,14 @@ FROM_DISK = Pace(1 << 22, 1 << 26, 1)  # pieces that fit a CPU cache
 OVER_NETWORK = Pace(1 << 24, 1 << 29, 8)  # each piece is a request with latency
 
 
+class Stamp(NamedTuple):
+    """What changes when a file is written or replaced."""
+
+    size: int
+    modified: int  # nanoseconds
+    inode: int
+
+
 class Files(Protocol):
     """The files of a model, local or remote."""
 
@@ -55,6 +64,10 @@ class Files(Protocol):
         """Return the hub's hash of a file's content; None for local files."""
         ...
 
+    def stamp(self, name: str) -> Stamp | None:
+        """Return the stamp of a local file; None for a pinned commit, which does not change."""
+        ...
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) of one file."""
         ...
@@ -72,8 +85,7 @@ class LocalFiles:
     def __init__(self, folder: Path, id: str | None = None, revision: str | None = None) -> None:  # noqa: A002
         self.id, self.revision = id or str(folder), revision
         self.folder = folder
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._descriptors = Descriptors(lambda name: os.open(folder / name, os.O_RDONLY))
 
     def names(self) -> list[str]:
         """List the regular files in the folder, sorted."""
@@ -93,6 +105,14 @@ class LocalFiles:
         """Return None: local files have no precomputed hash."""
         return None
 
+    def stamp(self, name: str) -> Stamp | None:
+        """Return the size, time and inode of a file."""
+        try:
+            found = (self.folder / name).stat()
+        except OSError as error:
+            raise _unreadable(self.folder / name, error) from error
+        return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) of one file."""
         data = bytearray((self.size(name) if stop is None else stop) - start)
@@ -103,12 +123,13 @@ class LocalFiles:
         """Fill `memory` by positioned reads, without memory mapping."""
         done = 0
         try:
-            descriptor = self._open(name)
-            while done < len(memory):
-                got = os.preadv(descriptor, [memory[done : done + _READ_STEP]], start + done)
-                if not got:
-                    break
-                done += got
+            with self._descriptors.use(name) as descriptor:
+                while done < len(memory):
+                    piece = memory[done : done + _READ_STEP]
+                    got = os.preadv(descriptor, [piece], start + done)
+                    if not got:
+                        break
+                    done += got
         except OSError as error:
             raise _unreadable(self.folder / name, error) from error
         if done < len(memory):
@@ -117,16 +138,9 @@ class LocalFiles:
                 f"{start + len(memory)}. Was it modified during the run? Copy it again."
             )
 
-    def _open(self, name: str) -> int:
-        with self._lock:
-            if name not in self._descriptors:
-                self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
-            return self._descriptors[name]
-
     def __del__(self) -> None:
         """Close open files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        self._descriptors.close()
 
 
 class RemoteFiles:
@@ -158,6 +172,10 @@ class RemoteFiles:
     def content_id(self, name: str) -> str | None:
         """Return the git hash of the file, or of its LFS pointer, which contains its SHA-256."""
         return self._blobs[name]
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Return None: the files of a commit do not change."""
+        return None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) by one range request."""
@@ -201,7 +219,7 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     """
     if hub_only:
         return open_hub(as_hub_id(source))
-    folder = Path(source).expanduser()
+    folder = expand_path(source)
     if folder.is_dir():
         return LocalFiles(folder)
     if isinstance(source, str) and is_hub_id(source) and not folder.exists():

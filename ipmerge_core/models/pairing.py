@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ipmerge_core.errors import PairingError, ShapeError
+from ipmerge_core.errors import PairingError, RunError, ShapeError
 from ipmerge_core.models.checkpoint import (
     FLOAT_DTYPES,
     Checkpoint,
@@ -35,10 +35,12 @@ from ipmerge_core.models.decoders import (
     refuse_unsupported,
     text_config,
 )
-from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace
+from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace, Stamp
 from ipmerge_core.models.siblings import Finding, Member, check_siblings
+from ipmerge_core.models.writer import files_to_copy
 
 Source = str | Path | Checkpoint
+Stamps: TypeAlias = dict[tuple[str, str], Stamp | None]  # by the model's id and the file's name
 
 __all__ = [
     "MODULES",
@@ -205,6 +207,33 @@ class ModelPair:
                 count_non_finite(as_tensor(piece, dtype)) for piece in model.iter_bytes(stored)
             )
             model.refuse_non_finite(stored, bad)
+
+    def stamps(self) -> Stamps:
+        """Return the stamps of the models' files, to find changes with `check_unchanged`."""
+        models = dict.fromkeys(model for _, model in self.roles())
+        return {
+            (model.id, name): model.files.stamp(name)
+            for model in models
+            for name in (*model.shards, *files_to_copy(model))
+        }
+
+    def check_unchanged(self, before: Stamps) -> None:
+        """Check that no file of the models has been written, added or removed since `before`.
+
+        Raises:
+            PairingError: weights have changed, so that finished work is invalid; names the file.
+            RunError: another file has changed; the same work can be finished with the new one.
+        """
+        now = self.stamps()
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        shards = {(model.id, shard) for _, model in self.roles() for shard in model.shards}
+        for key in sorted(changed, key=lambda key: key not in shards):
+            kind = PairingError if key in shards else RunError
+            raise kind(
+                f"'{key[1]}' of '{key[0]}' was written while it was in use, so that the result "
+                f"could contain parts of two versions. Run the same command again when the model "
+                f"no longer changes."
+            )
 
     def roles(self) -> Iterator[tuple[str, Checkpoint]]:
         """Yield the models by role: mllm, base, math (or math 1, ...), base of the mllm."""

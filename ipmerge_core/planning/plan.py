@@ -43,6 +43,7 @@ from ipmerge_core.planning.scope import (
     spread,
 )
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.paths import resolve_path
 
 _FORMAT, _VERSION = "ipmerge-plan", 1
 
@@ -377,7 +378,7 @@ def _open_calibration(
         )
     found = Measurements.open(folder)
     found.check(sources.merged(), method.data)
-    return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
+    return Calibrated(str(resolve_path(folder)), found.digest)
 
 
 def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]) -> None:

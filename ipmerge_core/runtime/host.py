@@ -1,11 +1,15 @@
-"""Query the host environment: operating system, and whether it is a Hugging Face Space."""
+"""Query the host environment: operating system, home folder, and whether it is a Space."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+
+from platformdirs import user_data_path
 
 from ipmerge_core.errors import RunError
+from ipmerge_core.runtime.paths import expand_path, output_folder, resolve_path
 
 
 def check_platform() -> None:
@@ -33,3 +37,41 @@ def space_host() -> str:
 def is_hosted() -> bool:
     """Return whether the app runs on a public Space, for visitors who are not its owner."""
     return bool(space_id())
+
+
+def home_folder() -> Path:
+    """Where runs and models made in the app go: IPMERGE_HOME, else the user's data folder.
+
+    It used to be a folder in the user's cache, which some systems empty. Where that folder exists,
+    it stays in use, so that its runs and models are still found.
+
+    Raises: RunError if this user has no home folder, as in some containers.
+    """
+    if chosen := os.environ.get("IPMERGE_HOME"):
+        return resolve_path(chosen)
+    try:
+        cache = expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").absolute()
+        earlier = cache / "ipmerge"
+        data = user_data_path("ipmerge", appauthor=False)
+        return earlier if earlier.is_dir() else expand_path(data)
+    except RunError as error:
+        raise _without_home(error) from error
+
+
+def check_home(folder: Path | None = None) -> Path:
+    """Return a folder in the home folder, by default itself, that can be created and written to.
+
+    Raises: RunError that names IPMERGE_HOME.
+    """
+    wanted = folder or home_folder()
+    try:
+        return output_folder(wanted)
+    except RunError as error:
+        raise _without_home(error) from error
+
+
+def _without_home(error: RunError) -> RunError:
+    return RunError(
+        f"There is no folder for runs and models. {error} Set the environment variable "
+        f"IPMERGE_HOME to a folder that this user can write to."
+    )

@@ -29,10 +29,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from platformdirs import user_data_path
-
 from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.host import check_home
 from ipmerge_core.runtime.pipeline import keep_freed_memory
 
 State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
@@ -98,19 +97,6 @@ class Started(NamedTuple):
 
     id: str
     key: str
-
-
-def home_folder() -> Path:
-    """Where runs and models made in the app go: IPMERGE_HOME, else the user's data folder.
-
-    It used to be a folder in the user's cache, which some systems empty. Where that folder exists,
-    it stays in use, so that its runs and models are still found.
-    """
-    if chosen := os.environ.get("IPMERGE_HOME"):
-        return Path(chosen).expanduser().absolute()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
-    earlier = cache / "ipmerge"
-    return earlier if earlier.is_dir() else user_data_path("ipmerge", appauthor=False)
 
 
 class JobStore:
@@ -243,6 +229,7 @@ class JobStore:
     @contextlib.contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
         """Hold the store's lock, so that job counts do not change inside the block."""
+        check_home(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -118,6 +118,7 @@ def launch(
     *,
     block: bool = True,
     device: str = "auto",
+    quiet: bool = False,
 ) -> tuple[Any, str, str]:
     """Build the app, serve it and print its address.
 
@@ -126,12 +127,14 @@ def launch(
         port: the port; by default GRADIO_SERVER_PORT, else the first free one from 7860 on.
         block: whether to wait until the server is stopped.
         device: default device of all runs: "auto" for the best one, or a torch device.
+        quiet: do not print the address.
     """
     backend = Backend(device=device)
     return build_app(backend).launch(
         server_name=host,
         server_port=port,
         prevent_thread_lock=not block,
+        quiet=quiet,
         theme=theme(),
         css_paths=[STYLE],
         js=page_script(),

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import CheckpointError, FolderInUseError, IPMergeError, RunError
 from ipmerge_core.merging.provenance import read_provenance
-from ipmerge_core.runtime.host import is_hosted
-from ipmerge_core.runtime.jobs import Claim, JobStore, Started, home_folder
+from ipmerge_core.runtime.host import check_home, home_folder, is_hosted
+from ipmerge_core.runtime.jobs import Claim, JobStore, Started
+from ipmerge_core.runtime.paths import expand_path, resolve_path
 from ipmerge_core.ui.plan_choice import analysis_of
 
 if TYPE_CHECKING:
@@ -196,13 +197,13 @@ class Backend:
                 f"The output folder is '{name[:80]}'; expected a name of A-Z, a-z, 0-9, "
                 f"'.', '-' and '_'."
             )
-        path = Path(name).expanduser()
+        path = expand_path(name)
         if not path.is_absolute():
             raise RunError(
                 f"The output folder '{name[:80]}' is neither a name nor an absolute path. Use a "
                 f"name such as 'merged' or an absolute path."
             )
-        return path
+        return resolve_path(path)
 
     def free_name(self, plan: MergePlan) -> str:
         """Suggest an unused folder name: the model's name, the plan's hash, perhaps a number."""
@@ -270,7 +271,7 @@ class Backend:
         previews = home_folder() / "previews"
         out = previews / plan.digest[:32]
         if _plan_hash(out) != plan.hash:
-            previews.mkdir(parents=True, exist_ok=True)
+            check_home(previews).mkdir(parents=True, exist_ok=True)
             _remove_oldest(previews, keep=KEPT_PREVIEWS - 1)
             for step in iter_merge(plan, out, device=self.device_for()):
                 progress(f"merging plan {plan.hash[:4]}: {step.index} of {step.total} tensors")

@@ -6,6 +6,7 @@ as `gr.Error` with the same message. On a public Space the server's folders are 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -17,8 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import gradio as gr
 
 from ipmerge_core.errors import IPMergeError
-from ipmerge_core.runtime.host import is_hosted
-from ipmerge_core.runtime.jobs import home_folder
+from ipmerge_core.runtime.host import home_folder, is_hosted
 from ipmerge_core.ui.pairs import ROOT
 from ipmerge_core.ui.safe_text import as_html
 
@@ -89,4 +89,6 @@ def _as_message(error: IPMergeError, in_page: bool) -> gr.Error:
 
 
 def _private_folders() -> Iterator[Path]:
-    yield from (home_folder(), ROOT, Path.home())
+    yield from (home_folder(), ROOT)
+    with contextlib.suppress(RuntimeError):  # a user without a home folder
+        yield from (home for home in [Path.home()] if home != Path("/"))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ipmerge_core.analysis.partial import Unfinished, journal_of, read_journal
 from ipmerge_core.analysis.records import read_pack
 from ipmerge_core.errors import PlanError
-from ipmerge_core.runtime.jobs import home_folder
+from ipmerge_core.runtime.host import check_home, home_folder
 from ipmerge_core.spectral.kinds import TEMPERATURE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +133,7 @@ def reserve_name(*parts: str) -> Path:
     """
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-._") for part in parts]
     stem = "-".join(filter(None, words))[:_LONGEST_NAME].rstrip("-._") or "pair"
-    packs_folder().mkdir(parents=True, exist_ok=True)
+    check_home(packs_folder()).mkdir(parents=True, exist_ok=True)
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
         path = packs_folder() / f"{name}{_ENDING}"
         if path.exists():
