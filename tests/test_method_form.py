@@ -13,6 +13,7 @@ import pytest
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS
+from ipmerge_core.planning.description import describe_change
 from ipmerge_core.planning.options import ANCHORS
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
@@ -29,7 +30,6 @@ from ipmerge_core.ui.merge.method_form import (
     with_option,
     with_value,
 )
-from ipmerge_core.ui.merge.summary import describe_change
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import RunView, find_run

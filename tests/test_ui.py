@@ -42,13 +42,17 @@ EVERYTHING = {"similarity_threshold": 0.0, "variant": "select_only"}
 ENDPOINTS = {
     "/packs": [],
     "/pack": ["pack"],
-    "/preview": ["pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides"],
+    "/preview": [
+        "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
+        "method", "parameters", "options", "calibration",
+    ],
     "/plan_check": [
         "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides", "device",
+        "method", "parameters", "options", "calibration", "force",
     ],
     "/merge_start": [
         "pack", "folder", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
-        "device", "digest",
+        "device", "digest", "method", "parameters", "options", "calibration", "force",
     ],
     "/analyse_start": ["mllm", "math", "base", "base_mllm", "quick", "rank", "device"],
     "/job_status": ["job_id"],
@@ -57,6 +61,7 @@ ENDPOINTS = {
     "/answer_pair": [
         "pack", "question", "image", "similarity_threshold", "lambda_", "similarity", "variant",
         "temperature", "max_new_tokens", "seed", "left", "right", "left_key", "right_key",
+        "overrides",
     ],
 }  # fmt: skip
 

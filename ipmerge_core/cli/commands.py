@@ -169,7 +169,7 @@ def merge(options: argparse.Namespace) -> int:
     keep_freed_memory()
     plan = MergePlan.load(options.plan)
     if options.dry_run:
-        need = estimate_merge(plan, options.output, device=options.device)
+        need = estimate_merge(plan, options.output, device=options.device, force=options.force)
         text = (
             f"Plan {plan.hash}, {plan_sentence(plan)}\nReads {need.nbytes_read / 1e9:.3f} GB, "
             f"writes {need.nbytes_written / 1e9:.3f} GB to '{options.output}' "
@@ -179,7 +179,8 @@ def merge(options: argparse.Namespace) -> int:
         text += f"\n{need.advice}" if need.advice else ""
         return print_result(options, need._asdict(), text)
     with Progress(options) as progress:
-        for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):
+        how = {"device": options.device, "resume": options.resume, "force": options.force}
+        for step in iter_merge(plan, options.output, **how):
             verb = "measuring" if step.action == "measured" else "merging"
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
             progress.show(verb, step.nbytes_done, step.nbytes_total, what)
@@ -195,9 +196,9 @@ def adapter(options: argparse.Namespace) -> int:
     from ipmerge_core.planning.plan import MergePlan
 
     plan = MergePlan.load(options.plan)
-    limits = {"tolerance": options.tolerance, "max_rank": options.max_rank}
+    how = {"tolerance": options.tolerance, "max_rank": options.max_rank, "force": options.force}
     with Progress(options) as progress:
-        for step in iter_adapter(plan, options.output, device=options.device, **limits):
+        for step in iter_adapter(plan, options.output, device=options.device, **how):
             what = f"{step.index}/{step.total} rank {step.rank} {step.tensor}"
             progress.show("factorising", step.index, step.total, what)
     report = json.loads((Path(options.output) / REPORT).read_text(encoding="utf-8"))

@@ -52,9 +52,7 @@ def _analyse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="approximate results from the leading directions"
     )
-    parser.add_argument(
-        "--force", action="store_true", help="continue even if the sibling check fails"
-    )
+    _add_force(parser)
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +93,7 @@ def _merge(parser: argparse.ArgumentParser) -> None:
         help="resume an unfinished run of the same plan (default)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print an estimate and exit")
+    _add_force(parser)
     _add_device(parser)
 
 
@@ -105,6 +104,7 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tolerance", type=float, default=1e-3, help="maximum relative residual")
     parser.add_argument("--max-rank", type=int, default=64, help="maximum rank per matrix")
+    _add_force(parser)
     _add_device(parser)
 
 
@@ -134,6 +134,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", metavar="MODEL", help="text model that all were fine-tuned from")
     parser.add_argument("--base-mllm", metavar="MODEL", help="base of the MLLM, if it differs")
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", help="continue even if the sibling check fails"
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser, *, fp64: bool = True) -> None:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +82,7 @@ class CheckpointWriter:
         self._open_tensor: tuple[str, xxh3_128] | None = None
         self.done: dict[str, str] = {}  # tensor name -> checksum of the written bytes
         self.hashes: dict[str, str] = {}  # tensor name -> SHA-256 of the bytes read back
+        self.copied: dict[str, str] = {}  # other files -> SHA-256 of the bytes copied
 
     def __enter__(self) -> Self:
         """Lock the folder and find the tensors finished by an earlier run of the same work."""
@@ -166,8 +167,10 @@ class CheckpointWriter:
             sha256.update(piece)
         return checksum.hexdigest(), sha256.hexdigest()
 
-    def finish(self, documents: Mapping[str, str]) -> None:
-        """Copy the model's other files, add `documents`, verify the headers, rename the folder.
+    def finish(self, documents: Callable[[], Mapping[str, str]]) -> None:
+        """Copy the model's other files, add documents, verify the headers, rename the folder.
+
+        `documents` is called when everything else is written.
 
         Raises: RunError if the headers on disk differ from those of the source.
         """
@@ -180,7 +183,7 @@ class CheckpointWriter:
             for shard in self.source.shards:
                 self._shard(shard)  # a shard without tensors has a header too
             self._audit_headers()
-            for name, text in documents.items():
+            for name, text in documents().items():
                 (model / name).write_text(text, encoding="utf-8")
             for shard in self.source.shards:
                 (model / (shard + _PARTIAL)).replace(model / self.source.weights.saved_as(shard))
@@ -266,10 +269,13 @@ class CheckpointWriter:
             )
 
     def _copy_file(self, name: str) -> None:
-        size = self.source.files.size(name)
+        size, sha256 = self.source.files.size(name), hashlib.sha256()
         with (self.place.model / name).open("wb") as target:
             for start in range(0, size, _COPY_STEP):
-                target.write(self.source.files.read(name, start, min(start + _COPY_STEP, size)))
+                piece = self.source.files.read(name, start, min(start + _COPY_STEP, size))
+                sha256.update(piece)
+                target.write(piece)
+        self.copied[name] = sha256.hexdigest()
 
     def _journal_path(self, rank: int) -> Path:
         return self.place.run / f"journal-{rank}.jsonl"

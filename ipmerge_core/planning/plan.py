@@ -18,12 +18,12 @@ from typing import Any
 
 from ipmerge_core.analysis.analyse import describe
 from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals
-from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.models.shared_tokens import SharedTokens, shared_tokens
+from ipmerge_core.planning.calibrated import Calibrated
 from ipmerge_core.planning.options import OPTIONS, Override, PlanOptions
 from ipmerge_core.planning.preview import (
     Decision,
@@ -48,14 +48,6 @@ _FORMAT, _VERSION = "ipmerge-plan", 1
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """A finished calibration: its folder and the hash of its metadata."""
-
-    folder: str
-    digest: str
-
-
-@dataclass(frozen=True)
 class MergePlan:
     """Everything needed to reproduce a merge; created by `make_plan`, executed by `merge`."""
 
@@ -73,6 +65,7 @@ class MergePlan:
     tokens: SharedTokens | None = None  # merged rows of embeddings and head
     statistic: tuple[float, ...] | None = None  # of the whole model, if already known
     analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, if known
+    method_version: int = 1  # of the method's mathematics, see `MergeMethod.version`
 
     @cached_property
     def digest(self) -> str:
@@ -96,6 +89,8 @@ class MergePlan:
             content.append(self.anchor)
         if self.statistic:
             content.append(list(self.statistic))
+        if self.method_version > 1:  # 1 is omitted, which keeps the digest of the first plans
+            content.append(["version", self.method_version])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -116,10 +111,15 @@ class MergePlan:
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """Descriptions of what is merged in addition to the decoder's matrices."""
-        found = ["the decoder's norms and biases"] if self.options.norms == "merge" else []
+        """What is merged in addition to the decoder's matrices, as far as known without the models.
+
+        `merging.parts.count_extras` counts them for opened models.
+        """
+        scope = " in scope" if self.options.include or self.options.exclude else ""
+        found = [f"the decoder's norms and biases{scope}"] if self.options.norms == "merge" else []
         if self.tokens:
-            found.append(f"{self.tokens.rows} rows of embeddings and head (shared tokens)")
+            rows = f"{self.tokens.rows} rows of embeddings and head (shared tokens)"
+            found.append(f"{rows}{scope and ', as far as they are in scope'}")
         return tuple(found)
 
     def allows(self, name: str) -> bool:
@@ -224,13 +224,20 @@ class MergePlan:
                 for entry in content["decisions"]
             ),
             records=tuple(LayerRecord.from_dict(entry) for entry in content["records"]),
-            calibration=Calibrated(**data) if (data := content.get("calibration")) else None,
+            calibration=Calibrated.read(content.get("calibration")),
             tokens=tokens,
             statistic=tuple(found) if (found := content.get("statistic")) else None,
             analysed=checked_options(method, made) if (made := content.get("analysed")) else None,
+            method_version=content.get("method_version", 1),
         )
         if plan.hash != content["hash"]:
             raise ValueError(f"its hash is {plan.hash}, but the file has {content['hash']}")
+        if plan.method_version != method.version:
+            raise PlanError(
+                f"The plan {plan.hash} was made for version {plan.method_version} of "
+                f"{method.label}; this release computes version {method.version}, which gives "
+                f"other weights. Make the plan again with `ipmerge plan`."
+            )
         return plan
 
 
@@ -295,10 +302,11 @@ def make_plan(
         totals=totals,
         decisions=tuple(decisions),
         records=records,
-        calibration=_open_calibration(chosen, calibration, sources),
+        calibration=Calibrated.find(chosen, calibration, sources),
         tokens=_share_tokens(source) if options.embeddings == "merge-shared" else None,
         statistic=known_statistic(chosen, complete, records, decisions),
         analysed=analysed or None,
+        method_version=chosen.version,
     )
 
 
@@ -359,25 +367,6 @@ def reopen(plan: MergePlan) -> ModelPair:
 
 def _share_tokens(source: Analysis | ModelPair) -> SharedTokens:
     return shared_tokens(open_sources(source.sources) if isinstance(source, Analysis) else source)
-
-
-def _open_calibration(
-    method: MergeMethod, folder: str | Path | None, sources: Sources
-) -> Calibrated | None:
-    if method.data is None:
-        if folder is not None:
-            raise PlanError(f"{method.label} does not use calibration data; omit the calibration.")
-        return None
-    if folder is None:
-        what = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
-        raise PlanError(
-            f"{method.label} requires {what[method.data]} of every model. Run `ipmerge calibrate "
-            f"--kind {method.data}` and pass its output folder as calibration, or choose a method "
-            f"that needs no calibration data."
-        )
-    found = Measurements.open(folder)
-    found.check(sources.merged(), method.data)
-    return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
 
 
 def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]) -> None:

@@ -88,12 +88,18 @@ class Backend:
         return home_folder() / "packs"
 
     def start_merge(
-        self, plan: MergePlan, name: str, *, device: str = "auto", owner: str = ""
+        self,
+        plan: MergePlan,
+        name: str,
+        *,
+        device: str = "auto",
+        owner: str = "",
+        force: bool = False,
     ) -> Started:
         """Start a run that merges `plan` into a new folder.
 
         If a run of the same `owner` (see `JobStore.start`) is merging the same plan into the same
-        folder, return that run.
+        folder, return that run. With `force` the run merges even if the sibling check fails.
 
         Raises: CheckpointError if the folder is not empty, PlanError for a device that is not
             available, FolderInUseError or RunError if the folder cannot be used.
@@ -104,7 +110,8 @@ class Backend:
         device = self.device_for(device)
         out = check_output(self.output_folder(name))
         check_unfinished(out, plan.digest)
-        arguments = {"plan": plan, "out": str(out), "device": device}
+        arguments: dict[str, Any] = {"plan": plan, "out": str(out), "device": device}
+        arguments |= {"force": True} if force else {}
         title = f"Merge plan {plan.hash} into {out.name}"
         claim = Claim(str(out), plan.digest)
         try:
