@@ -54,7 +54,9 @@ ENDPOINTS = {
         "pack", "folder", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
         "device", "digest", "method", "parameters", "options", "calibration", "force",
     ],
-    "/analyse_start": ["mllm", "math", "base", "base_mllm", "quick", "rank", "device"],
+    "/analyse_start": [
+        "mllm", "math", "base", "base_mllm", "quick", "rank", "device", "temperature", "directions",
+    ],
     "/job_status": ["job_id"],
     "/job_cancel": ["job_id", "key"],
     "/job_resume": ["job_id", "key"],

@@ -161,7 +161,12 @@ def recipe(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Execute a plan, or with --dry-run print an estimate."""
-    from ipmerge_core.merging.merge import MANIFEST, estimate_merge, iter_merge
+    from ipmerge_core.merging.merge import (
+        MANIFEST,
+        estimate_merge,
+        iter_merge,
+        require_common_base,
+    )
     from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.runtime.devices import describe_device
     from ipmerge_core.runtime.pipeline import keep_freed_memory
@@ -169,7 +174,8 @@ def merge(options: argparse.Namespace) -> int:
     keep_freed_memory()
     plan = MergePlan.load(options.plan)
     if options.dry_run:
-        need = estimate_merge(plan, options.output, device=options.device, force=options.force)
+        require_common_base(plan, force=options.force)
+        need = estimate_merge(plan, options.output, device=options.device)
         text = (
             f"Plan {plan.hash}, {plan_sentence(plan)}\nReads {need.nbytes_read / 1e9:.3f} GB, "
             f"writes {need.nbytes_written / 1e9:.3f} GB to '{options.output}' "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,10 @@ def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
 
 
 def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:
-    """Return the models and the arguments of make_plan from a mergekit recipe."""
+    """Return the models and the arguments of make_plan from a mergekit recipe.
+
+    What a merge does in another way than mergekit is printed to stderr.
+    """
     from ipmerge_core.models.pairing import open_pair
     from ipmerge_core.planning.mergekit_import import import_recipe
 
@@ -71,6 +75,8 @@ def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]
         recipe = import_recipe(Path(options.recipe).read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"Cannot read the recipe '{options.recipe}': {error.strerror}.") from error
+    for note in recipe.notes:
+        print(f"ipmerge: {note}", file=sys.stderr)
     base = recipe.base or options.base
     if not base:
         raise PlanError("The recipe has no base model. Specify it with --base Z.")

@@ -26,7 +26,7 @@ from ipmerge_core.analysis.analyse import working_set
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.errors import CheckpointError, IPMergeError, RunError
-from ipmerge_core.merging.estimates import Estimate, check_space, estimate_pair, merging_cost
+from ipmerge_core.merging.estimates import Estimate, check_space, estimate_merge, merging_cost
 from ipmerge_core.merging.manifest import attempt_of, manifest_of
 from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.merging.parts import (
@@ -55,7 +55,7 @@ from ipmerge_core.models.writer import (
     in_file_order,
     tidy_finished,
 )
-from ipmerge_core.planning.plan import MergePlan, reopen
+from ipmerge_core.planning.plan import MergePlan, reopen, require_common_base
 from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
 from ipmerge_core.runtime.pipeline import (
@@ -98,7 +98,16 @@ class Piece(NamedTuple):
     content: bytearray | MatrixWeights
 
 
-__all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate_merge", "iter_merge", "merge", "reopen"]
+__all__ = [
+    "MANIFEST",
+    "Estimate",
+    "MergeStep",
+    "estimate_merge",
+    "iter_merge",
+    "merge",
+    "reopen",
+    "require_common_base",
+]
 
 
 def merge(
@@ -172,16 +181,6 @@ def iter_merge(
         except IPMergeError as error:
             failure = error
         run.conclude(failure, lambda: _documents(run, findings, time.perf_counter() - started))
-
-
-def estimate_merge(
-    plan: MergePlan, out: str | Path, *, device: str = "cpu", force: bool = False
-) -> Estimate:
-    """Estimate bytes, memory and time from headers. Raises: as `iter_merge` before any work."""
-    device = resolve_device(device)
-    pair = reopen(plan)
-    pair.require_common_base(TO_FORCE, force=force)
-    return estimate_pair(plan, pair, check_output(out), device)
 
 
 @dataclass

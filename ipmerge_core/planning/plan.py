@@ -21,7 +21,7 @@ from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals
 from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
-from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
+from ipmerge_core.models.pairing import TO_FORCE, MatrixMatch, ModelPair, open_pair
 from ipmerge_core.models.shared_tokens import SharedTokens, shared_tokens
 from ipmerge_core.planning.calibrated import Calibrated
 from ipmerge_core.planning.options import OPTIONS, Override, PlanOptions
@@ -71,7 +71,9 @@ class MergePlan:
     def digest(self) -> str:
         """SHA-256 of everything that determines the merged bytes."""
         options = self.options
-        fingerprints = [source.fingerprint for source in self.sources.all()]
+        sources = self.sources.all()
+        fingerprints = [source.fingerprint for source in sources]
+        contents = [source.content for source in sources]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
         parameters = dict(sorted(find_method(self.method).as_hashed(self.parameters).items()))
         data = [self.calibration.digest] if self.calibration else []
@@ -89,6 +91,8 @@ class MergePlan:
             content.append(self.anchor)
         if self.statistic:
             content.append(list(self.statistic))
+        if any(contents):
+            content.append(["contents", contents])
         if self.method_version > 1:  # 1 is omitted, which keeps the digest of the first plans
             content.append(["version", self.method_version])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -354,15 +358,23 @@ def reopen(plan: MergePlan) -> ModelPair:
     """
     sources = plan.sources
     pair = open_sources(sources)
-    now = [model.fingerprint for _, model in pair.roles()]
-    for source, fingerprint in zip(sources.all(), now, strict=True):
-        if source.fingerprint != fingerprint:
+    for source, (_, model) in zip(sources.all(), pair.roles(), strict=True):
+        if source.differs_from(model.fingerprint, model.content):
             raise PairingError(
                 f"The weights of '{source.id}' have changed since the plan was made (fingerprint "
-                f"{fingerprint[:8]} instead of {source.fingerprint[:8]}). Analyse the pair again "
-                f"and make a new plan."
+                f"{model.fingerprint[:8]}, content {str(model.content)[:8]}; the plan has "
+                f"{source.fingerprint[:8]}, {str(source.content)[:8]}). Analyse the pair again and "
+                f"make a new plan."
             )
     return pair
+
+
+def require_common_base(plan: MergePlan, *, force: bool = False) -> None:
+    """Check the models of a plan as a merge does.
+
+    Raises: PairingError if the sibling check refuses them, or the weights have changed.
+    """
+    reopen(plan).require_common_base(TO_FORCE, force=force)
 
 
 def _share_tokens(source: Analysis | ModelPair) -> SharedTokens:

@@ -23,6 +23,7 @@ from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.runtime.jobs import JobStatus
+from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
@@ -35,7 +36,7 @@ from ipmerge_core.ui.merge.method_form import (
     MethodChoice,
     chosen_plan,
 )
-from ipmerge_core.ui.merge.tab import check_digest, readiness_of, require_common_base
+from ipmerge_core.ui.merge.tab import check_digest, readiness_of
 from ipmerge_core.ui.pairs import list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
@@ -172,6 +173,8 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         asked = PlanRequest(method, parameters, options, calibration)
         plan = _requested_plan(backend, pack, choice, asked)
+        from ipmerge_core.planning.plan import require_common_base
+
         if digest:
             check_digest(backend, digest, pack, plan, device)
         require_common_base(plan, force=force)
@@ -186,13 +189,17 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         quick: bool = False,
         rank: int = 0,
         device: str = "auto",
+        temperature: float = TEMPERATURE,
+        directions: str = "existing",
     ) -> dict[str, str]:
         """Start an analysis of models by hub id, or by folder if this is not a Space.
 
         Returns the run's id, its key and the id of the new pair immediately. `quick` is
-        approximate; rank 0 keeps all directions. The run fails if the sibling check does.
+        approximate; rank 0 keeps all directions, `directions` is existing or all. The run fails if
+        the sibling check does.
         """
-        asked = AnalysisRequest(mllm, _several(math), base, base_mllm, quick, rank or None)
+        models = mllm, _several(math), base, base_mllm
+        asked = AnalysisRequest(*models, quick, rank or None, temperature, directions)
         started = start_analysis(backend, asked, device)
         return {"job_id": started.id, "key": started.key, "pack": started.pack}
 

@@ -264,10 +264,13 @@ class Backend:
             return self._merge_preview(plan, progress)
 
     def finished_merge(self, plan: MergePlan) -> Path | None:
-        """Return the folder of a finished run of this plan if it still exists."""
+        """Return the folder of a finished run of this plan if it still exists.
+
+        A merge whose tokenizer, config or templates differ from the MLLM's of today is another one.
+        """
         for status in self.store.all():
             folder = Path(str(status.arguments.get("out", "")))
-            if status.state == "finished" and _plan_hash(folder) == plan.hash:
+            if status.state == "finished" and _is_merge_of(folder, plan):
                 return folder
         return None
 
@@ -276,7 +279,8 @@ class Backend:
 
         previews = home_folder() / "previews"
         out = previews / plan.digest[:32]
-        if _plan_hash(out) != plan.hash:
+        if not _is_merge_of(out, plan):
+            shutil.rmtree(out, ignore_errors=True)
             previews.mkdir(parents=True, exist_ok=True)
             _remove_oldest(previews, keep=KEPT_PREVIEWS - 1)
             for step in iter_merge(plan, out, device=self.device_for()):
@@ -302,10 +306,20 @@ def _from_hub_cache(source_id: str, revision: str | None) -> Path:
     )
 
 
-def _plan_hash(folder: Path) -> str | None:
-    """Read the hash of the plan from a merged model's manifest."""
+def _is_merge_of(folder: Path, plan: MergePlan) -> bool:
+    """Whether a folder is the merge of a plan, with the other files that the MLLM has now."""
     made = read_provenance(folder)
-    return made.plan if made else None
+    if made is None or made.plan != plan.hash:
+        return False
+    if made.files is None or plan.sources.mllm.revision is not None:
+        return True  # an older manifest, or files that cannot change
+    from ipmerge_core.models.checkpoint import Checkpoint
+    from ipmerge_core.models.writer import hashes_to_copy
+
+    try:
+        return dict(made.files) == hashes_to_copy(Checkpoint.open(plan.sources.mllm.location))
+    except IPMergeError:
+        return True  # the MLLM is no longer there to differ
 
 
 def _remove_oldest(folder: Path, *, keep: int) -> None:

@@ -301,14 +301,6 @@ def note_html(backend: Backend, name: str, *, busy: bool) -> str:
     return f'<p class="failure">✕ {escape(public_text(problem))}{advice}</p>'
 
 
-def require_common_base(plan: MergePlan, *, force: bool = False) -> None:
-    """Check the models of a plan before a run. Raises: PairingError for a refusal, or a change."""
-    from ipmerge_core.models.pairing import TO_FORCE
-    from ipmerge_core.planning.plan import reopen
-
-    reopen(plan).require_common_base(TO_FORCE, force=force)
-
-
 # --- starting, and finding a run again -------------------------------------------------------
 
 
