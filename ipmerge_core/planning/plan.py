@@ -294,7 +294,8 @@ def make_plan(
         (sources, totals), records = describe(source), ()
     _check_overrides(options.overrides, decisions)
     check_extras(chosen, options)
-    check_layer_gains(chosen, options.layer_gains, complete)
+    layers = len({decision.layer for decision in decisions})
+    check_layer_gains(chosen, options.layer_gains, complete, layers)
     return MergePlan(
         name=source.name,
         method=method,
