@@ -465,6 +465,7 @@ def test_the_selection_of_explore_arrives(choice: PlanChoice, home: Path) -> Non
         {"method": "ties", "density": 0.123456789, "include": "mlp", "norms": "merge"},
         {"method": "dare_linear", "seed": 2**60 + 1, "layer_gains": (0.25, 1.0)},
         {"method": "nan"},
+        {"method": "task_arithmetic", "norms": "merge"},
     ],
     ids=lambda choice: choice["method"],
 )
@@ -489,7 +490,8 @@ def test_the_manifest_contains_the_facts_of_the_plan(
     for name, text in settings_of(plan).items():
         assert f"| {name} |" in card
         assert text.replace("|", "\\|") in card
-    assert ("norms" in card.split("byte-identical")[0]) == (choice.get("norms") == "merge")
+    merged = card.split("byte-identical")[0]
+    assert ("7 norms" in merged) == (choice.get("norms") == "merge" and "include" not in choice)
 
 
 def test_the_manifest_contains_the_calibration(own_trio: Trio, tmp_path: Path) -> None:

@@ -88,14 +88,15 @@ def method_form(
         from ipmerge_core.methods import find_method
 
         found = find_method(chosen or EXPLORED_METHOD)
-        gr.Markdown(f"`{found.formula}` ({found.source})", elem_id="method-formula")
         values = before.values if before.name == chosen else {}
-        with gr.Row(elem_classes="fields"):
-            for parameter in parameters_of(chosen):
-                keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
-                inherits = chosen == EXPLORED and parameter.name in found.from_analysis
-                make = _inherited_field if inherits else _field
-                _keep(make(parameter, values), keep, method, gate)
+        with _section(chosen, is_open=bool(values)):
+            gr.Markdown(f"`{found.formula}` ({found.source})", elem_id="method-formula")
+            with gr.Row(elem_classes="fields"):
+                for parameter in parameters_of(chosen):
+                    keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
+                    inherits = chosen == EXPLORED and parameter.name in found.from_analysis
+                    make = _inherited_field if inherits else _field
+                    _keep(make(parameter, values), keep, method, gate)
 
     data = gr.Column(elem_id="calibration", visible=False)
     with (
@@ -105,6 +106,13 @@ def method_form(
         for option in FIELDS:
             _keep(_option_field(option), partial(with_option, option.name), method, gate)
     return MethodForm(changed, data)
+
+
+def _section(chosen: str, *, is_open: bool) -> gr.Column | gr.Accordion:
+    """Return the block of a method's fields, folded for the plan from Explore."""
+    if chosen != EXPLORED:
+        return gr.Column()
+    return gr.Accordion("Advanced: parameters not set in Explore", open=is_open)
 
 
 def _keep(
@@ -157,7 +165,9 @@ def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) ->
     """
     if name != choice.name:  # an event of a field that is being removed
         return choice
-    read = _number(value) if isinstance(value, str) else value
+    kinds = {known.name: known.kind for known in parameters_of(name)}
+    is_number = kinds.get(parameter) in ("float", "int")
+    read = _number(value) if is_number and isinstance(value, str) else value
     rest = {other: kept for other, kept in choice.values.items() if other != parameter}
     if name == EXPLORED and value == OWN:  # the analysis' own value
         return choice._replace(values=rest)
