@@ -205,6 +205,7 @@ def test_every_argument_of_make_plan_has_a_row() -> None:
 
 LIST_INPUTS = """
 import json, gradio as gr
+from ipmerge_core.ui.app import build_app
 kinds = (gr.Dropdown, gr.Textbox, gr.Number, gr.Slider, gr.Checkbox, gr.Radio)
 inputs = [block for block in build_app().blocks.values() if isinstance(block, kinds)]
 print(json.dumps([[block.elem_id, block.label, block.visible] for block in inputs]))

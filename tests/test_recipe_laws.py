@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ipmerge_core as ipm
+from ipmerge_core.cli import main
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.parts import merging_of, on_one_base
 from ipmerge_core.methods import METHODS, Parameter
@@ -199,3 +201,15 @@ def test_a_graded_average_is_read(host: Any, expert: Any, normalize: bool, gains
 def test_other_weights_per_layer_are_refused(host: Any, expert: Any) -> None:
     with pytest.raises(PlanError, match="do not sum to the same value in every layer"):
         import_recipe(GRADED.format(host, expert, "true"))
+
+
+def test_the_command_line_describes_what_a_merge_does_otherwise(
+    pair: ModelPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = export_recipe(ipm.make_plan(pair, "task_arithmetic")).replace("float32", "bfloat16")
+    (tmp_path / "recipe.yaml").write_text(text)
+    words = ["plan", "--recipe", str(tmp_path / "recipe.yaml"), "--quiet"]
+    assert main([*words, "-o", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr()
+    assert "The recipe computes in bfloat16; the merge computes in float32." in printed.err
+    assert "keeps the dtype of every tensor" in printed.err

@@ -373,12 +373,6 @@ def files_to_copy(source: Checkpoint) -> list[str]:
     ]
 
 
-def hashes_to_copy(source: Checkpoint) -> dict[str, str]:
-    """Return the SHA-256 of every file that a merged model copies, as its manifest lists them."""
-    names = files_to_copy(source)
-    return {name: hashlib.sha256(source.files.read(name)).hexdigest() for name in names}
-
-
 def layout_bytes(source: Checkpoint) -> int:
     """Return the size of a merged model on disk in bytes."""
     shards = sum(source.files.size(shard) for shard in source.shards)

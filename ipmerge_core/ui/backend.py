@@ -8,6 +8,7 @@ needed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 import threading
@@ -314,10 +315,13 @@ def _is_merge_of(folder: Path, plan: MergePlan) -> bool:
     if made.files is None or plan.sources.mllm.revision is not None:
         return True  # an older manifest, or files that cannot change
     from ipmerge_core.models.checkpoint import Checkpoint
-    from ipmerge_core.models.writer import hashes_to_copy
+    from ipmerge_core.models.writer import files_to_copy
 
     try:
-        return dict(made.files) == hashes_to_copy(Checkpoint.open(plan.sources.mllm.location))
+        mllm = Checkpoint.open(plan.sources.mllm.location)
+        names = files_to_copy(mllm)
+        now = {name: hashlib.sha256(mllm.files.read(name)).hexdigest() for name in names}
+        return dict(made.files) == now
     except IPMergeError:
         return True  # the MLLM is no longer there to differ
 
