@@ -564,3 +564,17 @@ def test_demo_samples_can_be_of_some_tasks_only(source, tasks):
 def test_unknown_demo_tasks_are_refused_with_the_known_ones(source):
     with pytest.raises(RunError, match=r"Unknown demo task '(reading)?' .*perception, math, add"):
         load_samples(source, 4, takes_images=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("gram", {"estimator": "empirical"}),
+        ("fisher", {"wide": "diagonal"}),
+        ("fisher", {"image_tokens": False}),
+    ],
+)
+def test_a_setting_that_the_kind_does_not_use_is_refused(kind, setting):
+    (name,) = setting
+    with pytest.raises(PlanError, match=f"{name} is .*does not use it"):
+        CalibrationSettings(kind, **setting)

@@ -13,6 +13,7 @@ import pytest
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS
+from ipmerge_core.planning.description import describe_change
 from ipmerge_core.planning.options import ANCHORS
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
@@ -29,7 +30,6 @@ from ipmerge_core.ui.merge.method_form import (
     with_option,
     with_value,
 )
-from ipmerge_core.ui.merge.summary import describe_change
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import RunView, find_run
@@ -53,7 +53,7 @@ def test_every_method_is_offered() -> None:
 def test_every_parameter_of_every_method_has_a_field_with_its_default_and_help() -> None:
     for method in METHODS.values():
         for parameter in method.parameters:
-            field = _field(parameter)
+            field = _field(parameter, {})
             assert field.value == parameter.default
             assert parameter.bounds.help in field.info
 
@@ -73,7 +73,7 @@ def test_every_parameter_of_every_method_has_a_field_with_its_default_and_help()
 )
 def test_a_field_fits_its_parameter(method: str, parameter: str, kind: type) -> None:
     (found,) = [p for p in METHODS[method].parameters if p.name == parameter]
-    field = _field(found)
+    field = _field(found, {})
     assert isinstance(field, kind)
     if isinstance(field, gr.Slider):
         assert field.minimum <= found.default <= field.maximum
@@ -178,7 +178,7 @@ def test_options_reach_the_plan_of_any_method_and_stay_when_another_is_chosen() 
 def test_norms_that_merge_are_not_said_to_stay() -> None:
     chosen = with_option("norms", MethodChoice("task_arithmetic"), "merge")
     found = readiness(Backend(), DEMO, PlanChoice(), chosen)
-    assert "the decoder&#x27;s norms and biases" in found.confirmation
+    assert ", 9 norms;" in found.confirmation
     assert "norm: only matrices" not in found.confirmation
 
 

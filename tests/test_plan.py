@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,11 @@ def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
 def as_it_was(plan: MergePlan) -> dict[str, Any]:
     """A plan's file of the time when normalize was true or false and methods had fewer options."""
     content = json.loads(json.dumps(plan.to_dict()))
+    for source in [content["sources"]["mllm"], content["sources"]["base"]]:
+        del source["content"]
+    for source in content["sources"]["math"]:
+        del source["content"]
+    del content["method_version"]
     parameters = content["parameters"]
     if "normalize" in parameters:
         parameters["normalize"] = parameters["normalize"] == "weights"
@@ -226,8 +232,9 @@ def test_a_plan_of_an_earlier_version_opens_and_merges_the_same(
     plan = ipm.make_plan(analysis, method, **choice)
     (tmp_path / "plan.json").write_text(json.dumps(as_it_was(plan)))
     old = MergePlan.load(tmp_path / "plan.json")
-    assert old.digest == plan.digest
-    assert old == plan
+    same = replace(plan, sources=plan.sources._each(lambda source: replace(source, content=None)))
+    assert old.digest == same.digest
+    assert old == same
 
 
 def test_what_is_new_in_a_plan_is_in_its_hash(analysis: Analysis) -> None:
@@ -304,3 +311,10 @@ def test_plans_of_a_pack_of_version_1_take_every_direction_as_they_did():
         assert not plan.preview().approximate
     with pytest.raises(PlanError, match="used directions all and the plan has directions existing"):
         ipm.make_plan(analysis, directions="existing").preview()
+
+
+def test_more_layer_gains_than_layers_are_refused(analysis: Analysis) -> None:
+    layers = len({record.layer for record in analysis.records})
+    ipm.make_plan(analysis, "task_arithmetic", layer_gains=[1.0] * layers)
+    with pytest.raises(PlanError, match=f"has {layers + 1} factors and the model {layers} layers"):
+        ipm.make_plan(analysis, "task_arithmetic", layer_gains=[1.0] * (layers + 1))

@@ -182,7 +182,7 @@ def test_slerp_starts_at_its_base_model_wherever_it_stands() -> None:
         ),
         ({"method": "sce", "math_weight": 0.5}, "has no math_weight=0.5"),
         ({"method": "karcher", "alpha": 0.9}, "Plan with alpha=its default"),
-        ({"method": "nuslerp", "layer_gains": (0.0, 1.0)}, "no per-layer t"),
+        ({"method": "nuslerp", "layer_gains": (0.0, 1.0)}, "nuslerp has no weights per layer"),
     ],
 )
 def test_what_mergekit_cannot_say_is_refused(

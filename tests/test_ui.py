@@ -42,21 +42,28 @@ EVERYTHING = {"similarity_threshold": 0.0, "variant": "select_only"}
 ENDPOINTS = {
     "/packs": [],
     "/pack": ["pack"],
-    "/preview": ["pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides"],
+    "/preview": [
+        "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
+        "method", "parameters", "options", "calibration",
+    ],
     "/plan_check": [
         "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides", "device",
+        "method", "parameters", "options", "calibration", "force",
     ],
     "/merge_start": [
         "pack", "folder", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
-        "device", "digest",
+        "device", "digest", "method", "parameters", "options", "calibration", "force",
     ],
-    "/analyse_start": ["mllm", "math", "base", "base_mllm", "quick", "rank", "device"],
+    "/analyse_start": [
+        "mllm", "math", "base", "base_mllm", "quick", "rank", "device", "temperature", "directions",
+    ],
     "/job_status": ["job_id"],
     "/job_cancel": ["job_id", "key"],
     "/job_resume": ["job_id", "key"],
     "/answer_pair": [
         "pack", "question", "image", "similarity_threshold", "lambda_", "similarity", "variant",
         "temperature", "max_new_tokens", "seed", "left", "right", "left_key", "right_key",
+        "overrides",
     ],
 }  # fmt: skip
 

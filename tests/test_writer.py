@@ -23,7 +23,7 @@ def test_a_finished_copy_is_the_source_byte_for_byte(trio: Trio, tmp_path: Path)
     source = Checkpoint.open(trio.mllm)
     with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
         write_some(writer, list(reversed(source.tensors)))
-        writer.finish({"ipmerge.json": "{}"})
+        writer.finish(lambda: {"ipmerge.json": "{}"})
     for name in (*source.shards, "config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (trio.mllm / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -46,7 +46,7 @@ def test_an_unfinished_run_leaves_no_model_and_is_resumed(trio: Trio, tmp_path: 
     with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
         assert sorted(writer.done) == sorted(names[:5])
         write_some(writer, names[5:])
-        writer.finish({})
+        writer.finish(dict)
     assert Checkpoint.open(tmp_path / "out").fingerprint == source.fingerprint
 
 

@@ -23,10 +23,12 @@ from torch import Tensor
 from ipmerge_core.adapters.factors import module_name, reduce_rank, update_of, with_lambda
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.merge import reopen
-from ipmerge_core.merging.model_card import front_matter
+from ipmerge_core.merging.model_card import front_matter, settings_table
 from ipmerge_core.merging.parts import work_of
 from ipmerge_core.methods import find_method
+from ipmerge_core.models.pairing import TO_FORCE
 from ipmerge_core.models.writer import check_output
+from ipmerge_core.planning.description import facts_of
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.atomic import atomic_path, writing
 from ipmerge_core.runtime.devices import resolve_device
@@ -62,10 +64,12 @@ def export_adapter(
     tolerance: float = RESIDUAL,
     max_rank: int = MAX_RANK,
     device: str = "cpu",
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write the update of a plan as a PEFT folder and return its report; see `iter_adapter`."""
     out = resolve_path(out)
-    for _ in iter_adapter(plan, out, tolerance=tolerance, max_rank=max_rank, device=device):
+    how = {"tolerance": tolerance, "max_rank": max_rank, "device": device, "force": force}
+    for _ in iter_adapter(plan, out, **how):  # type: ignore[arg-type]
         pass
     report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
     return report
@@ -78,6 +82,7 @@ def iter_adapter(
     tolerance: float = RESIDUAL,
     max_rank: int = MAX_RANK,
     device: str = "cpu",
+    force: bool = False,
 ) -> Iterator[AdapterStep]:
     """Write the LoRA adapter of `plan` to the new folder `out`, yielding after each module.
 
@@ -91,13 +96,14 @@ def iter_adapter(
         max_rank: maximum rank. A matrix that needs more is truncated with a warning, and
             reported with its residual.
         device: a torch device name, or "auto".
+        force: continue even if the sibling check refuses the models.
 
     Raises:
         PlanError: the method's change is not of low rank, no matrix is selected, or the device is
             not available.
         CheckpointError: `out` is not empty, or a source cannot be used.
         PairingError: a source differs from the one the plan was made for, or is written during
-            the run.
+            the run, or the sibling check refuses the models.
         RunError: the output cannot be written.
     """
     where = torch.device(resolve_device(device))
@@ -105,6 +111,7 @@ def iter_adapter(
     out = check_output(out)
     pair = reopen(plan)
     before = pair.stamps()
+    pair.require_common_base(TO_FORCE, force=force)
     work = work_of(plan, pair)
     unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
     tensors: dict[str, Tensor] = {}
@@ -218,7 +225,7 @@ def _report(
         "version": 1,
         "engine": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "plan": {"hash": plan.hash, "method": plan.method, "parameters": dict(plan.parameters)},
+        "plan": facts_of(plan),
         "sources": asdict(plan.sources),
         "scale": plan.parameters["lambda_"],
         **how,
@@ -247,6 +254,8 @@ def _card(plan: MergePlan, steps: Sequence[AdapterStep], nbytes: int) -> str:
             f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices, rank "
             f"{min(ranks)} to {max(ranks)}, {nbytes / 1e6:.1f} MB. Load it with PEFT on the MLLM "
             f"that it was made for; scaling the adapter by s scales lambda by s.",
+            "",
+            *settings_table(plan),
             "",
             f"`{REPORT}` lists the rank and the residual of every matrix. No benchmark was run.",
             "",

@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from math import prod
@@ -73,7 +74,13 @@ def analyse(
     if not pack.exists():
         for _ in iter_pack_of(pair, pack, options, device=device):
             pass
-    return Analysis.load(pack)
+    return _of_pair(Analysis.load(pack), pair)
+
+
+def _of_pair(analysis: Analysis, pair: ModelPair) -> Analysis:
+    """Return an analysis of the same weights with the names and folders of this pair."""
+    sources, totals = describe(pair)
+    return replace(analysis, name=pair.name, sources=sources, totals=totals)
 
 
 def _assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
@@ -123,12 +130,12 @@ def source_of(model: Checkpoint) -> Source:
     """Return the location and fingerprint of a model."""
     local = model.files.revision is None
     name = str(expand_path(model.id).absolute()) if local else model.id
-    return Source(name, model.files.revision, model.fingerprint)
+    return Source(name, model.files.revision, model.fingerprint, model.content)
 
 
 def _identity(pair: ModelPair, options: Options) -> str:
     """Return the SHA-256 of everything that determines the records: weights, options, engine."""
-    fingerprints = [model.fingerprint for _, model in pair.roles()]
+    fingerprints = [[model.fingerprint, model.content] for _, model in pair.roles()]
     content = json.dumps([VERSION, __version__, options, fingerprints])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -212,7 +219,9 @@ def iter_pack(
     *,
     base_mllm: str | None = None,
     rank: int | None = None,
+    temperature: float = TEMPERATURE,
     quick: bool = False,
+    directions: Literal["existing", "all"] = "existing",
     device: str = "cpu",
     hub_only: bool = False,
 ) -> Iterator[AnalysisStep]:
@@ -224,7 +233,7 @@ def iter_pack(
         PlanError: the device is not available.
         RunError: `out` exists, or there is too little memory.
     """
-    options, device = Options(rank, quick=quick).check(), resolve_device(device)
+    options, device = Options(rank, temperature, quick, directions).check(), resolve_device(device)
     out = output_file(out, suffix=SUFFIX)  # a fault before any model is opened
     if out.exists():
         raise RunError(f"'{out}' already exists. Choose another name for the pack.")

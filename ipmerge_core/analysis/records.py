@@ -25,11 +25,22 @@ _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # for unexpected
 
 @dataclass(frozen=True)
 class Source:
-    """Location of a model and the fingerprint of its weights."""
+    """Location of a model and the fingerprint of its weights.
+
+    `content` is a second hash of more of the weights, see `Checkpoint.content`; None for models on
+    the hub, and in packs and plans of older versions.
+    """
 
     id: str
     revision: str | None
     fingerprint: str
+    content: str | None = None
+
+    def differs_from(self, fingerprint: str, content: str | None) -> bool:
+        """Whether weights with these hashes are other weights; unknown contents do not differ."""
+        if self.content is not None and content is not None and self.content != content:
+            return True
+        return self.fingerprint != fingerprint
 
     @property
     def location(self) -> str:

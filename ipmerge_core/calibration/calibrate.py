@@ -285,10 +285,12 @@ def _claim(
     wanted = {
         "settings": asdict(settings),
         "models": [[s.role, s.checkpoint.fingerprint, digest(s.samples)] for s in work],
+        "contents": [s.checkpoint.content for s in work],
     }
     if out.exists() and not all(is_temporary(entry) for entry in out.iterdir()):
         claim = out / _CLAIM
-        if not claim.exists() or json.loads(claim.read_text(encoding="utf-8")) != wanted:
+        before = json.loads(claim.read_text(encoding="utf-8")) if claim.exists() else {}
+        if not before or {"contents": wanted["contents"], **before} != wanted:
             what = "a finished calibration" if (out / RECORD).exists() else "other files"
             raise RunError(
                 f"'{out}' already contains {what}, or a run with other settings, models or "
@@ -339,6 +341,7 @@ def _measured(out: Path, share: _Share) -> Measured:
         role=share.role,
         id=share.checkpoint.id,
         fingerprint=share.checkpoint.fingerprint,
+        content=share.checkpoint.content,
         samples=len(share.samples),
         tokens=tokens,
         norm=squares**0.5,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ipmerge_core.calibration.samples import Sample
 from ipmerge_core.calibration.store import Kind
-from ipmerge_core.errors import ModelLoadError
+from ipmerge_core.errors import ModelLoadError, PlanError
 from ipmerge_core.inference.generation import encode_prompt
 from ipmerge_core.inference.loading import LoadedModel
 
@@ -37,6 +37,8 @@ class CalibrationSettings:
     (unbiased), "empirical" uses the sample's answer. `image_tokens` applies to "gram": whether
     image positions are included. `wide` stores the Gram matrices of down projections as "full" or
     only their "diagonal".
+
+    Raises: PlanError for a setting that the kind does not use.
     """
 
     kind: Kind
@@ -45,6 +47,17 @@ class CalibrationSettings:
     wide: Literal["full", "diagonal"] = "full"
     seed: int = 0
     memory: int = MEMORY
+
+    def __post_init__(self) -> None:
+        """Reject settings that would be ignored. Raises: PlanError."""
+        of_kind = {"estimator": "fisher", "image_tokens": "gram", "wide": "gram"}
+        for setting in fields(self):
+            kind, value = of_kind.get(setting.name, self.kind), getattr(self, setting.name)
+            if kind != self.kind and value != setting.default:
+                raise PlanError(
+                    f"{setting.name} is {value!r}, but a calibration of kind {self.kind} does not "
+                    f"use it. Omit it, or calibrate with kind {kind}."
+                )
 
 
 class _Enough(Exception):  # noqa: N818 (a signal, not a fault)

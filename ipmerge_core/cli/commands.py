@@ -164,7 +164,12 @@ def recipe(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Execute a plan, or with --dry-run print an estimate."""
-    from ipmerge_core.merging.merge import MANIFEST, estimate_merge, iter_merge
+    from ipmerge_core.merging.merge import (
+        MANIFEST,
+        estimate_merge,
+        iter_merge,
+        require_common_base,
+    )
     from ipmerge_core.merging.provenance import is_finished
     from ipmerge_core.runtime.devices import describe_device
     from ipmerge_core.runtime.pipeline import keep_freed_memory
@@ -172,6 +177,7 @@ def merge(options: argparse.Namespace) -> int:
     keep_freed_memory()
     plan = read_plan(options)
     if options.dry_run:
+        require_common_base(plan, force=options.force)
         need = estimate_merge(plan, options.target, device=options.device)
         text = (
             f"Plan {plan.hash}, {plan_sentence(plan)}\nReads {need.nbytes_read / 1e9:.3f} GB, "
@@ -184,7 +190,8 @@ def merge(options: argparse.Namespace) -> int:
     resume = options.resume is not False
     verb = "Already complete" if resume and is_finished(plan, options.target) else "Wrote"
     with Progress(options) as progress:
-        for step in iter_merge(plan, options.target, device=options.device, resume=resume):
+        how = {"device": options.device, "resume": resume, "force": options.force}
+        for step in iter_merge(plan, options.target, **how):
             doing = "measuring" if step.action == "measured" else "merging"
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
             progress.show(doing, step.nbytes_done, step.nbytes_total, what)
@@ -199,9 +206,9 @@ def adapter(options: argparse.Namespace) -> int:
     from ipmerge_core.adapters.export import REPORT, iter_adapter
 
     plan = read_plan(options)
-    limits = {"tolerance": options.tolerance, "max_rank": options.max_rank}
+    how = {"tolerance": options.tolerance, "max_rank": options.max_rank, "force": options.force}
     with Progress(options) as progress:
-        for step in iter_adapter(plan, options.target, device=options.device, **limits):
+        for step in iter_adapter(plan, options.target, device=options.device, **how):
             what = f"{step.index}/{step.total} rank {step.rank} {step.tensor}"
             progress.show("factorising", step.index, step.total, what)
     report = json.loads((options.target / REPORT).read_text(encoding="utf-8"))

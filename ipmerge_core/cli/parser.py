@@ -65,9 +65,7 @@ def _analyse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="approximate results from the leading directions"
     )
-    parser.add_argument(
-        "--force", action="store_true", help="continue even if the sibling check fails"
-    )
+    _add_force(parser)
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +99,7 @@ def _merge(parser: argparse.ArgumentParser) -> None:
         help="resume an unfinished run of the same plan (default)",
     )
     _add_flag(parser, "--dry-run", "print an estimate and exit")
+    _add_force(parser)
     _add_device(parser)
 
 
@@ -109,6 +108,7 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "FOLDER", "output folder of the adapter")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="maximum relative residual")
     parser.add_argument("--max-rank", type=int, default=64, help="maximum rank per matrix")
+    _add_force(parser)
     _add_device(parser)
 
 
@@ -155,6 +155,12 @@ def _add_models(parser: argparse.ArgumentParser, moved: str = "", *, own_base: b
 def _add_flag(parser: argparse.ArgumentParser, name: str, words: str) -> None:
     """Add a switch that is None if it is not given."""
     parser.add_argument(name, action="store_true", default=None, help=words)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", help="continue even if the sibling check fails"
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser, *, fp64: bool = True) -> None:

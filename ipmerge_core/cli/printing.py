@@ -40,21 +40,20 @@ def preview_of(plan: MergePlan) -> dict[str, Any]:
 
 def plan_sentence(plan: MergePlan) -> str:
     """Summarize a plan in one sentence."""
-    chosen = f"{len(plan.selected)} of {len(plan.decisions)} matrices are merged"
-    preview = preview_of(plan)
+    from ipmerge_core.planning.description import describe_change, describe_selection
+
     extras = "; ".join(plan.extras)
     extras = f" Also merged, not included in these figures: {extras}." if extras else ""
-    if "relative_change" not in preview:
-        return f"{chosen}.{extras} {preview['preview']}"
-    loose = f", approximate: {preview['approximate']}" if preview["approximate"] else ""
-    change = f"{preview['relative_change']:.3%} (relative Frobenius norm{loose})"
-    return f"{chosen}; decoder weights change by {change}{_analysis_values(plan)}.{extras}"
+    change = describe_change(plan)
+    if "relative_change" not in preview_of(plan):
+        return f"{describe_selection(plan)} are merged.{extras} {change}"
+    return f"{describe_selection(plan)} are merged; {change}{_analysis_values(plan)}.{extras}"
 
 
 def _analysis_values(plan: MergePlan) -> str:
     """List the parameters that come from the analysis and are not the defaults."""
     from ipmerge_core.methods import find_method
-    from ipmerge_core.planning.preview import shown
+    from ipmerge_core.planning.options import shown
 
     method, values, analysed = find_method(plan.method), plan.parameters, plan.analysed or {}
     defaults = {parameter.name: parameter.default for parameter in method.parameters}

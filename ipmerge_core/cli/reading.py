@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +114,10 @@ def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
 
 
 def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:
-    """Return the models and the arguments of make_plan from a mergekit recipe."""
+    """Return the models and the arguments of make_plan from a mergekit recipe.
+
+    What a merge does in another way than mergekit is printed to stderr.
+    """
     from ipmerge_core.models.pairing import open_pair
     from ipmerge_core.planning.mergekit_import import import_recipe
 
@@ -125,6 +129,8 @@ def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]
     for name, found in (("base", recipe.base), ("layer_gains", "layer_gains" in recipe.arguments)):
         if found and is_given(options, name):
             raise PlanError(f"{flag_of(name)} has no effect: the recipe specifies it. Omit it.")
+    for note in recipe.notes:
+        print(f"ipmerge: {note}", file=sys.stderr)
     base = recipe.base or options.base
     if not base:
         raise PlanError("The recipe has no base model. Specify it with --base Z.")

@@ -52,7 +52,7 @@ class ModelCache:
 
     def __init__(self, most_models: int = 2) -> None:
         self.most_models = most_models
-        self._models: OrderedDict[tuple[Path, str, str], LoadedModel] = OrderedDict()
+        self._models: OrderedDict[tuple[Path | str | None, ...], LoadedModel] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, folder: str | Path, device: str = "cpu") -> LoadedModel:
@@ -67,7 +67,8 @@ class ModelCache:
         device = resolve_device(device, fp64=False)
         with self._lock:
             path = resolve_path(folder)
-            key = (path, Checkpoint.open(path).fingerprint, device)
+            found = Checkpoint.open(path)
+            key = (path, found.fingerprint, found.content, found.other_files, device)
             if key not in self._models:
                 while len(self._models) >= self.most_models:
                     self._models.popitem(last=False)

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -25,9 +25,9 @@ from torch import Tensor
 from ipmerge_core.analysis.analyse import working_set
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.calibration.store import Measurements
-from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, PlanError, RunError
-from ipmerge_core.merging.estimates import Estimate, check_space, estimate_pair, merging_cost
-from ipmerge_core.merging.manifest import manifest_of
+from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, RunError
+from ipmerge_core.merging.estimates import Estimate, check_space, estimate_merge, merging_cost
+from ipmerge_core.merging.manifest import attempt_of, manifest_of
 from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.merging.parts import (
     EXTRAS,
@@ -48,7 +48,7 @@ from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.declarations import relayed
 from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec, as_tensor, count_non_finite
 from ipmerge_core.models.files import FROM_DISK
-from ipmerge_core.models.pairing import MatrixWeights, ModelPair
+from ipmerge_core.models.pairing import TO_FORCE, Finding, MatrixWeights, ModelPair
 from ipmerge_core.models.writer import (
     MANIFEST,
     CheckpointWriter,
@@ -56,7 +56,7 @@ from ipmerge_core.models.writer import (
     in_file_order,
     tidy_finished,
 )
-from ipmerge_core.planning.plan import MergePlan, reopen
+from ipmerge_core.planning.plan import MergePlan, reopen, require_common_base
 from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
 from ipmerge_core.runtime.paths import resolve_path
@@ -100,21 +100,40 @@ class Piece(NamedTuple):
     content: bytearray | MatrixWeights
 
 
-__all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate_merge", "iter_merge", "merge", "reopen"]
+__all__ = [
+    "MANIFEST",
+    "Estimate",
+    "MergeStep",
+    "estimate_merge",
+    "iter_merge",
+    "merge",
+    "reopen",
+    "require_common_base",
+]
 
 
 def merge(
-    plan: MergePlan, out: str | Path, *, device: str = "cpu", resume: bool = True
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    resume: bool = True,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Execute a plan and return the manifest; see `iter_merge`."""
-    for _ in iter_merge(plan, out, device=device, resume=resume):
+    for _ in iter_merge(plan, out, device=device, resume=resume, force=force):
         pass
     manifest: dict[str, Any] = json.loads((resolve_path(out) / MANIFEST).read_text("utf-8"))
     return manifest
 
 
 def iter_merge(
-    plan: MergePlan, out: str | Path, *, device: str = "cpu", resume: bool = True
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    resume: bool = True,
+    force: bool = False,
 ) -> Iterator[MergeStep]:
     """Write the merged model of `plan` to the new folder `out`, yielding after each tensor.
 
@@ -129,17 +148,19 @@ def iter_merge(
             appears when the model is complete; a mount point is filled, its config.json last.
         device: a torch device name, or "auto".
         resume: continue an unfinished run of the same plan; a finished one is not repeated.
+        force: merge even if the sibling check refuses the models; the manifest lists its findings.
 
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source differs from the plan's, or is written during the run.
+        PairingError: a source differs from the plan's, or is written during the run, or the
+            sibling check refuses the models.
         PlanError: the plan's calibration has changed, or the device is not available.
         RunError: the output cannot be written, another run is writing to it, a source cannot be
             read completely, or another process of this run failed.
     """
     device = resolve_device(device)
     method = find_method(plan.method)
-    measurements = _open_measurements(plan)
+    measurements = plan.calibration.open() if plan.calibration else None
     if resume and is_finished(plan, out):
         tidy_finished(out)
         yield from _steps_of_finished(out)
@@ -147,6 +168,7 @@ def iter_merge(
     out = check_output(out)
     pair = reopen(plan)
     before = pair.stamps()
+    findings = pair.require_common_base(TO_FORCE, force=force)
     check_space(pair, out)
     started = time.perf_counter()
     with Ranks() as ranks, ExitStack() as stack:
@@ -156,6 +178,8 @@ def iter_merge(
             stack.enter_context(writer)
         target = torch.device(ranks.device(device))
         run = _Run(plan, pair, method, writer, ranks, target, measurements)
+        if not ranks.rank:
+            run.note_attempt()
         failure: IPMergeError | None = None
         try:
             yield from run.steps()
@@ -163,28 +187,9 @@ def iter_merge(
             failure = error
         run.conclude(
             failure,
-            lambda: _documents(run, time.perf_counter() - started),
+            lambda: _documents(run, findings, time.perf_counter() - started),
             lambda: pair.check_unchanged(before),
         )
-
-
-def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
-    """Estimate bytes, memory and time from headers. Raises: as `iter_merge` before any work."""
-    device = resolve_device(device)
-    return estimate_pair(plan, reopen(plan), check_output(out), device)
-
-
-def _open_measurements(plan: MergePlan) -> Measurements | None:
-    """Open the calibration of the plan and check that it is unchanged."""
-    if plan.calibration is None:
-        return None
-    found = Measurements.open(plan.calibration.folder)
-    if found.digest != plan.calibration.digest:
-        raise PlanError(
-            f"The calibration in '{found.folder}' has changed since the plan was made. Make a new "
-            f"plan with it."
-        )
-    return found
 
 
 @dataclass
@@ -199,6 +204,7 @@ class _Run:
     device: torch.device
     measurements: Measurements | None
     statistic: tuple[float, ...] | None = None
+    attempts: list[dict[str, Any]] = field(default_factory=list)  # of this run, the newest last
 
     def steps(self) -> Iterator[MergeStep]:
         """Merge and write the tensors of this process, yielding after each, and read them back."""
@@ -237,6 +243,12 @@ class _Run:
             yield from filter(None, behind.drain())
         self.writer.audit([spec.name for spec in specs], min(_AUDITORS, self.ranks.cores))
 
+    def note_attempt(self) -> None:
+        """Add this process to the notes of the run, so that a resume elsewhere leaves a trace."""
+        attempt = attempt_of(str(self.device), self.ranks.size, len(self.writer.done))
+        self.attempts = [*(self.writer.noted("attempts") or []), attempt]
+        self.writer.note("attempts", self.attempts)
+
     def conclude(
         self, failure: IPMergeError | None, documents: Documents, check: Callable[[], object]
     ) -> None:
@@ -257,7 +269,7 @@ class _Run:
                 if trouble is not None:
                     raise failure or RunError(f"Process {rank}: {trouble[0]}")
             try:
-                self.writer.finish(documents(), check)
+                self.writer.finish(documents, check)
             except PairingError:
                 self.writer.discard()
                 raise
@@ -437,14 +449,17 @@ def _steps_of_finished(out: str | Path) -> Iterator[MergeStep]:
         yield count.step(spec, "resumed")
 
 
-def _documents(run: _Run, seconds: float) -> dict[str, str]:
+def _documents(run: _Run, findings: Sequence[Finding], seconds: float) -> dict[str, str]:
     manifest = manifest_of(
         run.plan,
         run.pair,
         run.writer.hashes,
+        files=run.writer.copied,
+        findings=findings,
+        measurements=run.measurements,
+        attempts=run.attempts,
         statistic=run.statistic,
-        device=str(run.device),
-        processes=run.ranks.size,
         seconds=seconds,
     )
-    return {MANIFEST: json.dumps(manifest, indent=1) + "\n", "README.md": write_card(run.plan)}
+    card = write_card(run.plan, run.pair, findings)
+    return {MANIFEST: json.dumps(manifest, indent=1) + "\n", "README.md": card}

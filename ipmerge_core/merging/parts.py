@@ -7,6 +7,7 @@ copied in pieces, and merged in pieces if the method is elementwise, which bound
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
@@ -106,6 +107,16 @@ def _extras(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
                 "a new plan."
             )
         yield from shared_rows(pair)
+
+
+def count_extras(plan: MergePlan, pair: ModelPair) -> tuple[str, ...]:
+    """Describe the tensors that the plan merges in addition to decoder matrices, with counts."""
+    counts: Counter[str] = Counter()
+    for matrix, _ in chosen(plan, pair):
+        if matrix.module in EXTRAS:
+            counts[matrix.module] += matrix.shape[0]  # a norm is one row
+    names = {"norm": "norms", "bias": "biases", ROWS: "rows of embeddings and head (shared tokens)"}
+    return tuple(f"{counts[module]} {names[module]}" for module in EXTRAS if counts[module])
 
 
 def merging_of(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ipmerge_core.analysis.records import Sources
 from ipmerge_core.errors import CheckpointError
+from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.paths import resolve_path
 
 if TYPE_CHECKING:
@@ -25,13 +27,14 @@ class Provenance(NamedTuple):
     sources: Sources
     digest: str = ""  # of the plan; "" in manifests from before it was recorded
     tensors: frozenset[str] = frozenset()  # the names of all tensors
+    files: Mapping[str, str] | None = None  # SHA-256 of the files copied from the MLLM, if recorded
 
 
 def read_provenance(folder: Path) -> Provenance | None:
     """Read the provenance from a merged model's manifest; None if there is no manifest."""
     path = folder / MANIFEST
     try:
-        return _read(path, path.stat().st_mtime_ns)
+        return _read(path, version_of(path))
     except OSError:
         return None
 
@@ -58,7 +61,7 @@ def is_finished(plan: MergePlan, out: str | Path) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _read(path: Path, _modified: int) -> Provenance | None:
+def _read(path: Path, _version: FileVersion) -> Provenance | None:
     try:
         content = json.loads(path.read_text("utf-8"))
         plan = content["plan"]
@@ -68,6 +71,7 @@ def _read(path: Path, _modified: int) -> Provenance | None:
             Sources.from_dict(content["sources"]),
             str(plan.get("digest", "")),
             frozenset(content.get("tensors", ())),
+            content.get("files"),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -182,6 +182,8 @@ class MergeMethod:
         local: whether an element of the result depends only on that element of each model and on
             the statistic.
         check: raises PlanError for values that are valid separately but not in combination.
+        version: the version of its mathematics. A change after which the same inputs and
+            parameters give other weights increases it, which changes the digest of plans.
         vectors: for methods that do not apply to norms, biases and embedding rows: returns the
             weights of task arithmetic on them, from the parameters and the number of experts.
     """
@@ -205,6 +207,7 @@ class MergeMethod:
     local: bool = False
     check: Callable[[Mapping[str, Any]], object] | None = None
     vectors: Callable[[Mapping[str, Any], int], tuple[float, float]] | None = None
+    version: int = 1
 
     def __call__(
         self,

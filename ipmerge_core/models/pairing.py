@@ -52,6 +52,7 @@ __all__ = [
     "text_config",
 ]
 
+TO_FORCE = "Use force=True (--force on the command line) to merge anyway."
 VOCABULARY = "vocabulary: rows correspond to the MLLM's tokens"
 OUTSIDE = "outside the language model"
 BIAS = "bias: only matrices are merged"
@@ -157,12 +158,17 @@ class ModelPair:
         places = [(matrix.module, matrix.layer) for matrix in self.matrices]
         return [self._tensor_finding(), *check_siblings(list(self._members()), places)]
 
-    def require_common_base(self, hint: str = "") -> None:
-        """Raise PairingError for the first refusal of the sibling check, followed by `hint`."""
-        for finding in self.check():
-            if finding.level == "refusal":
+    def require_common_base(self, hint: str = "", *, force: bool = False) -> list[Finding]:
+        """Run the sibling check and return its findings.
+
+        Raises: PairingError for the first refusal, followed by `hint`, unless `force` is set.
+        """
+        findings = self.check()
+        for finding in findings:
+            if finding.level == "refusal" and not force:
                 message = (f"{finding.subject}: {finding.message}", finding.remedy, hint)
                 raise PairingError(" ".join(filter(None, message)))
+        return findings
 
     def read(
         self, matrix: MatrixMatch, experts: Sequence[int] | None = None, *, check: bool = True

@@ -91,6 +91,7 @@ class CheckpointWriter:
         self._open_tensor: tuple[str, xxh3_128] | None = None
         self.done: dict[str, str] = {}  # tensor name -> checksum of the written bytes
         self.hashes: dict[str, str] = {}  # tensor name -> SHA-256 of the bytes read back
+        self.copied: dict[str, str] = {}  # other files -> SHA-256 of the bytes copied
 
     def __enter__(self) -> Self:
         """Lock the folder and find the tensors finished by an earlier run of the same work."""
@@ -171,11 +172,14 @@ class CheckpointWriter:
         return checksum.hexdigest(), sha256.hexdigest()
 
     def finish(
-        self, documents: Mapping[str, str], check: Callable[[], object] = lambda: None
+        self,
+        documents: Callable[[], Mapping[str, str]],
+        check: Callable[[], object] = lambda: None,
     ) -> None:
-        """Copy the model's other files, add `documents`, verify the headers, rename the folder.
+        """Copy the model's other files, add documents, verify the headers, rename the folder.
 
-        `check` is called when everything has been read from the source, before the rename.
+        `documents` is called when everything else is written, and `check` after it, before the
+        rename.
 
         Raises: RunError if the headers on disk differ from those of the source.
         """
@@ -189,7 +193,7 @@ class CheckpointWriter:
                 with self._descriptors.use(shard):
                     pass  # a shard without tensors has a header too
             self._audit_headers()
-            for name, text in documents.items():
+            for name, text in documents().items():
                 (model / name).write_text(text, encoding="utf-8")
             check()
             for shard in self.source.shards:
@@ -294,10 +298,13 @@ class CheckpointWriter:
             )
 
     def _copy_file(self, name: str) -> None:
-        size = self.source.files.size(name)
+        size, sha256 = self.source.files.size(name), hashlib.sha256()
         with (self.place.model / name).open("wb") as target:
             for start in range(0, size, _COPY_STEP):
-                target.write(self.source.files.read(name, start, min(start + _COPY_STEP, size)))
+                piece = self.source.files.read(name, start, min(start + _COPY_STEP, size))
+                sha256.update(piece)
+                target.write(piece)
+        self.copied[name] = sha256.hexdigest()
 
     def _journal_path(self, rank: int) -> Path:
         return self.place.run / f"journal-{rank}.jsonl"

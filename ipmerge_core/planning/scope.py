@@ -69,9 +69,14 @@ def check_choice(threshold: float, similarity: str) -> None:
 
 
 def check_layer_gains(
-    method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any]
+    method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any], layers: int
 ) -> None:
-    """Validate layer gains for the method. Raises: PlanError."""
+    """Validate layer gains for the method and the number of layers. Raises: PlanError."""
+    if len(factors) > layers:
+        raise PlanError(
+            f"layer_gains has {len(factors)} factors and the model {layers} layers, so that some "
+            f"would not be used. Give at most one factor per layer."
+        )
     for factor in factors:
         scaled = method.scaled(parameters, factor)
         if scaled is None:

@@ -3,7 +3,7 @@
 In: a path and its content. Out: the path, written under a hidden name in the same folder and
 renamed at the end, so that no partial content is visible, even after a kill. Errors of the disk
 become a `RunError`. Models are written to a folder with a journal (`models.writer`) and can be
-resumed; these files cannot.
+resumed; these files cannot. `version_of` keys caches of a file's content.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.runtime.paths import expand_path, is_fixed
@@ -126,3 +127,17 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 def is_temporary(path: Path) -> bool:
     """Whether this is what `atomic_path` leaves when its process is killed."""
     return path.name.startswith(".") and path.name.endswith(_ENDING)
+
+
+class FileVersion(NamedTuple):
+    """What changes when a file is written or replaced; the key of caches of its content."""
+
+    modified: int  # nanoseconds
+    size: int
+    inode: int
+
+
+def version_of(path: Path) -> FileVersion:
+    """Return the current version of a file. Raises: OSError if there is none."""
+    status = path.stat()
+    return FileVersion(status.st_mtime_ns, status.st_size, status.st_ino)

@@ -16,7 +16,7 @@ import gradio as gr
 from ipmerge_core.ui.analyse.descriptions import pair_html
 from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
-from ipmerge_core.ui.api import add_endpoints
+from ipmerge_core.ui.api import AppBlocks, add_endpoints
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.side_choice import remembered_merges, wire_try_it, with_run
 from ipmerge_core.ui.chat.tab import try_tab
@@ -54,7 +54,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
     backend = backend or Backend()
     packs = list_packs()
     gr.set_static_paths([DEMO / "examples"])
-    with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
+    with AppBlocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
         with gr.Row(elem_id="top"):
             gr.Markdown(HEADING, elem_id="heading")
             with gr.Column(elem_id="pair-column"):

@@ -8,6 +8,7 @@ needed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 import threading
@@ -89,12 +90,18 @@ class Backend:
         return home_folder() / "packs"
 
     def start_merge(
-        self, plan: MergePlan, name: str, *, device: str = "auto", owner: str = ""
+        self,
+        plan: MergePlan,
+        name: str,
+        *,
+        device: str = "auto",
+        owner: str = "",
+        force: bool = False,
     ) -> Started:
         """Start a run that merges `plan` into a new folder.
 
         If a run of the same `owner` (see `JobStore.start`) is merging the same plan into the same
-        folder, return that run.
+        folder, return that run. With `force` the run merges even if the sibling check fails.
 
         Raises: CheckpointError if the folder is not empty, PlanError for a device that is not
             available, FolderInUseError or RunError if the folder cannot be used.
@@ -105,7 +112,8 @@ class Backend:
         device = self.device_for(device)
         out = check_output(self.output_folder(name))
         check_unfinished(out, plan.digest)
-        arguments = {"plan": plan, "out": str(out), "device": device}
+        arguments: dict[str, Any] = {"plan": plan, "out": str(out), "device": device}
+        arguments |= {"force": True} if force else {}
         title = f"Merge plan {plan.hash} into {out.name}"
         claim = Claim(str(out), plan.digest)
         try:
@@ -258,10 +266,13 @@ class Backend:
             return self._merge_preview(plan, progress)
 
     def finished_merge(self, plan: MergePlan) -> Path | None:
-        """Return the folder of a finished run of this plan if it still exists."""
+        """Return the folder of a finished run of this plan if it still exists.
+
+        A merge whose tokenizer, config or templates differ from the MLLM's of today is another one.
+        """
         for status in self.store.all():
             folder = Path(str(status.arguments.get("out", "")))
-            if status.state == "finished" and _plan_hash(folder) == plan.hash:
+            if status.state == "finished" and _is_merge_of(folder, plan):
                 return folder
         return None
 
@@ -270,7 +281,8 @@ class Backend:
 
         previews = home_folder() / "previews"
         out = previews / plan.digest[:32]
-        if _plan_hash(out) != plan.hash:
+        if not _is_merge_of(out, plan):
+            shutil.rmtree(out, ignore_errors=True)
             check_home(previews).mkdir(parents=True, exist_ok=True)
             _remove_oldest(previews, keep=KEPT_PREVIEWS - 1)
             for step in iter_merge(plan, out, device=self.device_for()):
@@ -296,10 +308,23 @@ def _from_hub_cache(source_id: str, revision: str | None) -> Path:
     )
 
 
-def _plan_hash(folder: Path) -> str | None:
-    """Read the hash of the plan from a merged model's manifest."""
+def _is_merge_of(folder: Path, plan: MergePlan) -> bool:
+    """Whether a folder is the merge of a plan, with the other files that the MLLM has now."""
     made = read_provenance(folder)
-    return made.plan if made else None
+    if made is None or made.plan != plan.hash:
+        return False
+    if made.files is None or plan.sources.mllm.revision is not None:
+        return True  # an older manifest, or files that cannot change
+    from ipmerge_core.models.checkpoint import Checkpoint
+    from ipmerge_core.models.writer import files_to_copy
+
+    try:
+        mllm = Checkpoint.open(plan.sources.mllm.location)
+        names = files_to_copy(mllm)
+        now = {name: hashlib.sha256(mllm.files.read(name)).hexdigest() for name in names}
+        return dict(made.files) == now
+    except IPMergeError:
+        return True  # the MLLM is no longer there to differ
 
 
 def _remove_oldest(folder: Path, *, keep: int) -> None:
