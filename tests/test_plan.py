@@ -283,11 +283,6 @@ def test_impossible_layer_gains_are_refused(factors: tuple, analysis: Analysis) 
         ipm.make_plan(analysis, layer_gains=factors)
 
 
-def test_a_method_without_a_gain_takes_no_layer_gains(analysis: Analysis) -> None:
-    with pytest.raises(PlanError, match="does not support layer gains"):
-        ipm.make_plan(analysis, method="karcher", layer_gains=(0, 1))
-
-
 def test_plans_of_a_pack_of_version_1_take_every_direction_as_they_did():
     # Written by the version that made such packs, from the demo trio; so are hashes and changes.
     analysis = ipm.Analysis.load(Path(__file__).parent / "pack_version_1.json.gz")

@@ -8,6 +8,7 @@ not formed: their norms and inner products are sums over the MLLM's directions. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Literal, NamedTuple
 
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.analysis.records import LayerRecord, UpdateNorms
+from ipmerge_core.analysis.singular_values import LEADING, Overlap, SingularValues, Spectra
 from ipmerge_core.errors import PlanError
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral import spectrum
 from ipmerge_core.spectral.kinds import TEMPERATURE
+from ipmerge_core.spectral.weight_values import weight_values
 
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
 _QUICK_RANK = 64  # leading directions of a quick analysis
@@ -125,6 +128,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> Iterator[LayerRecord]:
     """Yield the record of each expert for one matrix; `LayerRecord` documents every number."""
+    base = _base_values(matrix, weights, options)  # first, so that its memory is free again
     mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
     earlier: list[_Expert] = []
@@ -133,7 +137,8 @@ def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> It
         found = _expert(mllm, math, options)
         norms = _update_norms(mllm, found, earlier)
         earlier.append(found)
-        yield _record(matrix, expert, mllm, math, norms, norms2)
+        record = _record(matrix, expert, mllm, math, norms, norms2)
+        yield replace(record, spectra=_spectra(mllm, math, base))
 
 
 def _norm2(weight: Tensor) -> float:
@@ -250,6 +255,26 @@ def _record(
         math_noise_floor=math.noise,
         mllm_directions=mllm.existing,
         math_directions=math.existing,
+    )
+
+
+def _base_values(
+    matrix: MatrixMatch, weights: MatrixWeights, options: Options
+) -> SingularValues | None:
+    """Compute the singular values of the base, unless only leading directions are analysed."""
+    if options.quick or options.rank is not None:
+        return None
+    found = weight_values(weights.base, key=(0, f"{matrix.name}|base"))
+    return SingularValues.of(found.cpu().numpy(), rank=int((found > 0).sum()))
+
+
+def _spectra(mllm: _Side, math: _Side, base: SingularValues | None) -> Spectra:
+    cosines = (mllm.spectrum.Vh[:LEADING] @ math.spectrum.Vh[:LEADING].T).abs().clamp(max=1)
+    return Spectra(
+        mllm=SingularValues.of(mllm.sigma.double().cpu().numpy(), mllm.existing),
+        math=SingularValues.of(math.sigma.double().cpu().numpy(), math.existing),
+        base=base,
+        overlap=Overlap.of(cosines.tolist()),
     )
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ipmerge_core.analysis.singular_values import Spectra
 from ipmerge_core.errors import PlanError
 from ipmerge_core.runtime.atomic import write_whole
 
-_FORMAT, VERSION = "ipmerge-pack", 2
+_FORMAT, VERSION = "ipmerge-pack", 3
 _FIRST = 1  # version of packs in which all directions were used, existing or not
+_VERSIONS = (_FIRST, 2, VERSION)  # before 3, packs had only samples of the spectra
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # for unexpected JSON content
 
 
@@ -141,7 +144,8 @@ class LayerRecord:
     updates per unit gain: "sum" and "max" (IP-Merging with gamma normalized to sum 1, or to maximum
     1), "rescale_only" (rho dM) and "select_only" (dM). `principal` is the mean cosine of the
     principal angles between the leading k right directions of both, for k = "1", "4", "16", "64".
-    `index` (from 1) are the sampled singular values and angles. `noise_floor` and
+    `index` (from 1) are the ranks of the sampled singular values and angles, with six digits;
+    `spectra` contains all singular values, None in packs before version 3. `noise_floor` and
     `math_noise_floor` are the singular values of dV and dM that rounding of the stored dtypes can
     cause; `mllm_directions` and `math_directions` are the numbers of existing directions above it
     (`spectrum.existing`). Only these contribute to similarities, nuclear norms, ranks and updates,
@@ -178,6 +182,18 @@ class LayerRecord:
     math_noise_floor: float | None = None
     mllm_directions: int | None = None
     math_directions: int | None = None
+    spectra: Spectra | None = None
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine of the two task vectors, <dV, dM> / (||dV|| ||dM||); None if one is zero."""
+        norms2 = self.mllm_norm2 * self.math_norm2
+        return self.inner / math.sqrt(norms2) if norms2 > 0 else None
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """Ratio of the norms of the task vectors, ||dM|| / ||dV||; None if dV is zero."""
+        return math.sqrt(self.math_norm2 / self.mllm_norm2) if self.mllm_norm2 > 0 else None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LayerRecord:
@@ -192,6 +208,7 @@ class LayerRecord:
                 **content,
                 **{name: tuple(content[name]) for name in tuples},
                 "updates": updates,
+                "spectra": Spectra.from_dict(found) if (found := content.get("spectra")) else None,
             }
         )
 
@@ -237,7 +254,7 @@ class Analysis:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Analysis:
         """Rebuild an analysis from a pack's JSON content."""
-        if content["format"] != _FORMAT or content["version"] not in (_FIRST, VERSION):
+        if content["format"] != _FORMAT or content["version"] not in _VERSIONS:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
         former = {"directions": "all"} if content["version"] == _FIRST else {}
         return cls(
