@@ -109,7 +109,7 @@ def test_gains_that_mean_something_else_than_before_have_another_digest() -> Non
 # --- values that a method does not use ---
 
 
-SELECTION = [("similarity_threshold", 0.99), ("similarity_threshold", 0.0), ("similarity", "max")]
+SELECTION = [("similarity_threshold", 0.99), ("similarity_threshold", 1e-4), ("similarity", "max")]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -151,7 +151,6 @@ def other_value(option: Any) -> Any:
         ("ip_merging", {"projector": "top_k", "gamma_norm": "max"}, "with projector=softmax"),
         ("ip_merging", {"ablation": "select_only", "rank": 2}, "ablation=none or rescale_only"),
         ("ip_merging", {"ablation": "rescale_only", "temperature": 8.0}, "with ablation=none"),
-        ("linear", {"normalize": False}, "only used with a value of mllm_weight"),
         ("linear", {"alpha": 0.5, "mllm_weight": 1.0, "math_weight": 0.3}, "mllm_weight=none"),
         ("della", {"elect": False, "normalize": "count"}, "only used with elect=true"),
         ("wudi", {"closed_form": True, "iterations": 9}, "only used with closed_form=false"),

@@ -46,7 +46,9 @@ def test_the_threshold_itself_is_included(analysis: Analysis) -> None:
     assert (FIRST, 0) not in selected(above)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
+)
 @given(low=st.floats(0, 1), high=st.floats(0, 1))
 def test_raising_the_threshold_never_selects_more(
     low: float, high: float, analysis: Analysis

@@ -23,9 +23,7 @@ _KEPT = Range(low=0, high=1, help="weight of the MLLM")
 Kept: TypeAlias = Annotated[float, _KEPT]
 KeptShare: TypeAlias = Annotated[float, replace(_KEPT, only_with=(("mllm_weight", (None,)),))]
 OneOfTwo: TypeAlias = Annotated[float, Range(help="explicit weight, instead of alpha")] | None
-Divided: TypeAlias = Annotated[
-    bool, Range(help="divide by the sum of both weights", only_with=(("mllm_weight", ()),))
-]
+Divided: TypeAlias = Annotated[bool, Range(help="divide by the sum of both weights")]
 Layer: TypeAlias = Annotated[int, Range(low=-1, help="last layer that is kept unchanged")]
 
 

@@ -51,7 +51,7 @@ class Range:
     `usual` is the range of a slider, if not the whole range. Choices have only help; `former` maps
     true and false to choices for parameters that used to be boolean. `before` is the value that
     applies to plans created before the parameter was added. `only_with` lists the values of other
-    parameters with which this one has an effect; an empty list stands for any value but none.
+    parameters with which this one has an effect.
     """
 
     low: float = -math.inf
@@ -267,7 +267,9 @@ class MergeMethod:
         return self.local and (self.statistic is None or self.needs_statistic(parameters))
 
     def without_effect(self, given: Mapping[str, ParameterValue]) -> list[str]:
-        """Describe the given values that are not defaults and cannot change the result.
+        """Describe the given values that ask for something and cannot change the result.
+
+        Defaults and values that turn something off (none, false) are consistent with no effect.
 
         >>> find_method("ip_merging").without_effect({"top_k": 8})
         ['top_k=8 (only used with projector=top_k)']
@@ -275,10 +277,10 @@ class MergeMethod:
         defaults = {parameter.name: parameter.default for parameter in self.parameters}
         values = {**defaults, **given}
         return [
-            f"{name}={given[name]} (only used with {_condition(other, wanted)})"
+            f"{name}={given[name]} (only used with {other}={_listed(wanted)})"
             for name, other, wanted in self._conditions
-            if name in given and given[name] != defaults[name]
-            if (values[other] not in wanted if wanted else values[other] is None)
+            if name in given and given[name] not in (defaults[name], *_OFF)
+            if values[other] not in wanted
         ]
 
     @property
@@ -341,10 +343,11 @@ class MergeMethod:
         }
 
 
-def _condition(name: str, wanted: Sequence[ParameterValue]) -> str:
-    if not wanted:
-        return f"a value of {name}"
-    return f"{name}={' or '.join(str(value).lower() for value in wanted)}"
+_OFF = (None, False, "none")
+
+
+def _listed(values: Sequence[ParameterValue]) -> str:
+    return " or ".join(str(value).lower() for value in values)
 
 
 METHODS: dict[str, MergeMethod] = {}

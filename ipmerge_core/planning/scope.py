@@ -87,7 +87,8 @@ def check_used(
     if not method.needs_analysis:
         selection = {"similarity_threshold": threshold, "similarity": similarity}
         for name, value in selection.items():
-            if value != SELECTION[name]:
+            merges_all = name == "similarity_threshold" and value == 0
+            if value != SELECTION[name] and not merges_all:
                 raise PlanError(
                     f"{method.label} merges every matrix in scope and does not select by "
                     f"similarity; {name}={value} has no effect. Omit it, or select with include, "

@@ -4,6 +4,7 @@
 import { setText } from "../../web/dom.js";
 import { fixed, lambdaText, percent } from "../../web/format.js";
 import { previewOf, shownSimilarity } from "../../web/preview.js";
+import { shownValue } from "../../web/quantities.js";
 import { colourDomain, lambdaPosition, niceTop } from "../../web/scales.js";
 import { coversLayer } from "../../web/targets.js";
 import { paintChoices } from "./choices.js";
@@ -120,13 +121,27 @@ export function tryTab() {
 
 /** @param {LayerMap} map */
 export function rebuildColours(map) {
-  const { state, dom } = map;
-  const domain = colourDomain(state.index.cells.map((cell) => shownSimilarity(state, cell)));
-  map.set({ domain });
-  map.grid.colour(state, domain);
-  setText(dom.low, fixed(domain[0], 2));
-  setText(dom.high, fixed(domain[1], 2));
+  const { state } = map;
+  map.set({ domain: colourDomain(state.index.cells.map((cell) => shownSimilarity(state, cell))) });
+  paintQuantity(map);
   map.histogram.build();
+}
+
+/**
+ * The colours of the map and their legend; after a commit, too, if they show the change of a plan.
+ *
+ * @param {LayerMap} map
+ */
+export function paintQuantity(map) {
+  const { state, dom } = map, { quantity } = state;
+  const values = state.index.cells.flatMap((cell) => shownValue(state, cell, quantity) ?? []);
+  const domain = quantity.key === "similarity" ? state.domain : colourDomain(values.length ? values : [0]);
+  map.set({ quantityDomain: domain });
+  map.grid.colour(state, domain, quantity);
+  setText(dom.low, quantity.key === "similarity" ? fixed(domain[0], 2) : quantity.words(domain[0]));
+  setText(dom.high, quantity.key === "similarity" ? fixed(domain[1], 2) : quantity.words(domain[1]));
+  setText(dom.quantity, quantity.label);
+  dom.quantity.title = quantity.unit;
 }
 
 /**
