@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ipmerge_core.analysis.singular_values import Spectra
 from ipmerge_core.errors import PlanError
+from ipmerge_core.models.task_vectors import NOTHING, TaskVectorProducts
 from ipmerge_core.runtime.atomic import write_whole
 
 _FORMAT, VERSION = "ipmerge-pack", 3
@@ -185,15 +185,9 @@ class LayerRecord:
     spectra: Spectra | None = None
 
     @property
-    def cosine(self) -> float | None:
-        """Cosine of the two task vectors, <dV, dM> / (||dV|| ||dM||); None if one is zero."""
-        norms2 = self.mllm_norm2 * self.math_norm2
-        return self.inner / math.sqrt(norms2) if norms2 > 0 else None
-
-    @property
-    def norm_ratio(self) -> float | None:
-        """Ratio of the norms of the task vectors, ||dM|| / ||dV||; None if dV is zero."""
-        return math.sqrt(self.math_norm2 / self.mllm_norm2) if self.mllm_norm2 > 0 else None
+    def products(self) -> TaskVectorProducts:
+        """Norms and inner product of the two task vectors, for their cosine and norm ratio."""
+        return TaskVectorProducts(self.mllm_norm2, self.math_norm2, self.inner)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LayerRecord:
@@ -236,6 +230,14 @@ class Analysis:
     def approximate(self) -> bool:
         """Whether the records are from a quick analysis of the leading directions."""
         return bool(self.parameters.get("quick"))
+
+    def products(self, expert: int) -> TaskVectorProducts:
+        """Norms and inner product of the task vectors over all matrices, for one expert."""
+        total = NOTHING
+        for record in self.records:
+            if record.expert == expert:
+                total = total.plus(record.products)
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """Return the pack's JSON content."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class SingularValues:
         exact = np.asarray(values, dtype=np.float64)
         grid = np.rint(np.log(exact[exact > 0]) / _STEP).astype(int).tolist()
         start = [_zigzag(grid[0])] if grid else []
-        falls = [before - after for before, after in zip(grid, grid[1:], strict=False)]
+        falls = [before - after for before, after in pairwise(grid)]
         return cls(
             count=len(exact),
             rank=rank,

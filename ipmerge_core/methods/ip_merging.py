@@ -46,9 +46,7 @@ GammaNorm = Annotated[
 ]
 Projector = Annotated[
     Literal["softmax", "top_k"],
-    Range(
-        help="softmax weights, or the first top_k directions unweighted", only_with=(_PROJECTS,)
-    ),
+    Range(help="softmax weights, or the first top_k directions unweighted", only_with=(_PROJECTS,)),
 ]
 Temperature = Annotated[
     float,

@@ -62,8 +62,9 @@ def _check_expressible(plan: MergePlan) -> None:
     if plan.options.layer_gains and not _has_grades(plan):
         raise PlanError(
             f"The plan has layer gains, which scale the change of every matrix; a recipe can only "
-            f"grade the weight of a model, which is not the same for {find_method(plan.method).label} "
-            f"with these parameters. Export a plan without layer gains."
+            f"grade the weight of a model, which is not the same for "
+            f"{find_method(plan.method).label} with these parameters. Export a plan without layer "
+            f"gains."
         )
     if plan.sources.base_mllm is not None:
         raise PlanError("The MLLM has a different base; a recipe has one base for all models.")

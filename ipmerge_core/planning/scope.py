@@ -18,7 +18,6 @@ from ipmerge_core.methods.declarations import Anchor
 from ipmerge_core.planning.options import PlanOptions
 from ipmerge_core.spectral.kinds import SIMILARITIES
 
-
 SELECTION = {"similarity_threshold": 0.4, "similarity": "first"}  # defaults of the selection
 
 

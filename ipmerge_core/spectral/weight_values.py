@@ -19,9 +19,7 @@ _CONVERGED = 1e-6  # residual relative to S_1^2, which fp32 products resolve
 _STRIPS = 4  # of the Gram matrix, of which only the lower triangle is computed
 
 
-def weight_values(
-    weight: Float[Tensor, "m n"], *, key: Key = (0, "")
-) -> Float[Tensor, " p"]:
+def weight_values(weight: Float[Tensor, "m n"], *, key: Key = (0, "")) -> Float[Tensor, " p"]:
     """Compute all singular values, descending, in fp64 from fp32 arithmetic.
 
     Math:   the leading pairs (S_i, x_i) that converge within a few Krylov steps are deflated from

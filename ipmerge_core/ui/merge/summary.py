@@ -84,7 +84,7 @@ def describe_method(plan: MergePlan) -> str:
 
     values = {name.rstrip("_"): value for name, value in plan.parameters.items()}
     if plan.similarity is not None and plan.similarity_threshold is not None:
-        threshold = f"{plan.similarity_threshold:g} ({plan.similarity})"
+        threshold = f"{plan.similarity_threshold!r} ({plan.similarity})"
         values = {"similarity threshold": threshold, **values}
     values |= replace(plan.options, anchor=None).describe()  # the anchor has a row of its own
     words = [

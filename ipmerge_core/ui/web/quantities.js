@@ -1,7 +1,7 @@
 // @ts-check
 // What the layer map can show of a matrix: its similarity, or another number of its record.
 
-import { fixed, percent } from "./format.js";
+import { fixed } from "./format.js";
 import { cellChange, expertInView, root, shownSimilarity } from "./preview.js";
 
 /** @import { Cell, LayerRecord, Plan, Quantity, QuantityKey, QuantityView, Ranks } from "./types.d.ts" */
@@ -20,6 +20,8 @@ function quantity(key, label, unit, words, of) {
 
 /** @param {number} value */
 const short = (value) => fixed(value, 2).replace(/^(-?)0\./, "$1.");
+/** @param {number} value */
+const percent = (value) => `${Number((100 * value).toPrecision(2))} %`;
 /** @param {number} value */
 const ranks = (value) => fixed(value, value < 10 ? 1 : 0);
 

@@ -122,7 +122,7 @@ function overlapFigure({ layer, module, spectra }) {
 /** @param {LayerRecord} record */
 function missing({ spectra }) {
   if (!spectra) {
-    return [node("p", { class: "lm-hint lm-figure-wide" }, "This pair was analysed by an earlier version, which stored 48 samples of each spectrum. Analyse it again for all singular values, those of the base, and the cosines of the leading directions.")];
+    return [node("p", { class: "lm-hint lm-figure-wide" }, "This pair was analysed by an earlier version, which stored only samples of each spectrum. Analyse it again for all singular values, those of the base, and the cosines of the leading directions.")];
   }
   if (spectra.base) return [];
   return [node("p", { class: "lm-hint lm-figure-wide" }, "The spectrum of the base is not part of an analysis of leading directions.")];

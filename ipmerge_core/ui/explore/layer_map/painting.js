@@ -7,6 +7,7 @@ import { previewOf, shownSimilarity } from "../../web/preview.js";
 import { shownValue } from "../../web/quantities.js";
 import { colourDomain, lambdaPosition, niceTop } from "../../web/scales.js";
 import { coversLayer } from "../../web/targets.js";
+import { thresholdText } from "../../web/thresholds.js";
 import { paintChoices } from "./choices.js";
 import { lowestCosine } from "./curve.js";
 import { paintDrift, paintSense, paintSentence } from "./sentence.js";
@@ -76,9 +77,9 @@ function paintInputs(map) {
   const { dom: { range, number, dragMe }, state: { plan: { s, lambda }, typing, result, dragging } } = map;
   range.s.value = String(s);
   range.lambda.value = String(Math.round(lambdaPosition(lambda)));
-  if (typing !== number.s) number.s.value = fixed(s, Number.isInteger(Math.round(s * 1e6) / 1e3) ? 3 : 4);
+  if (typing !== number.s) number.s.value = thresholdText(s);
   if (typing !== number.lambda) number.lambda.value = lambdaText(lambda);
-  range.s.setAttribute("aria-valuetext", `${fixed(s)}, ${result.selected.length} of ${result.n_matrices} matrices merge`);
+  range.s.setAttribute("aria-valuetext", `${thresholdText(s)}, ${result.selected.length} of ${result.n_matrices} matrices merge`);
   range.lambda.setAttribute("aria-valuetext", lambdaText(lambda) + (lambda === 1 ? ", as in the paper" : ""));
   if (!dragMe.hidden) dragMe.style.setProperty("--at", String(s));
   if (!dragging) paintChoices(map);
@@ -140,8 +141,7 @@ export function paintQuantity(map) {
   map.grid.colour(state, domain, quantity);
   setText(dom.low, quantity.key === "similarity" ? fixed(domain[0], 2) : quantity.words(domain[0]));
   setText(dom.high, quantity.key === "similarity" ? fixed(domain[1], 2) : quantity.words(domain[1]));
-  setText(dom.quantity, quantity.label);
-  dom.quantity.title = quantity.unit;
+  setText(dom.quantity, quantity.key === "similarity" ? quantity.label : `${quantity.label} (${quantity.unit})`);
 }
 
 /**
