@@ -1,7 +1,7 @@
 // @ts-check
 // The rows of a matrix's table of numbers.
 
-import { fixed, percent } from "../../web/format.js";
+import { fixed, percent, scientific } from "../../web/format.js";
 import { DEFAULT_PLAN, MEASURES } from "../../web/plan.js";
 import { cellChange } from "../../web/preview.js";
 import { findQuantity } from "../../web/quantities.js";
@@ -36,8 +36,23 @@ export function numberRows(cells) {
     rankRow("stable rank, MLLM | math", (ranks) => fixed(ranks?.stable, 1)),
     rankRow("effective rank, MLLM | math", (ranks) => fixed(ranks?.effective, 1)),
     rankRow("ranks for 90 % energy, MLLM | math", (ranks) => orDash(ranks?.energy)),
+    ...sumRows(cells),
     { label: "shape", value: ({ cell }) => cell.shape.join(" × ") },
   ];
+}
+
+/**
+ * Sums that an analysis computes from the exact values, where the packs have them.
+ *
+ * @param {Cell[]} cells
+ * @returns {NumberRow[]}
+ */
+function sumRows(cells) {
+  if (!cells.every((cell) => cell.experts[0].spectra)) return [];
+  /** @type {[string, "total" | "squares"][]} */
+  const sums = [["sum of σ, MLLM | math", "total"], ["sum of σ², MLLM | math", "squares"]];
+  return sums.map(([label, key]) => ({ label, hint: "exact, of all computed singular values",
+    value: ({ record: { spectra } }) => `${scientific(spectra?.mllm[key])} | ${scientific(spectra?.math[key])}` }));
 }
 
 /** @param {number | null | undefined} value */
