@@ -181,7 +181,12 @@ def violations(page: Page, place: str) -> int:
 def pack_size() -> Row:
     """A pair of 28 layers as it travels."""
     data = json.dumps(make_pack(LAYERS[196], spectra=True), separators=(",", ":")).encode()
-    return row("pack of 28 layers with all singular values, gzipped", 600, len(gzip.compress(data)) / 1000, "kB")
+    return row(
+        "pack of 28 layers with all singular values, gzipped",
+        600,
+        len(gzip.compress(data)) / 1000,
+        "kB",
+    )
 
 
 def launch(playwright: Playwright) -> Browser:

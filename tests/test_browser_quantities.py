@@ -112,6 +112,8 @@ def test_figures_and_tables_say_how_many_values_they_hold(opened):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_phone_shows_them_without_scrolling_sideways(dark, opened):
-    page = opened(PACK, "&q=cosine", width=390, height=844, color_scheme="dark" if dark else "light")
+    page = opened(
+        PACK, "&q=cosine", width=390, height=844, color_scheme="dark" if dark else "light"
+    )
     expect(page.locator(".lm-heat")).to_have_count(4)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -22,7 +22,7 @@ from ipmerge_core.analysis.singular_values import (
     decode,
     encode,
 )
-from ipmerge_core.errors import CheckpointError
+from ipmerge_core.errors import CheckpointError, PlanError
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.spectral.spectrum import existing, noise_floor, task_vector
 from ipmerge_core.spectral.weight_values import weight_values
@@ -141,6 +141,29 @@ def test_a_pack_of_a_model_of_28_layers_is_small() -> None:
     (first, *_) = ipm.Analysis.from_dict(pack).records
     assert first.spectra is not None
     assert len(first.spectra.mllm.values()) == 3584
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("mllm", "steps", "A*"),
+        ("mllm", "steps", "A" * 100),
+        ("math", "steps", "zzzzzzzzA"),
+        ("base", "steps", "g"),
+        ("overlap", "cosines", "A"),
+        ("overlap", "rows", 3),
+        ("mllm", "steps", 7),
+        ("math", "count", "many"),
+    ],
+)
+def test_a_damaged_spectrum_is_refused_when_the_pack_is_read(
+    part: str, key: str, value: object, tmp_path: Path
+) -> None:
+    pack = make_pack(1, hidden=64, feed=96, spectra=True)
+    pack["records"][3]["spectra"][part][key] = value
+    (tmp_path / "pack.json").write_text(json.dumps(pack))
+    with pytest.raises(PlanError, match="is not a pack of this version"):
+        ipm.Analysis.load(tmp_path / "pack.json")
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -8,6 +8,7 @@ logarithmic grid lie between them. No torch; `ui/web/spectrum.js` decodes the sa
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,8 @@ PRECISION = 1e-3  # ratio of neighbouring grid values minus 1, so that errors ar
 _STEP = math.log1p(PRECISION)
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _MORE = 32  # flag of a digit that more digits follow
+_LAST_DIGIT = re.compile("[A-Za-f]")
+_ENCODED = re.compile("(?:[g-z0-9_-]{0,3}[A-Za-f])*")  # below 32^4 steps: values of any fp32 weight
 COSINE_STEP = 0.005  # grid of stored cosines
 LEADING = 32  # directions of each model whose cosines a pack stores
 
@@ -110,14 +113,20 @@ class Spectra:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Spectra:
-        """Rebuild from JSON content."""
+        """Rebuild from JSON content. Raises: ValueError if the text of a spectrum is damaged."""
         base = content["base"]
-        return cls(
+        made = cls(
             mllm=SingularValues(**content["mllm"]),
             math=SingularValues(**content["math"]),
             base=SingularValues(**base) if base else None,
             overlap=Overlap(**content["overlap"]),
         )
+        for values in filter(None, (made.mllm, made.math, made.base)):
+            if not 0 <= _count_numbers(values.steps) <= values.count:
+                raise ValueError(f"a spectrum of {values.count} values has other numbers")
+        if _count_numbers(made.overlap.cosines) != made.overlap.rows * made.overlap.columns:
+            raise ValueError("the cosines of the leading directions are damaged")
+        return made
 
 
 def encode(numbers: Iterable[int]) -> str:
@@ -154,6 +163,11 @@ def decode(text: str) -> list[int]:
     if scale != 1:
         raise ValueError("the last number is incomplete")
     return found
+
+
+def _count_numbers(text: str) -> int:
+    """Count the numbers of an encoded text without decoding it; -1 if it is not one."""
+    return len(_LAST_DIGIT.findall(text)) if _ENCODED.fullmatch(text) else -1
 
 
 def _zigzag(number: int) -> int:

@@ -267,7 +267,7 @@ class MergeMethod:
         return self.local and (self.statistic is None or self.needs_statistic(parameters))
 
     def without_effect(self, given: Mapping[str, ParameterValue]) -> list[str]:
-        """Describe the given values that ask for something and cannot change the result.
+        """Describe the given values that should change the result but cannot.
 
         Defaults and values that turn something off (none, false) are consistent with no effect.
 
