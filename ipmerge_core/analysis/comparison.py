@@ -99,9 +99,11 @@ class _Side(NamedTuple):
         return sim.truncated(self.task_vector, self.spectrum)
 
 
-def _side(tuned: Tensor, base: Tensor, options: Options, name: str) -> _Side:
+def _side(
+    tuned: Tensor, base: Tensor, base_spacing: tuple[Tensor, Tensor], options: Options, name: str
+) -> _Side:
     change = spectrum.task_vector(tuned, base)
-    noise = spectrum.noise_floor(tuned, base)
+    noise = spectrum.noise_floor_of(spectrum.spacing_sums(tuned), base_spacing)
     found = options.decompose(change, name, spectrum.EXISTS * noise)
     existing = found.above(spectrum.EXISTS * noise)
     decomposed = existing if options.directions == "existing" else found
@@ -129,11 +131,13 @@ def _dot(a: Tensor, b: Tensor) -> float:
 def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> Iterator[LayerRecord]:
     """Yield the record of each expert for one matrix; `LayerRecord` documents every number."""
     base = _base_values(matrix, weights, options)  # first, so that its memory is free again
-    mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
+    spacing = spectrum.spacing_sums(weights.base)  # of a base that the models usually share
+    own = spacing if weights.root is weights.base else spectrum.spacing_sums(weights.root)
+    mllm = _side(weights.mllm, weights.root, own, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
     earlier: list[_Expert] = []
     for expert, tuned in enumerate(weights.math):
-        math = _side(tuned, weights.base, options, f"{matrix.name}|math {expert}")
+        math = _side(tuned, weights.base, spacing, options, f"{matrix.name}|math {expert}")
         found = _expert(mllm, math, options)
         norms = _update_norms(mllm, found, earlier)
         earlier.append(found)
@@ -238,7 +242,7 @@ def _record(
         base_norm2=norms2[1],
         mllm_norm2=mllm.norm2,
         math_norm2=math.norm2,
-        inner=_dot(mllm.task_vector, math.task_vector),
+        inner=updates["select_only"].inner,
         mllm_nuclear=mllm.nuclear,
         math_nuclear=math.nuclear,
         updates=updates,

@@ -14,8 +14,9 @@ from ipmerge_core.spectral.spectrum import as_float, check_finite
 from ipmerge_core.spectral.svd_algorithms import Key, full_precision, krylov, start
 
 _HEAD = 8  # leading directions that are deflated if they converge
-_BUDGET = 40  # Krylov vectors: five passes over the matrix
+_BUDGET = 32  # Krylov vectors: four passes over the matrix
 _CONVERGED = 1e-6  # residual relative to S_1^2, which fp32 products resolve
+_SQUARABLE = (1e-12, 1e12)  # sizes of entries whose squared sums fp32 represents
 _STRIPS = 4  # of the Gram matrix, of which only the lower triangle is computed
 
 
@@ -33,17 +34,18 @@ def weight_values(weight: Float[Tensor, "m n"], *, key: Key = (0, "")) -> Float[
     A = as_float(weight)
     check_finite(A)
     B = A if A.shape[0] <= A.shape[1] else A.T
-    p, scale = B.shape[0], float(B.abs().max())
+    p, scale = B.shape[0], max(abs(float(end)) for end in torch.aminmax(B))
     if scale == 0:
         return B.new_zeros(p, dtype=torch.float64)
-    B = B / scale  # squares of large fp32 weights overflow
+    if not _SQUARABLE[0] < scale < _SQUARABLE[1]:
+        return scale * weight_values(B / scale, key=key)
     with full_precision:
         head = _deflated(B, key) if p > 4 * _HEAD else B.new_empty(0, p)
         images = head @ B
         rest = torch.addmm(B, head.T, images, alpha=-1) if len(head) else B
         squares = torch.linalg.eigvalsh(_lower_gram(rest)).double()
     found = torch.cat([images.double().norm(dim=1), squares[len(head) :].clamp(min=0).sqrt()])
-    return scale * found.sort(descending=True).values
+    return found.sort(descending=True).values
 
 
 def _deflated(B: Tensor, key: Key) -> Tensor:
