@@ -47,7 +47,9 @@ def test_the_threshold_itself_is_included(analysis: Analysis) -> None:
     assert (FIRST, 0) not in selected(above)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
+)
 @given(low=st.floats(0, 1), high=st.floats(0, 1))
 def test_raising_the_threshold_never_selects_more(
     low: float, high: float, analysis: Analysis
@@ -288,11 +290,6 @@ def test_layer_gains_fade_the_update_in(analysis: Analysis) -> None:
 def test_impossible_layer_gains_are_refused(factors: tuple, analysis: Analysis) -> None:
     with pytest.raises(PlanError, match="A layer gain is"):
         ipm.make_plan(analysis, layer_gains=factors)
-
-
-def test_a_method_without_a_gain_takes_no_layer_gains(analysis: Analysis) -> None:
-    with pytest.raises(PlanError, match="does not support layer gains"):
-        ipm.make_plan(analysis, method="karcher", layer_gains=(0, 1))
 
 
 def test_plans_of_a_pack_of_version_1_take_every_direction_as_they_did():

@@ -75,6 +75,7 @@ def merged(plan: MergePlan, pair: ModelPair, number: int) -> torch.Tensor:
 
 def names_one(choice: dict[str, Any], sentence: str) -> bool:
     words = sentence.replace("per layer", "layer_gains").replace("1 / density", "rescale")
+    words = words.replace("layer gains", "layer_gains")
     return any(name in words for name in (*choice, "rescale"))
 
 

@@ -14,6 +14,7 @@ from ipmerge_core.cli.printing import (
     plan_sentence,
     preview_of,
     print_result,
+    task_vector_lines,
 )
 from ipmerge_core.cli.reading import (
     open_models,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 def check(options: argparse.Namespace) -> int:
     """Run the sibling check: exit code 2 for a refusal, 1 for warnings with --strict."""
-    findings = open_models(options).check()
+    findings = open_models(options).check(exact=options.exact)
     content = [finding._asdict() for finding in findings]
     print_result(options, content, "\n".join(map(finding_line, findings)))
     levels = {finding.level for finding in findings}
@@ -69,9 +70,14 @@ def analyse(options: argparse.Namespace) -> int:
         "records": len(analysis.records),
         "device": options.device,
         "seconds": progress.seconds,
+        "task_vectors": [
+            {"norm_ratio": found.norm_ratio, "cosine": found.cosine}
+            for found in map(analysis.products, range(len(analysis.sources.math)))
+        ],
     }
     quality = ", approximate" if analysis.approximate else ""
     text = f"Wrote {options.output}: {len(analysis.records)} records of {analysis.name}{quality}."
+    text += "".join(f"\n{line}" for line in task_vector_lines(analysis))
     return print_result(options, summary, text)
 
 

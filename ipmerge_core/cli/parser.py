@@ -39,6 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
 def _check(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
     parser.add_argument("--strict", action="store_true", help="exit with code 1 on warnings")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="compare the task vectors over all decoder weights instead of samples",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:  # noqa: A002

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from ipmerge_core.errors import PlanError, RunError
 
 if TYPE_CHECKING:
+    from ipmerge_core.analysis.records import Analysis
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.planning.plan import MergePlan
 
@@ -28,6 +31,22 @@ def finding_line(finding: Finding) -> str:
     """Format one finding of the sibling check."""
     remedy = f" {finding.remedy}" if finding.remedy else ""
     return f"{_MARKS[finding.level]}  {finding.subject}: {finding.message}{remedy}"
+
+
+def task_vector_lines(analysis: Analysis) -> Iterator[str]:
+    """Describe the size and direction of each expert's task vector relative to the MLLM's."""
+    for expert, source in enumerate(analysis.sources.math):
+        found = analysis.products(expert)
+        ratios = [
+            ratio
+            for record in analysis.records
+            if record.expert == expert and (ratio := record.products.norm_ratio) is not None
+        ]
+        if found.describe() and ratios:
+            yield (
+                f"{Path(source.id).name}: {found.describe()} over all decoder matrices; norm ratio "
+                f"of single matrices {min(ratios):#.3g} to {max(ratios):#.3g}."
+            )
 
 
 def preview_of(plan: MergePlan) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from ipmerge_core.merging.parts import (
     on_one_base,
     parts,
     rounding_noise,
+    scale_change,
     work_of,
 )
 from ipmerge_core.merging.provenance import is_finished
@@ -385,7 +386,8 @@ class _Run:
             supplied["report"] = report
         models = on_one_base(weights, device, anchor)
         parameters = self.plan.parameters_for(part.matrix.layer)
-        return merging_of(self.method, part.matrix, models, **parameters, **supplied)
+        merged = merging_of(self.method, part.matrix, models, **parameters, **supplied)
+        return scale_change(merged, models[1], self.plan.change_scale(part.matrix.layer))
 
     def _write(
         self, part: Part, data: bytearray, count: _Count, action: Action

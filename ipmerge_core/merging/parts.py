@@ -153,6 +153,16 @@ def merging_of(
     )
 
 
+def scale_change(merged: Tensor, mllm: Tensor, factor: float) -> Tensor:
+    """Compute W_v + factor (W - W_v) in fp32 or fp64; exactly W for 1 and W_v for 0.
+
+    Shapes: all (m, n).
+    """
+    if factor == 1:
+        return merged
+    return blockwise(lambda W, W_v: torch.lerp(W_v, W, factor), merged, mllm)
+
+
 def reason_to_copy(plan: MergePlan, pair: ModelPair, name: str) -> str:
     """Return the reason why a tensor is copied from the MLLM."""
     reason = pair.kept.get(name, "not selected")

@@ -148,15 +148,18 @@ class ModelPair:
         """A short label: the folder or repository names of the MLLM and the experts."""
         return " + ".join(Path(model.id).name for model in (self.mllm, *self.math))
 
-    def check(self) -> list[Finding]:
+    def check(self, *, exact: bool = False) -> list[Finding]:
         """Run the sibling check on headers, configs and a few rows of every kind of matrix.
+
+        With `exact` the norm ratio and the cosine of the task vectors are computed from all weights
+        of the decoder, which are read once.
 
         More is read only if a model seems to equal its base. Returns findings, each ok, warning
         or refusal, with the numbers and a remedy. A pair with a refusal can only be merged with
         force.
         """
         places = [(matrix.module, matrix.layer) for matrix in self.matrices]
-        return [self._tensor_finding(), *check_siblings(list(self._members()), places)]
+        return [self._tensor_finding(), *check_siblings(list(self._members()), places, exact=exact)]
 
     def require_common_base(self, hint: str = "", *, force: bool = False) -> list[Finding]:
         """Run the sibling check and return its findings.

@@ -20,7 +20,9 @@ from ipmerge_core.models.differences import (
     Part,
     find_differences,
     sample_differences,
+    task_vector_products,
 )
+from ipmerge_core.models.task_vectors import UNEQUAL
 from ipmerge_core.models.weight_files import ADAPTER_CONFIG
 
 SIBLING_DISTANCE = 0.1  # typical upper limit for fine-tunes of one base
@@ -71,13 +73,19 @@ class Member(NamedTuple):
     others: Mapping[tuple[str, int, str], str]
 
 
-def check_siblings(members: Sequence[Member], places: Sequence[tuple[str, int]]) -> list[Finding]:
-    """Check files, configs, dtypes and weights; `places` are the matrices' modules and layers."""
+def check_siblings(
+    members: Sequence[Member], places: Sequence[tuple[str, int]], *, exact: bool = False
+) -> list[Finding]:
+    """Check files, configs, dtypes and weights; `places` are the matrices' modules and layers.
+
+    With `exact` the task vectors are compared over all weights instead of samples.
+    """
     return [
         *_check_files(members),
         *_check_configs(members),
         *_check_dtypes(members),
         *_check_distances(members, places),
+        *_compare_task_vectors(members, places, exact=exact),
     ]
 
 
@@ -169,15 +177,51 @@ def _check_distances(
         if member.role == "base":
             continue
         root = by_role[member.root or "base"]
-        matrices = [
-            Part(f"{module}_proj", layer, name, base)
-            for (module, layer), name, base in zip(places, member.names, root.names, strict=True)
-        ]
+        matrices = _matrices(member, root, places)
         if member.root is None:  # a base, which may equal the other one
             found = sample_differences(member.model, root.model, matrices)
         else:
             found = find_differences(member.model, root.model, matrices, _others(member, root))
         yield _judge(member, root, found)
+
+
+def _compare_task_vectors(
+    members: Sequence[Member], places: Sequence[tuple[str, int]], *, exact: bool
+) -> Iterator[Finding]:
+    """Report the norm ratio and the cosine of the MLLM's task vector and of each expert's."""
+    by_role = {member.role: member for member in members}
+
+    def compared(member: Member) -> tuple[Checkpoint, Checkpoint, list[Part]]:
+        root = by_role[member.root or "base"]
+        return member.model, root.model, _matrices(member, root, places)
+
+    mllm, *rest = members
+    for member in rest:
+        if not member.role.startswith("math"):
+            continue
+        found = task_vector_products([compared(mllm), compared(member)], exact=exact)
+        if not found.describe():
+            continue  # a zero task vector or damaged weights, which other findings report
+        where = "over all decoder matrices" if exact else "in the sampled rows"
+        subject, message = f"{member.role}: task vector", f"{found.describe()} {where}."
+        if not found.is_unequal:
+            yield Finding("ok", subject, message)
+            continue
+        yield Finding(
+            "warning",
+            subject,
+            f"{message} One task vector is more than {UNEQUAL:g} times as large as the other.",
+            "Plain averages and sums of such models tend to lose quality (DRIFT, arXiv "
+            "2510.15050): lower the weight of the larger one, or use a method that rescales, such "
+            "as ip_merging.",
+        )
+
+
+def _matrices(member: Member, root: Member, places: Sequence[tuple[str, int]]) -> list[Part]:
+    return [
+        Part(f"{module}_proj", layer, name, base)
+        for (module, layer), name, base in zip(places, member.names, root.names, strict=True)
+    ]
 
 
 def _others(member: Member, root: Member) -> list[Part]:

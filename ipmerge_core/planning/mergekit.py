@@ -9,7 +9,7 @@ support multimodal models; a recipe can be run if the MLLM's tensors have the na
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import yaml
@@ -65,6 +65,13 @@ def _check_expressible(plan: MergePlan) -> None:
             f"The plan's anchor is {plan.anchor}; a recipe has one base for all task vectors. "
             f"Export a plan with the anchor {own}."
         )
+    if plan.options.layer_gains and not _has_grades(plan):
+        raise PlanError(
+            f"The plan has layer gains, which scale the change of every matrix; a recipe can only "
+            f"grade the weight of a model, which is not the same for "
+            f"{find_method(plan.method).label} with these parameters. Export a plan without layer "
+            f"gains."
+        )
     if plan.sources.base_mllm is not None:
         raise PlanError("The MLLM has a different base; a recipe has one base for all models.")
     if "seed" in plan.parameters:
@@ -85,6 +92,26 @@ def _reference(source: Source) -> str:
             f"an adapter. Rename or move the folder."
         )
     return source.location
+
+
+def _has_grades(plan: MergePlan) -> bool:
+    """Return whether mergekit's graded weights have the effect of the plan's layer gains."""
+    if plan.method == "linear":
+        return plan.parameters["mllm_weight"] is None
+    whole = {"mllm_density": 1.0} if _injects_a_sum(plan) else {}
+    return plan.method == "slerp" or grades_the_change(plan.method, {**plan.parameters, **whole})
+
+
+def grades_the_change(method: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether the change of a matrix is proportional to the experts' weight.
+
+    It is for a plain sum to which the MLLM's task vector is added unchanged.
+    """
+    if method not in _ELEMENTWISE or method in ("ties", "dare_ties") or parameters.get("elect"):
+        return False
+    density = parameters.get("mllm_density")
+    density = parameters.get("density", 1.0) if density is None else density
+    return bool(parameters["mllm_weight"] == parameters.get("scale", 1.0) == density == 1)
 
 
 def _injects_a_sum(plan: MergePlan) -> bool:
@@ -162,7 +189,6 @@ def _write_slerp(plan: MergePlan) -> dict[str, Any]:
 
 
 def _write_nuslerp(plan: MergePlan) -> dict[str, Any]:
-    _refuse_layer_gains(plan)
     t = cast("float", plan.parameters["t"])
     recipe: dict[str, Any] = {"merge_method": "nuslerp"}
     if plan.parameters["of"] == "task_vectors":
@@ -180,7 +206,6 @@ def _write_nuslerp(plan: MergePlan) -> dict[str, Any]:
 
 
 def _write_sce(plan: MergePlan) -> dict[str, Any]:
-    _refuse_layer_gains(plan)
     _refuse_unless(plan, mllm_weight=1.0, math_weight=1.0)
     return {
         "merge_method": "sce",
@@ -192,7 +217,6 @@ def _write_sce(plan: MergePlan) -> dict[str, Any]:
 
 
 def _write_karcher(plan: MergePlan) -> dict[str, Any]:
-    _refuse_layer_gains(plan)
     _refuse_unless(plan, alpha=None)
     return {"merge_method": "karcher", "models": _models(plan, {}, {}), "dtype": "float32"}
 
@@ -225,13 +249,6 @@ def _graded(plan: MergePlan, gain: str) -> Any:  # noqa: ANN401
     """Return a gain, or its values from the first layer to the last with layer gains."""
     value = cast("float", plan.parameters[gain])
     return [value * factor for factor in plan.options.layer_gains] or value
-
-
-def _refuse_layer_gains(plan: MergePlan) -> None:
-    if plan.options.layer_gains:
-        raise PlanError(
-            f"mergekit's {plan.method} has no weights per layer. Plan without layer gains."
-        )
 
 
 def _refuse_unless(plan: MergePlan, **expected: str | float | None) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
-from ipmerge_core.planning.mergekit import MATRICES, WRITERS
+from ipmerge_core.planning.mergekit import MATRICES, WRITERS, grades_the_change
 
 
 class Recipe(NamedTuple):
@@ -190,7 +190,13 @@ def _read_elementwise(reader: _Reader) -> dict[str, Any]:
         raise PlanError(f"The recipe's lambda of {scale:g} has no counterpart in {reader.method}.")
     elif scale != 1:
         values |= {name: values[name] * scale for name in ("mllm_weight", "math_weight")}
-    return values | _densities(reader, known)
+    values |= _densities(reader, known)
+    if graded and not grades_the_change(method, values):
+        raise PlanError(
+            f"The recipe grades the weights of {reader.method}, whose change is not proportional "
+            f"to them; a plan's layer gains scale the change. Use one weight for all layers."
+        )
+    return values
 
 
 def _densities(reader: _Reader, known: set[str]) -> dict[str, Any]:

@@ -63,8 +63,9 @@ class PlanOptions:
         include: regular expression; only matrices with a matching name are merged.
         exclude: regular expression; matrices with a matching name are kept.
         overrides: per matrix name "merge" or "keep"; takes precedence over all other options.
-        layer_gains: factors on the experts' update, evenly spaced from the first to the last layer
-            and interpolated: (0, 1) increases linearly.
+        layer_gains: factors on the change of the MLLM's weights, evenly spaced from the first to
+            the last layer and interpolated: (0, 1) increases linearly. 0 keeps the weights of a
+            layer, 1 is the method's result. SLERP turns by that share of its angle.
         norms: "merge" also merges the decoder's norms and biases, as one-row matrices.
         embeddings: "merge-shared" also merges the embedding and head rows of tokens shared by all
             models, row by row. Include and exclude apply to both.

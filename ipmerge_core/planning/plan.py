@@ -39,6 +39,7 @@ from ipmerge_core.planning.scope import (
     check_choice,
     check_extras,
     check_layer_gains,
+    check_used,
     choose_anchor,
     spread,
 )
@@ -80,7 +81,7 @@ class MergePlan:
         content: list[Any] = [
             self.method,
             parameters,
-            list(options.layer_gains),
+            [*options.layer_gains, *self._scaling],
             chosen,
             fingerprints,
             *data,
@@ -96,6 +97,12 @@ class MergePlan:
         if self.method_version > 1:  # 1 is omitted, which keeps the digest of the first plans
             content.append(["version", self.method_version])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def _scaling(self) -> tuple[str, ...]:
+        """A mark for the digest: layer gains used to multiply the experts' weights."""
+        scaled = self.options.layer_gains and find_method(self.method).gain is None
+        return ("change",) if scaled else ()
 
     @property
     def hash(self) -> str:
@@ -146,11 +153,21 @@ class MergePlan:
 
     def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
         """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
-        if not self.options.layer_gains:
-            return dict(self.parameters)
-        scaled = find_method(self.method).scaled(self.parameters, self._schedule[layer])
-        assert scaled is not None, "layer gains without a gain"
-        return scaled
+        gain, parameters = find_method(self.method).gain, dict(self.parameters)
+        if gain is not None and self.options.layer_gains:
+            value = parameters[gain]
+            assert isinstance(value, float), "a gain is a number"
+            parameters[gain] = value * self._schedule[layer]
+        return parameters
+
+    def change_scale(self, layer: int) -> float:
+        """Return the factor on the change W - W_mllm of one layer's matrices.
+
+        1 if the method has a gain, which `parameters_for` scales instead, and without layer gains.
+        """
+        if find_method(self.method).gain is not None or not self.options.layer_gains:
+            return 1.0
+        return self._schedule[layer]
 
     @cached_property
     def _schedule(self) -> dict[int, float]:
@@ -167,6 +184,7 @@ class MergePlan:
             records,
             own_base=self.sources.base_mllm is not None,
         )
+        found = found.scaled(self.change_scale(decision.layer))
         return as_measured(method, found, parameters, self.analysed, records[0].shape)
 
     def to_dict(self) -> dict[str, Any]:
@@ -283,6 +301,7 @@ def make_plan(
     analysed = checked_options(chosen, source.parameters if isinstance(source, Analysis) else {})
     complete = _complete(chosen, {"lambda_": lambda_, **own}, analysed)
     check_choice(similarity_threshold, similarity)
+    check_used(chosen, similarity_threshold, similarity, own)
     _check_source(chosen, source)
     scope = Scope.of(options)
     threshold = similarity_threshold if chosen.needs_analysis else None
@@ -425,5 +444,6 @@ def _take_all(matrices: Iterable[MatrixMatch], n_experts: int, scope: Scope) -> 
 
 def _without_spectra(records: Iterable[LayerRecord]) -> tuple[LayerRecord, ...]:
     return tuple(
-        replace(record, index=(), mllm_sigma=(), math_sigma=(), angles=()) for record in records
+        replace(record, index=(), mllm_sigma=(), math_sigma=(), angles=(), spectra=None)
+        for record in records
     )

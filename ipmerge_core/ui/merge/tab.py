@@ -387,7 +387,7 @@ def _plan_warnings(plan: MergePlan) -> list[Finding]:
 
     equals = "the merged model would be identical to the vision-language model."
     if not plan.selected and plan.similarity_threshold is not None:
-        message = f"No matrix reaches the similarity threshold {plan.similarity_threshold:g}"
+        message = f"No matrix reaches the similarity threshold {plan.similarity_threshold!r}"
         return [Finding("warning", "plan", f"{message}: {equals}", "Lower Sα in Explore.")]
     if not plan.selected:
         return [
