@@ -14,7 +14,9 @@ import pytest
 from platformdirs import user_data_path
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, home_folder, run_job
+from ipmerge_core.runtime.host import Limits
+from ipmerge_core.runtime.job_process import run_job
+from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, home_folder
 
 WAIT = 60  # seconds that a process may take to do what a test waits for
 PATIENCE = 8  # less than a resume waits for the lock of a run that does not end
@@ -238,7 +240,7 @@ def events(store: JobStore, job: str) -> list[str]:
 
 
 def test_too_many_runs_are_refused(tmp_path, folder):
-    store = JobStore(tmp_path / "runs", most_running=1)
+    store = JobStore(tmp_path / "runs", Limits(runs=1))
     started = start_held(store, folder)
     with pytest.raises(RunError, match=r"1 run is already in progress \(limit 1\)"):
         store.start(count, {"folder": str(folder), "total": 1}, title="second")

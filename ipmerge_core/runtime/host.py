@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from typing import NamedTuple
 
 from ipmerge_core.errors import RunError
 
@@ -33,3 +35,41 @@ def space_host() -> str:
 def is_hosted() -> bool:
     """Return whether the app runs on a public Space, for visitors who are not its owner."""
     return bool(space_id())
+
+
+class Limits(NamedTuple):
+    """Limits of the runs of an app and of what it keeps; None is no limit."""
+
+    runs: float | None = 2  # at the same time
+    runs_per_visitor: float | None = None
+    run_minutes: float | None = None  # of one run, from each start or resume
+    keep_hours: float | None = None  # for what visitors have made
+    disk_gb: float | None = None  # for the same
+
+
+ON_A_SPACE = Limits(runs_per_visitor=1, run_minutes=60, keep_hours=24, disk_gb=20)
+
+
+def limits() -> Limits:
+    """Return the limits of this host: those of a Space or none, changed by the environment.
+
+    IPMERGE_RUNS, IPMERGE_RUNS_PER_VISITOR, IPMERGE_RUN_MINUTES, IPMERGE_KEEP_HOURS and
+    IPMERGE_DISK_GB are positive numbers, or "none" for no limit.
+
+    Raises: RunError for another value.
+    """
+    default = ON_A_SPACE if is_hosted() else Limits()
+    return Limits(*(_setting(f"IPMERGE_{k.upper()}", v) for k, v in default._asdict().items()))
+
+
+def _setting(name: str, default: float | None) -> float | None:
+    text = os.environ.get(name, "").strip().lower()
+    if not text or text == "none":
+        return None if text else default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise RunError(f"{name} is '{text[:40]}'; expected a positive number, or none.")
+    return value
