@@ -64,7 +64,7 @@ class WarmWorker:
         self._lock = threading.Lock()
         self._waiting: _Waiting | None = None
         self._used = self._not_before = 0.0
-        self._closed = False
+        self._closed, self._ready = False, threading.Event()
 
     def wake(self) -> None:
         """Start the process if there is none; call it whenever the app is used."""
@@ -74,6 +74,10 @@ class WarmWorker:
                 return
             self._waiting = waiting = _Waiting(self._modules)
         threading.Thread(target=self._watch, args=(waiting,), daemon=True).start()
+
+    def wait_until_ready(self, seconds: float) -> bool:
+        """Wait until a process is ready, at most for some seconds; False if none is."""
+        return self._ready.wait(seconds)
 
     def run(self, folder: Path, lock: int, log: int) -> bool:
         """Hand a job to the process; False if there is none.
@@ -87,6 +91,7 @@ class WarmWorker:
         """
         with self._lock:
             waiting, self._waiting = self._waiting, None
+            self._ready.clear()
         return waiting is not None and waiting.hand_over(folder, [lock, log])
 
     def status(self) -> WorkerStatus:
@@ -106,6 +111,7 @@ class WarmWorker:
         ready = False
         while not waiting.taken.wait(_LOOK_EVERY) and waiting.process.poll() is None:
             if not ready and (ready := waiting.read_ready()):
+                self._ready.set()
                 self._report(f"Worker ready: {waiting.status.nbytes_memory / 1e6:.0f} MB.")
             if time.monotonic() - self._used > self._idle_seconds:
                 self._dismiss(waiting)
@@ -124,6 +130,7 @@ class WarmWorker:
             if self._waiting is not waiting:
                 return False
             self._waiting = None
+            self._ready.clear()
         waiting.process.terminate()
         self._report("Worker ended.")
         return True

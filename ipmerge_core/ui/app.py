@@ -6,17 +6,19 @@ the chosen pair, the session's `PlanChoice` and one `Backend`.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from ipmerge_core.runtime.warm_worker import WarmWorker
 from ipmerge_core.ui.analyse.descriptions import pair_html
 from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
 from ipmerge_core.ui.api import add_endpoints
-from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.backend import MODULES, Backend
 from ipmerge_core.ui.chat.side_choice import remembered_merges, wire_try_it, with_run
 from ipmerge_core.ui.chat.tab import try_tab
 from ipmerge_core.ui.cite.tab import cite_tab
@@ -29,6 +31,7 @@ from ipmerge_core.ui.merge.tab import merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import remembered_run
+from ipmerge_core.ui.serving import layers
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
 
@@ -90,7 +93,6 @@ def _add_tabs(
             explore = explore_tab(pair, choice, partial(is_running, backend))
         with gr.Tab("Try it", id="try", elem_id="tab-try") as asking:
             sides = try_tab(backend, pair, choice, runs=runs, last=job, tab=asking)
-        asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merging = merge_tab(
                 app, backend, pair, choice, job=job, calibration=calibration, tab=merge
@@ -124,7 +126,8 @@ def launch(
         block: whether to wait until the server is stopped.
         device: default device of all runs: "auto" for the best one, or a torch device.
     """
-    backend = Backend(device=device)
+    worker = WarmWorker(MODULES, report=_log)
+    backend = Backend(device=device, worker=worker)
     return build_app(backend).launch(
         server_name=host,
         server_port=port,
@@ -137,5 +140,10 @@ def launch(
         run_history=False,  # do not keep images and questions in the browser
         max_file_size=LARGEST_UPLOAD,
         allowed_paths=[],
-        app_kwargs={"routes": [download_route(backend)]},
+        app_kwargs={"routes": [download_route(backend)], "middleware": layers(backend.use)},
     )
+
+
+def _log(line: str) -> None:
+    """Print a line to the log of the server."""
+    sys.stderr.write(f"{line}\n")

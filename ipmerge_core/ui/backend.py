@@ -26,11 +26,20 @@ if TYPE_CHECKING:
     from ipmerge_core.calibration.calibrate import CalibrationCost
     from ipmerge_core.inference.loading import LoadedModel, ModelCache
     from ipmerge_core.planning.plan import MergePlan
+    from ipmerge_core.runtime.warm_worker import WarmWorker
 
 SMALL_MODEL = 200_000_000  # bytes; up to this size the chat merges a plan on demand
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _NUMBER = re.compile(r"-[0-9]{1,3}\Z")  # the suffix of a name whose stem was taken
 MOST_NAMES = 999  # with one stem
+# What runs import; a calibration also imports transformers, but takes minutes.
+MODULES = (
+    "torch",
+    "ipmerge_core.merging.merge",
+    "ipmerge_core.analysis.analyse",
+    "ipmerge_core.calibration.calibrate",
+)
+WORKER_SECONDS = 30.0  # that the app waits for the worker before it imports the libraries itself
 KEPT_PREVIEWS = 6  # models merged on demand by the chat that are kept for later questions
 
 Progress = Callable[[str], None]
@@ -43,9 +52,15 @@ class Backend:
     store: JobStore = field(default_factory=lambda: JobStore(home_folder() / "runs"))
     hosted: bool = field(default_factory=is_hosted)
     device: str = "auto"  # default of all runs
+    worker: WarmWorker | None = None  # runs the next job of the store
     _models: Any = None
+    _warming: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _preview_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        """Let the worker run the jobs."""
+        self.store.launcher = self.worker or self.store.launcher
 
     @property
     def models(self) -> ModelCache:
@@ -64,9 +79,19 @@ class Backend:
         with self._lock:
             import_libraries()
 
-    def warm_up(self) -> None:
-        """Import the libraries in the background, before a user asks the first question."""
-        threading.Thread(target=self.import_libraries, daemon=True).start()
+    def use(self) -> None:
+        """Get ready for a run and a question in the background; called when the app is used."""
+        if self.worker:
+            self.worker.wake()
+        if not self._warming.is_set():
+            self._warming.set()
+            threading.Thread(target=self._warm_up, daemon=True).start()
+
+    def _warm_up(self) -> None:
+        """Import the libraries after the worker has, so that one processor answers visitors."""
+        if self.worker:
+            self.worker.wait_until_ready(WORKER_SECONDS)
+        self.import_libraries()
 
     def load(self, folder: Path) -> LoadedModel:
         """Return the model in a folder, on the device of this app."""
