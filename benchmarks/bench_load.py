@@ -2,11 +2,12 @@
 
     python benchmarks/bench_load.py [--clients 50] [--seconds 180] [--answers 10] [--url URL]
 
-Starts `app.py` over the demo models with an empty home folder, or takes the one at --url. It answers
-one question, and its memory is read once it rests. Then every client requests one page and one pack,
-commits a plan every 5 s as the layer map does, and requests a preview every 10 s; some ask for 16
-tokens once. Prints the quantiles of the times, the refusals, and the memory after the load, once the
-app rests again. The clients run in the same machine and count in the load.
+Starts `app.py` over the demo models with an empty home folder, or takes the one at --url. It
+answers one question, and its memory is read once it rests. Then every client requests one page and
+one pack, commits a plan every 5 s as the layer map does, and requests a preview every 10 s; some
+ask for 16 tokens once. Clients arrive evenly within --arrive seconds. Prints the quantiles of the
+times, the refusals, and the memory after the load, once the app rests again. The clients run on the
+same machine and are part of its load.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Times:
             at = [values[int(q * (len(values) - 1))] for q in (0.5, 0.95, 1.0)]
             bar = "" if target is None else f"{target:g} s"
             numbers = [f"{value:.2f} s" for value in at]
-            rows.append([kind, str(len(self.seconds[kind])), *numbers, bar, str(self.refused[kind])])
+            rows.append(
+                [kind, str(len(self.seconds[kind])), *numbers, bar, str(self.refused[kind])]
+            )
         return rows
 
 
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--answers", type=int, default=10, help="clients that ask for 16 tokens")
+    parser.add_argument("--arrive", type=float, default=5.0, help="seconds")
     parser.add_argument("--rest", type=float, default=REST_SECONDS, help="seconds")
     parser.add_argument("--url", help="an app that is already running")
     options = parser.parse_args()
@@ -103,10 +107,12 @@ def opened(url: str | None) -> Iterator[App]:
     if url:
         yield App(url, None, commit_of(url))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        with serving(Path(folder) / "log", "app.py", port=free_port()) as address:
-            process = psutil.Process().children()[-1]
-            yield App(address, process, commit_of(address))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(Path(folder) / "log", "app.py", port=free_port()) as address,
+    ):
+        process = psutil.Process().children()[-1]
+        yield App(address, process, commit_of(address))
 
 
 def commit_of(url: str) -> int:
@@ -127,10 +133,14 @@ async def measure(app: App, options: argparse.Namespace) -> None:
     await asyncio.sleep(options.rest / 2)
     before = nbytes(app)
     times = Times()
+    asking = random.sample(range(options.clients), min(options.answers, options.clients))
     started = time.perf_counter()
     ends = started + options.seconds
     await asyncio.gather(
-        *(visit(app, times, ends, asks=n < options.answers) for n in range(options.clients))
+        *(
+            visit(app, times, ends, after=n * options.arrive / options.clients, asks=n in asking)
+            for n in range(options.clients)
+        )
     )
     most = nbytes(app)
     async with httpx.AsyncClient(base_url=app.url, timeout=PATIENCE) as client:
@@ -143,16 +153,17 @@ async def measure(app: App, options: argparse.Namespace) -> None:
     print(table(head, times.rows()))
     print(f"\nPage: {sent / 1e3:.0f} kB sent for {sizes[0] / 1e3:.0f} kB.")
     print(
-        f"Memory of the app: {before / 1e6:.0f} MB after one answer, {most / 1e6:.0f} MB at the end "
-        f"of the load, {after / 1e6:.0f} MB after {options.rest:g} s of rest: "
+        f"Memory of the app: {before / 1e6:.0f} MB after one answer, {most / 1e6:.0f} MB at the "
+        f"end of the load, {after / 1e6:.0f} MB after {options.rest:g} s of rest: "
         f"{(after - before) / 1e6:+.0f} MB (at most +100 MB)."
     )
     for error in sorted(times.errors):
         print(f"Refused: {error}")
 
 
-async def visit(app: App, times: Times, ends: float, *, asks: bool) -> None:
+async def visit(app: App, times: Times, ends: float, *, after: float, asks: bool) -> None:
     """Do what one visitor does until the end."""
+    await asyncio.sleep(after)
     async with httpx.AsyncClient(base_url=app.url, timeout=PATIENCE) as client:
         await times.of("page", fetched(client.get("/")))
         await times.of("pack", call(client, "pack", ["pack"]))
@@ -161,7 +172,9 @@ async def visit(app: App, times: Times, ends: float, *, asks: bool) -> None:
             repeat(PREVIEW_SECONDS, ends, lambda: times.of("preview", preview(client))),
         ]
         if asks:
-            jobs.append(later(ends, lambda: times.of("answer", call(client, "answer_pair", QUESTION))))
+            jobs.append(
+                later(ends, lambda: times.of("answer", call(client, "answer_pair", QUESTION)))
+            )
         await asyncio.gather(*jobs)
 
 

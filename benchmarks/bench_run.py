@@ -4,8 +4,8 @@
 
 Every run is a new app with an empty home folder and a new browser, over the demo models. The app is
 up for --up seconds before the first question, and no model has been loaded. Times begin with the
-press of the button; they are those of the page, except for the first tensor, which is read from the
-status file of the run. Also prints the memory of the worker, from the log of the app, and of the run.
+press of the button; they are those of the page, except for the first tensor, which is read from
+the status file of the run. Also prints the memory of the worker, from the log, and of the run.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def seconds(values: list[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f} s"
 
 
-def in_new_app(browser: Browser, measure: Callable[[Page, Path], Any]) -> Any:
+def in_new_app(browser: Browser, measure: Callable[[Page, Path], Any]) -> Any:  # noqa: ANN401
     """Measure on a page of a new app, given its folder."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"

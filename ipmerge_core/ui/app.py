@@ -31,7 +31,7 @@ from ipmerge_core.ui.merge.tab import merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import remembered_run
-from ipmerge_core.ui.serving import layers
+from ipmerge_core.ui.serving import layers, limit_waiting
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
 
@@ -44,7 +44,8 @@ NO_PACKS = """\
 `ipmerge analyse --mllm A --math B --base Z -o {folder}/name.pack.json.gz`
 """
 LARGEST_UPLOAD = "15mb"
-QUEUE = 32  # waiting requests
+QUEUE = 1000  # waiting calls of all kinds
+WAITING = {"models": 32}  # waiting calls of the kinds that take long
 SCRIPT = Path(__file__).with_name("page.js")
 STYLE = ROOT / "assets" / "style.css"
 
@@ -80,6 +81,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
             gate.check_after(arrived.success)  # the analysis of the chosen pair may have finished
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
+    limit_waiting(app._queue, WAITING)
     return app  # type: ignore[no-any-return]
 
 

@@ -21,6 +21,7 @@ from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.host import is_hosted
 from ipmerge_core.runtime.jobs import Claim, JobStore, Started, home_folder
 from ipmerge_core.ui.plan_choice import analysis_of
+from ipmerge_core.ui.serving import current_visitor
 
 if TYPE_CHECKING:
     from ipmerge_core.calibration.calibrate import CalibrationCost
@@ -133,7 +134,14 @@ class Backend:
         title = f"Merge plan {plan.hash} into {out.name}"
         claim = Claim(str(out), plan.digest)
         try:
-            return self.store.start(iter_merge, arguments, title=title, claim=claim, owner=owner)
+            return self.store.start(
+                iter_merge,
+                arguments,
+                title=title,
+                claim=claim,
+                owner=owner,
+                visitor=current_visitor(),
+            )
         except FolderInUseError as error:
             key = self.store.key_of(error.job, owner)
             if error.same_work and self.store.holds_key(error.job, key):
@@ -153,7 +161,7 @@ class Backend:
         Raises: RunError for samples that cannot be read, or that are not demo samples on a Space.
         """
         from ipmerge_core.calibration.calibrate import iter_calibration_of
-        from ipmerge_core.calibration.samples import is_demo, load_samples
+        from ipmerge_core.calibration.samples import check_source, is_demo
         from ipmerge_core.methods import find_method
 
         if self.hosted and not (is_demo(seen) and is_demo(read)):
@@ -161,7 +169,7 @@ class Backend:
                 "This Space accepts only demo samples. Run the app locally to use a file."
             )
         for source, takes_images in ((seen, True), (read, False)):
-            load_samples(source, limit, takes_images=takes_images)
+            check_source(source, limit, takes_images=takes_images)
         kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"
@@ -180,7 +188,11 @@ class Backend:
                     arguments["out"] = str(out)
                     claim, title = Claim(str(out)), f"Calibrate {name}"
                     return self.store.start(
-                        iter_calibration_of, arguments, title=title, claim=claim
+                        iter_calibration_of,
+                        arguments,
+                        title=title,
+                        claim=claim,
+                        visitor=current_visitor(),
                     )
         raise RunError(f"There are {MOST_NAMES} calibrations named '{stem}'. Delete some of them.")
 
