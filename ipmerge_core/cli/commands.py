@@ -94,7 +94,8 @@ def calibrate(options: argparse.Namespace) -> int:
     with Progress(options) as progress:
         for step in iter_calibration(pair, options.output, how, mllm, math, device=options.device):
             what = f"{step.role}, layers {step.group + 1}/{step.groups}"
-            progress.show("calibrating", step.done, step.total, what)
+            resumed = step.action == "resumed"
+            progress.show("calibrating", step.done, step.total, what, resumed=resumed)
     found = Measurements.open(options.output)
     tokens = {model.role: model.tokens for model in found.models}
     doubts = found.doubts(max(matrix.shape[1] for matrix in pair.matrices))
@@ -182,7 +183,8 @@ def merge(options: argparse.Namespace) -> int:
         for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):
             verb = "measuring" if step.action == "measured" else "merging"
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
-            progress.show(verb, step.nbytes_done, step.nbytes_total, what)
+            resumed = step.action == "resumed"
+            progress.show(verb, step.nbytes_done, step.nbytes_total, what, resumed=resumed)
     manifest = json.loads((Path(options.output) / MANIFEST).read_text(encoding="utf-8"))
     text = f"Wrote {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
     result = {"model": options.output, "hash": plan.hash, "device": manifest["device"]}

@@ -111,29 +111,30 @@ class WarmWorker:
         ready = False
         while not waiting.taken.wait(_LOOK_EVERY) and waiting.process.poll() is None:
             if not ready and (ready := waiting.read_ready()):
+                self._used = time.monotonic()
                 self._ready.set()
                 self._report(f"Worker ready: {waiting.status.nbytes_memory / 1e6:.0f} MB.")
-            if time.monotonic() - self._used > self._idle_seconds:
+            if ready and time.monotonic() - self._used > self._idle_seconds:
                 self._dismiss(waiting)
         if waiting.taken.is_set():
             waiting.wait(_REPLACE_SECONDS)
             if time.monotonic() - self._used <= self._idle_seconds:
                 self.wake()
-        elif not self._dismiss(waiting) and not ready:
-            self._not_before = time.monotonic() + _RETRY_SECONDS
+        else:
+            self._dismiss(waiting, retry_after=0.0 if ready else _RETRY_SECONDS)
         waiting.wait(None)
         waiting.close()
 
-    def _dismiss(self, waiting: _Waiting) -> bool:
-        """End a process that nobody uses, or forget one that ended; False if it has a job."""
+    def _dismiss(self, waiting: _Waiting, retry_after: float = 0.0) -> None:
+        """End a process that nobody uses, or forget one that has ended; not if it has a job."""
         with self._lock:
             if self._waiting is not waiting:
-                return False
+                return
             self._waiting = None
+            self._not_before = time.monotonic() + retry_after
             self._ready.clear()
         waiting.process.terminate()
         self._report("Worker ended.")
-        return True
 
 
 class _Waiting:

@@ -44,6 +44,7 @@ NO_PACKS = """\
 `ipmerge analyse --mllm A --math B --base Z -o {folder}/name.pack.json.gz`
 """
 LARGEST_UPLOAD = "15mb"
+UPLOADS_KEPT = (3600, 86400)  # seconds: how often old uploads are deleted, and from what age
 QUEUE = 1000  # waiting calls of all kinds
 WAITING = {"models": 32}  # waiting calls of the kinds that take long
 SCRIPT = Path(__file__).with_name("page.js")
@@ -55,7 +56,9 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
     backend = backend or Backend()
     packs = list_packs()
     gr.set_static_paths([DEMO / "examples"])
-    with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
+    with gr.Blocks(
+        title="IPMerge", fill_width=True, analytics_enabled=False, delete_cache=UPLOADS_KEPT
+    ) as app:
         with gr.Row(elem_id="top"):
             gr.Markdown(HEADING, elem_id="heading")
             with gr.Column(elem_id="pair-column"):
@@ -129,7 +132,7 @@ def launch(
         device: default device of all runs: "auto" for the best one, or a torch device.
     """
     worker = WarmWorker(MODULES, report=_log)
-    backend = Backend(device=device, worker=worker)
+    backend = Backend(device=device, worker=worker, report=_log)
     return build_app(backend).launch(
         server_name=host,
         server_port=port,

@@ -8,6 +8,7 @@ needed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import shutil
 import threading
@@ -20,6 +21,7 @@ from ipmerge_core.errors import CheckpointError, FolderInUseError, IPMergeError,
 from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.host import is_hosted
 from ipmerge_core.runtime.jobs import Claim, JobStore, Started, home_folder
+from ipmerge_core.runtime.retention import keep_sweeping
 from ipmerge_core.ui.plan_choice import analysis_of
 from ipmerge_core.ui.serving import current_visitor
 
@@ -54,6 +56,7 @@ class Backend:
     hosted: bool = field(default_factory=is_hosted)
     device: str = "auto"  # default of all runs
     worker: WarmWorker | None = None  # runs the next job of the store
+    report: Callable[[str], object] = lambda _: None  # takes a line for the log
     _models: Any = None
     _warming: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,10 +77,15 @@ class Backend:
             return self._models  # type: ignore[no-any-return]
 
     def import_libraries(self) -> None:
-        """Import torch and transformers in one thread: their imports are not thread-safe."""
-        from ipmerge_core.inference.loading import import_libraries
+        """Import torch and transformers in one thread: their imports are not thread-safe.
 
+        First come the modules that other threads import, too, so that they wait or find them.
+        """
         with self._lock:
+            for module in MODULES:
+                importlib.import_module(module)
+            from ipmerge_core.inference.loading import import_libraries
+
             import_libraries()
 
     def use(self) -> None:
@@ -89,7 +97,8 @@ class Backend:
             threading.Thread(target=self._warm_up, daemon=True).start()
 
     def _warm_up(self) -> None:
-        """Import the libraries after the worker has, so that one processor answers visitors."""
+        """Start to delete what is old; import after the worker, so that one core stays free."""
+        keep_sweeping(self.store, home_folder(), self.report)
         if self.worker:
             self.worker.wait_until_ready(WORKER_SECONDS)
         self.import_libraries()
