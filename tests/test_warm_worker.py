@@ -52,7 +52,7 @@ def worker(store: JobStore, lines: Lines) -> Iterator[WarmWorker]:
 
 def wake(worker: WarmWorker) -> None:
     worker.wake()
-    assert worker.wait_until_ready(WAIT)
+    until(lambda: worker.status().state == "ready")
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -189,7 +189,8 @@ from pathlib import Path
 from test_jobs import count
 worker = WarmWorker(["decimal"])
 worker.wake()
-worker.wait_until_ready(60)
+while worker.status().state != "ready":
+    time.sleep(0.02)
 if len(sys.argv) > 2:
     arguments = {"folder": sys.argv[2], "total": 40, "gate": sys.argv[2] + ".gate"}
     store = JobStore(Path(sys.argv[1]), launcher=worker)

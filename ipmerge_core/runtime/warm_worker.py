@@ -64,7 +64,7 @@ class WarmWorker:
         self._lock = threading.Lock()
         self._waiting: _Waiting | None = None
         self._used = self._not_before = 0.0
-        self._closed, self._ready = False, threading.Event()
+        self._closed = False
 
     def wake(self) -> None:
         """Start the process if there is none; call it whenever the app is used."""
@@ -74,10 +74,6 @@ class WarmWorker:
                 return
             self._waiting = waiting = _Waiting(self._modules)
         threading.Thread(target=self._watch, args=(waiting,), daemon=True).start()
-
-    def wait_until_ready(self, seconds: float) -> bool:
-        """Wait until a process is ready, at most for some seconds; False if none is."""
-        return self._ready.wait(seconds)
 
     def run(self, folder: Path, lock: int, log: int) -> bool:
         """Hand a job to the process; False if there is none.
@@ -91,7 +87,6 @@ class WarmWorker:
         """
         with self._lock:
             waiting, self._waiting = self._waiting, None
-            self._ready.clear()
         return waiting is not None and waiting.hand_over(folder, [lock, log])
 
     def status(self) -> WorkerStatus:
@@ -112,7 +107,6 @@ class WarmWorker:
         while not waiting.taken.wait(_LOOK_EVERY) and waiting.process.poll() is None:
             if not ready and (ready := waiting.read_ready()):
                 self._used = time.monotonic()
-                self._ready.set()
                 self._report(f"Worker ready: {waiting.status.nbytes_memory / 1e6:.0f} MB.")
             if ready and time.monotonic() - self._used > self._idle_seconds:
                 self._dismiss(waiting)
@@ -132,7 +126,6 @@ class WarmWorker:
                 return
             self._waiting = None
             self._not_before = time.monotonic() + retry_after
-            self._ready.clear()
         waiting.process.terminate()
         self._report("Worker ended.")
 

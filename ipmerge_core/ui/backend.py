@@ -12,6 +12,7 @@ import importlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ MODULES = (
     "ipmerge_core.analysis.analyse",
     "ipmerge_core.calibration.calibrate",
 )
-WORKER_SECONDS = 30.0  # that the app waits for the worker before it imports the libraries itself
+WARM_UP_SECONDS = 1.0  # from the first page to the imports: the page loads its files meanwhile
 KEPT_PREVIEWS = 6  # models merged on demand by the chat that are kept for later questions
 
 Progress = Callable[[str], None]
@@ -97,10 +98,9 @@ class Backend:
             threading.Thread(target=self._warm_up, daemon=True).start()
 
     def _warm_up(self) -> None:
-        """Start to delete what is old; import after the worker, so that one core stays free."""
+        """Start to delete what is old, and import the libraries once the page has loaded."""
         keep_sweeping(self.store, home_folder(), self.report)
-        if self.worker:
-            self.worker.wait_until_ready(WORKER_SECONDS)
+        time.sleep(WARM_UP_SECONDS)
         self.import_libraries()
 
     def load(self, folder: Path) -> LoadedModel:
