@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,7 @@ import httpx
 import pytest
 from gradio.context import LocalContext
 from gradio.data_classes import PredictBodyInternal
-from gradio.routes import App
 from gradio.state_holder import SessionState
-from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from ipmerge_core.ui.app import WAITING, build_app
@@ -27,7 +24,6 @@ from ipmerge_core.ui.serving import (
     Compressed,
     SharedPage,
     current_visitor,
-    layers,
 )
 
 T = TypeVar("T")
@@ -172,21 +168,6 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gr.Blocks]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPMERGE_HOME", str(tmp_path_factory.mktemp("serving")))
         yield in_loop(lambda: build_app(Backend()))
-
-
-def test_the_real_page_is_sent_compressed(blocks):
-    middleware = {"middleware": layers(lambda: None)}
-    app = in_loop(lambda: App.create_app(blocks, app_kwargs=middleware))
-    sent = []
-    for encoding in ("gzip", "identity"):
-        client = TestClient(app, headers={"accept-encoding": encoding})
-        with client.stream("GET", "/") as answer:
-            sent.append(b"".join(answer.iter_raw()))
-        client.close()
-    packed, plain = sent
-    assert gzip.decompress(packed)[:15] == plain[:15] == b"<!doctype html>"
-    assert b"layer-map" in plain
-    assert len(packed) < len(plain) / 3
 
 
 def test_waiting_questions_are_limited_and_previews_are_not(blocks):

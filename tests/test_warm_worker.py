@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -112,8 +113,7 @@ def test_a_job_takes_the_environment_and_the_paths_of_the_app_today(
         "    yield {'index': 1}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    import late_target
-
+    late_target = importlib.import_module("late_target")
     out = tmp_path / "out"
     started = store.start(late_target.tell, {"out": str(out)}, title="tell")
     assert wait_until_over(store, started.id).state == "finished"

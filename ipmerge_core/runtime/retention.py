@@ -91,7 +91,7 @@ def _entries(folder: Path) -> Iterator[_Entry]:
 
 
 def _is_used(path: Path, used: Iterable[str]) -> bool:
-    """Whether a run in progress has this path, or one in or beside it, as an argument."""
+    """Whether a run in progress uses this path: its output, or the partial folder of its output."""
     name = str(path)
     return any(
         value == name or value.startswith(f"{name}/") or name.startswith(f"{value}.")

@@ -120,7 +120,7 @@ class WarmWorker:
         waiting.close()
 
     def _dismiss(self, waiting: _Waiting, retry_after: float = 0.0) -> None:
-        """End a process that nobody uses, or forget one that has ended; not if it has a job."""
+        """End an unused process, or drop one that has ended; no effect on one with a job."""
         with self._lock:
             if self._waiting is not waiting:
                 return

@@ -1,4 +1,4 @@
-"""Serve many visitors: compressed answers, one page for all, and a queue where nobody blocks all.
+"""Serve many visitors: compressed answers, one page for all, and a queue with a limit per kind.
 
 In: an ASGI app and its queue, Gradio's. Out: the same app behind layers that compress, keep the
 page for a few seconds and forget the sessions of finished calls, and a queue with a limit per kind.
