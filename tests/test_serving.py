@@ -65,7 +65,7 @@ def get_all(app: object, *requests: tuple[str, dict[str, str]]) -> list[httpx.Re
 
     async def run() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await asyncio.gather(*(client.get(p, headers=h) for p, h in requests))
 
     return finished(run())
