@@ -43,7 +43,7 @@ ORDER = [
 ]
 # The same inside `ui/`: what tabs share, then the tabs, then what puts them together.
 UI_ORDER = [
-    {"startup", "latex", "theme", "web"},
+    {"startup", "latex", "theme", "web", "serving"},
     {"safe_text"},
     {"pairs", "format"},
     {"errors", "plan_choice", "web_security"},

@@ -120,7 +120,7 @@ def test_broad_handlers_in_the_core_only_clean_up_and_raise_again():
     wrong = [
         place(path, node)
         for path in files()
-        if room_of(path) not in REPORTS_BUGS and path.name != "jobs.py"
+        if room_of(path) not in REPORTS_BUGS and path.name != "job_process.py"
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})

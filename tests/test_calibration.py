@@ -17,7 +17,12 @@ from PIL import Image
 
 from ipmerge_core.calibration.calibrate import calibrate, estimate_calibration, iter_calibration
 from ipmerge_core.calibration.passes import CalibrationSettings, Passes, encode_sample, find_module
-from ipmerge_core.calibration.samples import Sample, load_samples
+from ipmerge_core.calibration.samples import (
+    MOST_SAMPLES,
+    Sample,
+    check_source,
+    load_samples,
+)
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, ModelLoadError, PairingError, PlanError, RunError
@@ -520,8 +525,31 @@ def test_without_the_library_a_dataset_is_answered_with_what_to_install(monkeypa
 def test_missing_files_and_silly_counts_are_refused(tmp_path):
     with pytest.raises(RunError, match="Expected a jsonl file, datasets:NAME, or demo"):
         load_samples(tmp_path / "none.jsonl", 10, takes_images=False)
-    with pytest.raises(RunError, match="expected 1 or more"):
-        load_samples("demo", 0, takes_images=False)
+    for check in (load_samples, check_source):
+        for limit in (-1, 0, MOST_SAMPLES + 1, 10**12):
+            with pytest.raises(RunError, match=f"limit of {limit} .*; expected 1 to 5000"):
+                check("demo", limit, takes_images=False)
+
+
+def test_a_source_is_checked_without_drawing_or_reading_its_samples(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a sample was drawn")
+
+    monkeypatch.setattr("ipmerge_core.calibration.samples.problems", refuse)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refuse))
+    for source in ("demo", "demo:math", "demo:perception", "datasets:org/maths"):
+        check_source(source, MOST_SAMPLES, takes_images=True)
+    path = tmp_path / "samples.jsonl"
+    path.write_text('\n{"question": "1 + 1?"}\nnot json\n')
+    check_source(path, 3, takes_images=False)
+    assert len(load_samples(path, 1, takes_images=False)) == 1
+    for source, words in (("demo:cooking", "Unknown demo task"), (tmp_path / "no", "Cannot read")):
+        with pytest.raises(RunError, match=words):
+            check_source(source, 3, takes_images=False)
+    for text, words in (("", "contains no samples"), ("{}\n", "Line 1 of")):
+        path.write_text(text)
+        with pytest.raises(RunError, match=words):
+            check_source(path, 3, takes_images=False)
 
 
 def test_demo_samples_are_drawn_for_eyes_and_told_in_words_otherwise():

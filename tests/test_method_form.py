@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,8 +310,35 @@ def test_a_calibration_counts_passes() -> None:
     words = progress_html(status_with(step))
     assert "5 of 20 passes" in words
     assert "math model, part 1 of 2" in words
-    assert "about 30 seconds left" in words
+    assert "left" not in words  # nothing is known of its speed after one step
+    first = replace(status_with(step), first={**step, "done": 2}, since=8.0)
+    words = progress_html(first)
+    assert "about 10 seconds left" in words
     assert "MB/s" not in words
+
+
+@pytest.mark.parametrize("resumed", [0, 90_000_000])
+def test_speed_and_time_left_count_only_what_this_run_did(resumed: int) -> None:
+    step = {"tensor": "a", "index": 1, "total": 9, "action": "merged", "nbytes_total": 200_000_000}
+    step["nbytes_done"] = resumed + 50_000_000
+    status = status_with(step)
+    words = progress_html(replace(status, first={**step, "nbytes_done": resumed}, since=5.0))
+    assert "10 MB/s" in words
+    assert f"about {(150_000_000 - resumed) // 10_000_000} seconds left" in words
+
+
+def test_a_run_says_what_it_does_before_its_first_step_and_after_the_last() -> None:
+    words = {
+        "starting": "starting a process",
+        "importing": "importing libraries",
+        "opening": "opening the models",
+    }
+    for phase, expected in words.items():
+        shown = progress_html(replace(status_with({}), phase=phase))
+        assert expected in shown
+        assert "left" not in shown
+    step = {"tensor": "a", "index": 9, "total": 9, "nbytes_done": 5, "nbytes_total": 5}
+    assert "verifying and finishing" in progress_html(status_with(step))
 
 
 def test_steps_of_wudi_are_part_of_the_time(tmp_path: Path) -> None:

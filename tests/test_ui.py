@@ -248,10 +248,16 @@ def test_bad_questions_come_back_as_one_sentence(client, values, words):
 
 def test_the_page_is_answered_before_torch_or_transformers_are_loaded():
     code = (
-        "import sys, urllib.request\n"
+        "import gzip, sys, urllib.request\n"
         "from ipmerge_core.ui.app import launch\n"
+        "from ipmerge_core.ui.backend import Backend\n"
+        "used = []\n"
+        "Backend.use = used.append\n"  # which imports them in the background
         "_, url, _ = launch(block=False)\n"
-        "page = urllib.request.urlopen(url).read()\n"
+        "asked = urllib.request.Request(url, headers={'Accept-Encoding': 'gzip'})\n"
+        "packed = urllib.request.urlopen(asked).read()\n"
+        "page = gzip.decompress(packed)\n"
+        "assert used and len(packed) < len(page) / 3, (used, len(packed), len(page))\n"
         "assert b'IPMerge' in page, page[:200]\n"
         "heavy = {'torch', 'transformers', 'scipy', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -105,7 +105,8 @@ def calibrate(options: argparse.Namespace) -> int:
     with Progress(options) as progress:
         for step in iter_calibration(pair, options.target, how, mllm, math, device=options.device):
             what = f"{step.role}, layers {step.group + 1}/{step.groups}"
-            progress.show("calibrating", step.done, step.total, what)
+            resumed = step.action == "resumed"
+            progress.show("calibrating", step.done, step.total, what, resumed=resumed)
     found = Measurements.open(options.target)
     tokens = {model.role: model.tokens for model in found.models}
     doubts = found.doubts(max(matrix.shape[1] for matrix in pair.matrices))
@@ -200,7 +201,8 @@ def merge(options: argparse.Namespace) -> int:
         for step in iter_merge(plan, options.target, **how):
             doing = "measuring" if step.action == "measured" else "merging"
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
-            progress.show(doing, step.nbytes_done, step.nbytes_total, what)
+            resumed = step.action == "resumed"
+            progress.show(doing, step.nbytes_done, step.nbytes_total, what, resumed=resumed)
     manifest = json.loads((options.target / MANIFEST).read_text(encoding="utf-8"))
     text = f"{verb} {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
     result = {"model": options.output, "hash": plan.hash, "device": manifest["device"]}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +128,10 @@ class Progress:
         """Seconds since the start."""
         return round(monotonic() - self.started, 3)
 
-    def show(self, verb: str, done: int, total: int, what: str) -> None:
+    def show(self, verb: str, done: int, total: int, what: str, *, resumed: bool = False) -> None:
         """Show how much of the total is done; another verb starts another bar.
 
+        Speed and time left are those since the first step; `resumed` work does not count either.
         `what` may contain names from untrusted models: control characters are replaced.
         """
         if self.options.quiet:
@@ -140,6 +141,10 @@ class Progress:
         if self.bar is None or self.bar.desc != verb:
             self._close()
             self.bar = _new_bar(verb, total)
+            resumed = True  # the first step tells where the bar starts
+        if resumed:
+            self.bar.initial = self.bar.n = done
+            self.bar.start_t = self.bar.last_print_t = time()
         shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in what)
         self.bar.set_postfix_str(shown[:_LONGEST_NAME], refresh=False)
         self.bar.update(done - self.bar.n)

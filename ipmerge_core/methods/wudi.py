@@ -31,7 +31,9 @@ from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
 from ipmerge_core.spectral.spectrum import as_float, existing
 
 _ITERATES = (("closed_form", (False,)),)
-Steps: TypeAlias = Annotated[int, Range(low=0, help="number of Adam steps", only_with=_ITERATES)]
+Steps: TypeAlias = Annotated[
+    int, Range(low=0, high=10_000, help="number of Adam steps", only_with=_ITERATES)
+]
 Rate: TypeAlias = Annotated[
     float, Range(low=0, low_open=True, help="learning rate of Adam", only_with=_ITERATES)
 ]

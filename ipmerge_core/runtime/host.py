@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from platformdirs import user_data_path
 
@@ -75,3 +77,41 @@ def _without_home(error: RunError) -> RunError:
         f"There is no folder for runs and models. {error} Set the environment variable "
         f"IPMERGE_HOME to a folder that this user can write to."
     )
+
+
+class Limits(NamedTuple):
+    """Limits of the runs of an app and of what it keeps; None is no limit."""
+
+    runs: float | None = 2  # at the same time
+    runs_per_visitor: float | None = None
+    run_minutes: float | None = None  # of one run, from each start or resume
+    keep_hours: float | None = None  # for what visitors have made
+    disk_gb: float | None = None  # for the same
+
+
+ON_A_SPACE = Limits(runs_per_visitor=1, run_minutes=60, keep_hours=24, disk_gb=20)
+
+
+def limits() -> Limits:
+    """Return the limits of this host: those of a Space or none, changed by the environment.
+
+    IPMERGE_RUNS, IPMERGE_RUNS_PER_VISITOR, IPMERGE_RUN_MINUTES, IPMERGE_KEEP_HOURS and
+    IPMERGE_DISK_GB are positive numbers, or "none" for no limit.
+
+    Raises: RunError for another value.
+    """
+    default = ON_A_SPACE if is_hosted() else Limits()
+    return Limits(*(_setting(f"IPMERGE_{k.upper()}", v) for k, v in default._asdict().items()))
+
+
+def _setting(name: str, default: float | None) -> float | None:
+    text = os.environ.get(name, "").strip().lower()
+    if not text or text == "none":
+        return None if text else default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise RunError(f"{name} is '{text[:40]}'; expected a positive number, or none.")
+    return value

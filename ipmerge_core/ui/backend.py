@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +24,28 @@ from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.host import check_home, home_folder, is_hosted
 from ipmerge_core.runtime.jobs import Claim, JobStore, Started
 from ipmerge_core.runtime.paths import expand_path, resolve_path
+from ipmerge_core.runtime.retention import keep_sweeping
 from ipmerge_core.ui.plan_choice import analysis_of
+from ipmerge_core.ui.serving import current_visitor
 
 if TYPE_CHECKING:
     from ipmerge_core.calibration.calibrate import CalibrationCost
     from ipmerge_core.inference.loading import LoadedModel, ModelCache
     from ipmerge_core.planning.plan import MergePlan
+    from ipmerge_core.runtime.warm_worker import WarmWorker
 
 SMALL_MODEL = 200_000_000  # bytes; up to this size the chat merges a plan on demand
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _NUMBER = re.compile(r"-[0-9]{1,3}\Z")  # the suffix of a name whose stem was taken
 MOST_NAMES = 999  # with one stem
+# What runs import; a calibration also imports transformers, but takes minutes.
+MODULES = (
+    "torch",
+    "ipmerge_core.merging.merge",
+    "ipmerge_core.analysis.analyse",
+    "ipmerge_core.calibration.calibrate",
+)
+WARM_UP_SECONDS = 1.0  # from the first page to the imports: the page loads its files meanwhile
 KEPT_PREVIEWS = 6  # models merged on demand by the chat that are kept for later questions
 
 Progress = Callable[[str], None]
@@ -45,9 +58,16 @@ class Backend:
     store: JobStore = field(default_factory=lambda: JobStore(home_folder() / "runs"))
     hosted: bool = field(default_factory=is_hosted)
     device: str = "auto"  # default of all runs
+    worker: WarmWorker | None = None  # runs the next job of the store
+    report: Callable[[str], object] = lambda _: None  # takes a line for the log
     _models: Any = None
+    _warming: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _preview_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        """Let the worker run the jobs."""
+        self.store.launcher = self.worker or self.store.launcher
 
     @property
     def models(self) -> ModelCache:
@@ -60,15 +80,30 @@ class Backend:
             return self._models  # type: ignore[no-any-return]
 
     def import_libraries(self) -> None:
-        """Import torch and transformers in one thread: their imports are not thread-safe."""
-        from ipmerge_core.inference.loading import import_libraries
+        """Import torch and transformers in one thread: their imports are not thread-safe.
 
+        First come the modules that other threads import, too, so that they wait or find them.
+        """
         with self._lock:
+            for module in MODULES:
+                importlib.import_module(module)
+            from ipmerge_core.inference.loading import import_libraries
+
             import_libraries()
 
-    def warm_up(self) -> None:
-        """Import the libraries in the background, before a user asks the first question."""
-        threading.Thread(target=self.import_libraries, daemon=True).start()
+    def use(self) -> None:
+        """Get ready for a run and a question in the background; called when the app is used."""
+        if self.worker:
+            self.worker.wake()
+        if not self._warming.is_set():
+            self._warming.set()
+            threading.Thread(target=self._warm_up, daemon=True).start()
+
+    def _warm_up(self) -> None:
+        """Start to delete what is old, and import the libraries once the page has loaded."""
+        keep_sweeping(self.store, home_folder(), self.report)
+        time.sleep(WARM_UP_SECONDS)
+        self.import_libraries()
 
     def load(self, folder: Path) -> LoadedModel:
         """Return the model in a folder, on the device of this app."""
@@ -117,7 +152,14 @@ class Backend:
         title = f"Merge plan {plan.hash} into {out.name}"
         claim = Claim(str(out), plan.digest)
         try:
-            return self.store.start(iter_merge, arguments, title=title, claim=claim, owner=owner)
+            return self.store.start(
+                iter_merge,
+                arguments,
+                title=title,
+                claim=claim,
+                owner=owner,
+                visitor=current_visitor(),
+            )
         except FolderInUseError as error:
             key = self.store.key_of(error.job, owner)
             if error.same_work and self.store.holds_key(error.job, key):
@@ -137,7 +179,7 @@ class Backend:
         Raises: RunError for samples that cannot be read, or that are not demo samples on a Space.
         """
         from ipmerge_core.calibration.calibrate import iter_calibration_of
-        from ipmerge_core.calibration.samples import is_demo, load_samples
+        from ipmerge_core.calibration.samples import check_source, is_demo
         from ipmerge_core.methods import find_method
 
         if self.hosted and not (is_demo(seen) and is_demo(read)):
@@ -145,7 +187,7 @@ class Backend:
                 "This Space accepts only demo samples. Run the app locally to use a file."
             )
         for source, takes_images in ((seen, True), (read, False)):
-            load_samples(source, limit, takes_images=takes_images)
+            check_source(source, limit, takes_images=takes_images)
         kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"
@@ -164,7 +206,11 @@ class Backend:
                     arguments["out"] = str(out)
                     claim, title = Claim(str(out)), f"Calibrate {name}"
                     return self.store.start(
-                        iter_calibration_of, arguments, title=title, claim=claim
+                        iter_calibration_of,
+                        arguments,
+                        title=title,
+                        claim=claim,
+                        visitor=current_visitor(),
                     )
         raise RunError(f"There are {MOST_NAMES} calibrations named '{stem}'. Delete some of them.")
 

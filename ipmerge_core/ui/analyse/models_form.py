@@ -20,6 +20,7 @@ from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import public_finding, sentence_of
 from ipmerge_core.ui.pairs import id_of, list_packs, path_of, read_pack_file, reserve_name
+from ipmerge_core.ui.serving import current_visitor
 
 if TYPE_CHECKING:
     from ipmerge_core.merging.estimates import AnalysisEstimate
@@ -268,7 +269,8 @@ def start_analysis(
         "hub_only": backend.hosted,
     }
     try:
-        started = backend.store.start(iter_pack, arguments, title=f"Analyse {' + '.join(names)}")
+        title = f"Analyse {' + '.join(names)}"
+        started = backend.store.start(iter_pack, arguments, title=title, visitor=current_visitor())
     except IPMergeError:
         journal_of(out).unlink()  # the name is free again
         raise
