@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import shutil
+import struct
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -341,3 +346,51 @@ def test_a_decompression_bomb_is_refused(tmp_path):
     Image.new("1", (14_000, 14_000)).save(tmp_path / "bomb.png")
     with pytest.raises(RunError, match="is too large"):
         open_image(tmp_path / "bomb.png")
+
+
+LONG, THIN = "the maximum per side is 20000", "the longer side can be at most 100 times the shorter"
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "limit"),
+    [
+        ("PNG", (19_000_000, 1), LONG),
+        ("PNG", (1, 20_001), LONG),
+        ("PNG", (49, 5_000), THIN),
+        ("JPEG", (5_000, 49), THIN),
+        ("JPEG", (65_000, 300), LONG),
+    ],
+)
+def test_an_elongated_picture_is_refused_before_it_is_decoded(tmp_path, form, size, limit):
+    small = (64, 32)
+    Image.new("L", small).save(tmp_path / "x", form)
+    content = (tmp_path / "x").read_bytes()
+    if form == "PNG":
+        header = b"IHDR" + struct.pack(">II", *size) + content[24:29]
+        content = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+    else:  # at most 65535 per side
+        content = content.replace(struct.pack(">HH", 32, 64), struct.pack(">HH", *size[::-1]), 1)
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(RunError, match=f"{size[0]} x {size[1]} pixels; {limit}"):
+        open_image(tmp_path / "x")
+
+
+def test_the_most_elongated_pictures_that_are_accepted_open(tmp_path):
+    for size in ((2_000, 20), (20, 2_000), (1, 1), (20_000, 1_000)):
+        Image.new("1", size).save(tmp_path / "x.png")
+        assert open_image(tmp_path / "x.png").size == size
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.data())
+def test_a_damaged_picture_opens_or_gets_a_sentence(form, data):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = io.BytesIO()
+    Image.radial_gradient("L").crop((90, 90, 114, 106)).convert("RGB").save(whole, form, exif=exif)
+    content = bytearray(whole.getvalue())
+    places = st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=6)
+    for place, value in data.draw(places):
+        content[place] = value
+    with contextlib.suppress(RunError):
+        assert open_image(io.BytesIO(content)).mode == "RGB"
