@@ -266,8 +266,9 @@ class CheckpointWriter:
             )
 
     def _copy_file(self, name: str) -> None:
-        size = self.source.files.size(name)
-        with (self.place.model / name).open("wb") as target:
+        size, path = self.source.files.size(name), self.place.model / name
+        path.parent.mkdir(exist_ok=True)  # a subfolder
+        with path.open("wb") as target:
             for start in range(0, size, _COPY_STEP):
                 target.write(self.source.files.read(name, start, min(start + _COPY_STEP, size)))
 
