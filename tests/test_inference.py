@@ -27,6 +27,7 @@ from ipmerge_core.inference.generation import (
     encode_prompt,
     stream_answer,
 )
+from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, ModelCache, load_model
 from ipmerge_core.tasks.demo import problems
@@ -69,13 +70,15 @@ def change_weights(folder: Path, **change: torch.Tensor | None) -> None:
 
 def test_a_vision_model_answers_as_the_evaluation_measures_it(mllm):
     asked = problems("sides", 2, seed=5) + problems("shape", 2, seed=5)
-    expected = answer_all(mllm.model, mllm.processor, asked)
+    processor = ModelProcessor(DEMO / "mllm", takes_images=True).processor
+    expected = answer_all(mllm.model, processor, asked)
     assert [answer(mllm, problem.question, problem.image) for problem in asked] == expected
 
 
 def test_a_text_model_answers_as_the_evaluation_measures_it(math):
     asked = problems("area", 3, seed=5)
-    expected = answer_all(math.model, math.processor, asked)
+    tokenizer = ModelProcessor(DEMO / "math", takes_images=False).processor
+    expected = answer_all(math.model, tokenizer, asked)
     assert [answer(math, f"{p.words}\n{p.question}") for p in asked] == expected
 
 
@@ -162,14 +165,14 @@ def test_closing_the_stream_stops_the_model(mllm):
 def test_a_prompt_starts_with_one_begin_token(mllm, math):
     for loaded, image in ((mllm, Image.new("RGB", (64, 64))), (math, None)):
         ids = encode_prompt(loaded, "Hello?", image)["input_ids"][0].tolist()
-        assert ids.count(loaded.tokenizer.bos_token_id) == 1
+        assert ids.count(loaded.special_ids.bos) == 1
 
 
 def test_a_model_without_a_chat_template_gets_a_plain_prompt(own_mllm):
     (own_mllm / "chat_template.jinja").unlink()
     loaded = load_model(own_mllm)
     prompt = encode_prompt(loaded, "Name it.", Image.new("RGB", (64, 64)))
-    text = loaded.tokenizer.decode(prompt["input_ids"][0])
+    text = loaded.processor.decode(prompt["input_ids"][0], skip_special_tokens=False)
     assert text.startswith("<s>")
     assert text.endswith("Name it. ASSISTANT:")
     assert "<image>" in text
@@ -246,8 +249,68 @@ def test_a_weight_of_another_shape_is_refused(own_mllm):
 
 
 def test_code_in_a_model_folder_is_never_run(own_mllm):
-    change_json(own_mllm / "config.json", auto_map={"AutoModel": "model.py--Model"})
+    change_json(
+        own_mllm / "config.json", model_type="own_llava", auto_map={"AutoModel": "model.py--Model"}
+    )
     with pytest.raises(ModelLoadError, match="requires custom code"):
+        load_model(own_mllm)
+
+
+def test_code_for_a_type_that_transformers_knows_is_ignored(own_mllm):
+    (own_mllm / "model.py").write_text("raise SystemExit('run')")
+    mapped = {"auto_map": {"AutoModel": "model.Model", "AutoConfig": "model.Config"}}
+    change_json(own_mllm / "config.json", **mapped)
+    change_json(own_mllm / "tokenizer_config.json", auto_map={"AutoTokenizer": ["model.T", None]})
+    change_json(own_mllm / "processor_config.json", auto_map={"AutoProcessor": "model.P"})
+    loaded = load_model(own_mllm)
+    assert answer(loaded, "What is it?", Image.new("RGB", (64, 64)), max_new_tokens=1)
+
+
+BEAMS = {
+    "num_beams": 4, "num_return_sequences": 3, "do_sample": True, "temperature": 0.0, "top_k": 1,
+    "stop_strings": ["e"], "prompt_lookup_num_tokens": 3, "min_new_tokens": 40, "max_length": 2,
+    "repetition_penalty": 9.0, "bad_words_ids": [[5]], "guidance_scale": 3.0, "max_time": 0.0,
+    "cache_implementation": "nothing", "custom": {"a": 1}, "suppress_tokens": list(range(300)),
+    "forced_eos_token_id": 9, "watermarking_config": {"bias": 9.0}, "num_assistant_tokens": -1,
+}  # fmt: skip
+
+
+def test_only_the_special_tokens_of_a_generation_config_are_used(own_mllm, mllm):
+    change_json(own_mllm / "generation_config.json", **BEAMS)
+    image = Image.new("RGB", (64, 64), "white")
+    expected = answer(mllm, "What shape is this?", image)
+    assert answer(own_mllm, "What shape is this?", image) == expected
+    change_json(own_mllm / "generation_config.json", eos_token_id=[2, 40, 41], pad_token_id=7)
+    settings = load_model(own_mllm).model.generation_config
+    assert (settings.eos_token_id, settings.pad_token_id) == ([2, 40, 41], 7)
+
+
+def test_the_end_token_is_found_where_the_model_has_it(own_mllm):
+    found = []
+    for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
+        found.append(load_model(own_mllm).model.generation_config.eos_token_id)
+        file = json.loads((own_mllm / name).read_text())
+        for part in (file, file.get("text_config", {})):
+            part.pop("eos_token_id", None)
+            part.pop("eos_token", None)
+        (own_mllm / name).write_text(json.dumps(file))
+        change_json(own_mllm / name, **({"eos_token_id": None} if "gen" in name else {}))
+    assert found == [[2], [2], [2]]
+    settings = load_model(own_mllm).model.generation_config
+    assert (settings.eos_token_id, settings.pad_token_id) == (None, 0)
+
+
+@pytest.mark.parametrize("value", ["</s>", [], [2, "x"], -7, 2.5, True, {"a": 1}, 10**12])
+def test_an_end_token_that_is_no_token_is_told(own_mllm, value):
+    change_json(own_mllm / "generation_config.json", eos_token_id=value)
+    with pytest.raises(ModelLoadError, match="eos_token_id of .* expected the id of a token"):
+        load_model(own_mllm)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\ufeff{}", '{"eos_token_id": 1e999}', ""])
+def test_a_damaged_generation_config_is_told(own_mllm, content):
+    (own_mllm / "generation_config.json").write_text(content)
+    with pytest.raises((ModelLoadError, CheckpointError)):
         load_model(own_mllm)
 
 
@@ -272,7 +335,7 @@ def test_a_processor_that_needs_torchvision_says_so(monkeypatch):
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fail)
     with pytest.raises(ModelLoadError, match="Install torchvision"):
-        load_model(DEMO / "mllm")
+        ModelProcessor(DEMO / "mllm", takes_images=True)
 
 
 # --- the cache -------------------------------------------------------------------------------
@@ -294,6 +357,17 @@ def test_a_model_that_changed_on_disk_is_loaded_again(own_mllm):
     weights = load_file(own_mllm / "model.safetensors")
     change_weights(own_mllm, **{name: weights[name] + 1})
     assert cache.get(own_mllm) is not before
+
+
+def test_a_model_whose_template_or_settings_changed_is_loaded_again(own_mllm):
+    cache = ModelCache()
+    seen = [cache.get(own_mllm)]
+    (own_mllm / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    seen.append(cache.get(own_mllm))
+    change_json(own_mllm / "generation_config.json", eos_token_id=[2, 3])
+    seen.append(cache.get(own_mllm))
+    assert len({id(model) for model in seen}) == 3
+    assert cache.get(own_mllm) is seen[-1]
 
 
 # --- pictures --------------------------------------------------------------------------------
