@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from ipmerge_core.errors import CheckpointError, ModelLoadError, RunError
 from ipmerge_core.evaluation.batched_answers import answer_all
+from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.generation import (
     GenerationSettings,
     answer,
     encode_prompt,
     stream_answer,
 )
-from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, ModelCache, load_model
 from ipmerge_core.tasks.demo import problems
@@ -263,7 +263,7 @@ def test_code_for_a_type_that_transformers_knows_is_ignored(own_mllm):
     change_json(own_mllm / "tokenizer_config.json", auto_map={"AutoTokenizer": ["model.T", None]})
     change_json(own_mllm / "processor_config.json", auto_map={"AutoProcessor": "model.P"})
     loaded = load_model(own_mllm)
-    assert answer(loaded, "What is it?", Image.new("RGB", (64, 64)), max_new_tokens=1)
+    assert answer(loaded, "What shape is this?", Image.new("RGB", (64, 64), "white"))
 
 
 BEAMS = {
@@ -307,10 +307,32 @@ def test_an_end_token_that_is_no_token_is_told(own_mllm, value):
         load_model(own_mllm)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\ufeff{}", '{"eos_token_id": 1e999}', ""])
+@pytest.mark.parametrize("content", ["{", "[]", "\xff", '{"eos_token_id": 1e999}', ""])
 def test_a_damaged_generation_config_is_told(own_mllm, content):
     (own_mllm / "generation_config.json").write_text(content)
     with pytest.raises((ModelLoadError, CheckpointError)):
+        load_model(own_mllm)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        (
+            "text_config",
+            "num_hidden_layers",
+            10**9,
+            "num_hidden_layers = 1000000000, and its files",
+        ),
+        ("vision_config", "num_hidden_layers", 10**6, "num_hidden_layers = 1000000, and its files"),
+        ("text_config", "intermediate_size", 10**9, "describes a model of .* parameters, and its"),
+        ("text_config", "vocab_size", 10**11, "describes a model of .* parameters, and its files"),
+    ],
+)
+def test_a_config_of_a_larger_model_than_the_files_is_refused(own_mllm, part, key, value, words):
+    config = json.loads((own_mllm / "config.json").read_text())
+    config[part][key] = value
+    (own_mllm / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=words):
         load_model(own_mllm)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates run in a process of their own: what is hostile ends that process."""
+"""Tokenizers and templates run in a process of their own, and what is hostile ends it alone."""
 
 from __future__ import annotations
 

@@ -487,6 +487,37 @@ def test_named_templates_in_tokenizer_config_without_a_default_are_told(folder, 
         tokens(ModelProcessor(own, takes_images=side == "mllm"), "What is it?")
 
 
+def test_a_template_in_chat_template_json_is_used(folder):
+    own = folder("mllm")
+    found = {"chat_template": TEMPLATES["list"]}
+    (own / "chat_template.json").write_text(json.dumps(found))
+    loaded = ModelProcessor(own, takes_images=True)
+    expected = tokens_of(loaded, "USER: <image>\nWhat? ASSISTANT:", PICTURE)
+    assert tokens(loaded, "What?", PICTURE) == expected
+
+
+@pytest.mark.parametrize("side", ["mllm", "math"])
+def test_additional_templates_are_used_only_as_named(folder, side):
+    own = folder(side)
+    (own / "additional_chat_templates").mkdir()
+    (own / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    with pytest.raises(ModelLoadError, match=r"named 'rag'|'rag'|omits|Cannot load"):
+        tokens(ModelProcessor(own, takes_images=side == "mllm"), "What?")
+    (own / "chat_template.jinja").write_text(TEMPLATES["both"])
+    loaded = ModelProcessor(own, takes_images=side == "mllm")
+    assert tokens(loaded, "What?") == tokens_of(loaded, "USER: What? ASSISTANT:")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder):
+    own = folder("math")
+    (own / "tokenizer.json").unlink()
+    path = own / "tokenizer_config.json"
+    other = {"tokenizer_class": "LlamaTokenizer", "vocab_file": "/etc/passwd"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    with pytest.raises(ModelLoadError, match="has . tokens, and the model has 512"):
+        ModelProcessor(own, takes_images=False)
+
+
 @pytest.mark.parametrize("found", [7, [7], [{"name": "a"}], {"a": {"b": 1}}, [[]]])
 def test_a_chat_template_of_another_type_never_escapes_the_tree(folder, found):
     own = folder("math")

@@ -27,6 +27,7 @@ from ipmerge_core.inference.prompts import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LEAST_SHARE = 10  # the tokenizer has at least this fraction of the model's vocabulary
 _WORD_START = "▁"  # SentencePiece's prefix of the first word of a text
 
 
@@ -53,6 +54,16 @@ class ModelProcessor:
         with explained(partial(explain_loading, str(folder), what)):
             self.processor = kind.from_pretrained(str(folder), **options)
             self.config = AutoConfig.from_pretrained(str(folder), **options)
+            self._refuse_empty()
+
+    def _refuse_empty(self) -> None:
+        """Refuse a tokenizer without its files, which transformers may load without an error."""
+        known, expected = len(self.tokenizer), self.config.get_text_config().vocab_size
+        if known * _LEAST_SHARE < expected:
+            raise ModelLoadError(
+                f"The tokenizer of '{self.name}' has {known} tokens, and the model has {expected}. "
+                f"Are tokenizer.json or the vocabulary files missing from the folder?"
+            )
 
     @property
     def tokenizer(self) -> Any:  # noqa: ANN401 (transformers shares no type that mypy can see)

@@ -9,6 +9,7 @@ settings only the ids of the special tokens are kept.
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ from ipmerge_core.runtime.imports import IMPORTING
 
 if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
+
+
+_COUNTS_LAYERS = re.compile(r"layers$|^depth$|^n_layer$")
+_MOST_LARGER = 3  # than the files; tied weights are stored once
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ def load_model(
     checkpoint = Checkpoint.open(folder)
     _refuse_code(checkpoint)
     _refuse_adapter(checkpoint)
+    _refuse_layers(checkpoint)
     takes_images = _takes_images(checkpoint)
     processor = RemoteProcessor(folder, takes_images=takes_images)
     with ThreadPoolExecutor(1) as threads:
@@ -153,6 +159,37 @@ def _refuse_code(checkpoint: Checkpoint) -> None:
         )
 
 
+def _refuse_layers(checkpoint: Checkpoint) -> None:
+    """Refuse a config with more layers than tensors, which would be built one by one."""
+    most, parts = len(checkpoint.tensors), [checkpoint.config]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            if _COUNTS_LAYERS.search(key) and isinstance(value, int) and value > most:
+                raise ModelLoadError(
+                    f"The config of '{checkpoint.id}' has {key} = {value}, and its files have "
+                    f"only {most} tensors. Do config.json and the weights belong to the same model?"
+                )
+
+
+def _refuse_size(checkpoint: Checkpoint, kind: Any) -> None:  # noqa: ANN401
+    """Refuse a config of a larger model than the files, whose weights would be made up."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        checkpoint.id, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):  # shapes without memory
+        numel = sum(weight.numel() for weight in kind.from_config(config).parameters())
+    if numel > _MOST_LARGER * checkpoint.numel:
+        raise ModelLoadError(
+            f"The config of '{checkpoint.id}' describes a model of {numel:.3g} parameters, and its "
+            f"files have {checkpoint.numel:.3g}. Do config.json and the weights belong to the same "
+            f"model?"
+        )
+
+
 def _refuse_adapter(checkpoint: Checkpoint) -> None:
     if checkpoint.weights.has_adapter:
         raise ModelLoadError(
@@ -177,6 +214,7 @@ def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: A
 
     kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     with explained(partial(explain_loading, checkpoint.id, "model")):
+        _refuse_size(checkpoint, kind)
         model, notes = kind.from_pretrained(
             checkpoint.id,
             dtype="auto",
@@ -231,10 +269,10 @@ def _generation_config(checkpoint: Checkpoint, tokenizer: SpecialIds) -> Any:  #
 
 def _token_ids(checkpoint: Checkpoint, token: str, value: object) -> list[int]:
     """Check one id or a list of ids. Raises: ModelLoadError."""
-    ids = value if isinstance(value, list) and value else [value]
+    ids: list[Any] = value if isinstance(value, list) and value else [value]
     if not all(type(number) is int and -1 <= number < 2**31 for number in ids):
         raise ModelLoadError(
-            f"The {token} of '{checkpoint.id}' is {str(value)[:80]}; expected the id of a token, or "
+            f"The {token} of '{checkpoint.id}' is {str(value)[:80]}; expected the id of a token or "
             f"a list of ids. Correct generation_config.json or config.json."
         )
     return [number for number in ids if number >= 0]  # -1 is a convention for none

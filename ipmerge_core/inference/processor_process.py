@@ -318,7 +318,12 @@ class ProcessorServer:
         ours, theirs = socket.socketpair()
         paths = os.pathsep.join(path for path in sys.path if path)
         own = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        quiet = {
+            "TOKENIZERS_PARALLELISM": "false",  # threads do not survive a fork
+            "OMP_NUM_THREADS": "1",
+            "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES",  # macOS
+            "HF_HUB_OFFLINE": "1",
+        }
         self._child = subprocess.Popen(  # noqa: S603 (our own interpreter and code)
             [sys.executable, "-m", _MODULE, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],

@@ -155,9 +155,9 @@ def _lower(which: int, value: int) -> None:
 
 
 def _living(children: set[int]) -> bool:
-    """Whether a forked process is alive; the others are kept until the client has asked for them.
+    """Return whether a forked process is alive.
 
-    A process that ended is reported by `waitpid` once only, so this does not call it.
+    The client requests the exit code of each, which `waitpid` reports only once.
     """
     import psutil
 

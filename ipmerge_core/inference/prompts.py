@@ -275,7 +275,7 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
 def control_tokens(chat: ChatFormat, template: str = "") -> list[str]:
     """List the tokens that a text must not contain: special tokens, markers and placeholders.
 
-    Added tokens that are neither special nor markers such as `<think>` are words of the vocabulary.
+    Added tokens that are neither special nor markers such as `<think>` are vocabulary.
     """
     added = getattr(chat.tokenizer, "added_tokens_decoder", {}).values()
     tokens = {
@@ -314,8 +314,7 @@ def _marked(
         start, rest = split_verbatim(message.text, [*control, _MARK[0]])
         if rest:
             verbatim[mark] = rest
-            message = message._replace(text=start + mark)
-        marked.append(message)
+        marked.append(message._replace(text=start + mark) if rest else message)
     return marked, verbatim
 
 

@@ -38,12 +38,9 @@ def pack_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], by
     plain: list[dict[str, Any]] = []
     pixels: list[bytes] = []
     for role, text, image in messages:
-        size = None
         if image is not None:
-            image = image.convert("RGB")
-            size = image.size
-            pixels.append(image.tobytes())
-        plain.append({"role": role, "text": text, "size": size})
+            pixels.append(image.convert("RGB").tobytes())
+        plain.append({"role": role, "text": text, "size": image and image.size})
     return plain, b"".join(pixels)
 
 

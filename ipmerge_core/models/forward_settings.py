@@ -19,24 +19,25 @@ from ipmerge_core.runtime.imports import IMPORTING
 
 NOT_SET = "not set"
 # Keys that do not change what a text model computes from its weights.
+_METADATA = """
+    _name_or_path architectures auto_map dtype torch_dtype transformers_version model_type id2label
+    label2id problem_type return_dict tokenizer_class quantization_config output_attentions
+    output_hidden_states output_router_logits use_cache is_encoder_decoder chunk_size_feed_forward
+    attn_implementation _attn_implementation unsloth_version
+"""
+_TRAINING = "gradient_checkpointing pretraining_tp router_jitter_noise"
+_GENERATION = """
+    temperature top_k top_p typical_p do_sample max_length min_length max_new_tokens num_beams
+    num_beam_groups num_return_sequences repetition_penalty length_penalty early_stopping
+    no_repeat_ngram_size diversity_penalty bad_words_ids cache_implementation
+"""
+# Of the training samples; a RoPE that depends on a length states it in its own parameters.
+_LENGTHS = "max_position_embeddings max_sequence_length seq_length model_max_length"
+# Compared with the tensors; layers without a counterpart are kept.
+_SHAPES = "hidden_size intermediate_size num_hidden_layers cross_attention_layers"
+_IMAGE_POSITIONS = "mrope_section mrope_interleaved"  # those of text are the same without them
 _OTHER_KEYS = frozenset(
-    # metadata
-    "_name_or_path architectures auto_map dtype torch_dtype transformers_version model_type "
-    "id2label label2id problem_type return_dict tokenizer_class quantization_config "
-    "output_attentions output_hidden_states output_router_logits use_cache is_encoder_decoder "
-    "chunk_size_feed_forward attn_implementation _attn_implementation unsloth_version "
-    # training
-    "gradient_checkpointing pretraining_tp router_jitter_noise "
-    # generation
-    "temperature top_k top_p typical_p do_sample max_length min_length max_new_tokens num_beams "
-    "num_beam_groups num_return_sequences repetition_penalty length_penalty early_stopping "
-    "no_repeat_ngram_size diversity_penalty bad_words_ids cache_implementation "
-    # lengths seen in training; a RoPE that depends on one states it in its own parameters
-    "max_position_embeddings max_sequence_length seq_length model_max_length "
-    # shapes, which are compared with the tensors; layers without a counterpart are kept
-    "hidden_size intermediate_size num_hidden_layers cross_attention_layers "
-    # positions of images; text has the same positions without it
-    "mrope_section mrope_interleaved".split()
+    " ".join((_METADATA, _TRAINING, _GENERATION, _LENGTHS, _SHAPES, _IMAGE_POSITIONS)).split()
 )
 _OTHER_NAMES = re.compile(
     r"(^|_)(vision|visual|image|video|audio|mm|projector)_|(^|_)token_(id|ids|index)$|"
@@ -153,7 +154,7 @@ def _forward_only(config: Mapping[str, Any]) -> dict[str, object]:
     layers = flat.get("layer_types")
     if isinstance(layers, list) and set(map(str, layers)) <= {"full_attention"}:
         del flat["layer_types"]
-    named = {_SAME_KEY.get(key, key): value for key, value in flat.items()}
+    named = {_name(key): value for key, value in flat.items()}
     return {
         key: value
         for key, value in named.items()
@@ -173,12 +174,16 @@ def _rope(config: Mapping[str, Any]) -> dict[str, object]:
         for key, value in nested.items():
             if isinstance(value, dict):  # one RoPE per kind of layer
                 prefix = "" if key == "full_attention" else f"{key}."
-                found |= {prefix + _SAME_KEY.get(k, k): each for k, each in value.items()}
+                found |= {prefix + _name(inner): each for inner, each in value.items()}
             elif value is not None:
-                found[_SAME_KEY.get(key, key)] = value
+                found[_name(key)] = value
     if found["rope_type"] == "mrope":  # the RoPE of text
         found["rope_type"] = "default"
     return found
+
+
+def _name(key: str) -> str:
+    return _SAME_KEY.get(key, key)
 
 
 def _is_part(value: object) -> bool:

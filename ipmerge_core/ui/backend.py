@@ -11,7 +11,7 @@ import contextlib
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,9 +68,9 @@ class Backend:
         """Import the libraries in the background, before a user asks the first question."""
         threading.Thread(target=self.import_libraries, daemon=True).start()
 
-    def load(self, folder: Path, stop: threading.Event) -> LoadedModel:
-        """Return the model in a folder, on the device of this app; `stop` cancels loading it."""
-        return self.models.get(folder, self.device_for(fp64=False), [stop])
+    def load(self, folder: Path, stops: Sequence[threading.Event] = ()) -> LoadedModel:
+        """Return the model in a folder, on the device of this app; `stops` cancel loading it."""
+        return self.models.get(folder, self.device_for(fp64=False), stops)
 
     def device_for(self, asked: str = "auto", *, fp64: bool = True) -> str:
         """Return the device of a run: the requested one, or this app's default.
