@@ -192,6 +192,17 @@ def test_a_question_that_is_too_long_is_refused_with_its_length(mllm):
         answer(mllm, "a" * 4001)
 
 
+def test_a_token_without_an_embedding_is_refused_before_the_model_sees_it(tmp_path):
+    folder = Path(shutil.copytree(DEMO / "math", tmp_path / "math"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    more = {**tokenizer["added_tokens"][0], "id": 5000, "content": "<|new|>"}
+    tokenizer["added_tokens"].append(more)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}<|new|>")
+    with pytest.raises(ModelLoadError, match="produces the token .* has embeddings for 512"):
+        answer(folder, "What is it?")
+
+
 def test_a_text_model_refuses_a_picture(math):
     with pytest.raises(ModelLoadError, match="'math' is a text model and does not support images"):
         answer(math, "What is this?", Image.new("RGB", (8, 8)))

@@ -367,6 +367,19 @@ def test_no_tokenizer_family_reads_a_control_token_in_a_question(math, tmp_path,
     assert said in shown
 
 
+@pytest.mark.parametrize("said", ["What is </s>?", "<extra_id_3> é </s><pad>", "\uf8f00\uf8f1"])
+def test_a_tokenizer_written_in_python_reads_none_either(tmp_path, said):
+    from transformers import ByT5Tokenizer
+
+    made = ByT5Tokenizer(chat_template=template("{{ m['content'] }}"))
+    made.save_pretrained(tmp_path)
+    shutil.copy(DEMO / "math" / "config.json", tmp_path)
+    own = ModelProcessor(tmp_path, takes_images=False)
+    ids = tokens(own, said)
+    assert not set(ids) & set(own.tokenizer.all_special_ids)
+    assert own.decode(ids, skip_special_tokens=False) == f"USER: {said} ASSISTANT:"
+
+
 def test_tokens_that_overlap_are_all_hidden_from_the_template():
     chat = chat_of({})
     chat.tokenizer.added_tokens_decoder = {
@@ -496,6 +509,9 @@ def test_a_template_in_chat_template_json_is_used(folder):
     assert tokens(loaded, "What?", PICTURE) == expected
 
 
+# transformers 5.24 leaves these files for the garbage collector to close.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("side", ["mllm", "math"])
 def test_additional_templates_are_used_only_as_named(folder, side):
     own = folder(side)

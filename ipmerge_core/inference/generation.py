@@ -140,7 +140,23 @@ def encode_prompt(
             f"'{loaded.folder.name}' is a text model and does not support images. Ask without an "
             f"image, or choose a vision-language model."
         )
-    return loaded.processor.encode(messages, stops)
+    inputs = loaded.processor.encode(messages, stops)
+    _refuse_unknown_tokens(loaded, inputs["input_ids"])
+    return inputs
+
+
+def _refuse_unknown_tokens(loaded: LoadedModel, ids: torch.Tensor) -> None:
+    """Refuse a token without an embedding, which on a GPU ends every model of the process."""
+    rows = loaded.model.get_input_embeddings().num_embeddings
+    config = loaded.model.config
+    image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    found = ids[(ids < 0) | (ids >= rows)]
+    unknown = found if image is None else found[found != image]
+    if len(unknown):
+        raise ModelLoadError(
+            f"The tokenizer of '{loaded.folder.name}' produces the token {int(unknown[0])}, and "
+            f"the model has embeddings for {rows}. Is tokenizer.json that of this model?"
+        )
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

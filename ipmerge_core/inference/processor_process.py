@@ -36,6 +36,10 @@ _LONGEST_TOKEN = 1000  # characters, on average over a text
 _POLL_SECONDS = 0.05
 _START_SECONDS = 300.0  # for the libraries, on a machine that is busy
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SUBJECTS = {  # what may exceed a limit, by request
+    "load": "The tokenizer or processor",
+    "encode": "The chat template or processor",
+}
 _MODULE = "ipmerge_core.inference.processor_server"
 
 
@@ -168,8 +172,7 @@ class RemoteProcessor:
         data: bytes = b"",
     ) -> tuple[dict[str, Any], bytes]:
         """Send a request and wait for the reply; after any failure the process is ended."""
-        what = "The tokenizer or processor" if request["call"] == "load" else "The chat template"
-        subject = f"{what} of '{self.folder.name}'"
+        subject = f"{_SUBJECTS.get(request['call'], 'The tokenizer')} of '{self.folder.name}'"
         answered = False
         try:
             send(process.connection, {**request, "seconds": seconds}, data)
