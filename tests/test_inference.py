@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
+import random
 import shutil
 import struct
 import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ipmerge_core.errors import CheckpointError, ModelLoadError, RunError
+from ipmerge_core.errors import CheckpointError, IPMergeError, ModelLoadError, RunError
 from ipmerge_core.evaluation.batched_answers import answer_all
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.generation import (
@@ -30,6 +33,7 @@ from ipmerge_core.inference.generation import (
 )
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, ModelCache, load_model
+from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.tasks.demo import problems
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -369,6 +373,37 @@ def test_a_processor_that_needs_torchvision_says_so(monkeypatch):
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fail)
     with pytest.raises(ModelLoadError, match="Install torchvision"):
         ModelProcessor(DEMO / "mllm", takes_images=True)
+
+
+ODD = [None, [], {}, "x", -1, 0, 1e999, True, "\ud800", 10**30, [[]], {"a": 1}, 3.5, ""]
+
+
+def places(config: dict, before: tuple = ()) -> Iterator[tuple]:
+    for key, value in config.items():
+        yield (*before, key)
+        if isinstance(value, dict):
+            yield from places(value, (*before, key))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_value_in_a_config_escapes_the_tree(own_mllm, seed):
+    chance = random.Random(seed)
+    for _ in range(8):
+        changed = []
+        for name in ("config.json", "generation_config.json"):
+            config = json.loads((DEMO / "mllm" / name).read_text())
+            *outer, key = chance.choice(list(places(config)))
+            part = functools.reduce(dict.__getitem__, outer, config)
+            part[key] = chance.choice(ODD)
+            changed.append((*outer, key, part[key]))
+            (own_mllm / name).write_text(json.dumps(config))
+        try:
+            open_pair(own_mllm, DEMO / "math", DEMO / "base").check()
+            load_model(own_mllm)
+        except IPMergeError:
+            continue
+        except Exception as error:
+            raise AssertionError(f"{changed} escaped") from error
 
 
 # --- the cache -------------------------------------------------------------------------------

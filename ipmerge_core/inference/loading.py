@@ -150,7 +150,7 @@ def _refuse_code(checkpoint: Checkpoint) -> None:
     """Refuse a model type that only custom code supports; the code of others is not needed."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    model_type = checkpoint.config.get("model_type")
+    model_type = str(checkpoint.config.get("model_type"))
     if "auto_map" in checkpoint.config and model_type not in CONFIG_MAPPING_NAMES:
         raise ModelLoadError(
             f"'{checkpoint.id}' requires custom code (its config.json has an auto_map, and the "
@@ -202,7 +202,8 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
 def _takes_images(checkpoint: Checkpoint) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    return checkpoint.config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    model_type = str(checkpoint.config.get("model_type"))
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: ANN401
