@@ -136,7 +136,7 @@ def test_every_run_of_the_app_is_asked_to_use_the_gpu(machine, asked, monkeypatc
     assert [run["device"] for run in asked] == ["cuda", "cpu", "cuda", "cuda"]
     loaded: list[str] = []
     monkeypatch.setattr(
-        type(backend.models), "get", lambda _, folder, device: loaded.append(device)
+        type(backend.models), "get", lambda _, folder, device, stops: loaded.append(device)
     )
     backend.load(tmp_path)
     merges: list[str] = []

@@ -3,7 +3,9 @@
 In: a plan of IP-Merging. Out: a folder (adapter_config.json, adapter_model.safetensors) that PEFT,
 and servers with LoRA support, load on the MLLM; lambda is the adapter's scale and can be changed
 after loading. The update P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is
-squared and sums to one. The rank of each matrix is determined from the residual and reported.
+squared and sums to one. The rank of each matrix is determined from the residual and reported; in
+the files all are padded with zeros to the largest, since PEFT cannot combine and save adapters with
+different ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ipmerge_core.adapters.factors import module_name, reduce_rank, update_of, with_lambda
+from ipmerge_core.adapters.factors import (
+    module_name,
+    of_one_rank,
+    reduce_rank,
+    update_of,
+    with_lambda,
+)
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.merge import reopen
 from ipmerge_core.merging.model_card import front_matter, settings_table
@@ -114,7 +122,7 @@ def iter_adapter(
     pair.require_common_base(TO_FORCE, force=force)
     work = work_of(plan, pair)
     unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
-    tensors: dict[str, Tensor] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     steps: list[AdapterStep] = []
     for index, (tensor, matrices) in enumerate(work.items(), 1):
         update = update_of(unit, pair, tensor, matrices, where)
@@ -122,8 +130,7 @@ def iter_adapter(
         module = module_name(tensor, pair.mllm)
         step = AdapterStep(tensor, module, kept.rank, kept.needed, kept.residual, index, len(work))
         if kept.rank:
-            tensors[f"base_model.model.{module}.lora_A.weight"] = kept.A.cpu()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = kept.B.cpu()
+            factors[f"base_model.model.{module}"] = kept.A.cpu(), kept.B.cpu()
         steps.append(step)
         yield step
     how: dict[str, float | str] = {
@@ -132,7 +139,7 @@ def iter_adapter(
         "device": str(where),
     }
     pair.check_unchanged(before)
-    _write(plan, out, tensors, steps, how)
+    _write(plan, out, of_one_rank(factors), steps, how)
     _warn_of_cuts(steps, max_rank)
 
 
@@ -203,7 +210,7 @@ def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
 
     ranks = {step.module: step.rank for step in steps if step.rank}
     gain = float(plan.parameters["lambda_"] or 0.0)
-    largest = max(ranks.values())
+    largest = max(ranks.values())  # all factors are padded to it
     config = LoraConfig(
         base_model_name_or_path=plan.sources.mllm.id,
         revision=plan.sources.mllm.revision,
@@ -211,8 +218,6 @@ def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
         r=largest,
         lora_alpha=gain * largest,
         target_modules=list(ranks),
-        rank_pattern=ranks,
-        alpha_pattern={module: gain * rank for module, rank in ranks.items()},
     )
     return {**config.to_dict(), "target_modules": sorted(ranks)}  # PEFT keeps them as a set
 
@@ -251,8 +256,9 @@ def _card(plan: MergePlan, steps: Sequence[AdapterStep], nbytes: int) -> str:
             front_matter([plan.sources.mllm], library="peft", tags=["lora", "merge", "ipmerge"]),
             "# IP-Merging as a LoRA adapter",
             "",
-            f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices, rank "
-            f"{min(ranks)} to {max(ranks)}, {nbytes / 1e6:.1f} MB. Load it with PEFT on the MLLM "
+            f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices that "
+            f"need rank {min(ranks)} to {max(ranks)} (stored with rank {max(ranks)}, padded with "
+            f"zeros), {nbytes / 1e6:.1f} MB. Load it with PEFT on the MLLM "
             f"that it was made for; scaling the adapter by s scales lambda by s.",
             "",
             *settings_table(plan),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from ipmerge_core.calibration.samples import Sample
 from ipmerge_core.calibration.store import Kind
 from ipmerge_core.errors import ModelLoadError, PlanError
-from ipmerge_core.inference.generation import encode_prompt
+from ipmerge_core.inference.generation import encode_prompt, on_device
 from ipmerge_core.inference.loading import LoadedModel
 
 if TYPE_CHECKING:
@@ -192,19 +192,17 @@ def encode_sample(loaded: LoadedModel, sample: Sample) -> tuple[Any, int]:
     """
     import torch
 
-    inputs = dict(encode_prompt(loaded, sample.question, sample.image))
+    inputs = encode_prompt(loaded, sample.question, sample.image)
     prompt = inputs["input_ids"]
-    tokens = loaded.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
-    end = loaded.tokenizer.eos_token_id
+    tokens = loaded.processor.encode_text(sample.answer)
+    end = loaded.special_ids.eos
     answer = torch.tensor([tokens + ([end] if tokens and end is not None else [])]).long()
     for name, value in inputs.items():  # extend inputs of the same length as the tokens
         if isinstance(value, torch.Tensor) and value.shape == prompt.shape:
             more = answer if name == "input_ids" else torch.zeros_like(answer)
             more = torch.ones_like(answer) if name == "attention_mask" else more
             inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
-    device = loaded.model.device
-    moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-    return moved, answer.shape[1]
+    return on_device(inputs, loaded.model.device), answer.shape[1]
 
 
 def find_module(loaded: LoadedModel, checkpoint: Checkpoint, stored: str) -> torch.nn.Module:

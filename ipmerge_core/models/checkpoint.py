@@ -90,6 +90,7 @@ class Checkpoint:
                     )
                 self.tensors[spec.name] = spec
         self.weights.check_index(self.id, {name: spec.shard for name, spec in self.tensors.items()})
+        self._refuse_partitioned()
 
     @classmethod
     def open(cls, source: str | Path, *, hub_only: bool = False) -> Checkpoint:
@@ -104,6 +105,21 @@ class Checkpoint:
             CorruptShardError: a header is inconsistent with its file.
         """
         return cls(find_files(source, hub_only=hub_only))
+
+    def _refuse_partitioned(self) -> None:
+        """Refuse the placeholders that DeepSpeed ZeRO-3 saves instead of partitioned weights."""
+        empty = [
+            name
+            for name, spec in self.tensors.items()
+            if spec.shape == (0,) and name.endswith((".weight", ".bias"))
+        ]
+        if empty:
+            raise CheckpointError(
+                f"'{self.id}' was saved from DeepSpeed ZeRO-3 without its weights: '{empty[0]}' "
+                f"has the shape (0,), one of {len(empty)} such tensors. Save it again with "
+                f"stage3_gather_16bit_weights_on_model_save, or convert its ZeRO checkpoint with "
+                f"zero_to_fp32.py."
+            )
 
     @property
     def id(self) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _LONGEST_ID = 300  # characters of a hub id with its revision
 _REVISION = re.compile(r"[A-Za-z0-9._/-]+")  # a branch, a tag, a commit or refs/pr/1
 _READ_STEP = 1 << 30  # a read returns at most 2 GiB on Linux
+SUBFOLDERS = ("additional_chat_templates",)  # the folders inside a model folder that belong to it
+_LINKED_ANYWHERE = ".safetensors"  # read as tensors only, so that a link cannot disclose a file
 
 
 class Pace(NamedTuple):
@@ -53,7 +55,7 @@ class Files(Protocol):
     remote: bool  # whether every read is a network request
 
     def names(self) -> list[str]:
-        """List the files at the top level of the model folder, sorted."""
+        """List the files of the model folder and its known subfolders, sorted: `folder/name`."""
         ...
 
     def size(self, name: str) -> int:
@@ -88,11 +90,33 @@ class LocalFiles:
         self._descriptors = Descriptors(lambda name: os.open(folder / name, os.O_RDONLY))
 
     def names(self) -> list[str]:
-        """List the regular files in the folder, sorted."""
+        """List the regular files in the folder and its known subfolders, sorted.
+
+        Raises: CheckpointError for a symbolic link out of the folder, other than into the hub
+            cache.
+        """
         try:
-            return sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
+            found = [entry for entry in self.folder.iterdir() if entry.is_file()]
+            for name in SUBFOLDERS:
+                if (self.folder / name).is_dir():
+                    found += [e for e in (self.folder / name).iterdir() if e.is_file()]
+            for entry in found:
+                self._refuse_escape(entry)
+            return sorted(entry.relative_to(self.folder).as_posix() for entry in found)
         except OSError as error:
             raise _unreadable(self.folder, error) from error
+
+    def _refuse_escape(self, entry: Path) -> None:
+        """Refuse a file outside the folder: it would be shown in errors, and copied by a merge."""
+        linked = entry.is_symlink() or (entry.parent != self.folder and entry.parent.is_symlink())
+        if not linked or entry.name.endswith(_LINKED_ANYWHERE):
+            return
+        target = entry.resolve()
+        if not (target.is_relative_to(self.folder.resolve()) or _is_cached_blob(target)):
+            raise CheckpointError(
+                f"'{entry}' is a symbolic link to '{target}', outside the model folder. Replace it "
+                f"by a copy of that file if it belongs to the model; otherwise delete it."
+            )
 
     def size(self, name: str) -> int:
         """Size of one file in bytes."""
@@ -153,16 +177,18 @@ class RemoteFiles:
         self.revision: str | None = revision
         self._system, self._folder = system, folder
         entries = self._ask(lambda: system.ls(folder, detail=True))
-        found = {
-            entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"
-        }
+        found = {_last_name(entry): entry for entry in entries if entry["type"] == "file"}
+        for entry in entries:
+            if entry["type"] == "directory" and (name := _last_name(entry)) in SUBFOLDERS:
+                inside = self._ask(lambda name=name: system.ls(f"{folder}/{name}", detail=True))
+                found |= {f"{name}/{_last_name(e)}": e for e in inside if e["type"] == "file"}
         self._sizes = {name: int(entry["size"] or 0) for name, entry in found.items()}
         self._blobs: dict[str, str | None] = {
             name: entry.get("blob_id") for name, entry in found.items()
         }
 
     def names(self) -> list[str]:
-        """List the files at the top level of the repository, sorted."""
+        """List the files of the repository's top level and known subfolders, sorted."""
         return sorted(self._sizes)
 
     def size(self, name: str) -> int:
@@ -208,6 +234,15 @@ class RemoteFiles:
                 f"Reading '{self.id}' failed ({first_line(error)}). Check the connection and run "
                 f"the same command again; finished tensors are kept."
             ) from error
+
+
+def _last_name(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rsplit("/", 1)[-1]
+
+
+def _is_cached_blob(path: Path) -> bool:
+    """Return whether a path is a file of the hub cache: models--org--name/blobs/hash."""
+    return path.parent.name == "blobs" and path.parents[1].name.startswith("models--")
 
 
 def find_files(source: str | Path, *, hub_only: bool = False) -> Files:

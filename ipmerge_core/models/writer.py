@@ -299,7 +299,9 @@ class CheckpointWriter:
 
     def _copy_file(self, name: str) -> None:
         size, sha256 = self.source.files.size(name), hashlib.sha256()
-        with (self.place.model / name).open("wb") as target:
+        path = self.place.model / name
+        path.parent.mkdir(exist_ok=True)  # a subfolder
+        with path.open("wb") as target:
             for start in range(0, size, _COPY_STEP):
                 piece = self.source.files.read(name, start, min(start + _COPY_STEP, size))
                 sha256.update(piece)

@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,9 +105,9 @@ class Backend:
         time.sleep(WARM_UP_SECONDS)
         self.import_libraries()
 
-    def load(self, folder: Path) -> LoadedModel:
-        """Return the model in a folder, on the device of this app."""
-        return self.models.get(folder, self.device_for(fp64=False))
+    def load(self, folder: Path, stops: Sequence[threading.Event] = ()) -> LoadedModel:
+        """Return the model in a folder, on the device of this app; `stops` cancel loading it."""
+        return self.models.get(folder, self.device_for(fp64=False), stops)
 
     def device_for(self, asked: str = "auto", *, fp64: bool = True) -> str:
         """Return the device of a run: the requested one, or this app's default.
