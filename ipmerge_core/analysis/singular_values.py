@@ -68,8 +68,8 @@ class SingularValues:
     def values(self) -> list[float]:
         """Return all values, descending; nonzero ones with a relative error below 0.05 %."""
         start, *falls = decode(self.steps) or [0]
-        grid = np.cumsum([_unzigzag(start), *(-fall for fall in falls)] if self.steps else [])
-        found: list[float] = np.exp(_STEP * grid.astype(np.float64)).tolist()
+        levels = np.cumsum([_unzigzag(start), *(-fall for fall in falls)], dtype=np.float64)
+        found: list[float] = np.exp(_STEP * levels).tolist() if self.steps else []
         return found + [0.0] * (self.count - len(found))
 
 

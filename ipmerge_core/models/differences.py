@@ -146,8 +146,10 @@ def task_vector_products(
         for rows in cut(mllm, root, own):
             vision = _change(mllm, root, own, rows)
             expert = _change(math, base, other, rows)
-            products = ((vision, vision), (expert, expert), (vision, expert))
-            found = found.plus(TaskVectorProducts(*(float((a * b).sum()) for a, b in products)))
+            products = TaskVectorProducts(
+                mllm2=_norm2(vision), math2=_norm2(expert), inner=float((vision * expert).sum())
+            )
+            found = found.plus(products)
         return found
 
     chosen = [

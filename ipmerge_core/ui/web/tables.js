@@ -6,7 +6,7 @@ import { fill, node } from "./dom.js";
 
 /** @import { Attributes, FigureSpec, Row, Sorting, Table, TableSpec, Value } from "./types.d.ts" */
 
-const MOST_ROWS = 1000; // in the page; a CSV has all
+const MOST_ROWS = 2000; // in the page; a CSV has all
 
 /** @type {WeakMap<Element, Table>} */
 const tables = new WeakMap();
