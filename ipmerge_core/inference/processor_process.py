@@ -209,13 +209,13 @@ class RemoteProcessor:
     def _died(self, process: _Process, subject: str, seconds: float) -> ModelLoadError:
         code = process.exit_code()
         if code == -signal.SIGXCPU:
-            return self._too_slow(subject, seconds)
+            return self._too_slow(subject, seconds, " of CPU time")
         if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGKILL):
             return self._too_large(subject)  # libraries that are not Python abort
         return ModelLoadError(f"{subject} ended its process (exit code {code}). {_ADVICE}")
 
-    def _too_slow(self, subject: str, seconds: float) -> ModelLoadError:
-        return ModelLoadError(f"{subject} was stopped after {seconds:g} s. {_ADVICE}")
+    def _too_slow(self, subject: str, seconds: float, what: str = "") -> ModelLoadError:
+        return ModelLoadError(f"{subject} was stopped after {seconds:g} s{what}. {_ADVICE}")
 
     def _too_large(self, subject: str) -> ModelLoadError:
         size = self._limits.memory / 2**30
