@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
+
 from ipmerge_core.errors import RunError
 from ipmerge_core.runtime.paths import expand_path, is_fixed
 
@@ -45,10 +47,8 @@ def writing(path: str | Path, kept: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         code = _code_of(error)
-        if code is None:
-            raise
         reason = reason_of(error) or (os.strerror(code) if code else str(error))
         rest = f"; {kept}" if kept else ""
         raise RunError(
@@ -56,19 +56,15 @@ def writing(path: str | Path, kept: str = "") -> Iterator[None]:
         ) from error
 
 
-def reason_of(error: Exception) -> str | None:
+def reason_of(error: OSError | SafetensorError) -> str | None:
     """Return the cause and the remedy if an error is one of the disk; None for others."""
-    return _REASONS.get(_code_of(error) or 0)
+    return _REASONS.get(_code_of(error))
 
 
-def _code_of(error: Exception) -> int | None:
-    """Return the number of a system error, also of the safetensors library; 0 if unknown."""
+def _code_of(error: OSError | SafetensorError) -> int:
+    """Return the number of a system error; 0 if unknown."""
     if isinstance(error, OSError):
         return error.errno or 0
-    from safetensors import SafetensorError
-
-    if not isinstance(error, SafetensorError):
-        return None
     found = _OS_ERROR.search(str(error))
     return int(found[1]) if found else 0
 
