@@ -109,6 +109,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "recipe without base": ["--recipe", files["linear.yaml"], models[2]],
             "recipe with gains": ["--recipe", files["graded.yaml"]],
             "measure": [*models, "--method", "metagpt", "--measure"],
+            "unmeasured": [*models, "--method", "metagpt"],
         },
         "recipe": {"plan": [files["ta.json"]], "app": [files["ties.json"]]},
         "merge": {
