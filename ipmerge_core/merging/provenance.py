@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ipmerge_core.analysis.records import Sources
 
@@ -18,6 +18,7 @@ class Provenance(NamedTuple):
     plan: str  # the hash
     method: str  # a key of METHODS
     sources: Sources
+    content: dict[str, Any]  # what the manifest says of the plan
 
 
 def read_provenance(folder: Path) -> Provenance | None:
@@ -34,8 +35,7 @@ def _read(path: Path, _modified: int) -> Provenance | None:
     try:
         content = json.loads(path.read_text("utf-8"))
         plan = content["plan"]
-        return Provenance(
-            str(plan["hash"]), str(plan["method"]), Sources.from_dict(content["sources"])
-        )
+        sources = Sources.from_dict(content["sources"])
+        return Provenance(str(plan["hash"]), str(plan["method"]), sources, dict(plan))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -22,6 +22,7 @@ from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
+from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import public_text, show_errors
 from ipmerge_core.ui.finished_merges import find_merge
 from ipmerge_core.ui.merge.tab import check_digest, readiness
@@ -182,7 +183,8 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         settings = GenerationSettings(temperature, max_new_tokens, seed)
         picture = open_image(_decoded(image)) if image else None
         keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
-        asked = Question(pack, choice, question, picture, settings, left, right, keys)
+        chosen = ChosenMerge(pack, choice, by="explore")
+        asked = Question(chosen, question, picture, settings, left, right, keys)
         for first, second in answer_both(backend, asked):
             yield {"base": _side_json(first), "merged": _side_json(second)}
 

@@ -3,9 +3,10 @@
 // layers correspond to A's by relative depth. Nothing asks the server.
 
 import { node, part, parts, setText } from "../web/dom.js";
-import { count, fixed, lambdaText, percent } from "../web/format.js";
+import { count, fixed, lambdaText, percent, thresholdText } from "../web/format.js";
 import { Grid } from "../web/grid.js";
 import { KEPT_EVENT } from "../web/memory.js";
+import { markUsable } from "../web/number_field.js";
 import { samePlan } from "../web/plan.js";
 import { niceTop } from "../web/scales.js";
 import { createStore } from "../web/store.js";
@@ -121,9 +122,11 @@ export class Compare {
     const pick = part(this.element, `[data-preset=${letter}]`, HTMLSelectElement);
     pick.value = exact >= 0 ? String(exact) : "edited";
     part(pick, "[value=edited]").hidden = exact >= 0;
-    for (const [key, text] of [["s", fixed(plan.s)], ["lambda", lambdaText(plan.lambda)]]) {
+    for (const [key, text] of [["s", thresholdText(plan.s)], ["lambda", lambdaText(plan.lambda)]]) {
       const field = part(this.element, `[data-${key}=${letter}]`, HTMLInputElement);
-      if (field !== document.activeElement) field.value = text;
+      if (field === document.activeElement) continue;
+      field.value = text;
+      markUsable(field, part(this.element, `[data-wrong=${letter}]`));
     }
   }
 

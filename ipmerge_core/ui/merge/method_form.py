@@ -1,51 +1,32 @@
 """Build the form of the Merge tab that chooses a method and its parameters.
 
-In: what a user chooses. Out: a `MethodChoice` of plain values that fits in gr.State, and the plan
-it describes. The methods import torch, so the list is filled when the tab is opened, and the fields
-are created from the method's signature when it is chosen. Values are checked by `make_plan`.
+In: what a user chooses. Out: a `MethodChoice` of plain values that fits in gr.State. The methods
+import torch, so the list is filled when the tab is opened, and the fields are created from the
+method's signature when it is chosen. Values are checked by `make_plan`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ipmerge_core.errors import PlanError
-from ipmerge_core.planning.options import OPTIONS, Option, PlanOptions
-from ipmerge_core.runtime.host import is_hosted
+from ipmerge_core.planning.options import Option
 from ipmerge_core.ui.errors import QUIET
-from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, plan_of
+from ipmerge_core.ui.method_choice import EXPLORED, FIELDS, MethodChoice, Value
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
     from ipmerge_core.methods import Parameter
-    from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.ui.merge.start_gate import StartGate
+    from ipmerge_core.ui.runs import Listener
 
-EXPLORED = ""  # the name of the plan from Explore
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
 _SLIDER_STEP = 0.01
-# Rules by matrix are the map's.
-FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
 OWN = ""  # the choice that keeps the method's default
-Value = float | int | bool | str | None
-
-
-class MethodChoice(NamedTuple):
-    """The chosen method, and the values that differ from its defaults.
-
-    `options` are the plan's options; they stay when another method is chosen.
-    """
-
-    name: str = EXPLORED
-    values: Mapping[str, Value] = {}
-    options: Mapping[str, str] = {}
-    calibration: str = ""
 
 
 class MethodForm(NamedTuple):
@@ -62,20 +43,27 @@ def method_names() -> gr.Dropdown:
     )
 
 
-def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodForm:
+def method_form(
+    name: gr.Dropdown,
+    method: gr.State,
+    gate: StartGate,
+    choose: Callable[[Listener], Dependency],
+) -> MethodForm:
     """Lay out the method's fields and the options, whose values are stored in `method`.
 
     Args:
         name: the dropdown made by `method_names`.
         method: holds a MethodChoice.
         gate: disables Start until a change has been checked.
+        choose: makes the form's merge the chosen one after an event.
     """
     gate.disable_on(name.change)
-    changed = name.change(with_method, [method, name], method, queue=False, **QUIET)
+    stored = name.change(with_method, [method, name], method, queue=False, **QUIET)
+    changed = choose(stored.then)
 
-    @gr.render(inputs=name, triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
-    def fields(chosen: str) -> None:
-        if chosen == EXPLORED:
+    @gr.render(inputs=[name, method], triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
+    def fields(chosen: str, before: MethodChoice) -> None:
+        if not chosen:
             return
         from ipmerge_core.methods import find_method
 
@@ -84,7 +72,9 @@ def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodF
         with gr.Row(elem_classes="fields"):
             for parameter in found.parameters:
                 keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
-                _keep(_field(parameter), keep, method, gate)
+                values = before.values if before.name == chosen else {}
+                value = values.get(parameter.name, parameter.default)
+                _keep(_field(parameter, value), keep, method, gate, choose)
 
     data = gr.Column(elem_id="calibration", visible=False)
     with (
@@ -92,7 +82,7 @@ def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodF
         gr.Row(elem_classes="fields"),
     ):
         for option in FIELDS:
-            _keep(_option_field(option), partial(with_option, option.name), method, gate)
+            _keep(_option_field(option), partial(with_option, option.name), method, gate, choose)
     return MethodForm(changed, data)
 
 
@@ -101,13 +91,14 @@ def _keep(
     keep: Callable[..., MethodChoice],
     method: gr.State,
     gate: StartGate,
+    choose: Callable[[Listener], Dependency],
 ) -> None:
     """Store a field's value in the choice whenever it changes; the last value always arrives."""
     gate.disable_on(field.change)
     change = field.change(
         keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
     )
-    gate.check_after(change.then)
+    gate.check_after(choose(change.then).then)
 
 
 def list_methods() -> dict[str, Any]:
@@ -119,8 +110,9 @@ def list_methods() -> dict[str, Any]:
     return update
 
 
-def with_method(choice: MethodChoice, name: str) -> MethodChoice:
+def with_method(choice: MethodChoice, name: str | None) -> MethodChoice:
     """Return the choice with another method: values are reset, options stay."""
+    name = name or EXPLORED  # a dropdown can be left empty
     return choice if name == choice.name else MethodChoice(name, options=choice.options)
 
 
@@ -160,44 +152,9 @@ def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
     return choice._replace(options={**rest, option: value.strip()} if value.strip() else rest)
 
 
-def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> MergePlan:
-    """Make the plan of the chosen method, or the one from Explore.
-
-    Raises: PlanError for an invalid value, more experts than the method merges, or a missing
-        calibration.
-    """
-    for option in FIELDS:
-        if option.kind == "pattern":
-            _reject_slow(method.options.get(option.name, ""))
-    options = PlanOptions.read(method.options)
-    if method.name == EXPLORED:
-        return plan_of(pack_id, choice, options=options)
-    from ipmerge_core.methods import find_method
-    from ipmerge_core.planning.plan import make_plan
-
-    found, calibration = find_method(method.name), None
-    if found.data is not None:
-        if not method.calibration:
-            raise PlanError(
-                f"{found.label} needs a calibration of these models. Select a finished one above, "
-                f"or press Calibrate."
-            )
-        calibration = method.calibration
-    values: dict[str, Any] = dict(method.values)
-    analysis = analysis_of(pack_id)
-    return make_plan(analysis, method.name, options=options, calibration=calibration, **values)
-
-
-def _reject_slow(pattern: str) -> None:
-    """Reject patterns of users on a Space that can take exponential time: repetition."""
-    if is_hosted() and re.search(r"[*+?{(]", pattern):
-        raise PlanError(
-            f"The pattern {pattern[:40]!r} uses repetition or groups, which are disabled here; "
-            f"expected parts of names, such as 'mlp|layers\\.0\\.'."
-        )
-
-
-def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:
+def _field(
+    parameter: Parameter, value: Value
+) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:
     """Create the form field that fits a parameter's kind."""
     words = [parameter.bounds.help]
     slides = _slides(parameter)
@@ -207,7 +164,7 @@ def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.S
     common: dict[str, Any] = {
         "label": name.replace("_", " ").replace("mllm", "MLLM"),
         "info": "; ".join(word for word in words if word),
-        "value": parameter.default,
+        "value": value,
         "interactive": True,
         "elem_id": f"parameter-{name.replace('_', '-')}",
     }

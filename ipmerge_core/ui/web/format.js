@@ -59,7 +59,21 @@ function withUnit(n, units) {
   return place < 0 ? null : `${(n / 10 ** (9 - 3 * place)).toPrecision(3)} ${units[place]}`;
 }
 
-/** @param {number} lambda */
+/**
+ * With all its digits: what is shown can be typed back.
+ *
+ * @param {number} lambda
+ */
 export function lambdaText(lambda) {
-  return String(Number(lambda.toPrecision(3)));
+  return String(lambda);
+}
+
+/**
+ * With all its digits, and at least three decimals.
+ *
+ * @param {number} s
+ */
+export function thresholdText(s) {
+  const short = s.toFixed(3);
+  return Number(short) === s ? short : String(s);
 }

@@ -2,7 +2,7 @@
 // The dial of the threshold: a histogram of similarities over the slider.
 
 import { fill, shape } from "../../web/dom.js";
-import { fixed } from "../../web/format.js";
+import { fixed, thresholdText } from "../../web/format.js";
 import { shownSimilarity } from "../../web/preview.js";
 import { quantile, rgb } from "../../web/scales.js";
 import { cellsOf } from "../../web/targets.js";
@@ -111,7 +111,7 @@ export class Histogram {
     const values = state.index.cells.map((cell) => shownSimilarity(state, cell)).sort((a, b) => a - b);
     dom.hist.setAttribute("aria-label", `Histogram of the similarities of ${values.length} matrices: ${fixed(values[0], 2)} to ` +
       `${fixed(values[values.length - 1], 2)}, median ${fixed(quantile(values, 0.5), 2)}; ` +
-      `${state.result.selected.length} merge at S alpha ${fixed(state.plan.s)}.`);
+      `${state.result.selected.length} merge at S alpha ${thresholdText(state.plan.s)}.`);
   }
 }
 

@@ -25,7 +25,7 @@ export function flipOn(map) {
   const { flips, plan: { s } } = map.state;
   const ahead = flips.findLast(({ value }) => value >= s && value < 1);
   if (!ahead) setText(map.dom.status, "No matrix is removed at a higher threshold.");
-  else flipTo(map, ahead, Math.min(1, Math.floor(ahead.value * FINEST) / FINEST + 1 / FINEST), "leaves");
+  else flipTo(map, ahead, Math.min(1, (Math.floor(ahead.value * FINEST) + 1) / FINEST), "leaves");
 }
 
 /**

@@ -6,7 +6,7 @@ import { shape } from "../../web/dom.js";
 import { fixed, percent } from "../../web/format.js";
 import { BAND } from "../../web/grid.js";
 import { cellAt, merges, shownSimilarity } from "../../web/preview.js";
-import { rgb } from "../../web/scales.js";
+import { readableOn, rgb } from "../../web/scales.js";
 import { MEASURE_LABELS, planWords, shortId } from "../../web/words.js";
 
 /** @import { Attributes, Cell, Pack, Source } from "../../web/types.d.ts" */
@@ -112,10 +112,17 @@ function pictureCell(state, cell, { x, y, width, height }, t) {
   /** @param {Attributes} extra */
   const box = (extra) => shape("rect", { x, y, width, height, rx: 4, ...extra });
   const pin = state.plan.overrides[cell.name]
-    ? [shape("circle", { cx: x + width / 2, cy: y + height / 2, r: 4, fill: INK, stroke: "#fff", "stroke-width": 2 })] : [];
-  if (!merges(state, state.result, cell)) return [box({ fill: rgb(t), opacity: 0.32 }), box({ fill: "url(#hatch)" }), ...pin];
+    ? [shape("circle", { cx: x + width - 5, cy: y + 5, r: 3, fill: INK, stroke: "#fff", "stroke-width": 2 })] : [];
+  const value = fixed(shownSimilarity(state, cell), 2).replace(/^0\./, "."), size = Math.min(12, width / 2.4);
+  /** @param {Attributes} extra */
+  const number = (extra) => text(x + width / 2, y + height / 2 + size / 3, value, { "text-anchor": "middle", "font-size": size, ...extra });
+  if (!merges(state, state.result, cell)) {
+    const halo = { fill: INK, stroke: "#fff", "stroke-width": 3, "paint-order": "stroke" };
+    return [box({ fill: rgb(t), opacity: 0.32 }), box({ fill: "url(#hatch)" }), number(halo), ...pin];
+  }
   return [box({ fill: INK }),
-    shape("rect", { x: x + 2, y: y + 2, width: width - 4, height: height - 4, rx: 3, fill: rgb(t), stroke: "#fff", "stroke-width": 1.5 }), ...pin];
+    shape("rect", { x: x + 2, y: y + 2, width: width - 4, height: height - 4, rx: 3, fill: rgb(t), stroke: "#fff", "stroke-width": 1.5 }),
+    number({ fill: readableOn(t) }), ...pin];
 }
 
 /**

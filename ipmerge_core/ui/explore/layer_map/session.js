@@ -6,7 +6,7 @@ import { setText } from "../../web/dom.js";
 import { copyOf, LAMBDA_MAX, samePlan } from "../../web/plan.js";
 import { flipValues, previewOf } from "../../web/preview.js";
 import { refreshTables } from "../../web/tables.js";
-import { rememberLink } from "./link.js";
+import { rememberLink, spokenPart } from "./link.js";
 import { describeDials, rebuildColours, rescale } from "./painting.js";
 
 /** @import { Plan } from "../../web/types.d.ts" */
@@ -22,7 +22,7 @@ import { describeDials, rebuildColours, rescale } from "./painting.js";
 export function setPlan(map, { s, lambda, ...rest }) {
   map.set({ plan: {
     ...map.state.plan, ...rest,
-    ...(s === undefined ? {} : { s: Number(clamp(s, 1).toFixed(4)) }),
+    ...(s === undefined ? {} : { s: clamp(s, 1) }),
     ...(lambda === undefined ? {} : { lambda: clamp(lambda, LAMBDA_MAX) }),
   } });
 }
@@ -66,9 +66,11 @@ export function commit(map, words = "") {
  *
  * @param {LayerMap} map
  * @param {string} [words]
+ * @param {boolean} [opened] Whether the plan came with the address: then the link's method stays chosen.
  */
-export function settle(map, words = "") {
-  const { plan, committed, index, before } = map.state;
+export function settle(map, words = "", opened = false) {
+  const { plan, committed, index, before, spoken } = map.state;
+  if (!opened) map.set({ spoken: spokenPart(spoken, false) });
   map.set({ committed: copyOf(plan), flips: flipValues(index, plan), ghost: before });
   if (committed.similarity !== plan.similarity) rebuildColours(map);
   rescale(map);
@@ -80,7 +82,7 @@ export function settle(map, words = "") {
   rememberLink(map.state);
   setText(map.dom.note, "");
   setText(map.dom.status, `${words ? `${words} ` : ""}${map.dom.sum.textContent}`);
-  map.outbox.post("commit", copyOf(plan));
+  map.outbox.post("commit", { ...copyOf(plan), opened });
 }
 
 /**
