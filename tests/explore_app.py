@@ -26,9 +26,9 @@ def write_packs(home: Path, packs: dict[str, object]) -> None:
 
 def serve(port: int) -> None:
     """Serve the tab on the loopback interface until the process is stopped."""
+    from ipmerge_core.ui.chosen_merge import ChosenMerge
     from ipmerge_core.ui.explore.tab import explore_tab, gr
     from ipmerge_core.ui.pairs import list_packs
-    from ipmerge_core.ui.chosen_merge import ChosenMerge
 
     packs = [(pack.label, pack.id) for pack in list_packs() if pack.id.startswith("packs-")]
     with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:

@@ -45,7 +45,7 @@ ORDER = [
 UI_ORDER = [
     {"startup", "latex", "theme", "web"},
     {"safe_text"},
-    {"pairs", "format"},
+    {"pairs", "format", "formula"},
     {"errors", "plan_choice"},
     {"backend"},
     {"finished_merges", "runs", "method_choice"},

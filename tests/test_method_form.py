@@ -19,11 +19,8 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.format import progress_html
 from ipmerge_core.ui.merge import calibration_form
 from ipmerge_core.ui.merge.method_form import (
-    FIELDS,
-    MethodChoice,
     _field,
     _option_field,
-    chosen_plan,
     list_methods,
     with_method,
     with_option,
@@ -31,6 +28,7 @@ from ipmerge_core.ui.merge.method_form import (
 )
 from ipmerge_core.ui.merge.summary import describe_change
 from ipmerge_core.ui.merge.tab import readiness
+from ipmerge_core.ui.method_choice import FIELDS, MethodChoice, chosen_plan
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import RunView, find_run
 
@@ -53,7 +51,7 @@ def test_every_method_is_offered() -> None:
 def test_every_parameter_of_every_method_has_a_field_with_its_default_and_help() -> None:
     for method in METHODS.values():
         for parameter in method.parameters:
-            field = _field(parameter)
+            field = _field(parameter, parameter.default)
             assert field.value == parameter.default
             assert parameter.bounds.help in field.info
 
@@ -73,7 +71,7 @@ def test_every_parameter_of_every_method_has_a_field_with_its_default_and_help()
 )
 def test_a_field_fits_its_parameter(method: str, parameter: str, kind: type) -> None:
     (found,) = [p for p in METHODS[method].parameters if p.name == parameter]
-    field = _field(found)
+    field = _field(found, found.default)
     assert isinstance(field, kind)
     if isinstance(field, gr.Slider):
         assert field.minimum <= found.default <= field.maximum

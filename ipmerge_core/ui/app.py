@@ -28,9 +28,9 @@ from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET
-from ipmerge_core.ui.merge.permalink import wire_permalink
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
+from ipmerge_core.ui.merge.permalink import wire_permalink
 from ipmerge_core.ui.merge.start_gate import StartGate
 from ipmerge_core.ui.merge.tab import merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
@@ -65,8 +65,8 @@ class ChosenMerge:
     """
 
     pack_id: str = ""
-    plan: PlanChoice = PlanChoice()
-    method: MethodChoice = MethodChoice()
+    plan: PlanChoice = field(default_factory=PlanChoice)
+    method: MethodChoice = field(default_factory=MethodChoice)
     by: Origin = "start"
     merge: FinishedMerge | None = None
     made: Recipe | None = None

@@ -119,9 +119,7 @@ def side_choice(chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState) 
     return SideChoice(*dropdowns, gr.State({}), chosen, line, runs, last)
 
 
-def wire_choice(
-    backend: Backend, sides: SideChoice, pair: gr.Dropdown, tab: gr.Tab
-) -> Dependency:
+def wire_choice(backend: Backend, sides: SideChoice, pair: gr.Dropdown, tab: gr.Tab) -> Dependency:
     """Store the choice per pair, and update the list of merges when it may have changed.
 
     Returns the event after which the model of the right side is the chosen merge.
@@ -146,9 +144,7 @@ def wire_choice(
 
     show = partial(list_sides, backend)
     both = [sides.left, sides.right]
-    sides.left.input(
-        keep_left, [sides.chosen, sides.kept, *both], sides.kept, queue=False, **QUIET
-    )
+    sides.left.input(keep_left, [sides.chosen, sides.kept, *both], sides.kept, queue=False, **QUIET)
     chose = sides.right.input(
         keep_right, [*sides.asked, *both], [sides.kept, sides.chosen], queue=False, **QUIET
     )
@@ -167,9 +163,7 @@ def wire_try_it(taking: TryFinished, button: gr.Button) -> Dependency:
         return taking.updates(str(run), chosen, kept, runs, last)
 
     # Queued, because the page shows errors of queued events only.
-    taken: Dependency = button.click(
-        show_errors(take), taking.sides.asked, taking.outputs, **QUIET
-    )
+    taken: Dependency = button.click(show_errors(take), taking.sides.asked, taking.outputs, **QUIET)
     return taken
 
 

@@ -194,9 +194,7 @@ def _wire_examples(parts: Parts) -> None:
         button.click(show, asked, filled, queue=False, **QUIET)
 
 
-def _wire_records(
-    backend: Backend, parts: Parts, pair: gr.Dropdown, shown: PairView
-) -> Dependency:
+def _wire_records(backend: Backend, parts: Parts, pair: gr.Dropdown, shown: PairView) -> Dependency:
     """Wire the button that chooses a record's plan; remove the records of another pair.
 
     Returns the event after which the plan is chosen.

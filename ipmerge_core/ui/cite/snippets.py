@@ -1,4 +1,4 @@
-"""Write the chosen merge as JSON, Python, command line, gradio_client and curl, with BibTeX entries.
+"""Write the chosen merge as JSON, Python, command line, gradio_client, curl and BibTeX.
 
 In: a `ChosenMerge` and the app's address. Out: texts that run without changes and give the same
 plan. Every value is quoted for its language; no text has an absolute path of the server. A plan of

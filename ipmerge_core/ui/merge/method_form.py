@@ -15,7 +15,9 @@ import gradio as gr
 
 from ipmerge_core.planning.options import Option
 from ipmerge_core.ui.errors import QUIET
+from ipmerge_core.ui.formula import formula_html
 from ipmerge_core.ui.method_choice import EXPLORED, FIELDS, MethodChoice, Value
+from ipmerge_core.ui.safe_text import as_html
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -68,7 +70,8 @@ def method_form(
         from ipmerge_core.methods import find_method
 
         found = find_method(chosen)
-        gr.Markdown(f"`{found.formula}` ({found.source})", elem_id="method-formula")
+        formula = f'<span class="formula-line">{formula_html(found.formula)}</span>'
+        gr.HTML(f"<p>{formula} ({as_html(found.source)})</p>", elem_id="method-formula")
         with gr.Row(elem_classes="fields"):
             for parameter in found.parameters:
                 keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)

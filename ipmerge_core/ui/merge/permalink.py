@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ipmerge_core.ui.chosen_merge import METHOD_KEY, OPTION_KEY, ChosenMerge, link_part, read_link_part
+from ipmerge_core.ui.chosen_merge import (
+    METHOD_KEY,
+    OPTION_KEY,
+    ChosenMerge,
+    link_part,
+    read_link_part,
+)
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.finished_merges import method_label
 from ipmerge_core.ui.merge.method_form import EXPLORED_LABEL
@@ -26,7 +32,8 @@ _MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
 # The link is read once the map has read its own part, so that no answer overwrites the other.
 _QUERY = f"""async () => {{
   const isRead = (map) => map && map.linkRead && map.isSettled();
-  for (let i = 0; i < 250 && !isRead({_MAP}); i++) await new Promise((wake) => setTimeout(wake, 40));
+  for (let i = 0; i < 250 && !isRead({_MAP}); i++)
+    await new Promise((wake) => setTimeout(wake, 40));
   return [window.location.search];
 }}"""
 _SPEAK = f"(part) => {{ {_MAP}?.speakOf(part); }}"

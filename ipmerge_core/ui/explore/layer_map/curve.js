@@ -73,7 +73,7 @@ export class Curve {
     svg.replaceChildren(...rules,
       shape("line", { x1: paper, x2: paper, y1: 4, y2: this.#height, class: "lm-paper" },
         shape("title", {}, "λ = 1, the update as in the paper")),
-      this.#paths.keep, this.#paths.absorb, ...this.#labels(right), this.#line, this.#dots.keep, this.#dots.absorb);
+      this.#paths.keep, this.#paths.absorb, this.#line, ...this.#labels(right), this.#dots.keep, this.#dots.absorb);
   }
 
   /** @param {number} right */
