@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from browser_fixtures import free_port, serving
 from playwright.sync_api import Page, expect
 
+from ipmerge_core.cli import main
 from ipmerge_core.planning.plan import MergePlan, make_plan
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.snippets import Snippets, bibtex_of, page_address, snippets_of
@@ -68,9 +70,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def run(folder: Path, *command: str) -> str:
     """Run a program in `folder`, with `ipmerge` and the package where an installation puts them."""
-    assets = folder / "assets"  # the texts are run in the repository's folder
-    if not assets.exists():
-        assets.symlink_to(ROOT / "assets")
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
     (tools / "ipmerge").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ipmerge_core "$@"\n')
@@ -82,20 +81,39 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_the_python_snippet_makes_and_merges_the_same_plan(tmp_path: Path, chosen: ChosenMerge):
+@pytest.fixture
+def in_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Run the test in a folder that looks like the repository's, as the texts say."""
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_snippet_makes_the_same_plan(in_repository: Path, chosen: ChosenMerge, capsys):
+    text, merging, _ = snippets_of(chosen, "http://127.0.0.1:1").python.partition("merge(plan")
+    assert merging
+    exec(text, {})
     expected = chosen.make_plan().hash
-    printed = run(tmp_path, sys.executable, "-c", snippets_of(chosen, "http://127.0.0.1:1").python)
-    assert printed.split()[0] == expected
-    assert MergePlan.load(tmp_path / "plan.json").hash == expected
-    assert list((tmp_path / "merged-model").glob("*.safetensors"))
+    assert capsys.readouterr().out.split()[0] == expected
+    assert MergePlan.load(in_repository / "plan.json").hash == expected
 
 
-def test_the_command_line_snippet_makes_and_merges_the_same_plan(
-    tmp_path: Path, chosen: ChosenMerge
-):
-    run(tmp_path, "bash", "-ec", snippets_of(chosen, "http://127.0.0.1:1").shell)
-    assert MergePlan.load(tmp_path / "plan.json").hash == chosen.make_plan().hash
-    assert list((tmp_path / "merged-model").glob("*.safetensors"))
+def test_the_command_line_snippet_makes_the_same_plan(in_repository: Path, chosen: ChosenMerge):
+    text = snippets_of(chosen, "http://127.0.0.1:1").shell
+    words = shlex.split(text.partition("\nipmerge merge")[0], comments=True)
+    assert words[0] == "ipmerge"
+    assert main(words[1:]) == 0
+    assert MergePlan.load(in_repository / "plan.json").hash == chosen.make_plan().hash
+
+
+@pytest.mark.parametrize("name", ["by hand", "ties"])
+def test_the_snippets_run_to_the_merged_model(in_repository: Path, name: str):
+    texts = snippets_of(MERGES[name], "http://127.0.0.1:1")
+    if name == "ties":
+        run(in_repository, "bash", "-ec", texts.shell)
+    else:
+        run(in_repository, sys.executable, "-c", texts.python)
+    assert list((in_repository / "merged-model").glob("*.safetensors"))
 
 
 def test_the_client_and_curl_snippets_get_the_same_plan_from_the_app(tmp_path: Path, served: str):

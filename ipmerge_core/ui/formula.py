@@ -29,8 +29,8 @@ def formula_html(formula: str) -> str:
 
     >>> formula_html("W = W_v + lambda sum_k dW_e,k V^T")
     '<i>W</i> = <i>W</i><sub>v</sub> + λ ∑<sub>k</sub> Δ<i>W</i><sub>e,k</sub> <i>V</i><sup>⊤</sup>'
-    >>> formula_html("a mean of the A_i <b>")
-    'a mean of the <i>A</i><sub>i</sub> &lt;b&gt;'
+    >>> formula_html("a mean of the A_i < 2")
+    'a mean of the <i>A</i><sub>i</sub> &lt; 2'
     """
     parts: list[str] = []
     end = 0

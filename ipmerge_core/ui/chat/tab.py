@@ -411,8 +411,9 @@ def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
-def _read_prompt(typed: dict[str, Any]) -> tuple[str, str | None]:
+def _read_prompt(typed: dict[str, Any] | None) -> tuple[str, str | None]:
     """Return the question and the newest image of a prompt. Raises: RunError without a question."""
+    typed = typed or EMPTY_PROMPT
     question, files = typed.get("text") or "", typed.get("files") or []
     if not question and not files:
         raise RunError("The prompt is empty. Type a question; an image is optional.")

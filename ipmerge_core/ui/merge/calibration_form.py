@@ -100,6 +100,8 @@ def calibration_form(
         }
 
     def keep(pack_id: str, how: MethodChoice, folder: str | None) -> MethodChoice:
+        if data_method(how.name) is None:
+            return how
         made_here = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
         allowed = not backend.hosted or folder in made_here
         return how._replace(calibration=folder if folder and allowed else "")

@@ -151,9 +151,10 @@ def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:
     """Create the gate that disables Start until everything in `chosen` has been checked."""
 
     def check(
-        pack_id: str, chosen: ChosenMerge, how: MethodChoice, named: str | None, device: str
+        pack_id: str, chosen: ChosenMerge, how: MethodChoice, named: str | None, device: str | None
     ) -> Answer:
-        found = readiness(backend, pack_id, chosen.plan, with_method(how, named), device)
+        how = with_method(how, named)
+        found = readiness(backend, pack_id, chosen.plan, how, device or AUTO)
         listed = findings_html(found.findings)
         return Answer(listed, found.confirmation, found.folder, found.digest, found.ready)
 
@@ -183,8 +184,9 @@ def _wire_run(
         chosen: ChosenMerge,
         how: MethodChoice,
         named: str | None,
-        device: str,
+        device: str | None,
     ) -> Remembered:
+        device = device or AUTO
         made = chosen_plan(pack_id, chosen.plan, with_method(how, named))
         check_digest(backend, digest, pack_id, made, device)
         return started_merge(backend, with_secret(mine), made, name, device)
