@@ -72,8 +72,10 @@ def test_the_walk_meets_every_choice_of_the_app(app):
 def test_no_handler_fails_on_no_choice_or_an_unknown_one(app, value):
     failures = []
     for each, place in functions(app):
+        if value is not None and isinstance(each.inputs[place], gr.File | gr.MultimodalTextbox):
+            continue  # these hold no choice of a list
         error = call(app, each, place, value)
         if error is None or (isinstance(error, gr.Error) and (value is not None or each.queue)):
             continue
-        failures.append((each.name, each.inputs[place].elem_id, repr(error)[:200]))
-    assert not failures
+        failures.append(f"{each.name} of {each.inputs[place].elem_id}: {error!r:.300}")
+    assert not failures, "\n".join(failures)

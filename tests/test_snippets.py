@@ -100,7 +100,7 @@ def test_the_python_snippet_makes_the_same_plan(in_repository: Path, chosen: Cho
 
 def test_the_command_line_snippet_makes_the_same_plan(in_repository: Path, chosen: ChosenMerge):
     text = snippets_of(chosen, "http://127.0.0.1:1").shell
-    words = shlex.split(text.partition("\nipmerge merge")[0], comments=True)
+    words = shlex.split(text.partition("\nipmerge merge")[0].replace("\\\n", ""), comments=True)
     assert words[0] == "ipmerge"
     assert main(words[1:]) == 0
     assert MergePlan.load(in_repository / "plan.json").hash == chosen.make_plan().hash

@@ -30,7 +30,7 @@ from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
-from ipmerge_core.ui.merge.permalink import wire_permalink
+from ipmerge_core.ui.merge.permalink import Permalink
 from ipmerge_core.ui.merge.start_gate import StartGate
 from ipmerge_core.ui.merge.tab import merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
@@ -91,7 +91,7 @@ def _add_tabs(
     app: gr.Blocks, backend: Backend, pair: gr.Dropdown, chosen: gr.State
 ) -> tuple[ExploreTab, gr.Tabs, StartGate]:
     job, calibration = remembered_run("job"), remembered_run("calibration")
-    runs = remembered_merges()
+    runs, link = remembered_merges(), Permalink(chosen)
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
             explore = explore_tab(pair, chosen, partial(is_running, backend))
@@ -100,7 +100,14 @@ def _add_tabs(
         asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merging = merge_tab(
-                app, backend, pair, chosen, job=job, calibration=calibration, tab=merge
+                app,
+                backend,
+                pair,
+                chosen,
+                job=job,
+                calibration=calibration,
+                link=link,
+                tab=merge,
             )
         merging.started.success(with_run, [runs, job], runs, queue=False, **QUIET)
         taking = TryFinished(backend, trying.sides, tabs)
@@ -109,8 +116,8 @@ def _add_tabs(
             compare_tab(pair, chosen, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(chosen, cite, explore.opened)
-    chose = [explore.opened, taken, *trying.chose, *merging.chose]
-    wire_permalink(app, chosen, merging.form, chose)
+    for event in (explore.opened, taken, *trying.chose):
+        link.write_after(event)
     return explore, tabs, merging.gate
 
 

@@ -67,9 +67,11 @@ def method_form(
     def fields(chosen: str, before: MethodChoice) -> None:
         if not chosen:
             return
-        from ipmerge_core.methods import find_method
+        from ipmerge_core.methods import METHODS
 
-        found = find_method(chosen)
+        found = METHODS.get(chosen)
+        if found is None:  # the check says so
+            return
         formula = f'<span class="formula-line">{formula_html(found.formula)}</span>'
         gr.HTML(f"<p>{formula} ({as_html(found.source)})</p>", elem_id="method-formula")
         with gr.Row(elem_classes="fields"):

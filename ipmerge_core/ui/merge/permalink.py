@@ -40,47 +40,55 @@ _SPEAK = f"(part) => {{ {_MAP}?.speakOf(part); }}"
 _COMPLAIN = f"(problems) => {{ if (problems) {_MAP}?.complain(problems); }}"
 
 
-def wire_permalink(
-    app: gr.Blocks, chosen: gr.State, form: list[Any], chose: list[Dependency]
-) -> None:
-    """Read the address when the page is opened, and write to it after every event of `chose`.
+class Permalink:
+    """The hidden fields between the page's address and the chosen merge.
 
     Args:
-        app: the app, whose load event comes with the address.
         chosen: holds the ChosenMerge.
-        form: the state and the dropdown of the Merge tab's method.
-        chose: the events after which another merge may be chosen, except commits of the map.
     """
-    query = gr.Textbox("", visible="hidden", elem_id="link-query")
-    part = gr.Textbox("", visible="hidden", elem_id="link-part")
-    problems = gr.Textbox("", visible="hidden", elem_id="link-problems")
-    method, named = form
 
-    def read(asked: str, now: ChosenMerge) -> Updates:
-        if f"{METHOD_KEY}=" not in asked and f"{OPTION_KEY}" not in asked:
-            return {problems: ""}
-        how, wrong = read_link_part(asked)
-        if how == now.method:
-            return {problems: "; ".join(wrong)}
-        return {
-            problems: "; ".join(wrong),
-            chosen: now.with_method(how),
-            method: how,
-            named: _listed(how.name),
-        }
+    def __init__(self, chosen: gr.State) -> None:
+        self._chosen = chosen
+        self._query = _hidden("link-query")
+        self._part = _hidden("link-part")
+        self._problems = _hidden("link-problems")
 
-    def write(now: ChosenMerge) -> str:
-        return link_part(now)
+    def write_after(self, event: Dependency) -> None:
+        """Write to the address after an event that may have chosen another merge.
 
-    asked = app.load(None, None, query, js=_QUERY, queue=False, **QUIET)
-    found = asked.then(
-        read, [query, chosen], [problems, chosen, method, named], queue=False, **QUIET
-    )
-    found.then(None, problems, None, js=_COMPLAIN, queue=False, **QUIET)
-    for event in chose:
-        event.then(write, chosen, part, queue=False, **QUIET).then(
-            None, part, None, js=_SPEAK, queue=False, **QUIET
+        Commits of the map need none: the map drops the method from the address by itself.
+        """
+        event.then(link_part, self._chosen, self._part, queue=False, **QUIET).then(
+            None, self._part, None, js=_SPEAK, queue=False, **QUIET
         )
+
+    def read_into(self, app: gr.Blocks, method: gr.State, named: gr.Dropdown) -> None:
+        """Fill the form of the Merge tab from the address when the page is opened.
+
+        Args:
+            app: the app, whose load event comes with the address.
+            method: holds the form's MethodChoice.
+            named: the dropdown of the method.
+        """
+
+        def read(asked: str, now: ChosenMerge) -> Updates:
+            has_part = f"{METHOD_KEY}=" in asked or f"&{OPTION_KEY}" in asked
+            how, wrong = read_link_part(asked) if has_part else (now.method, [])
+            said: Updates = {self._problems: "; ".join(wrong)}
+            if how == now.method:
+                return said
+            filled = {method: how, named: _listed(how.name)}
+            return {**said, **filled, self._chosen: now.with_method(how)}
+
+        asked = app.load(None, None, self._query, js=_QUERY, queue=False, **QUIET)
+        found = asked.then(
+            read,
+            [self._query, self._chosen],
+            [self._problems, self._chosen, method, named],
+            queue=False,
+            **QUIET,
+        )
+        found.then(None, self._problems, None, js=_COMPLAIN, queue=False, **QUIET)
 
 
 def _listed(name: str) -> dict[str, Any]:
@@ -88,3 +96,7 @@ def _listed(name: str) -> dict[str, Any]:
     rest = [(method_label(name), name)] if name else []
     update: dict[str, Any] = gr.update(choices=[(EXPLORED_LABEL, EXPLORED), *rest], value=name)
     return update
+
+
+def _hidden(elem_id: str) -> gr.Textbox:
+    return gr.Textbox("", visible="hidden", elem_id=elem_id)

@@ -28,6 +28,7 @@ from ipmerge_core.ui.merge.method_form import (
     method_names,
     with_method,
 )
+from ipmerge_core.ui.merge.permalink import Permalink
 from ipmerge_core.ui.merge.start_gate import Answer, Shown, StartGate
 from ipmerge_core.ui.merge.summary import confirm_html, describe_change, result_html
 from ipmerge_core.ui.method_choice import MethodChoice, chosen_plan
@@ -69,15 +70,12 @@ class _Steps(NamedTuple):
 class MergeTab(NamedTuple):
     """What other tabs use: the start of a run, its "Try it" button, and the gate of Start.
 
-    `gate` runs the check after events outside of the tab, `chose` are the events after which the
-    chosen merge is the form's, and `form` fills the form from a link.
+    `gate` runs the check after events outside of the tab.
     """
 
     started: Dependency
     try_it: gr.Button
     gate: StartGate
-    chose: list[Dependency]
-    form: list[Any]
 
 
 class Readiness(NamedTuple):
@@ -100,10 +98,11 @@ def merge_tab(
     *,
     job: gr.BrowserState,
     calibration: gr.BrowserState,
+    link: Permalink,
     tab: gr.Tab,
 ) -> MergeTab:
     """Lay out the tab and wire it; `job` and `calibration` are the remembered runs."""
-    method, chose = gr.State(MethodChoice()), []
+    method = gr.State(MethodChoice())
     line = gr.HTML("", elem_id="merge-chosen", elem_classes="chosen-line")
     steps = _steps(backend)
     with steps.form:
@@ -114,7 +113,7 @@ def merge_tab(
 
     def choose(listener: Listener) -> Dependency:
         formed = listener(_with_form, [choice, method, named], choice, queue=False, **QUIET)
-        chose.append(formed)
+        link.write_after(formed)
         return formed
 
     with steps.form:
@@ -136,7 +135,8 @@ def merge_tab(
     checked.then(chosen_line, choice, line, **QUIET)
     filled = checked.then(list_methods, None, named, **QUIET)
     filled.then(lambda: list_devices(backend), None, steps.device, **QUIET)
-    return MergeTab(started, steps.try_it, gate, chose, [method, named])
+    link.read_into(app, method, named)
+    return MergeTab(started, steps.try_it, gate)
 
 
 def _with_form(chosen: ChosenMerge, how: MethodChoice, named: str | None) -> ChosenMerge:
