@@ -105,18 +105,18 @@ class TryFinished(NamedTuple):
 def side_choice(chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState) -> SideChoice:
     """Lay out the two dropdowns and the line that names the chosen merge."""
     line = gr.HTML("", elem_id="try-chosen", elem_classes="chosen-line")
-    right = default_right(chosen.value) if chosen.value.pack_id else PLAN
+    first = default_right(chosen.value)
     with gr.Row(elem_id="sides"):
-        dropdowns = [
+        left, right = (
             gr.Dropdown(
                 always(chosen.value), value=who, label=label, elem_id=elem_id, min_width=280
             )
             for label, who, elem_id in (
                 ("Left model", BASE, "model-left"),
-                ("Right model", right, "model-right"),
+                ("Right model", first, "model-right"),
             )
-        ]
-    return SideChoice(*dropdowns, gr.State({}), chosen, line, runs, last)
+        )
+    return SideChoice(left, right, gr.State({}), chosen, line, runs, last)
 
 
 def wire_choice(backend: Backend, sides: SideChoice, pair: gr.Dropdown, tab: gr.Tab) -> Dependency:

@@ -6,6 +6,8 @@ opened; the description follows later, because the plan needs torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 from gradio.events import Dependency
 
@@ -28,7 +30,7 @@ LABELS = {
 }
 
 
-LANGUAGES = {
+LANGUAGES: dict[str, Any] = {
     "json": "json",
     "python": "python",
     "shell": "shell",

@@ -112,7 +112,9 @@ def merge_tab(
     gate = _gate(backend, steps, chosen)
 
     def choose(listener: Listener) -> Dependency:
-        formed = listener(_with_form, [choice, method, named], choice, queue=False, **QUIET)
+        formed: Dependency = listener(
+            _with_form, [choice, method, named], choice, queue=False, **QUIET
+        )
         link.write_after(formed)
         return formed
 
