@@ -1,4 +1,4 @@
-"""Set the formula of a merge method as HTML: italic letters, indices, powers and Greek letters.
+"""Set the formula of a merge method as HTML: italic symbols, indices, powers and Greek symbols.
 
 In: a formula in plain ASCII, as the declarations of the methods have it. Out: escaped HTML that
 reads the same; a browser's text of it has the signs that the ASCII stands for.

@@ -162,7 +162,7 @@ def _json_text(chosen: ChosenMerge, pack: Json) -> str:
 
 
 def _where(file: str) -> str:
-    """Return a comment that says where a relative path begins."""
+    """Return a comment with the folder that a relative path starts from."""
     if file.startswith("~/"):
         return ""
     folder = "of the IPMerge repository" if "/" in file else f"that contains {file}"

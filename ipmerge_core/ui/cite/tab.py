@@ -6,8 +6,6 @@ opened; the description follows later, because the plan needs torch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 from gradio.events import Dependency
 
@@ -30,16 +28,6 @@ LABELS = {
 }
 
 
-LANGUAGES: dict[str, Any] = {
-    "json": "json",
-    "python": "python",
-    "shell": "shell",
-    "client": "python",
-    "curl": "shell",
-    "bibtex": "latex",
-}
-
-
 def cite_tab(chosen: gr.State, tab: gr.Tab, opened: Dependency) -> None:
     """Lay out the tab inside the open `tab`; fill it when the tab or a pair is opened."""
     # layout
@@ -50,7 +38,7 @@ def cite_tab(chosen: gr.State, tab: gr.Tab, opened: Dependency) -> None:
         texts = {
             name: gr.Code(
                 label=LABELS[name],
-                language=LANGUAGES[name],
+                language=None,  # plain: Gradio's colours for code are too pale to read on white
                 interactive=False,
                 wrap_lines=True,
                 show_line_numbers=False,

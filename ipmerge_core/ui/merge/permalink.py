@@ -1,4 +1,4 @@
-"""Let the permalink speak of the chosen merge: the method and the options beside the map's plan.
+"""Add the chosen merge to the permalink: the method and the options, after the map's plan.
 
 In: the query of the page's address when it is opened, and later the chosen merge. Out: the method
 in the form of the Merge tab and in the session's `ChosenMerge`; the link's part, which the layer
