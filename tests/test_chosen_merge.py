@@ -73,6 +73,15 @@ def test_the_last_choice_is_the_chosen_one():
     assert method.with_method(TIES) is method
 
 
+def test_a_recorded_plan_is_exactly_that_and_a_pair_keeps_the_method():
+    method = ChosenMerge(PACK).with_method(MethodChoice("regmean", calibration="/x"))
+    assert method.with_record(PlanChoice(0.0)).recipe == (PlanChoice(0.0), MethodChoice())
+    opened = method.opened("packs-b", PlanChoice(0.2))
+    assert (opened.pack_id, opened.by) == ("packs-b", "merge")
+    assert opened.method == MethodChoice("regmean")  # a calibration is of one pair's models
+    assert ChosenMerge(PACK).with_plan(PlanChoice(0.5)).opened("b", PlanChoice()).by == "start"
+
+
 def test_a_link_gives_its_plan_and_keeps_its_method():
     linked = ChosenMerge(PACK).with_method(TIES).with_link(PlanChoice(0.7))
     assert (linked.plan, linked.method, linked.by) == (PlanChoice(0.7), TIES, "merge")

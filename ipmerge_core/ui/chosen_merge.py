@@ -87,10 +87,19 @@ class ChosenMerge:
         plan, method = self.recipe
         return None if method.name else plan
 
-    def with_plan(self, plan: PlanChoice, by: Origin = "explore") -> ChosenMerge:
+    def with_plan(self, plan: PlanChoice) -> ChosenMerge:
         """Choose a plan of the map; the options of the form stay, its method does not."""
         method = MethodChoice(options=self.method.options)
-        return ChosenMerge(self.pack_id, plan, method, by)
+        return ChosenMerge(self.pack_id, plan, method, "explore")
+
+    def with_record(self, plan: PlanChoice) -> ChosenMerge:
+        """Choose the plan of a recorded answer: exactly that, without the form's options."""
+        return ChosenMerge(self.pack_id, plan, by="record")
+
+    def opened(self, pack_id: str, plan: PlanChoice) -> ChosenMerge:
+        """Open a pair with its initial plan; the method and the options stay chosen."""
+        method = self.method._replace(calibration="")  # of the models of the other pair
+        return ChosenMerge(pack_id, plan, method, "merge" if method.name else "start")
 
     def with_link(self, plan: PlanChoice) -> ChosenMerge:
         """Take the plan of a link that was opened; a method that the link names stays."""

@@ -196,7 +196,7 @@ def default_right(chosen: ChosenMerge) -> str:
 
 def always(chosen: ChosenMerge) -> list[tuple[str, str]]:
     """List the sides that a pair has without any finished merge."""
-    name = name_of(replace(chosen, merge=None, made=None, by=chosen.without_merge().by))
+    name = name_of(chosen.without_merge() if chosen.merge else chosen)
     found = [(UNMERGED, BASE), (name[:1].upper() + name[1:], PLAN)]
     recorded = recorded_choice(chosen.pack_id)
     if recorded is not None:

@@ -204,7 +204,7 @@ def _wire_records(backend: Backend, parts: Parts, pair: gr.Dropdown, shown: Pair
         choice = turns[-1].choice if turns else None
         if choice is None or turns[-1].pack_id != now.pack_id:
             raise RunError("There is no recorded answer of this pair on show. Select an example.")
-        taken = now.with_plan(choice, by="record")
+        taken = now.with_record(choice)
         left, right = list_sides(backend, taken, *how)
         return {
             shown.chosen: taken,

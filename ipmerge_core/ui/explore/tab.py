@@ -93,11 +93,14 @@ class PairView(NamedTuple):
     chosen: gr.State
     spectra: gr.Plot
 
-    def updates(self, opened: OpenedPair) -> Updates:
-        """Return the updates that show a pair; the figure of another pair's matrix is hidden."""
+    def updates(self, opened: OpenedPair, now: ChosenMerge | None = None) -> Updates:
+        """Return the updates that show a pair; the figure of another pair's matrix is hidden.
+
+        The method and the options of the merge that is chosen `now` stay chosen.
+        """
         return {
             self.layer_map: opened.content,
-            self.chosen: ChosenMerge(opened.content["id"], opened.choice),
+            self.chosen: (now or ChosenMerge()).opened(opened.content["id"], opened.choice),
             self.spectra: gr.update(visible=False),
         }
 
@@ -136,12 +139,12 @@ def explore_tab(
     view = PairView(layer_map, chosen, spectra)
 
     # handlers
-    def show_pair(pack_id: str | None) -> Updates:
-        return view.updates(open_pair(pack_id, is_running))
+    def show_pair(pack_id: str | None, now: ChosenMerge) -> Updates:
+        return view.updates(open_pair(pack_id, is_running), now)
 
-    def follow_link(event: gr.EventData) -> Updates:
+    def follow_link(now: ChosenMerge, event: gr.EventData) -> Updates:
         pack_id = str(event._data.get("pack"))
-        shown = show_pair(pack_id)
+        shown = show_pair(pack_id, now)
         return {pair: gr.update(choices=pair_choices(is_running, pack_id), value=pack_id), **shown}
 
     def keep_plan(pack_id: str, now: ChosenMerge, event: gr.EventData) -> ChosenMerge:
@@ -158,14 +161,14 @@ def explore_tab(
     # wiring
     opened = pair.input(
         show_errors(show_pair),
-        pair,
+        [pair, chosen],
         [*view],
         show_progress_on=[pair],
         api_visibility="private",
     )
     layer_map.packselect(
         show_errors(follow_link),
-        None,
+        chosen,
         [pair, *view],
         show_progress="hidden",
         api_visibility="private",

@@ -15,6 +15,7 @@ import gradio as gr
 
 from ipmerge_core.planning.options import Option
 from ipmerge_core.ui.errors import QUIET
+from ipmerge_core.ui.finished_merges import method_label
 from ipmerge_core.ui.formula import formula_html
 from ipmerge_core.ui.method_choice import EXPLORED, FIELDS, MethodChoice, Value
 from ipmerge_core.ui.safe_text import as_html
@@ -36,6 +37,12 @@ class MethodForm(NamedTuple):
 
     changed: Dependency  # another method was chosen and stored
     data: gr.Column
+    options: dict[str, gr.Dropdown | gr.Textbox]  # by name
+
+    def filled(self, how: MethodChoice) -> dict[Any, str]:
+        """Return the updates of the option fields that show a choice."""
+        usual = {option.name: _unset(option) for option in FIELDS}
+        return {field: how.options.get(name, usual[name]) for name, field in self.options.items()}
 
 
 def method_names() -> gr.Dropdown:
@@ -86,9 +93,10 @@ def method_form(
         gr.Accordion("Advanced: scope and anchor", open=False),
         gr.Row(elem_classes="fields"),
     ):
-        for option in FIELDS:
-            _keep(_option_field(option), partial(with_option, option.name), method, gate, choose)
-    return MethodForm(changed, data)
+        options = {option.name: _option_field(option) for option in FIELDS}
+        for option_name, field in options.items():
+            _keep(field, partial(with_option, option_name), method, gate, choose)
+    return MethodForm(changed, data, options)
 
 
 def _keep(
@@ -104,6 +112,13 @@ def _keep(
         keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
     )
     gate.check_after(choose(change.then).then)
+
+
+def named_choices(name: str) -> dict[str, Any]:
+    """Return the update of the dropdown that selects a method before all of them are listed."""
+    rest = [(method_label(name), name)] if name else []
+    update: dict[str, Any] = gr.update(choices=[(EXPLORED_LABEL, EXPLORED), *rest], value=name)
+    return update
 
 
 def list_methods() -> dict[str, Any]:
@@ -194,6 +209,11 @@ def _slides(parameter: Parameter) -> tuple[float, float] | None:
     fits = parameter.kind == "float" and not parameter.optional and isinstance(default, float)
     tiny = isinstance(default, float) and 0 < default < _SLIDER_STEP
     return parameter.bounds.slides if fits and not tiny else None
+
+
+def _unset(option: Option) -> str:
+    """Return the value of a field whose option is not set."""
+    return "keep" if "keep" in option.choices else OWN
 
 
 def _option_field(option: Option) -> gr.Dropdown | gr.Textbox:

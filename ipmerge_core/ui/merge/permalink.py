@@ -1,13 +1,13 @@
 """Add the chosen merge to the permalink: the method and the options, after the map's plan.
 
-In: the query of the page's address when it is opened, and later the chosen merge. Out: the method
-in the form of the Merge tab and in the session's `ChosenMerge`; the link's part, which the layer
-map writes into the address with its own.
+In: the query of the page's address when it is opened, and later the chosen merge. Out: the
+session's `ChosenMerge` with the method of the link; the link's part, which the layer map writes
+into the address with its own.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -19,14 +19,10 @@ from ipmerge_core.ui.chosen_merge import (
     read_link_part,
 )
 from ipmerge_core.ui.errors import QUIET
-from ipmerge_core.ui.finished_merges import method_label
-from ipmerge_core.ui.merge.method_form import EXPLORED_LABEL
-from ipmerge_core.ui.method_choice import EXPLORED
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
-    from ipmerge_core.ui.runs import Updates
 
 _MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
 # The link is read once the map has read its own part, so that no answer overwrites the other.
@@ -62,40 +58,27 @@ class Permalink:
             None, self._part, None, js=_SPEAK, queue=False, **QUIET
         )
 
-    def read_into(self, app: gr.Blocks, method: gr.State, named: gr.Dropdown) -> None:
-        """Fill the form of the Merge tab from the address when the page is opened.
+    def read(self, app: gr.Blocks) -> None:
+        """Choose the merge of the address when the page is opened.
 
-        Args:
-            app: the app, whose load event comes with the address.
-            method: holds the form's MethodChoice.
-            named: the dropdown of the method.
+        The form of the Merge tab shows it when it is opened. `app` has the load event.
         """
 
-        def read(asked: str, now: ChosenMerge) -> Updates:
-            has_part = f"{METHOD_KEY}=" in asked or f"&{OPTION_KEY}" in asked
-            how, wrong = read_link_part(asked) if has_part else (now.method, [])
-            said: Updates = {self._problems: "; ".join(wrong)}
-            if how == now.method:
-                return said
-            filled = {method: how, named: _listed(how.name)}
-            return {**said, **filled, self._chosen: now.with_method(how)}
+        def read(asked: str, now: ChosenMerge) -> tuple[str, ChosenMerge]:
+            if f"{METHOD_KEY}=" not in asked and f"&{OPTION_KEY}" not in asked:
+                return "", now
+            how, wrong = read_link_part(asked)
+            return "; ".join(wrong), now.with_method(how)
 
         asked = app.load(None, None, self._query, js=_QUERY, queue=False, **QUIET)
         found = asked.then(
             read,
             [self._query, self._chosen],
-            [self._problems, self._chosen, method, named],
+            [self._problems, self._chosen],
             queue=False,
             **QUIET,
         )
         found.then(None, self._problems, None, js=_COMPLAIN, queue=False, **QUIET)
-
-
-def _listed(name: str) -> dict[str, Any]:
-    """Return the update of the dropdown, which lists all methods when the tab is opened."""
-    rest = [(method_label(name), name)] if name else []
-    update: dict[str, Any] = gr.update(choices=[(EXPLORED_LABEL, EXPLORED), *rest], value=name)
-    return update
 
 
 def _hidden(elem_id: str) -> gr.Textbox:

@@ -26,6 +26,7 @@ from ipmerge_core.ui.merge.method_form import (
     list_methods,
     method_form,
     method_names,
+    named_choices,
     with_method,
 )
 from ipmerge_core.ui.merge.permalink import Permalink
@@ -118,6 +119,10 @@ def merge_tab(
         link.write_after(formed)
         return formed
 
+    def follow(now: ChosenMerge) -> Updates:
+        listed = named_choices(now.method.name)
+        return {named: listed, method: now.method, **form.filled(now.method)}
+
     with steps.form:
         form = method_form(named, method, gate, choose)
         shows = calibration_form(
@@ -131,22 +136,19 @@ def merge_tab(
     gate.disable_on(tab.select, first=True)
     started = _wire_run(app, backend, steps, gate, chosen, job, tab)
     opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
-    # The method that is named is the chosen one, wherever it was chosen.
-    known = after_commits(opened.then, pair).then(_named, choice, named, queue=False, **QUIET)
+    # The form shows the chosen merge, wherever it was chosen.
+    fields = [named, method, *form.options.values()]
+    known = after_commits(opened.then, pair).then(follow, choice, fields, queue=False, **QUIET)
     checked = gate.check_after(shows(known).then)
     checked.then(chosen_line, choice, line, **QUIET)
     filled = checked.then(list_methods, None, named, **QUIET)
     filled.then(lambda: list_devices(backend), None, steps.device, **QUIET)
-    link.read_into(app, method, named)
+    link.read(app)
     return MergeTab(started, steps.try_it, gate)
 
 
 def _with_form(chosen: ChosenMerge, how: MethodChoice, named: str | None) -> ChosenMerge:
     return chosen.with_method(with_method(how, named))
-
-
-def _named(chosen: ChosenMerge) -> str:
-    return chosen.method.name
 
 
 def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:

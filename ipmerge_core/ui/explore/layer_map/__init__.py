@@ -63,7 +63,7 @@ def _without_paths(pack: Mapping[str, Any]) -> dict[str, Any]:
         if not source:
             return source
         path = Path(source["id"])
-        return {**source, "id": path.name if path.is_absolute() else source["id"]}
+        return {**source, "id": path.name if path.is_absolute() else str(path)}
 
     return {**pack, "sources": {role: named(one) for role, one in pack["sources"].items()}}
 

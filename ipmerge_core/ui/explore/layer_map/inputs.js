@@ -65,8 +65,7 @@ export function numberDone(map, input) {
     return;
   }
   const { s, lambda } = map.state.plan, isS = input.dataset.number === "s";
-  commit(map);
-  map.set({ typing: input });
+  commit(map, "", input);
   setText(map.dom.status, markWrong(input, noteOf(map, input), isS ? "Sα" : "λ", isS ? thresholdText(s) : lambdaText(lambda)));
 }
 

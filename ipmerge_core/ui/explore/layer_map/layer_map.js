@@ -86,7 +86,7 @@ function handle(map) {
       rememberLink(map.state);
     },
     /** @param {string} problems Of that part of the link. */
-    complain: (problems) => complain(map, problemWords([problems])),
+    complain: (problems) => complain(map, map.dom.notice.hidden ? problemWords([problems]) : `Also: ${problems}.`),
     isPainted: () => !map.painter.isWaiting,
     timings: map.painter.timings,
   }, Object.fromEntries(fields));

@@ -47,9 +47,10 @@ export function startDrag(map) {
  *
  * @param {LayerMap} map
  * @param {string} [words] Announced before the sentence.
+ * @param {HTMLInputElement | null} [typing] A number field whose text stays as it is.
  */
-export function commit(map, words = "") {
-  map.set({ dragging: false, typing: null });
+export function commit(map, words = "", typing = null) {
+  map.set({ dragging: false, typing });
   const { plan, committed, past } = map.state;
   if (samePlan(plan, committed)) {
     map.painter.now();
