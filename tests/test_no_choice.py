@@ -14,6 +14,9 @@ from gradio.state_holder import SessionState
 from ipmerge_core.ui.app import build_app
 from ipmerge_core.ui.backend import Backend
 
+# Gradio leaves event loops open.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+MAP_EVENTS = ("commit", "cellselect", "packselect")  # they have data of their own
 CHOICES = (gr.Dropdown, gr.Radio, gr.CheckboxGroup, gr.File, gr.MultimodalTextbox)
 
 
@@ -31,7 +34,7 @@ def functions(app: gr.Blocks) -> list[tuple[BlockFunction, int]]:
     return [
         (each, place)
         for each in app.fns.values()
-        if each.fn is not None
+        if each.fn is not None and each.targets[0][1] not in MAP_EVENTS
         for place, component in enumerate(each.inputs)
         if isinstance(component, CHOICES)
     ]
@@ -40,6 +43,8 @@ def functions(app: gr.Blocks) -> list[tuple[BlockFunction, int]]:
 def default(component: Any) -> Any:
     if isinstance(component, gr.State):
         return None  # the session has its value
+    if isinstance(component, gr.Textbox) and component.value is None:
+        return ""
     return component.postprocess(component.value) if component.value is not None else None
 
 

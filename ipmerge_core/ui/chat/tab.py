@@ -377,7 +377,7 @@ def _new_turn(asked: Question, image: str | None, reference: Reference | None) -
     """Return a turn without answers."""
     sides = new_sides(asked.left, asked.right)
     name = pair_name(asked.pack_id)
-    return Turn(asked.text, image, name, asked.pack_id, *sides, reference)
+    return Turn(asked.text, image, name, *sides, reference, pack_id=asked.pack_id)
 
 
 def _question(  # the components of the tab, in order

@@ -27,12 +27,12 @@ class Turn:
     question: str
     image: str | None
     pair: str  # name of the pair of models
-    pack_id: str = ""
     left: Side = field(default_factory=lambda: Side("Base"))
     right: Side = field(default_factory=lambda: Side("Merged"))
     reference: Reference | None = None
     recorded: str = ""  # the date of a recorded example
     choice: PlanChoice | None = None  # the plan of a recorded example
+    pack_id: str = ""
 
     @property
     def is_over(self) -> bool:

@@ -160,7 +160,7 @@ def _number(text: str) -> float | str | None:
         return text
 
 
-def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
+def with_option(option: str, choice: MethodChoice, value: str | None) -> MethodChoice:
     """Return the choice with one option set, or removed if the text is empty.
 
     >>> with_option("include", MethodChoice(options={"norms": "merge"}), " mlp ").options
@@ -169,7 +169,8 @@ def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
     {}
     """
     rest = {name: text for name, text in choice.options.items() if name != option}
-    return choice._replace(options={**rest, option: value.strip()} if value.strip() else rest)
+    value = (value or "").strip()
+    return choice._replace(options={**rest, option: value} if value else rest)
 
 
 def _field(
