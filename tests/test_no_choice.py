@@ -34,7 +34,7 @@ def functions(app: gr.Blocks) -> list[tuple[BlockFunction, int]]:
     return [
         (each, place)
         for each in app.fns.values()
-        if each.fn is not None and each.targets[0][1] not in MAP_EVENTS
+        if each.fn is not None and not {event for _, event in each.targets} & set(MAP_EVENTS)
         for place, component in enumerate(each.inputs)
         if isinstance(component, CHOICES)
     ]

@@ -168,7 +168,9 @@ def test_no_text_has_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tmp_path:
         analysis_of("pack").save(place / "packs" / "mine.pack.json.gz")
         how = MethodChoice("regmean", calibration=str(place / "calibrations" / "of mine"))
         for method in (MethodChoice(), how):
-            texts = snippets_of(ChosenMerge("packs-mine", PlanChoice(), method), "http://a")
+            texts = snippets_of(
+                ChosenMerge("packs-mine", PlanChoice(), method), "http://127.0.0.1:1"
+            )
             assert str(tmp_path) not in "".join(texts)
             assert shown in texts.shell
             assert shown in texts.python

@@ -12,13 +12,14 @@ from ipmerge_core.ui.safe_text import as_html
 
 _SIGNS = {
     "sum": "∑",
+    "argmin": "argmin",
     "lambda": "λ",
     "rho": "ρ",
     "gamma": "γ",
 }
 # A letter, dX or a Greek name with its index and its power; an index has no space in it.
 _SYMBOL = re.compile(
-    r"(?<![A-Za-z])(dW|sum|lambda|rho|gamma|[A-Za-z])(0?)('?)"
+    r"(?<![A-Za-z])(dW|sum|argmin|lambda|rho|gamma|[A-Za-z])(0?)('?)"
     r"(?![A-Za-z0-9])(?:_([A-Za-z0-9](?:,[A-Za-z])?)(?![A-Za-z0-9]))?(?:\^(T|-?\d))?"
 )
 _POWER = re.compile(r"(?<=[)|])\^(T|-?\d)")
