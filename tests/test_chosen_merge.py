@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ipmerge_core import METHODS, make_plan
 from ipmerge_core.errors import PlanError
+from ipmerge_core.planning.description import facts_of
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.ui.chosen_merge import (
     ChosenMerge,
@@ -40,18 +41,9 @@ def finished(plan: MergePlan) -> FinishedMerge:
     """The finished merge of a plan, with the manifest that is written for it."""
     from ipmerge_core.merging.provenance import Provenance
 
-    content = {
-        "hash": plan.hash,
-        "method": plan.method,
-        "parameters": dict(plan.parameters),
-        "similarity": plan.similarity,
-        "similarity_threshold": plan.similarity_threshold,
-        **plan.options.to_dict(),
-    }
-    read = json.loads(json.dumps(content))
-    return FinishedMerge(
-        "run", Path("/x/mine"), Provenance(plan.hash, plan.method, plan.sources, read)
-    )
+    read = json.loads(json.dumps(facts_of(plan)))
+    made = Provenance(plan.hash, plan.method, plan.sources, plan.digest, content=read)
+    return FinishedMerge("run", Path("/x/mine"), made)
 
 
 # --- the last choice counts ------------------------------------------------------------------
@@ -163,11 +155,35 @@ def test_the_recipe_of_a_finished_merge_gives_its_plan(name):
     assert (merged.map_plan is None) == (name != "ip_merging")
 
 
-def test_another_update_of_ip_merging_is_a_method_with_its_threshold():
+def test_parameters_that_explore_does_not_set_are_values_of_its_plan():
     plan = make_plan(analysis_of(PACK), similarity_threshold=0.25, projector="top_k", top_k=3)
-    recipe = recipe_of(finished(plan).made.content)
-    assert recipe.method.name == "ip_merging"
-    assert ChosenMerge(PACK).with_merge(finished(plan)).make_plan().digest == plan.digest
+    values = {"projector": "top_k", "top_k": 3}
+    assert recipe_of(finished(plan).made.content) == (PlanChoice(0.25), MethodChoice(values=values))
+    merged = ChosenMerge(PACK).with_merge(finished(plan))
+    assert merged.make_plan().digest == plan.digest
+    assert merged.map_plan is None  # the map draws another update
+    assert "projector top_k, top_k 3" in name_of(ChosenMerge(PACK, *merged.recipe))
+
+
+def test_what_explore_cannot_set_is_a_method_with_its_threshold():
+    names = [record.name for record in analysis_of(PACK).records]
+    rules = {"overrides": {names[0]: "keep"}}
+    over = make_plan(analysis_of(PACK), lambda_=40.0, similarity_threshold=0.25, **rules)
+    for plan in (over, make_plan(analysis_of(PACK), "ties", **rules)):
+        merged = ChosenMerge(PACK).with_merge(finished(plan))
+        assert merged.recipe.method.name == plan.method
+        assert merged.make_plan().digest == plan.digest
+
+
+def test_the_parameters_of_the_form_stay_with_the_plan_of_the_map():
+    values = {"temperature": 0.5, "rank": 8}
+    formed = ChosenMerge(PACK).with_method(MethodChoice(values=values))
+    moved = formed.with_plan(PlanChoice(0.6))
+    assert (moved.plan, moved.method.values) == (PlanChoice(0.6), values)
+    assert dict(moved.make_plan().parameters).items() >= values.items()
+    assert read_link_part(f"?v=1&s=0.6&{link_part(moved)}") == (moved.method, [])
+    assert not formed.with_method(TIES).with_plan(PlanChoice()).method.values
+    assert formed.with_record(PlanChoice()).method == MethodChoice()
 
 
 # --- the link --------------------------------------------------------------------------------

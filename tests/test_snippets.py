@@ -16,7 +16,7 @@ from playwright.sync_api import Page, expect
 
 from ipmerge_core.cli import main
 from ipmerge_core.planning.plan import MergePlan, make_plan
-from ipmerge_core.ui.chosen_merge import ChosenMerge
+from ipmerge_core.ui.chosen_merge import ChosenMerge, Recipe
 from ipmerge_core.ui.cite.snippets import Snippets, bibtex_of, page_address, snippets_of
 from ipmerge_core.ui.method_choice import MethodChoice
 from ipmerge_core.ui.pairs import load_pack
@@ -42,13 +42,17 @@ MERGES = {
     "dare": ChosenMerge(
         "pack", PlanChoice(), MethodChoice("dare_linear", {"seed": 7, "rescale": "l1"})
     ),
-    "top directions": ChosenMerge(  # of a finished merge: the map has no such update
+    "top directions": ChosenMerge(
+        "pack", PlanChoice(0.25, 2.5), MethodChoice(values={"projector": "top_k", "top_k": 4})
+    ),
+    "large": ChosenMerge(  # of a finished merge: Explore has no such factor
         "pack",
         PlanChoice(),
-        MethodChoice(
-            "ip_merging",
-            {"projector": "top_k", "top_k": 4, "lambda_": 2.5, "similarity_threshold": 0.25},
-        ),
+        MethodChoice("ip_merging", {"lambda_": 40.0, "similarity_threshold": 0.25}),
+    ),
+    "rules": ChosenMerge(  # of a finished merge
+        "pack",
+        made=Recipe(PlanChoice(overrides={NAMES[0]: "keep"}), MethodChoice("ties", {"density": 0.5})),
     ),
 }
 
@@ -116,10 +120,12 @@ def test_the_snippets_run_to_the_merged_model(in_repository: Path, name: str):
     assert list((in_repository / "merged-model").glob("*.safetensors"))
 
 
-def test_the_client_and_curl_snippets_get_the_same_plan_from_the_app(tmp_path: Path, served: str):
-    choice = CHOICES["by hand"]
-    expected = plan_of("pack", choice).hash
-    texts = snippets_of(MERGES["by hand"], served)
+@pytest.mark.parametrize("name", [name for name in MERGES if name != "large"])
+def test_the_client_and_curl_snippets_get_the_same_plan_from_the_app(
+    tmp_path: Path, served: str, name: str
+):
+    expected = MERGES[name].make_plan().hash
+    texts = snippets_of(MERGES[name], served)
     assert run(tmp_path, sys.executable, "-c", texts.client).splitlines()[-1].startswith(expected)
     assert f'"hash": "{expected}"' in run(tmp_path, "bash", "-ec", texts.curl)
 

@@ -19,8 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import CheckpointError, PairingError
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.paths import expand_path
 
 Kind: TypeAlias = Literal["gram", "fisher"]
 RECORD = "calibration.json"
@@ -39,6 +41,10 @@ class Identified(Protocol):
     def fingerprint(self) -> str:
         """Hash of the weights."""
 
+    @property
+    def content(self) -> str | None:
+        """Hash of more of the weights; None if unknown."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -56,6 +62,7 @@ class Measured:
     norm: float
     places: dict[str, tuple[str, str]]
     mean: float | None = None
+    content: str | None = None  # see `Source.content`
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Measurements:
 
         Raises: CheckpointError if there is none, or its version is not supported.
         """
-        folder = Path(folder).expanduser()
+        folder = expand_path(folder)
         try:
             content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             if (content["format"], content["version"]) != (_FORMAT, _VERSION):
@@ -127,7 +134,8 @@ class Measurements:
                 f"{len(models) - 1} are merged. Calibrate these models together."
             )
         for measured, model in zip(self.models, models, strict=True):
-            if measured.fingerprint != model.fingerprint:
+            known = Source(measured.id, None, measured.fingerprint, measured.content)
+            if known.differs_from(model.fingerprint, model.content):
                 raise PairingError(
                     f"The weights of '{model.id}' have changed since the calibration "
                     f"'{self.folder}' (fingerprint {measured.fingerprint[:8]}, now "

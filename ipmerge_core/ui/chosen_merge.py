@@ -15,18 +15,24 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from ipmerge_core.errors import IPMergeError, PlanError
-from ipmerge_core.planning.options import ANCHORS
+from ipmerge_core.planning.options import ANCHORS, shown
 from ipmerge_core.ui.errors import sentence_of
 from ipmerge_core.ui.finished_merges import FinishedMerge, method_label
-from ipmerge_core.ui.method_choice import FIELDS, MethodChoice, Value, chosen_plan
+from ipmerge_core.ui.method_choice import (
+    EXPLORED_METHOD,
+    FIELDS,
+    SET_IN_EXPLORE,
+    MethodChoice,
+    Value,
+    chosen_plan,
+    parameters_of,
+)
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, pair_name
 from ipmerge_core.ui.plan_choice import (
     LARGEST_LAMBDA,
     VARIANTS,
     PlanChoice,
     describe_choice,
-    exact,
-    shown_path,
 )
 from ipmerge_core.ui.safe_text import as_html
 
@@ -45,7 +51,10 @@ LONGEST_VALUE = 200  # characters of a value in a link
 
 
 class Recipe(NamedTuple):
-    """What determines a plan of a pair: the choices of the map, the method and its options."""
+    """What determines a plan of a pair: the choices of the map, the method and its options.
+
+    Of the choices of the map, only the rules by matrix apply to another method.
+    """
 
     plan: PlanChoice
     method: MethodChoice
@@ -74,7 +83,9 @@ class ChosenMerge:
     @property
     def recipe(self) -> Recipe:
         """What the plan is made of."""
-        return self.made or Recipe(self.plan, self.method)
+        if self.made is not None:
+            return self.made
+        return Recipe(PlanChoice() if self.method.name else self.plan, self.method)
 
     @property
     def run(self) -> str:
@@ -83,13 +94,14 @@ class ChosenMerge:
 
     @property
     def map_plan(self) -> PlanChoice | None:
-        """The plan as the map draws it; None for a method other than the map's."""
+        """The plan as the map draws it; None for another method, or parameters that are its own."""
         plan, method = self.recipe
-        return None if method.name else plan
+        return None if method.name or method.values else plan
 
     def with_plan(self, plan: PlanChoice) -> ChosenMerge:
-        """Choose a plan of the map; the options of the form stay, its method does not."""
-        method = MethodChoice(options=self.method.options)
+        """Choose a plan of the map; what the form sets beside it stays, another method does not."""
+        values = {} if self.method.name else self.method.values
+        method = MethodChoice(values=values, options=self.method.options)
         return ChosenMerge(self.pack_id, plan, method, "explore")
 
     def with_record(self, plan: PlanChoice) -> ChosenMerge:
@@ -124,7 +136,8 @@ class ChosenMerge:
     def make_plan(self) -> MergePlan:
         """Make the plan. Raises: PlanError."""
         plan, method = self.recipe
-        return chosen_plan(self.pack_id, plan, method)
+        rules = {"overrides": plan.overrides} if method.name and plan.overrides else {}
+        return chosen_plan(self.pack_id, plan, method, **rules)
 
 
 # --- names and descriptions ------------------------------------------------------------------
@@ -141,8 +154,9 @@ def name_of(chosen: ChosenMerge, plan: str = "") -> str:
     choice, method = chosen.recipe
     label = method_label(method.name) if method.name else "IP-Merging"  # without torch
     words = [label, *([] if method.name else [describe_choice(choice)])]
-    words += [f"{name.rstrip('_')} {exact(value)}" for name, value in method.values.items()]
+    words += [f"{name.rstrip('_')} {shown(value)}" for name, value in method.values.items()]
     words += [f"{name.replace('_', ' ')} {value}" for name, value in method.options.items()]
+    words += [f"{len(choice.overrides)} set by hand"] if method.name and choice.overrides else []
     named = [PLACES[chosen.by], ", ".join(words), *([f"plan {plan}"] if plan else [])]
     return " · ".join(named)
 
@@ -155,31 +169,24 @@ def digest_of(chosen: ChosenMerge) -> str:
 def describe(chosen: ChosenMerge) -> dict[str, str]:
     """Describe the chosen merge in full, by display name. Raises: PlanError."""
     from ipmerge_core.methods import find_method
+    from ipmerge_core.planning.description import describe_selection, settings_of
 
     plan = chosen.make_plan()
-    options, method = plan.options, find_method(plan.method)
-    selection = {"similarity threshold": plan.similarity_threshold, "similarity": plan.similarity}
-    settings = {
-        name: exact(value)
-        for name, value in {**selection, **plan.parameters}.items()
-        if value is not None
-    }
-    scope = [f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices", *plan.extras]
-    scope += [f"include '{options.include}'"] if options.include else []
-    scope += [f"exclude '{options.exclude}'"] if options.exclude else []
-    gains = " ".join(exact(gain) for gain in options.layer_gains)
-    calibration = plan.calibration
+    method, settings = find_method(plan.method), settings_of(plan)
+    options = plan.options.describe()
+    patterns = [f"{name} '{options[name]}'" for name in ("include", "exclude") if name in options]
+    rules = [f"overrides {options['overrides']}"] if "overrides" in options else []
+    elsewhere = {*options, "calibration"}
+    own = {name: text for name, text in settings.items() if name not in elsewhere}
     return {
         "Pair": plan.name,
         "Chosen": name_of(chosen, chosen.merge.made.plan if chosen.merge else plan.hash),
         "Method": f"{method.label} ({method.source})",
-        "Parameters": ", ".join(f"{name.rstrip('_')} {text}" for name, text in settings.items()),
-        "Scope": ", ".join(scope),
+        "Parameters": ", ".join(f"{name} {text}" for name, text in own.items() if text != "none"),
+        "Scope": ", ".join([describe_selection(plan), *plan.extras, *patterns, *rules]),
         "Anchor": f"{ANCHORS[plan.anchor]} ({plan.anchor})",
-        "Layer gains": gains or "none",
-        "Calibration": f"{shown_path(calibration.folder)}, digest {calibration.digest[:8]}"
-        if calibration
-        else "none",
+        "Layer gains": settings.get("layer gains", "none"),
+        "Calibration": settings.get("calibration", "none"),
     }
 
 
@@ -208,27 +215,31 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
     from ipmerge_core.methods import find_method
 
     method = find_method(str(content["method"]))
-    found = content.get("parameters") or {}
-    known = {parameter.name: parameter.default for parameter in method.parameters}
-    values = {name: found[name] for name in known if name in found and found[name] != known[name]}
-    choice = _map_choice(content, values) if method.name == "ip_merging" else None
+    found, analysed = content.get("parameters") or {}, content.get("analysed") or {}
+    usual = {parameter.name: parameter.default for parameter in method.parameters}
+    usual |= {name: analysed.get(name, usual[name]) for name in method.from_analysis}
+    values = {name: found[name] for name in usual if name in found and found[name] != usual[name]}
+    choice = _map_choice(content, values) if method.name == EXPLORED_METHOD else None
     options = {
         option.name: _text(content[option.name])
         for option in FIELDS
         if content.get(option.name) not in (None, option.default, list(option.default or ()))
     }
     if choice is not None:
-        return Recipe(choice, MethodChoice(options=options))
+        values = {name: value for name, value in values.items() if name not in SET_IN_EXPLORE}
+        return Recipe(choice, MethodChoice(values=values, options=options))
     selects = ("similarity", "similarity_threshold") if method.needs_analysis else ()
     values |= {name: content[name] for name in selects if content.get(name) is not None}
     calibration = content.get("calibration") or {}
     folder = str(calibration.get("folder", "")) if isinstance(calibration, Mapping) else ""
-    return Recipe(PlanChoice(), MethodChoice(method.name, values, options, folder))
+    rules = PlanChoice(overrides=dict(content.get("overrides") or {}))
+    return Recipe(rules, MethodChoice(method.name, values, options, folder))
 
 
 def _map_choice(content: Mapping[str, Any], values: Mapping[str, Any]) -> PlanChoice | None:
-    """Return the plan as the map draws it, or None if the map has no such plan."""
-    rest = {name: value for name, value in values.items() if name != "lambda_"}
+    """Return the plan as Explore sets it, or None if it cannot be set there."""
+    own = {name: value for name, value in values.items() if name in SET_IN_EXPLORE}
+    rest = {name: value for name, value in own.items() if name != "lambda_"}
     variant = next((name for name, differs in VARIANTS.items() if dict(differs) == rest), None)
     lambda_ = values.get("lambda_", 1.0)
     if variant is None or lambda_ > LARGEST_LAMBDA or content.get("similarity") is None:
@@ -244,14 +255,14 @@ def _map_choice(content: Mapping[str, Any], values: Mapping[str, Any]) -> PlanCh
 
 def _text(value: object) -> str:
     """Return an option's value as the form's text."""
-    return " ".join(map(exact, value)) if isinstance(value, list | tuple) else str(value)
+    return " ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
 # --- the permalink ---------------------------------------------------------------------------
 
 
 def link_part(chosen: ChosenMerge) -> str:
-    """Return the part of the permalink that the map does not write: the method and the options.
+    """Return the part of the permalink that the map does not write: method, values and options.
 
     >>> link_part(ChosenMerge(method=MethodChoice("ties", {"density": 0.25}, {"norms": "merge"})))
     'method=ties&p.density=0.25&o.norms=merge'
@@ -290,9 +301,7 @@ def read_link_part(query: str) -> tuple[MethodChoice, list[str]]:
 
 
 def _link_value(method: str, name: str, text: str) -> dict[str, Value]:
-    from ipmerge_core.methods import METHODS
-
-    known = {each.name: each for each in METHODS[method].parameters} if method else {}
+    known = {each.name: each for each in parameters_of(method)}
     if name not in known:
         raise PlanError(f"the method has no parameter {name[:40]!r}")
     try:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
+from ipmerge_core.planning.options import shown
+from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.host import is_hosted
 from ipmerge_core.spectral.kinds import SIMILARITIES
 from ipmerge_core.ui.pairs import ROOT, find_pack
@@ -151,7 +153,7 @@ def describe_choice(choice: PlanChoice) -> str:
     >>> describe_choice(PlanChoice(0.1, 4.0, variant="max"))
     'Sα 0.1, λ 4, γ max'
     """
-    words = [f"Sα {exact(choice.similarity_threshold)}", f"λ {exact(choice.lambda_)}"]
+    words = [f"Sα {shown(choice.similarity_threshold)}", f"λ {shown(choice.lambda_)}"]
     if choice.similarity != "first":
         words.append(f"similarity {choice.similarity}")
     if choice.variant != "sum":
@@ -159,17 +161,6 @@ def describe_choice(choice: PlanChoice) -> str:
     if choice.overrides:
         words.append(f"{len(choice.overrides)} set by hand")
     return ", ".join(words)
-
-
-def exact(value: object) -> str:
-    """Return a value as text without loss: a float with all its digits.
-
-    >>> exact(0.1 + 0.2), exact(4.0), exact(None), exact("first")
-    ('0.30000000000000004', '4', 'none', 'first')
-    """
-    if isinstance(value, float):
-        return repr(value).removesuffix(".0")
-    return "none" if value is None else str(value)
 
 
 def shown_path(path: str | Path) -> str:
@@ -199,9 +190,9 @@ def choice_digest(pack_id: str, plan: MergePlan, device: str) -> str:
 def analysis_of(pack_id: str) -> Analysis:
     """Return a pair's analysis, read once per version of its file. Raises: PlanError."""
     path = find_pack(pack_id).path
-    return _load(path, path.stat().st_mtime_ns)
+    return _load(path, version_of(path))
 
 
 @lru_cache(maxsize=4)
-def _load(path: Path, _modified: int) -> Analysis:
+def _load(path: Path, _version: FileVersion) -> Analysis:
     return Analysis.load(path)

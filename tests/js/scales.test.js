@@ -4,7 +4,7 @@ import { test } from "node:test";
 
 import { lowestCosine } from "../../ipmerge_core/ui/explore/layer_map/curve.js";
 import { highestChange } from "../../ipmerge_core/ui/explore/layer_map/painting.js";
-import { bytes, count, fixed, lambdaText, percent, scientific, signed, thresholdText } from "../../ipmerge_core/ui/web/format.js";
+import { bytes, count, fixed, lambdaText, percent, scientific, signed } from "../../ipmerge_core/ui/web/format.js";
 import { DEFAULT_PLAN, LAMBDA_MAX } from "../../ipmerge_core/ui/web/plan.js";
 import { angles, indexPack, previewOf } from "../../ipmerge_core/ui/web/preview.js";
 import {
@@ -99,5 +99,4 @@ test("numbers are written with the digits they need", () => {
   assert.deepEqual([signed(0.5, 2), signed(-0.5, 2), signed(0, 1)], ["+0.50", "−0.50", "+0.0"]);
   assert.deepEqual([scientific(0), scientific(undefined), scientific(0.00012345)], ["0", "–", "0.0001234"]);
   assert.deepEqual([1, 0.30000000000000004, 31.999].map(lambdaText), ["1", "0.30000000000000004", "31.999"]);
-  assert.deepEqual([0, 0.4, 0.1234, 1].map(thresholdText), ["0.000", "0.400", "0.1234", "1.000"]);
 });

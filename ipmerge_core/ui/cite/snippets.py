@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ipmerge_core.models.files import is_hub_id
-from ipmerge_core.planning.options import PlanOptions
+from ipmerge_core.planning.choice_file import FORMAT, VERSION
+from ipmerge_core.planning.options import PlanOptions, shown
 from ipmerge_core.runtime.host import space_host, space_id
 from ipmerge_core.ui.chosen_merge import ChosenMerge
-from ipmerge_core.ui.method_choice import MethodChoice
+from ipmerge_core.ui.method_choice import EXPLORED_METHOD, MethodChoice
 from ipmerge_core.ui.pairs import find_pack, load_pack
-from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, exact, shown_path
+from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, shown_path
 
 Json = dict[str, Any]
 IP_MERGING = """\
@@ -48,7 +49,7 @@ TASK_ARITHMETIC = """\
 
 
 NO_ENDPOINT = """\
-# The endpoints of this app take plans of IP-Merging without further options.
+# The endpoints of this app take what Explore and the Merge tab can set.
 # Use Python or the command line for this merge.
 """
 
@@ -69,14 +70,13 @@ def snippets_of(chosen: ChosenMerge, address: str) -> Snippets:
 
     Raises: PlanError for an unknown pair, or an option that is not valid.
     """
-    pack_id, (choice, method) = chosen.pack_id, chosen.recipe
-    pack = load_pack(pack_id)
-    file = shown_path(find_pack(pack_id).path)
-    has_endpoint = not method.name and not method.options
+    choice, method = chosen.recipe
+    pack = load_pack(chosen.pack_id)
+    file = shown_path(find_pack(chosen.pack_id).path)
     client, curl = NO_ENDPOINT, NO_ENDPOINT
-    if has_endpoint:
-        client = _client_text(pack_id, choice, space_id() or address)
-        curl = _curl_text(pack_id, choice, address)
+    if method.name != EXPLORED_METHOD:
+        client = _client_text(chosen, space_id() or address)
+        curl = _curl_text(chosen, address)
     return Snippets(
         json=_json_text(chosen, pack),
         python=_python_text(file, chosen),
@@ -93,9 +93,10 @@ def arguments_of(chosen: ChosenMerge) -> Json:
     options = PlanOptions.read(method.options).changed()
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
     if not method.name:
-        return {**choice.arguments, **options}
+        return {**choice.arguments, **method.values, **options}
     data = {"calibration": shown_path(method.calibration)} if method.calibration else {}
-    return {"method": method.name, **method.values, **options, **data}
+    rules = {"overrides": dict(choice.overrides)} if choice.overrides else {}
+    return {"method": method.name, **method.values, **options, **rules, **data}
 
 
 def page_address(referer: str) -> str:
@@ -134,22 +135,36 @@ def _source_of(method: str) -> str:
     return f"% The chosen method is {found.label}: {found.source}\n"
 
 
-def endpoint_values(pack_id: str, choice: PlanChoice) -> Json:
-    """Return the arguments of the endpoint `preview`, in its order."""
-    return {
-        "pack": pack_id,
+def endpoint_of(chosen: ChosenMerge) -> tuple[str, Json]:
+    """Return the endpoint that describes the merge, with its arguments in their order.
+
+    It is `preview` for a plan that the map draws, else `plan_check`: not every change is known
+    before the merge.
+    """
+    choice, method = chosen.recipe
+    values: Json = {
+        "pack": chosen.pack_id,
         "similarity_threshold": choice.similarity_threshold,
         "lambda_": choice.lambda_,
         "similarity": choice.similarity,
         "variant": choice.variant,
         "overrides": dict(choice.overrides),
     }
+    more: Json = {
+        "method": method.name or EXPLORED_METHOD,
+        "parameters": dict(method.values),
+        "options": dict(method.options),
+        "calibration": shown_path(method.calibration) if method.calibration else "",
+    }
+    if chosen.map_plan is None:
+        return "plan_check", {**values, "device": "auto", **more}
+    return "preview", values | (more if method.options else {})
 
 
 def _json_text(chosen: ChosenMerge, pack: Json) -> str:
     content: Json = {
-        "format": "ipmerge-choice",
-        "version": 1,
+        "format": FORMAT,
+        "version": VERSION,
         "pair": {
             "id": chosen.pack_id,
             **{key: pack[key] for key in ("name", "engine", "created", "parameters")},
@@ -195,8 +210,10 @@ def _python_path(value: object) -> str:
 
 
 def _shell_text(file: str, choice: PlanChoice, method: MethodChoice) -> str:
-    chosen = _method_flags(method) if method.name else _map_flags(choice)
-    lines = [f"ipmerge plan {_shell_path(file)}", *chosen, *_option_flags(method), "-o plan.json"]
+    chosen = [f"--method {method.name}"] if method.name else _map_flags(choice)
+    chosen += [*_value_flags(method), *_option_flags(method)]
+    rules = [f"--force-{rule} {shlex.quote(name)}" for name, rule in choice.overrides.items()]
+    lines = [f"ipmerge plan {_shell_path(file)}", *chosen, *rules, "-o plan.json"]
     made = " \\\n  ".join(lines) + "\nipmerge merge plan.json -o merged-model\n"
     return f"{_where(file)}{made}"
 
@@ -207,21 +224,20 @@ def _map_flags(choice: PlanChoice) -> list[str]:
         f"--lambda {choice.lambda_!r}",
         f"--similarity {choice.similarity}",
         *(f"--set {name}={value}" for name, value in VARIANTS[choice.variant].items()),
-        *(f"--force-{rule} {shlex.quote(name)}" for name, rule in choice.overrides.items()),
     ]
 
 
-def _method_flags(method: MethodChoice) -> list[str]:
+def _value_flags(method: MethodChoice) -> list[str]:
     own = {"similarity_threshold": "--similarity-threshold", "similarity": "--similarity"}
     own |= {"lambda_": "--lambda"}
     flags = [
-        f"{own[name]} {shlex.quote(exact(value))}"
+        f"{own[name]} {shlex.quote(shown(value))}"
         if name in own
-        else f"--set {shlex.quote(f'{name}={exact(value)}')}"
+        else f"--set {shlex.quote(f'{name}={shown(value)}')}"
         for name, value in method.values.items()
     ]
     data = [f"--calibration {_shell_path(shown_path(method.calibration))}"]
-    return [f"--method {method.name}", *flags, *(data if method.calibration else [])]
+    return [*flags, *(data if method.calibration else [])]
 
 
 def _option_flags(method: MethodChoice) -> list[str]:
@@ -236,20 +252,22 @@ def _shell_path(path: str) -> str:
     return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
 
 
-def _client_text(pack_id: str, choice: PlanChoice, address: str) -> str:
-    values = endpoint_values(pack_id, choice)
+def _client_text(chosen: ChosenMerge, address: str) -> str:
+    endpoint, values = endpoint_of(chosen)
     arguments = "".join(f"    {key}={value!r},\n" for key, value in values.items())
+    second = "relative_change" if endpoint == "preview" else "ready"
     return (
         "from gradio_client import Client\n\n"
         f"client = Client({address!r})\n"
-        f'preview = client.predict(\n{arguments}    api_name="/preview",\n)\n'
-        'print(preview["hash"], preview["relative_change"])\n'
+        f'found = client.predict(\n{arguments}    api_name="/{endpoint}",\n)\n'
+        f'print(found["hash"], found["{second}"])\n'
     )
 
 
-def _curl_text(pack_id: str, choice: PlanChoice, address: str) -> str:
-    data = json.dumps({"data": list(endpoint_values(pack_id, choice).values())})
-    url = shlex.quote(f"{address}/gradio_api/call/preview")
+def _curl_text(chosen: ChosenMerge, address: str) -> str:
+    endpoint, values = endpoint_of(chosen)
+    data = json.dumps({"data": list(values.values())})
+    url = shlex.quote(f"{address}/gradio_api/call/{endpoint}")
     return (
         f"EVENT=$(curl -s {url} \\\n"
         '  -H "Content-Type: application/json" \\\n'

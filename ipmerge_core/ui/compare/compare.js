@@ -3,7 +3,7 @@
 // layers correspond to A's by relative depth. Nothing asks the server.
 
 import { node, part, parts, setText } from "../web/dom.js";
-import { count, fixed, lambdaText, percent, thresholdText } from "../web/format.js";
+import { count, fixed, lambdaText, percent } from "../web/format.js";
 import { Grid } from "../web/grid.js";
 import { KEPT_EVENT } from "../web/memory.js";
 import { markUsable } from "../web/number_field.js";
@@ -11,6 +11,7 @@ import { samePlan } from "../web/plan.js";
 import { niceTop } from "../web/scales.js";
 import { createStore } from "../web/store.js";
 import { dataTable, listenToTables, refreshTables } from "../web/tables.js";
+import { thresholdText } from "../web/thresholds.js";
 import { listen } from "./events.js";
 import { paintPairs } from "./overlay.js";
 import { cellPairs, COLUMNS, differs, layerPairs, plainRow, tally, targetWords } from "./pairs.js";

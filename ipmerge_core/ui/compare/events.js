@@ -3,10 +3,11 @@
 
 import { closest, part, parts } from "../web/dom.js";
 import { targetOf } from "../web/grid.js";
-import { lambdaText, thresholdText } from "../web/format.js";
+import { lambdaText } from "../web/format.js";
 import { isUsable, markUsable, markWrong } from "../web/number_field.js";
 import { cleanPlan } from "../web/plan.js";
 import { tableAction } from "../web/tables.js";
+import { thresholdText } from "../web/thresholds.js";
 import { differs, mirrored } from "./pairs.js";
 import { withPlan } from "./sides.js";
 

@@ -7,17 +7,25 @@ method's signature when it is chosen. Values are checked by `make_plan`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ipmerge_core.planning.options import Option
+from ipmerge_core.planning.options import Option, shown
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.finished_merges import method_label
 from ipmerge_core.ui.formula import formula_html
-from ipmerge_core.ui.method_choice import EXPLORED, FIELDS, MethodChoice, Value
+from ipmerge_core.ui.method_choice import (
+    EXPLORED,
+    EXPLORED_METHOD,
+    FIELDS,
+    MethodChoice,
+    Value,
+    parameters_of,
+)
 from ipmerge_core.ui.safe_text import as_html
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
     from ipmerge_core.ui.runs import Listener
 
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
+AS_ANALYSED = "as in the analysis"
 _SLIDER_STEP = 0.01
 OWN = ""  # the choice that keeps the method's default
 
@@ -38,6 +47,7 @@ class MethodForm(NamedTuple):
     changed: Dependency  # another method was chosen and stored
     data: gr.Column
     options: dict[str, gr.Dropdown | gr.Textbox]  # by name
+    drawn: gr.State  # a number that redraws the method's fields when it changes
 
     def filled(self, how: MethodChoice) -> dict[Any, str]:
         """Return the updates of the option fields that show a choice."""
@@ -70,23 +80,27 @@ def method_form(
     stored = name.change(with_method, [method, name], method, queue=False, **QUIET)
     changed = choose(stored.then)
 
-    @gr.render(inputs=[name, method], triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
-    def fields(chosen: str, before: MethodChoice) -> None:
-        if not chosen:
-            return
+    drawn = gr.State(0)
+    shows = {"inputs": [name, method], "triggers": [name.change, drawn.change]}
+
+    @gr.render(**shows, show_progress="hidden")  # type: ignore[untyped-decorator]
+    def fields(chosen: str | None, before: MethodChoice) -> None:
         from ipmerge_core.methods import METHODS
 
-        found = METHODS.get(chosen)
+        chosen = chosen or EXPLORED
+        found = METHODS.get(chosen or EXPLORED_METHOD)
         if found is None:  # the check says so
             return
-        formula = f'<span class="formula-line">{formula_html(found.formula)}</span>'
-        gr.HTML(f"<p>{formula} ({as_html(found.source)})</p>", elem_id="method-formula")
-        with gr.Row(elem_classes="fields"):
-            for parameter in found.parameters:
-                keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
-                values = before.values if before.name == chosen else {}
-                value = values.get(parameter.name, parameter.default)
-                _keep(_field(parameter, value), keep, method, gate, choose)
+        values = before.values if before.name == chosen else {}
+        with _section(chosen, is_open=bool(values)):
+            formula = f'<span class="formula-line">{formula_html(found.formula)}</span>'
+            gr.HTML(f"<p>{formula} ({as_html(found.source)})</p>", elem_id="method-formula")
+            with gr.Row(elem_classes="fields"):
+                for parameter in parameters_of(chosen):
+                    keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
+                    inherits = chosen == EXPLORED and parameter.name in found.from_analysis
+                    make = _inherited_field if inherits else _field
+                    _keep(make(parameter, values), keep, method, gate, choose)
 
     data = gr.Column(elem_id="calibration", visible=False)
     with (
@@ -96,7 +110,14 @@ def method_form(
         options = {option.name: _option_field(option) for option in FIELDS}
         for option_name, field in options.items():
             _keep(field, partial(with_option, option_name), method, gate, choose)
-    return MethodForm(changed, data, options)
+    return MethodForm(changed, data, options, drawn)
+
+
+def _section(chosen: str, *, is_open: bool) -> gr.Column | gr.Accordion:
+    """Return the block of a method's fields, folded for the plan from Explore."""
+    if chosen != EXPLORED:
+        return gr.Column()
+    return gr.Accordion("Advanced: parameters not set in Explore", open=is_open)
 
 
 def _keep(
@@ -145,19 +166,28 @@ def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) ->
     {'seed': 1, 'math_density': None}
     >>> with_value("density", "ties", MethodChoice("della", {"seed": 1}), 0.4).name
     'della'
+    >>> with_value("rank", EXPLORED, MethodChoice(values={"rank": 8, "top_k": 4}), "").values
+    {'top_k': 4}
     """
     if name != choice.name:  # an event of a field that is being removed
         return choice
-    read = _number(value) if isinstance(value, str) else value
-    return choice._replace(values={**choice.values, parameter: read})
+    kinds = {known.name: known.kind for known in parameters_of(name)}
+    is_number = kinds.get(parameter) in ("float", "int")
+    read = _number(value) if is_number and isinstance(value, str) else value
+    rest = {other: kept for other, kept in choice.values.items() if other != parameter}
+    if name == EXPLORED and value in (OWN, None):  # the analysis' own value, or the default
+        return choice._replace(values=rest)
+    return choice._replace(values={**rest, parameter: read})
 
 
-def _number(text: str) -> float | str | None:
-    """Read a number from a field that may be empty; other text is returned unchanged."""
-    try:
-        return float(text) if text.strip() else None
-    except ValueError:
-        return text
+def _number(text: str) -> float | int | str | None:
+    """Read a number from a field that may be empty or "none"; other text is returned unchanged."""
+    if text.strip().lower() in ("", "none"):
+        return None
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return text
 
 
 def with_option(option: str, choice: MethodChoice, value: str | None) -> MethodChoice:
@@ -173,10 +203,25 @@ def with_option(option: str, choice: MethodChoice, value: str | None) -> MethodC
     return choice._replace(options={**rest, option: value} if value else rest)
 
 
+def _inherited_field(parameter: Parameter, values: Mapping[str, Value]) -> gr.Dropdown | gr.Textbox:
+    """Create the field of a parameter whose default is the value of the analysis."""
+    common: dict[str, Any] = {
+        "label": parameter.name.rstrip("_").replace("_", " "),
+        "info": f"{parameter.bounds.help}; {parameter.expectation}",
+        "interactive": True,
+        "elem_id": f"parameter-{parameter.name.rstrip('_').replace('_', '-')}",
+    }
+    given = shown(values[parameter.name]) if parameter.name in values else OWN
+    if parameter.kind == "choice":
+        choices = [(AS_ANALYSED, OWN), *((choice, choice) for choice in parameter.choices)]
+        return gr.Dropdown(choices, value=given, **common)
+    return gr.Textbox(given, placeholder=AS_ANALYSED, **common)
+
+
 def _field(
-    parameter: Parameter, value: Value
+    parameter: Parameter, values: Mapping[str, Value]
 ) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:
-    """Create the form field that fits a parameter's kind."""
+    """Create the form field that fits a parameter's kind, with its stored value or the default."""
     words = [parameter.bounds.help]
     slides = _slides(parameter)
     if parameter.kind in ("float", "int") and slides is None:
@@ -185,7 +230,7 @@ def _field(
     common: dict[str, Any] = {
         "label": name.replace("_", " ").replace("mllm", "MLLM"),
         "info": "; ".join(word for word in words if word),
-        "value": value,
+        "value": values.get(parameter.name, parameter.default),
         "interactive": True,
         "elem_id": f"parameter-{name.replace('_', '-')}",
     }

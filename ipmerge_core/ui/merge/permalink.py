@@ -14,6 +14,7 @@ import gradio as gr
 from ipmerge_core.ui.chosen_merge import (
     METHOD_KEY,
     OPTION_KEY,
+    VALUE_KEY,
     ChosenMerge,
     link_part,
     read_link_part,
@@ -32,6 +33,7 @@ _QUERY = f"""async () => {{
     await new Promise((wake) => setTimeout(wake, 40));
   return [window.location.search];
 }}"""
+_KEYS = (f"{METHOD_KEY}=", f"&{VALUE_KEY}", f"&{OPTION_KEY}")
 _SPEAK = f"(part) => {{ {_MAP}?.speakOf(part); }}"
 _COMPLAIN = f"(problems) => {{ if (problems) {_MAP}?.complain(problems); }}"
 
@@ -65,7 +67,7 @@ class Permalink:
         """
 
         def read(asked: str, now: ChosenMerge) -> tuple[str, ChosenMerge]:
-            if f"{METHOD_KEY}=" not in asked and f"&{OPTION_KEY}" not in asked:
+            if not any(key in asked for key in _KEYS):
                 return "", now
             how, wrong = read_link_part(asked)
             return "; ".join(wrong), now.with_method(how)

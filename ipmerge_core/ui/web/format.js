@@ -67,13 +67,3 @@ function withUnit(n, units) {
 export function lambdaText(lambda) {
   return String(lambda);
 }
-
-/**
- * With all its digits, and at least three decimals.
- *
- * @param {number} s
- */
-export function thresholdText(s) {
-  const short = s.toFixed(3);
-  return Number(short) === s ? short : String(s);
-}

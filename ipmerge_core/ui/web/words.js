@@ -1,8 +1,9 @@
 // @ts-check
 // The names of things: measures, updates, modules, matrices, plans.
 
-import { lambdaText, thresholdText } from "./format.js";
+import { lambdaText } from "./format.js";
 import { DEFAULT_PLAN } from "./plan.js";
+import { thresholdText } from "./thresholds.js";
 
 /** @import { Pack, Plan } from "./types.d.ts" */
 

@@ -2,10 +2,11 @@
 // The dial of the threshold: a histogram of similarities over the slider.
 
 import { fill, shape } from "../../web/dom.js";
-import { fixed, thresholdText } from "../../web/format.js";
+import { fixed } from "../../web/format.js";
 import { shownSimilarity } from "../../web/preview.js";
 import { quantile, rgb } from "../../web/scales.js";
 import { cellsOf } from "../../web/targets.js";
+import { thresholdText } from "../../web/thresholds.js";
 import { INSET, plotWidth, thumbLine } from "./dials.js";
 
 /** @import { Cell } from "../../web/types.d.ts" */

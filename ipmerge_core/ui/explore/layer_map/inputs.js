@@ -2,10 +2,11 @@
 // The two numbers of a plan: sliders, number fields, and the plots, which are handles as well.
 
 import { setText } from "../../web/dom.js";
-import { lambdaText, thresholdText } from "../../web/format.js";
+import { lambdaText } from "../../web/format.js";
 import { remember } from "../../web/memory.js";
 import { isUsable, markUsable, markWrong } from "../../web/number_field.js";
 import { LAMBDA_STEPS, lambdaAt } from "../../web/scales.js";
+import { thresholdText } from "../../web/thresholds.js";
 import { INSET } from "./dials.js";
 import { commit, setPlan, startDrag } from "./session.js";
 

@@ -1,22 +1,24 @@
 // @ts-check
-// The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&o=..&c=..&p=..&e=.. in at most 300 characters: the
-// pair, the plan with all its digits, what is selected and pinned, and the expert in view. `o` packs
-// the cells set by hand, five to a byte, so that any number of them fits. The method and the options
-// of the chosen merge follow (method, p.NAME, o.NAME), which Python writes and reads. A link is
-// untrusted input: invalid values are replaced by their defaults, with a message.
+// The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&o=..&c=..&p=..&e=..&q=.. in at most 300 characters:
+// the pair, the plan with all its digits, what is selected and pinned, the expert in view, and what
+// the colours of the map show. `o` packs the cells set by hand, five to a byte, so that any number of
+// them fits. The method and the options of the chosen merge follow (method, p.NAME, o.NAME), which
+// Python writes and reads. A link is untrusted input: invalid values are replaced by their defaults,
+// with a message.
 
 import { MEMORY } from "../../web/memory.js";
 import { cleanPlan, DEFAULT_PLAN } from "../../web/plan.js";
 import { cellAt } from "../../web/preview.js";
+import { findQuantity } from "../../web/quantities.js";
 
-/** @import { Cell, Index, LinkContent, Override, Plan, RawPlan, Target } from "../../web/types.d.ts" */
+/** @import { Cell, Index, LinkContent, Override, Plan, Quantity, RawPlan, Target } from "../../web/types.d.ts" */
 /**
  * @typedef {{ packId: string, home: string, index: Index, plan: Plan, target: Target | null,
- *   pinned?: Cell | null, expert?: number, spoken?: string }} Linked
+ *   pinned?: Cell | null, expert?: number, quantity?: Quantity, spoken?: string }} Linked
  */
 
 const LINK_VERSION = "1";
-const LINK_KEYS = ["v", "pack", "s", "l", "m", "u", "o", "c", "p", "e"];
+const LINK_KEYS = ["v", "pack", "s", "l", "m", "u", "o", "c", "p", "e", "q"];
 const SPOKEN = /^(?:method|[po]\..{1,60})$/, OPTION = /^o\..{1,60}$/;
 const PAGE_KEYS = /^(?:_|utm_|present$|view$|logs$|footer$|embed)/; // of Gradio, the hub and the stage
 /** @type {(Override | "")[]} */
@@ -65,7 +67,7 @@ export function unpackOverrides(index, text, problems) {
 }
 
 /** @param {Linked} state */
-export function linkQuery({ packId, plan, index, target, pinned, expert, spoken }) {
+export function linkQuery({ packId, plan, index, target, pinned, expert, quantity, spoken }) {
   const query = new URLSearchParams({ v: LINK_VERSION, pack: packId, s: String(plan.s), l: String(plan.lambda) });
   if (plan.similarity !== DEFAULT_PLAN.similarity) query.set("m", plan.similarity);
   if (plan.variant !== DEFAULT_PLAN.variant) query.set("u", plan.variant);
@@ -73,6 +75,7 @@ export function linkQuery({ packId, plan, index, target, pinned, expert, spoken 
   if (target) query.set("c", targetText(target));
   if (pinned) query.set("p", targetText({ kind: "cell", cell: pinned }));
   if (expert !== undefined && expert >= 0) query.set("e", String(expert));
+  if (quantity && quantity.key !== "similarity") query.set("q", quantity.key);
   for (const [key, value] of new URLSearchParams(spoken)) query.set(key, value);
   return query;
 }
@@ -111,15 +114,16 @@ function readTarget(index, text) {
 }
 
 /**
- * The part of a link that names the method and the options of the chosen merge; without the method,
- * the options only, which also apply to the plan of the map.
+ * The part of a link that names the method, its parameters and the options of the chosen merge; without
+ * the method, what also applies to the plan of the map: the options, and the parameters of no other
+ * method.
  *
  * @param {string} search
  * @param {boolean} [withMethod]
  */
 export function spokenPart(search, withMethod = true) {
-  const kept = [...new URLSearchParams(search)].filter(([key]) => (withMethod ? SPOKEN : OPTION).test(key));
-  return new URLSearchParams(kept).toString();
+  const query = new URLSearchParams(search), drops = !withMethod && query.has("method");
+  return new URLSearchParams([...query].filter(([key]) => (drops ? OPTION : SPOKEN).test(key))).toString();
 }
 
 /**
@@ -190,7 +194,8 @@ export function readLink(search, index) {
   }
   const plan = cleanPlan(raw, index, problems);
   const target = selected(query, index, problems), pinned = pinnedCell(query, index, problems);
-  return { pack: query.get("pack"), plan, target, pinned, expert: expertOf(query, index, problems), problems };
+  const expert = expertOf(query, index, problems), quantity = quantityOf(query, problems);
+  return { pack: query.get("pack"), plan, target, pinned, expert, ...(quantity ? { quantity } : {}), problems };
 }
 
 /**
@@ -228,6 +233,16 @@ function expertOf(query, index, problems) {
   if (expert < index.nExperts) return expert;
   problems.push(`e is ${text.slice(0, 40)}, which is no expert of this pair`);
   return -1;
+}
+
+/**
+ * @param {URLSearchParams} query
+ * @param {string[]} problems
+ */
+function quantityOf(query, problems) {
+  const text = query.get("q"), quantity = findQuantity(text);
+  if (text !== null && !quantity) problems.push(`q is ${text.slice(0, 40)}, which is no quantity of the map`);
+  return quantity?.key;
 }
 
 /**

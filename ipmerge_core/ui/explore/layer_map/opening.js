@@ -4,6 +4,7 @@
 import { setText } from "../../web/dom.js";
 import { cleanPlan, samePlan } from "../../web/plan.js";
 import { indexPack } from "../../web/preview.js";
+import { findQuantity } from "../../web/quantities.js";
 import { buildPicks } from "./choices.js";
 import { choose } from "./choosing.js";
 import { growLater } from "./growing.js";
@@ -156,13 +157,16 @@ function linkElsewhere({ state: { packId, linkAsked } }, link) {
  * @param {LayerMap} map
  * @param {LinkContent} link
  */
-function followLink(map, { pack, plan, target, pinned, expert, problems }) {
+function followLink(map, { pack, plan, target, pinned, expert, quantity, problems }) {
   if (pack && pack !== map.state.packId) return "The pair of the link is not available; this pair is shown with its default plan.";
   if (plan) {
     map.set({ plan });
     begin(map);
   }
-  map.set({ target: target ?? null, pinned: pinned ?? null, expert: expert ?? -1 });
+  map.set({
+    target: target ?? null, pinned: pinned ?? null, expert: expert ?? -1,
+    quantity: findQuantity(quantity) ?? map.state.quantity,
+  });
   return problemWords(problems);
 }
 

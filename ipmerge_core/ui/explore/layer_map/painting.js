@@ -2,11 +2,13 @@
 // Painting: what follows the plan in every frame of a drag, and what is only built between drags.
 
 import { setText } from "../../web/dom.js";
-import { fixed, lambdaText, percent, thresholdText } from "../../web/format.js";
+import { fixed, lambdaText, percent } from "../../web/format.js";
 import { markUsable } from "../../web/number_field.js";
 import { previewOf, shownSimilarity } from "../../web/preview.js";
+import { shownValue } from "../../web/quantities.js";
 import { colourDomain, lambdaPosition, niceTop } from "../../web/scales.js";
 import { coversLayer } from "../../web/targets.js";
+import { thresholdText } from "../../web/thresholds.js";
 import { paintChoices } from "./choices.js";
 import { paintReading } from "./reading.js";
 import { lowestCosine } from "./curve.js";
@@ -122,13 +124,26 @@ function shapeOf(width, columns) {
 
 /** @param {LayerMap} map */
 export function rebuildColours(map) {
-  const { state, dom } = map;
-  const domain = colourDomain(state.index.cells.map((cell) => shownSimilarity(state, cell)));
-  map.set({ domain });
-  map.grid.colour(state, domain);
-  setText(dom.low, fixed(domain[0], 2));
-  setText(dom.high, fixed(domain[1], 2));
+  const { state } = map;
+  map.set({ domain: colourDomain(state.index.cells.map((cell) => shownSimilarity(state, cell))) });
+  paintQuantity(map);
   map.histogram.build();
+}
+
+/**
+ * The colours of the map and their legend; after a commit, too, if they show the change of a plan.
+ *
+ * @param {LayerMap} map
+ */
+export function paintQuantity(map) {
+  const { state, dom } = map, { quantity } = state;
+  const values = state.index.cells.flatMap((cell) => shownValue(state, cell, quantity) ?? []);
+  const domain = quantity.key === "similarity" ? state.domain : colourDomain(values.length ? values : [0]);
+  map.set({ quantityDomain: domain });
+  map.grid.colour(state, domain, quantity);
+  setText(dom.low, quantity.key === "similarity" ? fixed(domain[0], 2) : quantity.words(domain[0]));
+  setText(dom.high, quantity.key === "similarity" ? fixed(domain[1], 2) : quantity.words(domain[1]));
+  setText(dom.quantity, quantity.key === "similarity" ? quantity.label : `${quantity.label} (${quantity.unit})`);
 }
 
 /**
