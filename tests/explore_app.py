@@ -26,20 +26,20 @@ def write_packs(home: Path, packs: dict[str, object]) -> None:
 
 def serve(port: int) -> None:
     """Serve the tab on the loopback interface until the process is stopped."""
+    from ipmerge_core.ui.chosen_merge import ChosenMerge
     from ipmerge_core.ui.explore.tab import explore_tab, gr
     from ipmerge_core.ui.pairs import list_packs
-    from ipmerge_core.ui.plan_choice import PlanChoice
 
     packs = [(pack.label, pack.id) for pack in list_packs() if pack.id.startswith("packs-")]
     with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
         gr.Markdown("# IPMerge")
         pair = gr.Dropdown(packs, value=packs[0][1], label="Pair", elem_id="pair")
-        choice = gr.State(PlanChoice())
+        choice = gr.State(ChosenMerge())
         with gr.Tabs(), gr.Tab("Explore"):
             explore = explore_tab(pair, choice)
         received = gr.Textbox(label="received", elem_id="received")
         explore.committed.then(
-            lambda value: json.dumps(value.to_browser()),
+            lambda value: json.dumps(value.plan.to_browser()),
             choice,
             received,
             show_progress="hidden",

@@ -45,10 +45,11 @@ ORDER = [
 UI_ORDER = [
     {"startup", "latex", "theme", "web", "serving"},
     {"safe_text"},
-    {"pairs", "format"},
+    {"pairs", "format", "formula"},
     {"errors", "plan_choice", "web_security"},
     {"backend"},
-    {"finished_merges", "runs"},
+    {"finished_merges", "runs", "method_choice"},
+    {"chosen_merge"},
     {"explore"},
     {"analyse", "chat", "compare", "merge", "cite"},
     {"api"},

@@ -172,10 +172,35 @@ def test_dead_ends_are_explained(chromium_page: Page, explore_url: str):
     number.fill("0")
     number.press("Enter")
     expect(summary).to_contain_text("Every matrix merges: no selection step is left")
-    number.fill("9")
-    number.press("Enter")
-    expect(page.locator("#layer-map [role=status]")).to_contain_text("must be a number from 0 to 1")
-    expect(number).to_have_value("0.000")
+
+
+@pytest.mark.parametrize("typed", ["9", "-1", ""])
+def test_a_wrong_number_stays_with_a_sentence_beside_it(
+    chromium_page: Page, explore_url: str, typed: str
+):
+    page = chromium_page
+    open_map(page, explore_url)
+    plan = plan_on_page(page)
+    for label, name in (("S alpha as a number", "s"), ("lambda as a number", "lambda")):
+        number, wrong = page.get_by_label(label), page.locator(f"[data-wrong={name}]")
+        number.fill("99" if typed == "9" else typed)
+        number.press("Enter")
+        expect(number).to_have_attribute("aria-invalid", "true")
+        expect(number).to_have_value("99" if typed == "9" else typed)
+        expect(wrong).to_contain_text("expected a number from 0 to")
+        assert number.get_attribute("aria-describedby") == wrong.get_attribute("id")
+        assert plan_on_page(page) == plan
+        number.fill("0.123456789")
+        expect(wrong).to_be_hidden()
+        number.press("Enter")
+        assert plan_on_page(page)[name] == 0.123456789
+        expect(number).to_have_value("0.123456789")
+        number.fill("")
+        number.press("Enter")
+        expect(wrong).to_be_visible()
+        page.get_by_role("button", name="Reset").click()
+        expect(wrong).to_be_hidden()
+        expect(number).not_to_have_attribute("aria-invalid", "true")
 
 
 def test_a_preset_sets_the_plan_and_says_where_it_comes_from(chromium_page: Page, explore_url: str):

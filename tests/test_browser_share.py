@@ -29,7 +29,7 @@ from ipmerge_core.planning.plan import make_plan
 pytestmark = pytest.mark.browser
 
 DEFAULT = {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}}
-NOTE = "#layer-map .lm-note-line"
+NOTICE = "#layer-map .lm-notice"
 
 
 def save(page: Page, kind: str) -> Download:
@@ -51,7 +51,7 @@ def test_a_copied_link_opens_the_same_plan_and_cell_elsewhere(
     number.press("Enter")
     page.get_by_role("button", name=re.compile("^Layer 5, up,")).click()
     page.get_by_role("button", name="Copy link").click()
-    expect(page.locator(NOTE)).to_have_text("Link copied.")
+    expect(page.locator("#layer-map .lm-note-line")).to_have_text("Link copied.")
     link = page.evaluate("navigator.clipboard.readText()")
     assert len(link) <= 300
     plan = plan_on_page(page)
@@ -85,9 +85,10 @@ def test_hostile_values_in_a_link_give_the_default_and_a_sentence(
     chromium_page: Page, explore_url: str, query: str, message: str
 ):
     traffic = open_map(chromium_page, explore_url, query)
-    expect(chromium_page.locator(NOTE)).to_contain_text(message)
+    expect(chromium_page.locator(NOTICE)).to_contain_text(message)
+    expect(chromium_page.locator(NOTICE)).to_be_in_viewport()
     assert plan_on_page(chromium_page) == DEFAULT
-    assert chromium_page.locator("#layer-map script, #layer-map img, .lm-note-line b").count() == 0
+    assert chromium_page.locator("#layer-map script, #layer-map img, .lm-notice b").count() == 0
     assert traffic.complaints == []
 
 
@@ -141,7 +142,7 @@ def test_the_report_works_from_a_file_without_any_server(
     new_page: Callable[..., Page], explore_url: str, tmp_path: Path
 ):
     page = new_page()
-    open_map(page, explore_url, "v=1&pack=packs-b&s=0.2&l=2")
+    open_map(page, explore_url, "v=1&pack=packs-b&s=0.2&l=2&c=3.up")
     expect(page.locator("#layer-map [role=gridcell]")).to_have_count(28)
     summary = page.locator("#layer-map .sum").inner_text()
     report = tmp_path / "report.html"
@@ -150,6 +151,11 @@ def test_the_report_works_from_a_file_without_any_server(
     traffic = Traffic(alone)
     alone.goto(report.as_uri())
     expect(alone.locator(".sum")).to_have_text(summary)
+    expect(alone.locator(".lm-detail-head h2")).to_have_text("Layer 3 · up")
+    facts = alone.locator("header .facts")
+    for source in ("mllm", "base", "math"):
+        expect(facts).to_contain_text(source)
+    expect(facts).to_contain_text(re.compile(r"Saved \d{4}-\d\d-\d\d"))
     alone.get_by_role("button", name=re.compile("^Layer 2, k,")).click()
     expect(alone.locator(".lm-detail-head h2")).to_have_text("Layer 2 · k")
     expect(alone.locator(".lm-spectra svg").first).to_be_visible()

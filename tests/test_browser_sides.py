@@ -23,7 +23,8 @@ from ipmerge_core.ui.plan_choice import analysis_of
 pytestmark = pytest.mark.browser
 
 LOADING = 90_000  # the first check and the first question load torch
-EXPLORED = "Plan in Explore"
+EXPLORED = "Plan in Explore · IP-Merging, Sα 0.4, λ 1"
+RECORDED = "Plan of the recorded answers · IP-Merging, Sα 0, λ 4, γ max"
 UNMERGED = "Vision-language model, unmerged"
 
 
@@ -124,11 +125,15 @@ def said_by_transformers(folder: Path, question: str, picture: Path) -> str:
 def test_try_it_answers_with_the_folder_just_made(page, place):
     example = recorded_examples()[0]
     open_tab(page, "Try it")
-    expect(page.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
+    right = page.get_by_role("combobox", name="Right model")
+    expect(right).to_have_value(RECORDED)
+    assert ask(page)[1].strip() == example.merged  # the promise of the card
+    choose(page, "Right", EXPLORED)
     explored = ask(page)
     merge_with_ties(page, "by-ties")
     open_tab(page, "Try it")
-    expect(page.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
+    expect(right).to_have_value("Method in Merge · TIES, math_weight 1")
+    expect(page.locator("#try-chosen")).to_contain_text("method in Merge · TIES, math_weight 1")
 
     open_tab(page, "Merge")
     page.locator("#try-merged").click()
@@ -146,14 +151,20 @@ def test_try_it_answers_with_the_folder_just_made(page, place):
         "mllm, unmerged · demo trio"
     )
 
-    # Another plan in Explore and other tabs change nothing; the plan is one choice away.
+    # All tabs speak of it; another plan in Explore is the next choice.
+    open_tab(page, "API & cite")
+    expect(page.locator("#cite-hash")).to_contain_text(words, timeout=LOADING)
+    expect(page.locator("#cite-shell")).to_contain_text("--method ties")
+    assert "method=ties&p.math_weight=1" in page.url
+    open_tab(page, "Compare")
+    expect(page.locator("#compare-chosen")).to_contain_text(words, timeout=LOADING)
     open_tab(page, "Explore")
     number = page.get_by_label("S alpha as a number")
     number.fill("0.9")
     number.press("Enter")
+    assert "method=" not in page.url
     open_tab(page, "Try it")
-    assert ask(page) == [asked, said]
-    choose(page, "Right", EXPLORED)
+    expect(right).to_have_value("Plan in Explore · IP-Merging, Sα 0.9, λ 1")
     assert "plan in Explore · IP-Merging, Sα 0.9" in ask(page)[0]
 
     # The same merge on the left, against the plan.
@@ -171,6 +182,9 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
 
     choose_pair(page, "own: second pair")
     expect(right).to_have_value(EXPLORED)
+    expect(page.locator("#chat-base [data-testid=bot]")).to_have_count(
+        0
+    )  # the record is of another
     right.click()
     expect(page.get_by_role("option")).to_have_count(2)
     page.keyboard.press("Escape")
@@ -183,7 +197,7 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
 
     choose_pair(page, "demo trio")
     open_tab(page, "Try it")
-    expect(right).to_have_value(lost)
+    choose(page, "Right", lost)
     shutil.rmtree(place.home / "models" / "to-be-lost")
     failed = ask(page, ends="Base finished. Merged failed.")
     assert "The merged model 'to-be-lost' no longer exists" in failed[-1]
@@ -194,11 +208,38 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
     assert "plan in Explore" in ask(page)[0]
 
 
+def test_one_button_takes_over_the_plan_of_a_record(page):
+    open_tab(page, "Try it")
+    page.locator("#take-record").click()
+    taken = "plan of the recorded answers · IP-Merging, Sα 0, λ 4, γ max · plan d20fc540"
+    expect(page.locator("#try-chosen")).to_contain_text(taken, timeout=LOADING)
+    open_tab(page, "Explore")
+    expect(page.get_by_label("lambda as a number")).to_have_value("4")
+    expect(page.locator("#layer-map .sum")).to_contain_text("28 of 28")
+    page.get_by_role("button", name="Undo").click()
+    expect(page.get_by_label("lambda as a number")).to_have_value("1")
+
+
+def test_a_link_opens_with_its_method_and_names_what_it_cannot_read(place, new_page):
+    page = new_page()
+    link = "v=1&pack=pack&s=0.3&l=1.2345&method=ties&p.density=0.25&p.densty=1&o.exclude=down"
+    page.goto(f"{place.url}/?{link}")
+    notice = page.locator("#layer-map .lm-notice")
+    expect(notice).to_contain_text("the method has no parameter 'densty'", timeout=LOADING)
+    expect(page.get_by_label("lambda as a number")).to_have_value("1.2345")
+    open_tab(page, "Merge")
+    named = page.get_by_role("combobox", name="Method", exact=True)
+    expect(named).to_have_value("TIES", timeout=LOADING)
+    expect(page.get_by_label("number input for density", exact=True)).to_have_value("0.25")
+    expect(page.locator("#confirmation")).to_contain_text("density 0.25", timeout=LOADING)
+    assert "method=ties&p.density=0.25&o.exclude=down" in page.url
+
+
 def test_what_answers_fits_on_a_phone(place, new_page):
     page = new_page(width=390, height=844)
     page.goto(place.url)
     open_tab(page, "Try it")
-    expect(page.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
+    expect(page.get_by_role("combobox", name="Right model")).to_have_value(RECORDED)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
@@ -224,6 +265,6 @@ def test_on_a_space_a_browser_chooses_among_its_own_merges(tmp_path, new_page, m
 
         stranger.goto(url)
         open_tab(stranger, "Try it")
-        expect(stranger.get_by_role("combobox", name="Right model")).to_have_value(EXPLORED)
+        expect(stranger.get_by_role("combobox", name="Right model")).to_have_value(RECORDED)
         stranger.get_by_role("combobox", name="Right model").click()
-        expect(stranger.get_by_role("option")).to_have_count(2)
+        expect(stranger.get_by_role("option")).to_have_count(3)

@@ -17,8 +17,8 @@ from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.models.shared_tokens import ROWS
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.format import format_estimate
-from ipmerge_core.ui.merge.method_form import MethodChoice, chosen_plan
 from ipmerge_core.ui.merge.tab import readiness
+from ipmerge_core.ui.method_choice import MethodChoice, chosen_plan
 from ipmerge_core.ui.plan_choice import PlanChoice
 
 PACK = "pack"  # the id of the demo trio's

@@ -19,14 +19,17 @@ from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.jobs import JobStatus, Started
 from ipmerge_core.ui.api import _answers
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
+from ipmerge_core.ui.chat.answers import BASE, PLAN, RECORD, UNMERGED, Question, Side, answer_both
 from ipmerge_core.ui.chat.recorded import recorded_examples
-from ipmerge_core.ui.chat.side_choice import ALWAYS, MOST_RUNS, keys_of, shown, with_run
+from ipmerge_core.ui.chat.side_choice import MOST_RUNS, Sides, keys_of, shown, with_run, with_side
+from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.finished_merges import describe_lost, find_merge, merges_of_pair
+from ipmerge_core.ui.method_choice import MethodChoice
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of
 
 PACK = "pack"
 OTHER = "packs-other"
+CHOSEN = ChosenMerge(PACK, by="explore")
 QUESTION = recorded_examples()[0]
 
 MakeRun = Callable[..., Started]
@@ -213,16 +216,41 @@ def test_the_endpoint_keeps_to_the_same_rules(make_run):
 
 def test_until_something_is_chosen_the_base_stands_against_the_plan(backend, make_run):
     run = make_run("by-ties")
-    left, right = shown(backend, PACK, {}, {})
+    left, right = shown(backend, CHOSEN, {}, {})
     assert (left["value"], right["value"]) == (BASE, PLAN)
-    assert values(left) == values(right) == [BASE, PLAN, run.id]
+    assert values(left) == values(right) == [BASE, PLAN, RECORD, run.id]
+    assert left["choices"][:3] == [
+        (UNMERGED, BASE),
+        ("Plan in Explore · IP-Merging, Sα 0.4, λ 1", PLAN),
+        ("Plan of the recorded answers · IP-Merging, Sα 0, λ 4, γ max", RECORD),
+    ]
+
+
+def test_before_anything_is_chosen_the_recorded_plan_keeps_the_promise_of_the_record(backend):
+    assert shown(backend, ChosenMerge(PACK), {}, {})[1]["value"] == RECORD
+    assert shown(backend, ChosenMerge(OTHER), {}, {})[1]["value"] == PLAN
+    recorded = QUESTION.choice
+    assert make_plan(analysis_of(PACK), **recorded.arguments).hash in QUESTION.plan
+
+
+def test_the_right_side_follows_the_last_choice(backend, make_run):
+    run = make_run("by-ties")
+    merged = with_side(backend, CHOSEN, run.id, {})
+    assert (merged.run, merged.by) == (run.id, "folder")
+    kept = {PACK: Sides(BASE, run.id, merged)}
+    assert shown(backend, merged, kept, {})[1]["value"] == run.id
+    elsewhere = merged.with_plan(PlanChoice(0.9))
+    assert shown(backend, elsewhere, kept, {})[1]["value"] == PLAN
+    assert with_side(backend, merged, PLAN, {}).merge is None
+    for side in (BASE, RECORD, "no-such-run"):
+        assert with_side(backend, merged, side, {}) == merged
 
 
 def test_a_choice_is_kept_for_its_pair_and_used_for_no_other(backend, make_run):
     run = make_run("by-ties")
-    chosen = {PACK: (run.id, BASE)}
-    assert [side["value"] for side in shown(backend, PACK, chosen, {})] == [run.id, BASE]
-    other = shown(backend, OTHER, chosen, {})
+    kept = {PACK: Sides(run.id, BASE, CHOSEN)}
+    assert [side["value"] for side in shown(backend, CHOSEN, kept, {})] == [run.id, BASE]
+    other = shown(backend, ChosenMerge(OTHER), kept, {})
     assert [side["value"] for side in other] == [BASE, PLAN]
     assert values(other[0]) == [BASE, PLAN]
 
@@ -231,14 +259,14 @@ def test_a_chosen_merge_that_is_gone_stays_chosen_and_says_so(backend, make_run)
     run = make_run("by-ties")
     shutil.rmtree(backend.output_folder("by-ties"))
     for chosen in ((BASE, run.id), (run.id, run.id)):
-        left, right = shown(backend, PACK, {PACK: chosen}, {})
+        left, right = shown(backend, CHOSEN, {PACK: Sides(*chosen, CHOSEN)}, {})
         assert right["value"] == run.id
-        assert left["choices"] == [*ALWAYS, ("by-ties · no longer available", run.id)]
+        assert left["choices"][3:] == [("by-ties · no longer available", run.id)]
 
 
 def test_a_pair_that_is_still_being_analysed_offers_no_merge(backend, make_run):
     make_run("by-ties")
-    assert values(shown(backend, "packs-nobody", {}, {})[1]) == [BASE, PLAN]
+    assert values(shown(backend, ChosenMerge("packs-nobody"), {}, {})[1]) == [BASE, PLAN]
 
 
 @pytest.mark.parametrize("odd", [None, {}, "x", 3, [[]], [{"id": 1}], {"id": "a"}])
@@ -263,8 +291,29 @@ def ask(backend: Backend, left: str, right: str) -> tuple[Side, Side]:
     from ipmerge_core.inference.images import open_image
 
     text, picture = QUESTION.reference.question, open_image(QUESTION.image)
-    choice, settings = PlanChoice(), GenerationSettings(max_new_tokens=24)
-    return ended(answer_both(backend, Question(PACK, choice, text, picture, settings, left, right)))
+    settings = GenerationSettings(max_new_tokens=24)
+    return ended(answer_both(backend, Question(CHOSEN, text, picture, settings, left, right)))
+
+
+def test_the_recorded_plan_gives_the_recorded_answer(backend):
+    left, right = ask(backend, BASE, RECORD)
+    assert (left.text.strip(), right.text.strip()) == (QUESTION.base, QUESTION.merged)
+    plan = "IP-Merging, Sα 0, λ 4, γ max · plan d20fc540"
+    assert right.source == f"plan of the recorded answers · {plan}"
+
+
+def test_a_method_of_the_merge_tab_answers_as_the_chosen_merge(backend):
+    how = MethodChoice("task_arithmetic", {"math_weight": 1.0}, {"exclude": "layers.0."})
+    chosen = CHOSEN.with_method(how)
+    text, settings = QUESTION.reference.question, GenerationSettings(max_new_tokens=24)
+    asked = Question(chosen, text, None, settings, BASE, PLAN)
+    _, right = ended(answer_both(backend, asked))
+    plan = make_plan(analysis_of(PACK), "task_arithmetic", math_weight=1.0, exclude="layers.0.")
+    assert right.source == (
+        f"method in Merge · Task arithmetic, math_weight 1, exclude layers.0. · plan {plan.hash}"
+    )
+    folder = backend.merged_folder(plan, lambda _: None)
+    assert right.text.strip() == answer(folder, text, None, max_new_tokens=24)
 
 
 def test_both_sides_answer_with_the_models_they_were_given_and_name_them(backend):

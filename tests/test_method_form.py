@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,18 @@ from ipmerge_core.planning.options import ANCHORS
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.format import progress_html
+from ipmerge_core.ui.formula import formula_html
 from ipmerge_core.ui.merge import calibration_form
 from ipmerge_core.ui.merge.method_form import (
-    FIELDS,
-    MethodChoice,
     _field,
     _option_field,
-    chosen_plan,
     list_methods,
     with_method,
     with_option,
     with_value,
 )
 from ipmerge_core.ui.merge.tab import readiness
+from ipmerge_core.ui.method_choice import FIELDS, MethodChoice, chosen_plan
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import RunView, find_run
 
@@ -44,6 +45,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("SPACE_ID", raising=False)
     return tmp_path / "home"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_formula_is_set_with_indices_and_powers_and_keeps_its_text(name):
+    formula = METHODS[name].formula
+    shown = unescape(re.sub(r"</?(?:i|sub|sup)>", "", formula_html(formula)))
+    assert not set(shown) & set("_^<>~")
+    plain = {"lambda": "λ", "rho": "ρ", "gamma": "γ", "sum_": "∑_", "d(?=W)": "Δ", "'": "′"}
+    plain |= {r"\^T": "⊤", " - ": " − ", r"\^-": "−", "~": "∼", "[_^]": ""}
+    for sign, set_as in plain.items():
+        formula = re.sub(sign, set_as, formula)
+    assert shown == formula
 
 
 def test_every_method_is_offered() -> None:

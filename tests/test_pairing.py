@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,18 @@ def test_config_of_the_outer_model_counts_where_the_inner_is_silent(
         tmp_path / "b", text_weights(), {**base_config, "tie_word_embeddings": False}
     )
     assert levels(open_pair(mllm, trio.math, base))["mllm: tied embeddings"] == "warning"
+
+
+def test_the_same_expert_twice_is_refused_under_any_name(trio: Trio, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trio.math, copy)
+    for again in (trio.math, copy):
+        pair = open_pair(trio.mllm, [trio.math, trio.math_2, again], trio.base)
+        found = [finding for finding in pair.check() if finding.subject == "math 3: repeated"]
+        assert [finding.level for finding in found] == ["refusal"]
+        assert "has the same weights as math 1" in found[0].message
+    fine = open_pair(trio.mllm, [trio.math, trio.math_2], trio.base).check()
+    assert not [finding for finding in fine if "repeated" in finding.subject]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from ipmerge_core.methods.declarations import Anchor
 from ipmerge_core.planning import options
 from ipmerge_core.planning.mergekit import export_recipe
 from ipmerge_core.planning.options import OPTIONS, Option, PlanOptions
-from ipmerge_core.ui.merge.method_form import FIELDS, MethodChoice, chosen_plan, with_option
+from ipmerge_core.ui.merge.method_form import with_option
+from ipmerge_core.ui.method_choice import FIELDS, MethodChoice, chosen_plan
 from ipmerge_core.ui.plan_choice import PlanChoice
 
 PACK = Path(__file__).parents[1] / "assets" / "demo" / "pack.json.gz"

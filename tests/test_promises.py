@@ -37,7 +37,7 @@ from ipmerge_core.planning.description import arguments_of, facts_of, settings_o
 from ipmerge_core.planning.options import OPTIONS, PlanOptions
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.jobs import Started
-from ipmerge_core.ui import api
+from ipmerge_core.ui import api, method_choice
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.merge import method_form as form
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of
@@ -226,7 +226,7 @@ def test_every_input_of_the_app_has_a_row(home: Path) -> None:
     named = {name for name, _ in seen if name}
     assert named == set(COMPONENTS) - IN_THE_MAP
     assert {label for name, label in seen if not name} == UNNAMED
-    assert {f"option-{option.name.replace('_', '-')}" for option in form.FIELDS} <= named
+    assert {f"option-{option.name.replace('_', '-')}" for option in method_choice.FIELDS} <= named
 
 
 # --- values of every parameter and option ------------------------------------------------------
@@ -405,37 +405,40 @@ def test_a_value_over_http_is_the_plan_of_the_run(
     assert (name, how["device"], how["force"]) == ("out", "cpu", True)
 
 
-SET_IN_FORM = [c for c in CASES if c.method != "ip_merging" or c.name not in form.SET_IN_EXPLORE]
+SET_IN_FORM = [
+    c for c in CASES if c.method != "ip_merging" or c.name not in method_choice.SET_IN_EXPLORE
+]
 
 
 @pytest.mark.parametrize("case", SET_IN_FORM, ids=str)
 def test_a_value_in_a_field_of_the_merge_tab_gives_the_same_plan(
     case: Case, expected: MergePlan, calibrations: Mapping[str, str], home: Path
 ) -> None:
-    chosen = form.EXPLORED if case.method == form.EXPLORED_METHOD else case.method
-    how = form.MethodChoice(chosen, calibration=data_of(case, calibrations).get("calibration", ""))
-    shown = {parameter.name: parameter for parameter in form.parameters_of(chosen)}
+    chosen = method_choice.EXPLORED if case.method == method_choice.EXPLORED_METHOD else case.method
+    folder = data_of(case, calibrations).get("calibration", "")
+    how = method_choice.MethodChoice(chosen, calibration=folder)
+    shown = {parameter.name: parameter for parameter in method_choice.parameters_of(chosen)}
     for name, value in {**case.needs, case.name: case.value}.items():
         if name in OPTIONS:
             text = " ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
             how = form.with_option(name, how, text)
             continue
-        inherits = chosen == form.EXPLORED and name in METHODS[case.method].from_analysis
+        inherits = chosen == method_choice.EXPLORED and name in METHODS[case.method].from_analysis
         make = form._inherited_field if inherits else form._field
         field = make(shown[name], {name: value})  # the field shows what it has been set to
         assert field.value == (str(value) if isinstance(field, gr.Textbox) else value)
         how = form.with_value(name, chosen, how, field.value)
-    assert facts_of(form.chosen_plan(PAIR, PlanChoice(), how)) == facts_of(expected)
+    assert facts_of(method_choice.chosen_plan(PAIR, PlanChoice(), how)) == facts_of(expected)
 
 
-@pytest.mark.parametrize("name", sorted(form.SET_IN_EXPLORE))
+@pytest.mark.parametrize("name", sorted(method_choice.SET_IN_EXPLORE))
 def test_what_explore_sets_arrives(name: str, home: Path) -> None:
     choices = {
         "lambda_": PlanChoice(lambda_=1.2345678901),
         "gamma_norm": PlanChoice(variant="max"),
         "ablation": PlanChoice(variant="select_only"),
     }
-    plan = form.chosen_plan(PAIR, choices[name], form.MethodChoice())
+    plan = method_choice.chosen_plan(PAIR, choices[name], method_choice.MethodChoice())
     (parameter,) = [p for p in METHODS["ip_merging"].parameters if p.name == name]
     assert plan.parameters[name] != parameter.default
     assert settings_of(plan)[name.rstrip("_")] == str(plan.parameters[name])
@@ -450,7 +453,7 @@ def test_what_explore_sets_arrives(name: str, home: Path) -> None:
     ],
 )
 def test_the_selection_of_explore_arrives(choice: PlanChoice, home: Path) -> None:
-    facts = facts_of(form.chosen_plan(PAIR, choice, form.MethodChoice()))
+    facts = facts_of(method_choice.chosen_plan(PAIR, choice, method_choice.MethodChoice()))
     for name, value in choice._asdict().items():
         if name not in ("lambda_", "variant"):
             assert facts[name] == value

@@ -29,9 +29,9 @@ from ipmerge_core.ui.analyse.models_form import Checked, check_request, start_an
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.format import progress_html
 from ipmerge_core.ui.merge import tab as merge_tab
-from ipmerge_core.ui.merge.method_form import MethodChoice
 from ipmerge_core.ui.merge.summary import result_html
 from ipmerge_core.ui.merge.tab import readiness
+from ipmerge_core.ui.method_choice import MethodChoice
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest, plan_of
 from ipmerge_core.ui.runs import RunState, RunView, find_run
 

@@ -27,7 +27,7 @@ from ipmerge_core.ui import pairs as packs
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import ActiveRequests, Side
 from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
-from ipmerge_core.ui.chat.turns import Turn, turn_of_example, view
+from ipmerge_core.ui.chat.turns import Turn, turn_of_example, view, without_records
 from ipmerge_core.ui.format import findings_html, progress_html
 from ipmerge_core.ui.merge.download import finished_folder, zip_pieces
 from ipmerge_core.ui.merge.summary import result_html
@@ -406,6 +406,14 @@ def test_the_name_of_what_answered_is_shown_as_it_is_written(name):
     turn = Turn("q", None, "pair", right=Side("Merged", name, "finished", "5."))
     caption = view([turn]).chat_right[-1]["content"][0]["text"]
     assert caption == f'<p class="note">{as_html(name)} · pair</p>'
+
+
+def test_records_of_another_pair_do_not_stay_and_questions_do():
+    live = Turn("a", None, "first pair", pack_id="packs-a")
+    record = turn_of_example(recorded_examples()[0])
+    assert record.pack_id == PACK
+    assert without_records([record, live], "packs-a") == [live]
+    assert without_records([record, live], PACK) == [record, live]
 
 
 def test_a_recorded_answer_says_what_gave_it_and_when():

@@ -136,6 +136,13 @@ def main() -> None:
         "trio": f"assets/demo, problems of seed {DRAWS['recorded'][1]}, greedy decoding",
         "plan": f"IP-Merging, gamma_norm=max, lambda {arguments.lambda_:g}, all matrices "
         f"(plan {chosen['merged'].hash})",
+        "choice": {
+            "s": 0.0,
+            "lambda": arguments.lambda_,
+            "similarity": "first",
+            "variant": "max",
+            "overrides": {},
+        },
         "task_arithmetic_plan": f"Task arithmetic, math_weight {arguments.math_weight:g} "
         f"(plan {chosen['task_arithmetic'].hash})",
         "examples": [

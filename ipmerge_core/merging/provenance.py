@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.analysis.records import Sources
 from ipmerge_core.errors import CheckpointError
@@ -28,6 +29,7 @@ class Provenance(NamedTuple):
     digest: str = ""  # of the plan; "" in manifests from before it was recorded
     tensors: frozenset[str] = frozenset()  # the names of all tensors
     files: Mapping[str, str] | None = None  # SHA-256 of the files copied from the MLLM, if recorded
+    content: Mapping[str, Any] = MappingProxyType({})  # what the manifest says of the plan
 
 
 def read_provenance(folder: Path) -> Provenance | None:
@@ -72,6 +74,7 @@ def _read(path: Path, _version: FileVersion) -> Provenance | None:
             str(plan.get("digest", "")),
             frozenset(content.get("tensors", ())),
             content.get("files"),
+            dict(plan),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

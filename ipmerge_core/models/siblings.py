@@ -80,6 +80,7 @@ def check_siblings(
     """
     return [
         *_check_files(members),
+        *_check_repeated(members),
         *_check_configs(members),
         *_check_dtypes(members),
         *_check_distances(members, places),
@@ -110,6 +111,23 @@ def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
                 f"the weights are merged; transformers with PEFT would apply the adapter.",
                 "If it belongs to the model, merge it into the weights first (merge_and_unload); "
                 "otherwise delete it.",
+            )
+
+
+def _check_repeated(members: Sequence[Member]) -> Iterator[Finding]:
+    """Refuse an expert that is given more than once: the same weights, under any name."""
+    first: dict[str, Member] = {}
+    for member in members:
+        if member.root is None or not member.role.startswith("math"):
+            continue
+        twin = first.setdefault(member.model.fingerprint, member)
+        if twin is not member:
+            yield Finding(
+                "refusal",
+                f"{member.role}: repeated",
+                f"'{member.model.id}' has the same weights as {twin.role}, '{twin.model.id}': its "
+                f"update would be merged twice.",
+                "List every expert once; to count one more, raise its weight or lambda.",
             )
 
 

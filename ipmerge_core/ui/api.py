@@ -23,20 +23,22 @@ from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.runtime.jobs import JobStatus
+from ipmerge_core.runtime.paths import expand_path
 from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
+from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import public_text, show_errors
 from ipmerge_core.ui.finished_merges import find_merge
-from ipmerge_core.ui.merge.method_form import (
+from ipmerge_core.ui.merge.tab import check_digest, readiness_of
+from ipmerge_core.ui.method_choice import (
     EXPLORED,
     EXPLORED_METHOD,
     FIELDS,
     MethodChoice,
     chosen_plan,
 )
-from ipmerge_core.ui.merge.tab import check_digest, readiness_of
 from ipmerge_core.ui.pairs import list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
@@ -103,8 +105,8 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
         """Compute exactly what a plan would change, without reading weights.
 
         `parameters` are those of the method by name, `options` are include, exclude, layer_gains,
-        norms, embeddings and anchor, and `calibration` is the folder or, on a Space, the name of a
-        finished calibration.
+        norms, embeddings and anchor, and `calibration` is the name of a finished calibration or,
+        if this is not a Space, its folder.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         asked = PlanRequest(method, parameters, options, calibration)
@@ -136,6 +138,7 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
         plan = _requested_plan(backend, pack, choice, asked)
         found = readiness_of(backend, pack, plan, device, force=force)
         return {
+            "hash": plan.hash,
             "ready": found.ready,
             "digest": found.digest,
             "device": found.device,
@@ -246,7 +249,8 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         settings = GenerationSettings(temperature, max_new_tokens, seed)
         picture = open_image(_decoded(image)) if image else None
         keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
-        asked = Question(pack, choice, question, picture, settings, left, right, keys)
+        chosen = ChosenMerge(pack, choice, by="explore")
+        asked = Question(chosen, question, picture, settings, left, right, keys)
         for first, second in answer_both(backend, asked):
             yield {"base": _side_json(first), "merged": _side_json(second)}
 
@@ -314,16 +318,18 @@ def _requested_plan(
 
 
 def _calibration_folder(backend: Backend, pack: str, asked: PlanRequest) -> str:
-    """Return the folder of a calibration; on a Space, only finished ones of the app by name.
+    """Return the folder of a calibration: a finished one of the app by its name, or a path.
 
-    Raises: PlanError for any other.
+    Raises: PlanError for a path on a Space, or one that is not valid.
     """
-    if not asked.calibration or not backend.hosted:
-        return asked.calibration
+    if not asked.calibration:
+        return ""
     folders = backend.finished_calibrations(pack, asked.method)
     for folder in folders:
         if folder.name == asked.calibration:
             return str(folder)
+    if not backend.hosted:
+        return str(expand_path(asked.calibration))
     known = ", ".join(folder.name for folder in folders) or "none"
     raise PlanError(f"Unknown calibration {asked.calibration[:80]!r}. Available: {known}.")
 

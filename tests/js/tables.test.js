@@ -53,7 +53,7 @@ test("the table of layers counts what merges", () => {
 test("the table over lambda agrees with a preview at every lambda", () => {
   for (const row of lambdaRows(shown)) {
     const { keep, absorb, relative_change: change } = previewOf(index, { ...plan, lambda: Number(row.lambda) });
-    assert.deepEqual([row.keep, row.absorb, row.change], [keep, absorb, change]);
+    assert.deepEqual([row["cosine to vision"], row["cosine to math"], row.change], [keep, absorb, change]);
   }
 });
 

@@ -112,7 +112,7 @@ test("as many matrices join and leave as are said to, if the step is typed", () 
 
 test("rounding goes to the side that is asked for, also where a product of decimals is not exact", () => {
   const random = randomNumbers(5);
-  const values = [0, 1, 0.3, 0.4139, 0.41398, 0.29, 0.57, 1.005, ...Array.from({ length: 2000 }, random)];
+  const values = [0, 1, 1.23456789012345e-7, 0.3, 0.4139, 0.41398, 0.29, 0.57, 1.005, ...Array.from({ length: 2000 }, random)];
   for (const x of values) {
     for (const digits of [2, 3, 4]) {
       const [low, high, over] = [atMost(x, digits), atLeast(x, digits), above(x, digits)], step = 10 ** -digits;

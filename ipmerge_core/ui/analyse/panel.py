@@ -101,11 +101,11 @@ def wire_panel(
     arrived = _wire_run(app, backend, panel, pair, view, job, waiting, tabs)
     panel.run.follow(started.success)
 
-    def describe(pack_id: str) -> str:
-        return pair_html(explored_pack(pack_id))
+    def describe(pack_id: str | None) -> str:
+        return pair_html(explored_pack(pack_id)) if pack_id else ""
 
-    def refresh(pack_id: str) -> dict[str, Any]:
-        return gr.update(choices=pair_choices(partial(is_running, backend), pack_id))
+    def refresh(pack_id: str | None) -> dict[str, Any]:
+        return gr.update(choices=pair_choices(partial(is_running, backend), pack_id or ""))
 
     pair.change(show_errors(describe), pair, panel.details, queue=False, **QUIET)
     arrived.success(show_errors(describe), pair, panel.details, **QUIET)
@@ -122,7 +122,9 @@ def _wire_form(
     def toggle(shown: bool) -> Updates:
         return {panel.card: gr.update(visible=not shown), is_open: not shown}
 
-    def fill(number: int, found: Checked | None) -> Updates:
+    def fill(number: int | None, found: Checked | None) -> Updates:
+        if number is None:
+            return {form.note: "", **forget(found)}
         known = load_catalogue().pairs[number]
         typed = [known.mllm, "\n".join(known.math), known.base, known.base_mllm or ""]
         filled = dict(zip(form.fields, typed, strict=False))  # depth and rank stay

@@ -1,12 +1,14 @@
 """Answer one question with two models at the same time, with one Stop for both.
 
-In: a pair, the model of each side, a question and perhaps an image. Out: a generator of two
-`Side`s, about ten times a second. A side is the unmerged vision-language model, the plan in
-Explore, or a finished merge. Each runs in its own thread, and an error affects only its own side.
+In: the chosen merge, the model of each side, a question and perhaps an image. Out: a generator of
+two `Side`s, about ten times a second. A side is the unmerged vision-language model, the chosen
+merge, the plan of the recorded answers, or a finished merge. Each runs in its own thread, and an
+error affects only its own side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +19,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.ui.backend import Backend, Progress
+from ipmerge_core.ui.chat.recorded import recorded_choice
+from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import public_text, sentence_of
-from ipmerge_core.ui.finished_merges import Keys, describe_unmerged, find_merge, method_label
-from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, describe_choice, plan_of
+from ipmerge_core.ui.finished_merges import Keys, describe_unmerged, find_merge
+from ipmerge_core.ui.plan_choice import analysis_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +31,9 @@ if TYPE_CHECKING:
     from ipmerge_core.inference.generation import GenerationSettings
     from ipmerge_core.inference.loading import LoadedModel
 
-BASE, PLAN = "base", "plan"  # a side is one of these or the run of a finished merge
+# A side is one of these or the run of a finished merge.
+BASE, PLAN, RECORD = "base", "plan", "record"
+UNMERGED = "Vision-language model, unmerged"
 YIELD_EVERY = 0.1  # seconds
 STOP_TIMEOUT = 10.0  # seconds to wait for a stopped model
 
@@ -54,16 +60,23 @@ class Side:
 
 
 class Question(NamedTuple):
-    """A question and the models to ask: `left` and `right` are BASE, PLAN, or a run or folder."""
+    """A question and the models to ask.
 
-    pack_id: str
-    choice: PlanChoice
+    `left` and `right` are BASE, PLAN (the chosen merge), RECORD, or a run or folder.
+    """
+
+    chosen: ChosenMerge
     text: str
     image: Image | None
     settings: GenerationSettings
     left: str = BASE
     right: str = PLAN
     keys: Keys = MappingProxyType({})
+
+    @property
+    def pack_id(self) -> str:
+        """The pair."""
+        return self.chosen.pack_id
 
 
 class Answerer(NamedTuple):
@@ -112,14 +125,33 @@ def find_answerer(backend: Backend, asked: Question, who: str, progress: Progres
     if who == BASE:
         label = describe_unmerged(analysis_of(asked.pack_id).sources.mllm.id)
         return Answerer(backend.base_folder(asked.pack_id), label)
+    chosen = _merge_of(asked, who)
+    if chosen is None or chosen.merge is not None:
+        run = chosen.run if chosen else who
+        merge = find_merge(backend, asked.pack_id, run, asked.keys)
+        return Answerer(merge.folder, merge.label)
+    progress("making the plan")
+    plan = chosen.make_plan()
+    label = name_of(chosen, plan.hash)
+    return Answerer(backend.merged_folder(plan, progress), label)
+
+
+def _merge_of(asked: Question, who: str) -> ChosenMerge | None:
+    """Return the merge of a side that is no finished one; None for a run."""
     if who == PLAN:
-        progress("making the plan")
-        plan = plan_of(asked.pack_id, asked.choice)
-        method = f"{method_label(plan.method)}, {describe_choice(asked.choice)}"
-        label = f"plan in Explore · {method} · plan {plan.hash}"
-        return Answerer(backend.merged_folder(plan, progress), label)
-    merge = find_merge(backend, asked.pack_id, who, asked.keys)
-    return Answerer(merge.folder, merge.label)
+        return asked.chosen
+    recorded = recorded_choice(asked.pack_id) if who == RECORD else None
+    return ChosenMerge(asked.pack_id, recorded, by="record") if recorded else None
+
+
+def name_asked(asked: Question, who: str) -> str:
+    """Name the model of a side before it is found."""
+    if who == BASE:
+        with contextlib.suppress(IPMergeError):
+            return describe_unmerged(analysis_of(asked.pack_id).sources.mllm.id)
+        return UNMERGED
+    chosen = _merge_of(asked, who)
+    return name_of(chosen) if chosen else who
 
 
 def answer_both(
@@ -170,6 +202,7 @@ def _fill(
         if stop.is_set():
             raise RunCancelled("Stopped while the model was loading.")
 
+    side.source = name_asked(question, who)
     try:
         progress("importing libraries")
         backend.import_libraries()

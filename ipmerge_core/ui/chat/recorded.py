@@ -1,7 +1,7 @@
 """Read the recorded examples: answers of both models that are shown without running a model.
 
 In: `recorded.json` in the folder of the demo models, and its images. Out: examples with a question,
-the correct answer, both replies, their models and the date.
+the correct answer, both replies, their models and the date; and the plan of the recorded merge.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.ui.finished_merges import describe_unmerged
 from ipmerge_core.ui.pairs import DEMO, read_pack_file
+from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
+DEMO_PAIR = "pack"  # the id of the pair that gave the recorded answers
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 
 
@@ -36,9 +38,11 @@ class Example(NamedTuple):
     base: str
     merged: str
     plan: str  # description with the hash
+    choice: PlanChoice  # the same plan
     recorded: str  # date
     base_model: str  # label of the model on the left
     pair: str  # name of the pair
+    pack_id: str = DEMO_PAIR
 
     @property
     def outcome(self) -> str:
@@ -58,6 +62,12 @@ def recorded_examples(folder: Path = DEMO) -> list[Example]:
     return _read(path, version_of(path)) if path.is_file() else []
 
 
+def recorded_choice(pack_id: str) -> PlanChoice | None:
+    """Return the plan of a pair's recorded answers; None if there are none."""
+    examples = recorded_examples() if pack_id == DEMO_PAIR else []
+    return examples[0].choice if examples else None
+
+
 @lru_cache(maxsize=4)
 def _read(path: Path, _version: FileVersion) -> list[Example]:
     content = json.loads(path.read_text("utf-8"))
@@ -74,6 +84,7 @@ def _read(path: Path, _version: FileVersion) -> list[Example]:
             base=entry["base"],
             merged=entry["merged"],
             plan=content["plan"],
+            choice=read_commit(content["choice"], pack),
             recorded=content["recorded"],
             base_model=describe_unmerged(pack["sources"]["mllm"]["id"]),
             pair=pack["name"],

@@ -1,8 +1,9 @@
 """Build the Try it tab: ask two models one question and show both answers side by side.
 
-In: the chosen pair, the session's `PlanChoice`, and the model chosen for each side. Out: two
-answers streamed from one generator, with one Stop. The prompt stays in the box until the user
-clears it, so that no error can lose it. Earlier turns are not sent to the models.
+In: the session's `ChosenMerge`, and the model selected for each side. Out: two answers streamed
+from one generator, with one Stop. The prompt stays in the box until the user clears it, so that no
+error can lose it. Earlier turns are not sent to the models. A recorded example shows its own plan,
+which one button chooses.
 """
 
 from __future__ import annotations
@@ -21,22 +22,31 @@ from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.prompts import check_question
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import ActiveRequests, Question, answer_both, new_sides
+from ipmerge_core.ui.chat.answers import BASE, ActiveRequests, Question, answer_both, new_sides
 from ipmerge_core.ui.chat.recorded import Example, Reference, recorded_examples
-from ipmerge_core.ui.chat.side_choice import SideChoice, keys_of, side_choice, wire_choice
-from ipmerge_core.ui.chat.turns import Turn, View, turn_of_example, view
+from ipmerge_core.ui.chat.side_choice import (
+    SideChoice,
+    default_right,
+    keys_of,
+    list_sides,
+    side_choice,
+    wire_choice,
+)
+from ipmerge_core.ui.chat.turns import Turn, View, turn_of_example, view, without_records
+from ipmerge_core.ui.chosen_merge import ChosenMerge, chosen_line
 from ipmerge_core.ui.errors import QUIET, show_errors
+from ipmerge_core.ui.explore.tab import PairView, after_commits, map_content
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.pairs import pair_name
-from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import Updates
 
 if TYPE_CHECKING:
+    from gradio.events import Dependency
     from PIL.Image import Image
 
 INTRODUCTION = (
-    "Ask two models the same question: the unmerged model, the plan in Explore, or a finished "
-    "merge. Earlier messages are not sent."
+    "Ask two models the same question: the unmerged model, the chosen merge, or a finished merge. "
+    "Earlier messages are not sent."
 )
 SEND_HINT = "Type a question and add an image; only the newest image is used"
 LONGEST_ANSWER = 512
@@ -60,13 +70,14 @@ class Parts(NamedTuple):
     again: gr.Button
     clear: gr.Button
     undo: gr.Button
+    take: gr.Button  # chooses the plan of the recorded example on show
     examples: list[gr.Button]
     view: Mapping[str, Any]  # by the field of `View` that it shows
 
     @property
     def outputs(self) -> list[Any]:
         """What `updates` fills."""
-        return [self.turns, *self.view.values(), self.stop, *self._idle_buttons]
+        return [self.turns, *self.view.values(), self.stop, self.take, *self._idle_buttons]
 
     def updates(self, turns: list[Turn]) -> Updates:
         """Return the updates that show turns; while answers arrive, only Stop is enabled."""
@@ -76,6 +87,7 @@ class Parts(NamedTuple):
             self.turns: turns,
             **{component: shown[field] for field, component in self.view.items()},
             self.stop: gr.update(interactive=running),
+            self.take: gr.update(visible=bool(turns) and turns[-1].choice is not None),
             **{button: gr.update(interactive=not running) for button in self._idle_buttons},
         }
 
@@ -84,30 +96,39 @@ class Parts(NamedTuple):
         return [self.again, self.clear, *self.examples]
 
 
+class TryTab(NamedTuple):
+    """What the app uses of this tab: the sides, and the events after which a merge is chosen."""
+
+    sides: SideChoice
+    chose: list[Dependency]
+
+
 def try_tab(
     backend: Backend,
     pair: gr.Dropdown,
-    choice: gr.State,
+    shown: PairView,
     *,
     runs: gr.BrowserState,
     last: gr.BrowserState,
     tab: gr.Tab,
-) -> SideChoice:
-    """Lay out the tab inside the open `tab` and wire it; returns the choice of models.
+) -> TryTab:
+    """Lay out the tab inside the open `tab` and wire it.
 
-    `runs` and `last` are the merges that the browser remembers, see `side_choice`.
+    `shown` shows the pair in Explore and holds the chosen merge; `runs` and `last` are the merges
+    that the browser remembers, see `side_choice`.
     """
-    parts = _layout(recorded_examples(), runs, last)
-    wire_choice(backend, parts.sides, pair, tab)
-    _wire_questions(backend, parts, [pair, choice])
-    _wire_the_rest(parts)
-    return parts.sides
+    parts = _layout(recorded_examples(), shown.chosen, runs, last)
+    chose = wire_choice(backend, parts.sides, pair, tab)
+    _wire_questions(backend, parts, shown.chosen)
+    _wire_examples(parts)
+    _wire_clear(parts)
+    return TryTab(parts.sides, [chose, _wire_records(backend, parts, pair, shown)])
 
 
 # --- wiring ----------------------------------------------------------------------------------
 
 
-def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> None:
+def _wire_questions(backend: Backend, parts: Parts, chosen: gr.State) -> None:
     """Wire Send, Ask again and Stop."""
     requests = ActiveRequests()
 
@@ -145,7 +166,7 @@ def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> No
     def stop_both(request: gr.Request) -> None:
         requests.stop(_session(request))
 
-    inputs = [parts.turns, *plan_parts, *parts.sides.inputs, *parts.numbers]
+    inputs = [parts.turns, chosen, *parts.sides.inputs, *parts.numbers]
     models: dict[str, Any] = {**QUIET, "concurrency_id": "models", "concurrency_limit": 1}
     # Checks have no outputs, so that an error keeps the answers on the page.
     parts.prompt.submit(show_errors(check), [parts.prompt, *parts.numbers], None, **QUIET).success(
@@ -157,14 +178,58 @@ def _wire_questions(backend: Backend, parts: Parts, plan_parts: list[Any]) -> No
     parts.stop.click(stop_both, None, None, queue=False, **QUIET)
 
 
-def _wire_the_rest(parts: Parts) -> None:
-    """Wire the examples, Clear and Undo clear."""
+def _wire_examples(parts: Parts) -> None:
+    """Wire the examples; under another pair than theirs they are questions without answers."""
     examples = recorded_examples()
 
-    def show_example(number: int, before: list[Turn]) -> Updates:
+    def show_example(number: int, before: list[Turn], chosen: ChosenMerge) -> Updates:
         turn = turn_of_example(examples[number])
         kept = before[:-1] if before and before[-1].recorded else before
-        return {parts.prompt: _prompt_value(turn), **parts.updates([*kept, turn])}
+        turns = [*kept, turn] if turn.pack_id == chosen.pack_id else kept
+        return {parts.prompt: _prompt_value(turn), **parts.updates(turns)}
+
+    for number, button in enumerate(parts.examples):
+        show = partial(show_example, number)
+        asked, filled = [parts.turns, parts.sides.chosen], [parts.prompt, *parts.outputs]
+        button.click(show, asked, filled, queue=False, **QUIET)
+
+
+def _wire_records(backend: Backend, parts: Parts, pair: gr.Dropdown, shown: PairView) -> Dependency:
+    """Wire the button that chooses a record's plan; remove the records of another pair.
+
+    Returns the event after which the plan is chosen.
+    """
+
+    def take(turns: list[Turn], now: ChosenMerge, *how: Any) -> Updates:  # noqa: ANN401
+        choice = turns[-1].choice if turns else None
+        if choice is None or turns[-1].pack_id != now.pack_id:
+            raise RunError("There is no recorded answer of this pair on show. Select an example.")
+        taken = now.with_record(choice)
+        left, right = list_sides(backend, taken, *how)
+        return {
+            shown.chosen: taken,
+            shown.layer_map: map_content(now.pack_id, choice),
+            parts.sides.left: left,
+            parts.sides.right: right,
+        }
+
+    def drop(turns: list[Turn], now: ChosenMerge) -> Updates:
+        return parts.updates(without_records(turns, now.pack_id))
+
+    sides = parts.sides
+    filled = [shown.chosen, shown.layer_map, *sides.shown]
+    taken = parts.take.click(
+        show_errors(take), [parts.turns, *sides.asked], filled, show_progress_on=[], **QUIET
+    )
+    taken.success(chosen_line, sides.chosen, sides.line, **QUIET)
+    after_commits(pair.change, pair).then(
+        drop, [parts.turns, sides.chosen], parts.outputs, queue=False, **QUIET
+    )
+    return taken
+
+
+def _wire_clear(parts: Parts) -> None:
+    """Wire Clear and Undo clear."""
 
     def clear_all(typed: dict[str, Any], before: list[Turn]) -> Updates:
         undo = {cleared: (typed, before), parts.undo: gr.update(visible=True)}
@@ -180,16 +245,16 @@ def _wire_the_rest(parts: Parts) -> None:
     asked = [parts.prompt, parts.turns]
     parts.clear.click(clear_all, asked, [cleared, *filled], queue=False, **QUIET)
     parts.undo.click(restore, cleared, filled, queue=False, **QUIET)
-    for number, button in enumerate(parts.examples):
-        show = partial(show_example, number)
-        button.click(show, parts.turns, [parts.prompt, *parts.outputs], queue=False, **QUIET)
 
 
 # --- layout ----------------------------------------------------------------------------------
 
 
-def _layout(examples: list[Example], runs: gr.BrowserState, last: gr.BrowserState) -> Parts:
-    first = [turn_of_example(examples[0])] if examples else []
+def _layout(
+    examples: list[Example], chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState
+) -> Parts:
+    own = [example for example in examples if example.pack_id == chosen.value.pack_id]
+    first = [turn_of_example(own[0])] if own else []
     gr.Markdown(INTRODUCTION, elem_classes="lead")
     buttons = _example_buttons(examples)
     prompt = gr.MultimodalTextbox(
@@ -221,9 +286,10 @@ def _layout(examples: list[Example], runs: gr.BrowserState, last: gr.BrowserStat
             gr.Slider(1, LONGEST_ANSWER, value=128, step=1, label="Maximum new tokens"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         ]
-    sides = side_choice(runs, last)
-    turns, shown = gr.State(first), _answers(view(first))
-    return Parts(sides, turns, prompt, numbers, stop, again, clear, undo, buttons, shown)
+    sides = side_choice(chosen, runs, last)
+    turns = gr.State(first)
+    shown, take = _answers(view(first))
+    return Parts(sides, turns, prompt, numbers, stop, again, clear, undo, take, buttons, shown)
 
 
 def _example_buttons(examples: list[Example]) -> list[gr.Button]:
@@ -244,10 +310,19 @@ def _example_buttons(examples: list[Example]) -> list[gr.Button]:
         ]
 
 
-def _answers(first: View) -> Mapping[str, Any]:
-    """Lay out the two chats and their captions; return them by the field of `View` they show."""
+def _answers(first: View) -> tuple[Mapping[str, Any], gr.Button]:
+    """Lay out the two chats and their captions.
+
+    Returns them by the field of `View` they show, and the button that chooses a record's plan.
+    """
     with gr.Row(elem_id="answers-line"):
         source = gr.HTML(first.source, elem_id="answers-source", elem_classes="chips")
+        take = gr.Button(
+            "Use this plan",
+            size="sm",
+            visible=bool(first.chat_left),
+            elem_id="take-record",
+        )
         status = gr.HTML(first.status, elem_id="answers-status")
     with gr.Row(elem_id="chats"):
         with gr.Column(min_width=300):
@@ -258,7 +333,7 @@ def _answers(first: View) -> Mapping[str, Any]:
             verdict_right = gr.HTML(
                 first.verdict_right, elem_id="verdict-merged", elem_classes="chips"
             )
-    return {
+    shown = {
         "chat_left": left,
         "chat_right": right,
         "verdict_left": verdict_left,
@@ -266,6 +341,7 @@ def _answers(first: View) -> Mapping[str, Any]:
         "status": status,
         "source": source,
     }
+    return shown, take
 
 
 def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
@@ -300,23 +376,24 @@ def _run(
 def _new_turn(asked: Question, image: str | None, reference: Reference | None) -> Turn:
     """Return a turn without answers."""
     sides = new_sides(asked.left, asked.right)
-    return Turn(asked.text, image, pair_name(asked.pack_id), *sides, reference)
+    name = pair_name(asked.pack_id)
+    return Turn(asked.text, image, name, *sides, reference, pack_id=asked.pack_id)
 
 
 def _question(  # the components of the tab, in order
     text: str,
     image: str | None,
-    pack_id: str,
-    plan: PlanChoice,
-    left: str,
-    right: str,
+    chosen: ChosenMerge,
+    left: str | None,
+    right: str | None,
     runs: object,
     last: object,
     *numbers: float,
 ) -> Question:
     """Build the question from the inputs. Raises: RunError for a setting out of range."""
     settings, keys = _read_settings(*numbers), keys_of(runs, last)
-    return Question(pack_id, plan, text, _open(image), settings, left, right, keys)
+    left, right = left or BASE, right or default_right(chosen)
+    return Question(chosen, text, _open(image), settings, left, right, keys)
 
 
 def _open(image: str | None) -> Image | None:
@@ -334,8 +411,9 @@ def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
-def _read_prompt(typed: dict[str, Any]) -> tuple[str, str | None]:
+def _read_prompt(typed: dict[str, Any] | None) -> tuple[str, str | None]:
     """Return the question and the newest image of a prompt. Raises: RunError without a question."""
+    typed = typed or EMPTY_PROMPT
     question, files = typed.get("text") or "", typed.get("files") or []
     if not question and not files:
         raise RunError("The prompt is empty. Type a question; an image is optional.")

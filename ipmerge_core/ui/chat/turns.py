@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from ipmerge_core.tasks.answers import differ, is_right
 from ipmerge_core.ui.chat.answers import Side
 from ipmerge_core.ui.chat.recorded import Example, Reference
+from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.safe_text import as_html, show_text
 
 Message = dict[str, Any]
@@ -30,6 +31,8 @@ class Turn:
     right: Side = field(default_factory=lambda: Side("Merged"))
     reference: Reference | None = None
     recorded: str = ""  # the date of a recorded example
+    choice: PlanChoice | None = None  # the plan of a recorded example
+    pack_id: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -54,11 +57,18 @@ def turn_of_example(example: Example) -> Turn:
         question=example.reference.question,
         image=str(example.image),
         pair=example.pair,
+        pack_id=example.pack_id,
         left=Side("Base", example.base_model, "finished", example.base),
         right=Side("Merged", example.plan, "finished", example.merged),
         reference=example.reference,
         recorded=example.recorded,
+        choice=example.choice,
     )
+
+
+def without_records(turns: Sequence[Turn], pack_id: str) -> list[Turn]:
+    """Return the turns without recorded examples of another pair than this one."""
+    return [turn for turn in turns if not turn.recorded or turn.pack_id == pack_id]
 
 
 def view(turns: Sequence[Turn]) -> View:

@@ -1,7 +1,7 @@
-"""Build the API & cite tab: the current plan as code and commands, and references to cite.
+"""Build the API & cite tab: the chosen merge as code and commands, and references to cite.
 
-In: the chosen pair and the session's `PlanChoice`. Out: texts to copy, updated whenever the tab is
-opened; the plan's hash follows later, because it needs torch.
+In: the session's `ChosenMerge`. Out: its description and texts to copy, updated whenever the tab is
+opened; the description follows later, because the plan needs torch.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import gradio as gr
 from gradio.events import Dependency
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.ui.chosen_merge import ChosenMerge, describe, name_of
 from ipmerge_core.ui.cite.snippets import Snippets, page_address, snippets_of
 from ipmerge_core.ui.errors import QUIET, sentence_of, show_errors
 from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, load_pack
-from ipmerge_core.ui.plan_choice import PlanChoice, describe_choice, plan_of
 from ipmerge_core.ui.runs import Updates
-from ipmerge_core.ui.safe_text import as_markdown
+from ipmerge_core.ui.safe_text import as_html, as_markdown
 
 LABELS = {
     "json": "Plan as JSON",
@@ -28,12 +28,12 @@ LABELS = {
 }
 
 
-def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependency) -> None:
+def cite_tab(chosen: gr.State, tab: gr.Tab, opened: Dependency) -> None:
     """Lay out the tab inside the open `tab`; fill it when the tab or a pair is opened."""
     # layout
-    gr.Markdown("The current plan in Explore as code, commands and citations.", elem_classes="lead")
+    gr.Markdown("The chosen merge as code, commands and citations.", elem_classes="lead")
     state = gr.Markdown("", elem_id="cite-state")
-    digest = gr.Markdown("", elem_id="cite-hash")
+    digest = gr.HTML("", elem_id="cite-hash")
     with gr.Column(elem_id="snippets"):
         texts = {
             name: gr.Code(
@@ -51,35 +51,43 @@ def cite_tab(pair: gr.Dropdown, choice: gr.State, tab: gr.Tab, opened: Dependenc
         }
 
     # handlers
-    def write(pack_id: str, plan: PlanChoice, request: gr.Request) -> Updates:
+    def write(now: ChosenMerge, request: gr.Request) -> Updates:
         address = page_address(request.headers.get("referer", ""))
         try:
-            words = describe_state(pack_id, plan)
-            written = snippets_of(pack_id, plan, address)._asdict()
+            words = describe_state(now)
+            written = snippets_of(now, address)._asdict()
         except PlanError as error:  # a pair that is only partly analysed
             words, written = as_markdown(sentence_of(error)), {}
         return {state: words, **{code: written.get(name, "") for name, code in texts.items()}}
 
-    def name_plan(pack_id: str, plan: PlanChoice) -> str:
-        if find_partial(pack_id, SKIP_ALL) is not None:
-            return ""
-        return f"Plan `{plan_of(pack_id, plan).hash}`. Python and the command line give the same."
+    def name_plan(now: ChosenMerge) -> str:
+        return "" if find_partial(now.pack_id, SKIP_ALL) is not None else facts_html(now)
 
-    def name_again(pack_id: str, plan: PlanChoice, before: str) -> str:
-        return name_plan(pack_id, plan) if before else ""  # never opened: do not import torch yet
+    def name_again(now: ChosenMerge, before: str) -> str:
+        return name_plan(now) if before else ""  # never opened: do not import torch yet
 
     # wiring
-    here, shown = [pair, choice], [state, *texts.values()]
-    after_commits(tab.select).then(show_errors(write), here, shown, queue=False, **QUIET).success(
-        show_errors(name_plan), here, digest, **QUIET
+    shown = [state, *texts.values()]
+    after_commits(tab.select).then(show_errors(write), chosen, shown, **QUIET).success(
+        show_errors(name_plan), chosen, digest, **QUIET
     )
-    opened.success(show_errors(write), here, shown, **QUIET).success(
-        show_errors(name_again), [*here, digest], digest, **QUIET
+    opened.success(show_errors(write), chosen, shown, **QUIET).success(
+        show_errors(name_again), [chosen, digest], digest, **QUIET
     )
 
 
-def describe_state(pack_id: str, choice: PlanChoice) -> str:
-    """Describe the pair and the plan of the texts."""
-    pack = load_pack(pack_id)
+def describe_state(chosen: ChosenMerge) -> str:
+    """Name the pair and the merge of the texts."""
+    pack = load_pack(chosen.pack_id)
     made = f"analysed {pack['created'][:10]} with IPMerge {pack['engine']}"
-    return f"**{as_markdown(pack['name'])}** · {describe_choice(choice)} · {made}"
+    return f"**{as_markdown(pack['name'])}** · {as_markdown(name_of(chosen))} · {made}"
+
+
+def facts_html(chosen: ChosenMerge) -> str:
+    """Describe the merge of the texts in full. Raises: PlanError."""
+    cells = "".join(
+        f"<dt>{as_html(name)}</dt><dd>{as_html(text)}</dd>"
+        for name, text in describe(chosen).items()
+    )
+    note = "Python and the command line give the same plan."
+    return f'<dl class="facts">{cells}</dl><p class="caption">{note}</p>'

@@ -6,6 +6,7 @@ import { node, part, parts, setText } from "../web/dom.js";
 import { count, fixed, lambdaText, percent } from "../web/format.js";
 import { Grid } from "../web/grid.js";
 import { KEPT_EVENT } from "../web/memory.js";
+import { markUsable } from "../web/number_field.js";
 import { samePlan } from "../web/plan.js";
 import { niceTop } from "../web/scales.js";
 import { createStore } from "../web/store.js";
@@ -124,7 +125,9 @@ export class Compare {
     part(pick, "[value=edited]").hidden = exact >= 0;
     for (const [key, text] of [["s", thresholdText(plan.s)], ["lambda", lambdaText(plan.lambda)]]) {
       const field = part(this.element, `[data-${key}=${letter}]`, HTMLInputElement);
-      if (field !== document.activeElement) field.value = text;
+      if (field === document.activeElement) continue;
+      field.value = text;
+      markUsable(field, part(this.element, `[data-wrong=${letter}]`));
     }
   }
 

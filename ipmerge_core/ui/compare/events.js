@@ -1,16 +1,19 @@
 // @ts-check
 // What a hand does in the comparison.
 
-import { closest, parts } from "../web/dom.js";
+import { closest, part, parts } from "../web/dom.js";
 import { targetOf } from "../web/grid.js";
+import { lambdaText } from "../web/format.js";
+import { isUsable, markUsable, markWrong } from "../web/number_field.js";
 import { cleanPlan } from "../web/plan.js";
 import { tableAction } from "../web/tables.js";
+import { thresholdText } from "../web/thresholds.js";
 import { differs, mirrored } from "./pairs.js";
 import { withPlan } from "./sides.js";
 
 /** @import { Target } from "../web/types.d.ts" */
 /** @import { Compare } from "./compare.js" */
-/** @import { Letter, Mode } from "./types.d.ts" */
+/** @import { Letter, Mode, Side } from "./types.d.ts" */
 
 /** @param {Compare} compare */
 export function listen(compare) {
@@ -94,13 +97,33 @@ function setMode(compare, button, mode) {
  * @param {Compare} compare
  * @param {HTMLSelectElement | HTMLInputElement} field
  */
-function changePlan(compare, { dataset: { preset, s, lambda }, value }) {
+function changePlan(compare, field) {
+  const { dataset: { preset, s, lambda }, value } = field;
   const letter = preset ?? s ?? lambda, { sides } = compare.state;
   if (!sides || (letter !== "a" && letter !== "b")) return;
   const side = sides[letter];
+  if (field instanceof HTMLInputElement && !checkNumber(compare, field, letter, side)) return;
   const plan = preset
     ? side.presets[Number(value)]?.plan ?? side.plan
     : cleanPlan({ ...side.plan, [s ? "s" : "lambda"]: value }, side.index);
   compare.set({ sides: { ...sides, [letter]: withPlan(side, plan) } });
   compare.paint();
+}
+
+/**
+ * Whether a number can be used; says beside the field what is wrong with another.
+ *
+ * @param {Compare} compare
+ * @param {HTMLInputElement} field
+ * @param {Letter} letter
+ * @param {Side} side
+ */
+function checkNumber({ element }, field, letter, { plan }) {
+  const note = part(element, `[data-wrong=${letter}]`), isS = field.dataset.s !== undefined;
+  if (isUsable(field)) {
+    markUsable(field, note);
+    return true;
+  }
+  markWrong(field, note, `${isS ? "Sα" : "λ"} of ${letter.toUpperCase()}`, isS ? thresholdText(plan.s) : lambdaText(plan.lambda));
+  return false;
 }

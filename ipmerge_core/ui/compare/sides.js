@@ -10,7 +10,7 @@ import { indexPack, previewOf } from "../web/preview.js";
 /** @import { Compared, Side, Sides } from "./types.d.ts" */
 
 /**
- * A follows Explore; B starts as the first preset that differs from A or, of another pair, with A's
+ * A is the chosen merge; B starts as the first preset that differs from A or, of another pair, with A's
  * values, and keeps what was chosen for it while the tab is away.
  *
  * @param {Compared} content
@@ -19,10 +19,9 @@ import { indexPack, previewOf } from "../web/preview.js";
  */
 export function makeSides({ a, b }, before) {
   const content = b || a, isSame = content.id === a.id;
-  const sideA = newSide(a, "Plan of Explore", a.plan);
-  const sideB = isSame
-    ? newSide(content, "Plan of Explore", content.plan)
-    : newSide(content, "As A in Explore", { ...a.plan, overrides: {} });
+  const name = a.label ?? "Plan in Explore";
+  const sideA = newSide(a, name, a.plan);
+  const sideB = isSame ? newSide(content, name, content.plan) : newSide(content, "Values of A", { ...a.plan, overrides: {} });
   const kept = before?.b.id === content.id ? before.b.plan : null;
   const start = isSame ? sideB.presets.find(({ plan }) => !samePlan(plan, sideA.plan)) : undefined;
   return { a: sideA, b: withPlan(sideB, kept ?? start?.plan ?? sideB.plan) };

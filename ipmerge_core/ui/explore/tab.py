@@ -1,6 +1,6 @@
 """Build the Explore tab: the layer map of the chosen pair and the spectra of one matrix.
 
-In: the pair dropdown and the session's `PlanChoice`. Out: that choice, updated once at the end of
+In: the pair dropdown and the session's `ChosenMerge`. Out: that merge, chosen once at the end of
 every drag on the map. Dragging itself sends no request: the map computes previews in the browser.
 """
 
@@ -16,6 +16,7 @@ from gradio.events import Dependency
 from ipmerge_core.errors import PlanError
 from ipmerge_core.plots import spectra_figure, spectra_info
 from ipmerge_core.runtime.host import space_id
+from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.explore.layer_map import LayerMap, report
 from ipmerge_core.ui.explore.partial_packs import (
@@ -65,6 +66,8 @@ PRESETS: list[dict[str, Any]] = [
     },
 ]
 
+LONGEST_LINK = 4000  # characters of a permalink's query
+
 # In the page: count an answered commit; wait until all are answered (and the pair is shown), for
 # at most 5 seconds.
 _MAP = "document.querySelector('#layer-map .lm')?.parentNode.ipmerge"
@@ -87,14 +90,17 @@ class PairView(NamedTuple):
     """The components that show a pair."""
 
     layer_map: LayerMap
-    choice: gr.State
+    chosen: gr.State
     spectra: gr.Plot
 
-    def updates(self, opened: OpenedPair) -> Updates:
-        """Return the updates that show a pair; the figure of another pair's matrix is hidden."""
+    def updates(self, opened: OpenedPair, now: ChosenMerge | None = None) -> Updates:
+        """Return the updates that show a pair; the figure of another pair's matrix is hidden.
+
+        The method and the options of the merge that is chosen `now` stay chosen.
+        """
         return {
             self.layer_map: opened.content,
-            self.choice: opened.choice,
+            self.chosen: (now or ChosenMerge()).opened(opened.content["id"], opened.choice),
             self.spectra: gr.update(visible=False),
         }
 
@@ -102,8 +108,8 @@ class PairView(NamedTuple):
 class ExploreTab(NamedTuple):
     """What the app uses of this tab.
 
-    `committed` and `opened` are the events after which `choice` holds a new plan: chain on them
-    with `.then(...)`, because `choice.change` does not fire after events that bypass the queue.
+    `committed` and `opened` are the events after which `chosen` holds a new plan: chain on them
+    with `.then(...)`, because `chosen.change` does not fire after events that bypass the queue.
     """
 
     view: PairView
@@ -112,9 +118,9 @@ class ExploreTab(NamedTuple):
 
 
 def explore_tab(
-    pair: gr.Dropdown, choice: gr.State, is_running: IsRunning = nobody_runs
+    pair: gr.Dropdown, chosen: gr.State, is_running: IsRunning = nobody_runs
 ) -> ExploreTab:
-    """Lay out the tab inside the open `gr.Tab` and wire it to the pair and the session's choice.
+    """Lay out the tab inside the open `gr.Tab` and wire it to the pair and the chosen merge.
 
     `is_running` returns whether the analysis of an unfinished pair is in progress.
     """
@@ -130,19 +136,21 @@ def explore_tab(
         label="Spectra of the selected matrix", show_label=False, visible=False, elem_id="spectra"
     )
 
-    view = PairView(layer_map, choice, spectra)
+    view = PairView(layer_map, chosen, spectra)
 
     # handlers
-    def show_pair(pack_id: str) -> Updates:
-        return view.updates(open_pair(pack_id, is_running))
+    def show_pair(pack_id: str | None, now: ChosenMerge) -> Updates:
+        return view.updates(open_pair(pack_id, is_running), now)
 
-    def follow_link(event: gr.EventData) -> Updates:
+    def follow_link(now: ChosenMerge, event: gr.EventData) -> Updates:
         pack_id = str(event._data.get("pack"))
-        shown = show_pair(pack_id)
+        shown = show_pair(pack_id, now)
         return {pair: gr.update(choices=pair_choices(is_running, pack_id), value=pack_id), **shown}
 
-    def keep_plan(pack_id: str, event: gr.EventData) -> PlanChoice:
-        return read_commit(event._data, explored_pack(pack_id))
+    def keep_plan(pack_id: str, now: ChosenMerge, event: gr.EventData) -> ChosenMerge:
+        plan = read_commit(event._data, explored_pack(pack_id))
+        of_link = event._data.get("opened") is True
+        return now.with_link(plan) if of_link else now.with_plan(plan)
 
     def draw_spectra(pack_id: str, event: gr.EventData) -> dict[str, Any]:
         records = read_cells(event._data, explored_pack(pack_id))
@@ -153,22 +161,22 @@ def explore_tab(
     # wiring
     opened = pair.input(
         show_errors(show_pair),
-        pair,
+        [pair, chosen],
         [*view],
         show_progress_on=[pair],
         api_visibility="private",
     )
     layer_map.packselect(
         show_errors(follow_link),
-        None,
+        chosen,
         [pair, *view],
         show_progress="hidden",
         api_visibility="private",
     )
     committed = layer_map.commit(
         show_errors(keep_plan),
-        pair,
-        choice,
+        [pair, chosen],
+        chosen,
         queue=False,
         show_progress="hidden",
         trigger_mode="multiple",  # "once" drops events, "always_last" repeats an old one's data
@@ -198,8 +206,10 @@ def after_commits(
     return listener(None, pair, None, js=_UNTIL_SETTLED, queue=False, **QUIET)
 
 
-def open_pair(pack_id: str, is_running: IsRunning) -> OpenedPair:
+def open_pair(pack_id: str | None, is_running: IsRunning) -> OpenedPair:
     """Open a pair, whether its analysis has finished or not. Raises: PlanError."""
+    if not pack_id:
+        raise PlanError("No pair is chosen. Select one under Pair.")
     pack = explored_pack(pack_id, is_running)
     return OpenedPair(content_of(pack_id, pack), start_choice(pack))
 
@@ -245,12 +255,16 @@ def content_of(
 
 
 def report_file(asked: object) -> str:
-    """Return the HTML report for `[pack id, plan]`, as sent by the browser. Raises: PlanError."""
-    if not isinstance(asked, list) or len(asked) != 2:
-        raise PlanError("A report needs a pair and a plan; reload the page and try again.")
+    """Return the HTML report for `[pack id, plan, link]`, as sent by the browser.
+
+    The link is the query of the permalink; the report opens in the state that it describes.
+    Raises: PlanError.
+    """
+    if not isinstance(asked, list) or len(asked) != 3 or not isinstance(asked[2], str):
+        raise PlanError("A report needs a pair, a plan and a link; reload the page and try again.")
     pack_id = str(asked[0])
     choice = read_commit(asked[1], load_pack(pack_id))
-    return report({**map_content(pack_id, choice), "home": ""})
+    return report({**map_content(pack_id, choice), "home": "", "link": asked[2][:LONGEST_LINK]})
 
 
 def space_page() -> str:

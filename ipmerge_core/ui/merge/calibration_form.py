@@ -18,9 +18,16 @@ from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.format import format_size
-from ipmerge_core.ui.merge.method_form import MethodChoice
 from ipmerge_core.ui.merge.start_gate import LAST, StartGate
-from ipmerge_core.ui.runs import Remembered, RunState, RunView, Updates, disable_on_click
+from ipmerge_core.ui.method_choice import MethodChoice
+from ipmerge_core.ui.runs import (
+    Listener,
+    Remembered,
+    RunState,
+    RunView,
+    Updates,
+    disable_on_click,
+)
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -64,6 +71,7 @@ def calibration_form(
     *,
     job: gr.BrowserState,
     gate: StartGate,
+    choose: Callable[[Listener], Dependency],
 ) -> Callable[[Dependency], Dependency]:
     """Lay out the form inside `block` and wire it; returns a function that fills it after an event.
 
@@ -75,6 +83,7 @@ def calibration_form(
         method: holds a MethodChoice.
         job: what the browser remembers of the run.
         gate: disables Start until a change has been checked.
+        choose: makes the form's merge the chosen one after an event.
     """
     with block:
         parts = _layout(hosted=backend.hosted)
@@ -92,6 +101,8 @@ def calibration_form(
         }
 
     def keep(pack_id: str, how: MethodChoice, folder: str | None) -> MethodChoice:
+        if data_method(how.name) is None:
+            return how
         made_here = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
         allowed = not backend.hosted or folder in made_here
         return how._replace(calibration=folder if folder and allowed else "")
@@ -110,9 +121,11 @@ def calibration_form(
     asked = [pair, method, parts.mllm_samples, parts.math_samples, parts.limit]
     kept = parts.folder.input
     gate.disable_on(kept)
-    gate.check_after(kept(keep, [pair, method, parts.folder], method, queue=False, **QUIET).then)
+    stored = kept(keep, [pair, method, parts.folder], method, queue=False, **QUIET)
+    gate.check_after(choose(stored.then).then)
     gate.disable_on(made.change)
-    gate.check_after(made.change(show_errors(show), [pair, method, made], filled, **QUIET).then)
+    arrived = made.change(show_errors(show), [pair, method, made], filled, **QUIET)
+    gate.check_after(choose(arrived.then).then)
     parts.run.wire(
         backend, job, [app.load], extras=extras, outputs=[made, parts.start], queued=True
     )

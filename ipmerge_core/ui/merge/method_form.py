@@ -1,56 +1,44 @@
 """Build the form of the Merge tab that chooses a method and its parameters.
 
-In: what a user chooses. Out: a `MethodChoice` of plain values that fits in gr.State, and the plan
-it describes. The methods import torch, so the list is filled when the tab is opened, and the fields
-are created from the method's signature when it is chosen. Values are checked by `make_plan`.
+In: what a user chooses. Out: a `MethodChoice` of plain values that fits in gr.State. The methods
+import torch, so the list is filled when the tab is opened, and the fields are created from the
+method's signature when it is chosen. Values are checked by `make_plan`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ipmerge_core.errors import PlanError
-from ipmerge_core.planning.options import OPTIONS, Option, PlanOptions
-from ipmerge_core.planning.options import shown as shown_value
-from ipmerge_core.runtime.host import is_hosted
+from ipmerge_core.planning.options import Option, shown
 from ipmerge_core.ui.errors import QUIET
-from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, analysis_of, plan_of
+from ipmerge_core.ui.finished_merges import method_label
+from ipmerge_core.ui.formula import formula_html
+from ipmerge_core.ui.method_choice import (
+    EXPLORED,
+    EXPLORED_METHOD,
+    FIELDS,
+    MethodChoice,
+    Value,
+    parameters_of,
+)
+from ipmerge_core.ui.safe_text import as_html
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
     from ipmerge_core.methods import Parameter
-    from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.ui.merge.start_gate import StartGate
+    from ipmerge_core.ui.runs import Listener
 
-EXPLORED = ""  # the name of the plan from Explore
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
-EXPLORED_METHOD = "ip_merging"
-SET_IN_EXPLORE = frozenset({"lambda_", *(name for v in VARIANTS.values() for name in v)})
 AS_ANALYSED = "as in the analysis"
 _SLIDER_STEP = 0.01
-# Rules by matrix are the map's.
-FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
 OWN = ""  # the choice that keeps the method's default
-Value = float | int | bool | str | None
-
-
-class MethodChoice(NamedTuple):
-    """The chosen method, and the values that differ from its defaults.
-
-    `options` are the plan's options; they stay when another method is chosen.
-    """
-
-    name: str = EXPLORED
-    values: Mapping[str, Value] = {}
-    options: Mapping[str, str] = {}
-    calibration: str = ""
 
 
 class MethodForm(NamedTuple):
@@ -58,6 +46,13 @@ class MethodForm(NamedTuple):
 
     changed: Dependency  # another method was chosen and stored
     data: gr.Column
+    options: dict[str, gr.Dropdown | gr.Textbox]  # by name
+    drawn: gr.State  # a number that redraws the method's fields when it changes
+
+    def filled(self, how: MethodChoice) -> dict[Any, str]:
+        """Return the updates of the option fields that show a choice."""
+        usual = {option.name: _unset(option) for option in FIELDS}
+        return {field: how.options.get(name, usual[name]) for name, field in self.options.items()}
 
 
 def method_names() -> gr.Dropdown:
@@ -68,7 +63,10 @@ def method_names() -> gr.Dropdown:
 
 
 def method_form(
-    name: gr.Dropdown, method: gr.State, gate: StartGate, opened: Callable[..., Dependency]
+    name: gr.Dropdown,
+    method: gr.State,
+    gate: StartGate,
+    choose: Callable[[Listener], Dependency],
 ) -> MethodForm:
     """Lay out the method's fields and the options, whose values are stored in `method`.
 
@@ -76,36 +74,43 @@ def method_form(
         name: the dropdown made by `method_names`.
         method: holds a MethodChoice.
         gate: disables Start until a change has been checked.
-        opened: the event of opening the tab, which shows the fields with the stored values.
+        choose: makes the form's merge the chosen one after an event.
     """
     gate.disable_on(name.change)
-    changed = name.change(with_method, [method, name], method, queue=False, **QUIET)
+    stored = name.change(with_method, [method, name], method, queue=False, **QUIET)
+    changed = choose(stored.then)
 
-    shown = {"inputs": [name, method], "triggers": [name.change, opened]}
+    drawn = gr.State(0)
+    shows = {"inputs": [name, method], "triggers": [name.change, drawn.change]}
 
-    @gr.render(**shown, show_progress="hidden")  # type: ignore[untyped-decorator]
-    def fields(chosen: str, before: MethodChoice) -> None:
-        from ipmerge_core.methods import find_method
+    @gr.render(**shows, show_progress="hidden")  # type: ignore[untyped-decorator]
+    def fields(chosen: str | None, before: MethodChoice) -> None:
+        from ipmerge_core.methods import METHODS
 
-        found = find_method(chosen or EXPLORED_METHOD)
+        chosen = chosen or EXPLORED
+        found = METHODS.get(chosen or EXPLORED_METHOD)
+        if found is None:  # the check says so
+            return
         values = before.values if before.name == chosen else {}
         with _section(chosen, is_open=bool(values)):
-            gr.Markdown(f"`{found.formula}` ({found.source})", elem_id="method-formula")
+            formula = f'<span class="formula-line">{formula_html(found.formula)}</span>'
+            gr.HTML(f"<p>{formula} ({as_html(found.source)})</p>", elem_id="method-formula")
             with gr.Row(elem_classes="fields"):
                 for parameter in parameters_of(chosen):
                     keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
                     inherits = chosen == EXPLORED and parameter.name in found.from_analysis
                     make = _inherited_field if inherits else _field
-                    _keep(make(parameter, values), keep, method, gate)
+                    _keep(make(parameter, values), keep, method, gate, choose)
 
     data = gr.Column(elem_id="calibration", visible=False)
     with (
         gr.Accordion("Advanced: scope and anchor", open=False),
         gr.Row(elem_classes="fields"),
     ):
-        for option in FIELDS:
-            _keep(_option_field(option), partial(with_option, option.name), method, gate)
-    return MethodForm(changed, data)
+        options = {option.name: _option_field(option) for option in FIELDS}
+        for option_name, field in options.items():
+            _keep(field, partial(with_option, option_name), method, gate, choose)
+    return MethodForm(changed, data, options, drawn)
 
 
 def _section(chosen: str, *, is_open: bool) -> gr.Column | gr.Accordion:
@@ -120,21 +125,21 @@ def _keep(
     keep: Callable[..., MethodChoice],
     method: gr.State,
     gate: StartGate,
+    choose: Callable[[Listener], Dependency],
 ) -> None:
     """Store a field's value in the choice whenever it changes; the last value always arrives."""
     gate.disable_on(field.change)
     change = field.change(
         keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
     )
-    gate.check_after(change.then)
+    gate.check_after(choose(change.then).then)
 
 
-def parameters_of(name: str) -> tuple[Parameter, ...]:
-    """Return the parameters that the form shows: for the plan from Explore, those not set there."""
-    from ipmerge_core.methods import find_method
-
-    found = find_method(name or EXPLORED_METHOD).parameters
-    return tuple(p for p in found if name != EXPLORED or p.name not in SET_IN_EXPLORE)
+def named_choices(name: str) -> dict[str, Any]:
+    """Return the update of the dropdown that selects a method before all of them are listed."""
+    rest = [(method_label(name), name)] if name else []
+    update: dict[str, Any] = gr.update(choices=[(EXPLORED_LABEL, EXPLORED), *rest], value=name)
+    return update
 
 
 def list_methods() -> dict[str, Any]:
@@ -146,8 +151,9 @@ def list_methods() -> dict[str, Any]:
     return update
 
 
-def with_method(choice: MethodChoice, name: str) -> MethodChoice:
+def with_method(choice: MethodChoice, name: str | None) -> MethodChoice:
     """Return the choice with another method: values are reset, options stay."""
+    name = name or EXPLORED  # a dropdown can be left empty
     return choice if name == choice.name else MethodChoice(name, options=choice.options)
 
 
@@ -169,7 +175,7 @@ def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) ->
     is_number = kinds.get(parameter) in ("float", "int")
     read = _number(value) if is_number and isinstance(value, str) else value
     rest = {other: kept for other, kept in choice.values.items() if other != parameter}
-    if name == EXPLORED and value == OWN:  # the analysis' own value
+    if name == EXPLORED and value in (OWN, None):  # the analysis' own value, or the default
         return choice._replace(values=rest)
     return choice._replace(values={**rest, parameter: read})
 
@@ -184,7 +190,7 @@ def _number(text: str) -> float | int | str | None:
     return text
 
 
-def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
+def with_option(option: str, choice: MethodChoice, value: str | None) -> MethodChoice:
     """Return the choice with one option set, or removed if the text is empty.
 
     >>> with_option("include", MethodChoice(options={"norms": "merge"}), " mlp ").options
@@ -193,51 +199,8 @@ def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
     {}
     """
     rest = {name: text for name, text in choice.options.items() if name != option}
-    return choice._replace(options={**rest, option: value.strip()} if value.strip() else rest)
-
-
-def chosen_plan(
-    pack_id: str,
-    choice: PlanChoice,
-    method: MethodChoice,
-    **more: Any,  # noqa: ANN401
-) -> MergePlan:
-    """Make the plan of the chosen method, or the one from Explore.
-
-    `more` are arguments of `make_plan` for a method other than that of Explore.
-
-    Raises: PlanError for an invalid value, more experts than the method merges, or a missing
-        calibration.
-    """
-    for option in FIELDS:
-        if option.kind == "pattern":
-            _reject_slow(method.options.get(option.name, ""))
-    options = PlanOptions.read(method.options)
-    if method.name == EXPLORED:
-        return plan_of(pack_id, choice, options=options, **method.values)
-    from ipmerge_core.methods import find_method
-    from ipmerge_core.planning.plan import make_plan
-
-    found, calibration = find_method(method.name), None
-    if found.data is not None:
-        if not method.calibration:
-            raise PlanError(
-                f"{found.label} needs a calibration of these models. Select a finished one above, "
-                f"or press Calibrate."
-            )
-        calibration = method.calibration
-    values: dict[str, Any] = {**more, **method.values}
-    analysis = analysis_of(pack_id)
-    return make_plan(analysis, method.name, options=options, calibration=calibration, **values)
-
-
-def _reject_slow(pattern: str) -> None:
-    """Reject patterns of users on a Space that can take exponential time: repetition."""
-    if is_hosted() and re.search(r"[*+?{(]", pattern):
-        raise PlanError(
-            f"The pattern {pattern[:40]!r} uses repetition or groups, which are disabled here; "
-            f"expected parts of names, such as 'mlp|layers\\.0\\.'."
-        )
+    value = (value or "").strip()
+    return choice._replace(options={**rest, option: value} if value else rest)
 
 
 def _inherited_field(parameter: Parameter, values: Mapping[str, Value]) -> gr.Dropdown | gr.Textbox:
@@ -248,7 +211,7 @@ def _inherited_field(parameter: Parameter, values: Mapping[str, Value]) -> gr.Dr
         "interactive": True,
         "elem_id": f"parameter-{parameter.name.rstrip('_').replace('_', '-')}",
     }
-    given = shown_value(values[parameter.name]) if parameter.name in values else OWN
+    given = shown(values[parameter.name]) if parameter.name in values else OWN
     if parameter.kind == "choice":
         choices = [(AS_ANALYSED, OWN), *((choice, choice) for choice in parameter.choices)]
         return gr.Dropdown(choices, value=given, **common)
@@ -292,6 +255,11 @@ def _slides(parameter: Parameter) -> tuple[float, float] | None:
     fits = parameter.kind == "float" and not parameter.optional and isinstance(default, float)
     tiny = isinstance(default, float) and 0 < default < _SLIDER_STEP
     return parameter.bounds.slides if fits and not tiny else None
+
+
+def _unset(option: Option) -> str:
+    """Return the value of a field whose option is not set."""
+    return "keep" if "keep" in option.choices else OWN
 
 
 def _option_field(option: Option) -> gr.Dropdown | gr.Textbox:

@@ -1,7 +1,8 @@
 """Build the Merge tab: choose a method, check, confirm, run, result.
 
-In: the chosen pair and the session's `PlanChoice`. Out: a run that writes the merged model. The run
-outlives the page: the browser keeps its id and key and shows it again after a reload.
+In: the chosen pair and the session's `ChosenMerge`, whose method the form changes. Out: a run that
+writes the merged model. The run outlives the page: the browser keeps its id and key and shows it
+again after a reload.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ import gradio as gr
 from ipmerge_core.errors import FolderInUseError, IPMergeError, PlanError
 from ipmerge_core.runtime.jobs import SHORTEST_SECRET
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.chosen_merge import ChosenMerge, chosen_line
 from ipmerge_core.ui.errors import QUIET, public_finding, public_text, sentence_of, show_errors
 from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.format import findings_html
 from ipmerge_core.ui.merge.calibration_form import calibration_form
 from ipmerge_core.ui.merge.download import download_link
 from ipmerge_core.ui.merge.method_form import (
-    MethodChoice,
-    chosen_plan,
     list_methods,
     method_form,
     method_names,
+    named_choices,
     with_method,
 )
+from ipmerge_core.ui.merge.permalink import Permalink
 from ipmerge_core.ui.merge.start_gate import Answer, Shown, StartGate
 from ipmerge_core.ui.merge.summary import confirm_html, result_html
+from ipmerge_core.ui.method_choice import MethodChoice, chosen_plan
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest
-from ipmerge_core.ui.runs import Remembered, RunState, RunView, Updates, find_run
+from ipmerge_core.ui.runs import Listener, Remembered, RunState, RunView, Updates, find_run
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -96,20 +99,37 @@ def merge_tab(
     *,
     job: gr.BrowserState,
     calibration: gr.BrowserState,
+    link: Permalink,
     tab: gr.Tab,
 ) -> MergeTab:
     """Lay out the tab and wire it; `job` and `calibration` are the remembered runs."""
     method = gr.State(MethodChoice())
+    line = gr.HTML("", elem_id="merge-chosen", elem_classes="chosen-line")
     steps = _steps(backend)
     with steps.form:
         named = method_names()
     # `named` is passed too: it may be newer than the method in `method`.
     chosen = [pair, choice, method, named, steps.device]
     gate = _gate(backend, steps, chosen)
+
+    def choose(listener: Listener) -> Dependency:
+        formed: Dependency = listener(
+            _with_form, [choice, method, named], choice, queue=False, **QUIET
+        )
+        link.write_after(formed)
+        return formed
+
+    def follow(now: ChosenMerge, drawn: int) -> Updates:
+        how = now.method
+        listed = named_choices(how.name)
+        return {named: listed, method: how, **form.filled(how), form.drawn: drawn + 1}
+
     with steps.form:
-        form = method_form(named, method, gate, tab.select)
-        shows = calibration_form(app, backend, form.data, pair, method, job=calibration, gate=gate)
-    gate.check_after(shows(form.changed).then)
+        form = method_form(named, method, gate, choose)
+        shows = calibration_form(
+            app, backend, form.data, pair, method, job=calibration, gate=gate, choose=choose
+        )
+    gate.check_after(choose(shows(form.changed).then).then)
     gate.disable_on(pair.change)
     gate.check_after(shows(after_commits(pair.change, pair)).then)
     gate.disable_on(steps.device.input)
@@ -117,17 +137,30 @@ def merge_tab(
     gate.disable_on(tab.select, first=True)
     started = _wire_run(app, backend, steps, gate, chosen, job, tab)
     opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
-    checked = gate.check_after(shows(after_commits(opened.then, pair)).then)
+    # The form shows the chosen merge, wherever it was chosen.
+    fields = [named, method, *form.options.values(), form.drawn]
+    committed = after_commits(opened.then, pair)
+    known = committed.then(follow, [choice, form.drawn], fields, queue=False, **QUIET)
+    checked = gate.check_after(shows(known).then)
+    checked.then(chosen_line, choice, line, **QUIET)
     filled = checked.then(list_methods, None, named, **QUIET)
     filled.then(lambda: list_devices(backend), None, steps.device, **QUIET)
+    link.read(app)
     return MergeTab(started, steps.try_it, gate)
+
+
+def _with_form(chosen: ChosenMerge, how: MethodChoice, named: str | None) -> ChosenMerge:
+    return chosen.with_method(with_method(how, named))
 
 
 def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:
     """Create the gate that disables Start until everything in `chosen` has been checked."""
 
-    def check(pack_id: str, plan: PlanChoice, how: MethodChoice, named: str, device: str) -> Answer:
-        found = readiness(backend, pack_id, plan, with_method(how, named), device)
+    def check(
+        pack_id: str, chosen: ChosenMerge, how: MethodChoice, named: str | None, device: str | None
+    ) -> Answer:
+        how = with_method(how, named)
+        found = readiness(backend, pack_id, chosen.plan, how, device or AUTO)
         listed = findings_html(found.findings)
         return Answer(listed, found.confirmation, found.folder, found.digest, found.ready)
 
@@ -154,12 +187,13 @@ def _wire_run(
         digest: str,
         name: str,
         pack_id: str,
-        plan: PlanChoice,
+        chosen: ChosenMerge,
         how: MethodChoice,
-        named: str,
-        device: str,
+        named: str | None,
+        device: str | None,
     ) -> Remembered:
-        made = chosen_plan(pack_id, plan, with_method(how, named))
+        device = device or AUTO
+        made = chosen_plan(pack_id, chosen.plan, with_method(how, named))
         check_digest(backend, digest, pack_id, made, device)
         return started_merge(backend, with_secret(mine), made, name, device)
 

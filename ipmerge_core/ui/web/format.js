@@ -59,7 +59,11 @@ function withUnit(n, units) {
   return place < 0 ? null : `${(n / 10 ** (9 - 3 * place)).toPrecision(3)} ${units[place]}`;
 }
 
-/** @param {number} lambda */
+/**
+ * With all its digits: what is shown can be typed back.
+ *
+ * @param {number} lambda
+ */
 export function lambdaText(lambda) {
-  return String(Number(lambda.toPrecision(3)));
+  return String(lambda);
 }

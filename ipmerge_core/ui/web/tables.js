@@ -95,31 +95,42 @@ function fillTable(details) {
  */
 function filled({ title, label, columns, sort }, rows) {
   const shown = columns.filter(([key]) => rows[0][key] !== undefined);
+  const styles = new Map(shown.map(([key]) => [key, isText(rows, key) ? "lm-text" : null]));
   const save = node("button", { type: "button", class: "lm-quiet", "data-act": "twin-csv" }, "Save as CSV");
   return [
     node("p", { class: "lm-acts" }, save),
     node("table", { class: "lm-numbers lm-table" },
       node("caption", {}, `${label || title}, ${rows.length} rows${rows.length > MOST_ROWS ? `; here the first ${MOST_ROWS}, in the CSV all` : ""}`),
-      sortHeads(shown.map(([key]) => key), sort),
+      sortHeads(styles, sort),
       node("tbody", {}, ...rows.slice(0, MOST_ROWS).map((row) => (
-        node("tr", {}, ...shown.map(([key, words]) => node("td", {}, words(row[key])))))))),
+        node("tr", {}, ...shown.map(([key, words]) => node("td", { class: styles.get(key) }, words(row[key])))))))),
   ];
 }
 
 /**
  * The head of a table that can be sorted: a button a column, its arrow for the eye only.
  *
- * @param {string[]} names
+ * @param {Map<string, string | null>} styles Of the columns, by name.
  * @param {Sorting} sort
  */
-function sortHeads(names, { key, down }) {
-  return node("thead", {}, node("tr", {}, ...names.map((name) => {
+function sortHeads(styles, { key, down }) {
+  return node("thead", {}, node("tr", {}, ...[...styles].map(([name, style]) => {
     const isSorted = name === key, [order, arrow] = down ? ["descending", " ↓"] : ["ascending", " ↑"];
     /** @type {Attributes} */
     const attributes = { type: "button", class: "lm-quiet", "data-key": name };
-    return node("th", { scope: "col", "aria-sort": isSorted ? order : "none" },
+    return node("th", { class: style, scope: "col", "aria-sort": isSorted ? order : "none" },
       node("button", attributes, name, isSorted ? node("span", { "aria-hidden": "true" }, arrow) : null));
   })));
+}
+
+/**
+ * Whether a column holds words, which begin at its left edge, and not numbers.
+ *
+ * @param {Row[]} rows
+ * @param {string} key
+ */
+function isText(rows, key) {
+  return rows.some((row) => typeof row[key] === "string" || typeof row[key] === "boolean");
 }
 
 /**
@@ -165,8 +176,8 @@ export function tableAction(button) {
  * @param {string} key
  */
 function sortBy(details, table, key) {
-  const isText = typeof table.rows()[0]?.[key] === "string" || key === table.columns[0][0];
-  table.sort = { key, down: table.sort.key === key ? !table.sort.down : !isText };
+  const startsLow = isText(table.rows(), key) || key === table.columns[0][0];
+  table.sort = { key, down: table.sort.key === key ? !table.sort.down : !startsLow };
   fillTable(details);
   /** @type {NodeListOf<HTMLElement>} */
   const heads = table.holder.querySelectorAll("[data-key]");

@@ -38,13 +38,13 @@ export function above(x, digits = DIGITS) {
 }
 
 /**
- * A threshold with all of its digits, and at least three decimals.
+ * A threshold with all of its digits, and at least three decimals: what is shown can be typed back.
  *
  * @param {number} s
  */
 export function thresholdText(s) {
   const text = String(s), decimals = text.split(".")[1]?.length ?? 0;
-  return text.includes("e") ? s.toFixed(MOST_DIGITS) : s.toFixed(Math.max(DIGITS, decimals));
+  return text.includes("e") ? text : s.toFixed(Math.max(DIGITS, decimals));
 }
 
 /**

@@ -117,6 +117,10 @@ export interface Pack {
 export interface Content {
   id: string;
   home?: string;
+  /** The query of the permalink that a report opens with. */
+  link?: string;
+  /** The name of the plan in the comparison. */
+  label?: string;
   pack: Pack;
   plan: Plan;
   presets: RawPreset[];
@@ -167,7 +171,9 @@ export interface KeptPlan extends Preset {
 export interface LinkContent {
   pack: string | null;
   plan?: Plan;
-  cell?: Cell | null;
+  target?: Target | null;
+  pinned?: Cell | null;
+  expert?: number;
   quantity?: QuantityKey;
   problems: string[];
 }
@@ -283,7 +289,7 @@ export interface Store<State> {
 }
 
 export interface Server {
-  report_file?(packId: string, plan: Plan): Promise<string>;
+  report_file?(packId: string, plan: Plan, link: string): Promise<string>;
   grown?(packId: string, known: number): Promise<News>;
 }
 

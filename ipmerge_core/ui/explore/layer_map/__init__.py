@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from ipmerge_core.ui.pairs import describe_depth
 from ipmerge_core.ui.safe_text import as_html
 from ipmerge_core.ui.web.modules import join_modules
 
@@ -34,16 +36,58 @@ def script() -> str:
 
 
 def report(content: Mapping[str, Any]) -> str:
-    """Return the component and its content as one HTML file that needs no server."""
+    """Return the component and its content as one HTML file that needs no server.
+
+    It names the models, their revisions or fingerprints and the dates, and holds no path of this
+    machine.
+    """
+    content = {**content, "pack": _without_paths(content["pack"])}
     parts = {
         "TITLE": as_html(f"IPMerge: {content['pack']['name']}"),
         "STYLE": "#ipmerge {" + (HERE / "style.css").read_text(encoding="utf-8") + "}",
         "TEMPLATE": (HERE / "template.html").read_text(encoding="utf-8"),
+        "FACTS": _facts_html(content["pack"]),
         "CONTENT": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
         "SCRIPT": script(),
     }
     page = (HERE / "report.html").read_text(encoding="utf-8")
     return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], page)
+
+
+def _without_paths(pack: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pack whose models are named as they may be shown, see `shown_path`."""
+
+    def named(source: Any) -> Any:  # noqa: ANN401 (one source, several, or none)
+        if isinstance(source, list):
+            return [named(each) for each in source]
+        if not source:
+            return source
+        path = Path(source["id"])
+        return {**source, "id": path.name if path.is_absolute() else str(path)}
+
+    return {**pack, "sources": {role: named(one) for role, one in pack["sources"].items()}}
+
+
+def _facts_html(pack: Mapping[str, Any]) -> str:
+    """Describe a pack's models and dates."""
+    sources = pack["sources"]
+    named = [("Vision-language model", sources["mllm"]), ("Base", sources["base"])]
+    named += [("Its own base", found)] if (found := sources.get("base_mllm")) else []
+    named += [("Math model", expert) for expert in sources["math"]]
+    rows = [(role, _source_words(source)) for role, source in named]
+    made = f"Analysed {pack['created'][:10]} with IPMerge {pack['engine']}"
+    saved = datetime.now(UTC).strftime("Saved %Y-%m-%d %H:%M UTC")
+    rows.append(("Dates", f"{made}{describe_depth(pack['parameters'])}. {saved}."))
+    cells = "".join(f"<dt>{role}</dt><dd>{as_html(words)}</dd>" for role, words in rows)
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def _source_words(source: Mapping[str, Any]) -> str:
+    revision, fingerprint = source.get("revision"), source.get("fingerprint")
+    words = [str(source["id"]), f"revision {revision[:12]}" if revision else ""]
+    return ", ".join(
+        filter(None, [*words, f"fingerprint {fingerprint[:12]}" if fingerprint else ""])
+    )
 
 
 class LayerMap(gr.HTML):

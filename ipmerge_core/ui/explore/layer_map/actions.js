@@ -6,9 +6,9 @@ import { cellsOf } from "../../web/targets.js";
 import { chosenCells, pin, setLayout, setSigmaScale, toggleLarge } from "./choosing.js";
 import { matrixRows, spectrumRows } from "./map_tables.js";
 import { flipBack, flipOn, keepPlan, reset, setOverride, showFlip } from "./moves.js";
-import { tryTab } from "./painting.js";
 import { redo, undo } from "./session.js";
 import { copyLink, fileStem, saveCsv, saveJson, savePng, saveReport, saveSvg } from "./takeaway.js";
+import { tryTab } from "./try_tab.js";
 
 /** @import { LayerMap } from "./map.js" */
 

@@ -116,6 +116,23 @@ export function paintPreset(map) {
   preset.value = exact >= 0 ? String(exact) : "edited";
   setText(edited, base && exact < 0 ? `${base.label}, edited` : "Edited");
   edited.hidden = exact >= 0;
-  setText(map.dom.source, base ? base.source : "");
+  setText(map.dom.source, exact >= 0 ? entries[exact].source : editedWords(map.state, base));
   setText(map.find("[data-act=keep-plan]"), keptHere(map.state) >= 0 ? "Forget plan" : "Keep plan");
+}
+
+const PARTS = /** @type {const} */ ([["s", "Sα"], ["lambda", "λ"], ["similarity", "the similarity measure"], ["variant", "the update"]]);
+
+/**
+ * How the plan on show differs from the entry that it started from.
+ *
+ * @param {State} state
+ * @param {Preset | undefined} base
+ */
+function editedWords(state, base) {
+  if (!base) return "";
+  const { plan } = state, from = planOf(state, base);
+  /** @type {string[]} */
+  const changed = PARTS.filter(([key]) => plan[key] !== from[key]).map(([, name]) => name);
+  if (JSON.stringify(Object.entries(plan.overrides).sort()) !== JSON.stringify(Object.entries(from.overrides).sort())) changed.push("the overrides");
+  return `Edited: differs from “${base.label}” in ${changed.join(", ")}.`;
 }

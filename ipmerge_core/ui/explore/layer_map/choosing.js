@@ -1,13 +1,10 @@
 // @ts-check
-// Choosing: a matrix, a layer, a module or a range; a second matrix to compare with; what is read out
-// of a matrix under the pointer; the layout.
+// Choosing: a matrix, a layer, a module or a range; a second matrix to compare with; the layout.
 
 import { setText } from "../../web/dom.js";
-import { fixed, percent } from "../../web/format.js";
 import { remember } from "../../web/memory.js";
-import { cellChange, expertInView, merges, shownSimilarity } from "../../web/preview.js";
-import { cellsOf, rangeTo } from "../../web/targets.js";
-import { title } from "../../web/words.js";
+import { expertInView } from "../../web/preview.js";
+import { rangeTo } from "../../web/targets.js";
 import { rememberLink } from "./link.js";
 import { layOut, showChosen } from "./painting.js";
 import { buildSpectra } from "./spectra.js";
@@ -51,6 +48,7 @@ export function stretch(map, layer) {
 export function pin(map, cell) {
   map.set({ pinned: map.state.pinned === cell ? null : cell });
   showChosen(map);
+  rememberLink(map.state);
   drawLarge(map);
 }
 
@@ -110,31 +108,4 @@ export function toggleLarge(map) {
   drawLarge(map);
   buildSpectra(map);
   map.find(".lm-spectra [data-act=large]").focus();
-}
-
-/**
- * Read out what the pointer or the focus is on.
- *
- * @param {LayerMap} map
- * @param {Target} target
- */
-export function readOut(map, target) {
-  if (target.kind === "cell") map.tour.tick("read", target.cell);
-  setText(map.dom.read, targetWords(map.state, target) || " ");
-}
-
-/**
- * @param {State} state
- * @param {Target} target
- */
-function targetWords(state, target) {
-  const { index, result, plan } = state;
-  if (target.kind === "cell") {
-    const { cell } = target, change = cellChange(cell, [expertInView(state, cell)], plan);
-    return `${title(cell)}: similarity ${fixed(shownSimilarity(state, cell))}, ${merges(state, result, cell) ? "merges" : "kept"}, ` +
-      `change if merged ${percent(change)}`;
-  }
-  if (!cellsOf(index, target).length) return "Not analysed yet";
-  if (target.kind === "layer") return `Layer ${target.layer}: predicted change ${percent(result.layer_change[target.layer])}`;
-  return target.kind === "module" ? `All ${target.module} matrices` : "";
 }

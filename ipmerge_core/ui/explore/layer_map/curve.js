@@ -1,5 +1,5 @@
 // @ts-check
-// The dial of lambda: how much the merged model keeps and absorbs, as two curves over the slider.
+// The dial of lambda: the cosines of the merged task vector to both others, as curves over the slider.
 
 import { setText, shape } from "../../web/dom.js";
 import { fixed, lambdaText } from "../../web/format.js";
@@ -73,7 +73,7 @@ export class Curve {
     svg.replaceChildren(...rules,
       shape("line", { x1: paper, x2: paper, y1: 4, y2: this.#height, class: "lm-paper" },
         shape("title", {}, "λ = 1, the update as in the paper")),
-      this.#paths.keep, this.#paths.absorb, ...this.#labels(right), this.#line, this.#dots.keep, this.#dots.absorb);
+      this.#paths.keep, this.#paths.absorb, this.#line, ...this.#labels(right), this.#dots.keep, this.#dots.absorb);
   }
 
   /** @param {number} right */
@@ -114,13 +114,14 @@ export class Curve {
     const dot = this.#dots[name];
     dot.style.display = value === null ? "none" : "";
     if (value !== null) dot.setAttribute("transform", `translate(${here} ${this.#y(value)})`);
-    setText(this.map.dom[name], fixed(value));
+    setText(this.map.dom[name], fixed(value, 2));
   }
 
   /** Describe the plot in a sentence, for those who do not see it; between drags only. */
   describe() {
     const { dom, state: { plan, result } } = this.map, end = angles(result.sums, LAMBDA_MAX);
-    dom.curve.setAttribute("aria-label", `Two cosines over lambda. At ${lambdaText(plan.lambda)}: keeps vision ${fixed(result.keep)}, ` +
-      `absorbs math ${fixed(result.absorb)}. At ${LAMBDA_MAX}: keeps ${fixed(end.keep)}, absorbs ${fixed(end.absorb)}.`);
+    dom.curve.setAttribute("aria-label", `Cosines of the merged task vector over lambda, not accuracies. At ${lambdaText(plan.lambda)}: ` +
+      `${fixed(result.keep, 2)} to the vision task vector, ${fixed(result.absorb, 2)} to the math update. ` +
+      `At ${LAMBDA_MAX}: ${fixed(end.keep, 2)} and ${fixed(end.absorb, 2)}.`);
   }
 }

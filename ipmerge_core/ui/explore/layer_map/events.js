@@ -8,12 +8,13 @@ import { findQuantity, QUANTITIES } from "../../web/quantities.js";
 import { tableAction } from "../../web/tables.js";
 import { act } from "./actions.js";
 import { entriesOf } from "./choices.js";
-import { choose, pin, readOut, stretch } from "./choosing.js";
+import { choose, pin, stretch } from "./choosing.js";
 import { numberDone, onInput, onRangeChange } from "./inputs.js";
 import { onKey } from "./keys.js";
 import { rememberLink } from "./link.js";
 import { resetNumber, takePreset } from "./moves.js";
 import { paintQuantity, rebuildColours, showChosen } from "./painting.js";
+import { readOut } from "./reading.js";
 import { commit, setPlan } from "./session.js";
 import { cellOfPanel } from "./spectra.js";
 
@@ -93,6 +94,7 @@ function onPick(map, { dataset: { pick }, value }) {
     rebuildColours(map);
     showChosen(map);
     map.grid.paintGhost(map.state, map.state.ghost);
+    rememberLink(map.state);
   } else if (pick === "quantity") {
     map.set({ quantity: findQuantity(value) ?? QUANTITIES[0] });
     paintQuantity(map);

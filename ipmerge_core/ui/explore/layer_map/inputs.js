@@ -2,10 +2,11 @@
 // The two numbers of a plan: sliders, number fields, and the plots, which are handles as well.
 
 import { setText } from "../../web/dom.js";
-import { fixed, lambdaText } from "../../web/format.js";
+import { lambdaText } from "../../web/format.js";
 import { remember } from "../../web/memory.js";
-import { LAMBDA_MAX } from "../../web/plan.js";
+import { isUsable, markUsable, markWrong } from "../../web/number_field.js";
 import { LAMBDA_STEPS, lambdaAt } from "../../web/scales.js";
+import { thresholdText } from "../../web/thresholds.js";
 import { INSET } from "./dials.js";
 import { commit, setPlan, startDrag } from "./session.js";
 
@@ -15,11 +16,6 @@ import { commit, setPlan, startDrag } from "./session.js";
 function patchOf({ dataset: { range, number }, value }) {
   if ((range ?? number) === "s") return { s: Number(value) };
   return { lambda: range ? lambdaAt(Number(value)) : Number(value) };
-}
-
-/** @param {HTMLInputElement} input */
-function isUsable(input) {
-  return input.value !== "" && input.validity.valid;
 }
 
 /**
@@ -32,11 +28,21 @@ export function onInput(map, input) {
     startDrag(map);
     hideHint(map, range);
     setPlan(map, patchOf(input));
-  } else if (number && isUsable(input)) {
-    startDrag(map);
+  } else if (number) {
     map.set({ typing: input });
+    if (!isUsable(input)) return; // until the end of typing it may become a number
+    markUsable(input, noteOf(map, input));
+    startDrag(map);
     setPlan(map, patchOf(input));
   }
+}
+
+/**
+ * @param {LayerMap} map
+ * @param {HTMLInputElement} input
+ */
+function noteOf({ dom: { wrong } }, { dataset }) {
+  return dataset.number === "s" ? wrong.s : wrong.lambda;
 }
 
 /**
@@ -49,18 +55,19 @@ export function onRangeChange(map, input) {
 }
 
 /**
- * The end of typing: what cannot be used is put back, with a sentence.
+ * The end of typing: what cannot be used stays, with a sentence beside it, and changes nothing.
  *
  * @param {LayerMap} map
  * @param {HTMLInputElement} input
  */
 export function numberDone(map, input) {
-  if (!isUsable(input)) {
-    const { s, lambda } = map.state.plan, isS = input.dataset.number === "s";
-    input.value = isS ? fixed(s) : lambdaText(lambda);
-    setText(map.dom.status, `${isS ? "Sα" : "λ"} must be a number from 0 to ${isS ? 1 : LAMBDA_MAX}; the value remains ${input.value}.`);
+  if (isUsable(input)) {
+    commit(map);
+    return;
   }
-  commit(map);
+  const { s, lambda } = map.state.plan, isS = input.dataset.number === "s";
+  commit(map, "", input);
+  setText(map.dom.status, markWrong(input, noteOf(map, input), isS ? "Sα" : "λ", isS ? thresholdText(s) : lambdaText(lambda)));
 }
 
 /**

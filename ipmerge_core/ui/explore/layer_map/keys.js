@@ -82,7 +82,7 @@ function mapKey(map, key) {
 function sliderKey(map, { key, shiftKey }, target) {
   if (target.dataset.range !== "s" || !shiftKey || !key.startsWith("Arrow")) return false;
   const isUp = key === "ArrowRight" || key === "ArrowUp";
-  setPlan(map, { s: map.state.plan.s + (isUp ? COARSE : -COARSE) });
+  setPlan(map, { s: Number((map.state.plan.s + (isUp ? COARSE : -COARSE)).toFixed(10)) }); // no rounding error
   commit(map);
   return true;
 }

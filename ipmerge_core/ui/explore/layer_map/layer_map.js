@@ -7,8 +7,9 @@ import { listenToTables } from "../../web/tables.js";
 import { listenToBrush } from "./brush.js";
 import { listen } from "./events.js";
 import { listenToPlots } from "./inputs.js";
+import { rememberLink, spokenPart } from "./link.js";
 import { LayerMap } from "./map.js";
-import { open } from "./opening.js";
+import { complain, open, problemWords } from "./opening.js";
 import { layOut } from "./painting.js";
 
 /** @import { Host } from "../../web/types.d.ts" */
@@ -68,7 +69,8 @@ function reflect({ dataset }, { narrow, layout, onStage, dragging, after }) {
 
 /**
  * What the rest of the page, tests and benchmarks may ask of a mounted map: every field of its state,
- * live and read-only, and four questions. Python's event handlers use `isSettled` and `answered`.
+ * live and read-only, and a few functions. Python's event handlers use `isSettled` and `answered`,
+ * `speakOf` and `complain`.
  *
  * @param {LayerMap} map
  */
@@ -78,6 +80,13 @@ function handle(map) {
   return Object.defineProperties({
     isSettled: () => map.outbox.isSettled(),
     answered: () => map.outbox.answered(),
+    /** @param {string} part Of the link: the method and the options of the chosen merge. */
+    speakOf: (part) => {
+      map.set({ spoken: spokenPart(part) });
+      rememberLink(map.state);
+    },
+    /** @param {string} problems Of that part of the link. */
+    complain: (problems) => complain(map, map.dom.notice.hidden ? problemWords([problems]) : `Also: ${problems}.`),
     isPainted: () => !map.painter.isWaiting,
     timings: map.painter.timings,
   }, Object.fromEntries(fields));

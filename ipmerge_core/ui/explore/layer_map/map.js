@@ -11,6 +11,7 @@ import { createStore } from "../../web/store.js";
 import { Curve } from "./curve.js";
 import { DetailPanel } from "./detail.js";
 import { Histogram } from "./histogram.js";
+import { linkSearch, spokenPart } from "./link.js";
 import { Outbox } from "./outbox.js";
 import { Painter } from "./painting.js";
 import { Tour } from "./tour.js";
@@ -66,7 +67,8 @@ function firstState(arrival, isServed) {
     isOpen: false, pack: index.pack, packId: "", home: "", index, presets: [], kept: [], preset: null,
     plan: DEFAULT_PLAN, committed: DEFAULT_PLAN, past: [], future: [], journey: null,
     dragging: false, after: false, typing: null,
-    target: null, pinned: null, expert: -1, quantity: QUANTITIES[0], quantityDomain: [0, 1],
+    spoken: spokenPart(linkSearch(arrival)), target: null, reading: null, pinned: null, expert: -1,
+    quantity: QUANTITIES[0], quantityDomain: [0, 1],
     layout: recall("layout", isServed ? "simple" : "full") === "simple" ? "simple" : "full",
     onStage: arrival.get("present") === "1", narrow: false, width: 0, sigmaScale: "log", large: false,
     result: nothing, before: nothing, ghost: nothing, flips: [],
@@ -89,11 +91,12 @@ function findDom(element) {
     root: html(".lm"), sum: html(".sum"), grid: html(".lm-grid-holder"), detail: html(".lm-detail"),
     spectra: html(".lm-spectra"), hist: svg(".lm-hist"), curve: svg(".lm-curve"), read: html(".lm-read"),
     status: html(".lm-status"), source: html(".lm-source"), twins: html(".lm-twins"), link: input(".lm-link"),
-    count: html(".lm-count"), note: html(".lm-note-line"), drift: html(".lm-drift"), dragMe: html(".lm-drag-me"),
+    count: html(".lm-count"), note: html(".lm-note-line"), notice: html(".lm-notice"), drift: html(".lm-drift"), dragMe: html(".lm-drag-me"),
     keep: html("[data-out=keep]"), absorb: html("[data-out=absorb]"), low: html("[data-out=low]"),
     high: html("[data-out=high]"), quantity: html("[data-out=quantity]"), sense: html("[data-out=sense]"),
     range: { s: input("[data-range=s]"), lambda: input("[data-range=lambda]") },
     number: { s: input("[data-number=s]"), lambda: input("[data-number=lambda]") },
+    wrong: { s: html("[data-wrong=s]"), lambda: html("[data-wrong=lambda]") },
     pick: {
       preset: select("[data-pick=preset]"), similarity: select("[data-pick=similarity]"),
       variant: select("[data-pick=variant]"), expert: select("[data-pick=expert]"),

@@ -9,7 +9,7 @@ import { singularValues } from "../../web/spectrum.js";
 import { dataTable } from "../../web/tables.js";
 import { fileStem } from "./takeaway.js";
 
-/** @import { Cell, Column, Index, Plan, Preview, Row } from "../../web/types.d.ts" */
+/** @import { Angles, Cell, Column, Index, Plan, Preview, Row } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
 /** @typedef {{ index: Index, plan: Plan, result: Preview }} Shown */
 
@@ -56,7 +56,17 @@ export function layerRows({ index, result }) {
  * @returns {Row[]}
  */
 export function lambdaRows({ index, result: { sums } }) {
-  return LAMBDA_TICKS.map(([lambda]) => ({ lambda, ...angles(sums, lambda), change: lambda * root(sums.xx, index.weight2) }));
+  return LAMBDA_TICKS.map(([lambda]) => cosineRow(lambda, angles(sums, lambda), lambda * root(sums.xx, index.weight2)));
+}
+
+/**
+ * @param {number} lambda
+ * @param {Angles} cosines Of the merged task vector.
+ * @param {number} change
+ * @returns {Row}
+ */
+function cosineRow(lambda, { keep, absorb }, change) {
+  return { lambda, "cosine to vision": keep, "cosine to math": absorb, change };
 }
 
 /**
@@ -85,5 +95,5 @@ export function buildTables(map) {
     dataTable({ title: "Table of layers", stem: `${stem}-layers`, rows: () => layerRows(map.state),
       columns: [["layer", String], ["matrices", String], ["merging", String], ["change", percent]] }),
     dataTable({ title: "Table over λ", stem: `${stem}-lambda`, rows: () => lambdaRows(map.state),
-      columns: [["lambda", lambdaText], ["keep", (v) => fixed(v)], ["absorb", (v) => fixed(v)], ["change", percent]] }));
+      columns: [["lambda", lambdaText], ["cosine to vision", (v) => fixed(v)], ["cosine to math", (v) => fixed(v)], ["change", percent]] }));
 }

@@ -30,7 +30,7 @@ export function open(map) {
     return;
   }
   delete map.dom.root.dataset.growing;
-  setText(map.dom.read, " ");
+  map.set({ reading: null });
   if (map.state.linkRead) openAgain(map, content);
   else openFirst(map, content);
   growLater(map);
@@ -44,10 +44,12 @@ export function open(map) {
  */
 function openAgain(map, content) {
   const journey = takeContent(map, content);
+  map.set({ spoken: "" }); // Python says it again where a merge is still chosen
   draw(map, "");
   if (journey) arrive(map, journey);
   else rememberLink(map.state);
   setText(map.dom.note, "");
+  map.dom.notice.hidden = true;
 }
 
 /**
@@ -58,7 +60,7 @@ function openAgain(map, content) {
  */
 function openFirst(map, content) {
   takeContent(map, content);
-  const link = readLink(linkSearch(map.arrival), map.state.index), elsewhere = linkElsewhere(map, link);
+  const link = readLink(content.link ?? linkSearch(map.arrival), map.state.index), elsewhere = linkElsewhere(map, link);
   if (elsewhere) {
     draw(map, "");
     setText(map.dom.note, "");
@@ -69,11 +71,30 @@ function openFirst(map, content) {
   const words = link ? followLink(map, link) : "";
   draw(map, words);
   if (link?.plan) {
-    settle(map, words);
+    settle(map, words, true);
     if (map.state.target) choose(map, map.state.target);
   }
-  setText(map.dom.note, words);
+  complain(map, words);
   map.set({ linkRead: true });
+}
+
+/**
+ * Show at the top what is wrong with a link, beside what was said before.
+ *
+ * @param {LayerMap} map
+ * @param {string} words
+ */
+export function complain({ dom: { notice } }, words) {
+  if (!words) return;
+  setText(notice, [notice.hidden ? "" : notice.textContent, words].filter(Boolean).join(" "));
+  notice.hidden = false;
+}
+
+/**
+ * @param {string[]} problems
+ */
+export function problemWords(problems) {
+  return problems.length ? `Some values of the link are invalid and were replaced by defaults: ${problems.join("; ")}.` : "";
 }
 
 /**
@@ -136,15 +157,17 @@ function linkElsewhere({ state: { packId, linkAsked } }, link) {
  * @param {LayerMap} map
  * @param {LinkContent} link
  */
-function followLink(map, { pack, plan, cell, quantity, problems }) {
+function followLink(map, { pack, plan, target, pinned, expert, quantity, problems }) {
   if (pack && pack !== map.state.packId) return "The pair of the link is not available; this pair is shown with its default plan.";
   if (plan) {
     map.set({ plan });
     begin(map);
   }
-  if (cell) map.set({ target: { kind: "cell", cell } });
-  map.set({ quantity: findQuantity(quantity) ?? map.state.quantity });
-  return problems.length ? `Some values of the link are invalid and were replaced by defaults: ${problems.join("; ")}.` : "";
+  map.set({
+    target: target ?? null, pinned: pinned ?? null, expert: expert ?? -1,
+    quantity: findQuantity(quantity) ?? map.state.quantity,
+  });
+  return problemWords(problems);
 }
 
 /**

@@ -3,15 +3,18 @@
 
 import { setText } from "../../web/dom.js";
 import { fixed, lambdaText, percent } from "../../web/format.js";
+import { markUsable } from "../../web/number_field.js";
 import { previewOf, shownSimilarity } from "../../web/preview.js";
 import { shownValue } from "../../web/quantities.js";
 import { colourDomain, lambdaPosition, niceTop } from "../../web/scales.js";
 import { coversLayer } from "../../web/targets.js";
 import { thresholdText } from "../../web/thresholds.js";
 import { paintChoices } from "./choices.js";
+import { paintReading } from "./reading.js";
 import { lowestCosine } from "./curve.js";
 import { paintDrift, paintSense, paintSentence } from "./sentence.js";
 import { buildSpectra } from "./spectra.js";
+import { tryTab } from "./try_tab.js";
 
 /** @import { Index, Plan } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
@@ -62,6 +65,7 @@ export class Painter {
     paintDrift(map);
     paintInputs(map);
     map.detail.paint(result);
+    paintReading(map);
     this.timings.push(performance.now() - start);
     if (this.timings.length > MOST_TIMINGS) this.timings.shift();
   }
@@ -74,11 +78,14 @@ function paintBars({ grid, state: { result, barTop, target } }) {
 
 /** @param {LayerMap} map */
 function paintInputs(map) {
-  const { dom: { range, number, dragMe }, state: { plan: { s, lambda }, typing, result, dragging } } = map;
+  const { dom: { range, number, wrong, dragMe }, state: { plan: { s, lambda }, typing, result, dragging } } = map;
   range.s.value = String(s);
   range.lambda.value = String(Math.round(lambdaPosition(lambda)));
-  if (typing !== number.s) number.s.value = thresholdText(s);
-  if (typing !== number.lambda) number.lambda.value = lambdaText(lambda);
+  for (const [name, text] of /** @type {const} */ ([["s", thresholdText(s)], ["lambda", lambdaText(lambda)]])) {
+    if (typing === number[name]) continue;
+    number[name].value = text;
+    markUsable(number[name], wrong[name]);
+  }
   range.s.setAttribute("aria-valuetext", `${thresholdText(s)}, ${result.selected.length} of ${result.n_matrices} matrices merge`);
   range.lambda.setAttribute("aria-valuetext", lambdaText(lambda) + (lambda === 1 ? ", as in the paper" : ""));
   if (!dragMe.hidden) dragMe.style.setProperty("--at", String(s));
@@ -113,11 +120,6 @@ function shapeOf(width, columns) {
   if (width < 1020) return "stacked";
   if (columns <= 9) return "few";
   return columns <= 36 ? "many" : "banded";
-}
-
-/** The tab of the app in which the models answer, where there is one. */
-export function tryTab() {
-  return document.getElementById("tab-try-button");
 }
 
 /** @param {LayerMap} map */

@@ -7,7 +7,7 @@ import { fixed, percent } from "../../web/format.js";
 import { BAND } from "../../web/grid.js";
 import { cellAt, merges } from "../../web/preview.js";
 import { shownValue } from "../../web/quantities.js";
-import { rgb } from "../../web/scales.js";
+import { readableOn, rgb } from "../../web/scales.js";
 import { MEASURE_LABELS, planWords, shortId } from "../../web/words.js";
 
 /** @import { Attributes, Cell, Pack, Source } from "../../web/types.d.ts" */
@@ -77,7 +77,7 @@ function layerColumn(state, { columns, size, rowHeight, bandHeight, foot }, laye
     const cell = cellAt(index, layer, module), y = y0 + 22 + j * (rowHeight + GAP);
     if (!cell) return [];
     const value = shownValue(state, cell, quantity);
-    return pictureCell(state, cell, { x, y, width: size, height: rowHeight }, value === null ? null : (value - low) / (high - low));
+    return pictureCell(state, cell, { x, y, width: size, height: rowHeight }, value, value === null ? null : (value - low) / (high - low));
   });
   const bar = Math.min(1, result.layer_change[layer] / barTop) * 44;
   return [
@@ -108,17 +108,25 @@ function rowNames({ index, barTop }, y0, { columns, size, rowHeight, foot }) {
  * @param {State} state
  * @param {Cell} cell
  * @param {{ x: number, y: number, width: number, height: number }} box
- * @param {number | null} t Null where the pack has no value.
+ * @param {number | null} value Null where the pack has none.
+ * @param {number | null} t Its place on the colour scale.
  */
-function pictureCell(state, cell, { x, y, width, height }, t) {
+function pictureCell(state, cell, { x, y, width, height }, value, t) {
   /** @param {Attributes} extra */
   const box = (extra) => shape("rect", { x, y, width, height, rx: 4, ...extra });
   const pin = state.plan.overrides[cell.name]
-    ? [shape("circle", { cx: x + width / 2, cy: y + height / 2, r: 4, fill: INK, stroke: "#fff", "stroke-width": 2 })] : [];
-  const fill = t === null ? "#ffffff" : rgb(t);
-  if (!merges(state, state.result, cell)) return [box({ fill, opacity: 0.32 }), box({ fill: "url(#hatch)" }), ...pin];
+    ? [shape("circle", { cx: x + width - 5, cy: y + 5, r: 3, fill: INK, stroke: "#fff", "stroke-width": 2 })] : [];
+  const fill = t === null ? "#ffffff" : rgb(t), words = state.quantity.words(value);
+  const size = Math.min(12, width / (0.6 * words.length + 0.6));
+  /** @param {Attributes} extra */
+  const number = (extra) => text(x + width / 2, y + height / 2 + size / 3, words, { "text-anchor": "middle", "font-size": size, ...extra });
+  if (!merges(state, state.result, cell)) {
+    const halo = { fill: INK, stroke: "#fff", "stroke-width": 3, "paint-order": "stroke" };
+    return [box({ fill, opacity: 0.32 }), box({ fill: "url(#hatch)" }), number(halo), ...pin];
+  }
   return [box({ fill: INK }),
-    shape("rect", { x: x + 2, y: y + 2, width: width - 4, height: height - 4, rx: 3, fill, stroke: "#fff", "stroke-width": 1.5 }), ...pin];
+    shape("rect", { x: x + 2, y: y + 2, width: width - 4, height: height - 4, rx: 3, fill, stroke: "#fff", "stroke-width": 1.5 }),
+    number({ fill: t === null ? INK : readableOn(t) }), ...pin];
 }
 
 /**

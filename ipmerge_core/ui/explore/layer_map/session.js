@@ -6,7 +6,7 @@ import { setText } from "../../web/dom.js";
 import { copyOf, LAMBDA_MAX, samePlan } from "../../web/plan.js";
 import { flipValues, previewOf } from "../../web/preview.js";
 import { refreshTables } from "../../web/tables.js";
-import { rememberLink } from "./link.js";
+import { rememberLink, spokenPart } from "./link.js";
 import { describeDials, paintQuantity, rebuildColours, rescale } from "./painting.js";
 
 /** @import { Plan } from "../../web/types.d.ts" */
@@ -22,7 +22,7 @@ import { describeDials, paintQuantity, rebuildColours, rescale } from "./paintin
 export function setPlan(map, { s, lambda, ...rest }) {
   map.set({ plan: {
     ...map.state.plan, ...rest,
-    ...(s === undefined ? {} : { s: Number(clamp(s, 1).toFixed(4)) }),
+    ...(s === undefined ? {} : { s: clamp(s, 1) }),
     ...(lambda === undefined ? {} : { lambda: clamp(lambda, LAMBDA_MAX) }),
   } });
 }
@@ -47,9 +47,10 @@ export function startDrag(map) {
  *
  * @param {LayerMap} map
  * @param {string} [words] Announced before the sentence.
+ * @param {HTMLInputElement | null} [typing] A number field whose text stays as it is.
  */
-export function commit(map, words = "") {
-  map.set({ dragging: false, typing: null });
+export function commit(map, words = "", typing = null) {
+  map.set({ dragging: false, typing });
   const { plan, committed, past } = map.state;
   if (samePlan(plan, committed)) {
     map.painter.now();
@@ -66,9 +67,11 @@ export function commit(map, words = "") {
  *
  * @param {LayerMap} map
  * @param {string} [words]
+ * @param {boolean} [opened] Whether the plan came with the address: then the link's method stays chosen.
  */
-export function settle(map, words = "") {
-  const { plan, committed, index, before } = map.state;
+export function settle(map, words = "", opened = false) {
+  const { plan, committed, index, before, spoken } = map.state;
+  if (!opened) map.set({ spoken: spokenPart(spoken, false) });
   map.set({ committed: copyOf(plan), flips: flipValues(index, plan), ghost: before });
   if (committed.similarity !== plan.similarity) rebuildColours(map);
   else if (map.state.quantity.key === "change") paintQuantity(map);
@@ -81,7 +84,7 @@ export function settle(map, words = "") {
   rememberLink(map.state);
   setText(map.dom.note, "");
   setText(map.dom.status, `${words ? `${words} ` : ""}${map.dom.sum.textContent}`);
-  map.outbox.post("commit", copyOf(plan));
+  map.outbox.post("commit", { ...copyOf(plan), opened });
 }
 
 /**

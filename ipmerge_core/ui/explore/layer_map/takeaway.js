@@ -4,7 +4,7 @@
 import { node, setText } from "../../web/dom.js";
 import { planArguments } from "../../web/plan.js";
 import { csvText, saveBlob, saveText } from "../../web/tables.js";
-import { linkAddress } from "./link.js";
+import { linkAddress, linkQuery } from "./link.js";
 import { mapPicture } from "./picture.js";
 import { announce } from "./status.js";
 
@@ -93,7 +93,7 @@ export async function copyLink(map) {
 export async function saveReport({ host, state, dom }) {
   setText(dom.note, "Saving the report …");
   try {
-    const report = await host.server?.report_file?.(state.packId, state.plan);
+    const report = await host.server?.report_file?.(state.packId, state.plan, linkQuery(state).toString());
     if (typeof report !== "string") throw new TypeError("The server did not return a report.");
     saveText(`${fileStem(state.pack)}.html`, report, "text/html");
     setText(dom.note, "Report saved.");

@@ -5,6 +5,7 @@
 
 import { node, setText } from "../../web/dom.js";
 import { recall, remember } from "../../web/memory.js";
+import { tryTab } from "./try_tab.js";
 
 /** @import { Attributes } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
@@ -20,7 +21,7 @@ const STEPS = [
   { at: ".lm-map", done: "choose", title: "Select a square",
     words: "The details show its similarity and why it is merged or kept. You can override the decision for this matrix." },
   { at: ".lm-dial-l", done: "lambda", title: "Change the scale λ",
-    words: "λ scales the update. Larger values absorb more of the math model (dashed) and keep less of the vision model (solid). The curves are cosines, not accuracies." },
+    words: "λ scales the update. Larger values turn the merged model's task vector away from the vision model's (solid) and toward the math update (dashed). The curves are cosines of directions, not accuracies." },
   { at: ".lm-answer", done: "answer", title: "Ask both models",
     words: "Compare the answers of the vision model and the merged model to the same question." },
 ];
@@ -77,7 +78,9 @@ export class Tour {
   }
 
   next() {
+    const isLast = this.#step === this.#steps.length - 1, { done } = this.#steps[this.#step] ?? {};
     this.#show(this.#step + 1);
+    if (isLast && done === "answer") tryTab()?.click();
   }
 
   end() {

@@ -36,7 +36,12 @@ export interface State {
   /** The number field that is being typed into, which must not be overwritten. */
   typing: HTMLInputElement | null;
 
+  /** The part of the link that names the method and the options of the chosen merge. */
+  spoken: string;
+
   target: Target | null;
+  /** What the pointer or the focus is on. */
+  reading: Target | null;
   pinned: Cell | null;
   /** The expert in view, -1 for all. */
   expert: number;

@@ -1,0 +1,92 @@
+"""Read which method a user has chosen for a pair, and make its plan.
+
+In: plain values from a form, a link or a manifest. Out: a `MethodChoice` that fits in gr.State, and
+on demand the `MergePlan` (this imports torch). Values are checked by `make_plan`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ipmerge_core.errors import PlanError
+from ipmerge_core.planning.options import OPTIONS, PlanOptions
+from ipmerge_core.runtime.host import is_hosted
+from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, analysis_of, plan_of
+
+if TYPE_CHECKING:
+    from ipmerge_core.methods import Parameter
+    from ipmerge_core.planning.plan import MergePlan
+
+EXPLORED = ""  # the name of the plan from Explore
+EXPLORED_METHOD = "ip_merging"
+SET_IN_EXPLORE = frozenset({"lambda_", *(name for v in VARIANTS.values() for name in v)})
+# Rules by matrix are the map's.
+FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
+Value = float | int | bool | str | None
+
+
+class MethodChoice(NamedTuple):
+    """The chosen method, and the values that differ from its defaults.
+
+    The values of the plan from Explore are the parameters of IP-Merging that are not set there.
+    `options` are the plan's options; they stay when another method is chosen.
+    """
+
+    name: str = EXPLORED
+    values: Mapping[str, Value] = {}
+    options: Mapping[str, str] = {}
+    calibration: str = ""
+
+
+def parameters_of(name: str) -> tuple[Parameter, ...]:
+    """Return the parameters that the form shows: for the plan from Explore, those not set there."""
+    from ipmerge_core.methods import find_method
+
+    found = find_method(name or EXPLORED_METHOD).parameters
+    return tuple(p for p in found if name != EXPLORED or p.name not in SET_IN_EXPLORE)
+
+
+def chosen_plan(
+    pack_id: str,
+    choice: PlanChoice,
+    method: MethodChoice,
+    **more: Any,  # noqa: ANN401
+) -> MergePlan:
+    """Make the plan of the chosen method, or the one from Explore.
+
+    `more` are arguments of `make_plan` for a method other than that of Explore.
+
+    Raises: PlanError for an invalid value, more experts than the method merges, or a missing
+        calibration.
+    """
+    for option in FIELDS:
+        if option.kind == "pattern":
+            _reject_slow(method.options.get(option.name, ""))
+    options = PlanOptions.read(method.options)
+    if method.name == EXPLORED:
+        return plan_of(pack_id, choice, options=options, **method.values)
+    from ipmerge_core.methods import find_method
+    from ipmerge_core.planning.plan import make_plan
+
+    found, calibration = find_method(method.name), None
+    if found.data is not None:
+        if not method.calibration:
+            raise PlanError(
+                f"{found.label} needs a calibration of these models. Select a finished one above, "
+                f"or press Calibrate."
+            )
+        calibration = method.calibration
+    values: dict[str, Any] = {**more, **method.values}
+    analysis = analysis_of(pack_id)
+    return make_plan(analysis, method.name, options=options, calibration=calibration, **values)
+
+
+def _reject_slow(pattern: str) -> None:
+    """Reject patterns of users on a Space that can take exponential time: repetition."""
+    if is_hosted() and re.search(r"[*+?{(]", pattern):
+        raise PlanError(
+            f"The pattern {pattern[:40]!r} uses repetition or groups, which are disabled here; "
+            f"expected parts of names, such as 'mlp|layers\\.0\\.'."
+        )
