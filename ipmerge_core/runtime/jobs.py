@@ -119,6 +119,7 @@ class JobStore:
     def __init__(self, folder: Path, *, most_running: int = 2) -> None:
         self.folder = folder
         self.most_running = most_running
+        self._digests: dict[str, str] = {}  # of the jobs' keys, which never change
 
     def start(
         self,
@@ -128,6 +129,7 @@ class JobStore:
         title: str,
         claim: Claim | None = None,
         owner: str = "",
+        about: Mapping[str, str] | None = None,
     ) -> Started:
         """Start `target(**arguments)` in a new process.
 
@@ -137,12 +139,13 @@ class JobStore:
             title: a human-readable name.
             claim: a folder that no other job may write to in the meantime.
             owner: a secret of the caller; the job's key is then `key_of(job, owner)`.
+            about: what to show of the job in a list, such as its method; see `describe_job`.
 
         Raises: RunError if too many jobs are running, FolderInUseError for a claimed folder.
         """
-        with self._one_at_a_time():
+        with self.one_at_a_time():
             self._admit(claim)
-            return self._start(target, arguments, title, claim, owner)
+            return self._start(target, arguments, title, claim, owner, about or {})
 
     def _start(
         self,
@@ -151,6 +154,7 @@ class JobStore:
         title: str,
         claim: Claim | None,
         owner: str,
+        about: Mapping[str, str],
     ) -> Started:
         job = secrets.token_hex(16)
         key = self.key_of(job, owner) or secrets.token_urlsafe(24)
@@ -163,6 +167,7 @@ class JobStore:
             "arguments": plain,
             "files": files,
             "claim": claim,
+            "about": dict(about),
             "key": _digest(key),
         }
         _write_json(folder / "job.json", content)
@@ -207,7 +212,7 @@ class JobStore:
             too many jobs are running; FolderInUseError if another job is writing to its folder.
         """
         self._authorise(job, key)
-        with self._one_at_a_time():
+        with self.one_at_a_time():
             status = self.status(job)
             if not status.can_resume:
                 raise RunError(
@@ -231,8 +236,11 @@ class JobStore:
 
     def holds_key(self, job: str, key: str) -> bool:
         """Return whether `key` is the key that `start` returned for this job."""
-        content = json.loads((self._folder(job) / "job.json").read_text("utf-8"))
-        return hmac.compare_digest(str(content["key"]), _digest(key))
+        folder = self._folder(job)
+        if job not in self._digests:
+            content = json.loads((folder / "job.json").read_text("utf-8"))
+            self._digests[job] = str(content["key"])
+        return hmac.compare_digest(self._digests[job], _digest(key))
 
     def _authorise(self, job: str, key: str) -> None:
         if not self.holds_key(job, key):
@@ -241,7 +249,7 @@ class JobStore:
             )
 
     @contextlib.contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
+    def one_at_a_time(self) -> Iterator[None]:
         """Hold the store's lock, so that job counts do not change inside the block."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as lock:
