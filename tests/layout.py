@@ -48,9 +48,10 @@ UI_ORDER = [
     {"pairs", "format"},
     {"errors", "plan_choice"},
     {"backend"},
-    {"finished_merges", "runs"},
+    {"finished_merges", "runs", "device_choice"},
     {"explore"},
     {"analyse", "chat", "compare", "merge", "cite"},
+    {"run_list"},
     {"api"},
     {"app"},
 ]

@@ -234,11 +234,13 @@ def test_a_method_that_needs_samples_asks_for_them() -> None:
     found = readiness(Backend(), DEMO, PlanChoice(), MethodChoice("regmean"))
     assert not found.ready
     assert "press Calibrate" in found.findings[0].message + found.findings[0].remedy
-    view = calibration_form.calibration_view(Backend(), DEMO, MethodChoice("regmean"), "")
+    view = calibration_form.calibration_view(
+        Backend(), DEMO, MethodChoice("regmean"), {}, ""
+    )
     assert "the Gram matrices of the layer inputs" in view.intro
     assert "MB of statistics" in view.intro
     assert (view.folders["choices"], view.choice.calibration) == ([], "")
-    assert calibration_form.calibration_view(Backend(), DEMO, MethodChoice("ties"), "") is None
+    assert calibration_form.calibration_view(Backend(), DEMO, MethodChoice("ties"), {}, "") is None
 
 
 @pytest.mark.parametrize("method", ["regmean", "fisher"])
@@ -254,9 +256,8 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
     run = find_run(backend, started._asdict())
     updates, made = view.updates(run), calibration_form.made_by(run)
     assert "4 of 4 passes" in updates[view.progress]
-    assert not updates[view.timer].active
     assert Path(made).parent == home / "calibrations"
-    shown = calibration_form.calibration_view(backend, DEMO, MethodChoice(method), made)
+    shown = calibration_form.calibration_view(backend, DEMO, MethodChoice(method), {}, made)
     chosen = shown.choice
     assert shown.folders["value"] == chosen.calibration == made
     found = readiness(backend, DEMO, PlanChoice(), chosen)
@@ -268,7 +269,7 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
     manifest = json.loads((home / "models" / "merged" / "ipmerge.json").read_text())
     assert manifest["plan"]["method"] == method
     other = MethodChoice("fisher" if method == "regmean" else "regmean")
-    shown = calibration_form.calibration_view(backend, DEMO, other, made)
+    shown = calibration_form.calibration_view(backend, DEMO, other, {}, made)
     assert shown.choice.calibration == ""
 
 

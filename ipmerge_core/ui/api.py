@@ -136,8 +136,8 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         Returns the run's id, its key and the id of the new pair immediately. `quick` is
         approximate; rank 0 keeps all directions. The run fails if the sibling check does.
         """
-        asked = AnalysisRequest(mllm, _several(math), base, base_mllm, quick, rank or None)
-        started = start_analysis(backend, asked, device)
+        asked = AnalysisRequest(mllm, _several(math), base, base_mllm, quick, rank or None, device)
+        started = start_analysis(backend, asked)
         return {"job_id": started.id, "key": started.key, "pack": started.pack}
 
     def job_status(job_id: str) -> Json:

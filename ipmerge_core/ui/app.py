@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -17,18 +17,24 @@ from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
 from ipmerge_core.ui.api import add_endpoints
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.side_choice import remembered_merges, wire_try_it, with_run
+from ipmerge_core.ui.chat.side_choice import (
+    SideChoice,
+    remembered_merges,
+    wire_try_it,
+    with_run,
+)
 from ipmerge_core.ui.chat.tab import try_tab
 from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
-from ipmerge_core.ui.merge.start_gate import StartGate
-from ipmerge_core.ui.merge.tab import merge_tab
+from ipmerge_core.ui.merge.tab import MergeTab, merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice
-from ipmerge_core.ui.runs import remembered_run
+from ipmerge_core.ui.run_list.component import RunList
+from ipmerge_core.ui.run_list.wiring import Frame, wire_run_list
+from ipmerge_core.ui.runs import RunPoll, remembered_run
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
 
@@ -66,23 +72,48 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                     details = gr.HTML(
                         pair_html(load_pack(packs[0].id)) if packs else "", elem_id="pair-details"
                     )
+                    runs = RunList()
                     opener = gr.Button("Analyse other models", size="sm", elem_id="analyse-open")
-        panel = lay_out_panel(opener, details, hosted=backend.hosted)
+        analysis = remembered_run("analysis")
+        panel = lay_out_panel(opener, details, analysis, hosted=backend.hosted)
+        poll = RunPoll(gr.Textbox("", visible="hidden", elem_id="visitor"))
         choice = gr.State(start_choice(load_pack(packs[0].id)) if packs else PlanChoice())
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:
-            explore, tabs, gate = _add_tabs(app, backend, pair, choice)
-            arrived = wire_panel(app, backend, panel, pair, explore.view, tabs)
-            gate.check_after(arrived.success)  # the analysis of the chosen pair may have finished
+            parts = _add_tabs(backend, pair, choice, poll)
+            arrived = wire_panel(app, backend, panel, pair, parts.explore.view, parts.tabs, poll)
+            # The analysis of the chosen pair may have finished.
+            parts.merging.gate.check_after(arrived.success)
+            frame = Frame(
+                runs,
+                pair,
+                parts.explore.view,
+                parts.tabs,
+                parts.sides,
+                parts.merging.method,
+                parts.job,
+                analysis,
+                parts.calibration,
+            )
+            wire_run_list(backend, frame, poll)
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
     return app  # type: ignore[no-any-return]
 
 
-def _add_tabs(
-    app: gr.Blocks, backend: Backend, pair: gr.Dropdown, choice: gr.State
-) -> tuple[ExploreTab, gr.Tabs, StartGate]:
+class _Parts(NamedTuple):
+    """The tabs, and what the frame around them uses of them."""
+
+    tabs: gr.Tabs
+    explore: ExploreTab
+    merging: MergeTab
+    sides: SideChoice
+    job: gr.BrowserState
+    calibration: gr.BrowserState
+
+
+def _add_tabs(backend: Backend, pair: gr.Dropdown, choice: gr.State, poll: RunPoll) -> _Parts:
     job, calibration = remembered_run("job"), remembered_run("calibration")
     runs = remembered_merges()
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
@@ -93,7 +124,7 @@ def _add_tabs(
         asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merging = merge_tab(
-                app, backend, pair, choice, job=job, calibration=calibration, tab=merge
+                backend, pair, choice, poll=poll, job=job, calibration=calibration, tab=merge
             )
         merging.started.success(with_run, [runs, job], runs, queue=False, **QUIET)
         wire_try_it(backend, sides, pair, merging.try_it, tabs)
@@ -101,7 +132,7 @@ def _add_tabs(
             compare_tab(pair, choice, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(pair, choice, cite, explore.opened)
-    return explore, tabs, merging.gate
+    return _Parts(tabs, explore, merging, sides, job, calibration)
 
 
 def page_script() -> str:

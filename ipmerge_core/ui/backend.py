@@ -50,7 +50,7 @@ class Backend:
     _models: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _preview_lock: threading.Lock = field(default_factory=threading.Lock)
-    _start_lock: threading.Lock = field(default_factory=threading.Lock)
+    start_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def models(self) -> ModelCache:
@@ -118,7 +118,8 @@ class Backend:
         arguments = {"plan": plan, "out": str(out), "device": device}
         title = f"Merge plan {plan.hash} into {out.name}"
         claim = Claim(str(out), plan.digest)
-        about = {"pair": plan.name, "method": find_method(plan.method).label, "plan": plan.hash}
+        label = find_method(plan.method).label
+        about = {"kind": "merge", "pair": plan.name, "method": label, "plan": plan.hash}
         try:
             return self.store.start(
                 iter_merge, arguments, title=title, claim=claim, owner=owner, about=about
@@ -174,9 +175,14 @@ class Backend:
             "limit": limit,
             "device": self.device_for(device, fp64=False),
         }
-        about = {"pair": find_pack(pack_id).label, "method": MEASURED[kind]}
-        about["samples"] = f"{limit} per model: {', '.join(dict.fromkeys((seen, read)))}"
-        with self._start_lock:
+        about = {
+            "kind": "calibration",
+            "pack": pack_id,
+            "pair": find_pack(pack_id).label,
+            "method": MEASURED[kind],
+            "samples": f"{limit} per model, {', '.join(dict.fromkeys((seen, read)))}",
+        }
+        with self.start_lock:
             if running := self.running_like(iter_calibration_of.__name__, arguments, owner):
                 return running
             for name in _numbered(stem):

@@ -7,7 +7,7 @@ which every name is escaped. Pure, and without torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.safe_text import as_html as escape
@@ -27,6 +27,13 @@ STATE_LABELS = {
     "failed": "failed",
     "interrupted": "interrupted; completed work is kept",
 }
+
+
+class RunProgress(NamedTuple):
+    """How much of a run is done: a number from 0 to 1, and counts, speed and time left."""
+
+    share: float
+    words: list[str]
 
 
 def findings_html(findings: Iterable[Finding]) -> str:
@@ -52,22 +59,29 @@ def format_estimate(seconds: float, device: str) -> str:
     return f"about {format_duration(seconds)} on {where}"
 
 
-def progress_html(status: JobStatus) -> str:
-    """Format the progress of a run: a bar, counts, time left, and its error if it failed."""
+def progress_of(status: JobStatus) -> RunProgress:
+    """Return how much of a run is done, in counts, speed and time left."""
     step, unit = status.step, _unit(status.step)
     done, total = step.get(f"{unit}done", 0), step.get(f"{unit}total", 0)
     fresh = done - step.get(f"{unit}before", 0)  # without what an earlier run had completed
     share = done / total if total else 0.0
-    words = [f"<b>{STATE_LABELS[status.state].capitalize()}</b>", *_counted(step)]
-    device = str(status.arguments.get("device", ""))
-    where = f' <span class="run-device">on {escape(format_device(device))}</span>' if device else ""
+    words = _counted(step)
     elapsed = max(status.updated - status.started, 0.0)
     if status.is_running and fresh > 0 and elapsed > 0.5:
         words += [f"{fresh / elapsed / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
         words.append(f"about {format_duration((total - done) * elapsed / fresh)} left")
-    name = _current(step)
+    return RunProgress(share, words)
+
+
+def progress_html(status: JobStatus) -> str:
+    """Format the progress of a run: a bar, counts, time left, and its error if it failed."""
+    share, counted = progress_of(status)
+    words = [f"<b>{STATE_LABELS[status.state].capitalize()}</b>", *counted]
+    device = str(status.arguments.get("device", ""))
+    where = f' <span class="run-device">on {escape(format_device(device))}</span>' if device else ""
+    name = _current(status.step)
     if status.state == "finished":
-        name = f"in {format_duration(elapsed)}"
+        name = f"in {format_duration(max(status.updated - status.started, 0.0))}"
     error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
     return (
         f'<p class="run-title">{escape(status.title)}{where}</p>'

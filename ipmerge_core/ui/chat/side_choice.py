@@ -84,23 +84,28 @@ def wire_try_it(
     """Let "Try it" select the finished merge for the right side and open the chat."""
 
     def take(pack_id: str, chosen: Chosen, runs: object, last: object) -> Updates:
-        keys = keys_of(runs, last)
         run = last.get("id", "") if isinstance(last, Mapping) else ""
-        merge = find_merge(backend, pack_id, str(run), keys)
-        left, _ = chosen.get(pack_id, (BASE, PLAN))
-        now = {**chosen, pack_id: (left, merge.run)}
-        left_side, right_side = shown(backend, pack_id, now, keys)
-        return {
-            sides.chosen: now,
-            sides.left: left_side,
-            sides.right: right_side,
-            tabs: gr.Tabs(selected="try"),
-        }
+        found = choose_merge(backend, sides, pack_id, str(run), chosen, keys_of(runs, last))
+        return {**found, tabs: gr.Tabs(selected="try")}
 
     asked = [pair, sides.chosen, sides.runs, sides.last]
     filled = [sides.chosen, sides.left, sides.right, tabs]
     # Queued, because the page shows errors of queued events only.
     button.click(show_errors(take), asked, filled, **QUIET)
+
+
+def choose_merge(
+    backend: Backend, sides: SideChoice, pack_id: str, run: str, chosen: Chosen, keys: Keys
+) -> Updates:
+    """Return the updates that put a finished merge of a pair on the right side.
+
+    Raises: RunError, PlanError as `find_merge`.
+    """
+    merge = find_merge(backend, pack_id, run, keys)
+    left, _ = chosen.get(pack_id, (BASE, PLAN))
+    now = {**chosen, pack_id: (left, merge.run)}
+    left_side, right_side = shown(backend, pack_id, now, keys)
+    return {sides.chosen: now, sides.left: left_side, sides.right: right_side}
 
 
 def remembered_merges() -> gr.BrowserState:
