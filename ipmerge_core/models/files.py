@@ -286,7 +286,7 @@ def local_copy(name: str, revision: str | None, *, download: bool = False) -> Pa
     Args:
         name: the hub id, without a revision.
         revision: the commit, or None for the default branch.
-        download: fetch the files that are missing; offline, the copy is taken as it is.
+        download: fetch the files that are missing; offline, the copy is used unchanged.
 
     Raises: CheckpointError if there is no copy, or the download fails.
     """

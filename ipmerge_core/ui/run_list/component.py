@@ -1,7 +1,7 @@
 """Define the list of runs: a `gr.HTML` component with its own JavaScript in the frame of the tabs.
 
 In: `{"n": ..., "run": ..., "failed": ..., "runs": [...], "more": ...}`, see `rows`. Out: browser
-events. `tick` asks for the state of all runs: once when the page is opened, repeatedly while a run
+events. `tick` requests the state of all runs: once when the page is opened, repeatedly while a run
 is in progress, and when the page is looked at again. `act` cancels, resumes or deletes a run,
 `open` shows it in its tab or asks its model. Every event carries the visitor's secret, which stays
 in this browser; Python checks it against the runs.

@@ -33,7 +33,7 @@ def own_output(backend: Backend, status: JobStatus, request: JobRequest) -> list
         ANALYSIS: packs_folder(),
         CALIBRATION: backend.calibrations_folder,
     }
-    ours = kind in folders and out.name and out.parent.resolve() == folders[kind].resolve()
+    ours = kind in folders and out.resolve().parent == folders[kind].resolve()
     if not ours or _has_another_run(backend, status, out):
         return []
     if kind == ANALYSIS:
