@@ -17,7 +17,7 @@ from test_browser_axe import findings
 
 pytestmark = pytest.mark.browser
 
-LOADING = 60_000  # the first check loads torch
+LOADING = 300_000  # the first check loads torch
 
 
 class Place(NamedTuple):

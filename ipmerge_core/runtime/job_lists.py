@@ -10,6 +10,8 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from ipmerge_core.errors import RunError
@@ -25,8 +27,18 @@ class JobRequest(NamedTuple):
 
 def describe_job(store: JobStore, job: str) -> JobRequest:
     """Return what a job was started with. Raises: RunError for an unknown id."""
-    store.status(job)  # raises for an unknown id
-    content = json.loads((store.folder / job / "job.json").read_text("utf-8"))
+    try:
+        if job.isalnum():  # no path
+            return _read_request(store.folder / job / "job.json")
+    except OSError:
+        pass
+    raise RunError(f"There is no run with the id '{job[:40]}'. Was its folder removed?")
+
+
+@lru_cache(maxsize=4096)
+def _read_request(path: Path) -> JobRequest:
+    """Read a file that never changes."""
+    content = json.loads(path.read_text("utf-8"))
     about = {str(name): str(text) for name, text in (content.get("about") or {}).items()}
     return JobRequest(str(content["target"]).rpartition(":")[2], about)
 

@@ -8,6 +8,7 @@ again later is kept.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from ipmerge_core.analysis.partial import journal_of
@@ -22,10 +23,13 @@ from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, MERGE, kind_of
 _UNFINISHED = ".partial"  # suffix of the folder of an unfinished merge
 
 
-def own_output(backend: Backend, status: JobStatus, request: JobRequest) -> list[Path]:
+def own_output(
+    backend: Backend, status: JobStatus, request: JobRequest, known: Sequence[JobStatus]
+) -> list[Path]:
     """List the files and folders that this run wrote into a folder of the app.
 
-    A place that another run wrote to later, or would write to when resumed, is not listed.
+    A place that one of the `known` runs wrote to later, or would write to when resumed, is not
+    listed.
     """
     kind, out = kind_of(request), Path(str(status.arguments.get("out", "")))
     folders = {
@@ -34,7 +38,7 @@ def own_output(backend: Backend, status: JobStatus, request: JobRequest) -> list
         CALIBRATION: backend.calibrations_folder,
     }
     ours = kind in folders and out.resolve().parent == folders[kind].resolve()
-    if not ours or _has_another_run(backend, status, out):
+    if not ours or _has_another_run(known, status, out):
         return []
     if kind == ANALYSIS:
         places = [out, journal_of(out)]
@@ -52,7 +56,7 @@ def delete_run(backend: Backend, job: str, key: str) -> None:
         a file could not be deleted.
     """
     status, request = backend.store.status(job), describe_job(backend.store, job)
-    places = own_output(backend, status, request)
+    places = own_output(backend, status, request, backend.store.all())
     delete_job(backend.store, job, key)  # checks the key, and that it is not in progress
     for place in places:
         try:
@@ -64,12 +68,12 @@ def delete_run(backend: Backend, job: str, key: str) -> None:
             ) from error
 
 
-def _has_another_run(backend: Backend, status: JobStatus, out: Path) -> bool:
+def _has_another_run(known: Sequence[JobStatus], status: JobStatus, out: Path) -> bool:
     """Whether the place belongs to another run, too.
 
     A finished result is that of the run that finished last; unfinished work may be that of any run.
     """
-    others = (other for other in backend.store.all() if other.id != status.id)
+    others = (other for other in known if other.id != status.id)
     same = [other for other in others if other.arguments.get("out") == str(out)]
     if status.state != "finished":
         return bool(same)

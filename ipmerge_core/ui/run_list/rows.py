@@ -9,7 +9,7 @@ the actions that need a key. Reads small files only, and does not import torch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,13 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import public_text
 from ipmerge_core.ui.format import STATE_LABELS, format_device, progress_of
 from ipmerge_core.ui.merge.download import download_link
-from ipmerge_core.ui.pairs import path_of
+from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, id_of
 from ipmerge_core.ui.run_list.deletion import own_output
 from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, MERGE, kind_of
 
 Json = dict[str, Any]
 Keys = Mapping[str, str]  # run id -> key
 MOST_LISTED = 30
-_ENDING = path_of("").name  # of the file of a pack
 STARTED = {
     MERGE: "Merge",
     ANALYSIS: "Analysis",
@@ -69,10 +68,12 @@ def visible_runs(backend: Backend, keys: Keys) -> list[Run]:
     """List the runs that a visitor may see: in progress first, then the newest."""
     found = list(_statuses(backend, keys))
     found.sort(key=lambda status: (not status.is_running, -status.started))
-    return [
-        Run(status, describe_job(backend.store, status.id), keys.get(status.id, ""))
-        for status in found
-    ]
+    runs = []
+    for status in found:
+        with contextlib.suppress(RunError):  # deleted meanwhile
+            request = describe_job(backend.store, status.id)
+            runs.append(Run(status, request, keys.get(status.id, "")))
+    return runs
 
 
 def describe_runs(backend: Backend, keys: Keys) -> Json:
@@ -82,7 +83,8 @@ def describe_runs(backend: Backend, keys: Keys) -> Json:
     for run in sorted(runs, key=lambda run: -run.status.started):
         if run.status.state == "finished":
             newest.setdefault(run.out, run.status.id)
-    rows = [_row(backend, run, newest) for run in runs[:MOST_LISTED]]
+    statuses = [run.status for run in runs]
+    rows = [_row(backend, run, newest, statuses) for run in runs[:MOST_LISTED]]
     return {"runs": rows, "more": max(0, len(runs) - MOST_LISTED)}
 
 
@@ -95,7 +97,9 @@ def _statuses(backend: Backend, keys: Keys) -> Iterator[JobStatus]:
             yield backend.store.status(job)
 
 
-def _row(backend: Backend, run: Run, newest: Mapping[Path, str]) -> Json:
+def _row(
+    backend: Backend, run: Run, newest: Mapping[Path, str], known: Sequence[JobStatus]
+) -> Json:
     status = run.status
     share, words = progress_of(status)
     replaced = status.state == "finished" and newest.get(run.out) != status.id
@@ -104,7 +108,7 @@ def _row(backend: Backend, run: Run, newest: Mapping[Path, str]) -> Json:
     return {
         "id": status.id,
         "kind": STARTED.get(run.kind, "Run"),
-        "name": run.out.name.removesuffix(_ENDING) or status.title,
+        "name": _name(run),
         "state": status.state,
         "label": label,
         "running": status.is_running,
@@ -112,10 +116,17 @@ def _row(backend: Backend, run: Run, newest: Mapping[Path, str]) -> Json:
         "words": " · ".join(words) if status.step else "starting" * status.is_running,
         "error": public_text(status.error),
         "facts": [list(fact) for fact in _facts(backend, run)],
-        "actions": _actions(backend, run, replaced=replaced),
+        "actions": _actions(run, replaced=replaced),
         "download": link,
-        "deletes": _deletes(backend, run),
+        "deletes": _deletes(backend, run, known),
     }
+
+
+def _name(run: Run) -> str:
+    """Return the name of the folder, or of the pair that an analysis makes."""
+    if run.kind == ANALYSIS:
+        return id_of(run.out).partition("-")[2]
+    return run.out.name or run.status.title
 
 
 def _facts(backend: Backend, run: Run) -> Iterator[tuple[str, str]]:
@@ -138,7 +149,7 @@ def _facts(backend: Backend, run: Run) -> Iterator[tuple[str, str]]:
         yield "Started by", "another browser or program"
 
 
-def _actions(backend: Backend, run: Run, *, replaced: bool) -> list[str]:
+def _actions(run: Run, *, replaced: bool) -> list[str]:
     """List what the visitor can do with a run, in the order of the buttons."""
     status, owned = run.status, bool(run.key)
     gone = status.state == "finished" and not run.out.exists()
@@ -154,8 +165,6 @@ def _actions(backend: Backend, run: Run, *, replaced: bool) -> list[str]:
 
 
 def _has_pack(run: Run) -> bool:
-    from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, id_of
-
     return run.out.is_file() or find_partial(id_of(run.out), SKIP_ALL) is not None
 
 
@@ -166,9 +175,9 @@ def _download(run: Run, *, replaced: bool) -> str:
     return download_link(run.status.id, run.key)
 
 
-def _deletes(backend: Backend, run: Run) -> str:
+def _deletes(backend: Backend, run: Run, known: Sequence[JobStatus]) -> str:
     """Describe what deleting a run deletes."""
-    own = own_output(backend, run.status, run.request)
+    own = own_output(backend, run.status, run.request, known)
     name = run.out.name
     if not own:
         kept = f" '{name}' is kept." if name and run.out.exists() else ""

@@ -26,13 +26,15 @@ class RunList {
     this.dom = {
       root: part(element, ".rl"), open: part(element, ".rl-open"), drawer: part(element, ".rl-drawer"),
       none: part(element, ".rl-none"), list: part(element, ".rl-list"), more: part(element, ".rl-more"),
-      said: part(element, ".rl-said"),
+      said: part(element, ".rl-said"), failed: part(element, ".rl-failed"),
     };
     this.visitor = visitorSecret();
     /** @type {Run[] | null} */
     this.runs = null; // before the first answer
     /** @type {Map<string, string>} Why the last action on a run failed. */
     this.failures = new Map();
+    /** @type {Map<string, number>} Runs whose action has not been answered, with its number. */
+    this.pending = new Map();
     this.poll = new Poll((n, first) => this.host.trigger("tick", { n, first, visitor: this.visitor }), page);
   }
 
@@ -41,15 +43,22 @@ class RunList {
     const { value } = this.host.props;
     if (typeof value !== "string" || !value) return;
     const content = /** @type {Content} */ (JSON.parse(value));
-    if (content.run) {
-      if (content.failed) this.failures.set(content.run, content.failed);
-      else this.failures.delete(content.run);
-    }
+    for (const [run, n] of this.pending) if (content.n >= n) this.pending.delete(run);
+    if (content.run) this.note(content);
     const changes = this.runs && changesBetween(this.runs, content.runs);
     if (changes?.length) setText(this.dom.said, changes.join(" "));
     this.runs = content.runs;
     this.paint(content);
     this.poll.answered(content.n, content.runs.some((run) => run.running));
+  }
+
+  /** @param {Content} content The answer to an action. */
+  note({ run, failed, runs }) {
+    if (failed) this.failures.set(run, failed);
+    else this.failures.delete(run);
+    const isGone = failed !== "" && runs.every((each) => each.id !== run); // so no row can say it
+    setText(this.dom.failed, isGone ? `✕ ${failed}` : "");
+    this.dom.failed.hidden = !isGone;
   }
 
   /** @param {Content} content */
@@ -100,12 +109,16 @@ class RunList {
       part(row, action === "keep" ? "[data-act=delete]" : "[data-act=keep]").focus();
       return;
     }
+    if (this.pending.has(run)) return; // a second press
     const asked = { n: this.poll.next(), visitor: this.visitor, run, action };
     if (action === "show" || action === "try") {
       this.host.trigger("open", asked);
       this.toggle(false);
       this.dom.open.focus();
-    } else this.host.trigger("act", action === "confirm" ? { ...asked, action: "delete" } : asked);
+      return;
+    }
+    this.pending.set(run, asked.n);
+    this.host.trigger("act", action === "confirm" ? { ...asked, action: "delete" } : asked);
   }
 }
 
