@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.runtime.jobs import JobStore
+from ipmerge_core.runtime.jobs import JobStatus, JobStore
 
 
 class JobRequest(NamedTuple):
@@ -56,14 +56,26 @@ def keys_of_owner(store: JobStore, owner: str) -> dict[str, str]:
     return found
 
 
+def jobs_with_keys(
+    store: JobStore, keys: Mapping[str, str]
+) -> Iterator[tuple[JobStatus, JobRequest, str]]:
+    """Yield the status and request of each job with its key, for the keys that are right."""
+    for job, key in keys.items():
+        with contextlib.suppress(RunError, OSError):  # not a job, or deleted meanwhile
+            if store.holds_key(job, key):
+                yield store.status(job), describe_job(store, job), key
+
+
 def delete_job(store: JobStore, job: str, key: str) -> None:
     """Delete the folder of a job that is not running.
 
     Raises: RunError for an unknown id, a wrong key, or a running job.
     """
-    if not store.holds_key(job, key):
-        raise RunError("Only the browser that started this run can delete it. Others can watch.")
     with store.one_at_a_time():
+        if not store.holds_key(job, key):
+            raise RunError(
+                "Only the browser that started this run can delete it. Others can watch."
+            )
         status = store.status(job)
         if status.is_running:
             raise RunError(f"The run '{status.title}' is in progress. Cancel it, then delete it.")

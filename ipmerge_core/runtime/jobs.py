@@ -192,7 +192,10 @@ class JobStore:
         if not self.folder.is_dir():
             return []
         jobs = [path.name for path in self.folder.iterdir() if (path / "status.json").is_file()]
-        statuses = [self.status(job) for job in jobs if _ID.fullmatch(job)]
+        statuses = []
+        for job in filter(_ID.fullmatch, jobs):
+            with contextlib.suppress(RunError, OSError):  # deleted meanwhile
+                statuses.append(self.status(job))
         return sorted(statuses, key=lambda status: -status.started)
 
     def cancel(self, job: str, key: str) -> JobStatus:

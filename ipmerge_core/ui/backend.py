@@ -20,7 +20,7 @@ from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
 from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.models.files import local_copy
 from ipmerge_core.runtime.host import is_hosted
-from ipmerge_core.runtime.job_lists import describe_job, keys_of_owner
+from ipmerge_core.runtime.job_lists import jobs_with_keys, keys_of_owner
 from ipmerge_core.runtime.jobs import Claim, JobStore, Started, home_folder
 from ipmerge_core.ui.pairs import find_pack
 from ipmerge_core.ui.plan_choice import analysis_of
@@ -202,11 +202,11 @@ class Backend:
 
     def running_like(self, target: str, arguments: Mapping[str, Any], owner: str) -> Started | None:
         """Find a run of `owner` in progress that does the same: a second press of one button."""
-        for job, key in keys_of_owner(self.store, owner).items():
-            status = self.store.status(job)
+        keys = keys_of_owner(self.store, owner)
+        for status, request, key in jobs_with_keys(self.store, keys):
             same = {**status.arguments, **arguments} == status.arguments
-            if status.is_running and same and describe_job(self.store, job).target == target:
-                return Started(job, key)
+            if status.is_running and same and request.target == target:
+                return Started(status.id, key)
         return None
 
     def _is_kept_for_a_run(self, out: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from ipmerge_core.errors import IPMergeError
-from ipmerge_core.runtime.job_lists import JobRequest, describe_job, keys_of_owner
+from ipmerge_core.runtime.job_lists import JobRequest, jobs_with_keys, keys_of_owner
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import QUIET, show_errors
@@ -69,11 +69,11 @@ def find_run(backend: Backend, remembered: Remembered | None, visitor: str = "")
     remembered = remembered or {}
     try:
         status = backend.store.status(str(remembered.get("id", "")))
-    except IPMergeError:
+        keys = (str(remembered.get("key", "")), backend.store.key_of(status.id, visitor))
+        held = [key for key in keys if backend.store.holds_key(status.id, key)]
+    except (IPMergeError, OSError):  # not a run, or deleted meanwhile
         return RunState(None)
-    keys = (str(remembered.get("key", "")), backend.store.key_of(status.id, visitor))
-    held = (key for key in keys if backend.store.holds_key(status.id, key))
-    return RunState(status, next(held, ""))
+    return RunState(status, next(iter(held), ""))
 
 
 def kind_of(request: JobRequest) -> str:
@@ -83,9 +83,9 @@ def kind_of(request: JobRequest) -> str:
 
 def own_running(backend: Backend, visitor: str, kind: str) -> Iterator[RunState]:
     """Yield the runs of a kind that a visitor started and that are in progress."""
-    for job, key in keys_of_owner(backend.store, visitor).items():
-        status = backend.store.status(job)
-        if status.is_running and kind_of(describe_job(backend.store, job)) == kind:
+    keys = keys_of_owner(backend.store, visitor)
+    for status, request, key in jobs_with_keys(backend.store, keys):
+        if status.is_running and kind_of(request) == kind:
             yield RunState(status, key)
 
 

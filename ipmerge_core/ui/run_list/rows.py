@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.merging.provenance import MANIFEST
-from ipmerge_core.runtime.job_lists import JobRequest, describe_job, keys_of_owner
+from ipmerge_core.runtime.job_lists import (
+    JobRequest,
+    describe_job,
+    jobs_with_keys,
+    keys_of_owner,
+)
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import public_text
@@ -56,24 +61,19 @@ class Run(NamedTuple):
 
 def keys_held(backend: Backend, visitor: str, remembered: Keys) -> dict[str, str]:
     """Return the keys of a visitor's runs: derived from the secret, or remembered and right."""
-    held = {}
-    for job, key in remembered.items():
-        with contextlib.suppress(RunError):  # a run that was deleted
-            if backend.store.holds_key(job, key):
-                held[job] = key
+    held = {status.id: key for status, _, key in jobs_with_keys(backend.store, remembered)}
     return held | keys_of_owner(backend.store, visitor)
 
 
 def visible_runs(backend: Backend, keys: Keys) -> list[Run]:
     """List the runs that a visitor may see: in progress first, then the newest."""
-    found = list(_statuses(backend, keys))
-    found.sort(key=lambda status: (not status.is_running, -status.started))
-    runs = []
-    for status in found:
+    runs = [Run(*found) for found in jobs_with_keys(backend.store, keys)]
+    others = [] if backend.hosted else backend.store.all()
+    for status in others:
         with contextlib.suppress(RunError):  # deleted meanwhile
-            request = describe_job(backend.store, status.id)
-            runs.append(Run(status, request, keys.get(status.id, "")))
-    return runs
+            if status.id not in keys:
+                runs.append(Run(status, describe_job(backend.store, status.id), ""))
+    return sorted(runs, key=lambda run: (not run.status.is_running, -run.status.started))
 
 
 def describe_runs(backend: Backend, keys: Keys) -> Json:
@@ -86,15 +86,6 @@ def describe_runs(backend: Backend, keys: Keys) -> Json:
     statuses = [run.status for run in runs]
     rows = [_row(backend, run, newest, statuses) for run in runs[:MOST_LISTED]]
     return {"runs": rows, "more": max(0, len(runs) - MOST_LISTED)}
-
-
-def _statuses(backend: Backend, keys: Keys) -> Iterator[JobStatus]:
-    if not backend.hosted:
-        yield from backend.store.all()
-        return
-    for job in keys:
-        with contextlib.suppress(RunError):
-            yield backend.store.status(job)
 
 
 def _row(
