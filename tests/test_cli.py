@@ -80,7 +80,7 @@ def test_check_speaks_json(trio: Trio, capsys: Output) -> None:
 def test_plan_says_what_changes(pack: str, tmp_path: Path, capsys: Output) -> None:
     arguments = ["plan", pack, "--similarity-threshold", "0.7", "-o", str(tmp_path / "p.json")]
     assert cli.main(arguments) == 0
-    assert "of 21 matrices are merged; decoder weights change by" in capsys.readouterr().out
+    assert "of 21 decoder matrices are merged; decoder weights change by" in capsys.readouterr().out
     assert cli.main([*arguments, "--json"]) == 0
     assert 0 < json.loads(capsys.readouterr().out)["relative_change"] < 1
 

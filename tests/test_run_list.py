@@ -14,6 +14,7 @@ import pytest
 from quick_runs import fail, idle, write_manifest
 
 from ipmerge_core.errors import RunError
+from ipmerge_core.runtime.host import Limits
 from ipmerge_core.runtime.job_lists import delete_job, describe_job, keys_of_owner
 from ipmerge_core.runtime.jobs import JobStore, Started
 from ipmerge_core.ui.backend import Backend
@@ -46,7 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def backend(home: Path) -> Iterator[Backend]:
-    backend = Backend(store=JobStore(home / "runs", most_running=9))
+    backend = Backend(store=JobStore(home / "runs", Limits(runs=9)))
     yield backend
     for status in backend.store.all():
         (backend.store.folder / status.id / "cancel").touch()

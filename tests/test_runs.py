@@ -22,7 +22,8 @@ from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.errors import FolderInUseError, PlanError, RunError
 from ipmerge_core.merging import estimates as costs
 from ipmerge_core.runtime import devices
-from ipmerge_core.runtime.jobs import Claim, JobStatus, JobStore, Started, home_folder
+from ipmerge_core.runtime.host import Limits, home_folder
+from ipmerge_core.runtime.jobs import Claim, JobStatus, JobStore, Started
 from ipmerge_core.ui.analyse.descriptions import needs_html
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest as Named
 from ipmerge_core.ui.analyse.models_form import Checked, check_request, start_analysis
@@ -139,7 +140,7 @@ def test_every_run_of_the_app_is_asked_to_use_the_gpu(machine, asked, monkeypatc
     assert [run["device"] for run in asked] == devices_asked
     loaded: list[str] = []
     monkeypatch.setattr(
-        type(backend.models), "get", lambda _, folder, device: loaded.append(device)
+        type(backend.models), "get", lambda _, folder, device, stops: loaded.append(device)
     )
     backend.load(tmp_path)
     merges: list[str] = []
@@ -297,8 +298,8 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 
 def test_the_limit_holds_for_starts_at_the_same_moment(store):
     found = at_once(8, lambda: store.start(idle, {}, title="x"))
-    assert sum(isinstance(one, Started) for one in found) == store.most_running
-    assert len(store.all()) == store.most_running
+    assert sum(isinstance(one, Started) for one in found) == store.limits.runs
+    assert len(store.all()) == store.limits.runs
 
 
 def test_a_resume_counts_too(store):
@@ -417,7 +418,7 @@ def test_two_calibrations_at_once_have_a_folder_each(monkeypatch):
 def test_a_second_press_attaches_to_the_run_that_does_the_same(monkeypatch):
     monkeypatch.setattr("ipmerge_core.calibration.calibrate.iter_calibration_of", idle)
     monkeypatch.setattr("ipmerge_core.analysis.analyse.iter_pack", idle)
-    backend = Backend(store=JobStore(home_folder() / "runs", most_running=9))
+    backend = Backend(store=JobStore(home_folder() / "runs", Limits(runs=9)))
     asked = Named("a/v", ("a/m",), "a/b")
 
     def calibrate(limit: int = 2, owner: str = OWNER) -> Started:

@@ -19,6 +19,7 @@ from ipmerge_core.analysis.analyse import iter_pack
 from ipmerge_core.analysis.partial import journal_of, read_journal
 from ipmerge_core.errors import CheckpointError, PlanError, RunError
 from ipmerge_core.models.catalogue import load_catalogue
+from ipmerge_core.runtime.host import Limits
 from ipmerge_core.runtime.jobs import JobStore
 from ipmerge_core.ui.analyse import models_form as room
 from ipmerge_core.ui.analyse.descriptions import known_html, known_label, needs_html, pair_html
@@ -170,12 +171,12 @@ def test_weights_that_were_analysed_before_are_recognised(trio):
 
 def test_the_form_s_views_end_with_findings_whatever_happens(trio):
     backend = Backend()
-    values = (str(trio.mllm), str(trio.math), str(trio.base), "", "quick", 0)
+    values = (str(trio.mllm), str(trio.math), str(trio.base), "", "quick", 0, None, "existing")
     *early, last = iter_check(backend, *values)
     assert not any(view.ready or view.over for view in early)
     assert last.ready
     assert last.checked.asked.quick
-    (refusal,) = iter_check(backend, "", "", "", "", "exact", 0)
+    (refusal,) = iter_check(backend, "", "", "", "", "exact", 0, None, "existing")
     assert "Missing: " in refusal.findings
     assert refusal.over
     assert not refusal.ready
@@ -251,7 +252,7 @@ def test_a_run_of_strangers_fails_with_the_finding(trio):
 
 
 def test_a_name_is_given_back_where_no_run_may_start(trio, tmp_path):
-    backend = Backend(store=JobStore(tmp_path / "runs", most_running=1))
+    backend = Backend(store=JobStore(tmp_path / "runs", Limits(runs=1)))
     first = start_analysis(backend, named(trio))
     with pytest.raises(RunError, match="limit 1"):
         start_analysis(backend, named(trio))
@@ -371,4 +372,13 @@ def test_what_a_pair_is_stands_behind_a_line_and_names_stay_names(tmp_path):
 
 
 def typed(asked: room.AnalysisRequest) -> tuple[object, ...]:
-    return (asked.mllm, "\n".join(asked.math), asked.base, asked.base_mllm, "exact", 0)
+    return (
+        asked.mllm,
+        "\n".join(asked.math),
+        asked.base,
+        asked.base_mllm,
+        "exact",
+        0,
+        None,
+        "existing",
+    )

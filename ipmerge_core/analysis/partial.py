@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 from ipmerge_core.analysis.records import LayerRecord
 from ipmerge_core.errors import PlanError
-from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.atomic import write_whole, writing
 
 _FORMAT = "ipmerge-journal"
+SUFFIX = ".journal"  # of the journal, after the name of its pack
 
 
 def journal_of(pack: Path) -> Path:
     """Return the path of the journal of an unfinished pack."""
-    return pack.with_name(pack.name + ".journal")
+    return pack.with_name(pack.name + SUFFIX)
 
 
 class PendingMatrix(NamedTuple):
@@ -85,7 +86,10 @@ class Journal:
     def append(self, records: Sequence[LayerRecord]) -> None:
         """Append the records of one matrix, one per expert."""
         line = json.dumps([record.to_dict() for record in records])
-        with self.path.open("a", encoding="utf-8") as file:
+        with (
+            writing(self.path, "finished matrices are kept"),
+            self.path.open("a", encoding="utf-8") as file,
+        ):
             file.write(line + "\n")
 
 

@@ -15,21 +15,35 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ipmerge_core.analysis.singular_values import Spectra
 from ipmerge_core.errors import PlanError
+from ipmerge_core.models.task_vectors import NOTHING, TaskVectorProducts
 from ipmerge_core.runtime.atomic import write_whole
 
-_FORMAT, VERSION = "ipmerge-pack", 2
+_FORMAT, VERSION = "ipmerge-pack", 3
 _FIRST = 1  # version of packs in which all directions were used, existing or not
+_VERSIONS = (_FIRST, 2, VERSION)  # before 3, packs had only samples of the spectra
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # for unexpected JSON content
 
 
 @dataclass(frozen=True)
 class Source:
-    """Location of a model and the fingerprint of its weights."""
+    """Location of a model and the fingerprint of its weights.
+
+    `content` is a second hash of more of the weights, see `Checkpoint.content`; None for models on
+    the hub, and in packs and plans of older versions.
+    """
 
     id: str
     revision: str | None
     fingerprint: str
+    content: str | None = None
+
+    def differs_from(self, fingerprint: str, content: str | None) -> bool:
+        """Whether weights with these hashes are other weights; unknown contents do not differ."""
+        if self.content is not None and content is not None and self.content != content:
+            return True
+        return self.fingerprint != fingerprint
 
     @property
     def location(self) -> str:
@@ -141,7 +155,8 @@ class LayerRecord:
     updates per unit gain: "sum" and "max" (IP-Merging with gamma normalized to sum 1, or to maximum
     1), "rescale_only" (rho dM) and "select_only" (dM). `principal` is the mean cosine of the
     principal angles between the leading k right directions of both, for k = "1", "4", "16", "64".
-    `index` (from 1) are the sampled singular values and angles. `noise_floor` and
+    `index` (from 1) are the ranks of the sampled singular values and angles, with six digits;
+    `spectra` contains all singular values, None in packs before version 3. `noise_floor` and
     `math_noise_floor` are the singular values of dV and dM that rounding of the stored dtypes can
     cause; `mllm_directions` and `math_directions` are the numbers of existing directions above it
     (`spectrum.existing`). Only these contribute to similarities, nuclear norms, ranks and updates,
@@ -178,6 +193,12 @@ class LayerRecord:
     math_noise_floor: float | None = None
     mllm_directions: int | None = None
     math_directions: int | None = None
+    spectra: Spectra | None = None
+
+    @property
+    def products(self) -> TaskVectorProducts:
+        """Norms and inner product of the two task vectors, for their cosine and norm ratio."""
+        return TaskVectorProducts(self.mllm_norm2, self.math_norm2, self.inner)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LayerRecord:
@@ -192,6 +213,7 @@ class LayerRecord:
                 **content,
                 **{name: tuple(content[name]) for name in tuples},
                 "updates": updates,
+                "spectra": Spectra.from_dict(found) if (found := content.get("spectra")) else None,
             }
         )
 
@@ -220,6 +242,14 @@ class Analysis:
         """Whether the records are from a quick analysis of the leading directions."""
         return bool(self.parameters.get("quick"))
 
+    def products(self, expert: int) -> TaskVectorProducts:
+        """Norms and inner product of the task vectors over all matrices, for one expert."""
+        total = NOTHING
+        for record in self.records:
+            if record.expert == expert:
+                total = total.plus(record.products)
+        return total
+
     def to_dict(self) -> dict[str, Any]:
         """Return the pack's JSON content."""
         return {
@@ -237,7 +267,7 @@ class Analysis:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Analysis:
         """Rebuild an analysis from a pack's JSON content."""
-        if content["format"] != _FORMAT or content["version"] not in (_FIRST, VERSION):
+        if content["format"] != _FORMAT or content["version"] not in _VERSIONS:
             raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
         former = {"directions": "all"} if content["version"] == _FIRST else {}
         return cls(

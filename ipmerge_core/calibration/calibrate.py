@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ipmerge_core.calibration.passes import CalibrationSettings, Passes, find_module
 from ipmerge_core.calibration.samples import DEMO, Sample, digest, load_samples
 from ipmerge_core.calibration.store import RECORD, Kind, Measured, Measurements
-from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.errors import PairingError, PlanError, RunError
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
-from ipmerge_core.runtime.atomic import atomic_path, is_temporary, write_whole
+from ipmerge_core.runtime.atomic import atomic_path, is_temporary, write_whole, writing
 from ipmerge_core.runtime.devices import AUTO, resolve_device
+from ipmerge_core.runtime.paths import existing_parent, output_folder
 
 if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
@@ -114,10 +115,11 @@ def iter_calibration(
         PlanError: there are no samples, an answer required for the Fisher information is missing,
         or
             the device is not available.
+        PairingError: the weights of a model are written during the run.
         RunError: the folder contains another calibration, or there is too little disk space.
         ModelLoadError: a model cannot be loaded, or its matrices are not found in it.
     """
-    device, out = resolve_device(device, fp64=False), Path(out).expanduser()
+    device, out = resolve_device(device, fp64=False), output_folder(out)
     work = _plan_work(pair, settings, mllm_samples, math_samples, sources)
     _claim(
         out,
@@ -125,6 +127,7 @@ def iter_calibration(
         work,
         estimate_calibration(pair, out, settings, len(mllm_samples), len(math_samples)),
     )
+    before = pair.stamps()
     models = []
     total = sum(len(share.groups) * len(share.samples) for share in work)
     done = 0
@@ -152,6 +155,12 @@ def iter_calibration(
             _save(file, group, passes)
         del loaded
         models.append(_measured(out, share))
+    try:
+        pair.check_unchanged(before)
+    except PairingError:  # the measurements are of no use
+        for entry in out.iterdir():
+            entry.unlink()
+        raise
     created = datetime.now(UTC).isoformat(timespec="seconds")
     Measurements(out, settings.kind, asdict(settings), tuple(models), created).save()
     (out / _CLAIM).unlink()
@@ -201,7 +210,7 @@ def estimate_calibration(
         nbytes_model=max(model.nbytes for model in models),
         nbytes_held=max(sum(target.nbytes for target in group) for group in groups),
         nbytes_written=whole * len(models),
-        nbytes_free=shutil.disk_usage(_existing(Path(out).expanduser())).free,
+        nbytes_free=shutil.disk_usage(existing_parent(output_folder(out))).free,
         passes=len(groups) * (n_mllm + n_math * len(pair.math)),
     )
 
@@ -295,10 +304,12 @@ def _claim(
     wanted = {
         "settings": asdict(settings),
         "models": [[s.role, s.checkpoint.fingerprint, s.digest] for s in work],
+        "contents": [s.checkpoint.content for s in work],
     }
     if out.exists() and not all(is_temporary(entry) for entry in out.iterdir()):
         claim = out / _CLAIM
-        if not claim.exists() or json.loads(claim.read_text(encoding="utf-8")) != wanted:
+        before = json.loads(claim.read_text(encoding="utf-8")) if claim.exists() else {}
+        if not before or {"contents": wanted["contents"], **before} != wanted:
             what = "a finished calibration" if (out / RECORD).exists() else "other files"
             raise RunError(
                 f"'{out}' already contains {what}, or a run with other settings, models or "
@@ -311,14 +322,9 @@ def _claim(
             f"{cost.nbytes_free / 1e9:.1f} GB are free. Free some space, choose another folder, or "
             f"keep only the diagonal of wide Gram matrices."
         )
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     write_whole(out / _CLAIM, json.dumps(wanted))
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
@@ -332,7 +338,7 @@ def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
     totals = json.dumps(
         [squares, passes.tokens, total]
     )  # one key: the order of several is not defined
-    with atomic_path(file) as temporary:
+    with writing(file, "finished groups of layers are kept"), atomic_path(file) as temporary:
         save_file(tensors, temporary, {"totals": totals})
 
 
@@ -354,6 +360,7 @@ def _measured(out: Path, share: _Share) -> Measured:
         role=share.role,
         id=share.checkpoint.id,
         fingerprint=share.checkpoint.fingerprint,
+        content=share.checkpoint.content,
         samples=len(share.samples),
         tokens=tokens,
         norm=squares**0.5,

@@ -19,8 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import CheckpointError, PairingError
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.paths import expand_path
 
 Kind: TypeAlias = Literal["gram", "fisher"]
 RECORD = "calibration.json"
@@ -38,6 +40,10 @@ class Identified(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hash of the weights."""
+
+    @property
+    def content(self) -> str | None:
+        """Hash of more of the weights; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Measured:
     mean: float | None = None
     source: str = ""
     samples_digest: str = ""
+    content: str | None = None  # see `Source.content`
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Measurements:
 
         Raises: CheckpointError if there is none, or its version is not supported.
         """
-        folder = Path(folder).expanduser()
+        folder = expand_path(folder)
         try:
             content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             if (content["format"], content["version"]) != (_FORMAT, _VERSION):
@@ -155,7 +162,8 @@ class Measurements:
                 f"{len(models) - 1} are merged. Calibrate these models together."
             )
         for measured, model in zip(self.models, models, strict=True):
-            if measured.fingerprint != model.fingerprint:
+            known = Source(measured.id, None, measured.fingerprint, measured.content)
+            if known.differs_from(model.fingerprint, model.content):
                 raise PairingError(
                     f"The weights of '{model.id}' have changed since the calibration "
                     f"'{self.folder}' (fingerprint {measured.fingerprint[:8]}, now "
@@ -246,7 +254,7 @@ def find_finished(folder: Path, models: Sequence[Identified], kind: Kind) -> lis
 def _short(source: str) -> str:
     """Return the last part of a path; other sources unchanged.
 
-    >>> _short("/data/samples.jsonl"), _short("datasets:org/name"), _short("demo:math")
+    >>> _short("data/samples.jsonl"), _short("datasets:org/name"), _short("demo:math")
     ('samples.jsonl', 'datasets:org/name', 'demo:math')
     """
     return source if source.startswith("datasets:") else Path(source).name

@@ -32,6 +32,7 @@ _VARIANT = re.compile(
     r"model(-\d+-of-\d+)?\.[^.]+\.safetensors|model\.safetensors\.index\.[^.]+\.json"
 )
 _OTHER_LAYOUTS = ("adapter_model", "consolidated")  # PEFT adapters; Mistral's additional copy
+_MOST_JSON = 1 << 26  # bytes; an index of a million tensors
 _NAMED_BY_CONFIG = "transformers_weights"  # a key of config.json
 
 
@@ -119,6 +120,11 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
         raise CheckpointError(
             f"'{files.id}' has no {name}. Expected a model folder in the transformers layout."
             f"{_gguf_hint(files.names())}"
+        )
+    if files.size(name) > _MOST_JSON:
+        raise CheckpointError(
+            f"'{name}' of '{files.id}' has {files.size(name)} bytes; the maximum is {_MOST_JSON}. "
+            f"Restore the original file."
         )
     try:
         content = json.loads(files.read(name))

@@ -6,17 +6,20 @@ the chosen pair, the session's `PlanChoice` and one `Backend`.
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 
+from ipmerge_core.runtime.warm_worker import WarmWorker
 from ipmerge_core.ui.analyse.descriptions import pair_html
 from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
-from ipmerge_core.ui.api import add_endpoints
-from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.api import AppBlocks, add_endpoints
+from ipmerge_core.ui.backend import MODULES, Backend
 from ipmerge_core.ui.chat.side_choice import (
     SideChoice,
     remembered_merges,
@@ -35,8 +38,10 @@ from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.run_list.component import RunList
 from ipmerge_core.ui.run_list.wiring import Frame, wire_run_list
 from ipmerge_core.ui.runs import RunPoll, remembered_run
+from ipmerge_core.ui.serving import layers, limit_waiting
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
+from ipmerge_core.ui.web_security import web_security
 
 HEADING = """\
 # IPMerge
@@ -47,8 +52,11 @@ NO_PACKS = """\
 `ipmerge analyse --mllm A --math B --base Z -o {folder}/name.pack.json.gz`
 """
 LARGEST_UPLOAD = "15mb"
-QUEUE = 32  # waiting requests
+UPLOADS_KEPT = (3600, 86400)  # seconds: how often old uploads are deleted, and from what age
+QUEUE = 1000  # waiting calls of all kinds
+WAITING = {"models": 32}  # waiting calls of the kinds that take long
 SCRIPT = Path(__file__).with_name("page.js")
+STORAGE = SCRIPT.parent / "web" / "storage.js"
 STYLE = ROOT / "assets" / "style.css"
 
 
@@ -57,7 +65,9 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
     backend = backend or Backend()
     packs = list_packs()
     gr.set_static_paths([DEMO / "examples"])
-    with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
+    with AppBlocks(
+        title="IPMerge", fill_width=True, analytics_enabled=False, delete_cache=UPLOADS_KEPT
+    ) as app:
         with gr.Row(elem_id="top"):
             gr.Markdown(HEADING, elem_id="heading")
             with gr.Column(elem_id="pair-column"):
@@ -99,6 +109,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
             wire_run_list(backend, frame, poll)
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
+    limit_waiting(app._queue, WAITING)
     return app  # type: ignore[no-any-return]
 
 
@@ -121,7 +132,6 @@ def _add_tabs(backend: Backend, pair: gr.Dropdown, choice: gr.State, poll: RunPo
             explore = explore_tab(pair, choice, partial(is_running, backend))
         with gr.Tab("Try it", id="try", elem_id="tab-try") as asking:
             sides = try_tab(backend, pair, choice, runs=runs, last=job, tab=asking)
-        asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merging = merge_tab(
                 backend, pair, choice, poll=poll, job=job, calibration=calibration, tab=merge
@@ -146,6 +156,7 @@ def launch(
     *,
     block: bool = True,
     device: str = "auto",
+    quiet: bool = False,
 ) -> tuple[Any, str, str]:
     """Build the app, serve it and print its address.
 
@@ -154,19 +165,37 @@ def launch(
         port: the port; by default GRADIO_SERVER_PORT, else the first free one from 7860 on.
         block: whether to wait until the server is stopped.
         device: default device of all runs: "auto" for the best one, or a torch device.
+        quiet: do not print the address.
     """
-    backend = Backend(device=device)
+    worker = WarmWorker(MODULES, report=_log)
+    backend = Backend(device=device, worker=worker, report=_log)
     return build_app(backend).launch(
         server_name=host,
         server_port=port,
         prevent_thread_lock=not block,
+        quiet=quiet,
         theme=theme(),
         css_paths=[STYLE],
         js=page_script(),
+        head=f"<script>{STORAGE.read_text('utf-8')}</script>",
         footer_links=["api", "settings"],
         ssr_mode=False,
         run_history=False,  # do not keep images and questions in the browser
         max_file_size=LARGEST_UPLOAD,
         allowed_paths=[],
-        app_kwargs={"routes": [download_route(backend)]},
+        # Gradio asks itself for the page and ends the app where that takes over three seconds, as
+        # on a busy machine, or where a proxy is set for this machine's own address.
+        _frontend=False,
+        app_kwargs={
+            "routes": [download_route(backend)],
+            "middleware": [
+                web_security(host or os.environ.get("GRADIO_SERVER_NAME")),
+                *layers(backend.use),
+            ],
+        },
     )
+
+
+def _log(line: str) -> None:
+    """Print a line to the log of the server."""
+    sys.stderr.write(f"{line}\n")

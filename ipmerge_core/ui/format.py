@@ -28,6 +28,14 @@ STATE_LABELS = {
     "interrupted": "interrupted; completed work is kept",
 }
 
+PHASE_LABELS = {
+    "": "no step was completed",
+    "starting": "starting a process",
+    "importing": "importing libraries",
+    "opening": "opening the models",
+    "working": "working",
+}
+
 
 class RunProgress(NamedTuple):
     """How much of a run is done: a number from 0 to 1, and counts, speed and time left."""
@@ -63,13 +71,14 @@ def progress_of(status: JobStatus) -> RunProgress:
     """Return how much of a run is done, in counts, speed and time left."""
     step, unit = status.step, _unit(status.step)
     done, total = step.get(f"{unit}done", 0), step.get(f"{unit}total", 0)
-    fresh = done - step.get(f"{unit}before", 0)  # without what an earlier run had completed
     share = done / total if total else 0.0
     words = _counted(step)
-    elapsed = max(status.updated - status.started, 0.0)
-    if status.is_running and fresh > 0 and elapsed > 0.5:
-        words += [f"{fresh / elapsed / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
-        words.append(f"about {format_duration((total - done) * elapsed / fresh)} left")
+    # What this run did in the time since its first step; nothing is known before its second.
+    fresh = done - status.first.get(f"{unit}done", done)
+    working = max(status.updated - status.since, 0.0)
+    if status.is_running and fresh > 0 and working > 0.5 and done < total:
+        words += [f"{fresh / working / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
+        words.append(f"about {format_duration((total - done) * working / fresh)} left")
     return RunProgress(share, words)
 
 
@@ -79,7 +88,7 @@ def progress_html(status: JobStatus) -> str:
     words = [f"<b>{STATE_LABELS[status.state].capitalize()}</b>", *counted]
     device = str(status.arguments.get("device", ""))
     where = f' <span class="run-device">on {escape(format_device(device))}</span>' if device else ""
-    name = _current(status.step)
+    name = stage_of(status) or _current(status.step)
     if status.state == "finished":
         name = f"in {format_duration(max(status.updated - status.started, 0.0))}"
     error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
@@ -113,10 +122,15 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def stage_of(status: JobStatus) -> str:
+    """Describe what a run does before its first step and after its last; "" between them."""
+    if not status.step:
+        return PHASE_LABELS[status.phase]
+    return "verifying and finishing" if progress_of(status).share >= 1 else ""
+
+
 def _current(step: Mapping[str, Any]) -> str:
     """Format what a run is working on."""
-    if not step:
-        return "starting"
     if "groups" in step:
         model = "vision-language model" if step["role"] == "mllm" else "math model"
         return f"{model}, part {step['group'] + 1} of {step['groups']}"

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 from ipmerge_core.analysis.partial import Unfinished, journal_of, read_journal
 from ipmerge_core.analysis.records import read_pack
 from ipmerge_core.errors import PlanError
-from ipmerge_core.runtime.jobs import home_folder
+from ipmerge_core.planning.options import shown
+from ipmerge_core.runtime.atomic import FileVersion, version_of
+from ipmerge_core.runtime.host import check_home, home_folder
 from ipmerge_core.spectral.kinds import TEMPERATURE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +88,7 @@ def load_pack(pack_id: str) -> dict[str, Any]:
 
 def read_pack_file(path: Path) -> dict[str, Any]:
     """Read a pack file, once per version of it. Raises: PlanError."""
-    return _read(path, path.stat().st_mtime_ns)
+    return _read(path, version_of(path))
 
 
 # --- partial packs ---------------------------------------------------------------------------
@@ -133,7 +135,7 @@ def reserve_name(*parts: str) -> Path:
     """
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-._") for part in parts]
     stem = "-".join(filter(None, words))[:_LONGEST_NAME].rstrip("-._") or "pair"
-    packs_folder().mkdir(parents=True, exist_ok=True)
+    check_home(packs_folder()).mkdir(parents=True, exist_ok=True)
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
         path = packs_folder() / f"{name}{_ENDING}"
         if path.exists():
@@ -162,11 +164,11 @@ def _stem(path: Path) -> str:
 
 def _label(pack_id: str, path: Path) -> str:
     own = "own: " if pack_id.startswith(_OWN) else ""
-    return own + _name(path, path.stat().st_mtime_ns)
+    return own + _name(path, version_of(path))
 
 
 @lru_cache(maxsize=1024)
-def _name(path: Path, _modified: int) -> str:
+def _name(path: Path, _version: FileVersion) -> str:
     """Return a pack's name, with the options of its analysis if they are not the default."""
     try:
         content = read_pack_file(path)
@@ -184,14 +186,16 @@ def describe_depth(parameters: dict[str, Any]) -> str:
     ' (rank 256, temperature 8)'
     """
     words = ["quick, approximate"] if parameters.get("quick") else []
-    if not words and parameters.get("rank"):
+    if parameters.get("rank"):
         words.append(f"rank {parameters['rank']}")
     temperature = parameters.get("temperature", TEMPERATURE)
     if isinstance(temperature, int | float) and temperature != TEMPERATURE:
-        words.append(f"temperature {temperature:g}")
+        words.append(f"temperature {shown(temperature)}")
+    if parameters.get("directions", "existing") != "existing":
+        words.append(f"{parameters['directions']} directions")
     return f" ({', '.join(words)})" if words else ""
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, _modified: int) -> dict[str, Any]:
+def _read(path: Path, _version: FileVersion) -> dict[str, Any]:
     return read_pack(path)[0]

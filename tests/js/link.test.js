@@ -6,6 +6,7 @@ import { test } from "node:test";
 import { linkAddress, linkQuery, packOverrides, readLink, unpackOverrides } from "../../ipmerge_core/ui/explore/layer_map/link.js";
 import { DEFAULT_PLAN } from "../../ipmerge_core/ui/web/plan.js";
 import { indexPack } from "../../ipmerge_core/ui/web/preview.js";
+import { QUANTITIES } from "../../ipmerge_core/ui/web/quantities.js";
 import { makePack, randomNumbers } from "./packs.js";
 
 /** @import { Override, Plan } from "../../ipmerge_core/ui/web/types.d.ts" */
@@ -124,4 +125,14 @@ test("an address keeps the page's other keys and loses what the link replaces", 
 test("on a Space the address is that of its page", () => {
   assert.equal(linkAddress({ ...STATE, home: "https://huggingface.co/spaces/a/b" }, "http://127.0.0.1/?y=1"),
     "https://huggingface.co/spaces/a/b?v=1&pack=packs-a&s=0.4&l=1");
+});
+
+test("a link brings back what the colours show, and says when it cannot", () => {
+  for (const quantity of QUANTITIES) {
+    const query = linkQuery({ ...STATE, quantity });
+    assert.equal(readLink(`?${query}`, index)?.quantity, quantity.key === "similarity" ? undefined : quantity.key);
+  }
+  const found = readLink("?v=1&q=nonsense", index);
+  assert.equal(found?.quantity, undefined);
+  assert.deepEqual(found?.problems, ["q must be one of the quantities of the map"]);
 });

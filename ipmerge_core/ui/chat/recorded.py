@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.ui.finished_merges import describe_unmerged
 from ipmerge_core.ui.pairs import DEMO, read_pack_file
@@ -54,11 +55,11 @@ class Example(NamedTuple):
 def recorded_examples(folder: Path = DEMO) -> list[Example]:
     """Read the recorded examples; empty if the file is missing."""
     path = folder / "recorded.json"
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else []
+    return _read(path, version_of(path)) if path.is_file() else []
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, _modified: int) -> list[Example]:
+def _read(path: Path, _version: FileVersion) -> list[Example]:
     content = json.loads(path.read_text("utf-8"))
     pack = read_pack_file(path.with_name("pack.json.gz"))
     examples = [

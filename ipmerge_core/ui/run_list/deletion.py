@@ -20,8 +20,6 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.pairs import packs_folder
 from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, MERGE, kind_of
 
-_UNFINISHED = ".partial"  # suffix of the folder of an unfinished merge
-
 
 def own_output(
     backend: Backend, status: JobStatus, request: JobRequest, known: Sequence[JobStatus]
@@ -31,6 +29,8 @@ def own_output(
     A place that one of the `known` runs wrote to later, or would write to when resumed, is not
     listed.
     """
+    from ipmerge_core.models.writer import run_folders
+
     kind, out = kind_of(request), Path(str(status.arguments.get("out", "")))
     folders = {
         MERGE: backend.models_folder,
@@ -45,7 +45,7 @@ def own_output(
     elif kind == MERGE and status.state == "finished":
         places = [out] if _holds_plan(out, request.about.get("plan", "")) else []
     else:
-        places = [out.with_name(out.name + _UNFINISHED)] if kind == MERGE else [out]
+        places = [run_folders(out).run] if kind == MERGE else [out]
     return [place for place in places if place.exists() and not place.is_symlink()]
 
 

@@ -25,7 +25,7 @@ from ipmerge_core.runtime.job_lists import (
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import public_text
-from ipmerge_core.ui.format import STATE_LABELS, format_device, progress_of
+from ipmerge_core.ui.format import STATE_LABELS, format_device, progress_of, stage_of
 from ipmerge_core.ui.merge.download import download_link
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, id_of
 from ipmerge_core.ui.run_list.deletion import own_output
@@ -93,6 +93,8 @@ def _row(
 ) -> Json:
     status = run.status
     share, words = progress_of(status)
+    if status.is_running and (stage := stage_of(status)):
+        words.append(stage)
     replaced = status.state == "finished" and newest.get(run.out) != status.id
     label = "finished; replaced by a later run" if replaced else STATE_LABELS[status.state]
     link = _download(run, replaced=replaced)
@@ -104,7 +106,7 @@ def _row(
         "label": label,
         "running": status.is_running,
         "share": round(share, 4),
-        "words": " · ".join(words) if status.step else "starting" * status.is_running,
+        "words": " · ".join(words),
         "error": public_text(status.error),
         "facts": [list(fact) for fact in _facts(backend, run)],
         "actions": _actions(run, replaced=replaced),
