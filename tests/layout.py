@@ -48,10 +48,11 @@ UI_ORDER = [
     {"pairs", "format", "formula"},
     {"errors", "plan_choice", "web_security"},
     {"backend"},
-    {"finished_merges", "runs", "method_choice"},
+    {"finished_merges", "runs", "method_choice", "device_choice"},
     {"chosen_merge"},
     {"explore"},
     {"analyse", "chat", "compare", "merge", "cite"},
+    {"run_list"},
     {"api"},
     {"app"},
 ]

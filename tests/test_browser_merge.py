@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from browser_fixtures import free_port, serving
 from gradio_client import Client
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 from slow_steps import held
 from transformers import AutoModelForImageTextToText
 
@@ -305,6 +305,10 @@ def write(page: Page, label: str, text: str) -> None:
     field.blur()
 
 
+def calibration_of(page: Page) -> Locator:
+    return page.get_by_label("Calibration", exact=True)
+
+
 def manifest_of(place: Place, name: str) -> dict:
     return json.loads((place.home / "models" / name / "ipmerge.json").read_text())["plan"]
 
@@ -410,7 +414,9 @@ def test_samples_are_measured_here_and_the_merge_uses_them(page, place):
         expect(status).to_contain_text("Calibrate mllm-gram", timeout=LOADING)
         expect(page.locator("#cancel-calibration")).to_be_visible()
     expect(status).to_contain_text("Finished", timeout=LOADING)
-    expect(page.get_by_label("Calibration", exact=True)).to_have_value("mllm-gram")
+    expect(page.get_by_label("Calibration", exact=True)).to_have_value(
+        re.compile("^mllm-gram · 20.* · 3 + 3 samples · demo$")
+    )
     expect(page.locator("#findings")).to_contain_text("fewer tokens", timeout=LOADING)
     start(page, "by-regmean")
     expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
@@ -419,7 +425,9 @@ def test_samples_are_measured_here_and_the_merge_uses_them(page, place):
     page.reload()
     open_merge(page, place.url)
     choose(page, "RegMean")
-    expect(page.get_by_label("Calibration", exact=True)).to_have_value("mllm-gram")
+    expect(page.get_by_label("Calibration", exact=True)).to_have_value(
+        re.compile("^mllm-gram · 20.* · 3 + 3 samples · demo$")
+    )
     expect(page.locator("#confirmation")).to_contain_text("28 of 28", timeout=LOADING)
 
 
@@ -438,5 +446,7 @@ def test_a_calibration_can_be_cancelled_and_resumed(page, place):
         choose(page, "Fisher merging")
         expect(status).to_contain_text("Running", timeout=LOADING)
     expect(status).to_contain_text("Finished", timeout=LOADING)
-    expect(page.get_by_label("Calibration", exact=True)).to_have_value("mllm-fisher")
+    expect(page.get_by_label("Calibration", exact=True)).to_have_value(
+        re.compile("^mllm-fisher · ")
+    )
     expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)

@@ -15,7 +15,12 @@ import torch
 from full_disk import no_room
 from PIL import Image
 
-from ipmerge_core.calibration.calibrate import calibrate, estimate_calibration, iter_calibration
+from ipmerge_core.calibration.calibrate import (
+    calibrate,
+    estimate_calibration,
+    iter_calibration,
+    iter_calibration_of,
+)
 from ipmerge_core.calibration.passes import CalibrationSettings, Passes, encode_sample, find_module
 from ipmerge_core.calibration.samples import (
     MOST_SAMPLES,
@@ -30,6 +35,7 @@ from ipmerge_core.inference.loading import load_model
 from ipmerge_core.merging.merge import merge
 from ipmerge_core.methods import METHODS
 from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.files import local_copy
 from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.planning.plan import MergePlan, make_plan
 from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, problems
@@ -606,3 +612,85 @@ def test_a_setting_that_the_kind_does_not_use_is_refused(kind, setting):
     (name,) = setting
     with pytest.raises(PlanError, match=f"{name} is .*does not use it"):
         CalibrationSettings(kind, **setting)
+
+
+# --- what a calibration is known by ---
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_calibration_is_known_by_its_content_not_by_when_and_where(
+    pair, samples, tmp_path, grams, monkeypatch
+):
+    assert grams.created[:2] == "20"
+    assert grams.describe().endswith(" · 3 + 4 samples")
+    seen, read = samples
+    again = calibrate(pair, tmp_path / "again", GRAM, seen, read)
+    later = replace(again, created="2031-01-01T00:00:00+00:00")
+    models = [replace(model, id="elsewhere", source="x.jsonl") for model in later.models]
+    later = replace(later, models=tuple(models))
+    later.save()
+    assert later.digest == grams.digest
+    assert later.describe() == "2031-01-01 00:00 · 3 + 4 samples · x.jsonl"
+    other = calibrate(pair, tmp_path / "other", GRAM, seen, [*read[:-1], Sample("1 + 1", "2")])
+    assert other.digest != grams.digest
+    assert (
+        other.models[0].samples_digest
+        == grams.models[0].samples_digest
+        != other.models[1].samples_digest
+    )
+
+
+def test_samples_count_by_the_content_of_their_pictures(tmp_path):
+    keys = []
+    for folder, colour in (("a", "red"), ("b", "red"), ("c", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4), colour).save(tmp_path / folder / "x.png")
+        keys.append(Sample("what?", "it", tmp_path / folder / "x.png").key())
+    assert keys[0] == keys[1] != keys[2]
+    wide, high = (Sample("what?", "it", Image.new("RGB", size)).key() for size in ((2, 8), (8, 2)))
+    assert wide != high, "the same bytes in another shape"
+    with pytest.raises(RunError, match=r"Cannot read the picture '.*none.png'"):
+        Sample("what?", "it", tmp_path / "none.png").key()
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The demo models in the hub's cache; in the work folder, other folders of the same names."""
+    import huggingface_hub.constants
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    for name in ("mllm", "math", "base"):
+        place = cache / f"models--org--{name}"
+        shutil.copytree(DEMO / name, place / "snapshots" / SHA)
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(SHA)
+        (tmp_path / "work" / "org" / name).mkdir(parents=True)
+        (tmp_path / "work" / "org" / name / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "work")
+    return cache
+
+
+def test_a_pair_from_the_hub_is_measured_from_the_hubs_cache(hub_cache, tmp_path, grams):
+    """A folder with the name of the hub id is another model, and is not touched."""
+    names = {"mllm": f"org/mllm@{SHA}", "math": [f"org/math@{SHA}"], "base": f"org/base@{SHA}"}
+    steps = list(
+        iter_calibration_of(
+            **names, base_mllm=None, out=str(tmp_path / "out"), kind="gram", limit=3
+        )
+    )
+    assert steps[-1].done == steps[-1].total == 6
+    found = Measurements.open(tmp_path / "out")
+    assert [model.id for model in found.models] == ["org/mllm", "org/math"]
+    assert found.describe().endswith(" · 3 + 3 samples · demo")
+    one, other = found.inputs(QUERY, [0]), grams.inputs(QUERY, [0])
+    assert torch.equal(one["mllm_gram"], other["mllm_gram"])
+
+
+def test_a_model_that_is_not_on_this_machine_is_named_with_what_to_do(hub_cache):
+    shutil.rmtree(hub_cache)
+    with pytest.raises(CheckpointError, match=f"hf download org/mllm --revision {SHA}"):
+        local_copy("org/mllm", SHA)
+    with pytest.raises(CheckpointError, match=r"Cannot download 'org/mllm' \(.*HF_HUB_OFFLINE"):
+        local_copy("org/mllm", SHA, download=True)

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 import pytest
 
+from ipmerge_core.calibration.calibrate import CalibrationCost
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS
@@ -248,11 +249,11 @@ def test_a_method_that_needs_samples_asks_for_them() -> None:
     found = readiness(Backend(), DEMO, PlanChoice(), MethodChoice("regmean"))
     assert not found.ready
     assert "press Calibrate" in found.findings[0].message + found.findings[0].remedy
-    view = calibration_form.calibration_view(Backend(), DEMO, MethodChoice("regmean"), "")
+    view = calibration_form.calibration_view(Backend(), DEMO, MethodChoice("regmean"), {}, "")
     assert "the Gram matrices of the layer inputs" in view.intro
     assert "MB of statistics" in view.intro
     assert (view.folders["choices"], view.choice.calibration) == ([], "")
-    assert calibration_form.calibration_view(Backend(), DEMO, MethodChoice("ties"), "") is None
+    assert calibration_form.calibration_view(Backend(), DEMO, MethodChoice("ties"), {}, "") is None
 
 
 @pytest.mark.parametrize("method", ["regmean", "fisher"])
@@ -268,9 +269,8 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
     run = find_run(backend, started._asdict())
     updates, made = view.updates(run), calibration_form.made_by(run)
     assert "4 of 4 passes" in updates[view.progress]
-    assert not updates[view.timer].active
     assert Path(made).parent == home / "calibrations"
-    shown = calibration_form.calibration_view(backend, DEMO, MethodChoice(method), made)
+    shown = calibration_form.calibration_view(backend, DEMO, MethodChoice(method), {}, made)
     chosen = shown.choice
     assert shown.folders["value"] == chosen.calibration == made
     found = readiness(backend, DEMO, PlanChoice(), chosen)
@@ -281,9 +281,45 @@ def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) ->
     assert wait_for(backend, run.id).state == "finished"
     manifest = json.loads((home / "models" / "merged" / "ipmerge.json").read_text())
     assert manifest["plan"]["method"] == method
+    assert "2 + 2 samples · demo" in shown.folders["choices"][0][0]
     other = MethodChoice("fisher" if method == "regmean" else "regmean")
-    shown = calibration_form.calibration_view(backend, DEMO, other, made)
+    shown = calibration_form.calibration_view(backend, DEMO, other, {}, made)
     assert shown.choice.calibration == ""
+
+
+def test_the_chosen_calibration_is_of_its_pair_and_stays_chosen(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one is selected once; a later choice stays, also in the next visit."""
+    backend, method = Backend(), MethodChoice("regmean")
+    first, second, other = (str(home / "calibrations" / name) for name in ("a", "b", "o"))
+    finished = {"one": [first, second], "two": [other]}
+    monkeypatch.setattr(
+        Backend, "finished_calibrations", lambda _, pack, __: map(Path, finished[pack])
+    )
+    monkeypatch.setattr(Backend, "calibration_cost", lambda *_: CalibrationCost(1, 1, 1, 1, 1))
+    monkeypatch.setattr(calibration_form, "_label", lambda folder: folder)
+    memory: dict[str, str] = {}
+
+    def open_form(pack: str, made: str = "") -> str:
+        view = calibration_form.calibration_view(backend, pack, method, memory, made)
+        memory.update(view.memory)
+        assert view.folders["value"] == (view.choice.calibration or None)
+        return view.choice.calibration
+
+    assert open_form("one") == second, "the newest"
+    assert open_form("one", made=first) == first, "the one that has just been made"
+    memory["gram of one"] = second  # the visitor chooses
+    assert open_form("one", made=first) == second
+    assert open_form("two", made=first) == other, "never that of another pair"
+    assert open_form("one", made=first) == second
+    memory["gram of two"] = str(home / "own")  # a path that was typed
+    assert open_form("two") == str(home / "own")
+    assert open_form("one") == second
+    backend.hosted = True
+    assert open_form("two") == other, "on a Space only what is listed"
+    del finished["one"][1]
+    assert open_form("one") == first
 
 
 def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +329,7 @@ def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.Monk
     with pytest.raises(RunError, match="demo samples"):
         backend.start_calibration(DEMO, "regmean", "demo:perception", "demonstration.jsonl", 2)
     for seen in ("demo", "demo:perception"):
-        with pytest.raises(RunError, match="expected 1 or more"):
+        with pytest.raises(RunError, match="limit of 0 .*; expected 1 to 5000"):
             backend.start_calibration(DEMO, "regmean", seen, "demo", 0)
     assert find_run(backend, {}).status is None
 

@@ -22,6 +22,7 @@ from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.errors import FolderInUseError, PlanError, RunError
 from ipmerge_core.merging import estimates as costs
 from ipmerge_core.runtime import devices
+from ipmerge_core.runtime.host import Limits, home_folder
 from ipmerge_core.runtime.jobs import Claim, JobStatus, JobStore, Started
 from ipmerge_core.ui.analyse.descriptions import needs_html
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest as Named
@@ -132,8 +133,11 @@ def test_every_run_of_the_app_is_asked_to_use_the_gpu(machine, asked, monkeypatc
     backend.start_merge(plan, "merged")
     backend.start_merge(plan, "merged", device="cpu")
     start_analysis(backend, Named("a/v", ("a/m",), "a/b"))
+    start_analysis(backend, Named("a/v", ("a/m",), "a/b", device="cpu"))
     backend.start_calibration(PACK, "regmean", "demo", "demo", 2)
-    assert [run["device"] for run in asked] == ["cuda", "cpu", "cuda", "cuda"]
+    backend.start_calibration(PACK, "fisher", "demo", "demo", 2, device="cpu")
+    devices_asked = ["cuda", "cpu", "cuda", "cpu", "cuda", "cpu"]
+    assert [run["device"] for run in asked] == devices_asked
     loaded: list[str] = []
     monkeypatch.setattr(
         type(backend.models), "get", lambda _, folder, device, stops: loaded.append(device)
@@ -360,14 +364,13 @@ def stop_all(backend: Backend) -> None:
 def test_a_browser_that_starts_twice_is_given_its_own_run_again(slow):
     backend = Backend()
     plan, other = plan_of(PACK, PlanChoice()), plan_of(PACK, PlanChoice(0.1))
-    mine = merge_tab.with_secret({})
-    found = at_once(4, lambda: merge_tab.started_merge(backend, mine, plan, "twice"))
+    found = at_once(4, lambda: merge_tab.started_merge(backend, OWNER, plan, "twice"))
     assert len({(one["id"], one["key"]) for one in found}) == 1
     assert backend.store.holds_key(found[0]["id"], found[0]["key"])
     assert len(backend.store.all()) == 1
     with pytest.raises(FolderInUseError):
-        merge_tab.started_merge(backend, mine, other, "twice")
-    stranger = merge_tab.with_secret({})
+        merge_tab.started_merge(backend, OWNER, other, "twice")
+    stranger = "s" * 40
     watching = merge_tab.started_merge(backend, stranger, plan, "twice")
     assert (watching["id"], watching["key"]) == (found[0]["id"], "")
     backend.hosted = True
@@ -380,16 +383,16 @@ def test_a_browser_that_starts_twice_is_given_its_own_run_again(slow):
 
 def test_a_browser_finds_its_run_again_whatever_it_started_since(slow):
     backend = Backend()
-    mine = merge_tab.with_secret({})
-    first = merge_tab.started_merge(backend, mine, plan_of(PACK, PlanChoice()), "one")
-    second = {**first, "id": "0" * 32, "key": "lost"}
-    assert merge_tab.attached(backend, second) == first
+    first = merge_tab.started_merge(backend, OWNER, plan_of(PACK, PlanChoice()), "one")
+    assert merge_tab.attached(backend, {"id": "0" * 32, "key": "lost"}, OWNER) == first
+    assert merge_tab.attached(backend, None, OWNER) == first
+    assert merge_tab.attached(backend, first, OWNER) == first
     assert find_run(backend, first).owned
     assert find_run(backend, first).running
-    stranger = merge_tab.attached(backend, {})
-    assert "id" not in stranger
-    assert len(stranger["owner"]) >= 32
+    assert find_run(backend, {"id": first["id"]}, OWNER).owned
+    assert merge_tab.attached(backend, {}, "s" * 40) == {}
     assert not find_run(backend, {"id": first["id"]}).owned
+    assert not find_run(backend, {"id": first["id"]}, "s" * 40).owned
     stop_all(backend)
 
 
@@ -409,6 +412,40 @@ def test_two_calibrations_at_once_have_a_folder_each(monkeypatch):
     at_once(2, lambda: backend.start_calibration(PACK, "regmean", "demo", "demo", 2))
     folders = [Path(status.arguments["out"]).name for status in backend.store.all()]
     assert sorted(folders) == ["mllm-gram", "mllm-gram-2"]
+    stop_all(backend)
+
+
+def test_a_second_press_attaches_to_the_run_that_does_the_same(monkeypatch):
+    monkeypatch.setattr("ipmerge_core.calibration.calibrate.iter_calibration_of", idle)
+    monkeypatch.setattr("ipmerge_core.analysis.analyse.iter_pack", idle)
+    backend = Backend(store=JobStore(home_folder() / "runs", Limits(runs=9)))
+    asked = Named("a/v", ("a/m",), "a/b")
+
+    def calibrate(limit: int = 2, owner: str = OWNER) -> Started:
+        return backend.start_calibration(PACK, "regmean", "demo", "demo", limit, owner=owner)
+
+    def analyse(owner: str = OWNER, **changes: Any) -> Started:
+        return start_analysis(backend, asked._replace(**changes), owner=owner)
+
+    for start, other in ((calibrate, {"limit": 3}), (analyse, {"quick": True})):
+        pressed = at_once(3, start)
+        assert len(set(pressed)) == 1, "three presses, one run"
+        assert backend.store.holds_key(pressed[0].id, pressed[0].key)
+        different = [start(**other), start(owner="s" * 40)]
+        assert len({run.id for run in [*pressed, *different]}) == 3
+    stop_all(backend)
+
+
+def test_a_stopped_calibration_keeps_its_folder_for_itself(monkeypatch):
+    monkeypatch.setattr("ipmerge_core.calibration.calibrate.iter_calibration_of", idle)
+    backend = Backend()
+    first = backend.start_calibration(PACK, "fisher", "demo", "demo", 2)
+    backend.store.cancel(first.id, first.key)  # before it has made its folder
+    while backend.store.status(first.id).is_running:
+        time.sleep(0.05)
+    second = backend.start_calibration(PACK, "fisher", "demo", "demo", 2)
+    outs = [Path(backend.store.status(run.id).arguments["out"]).name for run in (first, second)]
+    assert outs == ["mllm-fisher", "mllm-fisher-2"]
     stop_all(backend)
 
 
@@ -435,7 +472,6 @@ def test_a_view_has_the_buttons_that_its_run_and_its_user_allow(state, key, canc
     assert updates[view.cancel]["visible"] == cancel
     assert updates[view.cancel]["interactive"] == (state != "cancelling")
     assert updates[view.resume]["visible"] == resume
-    assert updates[view.timer].active == (state != "finished")
 
 
 @pytest.mark.parametrize("empty", ["", "<p>No run yet.</p>"])
@@ -444,7 +480,6 @@ def test_a_view_without_a_run_shows_what_stands_for_none_or_is_hidden(empty):
     updates = view.updates(find_run(Backend(), {"id": "../x"}))
     assert updates[view.progress] == empty
     assert updates[view.column]["visible"] == bool(empty)
-    assert not updates[view.timer].active
     assert not any(updates[button]["visible"] for button in (view.cancel, view.resume))
 
 

@@ -19,6 +19,7 @@ from ipmerge_core.analysis.analyse import iter_pack
 from ipmerge_core.analysis.partial import journal_of, read_journal
 from ipmerge_core.errors import CheckpointError, PlanError, RunError
 from ipmerge_core.models.catalogue import load_catalogue
+from ipmerge_core.runtime.host import Limits
 from ipmerge_core.runtime.jobs import JobStore
 from ipmerge_core.ui.analyse import models_form as room
 from ipmerge_core.ui.analyse.descriptions import known_html, known_label, needs_html, pair_html
@@ -251,7 +252,7 @@ def test_a_run_of_strangers_fails_with_the_finding(trio):
 
 
 def test_a_name_is_given_back_where_no_run_may_start(trio, tmp_path):
-    backend = Backend(store=JobStore(tmp_path / "runs", most_running=1))
+    backend = Backend(store=JobStore(tmp_path / "runs", Limits(runs=1)))
     first = start_analysis(backend, named(trio))
     with pytest.raises(RunError, match="limit 1"):
         start_analysis(backend, named(trio))

@@ -12,6 +12,8 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -91,6 +93,7 @@ def iter_calibration(
     math_samples: Sequence[Sample],
     *,
     device: str = "cpu",
+    sources: tuple[str, str] = ("", ""),
 ) -> Iterator[CalibrationStep]:
     """Calibrate the MLLM on its samples and every expert on the text samples.
 
@@ -106,6 +109,7 @@ def iter_calibration(
         mllm_samples: samples for the MLLM, optionally with images.
         math_samples: text samples for every expert.
         device: a torch device name, or "auto".
+        sources: where the samples were read from, to be recorded: of the MLLM and of the experts.
 
     Raises:
         PlanError: there are no samples, an answer required for the Fisher information is missing,
@@ -116,7 +120,7 @@ def iter_calibration(
         ModelLoadError: a model cannot be loaded, or its matrices are not found in it.
     """
     device, out = resolve_device(device, fp64=False), output_folder(out)
-    work = _plan_work(pair, settings, mllm_samples, math_samples)
+    work = _plan_work(pair, settings, mllm_samples, math_samples, sources)
     _claim(
         out,
         settings,
@@ -135,7 +139,7 @@ def iter_calibration(
                 done += len(share.samples)
                 yield CalibrationStep(share.role, number, len(share.groups), done, total, "resumed")
                 continue
-            loaded = loaded or load_model(share.checkpoint.id, device)
+            loaded = loaded or load_model(share.checkpoint.files.local_folder(), device)
             layers = [
                 find_module(loaded, share.checkpoint, share.names[target.matrix.name])
                 for target in group
@@ -157,7 +161,8 @@ def iter_calibration(
         for entry in out.iterdir():
             entry.unlink()
         raise
-    Measurements(out, settings.kind, asdict(settings), tuple(models)).save()
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    Measurements(out, settings.kind, asdict(settings), tuple(models), created).save()
     (out / _CLAIM).unlink()
 
 
@@ -182,7 +187,15 @@ def iter_calibration_of(
     for_mllm = load_samples(mllm_samples, limit, takes_images=True)
     for_math = load_samples(math_samples, limit, takes_images=False)
     settings = CalibrationSettings(kind)
-    yield from iter_calibration(pair, out, settings, for_mllm, for_math, device=device)
+    yield from iter_calibration(
+        pair,
+        out,
+        settings,
+        for_mllm,
+        for_math,
+        device=device,
+        sources=(mllm_samples, math_samples),
+    )
 
 
 def estimate_calibration(
@@ -214,6 +227,12 @@ class _Share:
     samples: Sequence[Sample]
     groups: list[list[Target]]
     names: dict[str, str] = field(hash=False)  # the pair's name of a matrix -> this model's
+    source: str = ""  # where the samples were read from
+
+    @cached_property
+    def digest(self) -> str:
+        """The content of the samples."""
+        return digest(self.samples)
 
     def file(self, group: int) -> str:
         return f"{self.role.replace(' ', '')}-{group:03}.safetensors"
@@ -252,6 +271,7 @@ def _plan_work(
     settings: CalibrationSettings,
     mllm_samples: Sequence[Sample],
     math_samples: Sequence[Sample],
+    sources: tuple[str, str],
 ) -> list[_Share]:
     for role, samples in (("MLLM", mllm_samples), ("math models", math_samples)):
         if not samples:
@@ -263,13 +283,12 @@ def _plan_work(
                 f"requires. Add an answer to every sample."
             )
     groups = _groups(_targets(pair, settings), settings.memory)
-    shares = [
-        _Share("mllm", pair.mllm, mllm_samples, groups, {m.name: m.mllm for m in pair.matrices})
-    ]
+    named = {m.name: m.mllm for m in pair.matrices}
+    shares = [_Share("mllm", pair.mllm, mllm_samples, groups, named, sources[0])]
     for k, expert in enumerate(pair.math):
         role = "math" if len(pair.math) == 1 else f"math {k + 1}"
         names = {m.name: m.math[k] for m in pair.matrices}
-        shares.append(_Share(role, expert, math_samples, groups, names))
+        shares.append(_Share(role, expert, math_samples, groups, names, sources[1]))
     return shares
 
 
@@ -284,7 +303,7 @@ def _claim(
     """Create the folder, or check that it contains an unfinished run of the same work."""
     wanted = {
         "settings": asdict(settings),
-        "models": [[s.role, s.checkpoint.fingerprint, digest(s.samples)] for s in work],
+        "models": [[s.role, s.checkpoint.fingerprint, s.digest] for s in work],
         "contents": [s.checkpoint.content for s in work],
     }
     if out.exists() and not all(is_temporary(entry) for entry in out.iterdir()):
@@ -347,4 +366,6 @@ def _measured(out: Path, share: _Share) -> Measured:
         norm=squares**0.5,
         places=places,
         mean=sum(sums) / size if len(sums) == len(share.groups) else None,
+        source=share.source,
+        samples_digest=share.digest,
     )

@@ -55,10 +55,25 @@ class Sample:
         return image
 
     def key(self) -> bytes:
-        """Bytes that identify the sample."""
+        """Bytes that identify the sample by its content, wherever its picture is stored.
+
+        Raises: RunError if the picture cannot be read.
+        """
+        return repr((self.question, self.answer, self._picture_key())).encode()
+
+    def _picture_key(self) -> tuple[object, ...]:
         picture = self.picture
-        seen = str(picture) if isinstance(picture, Path) else picture and picture.tobytes()
-        return repr((self.question, self.answer, seen)).encode()
+        if picture is None:
+            return ()
+        if not isinstance(picture, Path):
+            return picture.mode, picture.size, picture.tobytes()
+        try:
+            return (hashlib.sha256(picture.read_bytes()).hexdigest(),)
+        except OSError as error:
+            raise RunError(
+                f"Cannot read the picture '{picture}' of a calibration sample ({error.strerror}). "
+                f"Correct its path in the samples file."
+            ) from error
 
 
 def digest(samples: Sequence[Sample]) -> str:

@@ -51,7 +51,9 @@ class Measured:
     """Measurements of one model: its weights, numbers of samples and tokens, and files.
 
     `places` maps every decoder matrix to a file and a stored name, `norm` is the Frobenius norm of
-    all measurements, `mean` their mean; None if an older version did not record it.
+    all measurements, `mean` their mean; None if an older version did not record it. `source` is
+    where the samples were read from, `samples_digest` identifies their content; both are empty if
+    an older version did not record them.
     """
 
     role: str
@@ -62,6 +64,8 @@ class Measured:
     norm: float
     places: dict[str, tuple[str, str]]
     mean: float | None = None
+    source: str = ""
+    samples_digest: str = ""
     content: str | None = None  # see `Source.content`
 
 
@@ -73,6 +77,7 @@ class Measurements:
     kind: Kind
     settings: dict[str, Any]
     models: tuple[Measured, ...]  # the MLLM first, then the experts in order
+    created: str = ""  # time in ISO format; empty if an older version did not record it
 
     @classmethod
     def open(cls, folder: str | Path) -> Measurements:
@@ -89,7 +94,8 @@ class Measurements:
                 Measured(**{**entry, "places": _pairs(entry["places"])})
                 for entry in content["models"]
             )
-            return cls(folder, content["kind"], content["settings"], models)
+            created = str(content.get("created", ""))
+            return cls(folder, content["kind"], content["settings"], models, created)
         except OSError as error:
             raise CheckpointError(
                 f"'{folder}' contains no finished calibration: cannot read {RECORD} "
@@ -104,19 +110,41 @@ class Measurements:
     def save(self) -> None:
         """Write the metadata, which marks the calibration as finished."""
         models = [asdict(model) for model in self.models]
-        content = {
+        content: dict[str, Any] = {
             "format": _FORMAT,
             "version": _VERSION,
             "kind": self.kind,
             "settings": self.settings,
             "models": models,
+            "created": self.created,
         }
         write_whole(self.folder / RECORD, json.dumps(content, indent=1) + "\n")
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the metadata: models, samples and settings."""
-        return hashlib.sha256((self.folder / RECORD).read_bytes()).hexdigest()
+        """SHA-256 of what was measured: the content of models and samples, settings and results.
+
+        It does not depend on when and where: a copy of the folder, or a second run on the same
+        samples and models, has the same digest. Metadata of older versions, which do not record the
+        samples, are hashed as a whole.
+        """
+        data = (self.folder / RECORD).read_bytes()
+        content = json.loads(data)
+        if content.pop("created", None) is None:
+            return hashlib.sha256(data).hexdigest()
+        for model in content["models"]:
+            del model["id"], model["source"]  # places; fingerprint and samples_digest identify them
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Return a short label: date, number of samples and their sources.
+
+        The date is in UTC. What an older version did not record is left out.
+        """
+        counts = " + ".join(str(model.samples) for model in self.models)
+        sources = dict.fromkeys(_short(model.source) for model in self.models if model.source)
+        words = [self.created[:16].replace("T", " "), f"{counts} samples", ", ".join(sources)]
+        return " · ".join(filter(None, words))
 
     def check(self, models: Sequence[Identified], kind: Kind) -> None:
         """Check the kind of the calibration and that it was run on these models.
@@ -221,6 +249,15 @@ def find_finished(folder: Path, models: Sequence[Identified], kind: Kind) -> lis
             continue
         found.append(record.parent)
     return found
+
+
+def _short(source: str) -> str:
+    """Return the last part of a path; other sources unchanged.
+
+    >>> _short("data/samples.jsonl"), _short("datasets:org/name"), _short("demo:math")
+    ('samples.jsonl', 'datasets:org/name', 'demo:math')
+    """
+    return source if source.startswith("datasets:") else Path(source).name
 
 
 def _pairs(places: dict[str, list[str]]) -> dict[str, tuple[str, str]]:

@@ -103,7 +103,11 @@ def calibrate(options: argparse.Namespace) -> int:
         )
         return print_result(options, need._asdict(), text)
     with Progress(options) as progress:
-        for step in iter_calibration(pair, options.target, how, mllm, math, device=options.device):
+        sources = (options.mllm_samples, options.math_samples)
+        steps = iter_calibration(
+            pair, options.target, how, mllm, math, device=options.device, sources=sources
+        )
+        for step in steps:
             what = f"{step.role}, layers {step.group + 1}/{step.groups}"
             resumed = step.action == "resumed"
             progress.show("calibrating", step.done, step.total, what, resumed=resumed)

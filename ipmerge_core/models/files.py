@@ -7,6 +7,7 @@ network errors are converted to a readable message. Independent of file formats.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _LONGEST_ID = 300  # characters of a hub id with its revision
 _REVISION = re.compile(r"[A-Za-z0-9._/-]+")  # a branch, a tag, a commit or refs/pr/1
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # to run a model
 _READ_STEP = 1 << 30  # a read returns at most 2 GiB on Linux
 SUBFOLDERS = ("additional_chat_templates",)  # the folders inside a model folder that belong to it
 _LINKED_ANYWHERE = ".safetensors"  # read as tensors only, so that a link cannot disclose a file
@@ -53,6 +55,10 @@ class Files(Protocol):
     id: str
     revision: str | None  # the commit, for a hub model
     remote: bool  # whether every read is a network request
+
+    def local_folder(self) -> Path:
+        """Return a folder that contains the files; a remote model is downloaded."""
+        ...
 
     def names(self) -> list[str]:
         """List the files of the model folder and its known subfolders, sorted: `folder/name`."""
@@ -88,6 +94,10 @@ class LocalFiles:
         self.id, self.revision = id or str(folder), revision
         self.folder = folder
         self._descriptors = Descriptors(lambda name: os.open(folder / name, os.O_RDONLY))
+
+    def local_folder(self) -> Path:
+        """Return the folder."""
+        return self.folder
 
     def names(self) -> list[str]:
         """List the regular files in the folder and its known subfolders, sorted.
@@ -186,6 +196,13 @@ class RemoteFiles:
         self._blobs: dict[str, str | None] = {
             name: entry.get("blob_id") for name, entry in found.items()
         }
+
+    def local_folder(self) -> Path:
+        """Download the commit to the local hub cache, unless it is there.
+
+        Raises: CheckpointError if the download fails.
+        """
+        return local_copy(self.id, self.revision, download=True)
 
     def names(self) -> list[str]:
         """List the files of the repository's top level and known subfolders, sorted."""
@@ -316,6 +333,33 @@ def open_hub(hub_id: str) -> Files:
     return RemoteFiles(name, sha, HfFileSystem(), f"{name}@{sha}")
 
 
+def local_copy(name: str, revision: str | None, *, download: bool = False) -> Path:
+    """Return the folder of a hub model in the local cache, for libraries that read folders.
+
+    Args:
+        name: the hub id, without a revision.
+        revision: the commit, or None for the default branch.
+        download: fetch the files that are missing; offline, the copy is used unchanged.
+
+    Raises: CheckpointError if there is no copy, or the download fails.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        if download:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        with contextlib.suppress(OSError, ValueError):
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except _request_errors(ValueError) as error:
+        raise CheckpointError(
+            f"Cannot download '{name}' ({first_line(error)}). {_remedy_of(error, name)}"
+        ) from error
+    raise CheckpointError(
+        f"The model '{name}' is not on this machine. Download it with "
+        f"`hf download {name}{f' --revision {revision}' if revision else ''}`."
+    )
+
+
 def _request_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """Name what a request may raise: huggingface_hub speaks httpx, and from 2.0 on httpx2."""
     clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
@@ -324,13 +368,11 @@ def _request_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
 
 def _cached_copy(name: str, revision: str) -> LocalFiles | None:
     """Find the model in the local hub cache."""
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = snapshot_download(name, revision=revision or None, local_files_only=True)
-    except (OSError, ValueError):
+        folder = local_copy(name, revision or None)
+    except CheckpointError:
         return None
-    return LocalFiles(Path(folder), id=name, revision=Path(folder).name)
+    return LocalFiles(folder, id=name, revision=folder.name)
 
 
 def _is_answer(error: Exception) -> bool:

@@ -121,6 +121,7 @@ class JobStore:
     ) -> None:
         self.folder, self.launcher = folder, launcher
         self.limits = host_limits() if limits is None else limits
+        self._digests: dict[str, str] = {}  # of the jobs' keys, which never change
 
     def start(
         self,
@@ -130,6 +131,7 @@ class JobStore:
         title: str,
         claim: Claim | None = None,
         owner: str = "",
+        about: Mapping[str, str] | None = None,
         visitor: str = "",
     ) -> Started:
         """Start `target(**arguments)` in a new process.
@@ -140,13 +142,14 @@ class JobStore:
             title: a human-readable name.
             claim: a folder that no other job may write to in the meantime.
             owner: a secret of the caller; the job's key is then `key_of(job, owner)`.
+            about: what to show of the job in a list, such as its method; see `describe_job`.
             visitor: whom the job counts for under `Limits.runs_per_visitor`, such as an address.
 
         Raises: RunError if too many jobs are running, FolderInUseError for a claimed folder.
         """
-        with self._one_at_a_time():
+        with self.one_at_a_time():
             self._admit(claim, _digest(visitor) if visitor else "")
-            return self._start(target, arguments, title, claim, owner, visitor)
+            return self._start(target, arguments, title, claim, owner, about or {}, visitor)
 
     def _start(
         self,
@@ -155,6 +158,7 @@ class JobStore:
         title: str,
         claim: Claim | None,
         owner: str,
+        about: Mapping[str, str],
         visitor: str,
     ) -> Started:
         job = secrets.token_hex(16)
@@ -168,6 +172,7 @@ class JobStore:
             "arguments": plain,
             "files": files,
             "claim": claim,
+            "about": dict(about),
             "key": _digest(key),
             "visitor": _digest(visitor) if visitor else "",
             "seconds": self.limits.run_minutes and 60 * self.limits.run_minutes,
@@ -194,7 +199,10 @@ class JobStore:
         if not self.folder.is_dir():
             return []
         jobs = [path.name for path in self.folder.iterdir() if (path / "status.json").is_file()]
-        statuses = [self.status(job) for job in jobs if _ID.fullmatch(job)]
+        statuses = []
+        for job in filter(_ID.fullmatch, jobs):
+            with contextlib.suppress(RunError, OSError):  # deleted meanwhile
+                statuses.append(self.status(job))
         return sorted(statuses, key=lambda status: -status.started)
 
     def cancel(self, job: str, key: str) -> JobStatus:
@@ -214,7 +222,7 @@ class JobStore:
             too many jobs are running; FolderInUseError if another job is writing to its folder.
         """
         self._authorise(job, key)
-        with self._one_at_a_time():
+        with self.one_at_a_time():
             status = self.status(job)
             if not status.can_resume:
                 raise RunError(
@@ -238,7 +246,10 @@ class JobStore:
 
     def holds_key(self, job: str, key: str) -> bool:
         """Return whether `key` is the key that `start` returned for this job."""
-        return hmac.compare_digest(str(self._content(job)["key"]), _digest(key))
+        self._folder(job)  # raises for an unknown id
+        if job not in self._digests:
+            self._digests[job] = str(self._content(job)["key"])
+        return hmac.compare_digest(self._digests[job], _digest(key))
 
     def _authorise(self, job: str, key: str) -> None:
         if not self.holds_key(job, key):
@@ -247,7 +258,7 @@ class JobStore:
             )
 
     @contextlib.contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
+    def one_at_a_time(self) -> Iterator[None]:
         """Hold the store's lock, so that job counts do not change inside the block."""
         check_home(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)

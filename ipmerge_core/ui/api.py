@@ -202,8 +202,8 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         the sibling check does.
         """
         models = mllm, _several(math), base, base_mllm
-        asked = AnalysisRequest(*models, quick, rank or None, temperature, directions)
-        started = start_analysis(backend, asked, device)
+        asked = AnalysisRequest(*models, quick, rank or None, temperature, directions, device)
+        started = start_analysis(backend, asked)
         return {"job_id": started.id, "key": started.key, "pack": started.pack}
 
     def job_status(job_id: str) -> Json:

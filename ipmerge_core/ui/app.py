@@ -10,7 +10,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -34,10 +34,11 @@ from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
 from ipmerge_core.ui.merge.permalink import Permalink
-from ipmerge_core.ui.merge.start_gate import StartGate
-from ipmerge_core.ui.merge.tab import merge_tab
+from ipmerge_core.ui.merge.tab import MergeTab, merge_tab
 from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
-from ipmerge_core.ui.runs import remembered_run
+from ipmerge_core.ui.run_list.component import RunList
+from ipmerge_core.ui.run_list.wiring import Frame, wire_run_list
+from ipmerge_core.ui.runs import RunPoll, remembered_run
 from ipmerge_core.ui.serving import layers, limit_waiting
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
@@ -82,25 +83,44 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                     details = gr.HTML(
                         pair_html(load_pack(packs[0].id)) if packs else "", elem_id="pair-details"
                     )
+                    runs = RunList()
                     opener = gr.Button("Analyse other models", size="sm", elem_id="analyse-open")
-        panel = lay_out_panel(opener, details, hosted=backend.hosted)
+        analysis = remembered_run("analysis")
+        panel = lay_out_panel(opener, details, analysis, hosted=backend.hosted)
+        poll = RunPoll(gr.Textbox("", visible="hidden", elem_id="visitor"))
         first = packs[0].id if packs else ""
         chosen = gr.State(ChosenMerge(first, start_choice(load_pack(first))) if packs else None)
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:
-            explore, tabs, gate = _add_tabs(app, backend, pair, chosen)
-            arrived = wire_panel(app, backend, panel, pair, explore.view, tabs)
-            gate.check_after(arrived.success)  # the analysis of the chosen pair may have finished
+            parts = _add_tabs(app, backend, pair, chosen, poll)
+            view, tabs = parts.explore.view, parts.taking.tabs
+            arrived = wire_panel(app, backend, panel, pair, view, tabs, poll)
+            # The analysis of the chosen pair may have finished.
+            parts.merging.gate.check_after(arrived.success)
+            remembered = (parts.job, analysis, parts.calibration)
+            frame = Frame(runs, pair, view, parts.taking, parts.merging.method, *remembered)
+            parts.link.write_after(wire_run_list(backend, frame, poll))
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
     limit_waiting(app._queue, WAITING)
     return app  # type: ignore[no-any-return]
 
 
+class _Parts(NamedTuple):
+    """The tabs, and what the frame around them uses of them."""
+
+    explore: ExploreTab
+    merging: MergeTab
+    taking: TryFinished
+    link: Permalink
+    job: gr.BrowserState
+    calibration: gr.BrowserState
+
+
 def _add_tabs(
-    app: gr.Blocks, backend: Backend, pair: gr.Dropdown, chosen: gr.State
-) -> tuple[ExploreTab, gr.Tabs, StartGate]:
+    app: gr.Blocks, backend: Backend, pair: gr.Dropdown, chosen: gr.State, poll: RunPoll
+) -> _Parts:
     job, calibration = remembered_run("job"), remembered_run("calibration")
     runs, link = remembered_merges(), Permalink(chosen)
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
@@ -110,10 +130,10 @@ def _add_tabs(
             trying = try_tab(backend, pair, explore.view, runs=runs, last=job, tab=asking)
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merging = merge_tab(
-                app,
                 backend,
                 pair,
                 chosen,
+                poll=poll,
                 job=job,
                 calibration=calibration,
                 link=link,
@@ -126,9 +146,10 @@ def _add_tabs(
             compare_tab(pair, chosen, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(chosen, cite, explore.opened)
+    link.read(app)
     for event in (explore.opened, taken, *trying.chose):
         link.write_after(event)
-    return explore, tabs, merging.gate
+    return _Parts(explore, merging, taking, link, job, calibration)
 
 
 def page_script() -> str:

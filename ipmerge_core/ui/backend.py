@@ -14,17 +14,20 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import CheckpointError, FolderInUseError, IPMergeError, RunError
+from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
 from ipmerge_core.merging.provenance import read_provenance
+from ipmerge_core.models.files import local_copy
 from ipmerge_core.runtime.host import check_home, home_folder, is_hosted
+from ipmerge_core.runtime.job_lists import jobs_with_keys, keys_of_owner
 from ipmerge_core.runtime.jobs import Claim, JobStore, Started
 from ipmerge_core.runtime.paths import expand_path, resolve_path
 from ipmerge_core.runtime.retention import keep_sweeping
+from ipmerge_core.ui.pairs import find_pack
 from ipmerge_core.ui.plan_choice import analysis_of
 from ipmerge_core.ui.serving import current_visitor
 
@@ -38,6 +41,7 @@ SMALL_MODEL = 200_000_000  # bytes; up to this size the chat merges a plan on de
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _NUMBER = re.compile(r"-[0-9]{1,3}\Z")  # the suffix of a name whose stem was taken
 MOST_NAMES = 999  # with one stem
+MEASURED = {"gram": "Gram matrices", "fisher": "Fisher information"}  # by a calibration
 # What runs import; a calibration also imports transformers, but takes minutes.
 MODULES = (
     "torch",
@@ -64,6 +68,7 @@ class Backend:
     _warming: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _preview_lock: threading.Lock = field(default_factory=threading.Lock)
+    start_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         """Let the worker run the jobs."""
@@ -124,6 +129,11 @@ class Backend:
         """The folder of the user's own packs."""
         return home_folder() / "packs"
 
+    @property
+    def models_folder(self) -> Path:
+        """The folder of models that are merged under a plain name."""
+        return home_folder() / "models"
+
     def start_merge(
         self,
         plan: MergePlan,
@@ -142,6 +152,7 @@ class Backend:
             available, FolderInUseError or RunError if the folder cannot be used.
         """
         from ipmerge_core.merging.merge import iter_merge
+        from ipmerge_core.methods import find_method
         from ipmerge_core.models.writer import check_output, check_unfinished
 
         device = self.device_for(device)
@@ -151,6 +162,8 @@ class Backend:
         arguments |= {"force": True} if force else {}
         title = f"Merge plan {plan.hash} into {out.name}"
         claim = Claim(str(out), plan.digest)
+        label = find_method(plan.method).label
+        about = {"kind": "merge", "pair": plan.name, "method": label, "plan": plan.hash}
         try:
             return self.store.start(
                 iter_merge,
@@ -158,6 +171,7 @@ class Backend:
                 title=title,
                 claim=claim,
                 owner=owner,
+                about=about,
                 visitor=current_visitor(),
             )
         except FolderInUseError as error:
@@ -172,11 +186,23 @@ class Backend:
         return home_folder() / "calibrations"
 
     def start_calibration(
-        self, pack_id: str, method: str, seen: str, read: str, limit: int
+        self,
+        pack_id: str,
+        method: str,
+        seen: str,
+        read: str,
+        limit: int,
+        *,
+        device: str = "auto",
+        owner: str = "",
     ) -> Started:
         """Start a run that calibrates a pair's models on samples for a method that needs it.
 
-        Raises: RunError for samples that cannot be read, or that are not demo samples on a Space.
+        If a run of the same `owner` is measuring the same, return that run. Every other run gets a
+        folder of its own.
+
+        Raises: RunError for samples that cannot be read, or that are not demo samples on a Space,
+            PlanError for a device that is not available.
         """
         from ipmerge_core.calibration.calibrate import iter_calibration_of
         from ipmerge_core.calibration.samples import check_source, is_demo
@@ -197,22 +223,47 @@ class Backend:
             "mllm_samples": seen,
             "math_samples": read,
             "limit": limit,
-            "device": self.device_for(fp64=False),
+            "device": self.device_for(device, fp64=False),
         }
-        for name in _numbered(stem):
-            out = self.calibrations_folder / name
-            with contextlib.suppress(FolderInUseError):
-                if not out.exists():
-                    arguments["out"] = str(out)
-                    claim, title = Claim(str(out)), f"Calibrate {name}"
+        about = {
+            "kind": "calibration",
+            "pack": pack_id,
+            "pair": find_pack(pack_id).label,
+            "method": MEASURED[kind],
+            "samples": f"{limit} per model, {', '.join(dict.fromkeys((seen, read)))}",
+        }
+        with self.start_lock:
+            if running := self.running_like(iter_calibration_of.__name__, arguments, owner):
+                return running
+            for name in _numbered(stem):
+                out = self.calibrations_folder / name
+                if out.exists() or self._is_kept_for_a_run(out):
+                    continue
+                with contextlib.suppress(FolderInUseError):
                     return self.store.start(
                         iter_calibration_of,
-                        arguments,
-                        title=title,
-                        claim=claim,
+                        {**arguments, "out": str(out)},
+                        title=f"Calibrate {name}",
+                        claim=Claim(str(out)),
+                        owner=owner,
+                        about=about,
                         visitor=current_visitor(),
                     )
         raise RunError(f"There are {MOST_NAMES} calibrations named '{stem}'. Delete some of them.")
+
+    def running_like(self, target: str, arguments: Mapping[str, Any], owner: str) -> Started | None:
+        """Find a run of `owner` in progress that does the same: a second press of one button."""
+        keys = keys_of_owner(self.store, owner)
+        for status, request, key in jobs_with_keys(self.store, keys):
+            same = {**status.arguments, **arguments} == status.arguments
+            if status.is_running and same and request.target == target:
+                return Started(status.id, key)
+        return None
+
+    def _is_kept_for_a_run(self, out: Path) -> bool:
+        """Whether a run that has not finished writes, or would write when resumed, to a folder."""
+        unfinished = (status for status in self.store.all() if status.state != "finished")
+        return any(status.arguments.get("out") == str(out) for status in unfinished)
 
     def finished_calibrations(self, pack_id: str, method: str) -> list[Path]:
         """List the calibrations that a method can use for a pair, newest last."""
@@ -245,7 +296,7 @@ class Backend:
         """
         name = name.strip()
         if _NAME.fullmatch(name):
-            return home_folder() / "models" / name
+            return self.models_folder / name
         if self.hosted or not name:
             raise RunError(
                 f"The output folder is '{name[:80]}'; expected a name of A-Z, a-z, 0-9, "
@@ -291,8 +342,9 @@ class Backend:
     def base_folder(self, pack_id: str) -> Path:
         """Return the folder of the pair's vision-language model. Raises: CheckpointError."""
         source = analysis_of(pack_id).sources.mllm
-        folder = Path(source.id)
-        return folder if folder.is_dir() else _from_hub_cache(source.id, source.revision)
+        if source.revision is None:
+            return Path(source.id)
+        return local_copy(source.id, source.revision)  # a folder of that name is another model
 
     def merged_folder(self, plan: MergePlan, progress: Progress) -> Path:
         """Return the merged model of a plan: a finished one, or a new one if the model is small.
@@ -341,17 +393,6 @@ def _numbered(stem: str) -> Iterator[str]:
     """Yield a name without and with a number: `a`, `a-2`, `a-3`, ..."""
     yield stem
     yield from (f"{stem}-{number}" for number in range(2, MOST_NAMES + 1))
-
-
-def _from_hub_cache(source_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    with contextlib.suppress(OSError, ValueError):
-        return Path(snapshot_download(source_id, revision=revision, local_files_only=True))
-    raise CheckpointError(
-        f"The model '{source_id}' is not on this machine. Download it with "
-        f"`hf download {source_id}`, or use the recorded examples."
-    )
 
 
 def _is_merge_of(folder: Path, plan: MergePlan) -> bool:

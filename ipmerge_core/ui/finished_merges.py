@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ipmerge_core.analysis.records import Sources
-from ipmerge_core.errors import RunError
+from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.merging.provenance import Provenance, read_provenance
-from ipmerge_core.ui.pairs import find_pack
+from ipmerge_core.ui.pairs import find_pack, list_packs
 from ipmerge_core.ui.plan_choice import analysis_of
 
 if TYPE_CHECKING:
@@ -80,6 +80,24 @@ def find_merge(backend: Backend, pack_id: str, wanted: str, keys: Keys) -> Finis
             f"pair '{find_pack(pack_id).label}'. Select its pair, or choose another model."
         )
     return merge
+
+
+def pair_of_merge(backend: Backend, run: str, keys: Keys, preferred: str) -> str:
+    """Return the id of a pair that a finished merge belongs to, `preferred` if it does.
+
+    Raises: RunError if the merge does not exist, or none of the analysed pairs has its models.
+    """
+    merge = _opened(_find_run(backend, run, keys))
+    packs = sorted((entry.id for entry in list_packs()), key=lambda pack_id: pack_id != preferred)
+    for pack_id in packs if merge else []:
+        with contextlib.suppress(PlanError):  # a pack that cannot be read
+            if merge and _same(merge.made.sources, analysis_of(pack_id).sources):
+                return pack_id
+    name = f"'{merge.folder.name}'" if merge else "This merge"
+    raise RunError(
+        f"{name} has no pair to be asked with: its folder was deleted, or the analysis of its "
+        f"models was. {REMEDY}"
+    )
 
 
 def describe_lost(backend: Backend, run: str, keys: Keys) -> str:

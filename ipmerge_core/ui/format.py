@@ -7,7 +7,7 @@ which every name is escaped. Pure, and without torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.safe_text import as_html as escape
@@ -37,6 +37,13 @@ PHASE_LABELS = {
 }
 
 
+class RunProgress(NamedTuple):
+    """How much of a run is done: a number from 0 to 1, and counts, speed and time left."""
+
+    share: float
+    words: list[str]
+
+
 def findings_html(findings: Iterable[Finding]) -> str:
     """Format findings as a list, each with a sign for its level, a message and a remedy."""
     rows = []
@@ -60,25 +67,30 @@ def format_estimate(seconds: float, device: str) -> str:
     return f"about {format_duration(seconds)} on {where}"
 
 
-def progress_html(status: JobStatus) -> str:
-    """Format the progress of a run: a bar, counts, time left, and its error if it failed."""
+def progress_of(status: JobStatus) -> RunProgress:
+    """Return how much of a run is done, in counts, speed and time left."""
     step, unit = status.step, _unit(status.step)
     done, total = step.get(f"{unit}done", 0), step.get(f"{unit}total", 0)
     share = done / total if total else 0.0
-    words = [f"<b>{STATE_LABELS[status.state].capitalize()}</b>", *_counted(step)]
-    device = str(status.arguments.get("device", ""))
-    where = f' <span class="run-device">on {escape(format_device(device))}</span>' if device else ""
-    elapsed = max(status.updated - status.started, 0.0)
-    fresh = done - status.first.get(
-        f"{unit}done", 0
-    )  # by this run, in the time since its first step
+    words = _counted(step)
+    # What this run did in the time since its first step; nothing is known before its second.
+    fresh = done - status.first.get(f"{unit}done", done)
     working = max(status.updated - status.since, 0.0)
     if status.is_running and fresh > 0 and working > 0.5 and done < total:
         words += [f"{fresh / working / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
         words.append(f"about {format_duration((total - done) * working / fresh)} left")
-    name = _current(status, is_done=0 < total <= done)
+    return RunProgress(share, words)
+
+
+def progress_html(status: JobStatus) -> str:
+    """Format the progress of a run: a bar, counts, time left, and its error if it failed."""
+    share, counted = progress_of(status)
+    words = [f"<b>{STATE_LABELS[status.state].capitalize()}</b>", *counted]
+    device = str(status.arguments.get("device", ""))
+    where = f' <span class="run-device">on {escape(format_device(device))}</span>' if device else ""
+    name = stage_of(status) or _current(status.step)
     if status.state == "finished":
-        name = f"in {format_duration(elapsed)}"
+        name = f"in {format_duration(max(status.updated - status.started, 0.0))}"
     error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
     return (
         f'<p class="run-title">{escape(status.title)}{where}</p>'
@@ -110,13 +122,15 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _current(status: JobStatus, *, is_done: bool) -> str:
-    """Format what a run is working on."""
-    step = status.step
-    if not step:
+def stage_of(status: JobStatus) -> str:
+    """Describe what a run does before its first step and after its last; "" between them."""
+    if not status.step:
         return PHASE_LABELS[status.phase]
-    if is_done:
-        return "verifying and finishing"
+    return "verifying and finishing" if progress_of(status).share >= 1 else ""
+
+
+def _current(step: Mapping[str, Any]) -> str:
+    """Format what a run is working on."""
     if "groups" in step:
         model = "vision-language model" if step["role"] == "mllm" else "math model"
         return f"{model}, part {step['group'] + 1} of {step['groups']}"

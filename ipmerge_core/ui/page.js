@@ -1,14 +1,15 @@
 // @ts-check
 // Names and roles that Gradio leaves out, set as soon as a tab is mounted: the prompt's text box has
 // no accessible name, a message is named by its own markup, and two streaming chats would each be read
-// aloud word by word. One status line speaks for both. A message is copied as it was written.
+// aloud word by word. One status line speaks for both, and the list of runs for all runs. A message is
+// copied as it was written.
 
 /** @type {[selector: string, attributes: Record<string, string>][]} */
 const ATTRIBUTES = [
   ["#prompt textarea", { "aria-label": "Question" }],
   ["#chat-base [role=log]", { "aria-live": "off", "aria-label": "Answers of the left model" }],
   ["#chat-merged [role=log]", { "aria-live": "off", "aria-label": "Answers of the right model" }],
-  ["#answers-status, #run-status, #analyse-status, #start-note", { role: "status", "aria-live": "polite" }],
+  ["#answers-status, #analyse-status, #start-note", { role: "status", "aria-live": "polite" }],
   ["#chats [data-testid=user]", { "aria-label": "Question" }],
   ["#chats [data-testid=bot]", { "aria-label": "Answer" }],
 ];

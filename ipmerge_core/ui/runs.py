@@ -1,18 +1,20 @@
 """Show a long run in a tab: progress with time left, Cancel, Resume, found again after a reload.
 
-In: the id and key that the browser remembers, and the server's runs. Out: a `RunView`, which lays
-itself out and wires itself. The state is read from the run's folder every time, never kept in the
-page. The id gives read access; the buttons require the key.
+In: the visitor's secret, the id of a run that the browser remembers, and the server's runs. Out: a
+`RunView`, which lays itself out and wires itself, and a `RunPoll`, which updates all of them with
+one request. The state is read from the run's folder every time, never kept in the page. The id
+gives read access; the buttons require the key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ipmerge_core.errors import IPMergeError
+from ipmerge_core.runtime.job_lists import JobRequest, jobs_with_keys, keys_of_owner
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import QUIET, show_errors
@@ -21,7 +23,10 @@ from ipmerge_core.ui.format import progress_html
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
-POLL_SECONDS = 0.5
+MERGE, ANALYSIS, CALIBRATION = "merge", "analysis", "calibration"
+_KINDS = {"iter_merge": MERGE, "iter_pack": ANALYSIS, "iter_calibration_of": CALIBRATION}
+# In the page: ask for the state of all runs at once; see `run_list`.
+POKE = "() => { document.querySelector('#run-list .rl')?.parentNode.ipmerge?.ask(); }"
 Remembered = dict[str, str]  # a run's id and key, and whatever else the browser keeps with them
 Updates = dict[Any, Any]  # component -> its new value or `gr.update`
 Listener = Callable[..., Any]  # an event such as `app.load`, `button.click` or `dependency.then`
@@ -59,15 +64,29 @@ class RunState(NamedTuple):
         return str(self.status.arguments.get("out", "")) if self.status else ""
 
 
-def find_run(backend: Backend, remembered: Remembered | None) -> RunState:
-    """Find the run that a browser remembers."""
+def find_run(backend: Backend, remembered: Remembered | None, visitor: str = "") -> RunState:
+    """Find the run that a browser remembers; its key is remembered too, or derived."""
     remembered = remembered or {}
     try:
         status = backend.store.status(str(remembered.get("id", "")))
-    except IPMergeError:
+        keys = (str(remembered.get("key", "")), backend.store.key_of(status.id, visitor))
+        held = [key for key in keys if backend.store.holds_key(status.id, key)]
+    except (IPMergeError, OSError):  # not a run, or deleted meanwhile
         return RunState(None)
-    key = str(remembered.get("key", ""))
-    return RunState(status, key if backend.store.holds_key(status.id, key) else "")
+    return RunState(status, next(iter(held), ""))
+
+
+def kind_of(request: JobRequest) -> str:
+    """Return MERGE, ANALYSIS or CALIBRATION; runs of older versions are known by their target."""
+    return request.about.get("kind") or _KINDS.get(request.target, "run")
+
+
+def own_running(backend: Backend, visitor: str, kind: str) -> Iterator[RunState]:
+    """Yield the runs of a kind that a visitor started and that are in progress."""
+    keys = keys_of_owner(backend.store, visitor)
+    for status, request, key in jobs_with_keys(backend.store, keys):
+        if status.is_running and kind_of(request) == kind:
+            yield RunState(status, key)
 
 
 def remembered_run(name: str) -> gr.BrowserState:
@@ -84,26 +103,68 @@ def disable_on_click(button: gr.Button) -> None:
     button.click(None, None, button, js=off, queue=False, **QUIET)
 
 
-def _no_extras(_: RunState) -> Updates:
+def _no_extras(_: RunState, __: str) -> Updates:
     return {}
+
+
+class Watched(NamedTuple):
+    """A view of a run, as a poll updates it."""
+
+    memory: gr.BrowserState
+    attach: Callable[[Remembered | None, str], Remembered] | None
+    watch: Callable[[Remembered | None, str], Updates]
+    outputs: list[Any]
+
+
+class RunPoll:
+    """Everything that follows runs, updated by one event of the page.
+
+    Create it in a block that is always visible, before the views are wired.
+
+    Args:
+        visitor: holds the secret of the browser, from which the keys of its runs derive.
+    """
+
+    def __init__(self, visitor: gr.Textbox) -> None:
+        self.visitor = visitor
+        self.views: list[Watched] = []
+
+    @property
+    def memories(self) -> list[gr.BrowserState]:
+        """What the browser remembers of each view, inputs of the event."""
+        return [view.memory for view in self.views]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The components that the event updates."""
+        return [*self.memories, *(output for view in self.views for output in view.outputs)]
+
+    def updates(
+        self, visitor: str, memories: Sequence[Remembered | None], *, first: bool
+    ) -> Updates:
+        """Return the updates of all views; `first` is the first event of a page."""
+        found: Updates = {}
+        for view, memory in zip(self.views, memories, strict=True):
+            mine = memory
+            if first and view.attach is not None:
+                mine = view.attach(memory, visitor)
+                found[view.memory] = mine
+            found |= view.watch(mine, visitor)
+        return found
 
 
 class RunView:
     """The components that show one run, and what keeps them up to date.
 
-    The constructor lays them out in the open block. Call `wire` in a block that is always visible:
-    a hidden timer does not tick.
+    The constructor lays them out in the open block.
 
     Args:
         name: the run's name in element ids: `{name}-run`, `cancel-{name}`, `resume-{name}`.
         empty: HTML shown while there is no run; without it the view is hidden until there is one.
         status_id: element id of the progress, `{name}-status` by default.
-        poll_seconds: time between two updates.
     """
 
-    def __init__(
-        self, name: str, *, empty: str = "", status_id: str = "", poll_seconds: float = POLL_SECONDS
-    ) -> None:
+    def __init__(self, name: str, *, empty: str = "", status_id: str = "") -> None:
         self.empty = empty
         with gr.Column(
             visible=bool(empty), elem_id=f"{name}-run", elem_classes="run"
@@ -118,7 +179,6 @@ class RunView:
                 self.resume = gr.Button(
                     "Resume", size="sm", visible=False, elem_id=f"resume-{name}"
                 )
-        self.timer = gr.Timer(poll_seconds, active=False, render=False)
         self._watch: dict[str, Any] = {}
 
     def updates(self, run: RunState) -> Updates:
@@ -129,7 +189,6 @@ class RunView:
                 self.progress: self.empty,
                 self.cancel: gr.update(visible=False),
                 self.resume: gr.update(visible=False),
-                self.timer: gr.Timer(active=False),
             }
         stopping = run.status.state == "cancelling"
         return {
@@ -137,57 +196,51 @@ class RunView:
             self.progress: progress_html(run.status),
             self.cancel: gr.update(visible=run.owned and run.running, interactive=not stopping),
             self.resume: gr.update(visible=run.owned and run.resumable),
-            # Keep polling until the end: an update from before a resume may arrive after it.
-            self.timer: gr.Timer(active=not run.finished),
         }
 
     def wire(
         self,
         backend: Backend,
         memory: gr.BrowserState,
-        attach_on: Sequence[Listener],
+        poll: RunPoll,
         *,
-        attach: Callable[[Remembered | None], Remembered] | None = None,
-        extras: Callable[[RunState], Updates] = _no_extras,
+        attach: Callable[[Remembered | None, str], Remembered] | None = None,
+        extras: Callable[[RunState, str], Updates] = _no_extras,
         outputs: Sequence[Any] = (),
-        queued: bool = False,
     ) -> None:
-        """Wire the buttons and the timer, and show the remembered run when the page is loaded.
+        """Wire the buttons, and let the poll update the view.
 
         Args:
             backend: the app's runs.
             memory: what the browser remembers of the run, see `remembered_run`.
-            attach_on: the events that show the run again, such as `app.load`.
-            attach: chooses the run to show at these events; by default the remembered one.
-            extras: the updates of further components for a state of the run.
+            poll: updates the view while a run is in progress.
+            attach: chooses the run that a page shows at first; by default the remembered one.
+            extras: the updates of further components for a state of the run and the visitor.
             outputs: these components.
-            queued: send updates through the queue. Gradio starts `change` listeners of `outputs`
-                only then.
         """
 
-        def watch(remembered: Remembered | None) -> Updates:
-            run = find_run(backend, remembered)
-            return {**self.updates(run), **extras(run)}
+        def watch(remembered: Remembered | None, visitor: str) -> Updates:
+            run = find_run(backend, remembered, visitor)
+            return {**self.updates(run), **extras(run, visitor)}
 
-        def cancel(remembered: Remembered) -> None:
-            backend.store.cancel(remembered["id"], remembered["key"])
+        def cancel(remembered: Remembered, visitor: str) -> None:
+            run = find_run(backend, remembered, visitor)
+            backend.store.cancel(remembered["id"], run.key)
 
-        def resume(remembered: Remembered) -> None:
-            backend.store.resume(remembered["id"], remembered["key"])
+        def resume(remembered: Remembered, visitor: str) -> None:
+            run = find_run(backend, remembered, visitor)
+            backend.store.resume(remembered["id"], run.key)
 
-        own = [self.column, self.progress, self.cancel, self.resume, self.timer]
-        self._watch = {
-            "fn": watch, "inputs": memory, "outputs": [*own, *outputs], **QUIET
-        }  # fmt: skip
-        for event in attach_on:
-            found = event(attach, memory, memory, queue=False, **QUIET).then if attach else event
-            self.follow(found, queue=False)
+        own = [self.column, self.progress, self.cancel, self.resume]
+        asked = [memory, poll.visitor]
+        self._watch = {"fn": watch, "inputs": asked, "outputs": [*own, *outputs], **QUIET}
+        poll.views.append(Watched(memory, attach, watch, [*own, *outputs]))
         for button, act in ((self.cancel, cancel), (self.resume, resume)):
-            self.follow(button.click(show_errors(act), memory, None, queue=False, **QUIET).success)
-        self.timer.render()  # type: ignore[no-untyped-call]
-        self.follow(self.timer.tick, queue=queued)
+            # Queued, because the page shows errors of queued events only.
+            self.follow(button.click(show_errors(act), asked, None, **QUIET).success)
 
-    def follow(self, listener: Listener, *, queue: bool = True) -> Dependency:
+    def follow(self, listener: Listener) -> Dependency:
         """Show the remembered run after an event, as `start.click(...).success`; wire it first."""
-        shown: Dependency = listener(**self._watch, queue=queue)
+        shown: Dependency = listener(**self._watch, queue=False)
+        shown.then(None, None, None, js=POKE, queue=False, **QUIET)
         return shown

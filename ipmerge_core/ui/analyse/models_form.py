@@ -8,7 +8,7 @@ reports its progress. On a Space only hub ids are accepted; `iter_pack` checks t
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,7 @@ class AnalysisRequest(NamedTuple):
     rank: int | None = None
     temperature: float = TEMPERATURE
     directions: str = "existing"
+    device: str = "auto"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -239,14 +240,15 @@ def _known(pair: ModelPair, options: dict[str, object]) -> Iterator[Finding]:
 
 
 def start_analysis(
-    backend: Backend, request: AnalysisRequest, device: str = "auto"
+    backend: Backend, request: AnalysisRequest, *, owner: str = ""
 ) -> StartedAnalysis:
     """Start a run that analyses the models into a new pack in the user's folder.
+
+    If a run of the same `owner` (see `JobStore.start`) is doing the same analysis, return that run.
 
     Raises: PlanError or, on a Space, CheckpointError for invalid names, PlanError for a device that
         is not available, RunError if too many runs are in progress.
     """
-    from ipmerge_core.analysis.analyse import iter_pack
     from ipmerge_core.analysis.comparison import Options
 
     validate_request(request)
@@ -254,27 +256,48 @@ def start_analysis(
         for _, address in request.addresses():
             as_hub_id(address)
     Options(**request.options).check()
-    device = backend.device_for(device)
+    device = backend.device_for(request.device)
     names = [Path(address.partition("@")[0]).name for address in (request.mllm, *request.math)]
-    depth = "quick" if request.quick else f"rank{request.rank}" if request.rank else ""
-    out = reserve_name(*names, depth)
     arguments = {
         "mllm": request.mllm,
         "math": list(request.math),
         "base": request.base,
         "base_mllm": request.base_mllm or None,
-        "out": str(out),
         **request.options,
         "device": device,
         "hub_only": backend.hosted,
     }
-    try:
-        title = f"Analyse {' + '.join(names)}"
-        started = backend.store.start(iter_pack, arguments, title=title, visitor=current_visitor())
-    except IPMergeError:
-        journal_of(out).unlink()  # the name is free again
-        raise
-    return StartedAnalysis(started.id, started.key, id_of(out))
+    return _start_once(backend, arguments, names, owner)
+
+
+def _start_once(
+    backend: Backend, arguments: Mapping[str, Any], names: Sequence[str], owner: str
+) -> StartedAnalysis:
+    """Start the analysis under a free name, or find the owner's run that is doing the same."""
+    from ipmerge_core.analysis.analyse import iter_pack
+
+    rank = arguments["rank"]
+    depth = "quick" if arguments["quick"] else f"rank{rank}" if rank else ""
+    what = "quick, approximate" if arguments["quick"] else f"rank {rank}" if rank else "exact"
+    title = " + ".join(names)
+    with backend.start_lock:
+        if running := backend.running_like(iter_pack.__name__, arguments, owner):
+            out = Path(str(backend.store.status(running.id).arguments["out"]))
+            return StartedAnalysis(*running, id_of(out))
+        out = reserve_name(*names, depth)
+        try:
+            started = backend.store.start(
+                iter_pack,
+                {**arguments, "out": str(out)},
+                title=f"Analyse {title}",
+                owner=owner,
+                about={"kind": "analysis", "pair": title, "method": what},
+                visitor=current_visitor(),
+            )
+        except IPMergeError:
+            journal_of(out).unlink()  # the name is free again
+            raise
+    return StartedAnalysis(*started, id_of(out))
 
 
 def is_running(backend: Backend, pack_id: str) -> bool:

@@ -29,6 +29,7 @@ from ipmerge_core.ui.analyse.models_form import (
     start_analysis,
 )
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.device_choice import AUTO, device_field, list_devices
 from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.explore.partial_packs import explored_pack, pair_choices
 from ipmerge_core.ui.explore.tab import PairView, open_pair
@@ -36,18 +37,18 @@ from ipmerge_core.ui.format import findings_html
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, id_of, list_packs
 from ipmerge_core.ui.runs import (
     Remembered,
+    RunPoll,
     RunState,
     RunView,
     Updates,
+    disable_on_click,
     find_run,
-    remembered_run,
 )
 from ipmerge_core.ui.safe_text import as_html
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
-POLL_SECONDS = 1.0
 EXACT, QUICK = "exact", "quick"
 LEAD = (
     "Compare a vision-language model with math models that were fine-tuned from the same language "
@@ -66,6 +67,7 @@ class Form(NamedTuple):
     known: gr.Dropdown
     note: gr.HTML
     fields: list[Any]
+    device: gr.Dropdown  # one of the fields
     check: gr.Button
     status: gr.HTML
     findings: gr.HTML
@@ -84,21 +86,28 @@ class Panel(NamedTuple):
     run: RunView
     show: gr.Button
     dismiss: gr.Button
+    job: gr.BrowserState  # what the browser remembers of the run
 
 
 # --- wiring ----------------------------------------------------------------------------------
 
 
 def wire_panel(
-    app: gr.Blocks, backend: Backend, panel: Panel, pair: gr.Dropdown, view: PairView, tabs: gr.Tabs
+    app: gr.Blocks,
+    backend: Backend,
+    panel: Panel,
+    pair: gr.Dropdown,
+    view: PairView,
+    tabs: gr.Tabs,
+    poll: RunPoll,
 ) -> Dependency:
     """Wire the panel to the pair's dropdown and to the map.
 
     Returns the event after which a pair has appeared or its analysis has finished.
     """
-    job, waiting = remembered_run("analysis"), gr.State("")
-    started = _wire_form(backend, panel, pair, job, waiting)
-    arrived = _wire_run(app, backend, panel, pair, view, job, waiting, tabs)
+    waiting = gr.State("")
+    started = _wire_form(backend, panel, pair, waiting, poll)
+    arrived = _wire_run(backend, panel, pair, view, waiting, tabs, poll)
     panel.run.follow(started.success)
 
     def describe(pack_id: str | None) -> str:
@@ -114,10 +123,10 @@ def wire_panel(
 
 
 def _wire_form(
-    backend: Backend, panel: Panel, pair: gr.Dropdown, job: gr.BrowserState, waiting: gr.State
+    backend: Backend, panel: Panel, pair: gr.Dropdown, waiting: gr.State, poll: RunPoll
 ) -> Dependency:
     """Wire the fields, the check and Start; returns the event after which `job` holds a run."""
-    form, checked, is_open = panel.form, gr.State(None), gr.State(False)
+    form, checked, is_open, job = panel.form, gr.State(None), gr.State(False), panel.job
 
     def toggle(shown: bool) -> Updates:
         return {panel.card: gr.update(visible=not shown), is_open: not shown}
@@ -127,7 +136,7 @@ def _wire_form(
             return {form.note: "", **forget(found)}
         known = load_catalogue().pairs[number]
         typed = [known.mllm, "\n".join(known.math), known.base, known.base_mllm or ""]
-        filled = dict(zip(form.fields, typed, strict=False))  # depth and rank stay
+        filled = dict(zip(form.fields, typed, strict=False))  # depth, rank and device stay
         return {form.note: known_html(known), **filled, **forget(found)}
 
     def forget(found: Checked | None) -> Updates:
@@ -141,17 +150,22 @@ def _wire_form(
                 form.status: found.status,
                 form.start: gr.update(interactive=found.ready),
                 checked: found.checked,
-                **({form.findings: found.findings, form.facts: found.facts} if found.over else {}),
+                **(result(found) if found.over else {}),
             }
 
+    def result(found: CheckView) -> Updates:
+        devices = list_devices(backend)  # the check has loaded torch
+        return {form.findings: found.findings, form.facts: found.facts, form.device: devices}
+
     def begin(
+        visitor: str,
         found: Checked | None,
         before: str,
         *typed: Any,  # noqa: ANN401
     ) -> Updates:
         if found is None or found.pinned is None or found.asked != _read(*typed):
             raise PlanError("The form has changed since the check. Press Check again.")
-        started = start_analysis(backend, found.pinned)
+        started = start_analysis(backend, found.pinned, owner=visitor)
         closed = {panel.card: gr.update(visible=False), is_open: False}
         return {job: started._asdict(), waiting: before, **closed}
 
@@ -162,31 +176,34 @@ def _wire_form(
     form.known.input(fill, [form.known, checked], filled, queue=False, **QUIET)
     for field in form.fields:
         field.input(forget, checked, stale, queue=False, trigger_mode="once", **QUIET)
-    views = [form.status, form.findings, form.facts, form.start, checked]
+    views = [form.status, form.findings, form.facts, form.start, form.device, checked]
     lines = [field.submit for field in form.fields[:4] if field.lines == 1]
     gr.on([form.check.click, *lines], show_errors(check), form.fields, views, **QUIET)
-    return form.start.click(
+    disable_on_click(form.start)
+    pressed = form.start.click(
         show_errors(begin),
-        [checked, pair, *form.fields],
+        [poll.visitor, checked, pair, *form.fields],
         [job, waiting, panel.card, is_open],
         **QUIET,
     )
+    enabled = "() => ({ __type__: 'update', interactive: true })"
+    pressed.failure(None, None, form.start, js=enabled, queue=False, **QUIET)
+    return pressed
 
 
 def _wire_run(
-    app: gr.Blocks,
     backend: Backend,
     panel: Panel,
     pair: gr.Dropdown,
     view: PairView,
-    job: gr.BrowserState,
     waiting: gr.State,
     tabs: gr.Tabs,
+    poll: RunPoll,
 ) -> Dependency:
     """Wire the run; returns the event after which a pair has appeared or has been completed."""
-    news, runs = gr.State(""), partial(is_running, backend)
+    news, job, runs = _hidden("analysis-news"), panel.job, partial(is_running, backend)
 
-    def extras(run: RunState) -> Updates:
+    def extras(run: RunState, _: str) -> Updates:
         text = news_of(run)
         return {
             news: text,
@@ -211,20 +228,26 @@ def _wire_run(
     def show(mine: Remembered) -> Updates:
         return {**opened(_pack_of(find_run(backend, mine))), tabs: gr.Tabs(selected="explore")}
 
-    def dismiss(mine: Remembered, pack_id: str) -> Updates:
-        run = find_run(backend, mine)
+    def dismiss(mine: Remembered, pack_id: str, visitor: str) -> Updates:
+        run = find_run(backend, mine, visitor)
         if run.resumable:
-            discard(backend, mine["id"], mine["key"])
+            discard(backend, mine["id"], run.key)
         if pack_id == _pack_of(run) and not run.finished:
             return {job: {}, **opened(list_packs()[0].id)}
         return {job: {}, pair: gr.update(choices=pair_choices(runs, pack_id))}
 
     outputs = [panel.show, panel.dismiss, news]
-    panel.run.wire(backend, job, [app.load], extras=extras, outputs=outputs, queued=True)
+    panel.run.wire(backend, job, poll, extras=extras, outputs=outputs)
     panel.show.click(show_errors(show), job, [pair, *view, tabs], **QUIET)
-    dismissed = panel.dismiss.click(show_errors(dismiss), [job, pair], [job, pair, *view], **QUIET)
+    dismissed = panel.dismiss.click(
+        show_errors(dismiss), [job, pair, poll.visitor], [job, pair, *view], **QUIET
+    )
     panel.run.follow(dismissed.success)
     return news.change(show_errors(arrive), [news, pair, waiting], [pair, *view, waiting], **QUIET)
+
+
+def _hidden(elem_id: str) -> gr.Textbox:
+    return gr.Textbox("", visible="hidden", elem_id=elem_id)
 
 
 def news_of(run: RunState) -> str:
@@ -285,12 +308,16 @@ def _read(
     rank: float | None,
     temperature: float | None,
     directions: str,
+    device: str = AUTO,
 ) -> AnalysisRequest:
-    return read_request(mllm, math, base, own, depth == QUICK, rank, temperature, directions)
+    options = (depth == QUICK, rank, temperature, directions)
+    return read_request(mllm, math, base, own, *options)._replace(device=device)
 
 
 def _checks(backend: Backend, *typed: Any) -> Iterator[str | Checked]:  # noqa: ANN401
-    return check_request(_read(*typed), hub_only=backend.hosted, device=backend.device)
+    request = _read(*typed)
+    device = backend.device if request.device == AUTO else request.device
+    return check_request(request, hub_only=backend.hosted, device=device)
 
 
 def _waiting(text: str) -> str:
@@ -300,15 +327,17 @@ def _waiting(text: str) -> str:
 # --- layout ----------------------------------------------------------------------------------
 
 
-def lay_out_panel(opener: gr.Button, details: gr.HTML, *, hosted: bool) -> Panel:
+def lay_out_panel(
+    opener: gr.Button, details: gr.HTML, job: gr.BrowserState, *, hosted: bool
+) -> Panel:
     """Lay out the form and the view of the run; `opener` and `details` are laid out by the app."""
     with gr.Column(visible=False, elem_classes="card", elem_id="analyse-panel") as card:
         form = _form(hosted=hosted)
-    run = RunView("analysis", poll_seconds=POLL_SECONDS)
+    run = RunView("analysis")
     with run.buttons:
         show = gr.Button("Show on the map", size="sm", visible=False, elem_id="show-analysis")
         dismiss = gr.Button("Dismiss", size="sm", visible=False, elem_id="dismiss-analysis")
-    return Panel(details, opener, card, form, run, show, dismiss)
+    return Panel(details, opener, card, form, run, show, dismiss, job)
 
 
 def _form(*, hosted: bool) -> Form:
@@ -333,7 +362,7 @@ def _form(*, hosted: bool) -> Form:
     start = gr.Button(
         "Start analysis", variant="primary", interactive=False, elem_id="start-analysis"
     )
-    return Form(known, note, fields, check, status, findings, facts, start, close)
+    return Form(known, note, fields, fields[-1], check, status, findings, facts, start, close)
 
 
 def _fields(*, hosted: bool) -> list[Any]:
@@ -386,4 +415,5 @@ def _fields(*, hosted: bool) -> list[Any]:
             info="Exclude directions within the rounding noise, or use all, as in the paper",
             elem_id="analyse-directions",
         )
-    return [mllm, math, base, own, depth, rank, temperature, directions]
+        device = device_field("analyse-device", "Device that computes the analysis")
+    return [mllm, math, base, own, depth, rank, temperature, directions, device]

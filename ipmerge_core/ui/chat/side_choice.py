@@ -84,14 +84,11 @@ class TryFinished(NamedTuple):
         """The outputs of a handler that returns `updates`."""
         return [self.sides.chosen, *self.sides.shown, self.tabs]
 
-    def updates(
-        self, run: str, chosen: ChosenMerge, kept: Kept, runs: object, last: object
-    ) -> Updates:
-        """Choose the merge of a run; the other arguments are the values of `SideChoice.asked`.
+    def updates(self, run: str, chosen: ChosenMerge, kept: Kept, keys: Keys) -> Updates:
+        """Choose the merge of a run for the pair of the chosen merge.
 
         Raises: RunError if the merge cannot be used, or if it is of another pair.
         """
-        keys = keys_of(runs, last)
         now = chosen.with_merge(find_merge(self.backend, chosen.pack_id, run, keys))
         left, right = shown(self.backend, now, kept, keys)
         return {
@@ -160,7 +157,7 @@ def wire_try_it(taking: TryFinished, button: gr.Button) -> Dependency:
 
     def take(chosen: ChosenMerge, kept: Kept, runs: object, last: object) -> Updates:
         run = last.get("id", "") if isinstance(last, Mapping) else ""
-        return taking.updates(str(run), chosen, kept, runs, last)
+        return taking.updates(str(run), chosen, kept, keys_of(runs, last))
 
     # Queued, because the page shows errors of queued events only.
     taken: Dependency = button.click(show_errors(take), taking.sides.asked, taking.outputs, **QUIET)

@@ -1,8 +1,8 @@
 """Build the calibration form of the Merge tab: choose a finished calibration or run a new one.
 
-In: the chosen pair and method. Out: the folder of a finished calibration, stored in the method's
-choice. A new calibration is a run with progress, cancel and resume; the browser keeps its id and
-key. Only calibrations of the same weights are listed.
+In: the chosen pair, method and device. Out: the folder of a finished calibration, stored in the
+method's choice. A new calibration is a run with progress, cancel and resume; the browser keeps its
+id and key, and the calibration chosen for each pair. Only those of the same weights are listed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ipmerge_core.ui.method_choice import MethodChoice
 from ipmerge_core.ui.runs import (
     Listener,
     Remembered,
+    RunPoll,
     RunState,
     RunView,
     Updates,
@@ -32,6 +33,7 @@ from ipmerge_core.ui.runs import (
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
+SELECTED = "selected"  # where the browser remembers the run whose result was selected last
 MEASURES = {
     "gram": "the Gram matrices of the layer inputs",
     "fisher": "the diagonal Fisher values of the weights",
@@ -54,43 +56,52 @@ class _Parts(NamedTuple):
     run: RunView
 
 
+class CalibrationInputs(NamedTuple):
+    """What the form reads: the pair, a MethodChoice, the device, and the browser's memory."""
+
+    pair: gr.Dropdown
+    method: gr.State
+    device: gr.Dropdown
+    memory: gr.BrowserState
+
+
 class CalibrationView(NamedTuple):
-    """The contents of the form for a method that needs samples, and the method's choice."""
+    """The contents of the form for a method that needs samples, the method's choice, and memory."""
 
     intro: str
     folders: dict[str, Any]
     choice: MethodChoice
+    memory: Remembered
 
 
 def calibration_form(
-    app: gr.Blocks,
     backend: Backend,
     block: gr.Column,
-    pair: gr.Dropdown,
-    method: gr.State,
+    inputs: CalibrationInputs,
     *,
-    job: gr.BrowserState,
+    poll: RunPoll,
     gate: StartGate,
     choose: Callable[[Listener], Dependency],
 ) -> Callable[[Dependency], Dependency]:
     """Lay out the form inside `block` and wire it; returns a function that fills it after an event.
 
     Args:
-        app: the app, whose load event shows a remembered run again.
         backend: the app's runs.
         block: the column to lay it out in; it is shown for methods that need samples.
-        pair: the chosen pair.
-        method: holds a MethodChoice.
-        job: what the browser remembers of the run.
+        inputs: what the form reads.
+        poll: updates the view of the run.
         gate: disables Start until a change has been checked.
         choose: makes the form's merge the chosen one after an event.
     """
+    pair, method, device, memory = inputs
     with block:
         parts = _layout(hosted=backend.hosted)
-    made = gr.State("")
+    made = gr.Textbox("", visible="hidden", elem_id="calibration-made")  # its change is an event
 
-    def show(pack_id: str, how: MethodChoice, just_made: str) -> Updates:
-        view = calibration_view(backend, pack_id, how, just_made)
+    def show(
+        pack_id: str, how: MethodChoice, mine: Remembered | None, just_made: str
+    ) -> Updates:  # fmt: skip
+        view = calibration_view(backend, pack_id, how, mine or {}, just_made)
         if view is None:
             return {block: gr.update(visible=False)}
         return {
@@ -98,51 +109,65 @@ def calibration_form(
             parts.intro: view.intro,
             parts.folder: view.folders,
             method: view.choice,
+            memory: view.memory,
         }
 
-    def keep(pack_id: str, how: MethodChoice, folder: str | None) -> MethodChoice:
+    def keep(
+        pack_id: str, how: MethodChoice, mine: Remembered | None, folder: str | None
+    ) -> tuple[MethodChoice, Remembered]:
         if data_method(how.name) is None:
-            return how
+            return how, mine or {}
         made_here = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
-        allowed = not backend.hosted or folder in made_here
-        return how._replace(calibration=folder if folder and allowed else "")
+        chosen = folder if folder and (not backend.hosted or folder in made_here) else ""
+        return how._replace(calibration=chosen), {**(mine or {}), _place(pack_id, how): chosen}
 
     def begin(
-        pack_id: str, how: MethodChoice, seen: str, read: str, limit: float | None
+        visitor: str,
+        mine: Remembered | None,
+        where: str,
+        pack_id: str,
+        how: MethodChoice,
+        seen: str,
+        read: str,
+        limit: float | None,
     ) -> Remembered:
-        started = backend.start_calibration(pack_id, how.name, seen, read, int(limit or 0))
-        return started._asdict()
+        count = int(limit or 0)
+        started = backend.start_calibration(
+            pack_id, how.name, seen, read, count, device=where, owner=visitor
+        )
+        return {**(mine or {}), **started._asdict()}
 
-    def extras(run: RunState) -> Updates:
+    def extras(run: RunState, _: str) -> Updates:
         idle = not (run.owned and run.running)
         return {made: made_by(run), parts.start: gr.update(interactive=idle)}
 
-    filled = [block, parts.intro, parts.folder, method]
-    asked = [pair, method, parts.mllm_samples, parts.math_samples, parts.limit]
-    kept = parts.folder.input
+    filled = [block, parts.intro, parts.folder, method, memory]
+    shown, kept = [pair, method, memory, made], parts.folder.input
+    fields = [pair, method, parts.mllm_samples, parts.math_samples, parts.limit]
     gate.disable_on(kept)
-    stored = kept(keep, [pair, method, parts.folder], method, queue=False, **QUIET)
+    chosen = [pair, method, memory, parts.folder]
+    stored = kept(keep, chosen, [method, memory], queue=False, **QUIET)
     gate.check_after(choose(stored.then).then)
     gate.disable_on(made.change)
-    arrived = made.change(show_errors(show), [pair, method, made], filled, **QUIET)
+    arrived = made.change(show_errors(show), shown, filled, **QUIET)
     gate.check_after(choose(arrived.then).then)
-    parts.run.wire(
-        backend, job, [app.load], extras=extras, outputs=[made, parts.start], queued=True
-    )
+    parts.run.wire(backend, memory, poll, extras=extras, outputs=[made, parts.start])
     disable_on_click(parts.start)
-    pressed = parts.start.click(show_errors(begin), asked, job, **QUIET)
+    pressed = parts.start.click(
+        show_errors(begin), [poll.visitor, memory, device, *fields], memory, **QUIET
+    )
     for ends in (pressed.success, pressed.failure):  # Gradio lets no `then` follow an error
         parts.run.follow(ends)
-    return lambda event: event.then(show_errors(show), [pair, method, made], filled, **LAST)
+    return lambda event: event.then(show_errors(show), shown, filled, **LAST)
 
 
 def calibration_view(
-    backend: Backend, pack_id: str, how: MethodChoice, just_made: str
+    backend: Backend, pack_id: str, how: MethodChoice, mine: Remembered, just_made: str
 ) -> CalibrationView | None:
     """Return the contents of the form; None for a method that needs no samples.
 
-    A calibration that has just finished is selected. Otherwise the selection stays, unless it is
-    one that was made here for another pair or method.
+    A calibration that has just finished is selected once. Otherwise the selection is what the
+    visitor chose for this pair and kind of data, or the newest one.
     """
     method = data_method(how.name)
     if method is None:
@@ -151,21 +176,37 @@ def calibration_view(
         folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
     except IPMergeError:
         folders = []  # the pair cannot be read; the check reports why
-    elsewhere = Path(how.calibration).parent != backend.calibrations_folder
-    chosen_before = how.calibration if elsewhere or how.calibration in folders else ""
-    wanted = [just_made if just_made in folders else "", chosen_before, *folders[-1:]]
-    chosen = next(filter(None, wanted), "")
+    is_new = just_made in folders and mine.get(SELECTED) != just_made
+    before = str(mine.get(_place(pack_id, how), ""))
+    is_path = not backend.hosted and Path(before).parent != backend.calibrations_folder
+    wanted = [just_made if is_new else "", before if is_path or before in folders else ""]
+    chosen = next(filter(None, [*wanted, *folders[-1:]]), "")
+    memory = {**mine, _place(pack_id, how): chosen}
+    if just_made in folders:
+        memory[SELECTED] = just_made
     intro = (
         f"{method.label} needs {MEASURES[str(method.data)]}. A calibration measures them by "
         f"running both models on samples. {_describe_cost(backend, pack_id, how.name)}"
     )
     listed = gr.update(
-        choices=[(Path(folder).name, folder) for folder in folders],
+        choices=[(_label(folder), folder) for folder in folders],
         value=chosen or None,
         info=("Finished for these weights" if folders else "None finished for these weights")
         + ("" if backend.hosted else "; or enter a path"),
     )
-    return CalibrationView(intro, listed, how._replace(calibration=chosen))
+    return CalibrationView(intro, listed, how._replace(calibration=chosen), memory)
+
+
+def _place(pack_id: str, how: MethodChoice) -> str:
+    """Return where the browser remembers the choice for a pair and kind of data."""
+    return f"{data_method(how.name).data} of {pack_id}"
+
+
+def _label(folder: str) -> str:
+    """Return the name of a calibration with its date, number of samples and their sources."""
+    from ipmerge_core.calibration.store import Measurements
+
+    return f"{Path(folder).name} · {Measurements.open(folder).describe()}"
 
 
 def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are imported late)

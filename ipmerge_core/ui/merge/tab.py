@@ -7,20 +7,19 @@ again after a reload.
 
 from __future__ import annotations
 
-import secrets
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ipmerge_core.errors import FolderInUseError, IPMergeError, PlanError
-from ipmerge_core.runtime.jobs import SHORTEST_SECRET
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chosen_merge import ChosenMerge, chosen_line
+from ipmerge_core.ui.device_choice import AUTO, device_field, list_devices
 from ipmerge_core.ui.errors import QUIET, public_finding, public_text, sentence_of, show_errors
 from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.format import findings_html
-from ipmerge_core.ui.merge.calibration_form import calibration_form
+from ipmerge_core.ui.merge.calibration_form import CalibrationInputs, calibration_form
 from ipmerge_core.ui.merge.download import download_link
 from ipmerge_core.ui.merge.method_form import (
     list_methods,
@@ -34,7 +33,17 @@ from ipmerge_core.ui.merge.start_gate import Answer, Shown, StartGate
 from ipmerge_core.ui.merge.summary import confirm_html, result_html
 from ipmerge_core.ui.method_choice import MethodChoice, chosen_plan
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest
-from ipmerge_core.ui.runs import Listener, Remembered, RunState, RunView, Updates, find_run
+from ipmerge_core.ui.runs import (
+    MERGE,
+    Listener,
+    Remembered,
+    RunPoll,
+    RunState,
+    RunView,
+    Updates,
+    find_run,
+    own_running,
+)
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -43,7 +52,6 @@ if TYPE_CHECKING:
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.planning.plan import MergePlan
 
-AUTO = "auto"
 READING = '<p class="waiting">Reading headers and a few rows …</p>'
 NO_RUN = '<p class="waiting">No run yet.</p>'
 NOTHING_MERGED = '<p class="waiting">Nothing has been merged yet.</p>'
@@ -71,12 +79,13 @@ class _Steps(NamedTuple):
 class MergeTab(NamedTuple):
     """What other tabs use: the start of a run, its "Try it" button, and the gate of Start.
 
-    `gate` runs the check after events outside of the tab.
+    `gate` runs the check after events outside of the tab; `method` is the dropdown of methods.
     """
 
     started: Dependency
     try_it: gr.Button
     gate: StartGate
+    method: gr.Dropdown
 
 
 class Readiness(NamedTuple):
@@ -92,11 +101,11 @@ class Readiness(NamedTuple):
 
 
 def merge_tab(
-    app: gr.Blocks,
     backend: Backend,
     pair: gr.Dropdown,
     choice: gr.State,
     *,
+    poll: RunPoll,
     job: gr.BrowserState,
     calibration: gr.BrowserState,
     link: Permalink,
@@ -126,16 +135,16 @@ def merge_tab(
 
     with steps.form:
         form = method_form(named, method, gate, choose)
-        shows = calibration_form(
-            app, backend, form.data, pair, method, job=calibration, gate=gate, choose=choose
-        )
+        asked = CalibrationInputs(pair, method, steps.device, calibration)
+        shows = calibration_form(backend, form.data, asked, poll=poll, gate=gate, choose=choose)
     gate.check_after(choose(shows(form.changed).then).then)
     gate.disable_on(pair.change)
     gate.check_after(shows(after_commits(pair.change, pair)).then)
     gate.disable_on(steps.device.input)
     gate.check_after(steps.device.input)
     gate.disable_on(tab.select, first=True)
-    started = _wire_run(app, backend, steps, gate, chosen, job, tab)
+    started = _wire_run(backend, steps, gate, chosen, job, poll)
+    steps.run.follow(tab.select)
     opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
     # The form shows the chosen merge, wherever it was chosen.
     fields = [named, method, *form.options.values(), form.drawn]
@@ -145,8 +154,7 @@ def merge_tab(
     checked.then(chosen_line, choice, line, **QUIET)
     filled = checked.then(list_methods, None, named, **QUIET)
     filled.then(lambda: list_devices(backend), None, steps.device, **QUIET)
-    link.read(app)
-    return MergeTab(started, steps.try_it, gate)
+    return MergeTab(started, steps.try_it, gate, named)
 
 
 def _with_form(chosen: ChosenMerge, how: MethodChoice, named: str | None) -> ChosenMerge:
@@ -172,18 +180,17 @@ def _gate(backend: Backend, steps: _Steps, chosen: list[Any]) -> StartGate:
 
 
 def _wire_run(
-    app: gr.Blocks,
     backend: Backend,
     steps: _Steps,
     gate: StartGate,
     chosen: list[Any],
     job: gr.BrowserState,
-    tab: gr.Tab,
+    poll: RunPoll,
 ) -> Dependency:
     """Wire Start and the view of the run; returns the click event of Start."""
 
     def begin(
-        mine: Remembered | None,
+        visitor: str,
         digest: str,
         name: str,
         pack_id: str,
@@ -195,24 +202,23 @@ def _wire_run(
         device = device or AUTO
         made = chosen_plan(pack_id, chosen.plan, with_method(how, named))
         check_digest(backend, digest, pack_id, made, device)
-        return started_merge(backend, with_secret(mine), made, name, device)
+        return started_merge(backend, visitor, made, name, device)
 
-    def attach(mine: Remembered | None) -> Remembered:
-        return attached(backend, mine)
+    def attach(mine: Remembered | None, visitor: str) -> Remembered:
+        return attached(backend, mine, visitor)
 
-    def extras(run: RunState) -> Updates:
+    def extras(run: RunState, visitor: str) -> Updates:
+        busy = next(own_running(backend, visitor, MERGE), None) is not None
         return {
             steps.result: run_result(backend, run),
             steps.try_it: gr.update(visible=run.finished),
-            gate.busy: "1" if run.owned and run.running else "",
+            gate.busy: "1" if busy or (run.owned and run.running) else "",
         }
 
     outputs = [steps.result, steps.try_it, gate.busy]
-    steps.run.wire(
-        backend, job, [app.load, tab.select], attach=attach, extras=extras, outputs=outputs
-    )
+    steps.run.wire(backend, job, poll, attach=attach, extras=extras, outputs=outputs)
     gate.disable_on(steps.start.click)
-    asked = [job, gate.digest, steps.folder, *chosen]
+    asked = [poll.visitor, gate.digest, steps.folder, *chosen]
     pressed = steps.start.click(show_errors(begin), asked, job, **QUIET)
     gate.check_after(steps.run.follow(pressed.success).then)
     gate.check_after(pressed.failure)  # Gradio does not run `then` after an error
@@ -234,14 +240,7 @@ def _steps(backend: Backend) -> _Steps:
                     elem_id="output-folder",
                     scale=3,
                 )
-                device = gr.Dropdown(  # filled when the tab opens: finding devices takes torch
-                    [AUTO],
-                    value=AUTO,
-                    label="Device",
-                    info="Device that computes the merge",
-                    visible=False,
-                    elem_id="merge-device",
-                )
+                device = device_field("merge-device", "Device of merges and calibrations")
                 start = gr.Button(
                     "Start merge", variant="primary", interactive=False, elem_id="start-merge"
                 )
@@ -312,17 +311,6 @@ def _cannot_merge(error: IPMergeError) -> Readiness:
     return Readiness([refusal], "", "", ready=False)
 
 
-def list_devices(backend: Backend) -> dict[str, Any]:
-    """Return the update of the device dropdown, which is shown if there is more than one device."""
-    from ipmerge_core.runtime.devices import available_devices, describe_device
-
-    here = available_devices()
-    best = describe_device(backend.device_for())
-    choices = [(f"auto: {best}", AUTO), *((describe_device(name), name) for name in here)]
-    update: dict[str, Any] = gr.update(choices=choices, visible=len(here) > 1)
-    return update
-
-
 def note_html(backend: Backend, name: str, *, busy: bool) -> str:
     """Explain why Start is disabled: a run in progress or an unusable folder; empty otherwise."""
     problem = BUSY if busy else backend.folder_problem(name)
@@ -347,9 +335,9 @@ def check_digest(
 
 
 def started_merge(
-    backend: Backend, mine: Remembered, plan: MergePlan, name: str, device: str = AUTO
+    backend: Backend, visitor: str, plan: MergePlan, name: str, device: str = AUTO
 ) -> Remembered:
-    """Start a merge for a browser, or attach it to a run of the same plan in the same folder.
+    """Start a merge for a visitor, or attach them to a run of the same plan in the same folder.
 
     Returns what the browser remembers. Outside of a Space this can be a run that was started
     elsewhere; the browser then has no key and can only watch it.
@@ -357,33 +345,23 @@ def started_merge(
     Raises: as `Backend.start_merge`.
     """
     try:
-        started = backend.start_merge(plan, name, device=device, owner=mine["owner"])
+        started = backend.start_merge(plan, name, device=device, owner=visitor)
     except FolderInUseError as error:
         if backend.hosted or not error.same_work:
             raise
-        return {**mine, "id": error.job, "key": ""}
-    return {**mine, **started._asdict()}
+        return {"id": error.job, "key": ""}
+    return started._asdict()
 
 
-def with_secret(mine: Remembered | None) -> Remembered:
-    """Return what a browser remembers, with the secret from which the keys of its runs derive."""
-    mine = mine or {}
-    if len(mine.get("owner", "")) >= SHORTEST_SECRET:
-        return mine
-    return {**mine, "owner": secrets.token_urlsafe(SHORTEST_SECRET)}
-
-
-def attached(backend: Backend, mine: Remembered | None) -> Remembered:
-    """Return what a browser remembers, pointed to a run of its own that is in progress, if any."""
-    mine = with_secret(mine)
-    remembered = find_run(backend, mine)
+def attached(backend: Backend, mine: Remembered | None, visitor: str) -> Remembered:
+    """Return what a browser remembers, pointed to a merge of its own in progress, if any."""
+    remembered = find_run(backend, mine, visitor)
     if remembered.owned and remembered.running:
-        return mine
-    for status in backend.store.all():
-        key = backend.store.key_of(status.id, mine["owner"])
-        if status.is_running and backend.store.holds_key(status.id, key):
-            return {**mine, "id": status.id, "key": key}
-    return mine
+        return mine or {}
+    for run in own_running(backend, visitor, MERGE):
+        assert run.status is not None, "a run in progress has a status"
+        return {"id": run.status.id, "key": run.key}
+    return mine or {}
 
 
 def run_result(backend: Backend, run: RunState) -> str:
