@@ -110,7 +110,12 @@ def test_the_server_fetches_no_address_of_a_visitor(path: str) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"not json", b'{"data": ["pack", 0.4, {"a": "on"}]}', b'{"data": [{"path": "/tmp/a"}]}'],
+    [
+        b"",
+        b"not json",
+        b'{"data": ["pack", 0.4, {"a": "on"}]}',
+        b'{"data": [{"path": "image.png"}]}',
+    ],
 )
 def test_other_bodies_arrive_unchanged(body: bytes) -> None:
     assert post(body) == (200, str(len(body)))
@@ -122,7 +127,9 @@ def test_an_upload_is_passed_on_as_it_arrives() -> None:
 
 
 def test_a_space_shows_no_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "No such file: '/usr/lib/python3/x/y.json' of google/gemma-2, https://a.org/b/c, 3/4"
+    text = (
+        "No such file: '/usr/lib/python3/x/y.json' of google/gemma-2, https://example.org/b/c, 3/4"
+    )
     assert public_text(text) == text
     monkeypatch.setenv("SPACE_ID", "someone/ipmerge")
     assert public_text(text) == text.replace("/usr/lib/python3/x/", "")

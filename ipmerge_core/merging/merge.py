@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,11 +43,17 @@ from ipmerge_core.merging.parts import (
     work_of,
 )
 from ipmerge_core.merging.provenance import is_finished
-from ipmerge_core.merging.whole_model import FirstPassStep, is_due, run_first_pass
+from ipmerge_core.merging.steps import (
+    Action,
+    MergeStep,
+    StepCount,
+    steps_of_finished,
+)
+from ipmerge_core.merging.whole_model import is_due, run_first_pass
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.declarations import relayed
-from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec, as_tensor, count_non_finite
+from ipmerge_core.models.checkpoint import TensorSpec, as_tensor, count_non_finite
 from ipmerge_core.models.files import FROM_DISK
 from ipmerge_core.models.pairing import TO_FORCE, Finding, MatrixWeights, ModelPair
 from ipmerge_core.models.writer import (
@@ -73,25 +79,9 @@ from ipmerge_core.runtime.processes import Ranks, share_out
 _MOST_WORKERS = 8  # more are limited by the reading thread
 _AUDITORS = 4  # threads that read the result back; more are limited by memory bandwidth
 
-Action: TypeAlias = Literal["measured", "merging", "merged", "copied", "resumed"]
 Report: TypeAlias = Callable[[float], object]
 Reporting: TypeAlias = Callable[[Report], bytearray]  # merges a matrix that takes long
 Documents: TypeAlias = Callable[[], dict[str, str]]
-
-
-@dataclass(frozen=True)
-class MergeStep:
-    """Progress: one tensor was finished, or is being merged ("merging"). Sizes in bytes.
-
-    The steps of a first pass ("measured") precede all others and count the bytes it reads.
-    """
-
-    tensor: str
-    index: int
-    total: int
-    nbytes_done: int
-    nbytes_total: int
-    action: Action
 
 
 class Piece(NamedTuple):
@@ -164,7 +154,7 @@ def iter_merge(
     measurements = plan.calibration.open() if plan.calibration else None
     if resume and is_finished(plan, out):
         tidy_finished(out)
-        yield from _steps_of_finished(out)
+        yield from steps_of_finished(out)
         return
     out = check_output(out)
     pair = reopen(plan)
@@ -211,7 +201,7 @@ class _Run:
         """Merge and write the tensors of this process, yielding after each, and read them back."""
         work = work_of(self.plan, self.pair)
         specs = self._mine(in_file_order(self.pair.mllm), work)
-        count = _Count(len(specs), sum(spec.nbytes for spec in specs))
+        count = StepCount(len(specs), sum(spec.nbytes for spec in specs))
         todo = [spec for spec in specs if spec.name not in self.writer.done]
         pace = self.pair.pace
         cut = [
@@ -391,7 +381,7 @@ class _Run:
         return scale_change(merged, models[1], self.plan.change_scale(part.matrix.layer))
 
     def _write(
-        self, part: Part, data: bytearray, count: _Count, action: Action
+        self, part: Part, data: bytearray, count: StepCount, action: Action
     ) -> MergeStep | None:
         self.writer.write_piece(part.spec.name, part.start, data)
         return count.step(part.spec, action) if part.stop == part.spec.nbytes else None
@@ -414,42 +404,9 @@ class _Run:
             self.statistic = tuple(noted)
         elif leads or not idle:
             steps = run_first_pass(self.plan, self.pair, self.device, self._workers)
-            self.statistic = yield from relayed(steps, _measured)
+            self.statistic = yield from relayed(steps, measured_step)
             if leads:
                 self.writer.note("statistic", self.statistic)
-
-
-def _measured(step: FirstPassStep) -> MergeStep:
-    return MergeStep(*step, action="measured")
-
-
-class _Count:
-    """Converts finished tensors to steps."""
-
-    def __init__(self, total: int, nbytes_total: int) -> None:
-        self.total, self.nbytes_total = total, nbytes_total
-        self.index = self.nbytes_done = 0
-
-    def step(self, spec: TensorSpec, action: Action) -> MergeStep:
-        self.index += 1
-        self.nbytes_done += spec.nbytes
-        return self._step(spec, self.nbytes_done, action)
-
-    def within(self, part: Part, share: float) -> MergeStep:
-        """Return a step for the finished share of a matrix that is being merged."""
-        nbytes = part.start + int(share * (part.stop - part.start))
-        return self._step(part.spec, self.nbytes_done + nbytes, "merging")
-
-    def _step(self, spec: TensorSpec, nbytes: int, action: Action) -> MergeStep:
-        return MergeStep(spec.name, self.index, self.total, nbytes, self.nbytes_total, action)
-
-
-def _steps_of_finished(out: str | Path) -> Iterator[MergeStep]:
-    """Yield the steps of a run that was killed after its final rename."""
-    specs = in_file_order(Checkpoint.open(out))
-    count = _Count(len(specs), sum(spec.nbytes for spec in specs))
-    for spec in specs:
-        yield count.step(spec, "resumed")
 
 
 def _documents(run: _Run, findings: Sequence[Finding], seconds: float) -> dict[str, str]:
