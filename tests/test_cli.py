@@ -178,7 +178,7 @@ def test_a_log_gets_a_line_per_report_in_which_names_cannot_act(capsys: Output) 
     assert [line[:14] for line in lines] == [
         "measuring   0%", "measuring 100%", "merging   0%, ", "merging  25%, ",
     ]  # fmt: skip
-    assert lines[1].endswith("<00:00, 1/1 first")
+    assert lines[1].endswith("<?, 1/1 first")  # one step is no speed
     assert ", 1/4 a\ufffd[2Jb\ufffd\ufffdc\ufffdd{bar}eee" in lines[3]
     assert len(lines[3]) < 200
 

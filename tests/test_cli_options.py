@@ -109,6 +109,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "recipe without base": ["--recipe", files["linear.yaml"], models[2]],
             "recipe with gains": ["--recipe", files["graded.yaml"]],
             "measure": [*models, "--method", "metagpt", "--measure"],
+            "unmeasured": [*models, "--method", "metagpt"],
         },
         "recipe": {"plan": [files["ta.json"]], "app": [files["ties.json"]]},
         "merge": {
@@ -400,7 +401,8 @@ def test_every_command_that_computes_refuses_a_device_that_is_not_there(
         if "device" not in {action.dest for action in parser._actions}:
             assert command in ("check", "recipe"), f"{command} computes without --device"
             continue
-        form = list(forms_of(command, files).values())[-1 if command == "plan" else 0]
+        forms = forms_of(command, files)
+        form = forms["measure"] if command == "plan" else next(iter(forms.values()))
         output = ["-o", str(tmp_path / "x")] if command not in ("chat", "app") else []
         assert cli.main([command, *form, *output, "--device", device]) == 2, command
         message = capsys.readouterr().err

@@ -170,11 +170,11 @@ def test_weights_that_were_analysed_before_are_recognised(trio):
 
 def test_the_form_s_views_end_with_findings_whatever_happens(trio):
     backend = Backend()
-    values = (str(trio.mllm), str(trio.math), str(trio.base), "", "quick", 0)
+    values = (str(trio.mllm), str(trio.math), str(trio.base), "", "quick", 0, None, "all")
     *early, last = iter_check(backend, *values)
     assert not any(view.ready or view.over for view in early)
     assert last.ready
-    assert last.checked.asked.quick
+    assert (last.checked.asked.quick, last.checked.asked.directions) == (True, "all")
     (refusal,) = iter_check(backend, "", "", "", "", "exact", 0, None, "existing")
     assert "Missing: " in refusal.findings
     assert refusal.over

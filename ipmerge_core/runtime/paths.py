@@ -11,8 +11,6 @@ import os
 import stat
 from pathlib import Path
 
-import psutil
-
 from ipmerge_core.errors import RunError
 
 _LONGEST_NAME = 255  # bytes of one name on the usual file systems
@@ -134,6 +132,8 @@ def is_mounted(path: Path) -> bool:
     """Return whether a path is a mount point; bind mounts of one file system are included."""
     if os.path.ismount(path):
         return True
+    import psutil  # here: it does not import where IPMerge is refused, see `check_platform`
+
     return path.exists() and str(path) in {
         partition.mountpoint for partition in psutil.disk_partitions(all=True)
     }
