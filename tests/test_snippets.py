@@ -52,7 +52,9 @@ MERGES = {
     ),
     "rules": ChosenMerge(  # of a finished merge
         "pack",
-        made=Recipe(PlanChoice(overrides={NAMES[0]: "keep"}), MethodChoice("ties", {"density": 0.5})),
+        made=Recipe(
+            PlanChoice(overrides={NAMES[0]: "keep"}), MethodChoice("ties", {"density": 0.5})
+        ),
     ),
 }
 
