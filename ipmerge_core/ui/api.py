@@ -43,6 +43,8 @@ from ipmerge_core.ui.pairs import list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
 if TYPE_CHECKING:
+    from gradio.state_holder import SessionState
+
     from ipmerge_core.planning.plan import MergePlan
 
 Json = dict[str, Any]
@@ -56,13 +58,20 @@ class AppBlocks(gr.Blocks):
     arguments must still accept the lists of existing programs.
     """
 
-    def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
-        """Accept missing arguments that have defaults. Raises: ValueError for others."""
+    async def preprocess_data(
+        self,
+        block_fn: BlockFunction,
+        inputs: list[Any],
+        state: SessionState | None,
+        explicit_call: bool = False,
+    ) -> list[Any]:
+        """Complete the arguments of an endpoint with its defaults. Raises: ValueError."""
         if block_fn.fn is not None and all(isinstance(block, Api) for block in block_fn.inputs):
-            expected = list(inspect.signature(block_fn.fn).parameters.values())
-            if all(each.default is not each.empty for each in expected[len(inputs) :]):
-                return
-        super().validate_inputs(block_fn, inputs)
+            missing = list(inspect.signature(block_fn.fn).parameters.values())[len(inputs) :]
+            if all(each.default is not each.empty for each in missing):
+                inputs = [*inputs, *(each.default for each in missing)]
+        found = super().preprocess_data(block_fn, inputs, state, explicit_call)
+        return await found  # type: ignore[no-any-return]
 
 
 def add_endpoints(backend: Backend) -> None:
