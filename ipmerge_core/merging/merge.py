@@ -47,6 +47,7 @@ from ipmerge_core.merging.steps import (
     Action,
     MergeStep,
     StepCount,
+    measured_step,
     steps_of_finished,
 )
 from ipmerge_core.merging.whole_model import is_due, run_first_pass

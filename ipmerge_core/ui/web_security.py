@@ -1,10 +1,10 @@
 """Check every HTTP request before Gradio sees it, and add security headers to every response.
 
 In: requests of any visitor. Out: a refusal in one sentence, or the request unchanged. A request
-must name this host, so that a foreign page cannot reach a local app through a name that it controls (DNS
-rebinding); its JSON body is bounded in bytes, values and nesting, and may not ask the server to
-fetch an address. The headers keep browsers from guessing types, from loading scripts of other hosts
-and from showing the app in a frame of any site but a Space's own page.
+must name this host, so that a foreign page cannot reach a local app through a name that it controls
+(DNS rebinding); its JSON body is bounded in bytes, values and nesting, and may not ask the server
+to fetch an address. The headers keep browsers from guessing types, from loading scripts of other
+hosts and from showing the app in a frame of any site but a Space's own page.
 """
 
 from __future__ import annotations
