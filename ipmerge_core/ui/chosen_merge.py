@@ -99,7 +99,7 @@ class ChosenMerge:
         return None if method.name or method.values else plan
 
     def with_plan(self, plan: PlanChoice) -> ChosenMerge:
-        """Choose a plan of the map; what the form sets beside it stays, another method does not."""
+        """Choose a plan of the map; options of the form stay, another method does not."""
         values = {} if self.method.name else self.method.values
         method = MethodChoice(values=values, options=self.method.options)
         return ChosenMerge(self.pack_id, plan, method, "explore")
