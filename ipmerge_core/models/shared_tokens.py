@@ -18,6 +18,7 @@ from ipmerge_core.errors import PlanError, ShapeError
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.decoders import Decoder, output_head, text_config
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair
+from ipmerge_core.runtime.input_files import Count, Name
 
 ROWS = "vocabulary"  # the module of such a match; its rows are merged one by one
 TOKENIZER = "tokenizer.json"
@@ -27,8 +28,8 @@ _BLOCK = 1024  # maximum rows of a run, which bounds memory for any vocabulary
 class SharedTokens(NamedTuple):
     """Summary of a match stored in a plan: number of merged rows, and a hash of them."""
 
-    rows: int
-    digest: str
+    rows: Count
+    digest: Name
 
 
 def shared_tokens(pair: ModelPair) -> SharedTokens:

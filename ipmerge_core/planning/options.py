@@ -12,12 +12,10 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ipmerge_core.errors import PlanError
-
-if TYPE_CHECKING:
-    from ipmerge_core.methods.declarations import Anchor
+from ipmerge_core.spectral.kinds import Anchor
 
 Override = Literal["merge", "keep"]
 Norms = Literal["keep", "merge"]

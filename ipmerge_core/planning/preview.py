@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ipmerge_core.analysis.records import LayerRecord, Totals
+from ipmerge_core.analysis.records import Index, LayerRecord, Totals
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
-from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
+from ipmerge_core.methods.declarations import AffineUpdate, ParameterValue
+from ipmerge_core.runtime.input_files import CLOSED, Count, Name
+from ipmerge_core.spectral.kinds import Anchor
 
 _QUICK = "the analysis was a quick one of the leading directions only"
 _UNKNOWN = "the plan does not record its analysis options; make it again for an exact preview"
@@ -24,11 +26,13 @@ _UNKNOWN = "the plan does not record its analysis options; make it again for an 
 class Decision:
     """Decision for one matrix: the indices of the experts to merge; empty if kept."""
 
-    name: str
-    layer: int
-    module: str
-    numel: int
-    experts: tuple[int, ...]
+    __pydantic_config__ = CLOSED
+
+    name: Name
+    layer: Index
+    module: Name
+    numel: Count
+    experts: tuple[Index, ...]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import numpy as np
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
-from ipmerge_core.methods.declarations import Anchor
 from ipmerge_core.planning.options import PlanOptions
-from ipmerge_core.spectral.kinds import SIMILARITIES
+from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
 
 class Scope(NamedTuple):
