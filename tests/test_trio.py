@@ -41,6 +41,7 @@ from ipmerge_core.ui.pairs import (
     load_pack,
     packs_folder,
     reserve_name,
+    unreadable_packs,
 )
 from ipmerge_core.ui.runs import RunView, find_run
 
@@ -281,13 +282,16 @@ def test_packs_tell_how_they_were_made_and_a_broken_one_is_only_listed():
         path = packs_folder() / f"{name}.pack.json.gz"
         path.write_bytes(gzip.compress(json.dumps(pack).encode()))
     (packs_folder() / "d.pack.json.gz").write_text("no pack")
+    (packs_folder() / "e.pack.json.gz").symlink_to("nowhere")
+    (packs_folder() / "f.pack.json.gz").mkdir()
     labels = [pack.label for pack in list_packs()][1:]
     assert labels == [
         "own: synthetic 2 layers (quick, approximate)",
         "own: synthetic 2 layers (rank 8)",
         "own: synthetic 2 layers",
-        "own: d (cannot be read)",
     ]
+    faults = unreadable_packs()
+    assert [fault.split("'")[1].rpartition("/")[2][0] for fault in faults] == ["d", "e", "f"]
     with pytest.raises(PlanError, match="is not a pack of this version"):
         load_pack("packs-d")
 

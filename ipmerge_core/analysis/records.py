@@ -38,6 +38,7 @@ _FORMAT, VERSION = "ipmerge-pack", 2
 _FIRST = 1  # version of packs in which all directions were used, existing or not
 UPDATES = ("sum", "max", "rescale_only", "select_only")  # keys of `LayerRecord.updates`
 Index = Annotated[int, Field(ge=0, lt=100_000)]  # a layer or an expert
+Ranks = Annotated[Mapping[str, Number], requiring("stable", "effective")]
 PACK = FileKind(
     "a pack", "Create it again with `ipmerge analyse`.", PlanError, largest=128 * MEGABYTE
 )
@@ -187,10 +188,10 @@ class LayerRecord:
     mllm_nuclear: Magnitude
     math_nuclear: Magnitude
     updates: Annotated[Mapping[str, UpdateNorms], requiring(*UPDATES)]
-    chance: Mapping[str, Number]
+    chance: Annotated[Mapping[str, Number], requiring("first", "max")]
     noise_floor: Magnitude | None
-    mllm_ranks: Mapping[str, Number]
-    math_ranks: Mapping[str, Number]
+    mllm_ranks: Ranks
+    math_ranks: Ranks
     index: tuple[Count, ...]
     mllm_sigma: tuple[Number, ...]
     math_sigma: tuple[Number, ...]
@@ -276,9 +277,12 @@ def read_pack(path: str | Path) -> tuple[dict[str, Any], Analysis]:
     """
     content = PACK.content(path)
     try:
-        return content, Analysis.from_dict(content)
+        analysis = Analysis.from_dict(content)
+        if not analysis.records:
+            raise InvalidContentError("it has no records")
     except InvalidContentError as error:
         raise PACK.refusal(path, error) from error
+    return content, analysis
 
 
 _SOURCES, _ANALYSIS = Schema[Sources](Sources), Schema[Analysis](Analysis)

@@ -24,6 +24,16 @@ from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.runtime.atomic import atomic_path, is_temporary, write_whole
 from ipmerge_core.runtime.devices import AUTO, resolve_device
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    Count,
+    FileKind,
+    InvalidContentError,
+    Magnitude,
+    Number,
+    Schema,
+    parse_json,
+)
 
 if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
@@ -267,6 +277,22 @@ def _plan_work(
 # --- the folder ---
 
 _CLAIM = "calibration.partial.json"
+_UNFINISHED = FileKind(
+    "the record of an unfinished calibration",
+    "Delete the folder, or choose another one.",
+    RunError,
+)
+
+
+class _Totals(NamedTuple):
+    """The sums of a group: squares, tokens, and values (not in older files)."""
+
+    squares: Magnitude
+    tokens: Count
+    values: Number | None = None
+
+
+_TOTALS = Schema[_Totals](_Totals)
 
 
 def _claim(
@@ -279,7 +305,7 @@ def _claim(
     }
     if out.exists() and not all(is_temporary(entry) for entry in out.iterdir()):
         claim = out / _CLAIM
-        if not claim.exists() or json.loads(claim.read_text(encoding="utf-8")) != wanted:
+        if not claim.is_file() or _UNFINISHED.content(claim) != wanted:
             what = "a finished calibration" if (out / RECORD).exists() else "other files"
             raise RunError(
                 f"'{out}' already contains {what}, or a run with other settings, models or "
@@ -317,17 +343,30 @@ def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
         save_file(tensors, temporary, {"totals": totals})
 
 
-def _measured(out: Path, share: _Share) -> Measured:
-    from safetensors import safe_open
+def _read_totals(path: Path, names: set[str]) -> _Totals:
+    """Read the sums of a group's file. Raises: RunError if it is damaged or of other matrices."""
+    from safetensors import SafetensorError, safe_open
 
+    try:
+        with safe_open(path, framework="pt") as content:
+            stored, metadata = set(content.keys()), content.metadata() or {}
+        if stored != names:
+            raise InvalidContentError(f"it has {len(stored)} matrices; expected {len(names)}")
+        return _TOTALS.validate(parse_json(metadata.get("totals", ""), MEGABYTE))
+    except (OSError, SafetensorError, InvalidContentError) as error:
+        raise RunError(
+            f"'{path}' is not a part of this calibration: {error}. Delete it and run again."
+        ) from error
+
+
+def _measured(out: Path, share: _Share) -> Measured:
     places: dict[str, tuple[str, str]] = {}
-    squares, tokens, sums = 0.0, 0, []
+    squares, tokens, sums = 0.0, 0, list[float]()
     for number, group in enumerate(share.groups):
         file = share.file(number)
-        with safe_open(out / file, framework="pt") as content:
-            found, tokens, *total = json.loads(content.metadata()["totals"])
-        squares += found
-        sums += total
+        found = _read_totals(out / file, {target.matrix.name for target in group})
+        squares, tokens = squares + found.squares, found.tokens
+        sums += [] if found.values is None else [found.values]
         for target in group:
             places |= dict.fromkeys(target.names, (file, target.matrix.name))
     size = sum(prod(target.shape) for group in share.groups for target in group)

@@ -65,12 +65,9 @@ def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
 def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:
     """Return the models and the arguments of make_plan from a mergekit recipe."""
     from ipmerge_core.models.pairing import open_pair
-    from ipmerge_core.planning.mergekit_import import import_recipe
+    from ipmerge_core.planning.mergekit_import import RECIPE, import_recipe
 
-    try:
-        recipe = import_recipe(Path(options.recipe).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"Cannot read the recipe '{options.recipe}': {error.strerror}.") from error
+    recipe = import_recipe(RECIPE.read(options.recipe))
     base = recipe.base or options.base
     if not base:
         raise PlanError("The recipe has no base model. Specify it with --base Z.")

@@ -58,6 +58,7 @@ from ipmerge_core.models.writer import (
 from ipmerge_core.planning.plan import MergePlan, reopen
 from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
+from ipmerge_core.runtime.input_files import Number, Schema
 from ipmerge_core.runtime.pipeline import (
     Load,
     WriteBehind,
@@ -379,14 +380,17 @@ class _Run:
         if not is_due(self.plan):
             return
         leads = self.ranks.rank == 0  # rank 0 writes the manifest
-        noted = self.ranks.led(lambda: self.writer.noted("statistic"))
+        noted = self.ranks.led(lambda: self.writer.noted("statistic", _STATISTIC))
         if noted is not None:
-            self.statistic = tuple(noted)
+            self.statistic = noted
         elif leads or not idle:
             steps = run_first_pass(self.plan, self.pair, self.device, self._workers)
             self.statistic = yield from relayed(steps, _measured)
             if leads:
                 self.writer.note("statistic", self.statistic)
+
+
+_STATISTIC = Schema[tuple[Number, ...]](tuple[Number, ...])
 
 
 def _measured(step: FirstPassStep) -> MergeStep:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ipmerge_core.analysis.records import Sources
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    InvalidContentError,
+    Name,
+    Schema,
+    parse_json,
+    read_bounded,
+)
 
 MANIFEST = "ipmerge.json"
+
+
+LARGEST = 128 * MEGABYTE
 
 
 class Provenance(NamedTuple):
@@ -18,6 +29,23 @@ class Provenance(NamedTuple):
     plan: str  # the hash
     method: str  # a key of METHODS
     sources: Sources
+
+
+@dataclass(frozen=True)
+class _Plan:
+    hash: Name
+    method: Name
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The part of a manifest that identifies the merge; the rest is for people."""
+
+    plan: _Plan
+    sources: Sources
+
+
+_MANIFEST = Schema[_Manifest](_Manifest)
 
 
 def read_provenance(folder: Path) -> Provenance | None:
@@ -32,10 +60,7 @@ def read_provenance(folder: Path) -> Provenance | None:
 @lru_cache(maxsize=256)
 def _read(path: Path, _modified: int) -> Provenance | None:
     try:
-        content = json.loads(path.read_text("utf-8"))
-        plan = content["plan"]
-        return Provenance(
-            str(plan["hash"]), str(plan["method"]), Sources.from_dict(content["sources"])
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = _MANIFEST.validate(parse_json(read_bounded(path, LARGEST), LARGEST))
+    except (OSError, InvalidContentError):
         return None
+    return Provenance(found.plan.hash, found.plan.method, found.sources)

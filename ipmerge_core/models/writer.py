@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from filelock import FileLock, Timeout
 from xxhash import xxh3_128
@@ -28,15 +28,20 @@ from xxhash import xxh3_128
 from ipmerge_core.errors import CheckpointError, RunError
 from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec
 from ipmerge_core.models.files import LocalFiles
+from ipmerge_core.models.run_records import RUN_RECORD, journal_entries, recorded_plan, recorded_run
 from ipmerge_core.runtime.atomic import is_temporary, write_whole
+from ipmerge_core.runtime.input_files import Schema
 
 _PARTIAL = ".partial"
-_CHECKSUM = "xxh3_128"
+_CHECKSUM = "xxh3_128"  # a key of `run_records.JournalEntry`
 _NOTE = ".note.json"
 _RUN = "run.json"
 MANIFEST = "ipmerge.json"
 _REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
+
+
+T = TypeVar("T")
 
 
 class RunFolders(NamedTuple):
@@ -136,10 +141,10 @@ class CheckpointWriter:
         with explained(self.place.run):
             write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(content))
 
-    def noted(self, name: str) -> Any:  # noqa: ANN401
-        """Return a value that `note` stored in this run, or None."""
+    def noted(self, name: str, schema: Schema[T]) -> T | None:
+        """Return a value that `note` stored in this run, or None. Raises: RunError."""
         path = self.place.run / f"{name}{_NOTE}"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return RUN_RECORD.load(schema, path) if path.exists() else None
 
     def audit(self, names: Iterable[str], threads: int = 1) -> None:
         """Read written tensors back from disk, verify their checksums, and hash them.
@@ -238,15 +243,15 @@ class CheckpointWriter:
     def _verified(self) -> dict[str, str]:
         """Return the journalled tensors whose bytes on disk match the recorded checksum."""
         done: dict[str, str] = {}
-        for entry in _journal_entries(self._journals()):
-            spec = self.source.spec(entry["tensor"])
-            if not (self.place.model / (spec.shard + _PARTIAL)).exists():
+        for entry in journal_entries(self._journals()):
+            spec = self.source.tensors.get(entry.tensor)
+            if spec is None or not (self.place.model / (spec.shard + _PARTIAL)).exists():
                 continue
             checksum = xxh3_128()
             for piece in self._pieces(spec):
                 checksum.update(piece)
-            if checksum.hexdigest() == entry[_CHECKSUM]:
-                done[spec.name] = entry[_CHECKSUM]
+            if checksum.hexdigest() == entry.xxh3_128:
+                done[spec.name] = entry.xxh3_128
         return done
 
     def _pieces(self, spec: TensorSpec) -> Iterator[memoryview]:
@@ -326,7 +331,7 @@ def check_unfinished(out: str | Path, run: str) -> None:
     Raises: RunError for an unfinished run of another plan.
     """
     place = run_folders(out)
-    if (place.run / _RUN).exists() and (found := _recorded_run(place.run / _RUN)) != run:
+    if (place.run / _RUN).exists() and (found := recorded_run(place.run / _RUN)) != run:
         raise RunError(
             f"'{place.run}' contains an unfinished merge of another plan ({str(found)[:8]}, not "
             f"{run[:8]}). Finish it with that plan, delete the folder, or choose another output "
@@ -344,7 +349,7 @@ def tidy_finished(out: str | Path, run: str) -> bool:
     manifest = place.out / MANIFEST
     if not place.run.is_dir() or place.model.exists() or not manifest.is_file():
         return False
-    if json.loads(manifest.read_text(encoding="utf-8"))["plan"]["hash"] != run[:8]:
+    if recorded_plan(manifest) != run[:8]:
         return False
     with explained(place.run):
         _remove(place)
@@ -392,23 +397,6 @@ def _write_at(descriptor: int, offset: int, data: bytes | bytearray) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _recorded_run(record: Path) -> str | None:
-    try:
-        run: str | None = json.loads(record.read_text(encoding="utf-8")).get("run")
-    except (ValueError, AttributeError):
-        return None
-    return run
-
-
-def _journal_entries(journals: Iterable[Path]) -> Iterable[dict[str, str]]:
-    for journal in journals:
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:  # a line truncated by a kill
-                continue
 
 
 class explained:  # noqa: N801 (reads as a word at its use)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -56,7 +56,7 @@ from ipmerge_core.runtime.input_files import (
     Schema,
     versioned,
 )
-from ipmerge_core.spectral.kinds import Anchor
+from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
 _FORMAT, _VERSION = "ipmerge-plan", 1
 PLAN = FileKind("a plan", "Create it again with `ipmerge plan`.", PlanError, largest=128 * MEGABYTE)
@@ -81,7 +81,7 @@ class MergePlan:
     name: Name
     method: Name
     parameters: Mapping[str, ParameterValue]
-    similarity: Literal["first", "max", "weighted"] | None
+    similarity: Annotated[str, Field(pattern=f"^({'|'.join(SIMILARITIES)})$")] | None
     similarity_threshold: Annotated[float, Field(ge=0, le=1)] | None
     options: PlanOptions  # its anchor is the one that was chosen, never None
     sources: Sources

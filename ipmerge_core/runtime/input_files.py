@@ -4,7 +4,8 @@ In: a path, bytes or text, and a type (a dataclass, a named tuple, or any annota
 of that type, or one error that names the file, the field, its value and what was expected. The
 annotations of the type are the schema, so that fields are listed once. Rejected for every kind of
 file: content over its size limit before it is parsed, invalid UTF-8 and lone surrogates, duplicate
-keys, NaN and infinity, integers beyond 64 bits, excessive nesting, and values of another type.
+keys, NaN and infinity, very long integers, excessive nesting, and values of another type. Files of
+other programs (`foreign`) may repeat keys and contain NaN, as Python's json module accepts them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 MEGABYTE = 2**20
 _GZIP = b"\x1f\x8b"
-_LONGEST_INTEGER = 20  # characters: 64 bits and a sign
+_LONGEST_INTEGER = 40  # characters; the schemas bound most integers to 64 bits
 _LONGEST_KEY = 80
 
 # `__pydantic_config__` of a dataclass in a file: unknown fields are errors.
@@ -41,9 +42,13 @@ LARGEST_NUMBER = 1e100  # squares and products of such numbers are finite
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Number: TypeAlias = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 Magnitude: TypeAlias = Annotated[float, Field(ge=0, le=LARGEST_NUMBER)]
-Name: TypeAlias = Annotated[str, Field(max_length=1000)]
-Location: TypeAlias = Annotated[str, Field(min_length=1, max_length=5000, pattern=r"^[^\x00]*$")]
-Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name: TypeAlias = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f]*$")]
+Location: TypeAlias = Annotated[str, Field(min_length=1, max_length=5000, pattern=r"^[^\x00]+$")]
+
+
+FileName: TypeAlias = Annotated[
+    str, Field(max_length=255, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")
+]
 
 
 class InvalidContentError(ValueError):
@@ -70,7 +75,9 @@ class Schema(Generic[T]):
     def validate(self, content: Any) -> T:  # noqa: ANN401 (JSON values)
         """Return the content as the type. Raises: InvalidContentError."""
         try:
-            return self._adapter.validate_json(to_json(content), strict=True)
+            return self._adapter.validate_json(
+                to_json(content, inf_nan_mode="constants"), strict=True
+            )
         except ValidationError as error:
             raise InvalidContentError(_describe(error.errors()[0], content)) from error
         except PydanticSerializationError as error:
@@ -88,12 +95,14 @@ class FileKind:
         remedy: the sentence that ends its messages.
         error: the exception raised for it.
         largest: maximum size in bytes, on disk and decompressed.
+        foreign: whether other programs write such files, which may repeat keys and contain NaN.
     """
 
     name: str
     remedy: str
     error: type[IPMergeError]
     largest: int = MEGABYTE
+    foreign: bool = False
 
     def read(self, path: str | Path) -> bytes:
         """Read a file, decompressed if it is gzipped. Raises: the error of this kind."""
@@ -108,7 +117,7 @@ class FileKind:
     def parse(self, data: bytes | bytearray | str, source: str | Path) -> Any:  # noqa: ANN401
         """Parse JSON of this kind. Raises: the error of this kind."""
         try:
-            return parse_json(data, self.largest)
+            return parse_json(data, self.largest, foreign=self.foreign)
         except InvalidContentError as error:
             raise self.refusal(source, error) from error
 
@@ -172,8 +181,8 @@ def decompressed(data: bytes, largest: int) -> bytes:
     return found
 
 
-def parse_json(data: bytes | bytearray | str, largest: int) -> Any:  # noqa: ANN401
-    """Parse strict JSON of at most `largest` bytes.
+def parse_json(data: bytes | bytearray | str, largest: int, *, foreign: bool = False) -> Any:  # noqa: ANN401
+    """Parse JSON of at most `largest` bytes; strictly, or as Python's json module does.
 
     Raises: InvalidContentError.
 
@@ -186,9 +195,9 @@ def parse_json(data: bytes | bytearray | str, largest: int) -> Any:  # noqa: ANN
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         return json.loads(
             text,
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
+            object_pairs_hook=dict if foreign else _unique,
+            parse_constant=float if foreign else _refuse_constant,
+            parse_float=float if foreign else _finite,
             parse_int=_integer,
         )
     except InvalidContentError:
@@ -221,7 +230,7 @@ def parse_yaml(data: bytes | str, largest: int) -> Any:  # noqa: ANN401 (JSON va
         ) from error
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Loads YAML that is a tree: no aliases, which can grow exponentially, and unique keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 (yaml's nodes)
@@ -230,7 +239,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: ANN401
-        found = super().construct_mapping(node, deep=True)
+        found: dict[Any, Any] = super().construct_mapping(node, deep=True)
         if len(found) != len(node.value):
             keys = [key.value for key, _ in node.value]
             raise InvalidContentError(f"it has the key {_duplicate(keys)} twice")
@@ -251,7 +260,7 @@ def _finite(text: str) -> float:
 def _integer(text: str) -> int:
     if len(text) > _LONGEST_INTEGER:
         raise InvalidContentError(
-            f"it contains an integer of {len(text)} digits; expected at most 64 bits"
+            f"it contains an integer of {len(text)} digits; the maximum is {_LONGEST_INTEGER}"
         )
     return int(text)
 
@@ -284,7 +293,7 @@ def versioned(content: Any, form: str, versions: Sequence[int]) -> tuple[int, di
     if not isinstance(content, dict):
         raise InvalidContentError(f"its content is {reprlib.repr(content)}; expected an object")
     found, version = content.get("format"), content.get("version")
-    if found != form or isinstance(version, bool) or version not in versions:
+    if found != form or type(version) is not int or version not in versions:
         expected = " or ".join(str(each) for each in versions)
         raise InvalidContentError(
             f"it has format {reprlib.repr(found)} and version {reprlib.repr(version)}; expected "
@@ -324,6 +333,10 @@ def _describe(error: ErrorDetails, content: Any) -> str:  # noqa: ANN401 (JSON v
     return f"{place} is {reprlib.repr(error['input'])}; expected {message[:200]}"
 
 
+def _key(name: str) -> str:
+    return name if name.isprintable() and len(name) <= _LONGEST_KEY else reprlib.repr(name)
+
+
 def _place(location: tuple[int | str, ...], content: Any, kind: str) -> str:  # noqa: ANN401
     """Format the path to a value, without the names of the types on the way.
 
@@ -333,12 +346,10 @@ def _place(location: tuple[int | str, ...], content: Any, kind: str) -> str:  # 
     parts = list[str]()
     for number, part in enumerate(location):
         is_last = number == len(location) - 1
-        if (isinstance(content, Mapping) and part in content) or (
-            isinstance(content, list) and isinstance(part, int) and part < len(content)
-        ):
-            content = content[part]
+        items = dict(enumerate(content)) if isinstance(content, list) else content
+        if isinstance(items, Mapping) and part in items:
+            content = items[part]
         elif not (is_last and kind in _SUBJECTS):
             continue
-        shown = part if isinstance(part, int) or part.isidentifier() else reprlib.repr(part)
-        parts.append(f"[{part}]" if isinstance(part, int) else f".{str(shown)[:_LONGEST_KEY]}")
+        parts.append(f"[{part}]" if isinstance(part, int) else f".{_key(part)}")
     return f"'{''.join(parts).removeprefix('.')}'" if parts else "its content"

@@ -25,17 +25,29 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
 from platformdirs import user_data_path
 
 from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.job_files import Claim, JobStatus, State, read_request, read_status
 from ipmerge_core.runtime.pipeline import keep_freed_memory
 
-State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
+__all__ = [
+    "Claim",
+    "JobStatus",
+    "JobStore",
+    "Saved",
+    "Started",
+    "State",
+    "home_folder",
+    "main",
+    "run_job",
+]
+
 _ID = re.compile(r"[0-9a-f]{32}")
 SHORTEST_SECRET = 32  # minimum number of characters of an owner's secret
 _WRITE_EVERY = 0.1  # seconds between two writes of status.json
@@ -60,37 +72,6 @@ class Saved(Protocol):
     def save(self, path: str | Path) -> None:
         """Write the argument to `path`."""
         ...
-
-
-@dataclass(frozen=True)
-class JobStatus:
-    """State of a job. Times are seconds since the epoch; `step` is the last one it yielded."""
-
-    id: str
-    title: str
-    state: State
-    step: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    started: float = 0.0
-    updated: float = 0.0
-    error: str = ""
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a process is currently executing the job."""
-        return self.state in ("running", "cancelling")
-
-    @property
-    def can_resume(self) -> bool:
-        """Whether the job stopped before its end and can be resumed."""
-        return self.state in ("cancelled", "failed", "interrupted")
-
-
-class Claim(NamedTuple):
-    """A folder reserved for one job while it runs, and a label of what the job writes there."""
-
-    folder: str
-    work: str = ""
 
 
 class Started(NamedTuple):
@@ -173,7 +154,7 @@ class JobStore:
         """Return the status of a job. Raises: RunError for an unknown id."""
         folder = self._folder(job)
         for _ in range(2):  # a process may end between the two reads below
-            status = _read_status(folder)
+            status = read_status(folder)
             if not status.is_running or _is_locked(folder):
                 break
         else:
@@ -187,8 +168,17 @@ class JobStore:
         if not self.folder.is_dir():
             return []
         jobs = [path.name for path in self.folder.iterdir() if (path / "status.json").is_file()]
-        statuses = [self.status(job) for job in jobs if _ID.fullmatch(job)]
+        statuses = [self._status_if_readable(job) for job in jobs if _ID.fullmatch(job)]
         return sorted(statuses, key=lambda status: -status.started)
+
+    def _status_if_readable(self, job: str) -> JobStatus:
+        """Return a job's status; a job with damaged files is failed, so that it hides no other."""
+        try:
+            status = self.status(job)
+            read_request(self.folder / job)
+        except RunError as error:
+            return JobStatus(job, "Unreadable run", "failed", error=str(error))
+        return status
 
     def cancel(self, job: str, key: str) -> JobStatus:
         """Request that a job stop after its current step; finished work is kept.
@@ -231,8 +221,7 @@ class JobStore:
 
     def holds_key(self, job: str, key: str) -> bool:
         """Return whether `key` is the key that `start` returned for this job."""
-        content = json.loads((self._folder(job) / "job.json").read_text("utf-8"))
-        return hmac.compare_digest(str(content["key"]), _digest(key))
+        return hmac.compare_digest(read_request(self._folder(job)).key, _digest(key))
 
     def _authorise(self, job: str, key: str) -> None:
         if not self.holds_key(job, key):
@@ -263,8 +252,7 @@ class JobStore:
             )
 
     def _claim(self, job: str) -> Claim | None:
-        content = json.loads((self._folder(job) / "job.json").read_text("utf-8"))
-        return Claim(*content["claim"]) if content.get("claim") else None
+        return read_request(self._folder(job)).claim
 
     def _folder(self, job: str) -> Path:
         folder = self.folder / job
@@ -274,8 +262,8 @@ class JobStore:
 
     def _spawn(self, job: str) -> None:
         folder = self.folder / job
-        content = json.loads((folder / "job.json").read_text("utf-8"))
-        status = JobStatus(job, content["title"], "running", {}, content["arguments"], time.time())
+        request = read_request(folder)
+        status = JobStatus(job, request.title, "running", {}, request.arguments, time.time())
         with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as log:
             # The child inherits the open, locked file, so that a running job never appears
             # interrupted.
@@ -310,7 +298,7 @@ def main(folder: str, lock: str) -> int:
 def run_job(folder: str | Path) -> int:
     """Run the job in `folder` in the current process and return the exit code."""
     folder = Path(folder)
-    status = _read_status(folder)
+    status = read_status(folder)
     _log_event(folder, {"event": "started", "process": os.getpid()})
     try:
         steps = _open_target(folder)
@@ -346,11 +334,11 @@ def _drain(folder: Path, steps: Generator[Any], status: JobStatus) -> JobStatus:
 
 
 def _open_target(folder: Path) -> Generator[Any]:
-    content = json.loads((folder / "job.json").read_text("utf-8"))
-    arguments = dict(content["arguments"])
-    for name, file in content["files"].items():
+    request = read_request(folder)
+    arguments = dict(request.arguments)
+    for name, file in request.files.items():
         arguments[name] = _find(file["class"]).load(folder / file["file"])
-    steps: Generator[Any] = _find(content["target"])(**arguments)
+    steps: Generator[Any] = _find(request.target)(**arguments)
     return steps
 
 
@@ -394,10 +382,6 @@ def _store_arguments(
 def _same(claim: Claim | None, folder: str) -> bool:
     """Return whether a claim refers to this folder, after resolving links."""
     return claim is not None and os.path.realpath(claim.folder) == os.path.realpath(folder)
-
-
-def _read_status(folder: Path) -> JobStatus:
-    return JobStatus(**json.loads((folder / "status.json").read_text("utf-8")))
 
 
 def _write_status(folder: Path, status: JobStatus) -> None:

@@ -6,6 +6,7 @@ the chosen pair, the session's `PlanChoice` and one `Backend`.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,20 @@ from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
 from ipmerge_core.ui.api import add_endpoints
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.chat.recorded import unreadable_examples
 from ipmerge_core.ui.chat.side_choice import remembered_merges, wire_try_it, with_run
 from ipmerge_core.ui.chat.tab import try_tab
 from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
-from ipmerge_core.ui.errors import QUIET
+from ipmerge_core.ui.errors import QUIET, public_text
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
 from ipmerge_core.ui.merge.start_gate import StartGate
 from ipmerge_core.ui.merge.tab import merge_tab
-from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
+from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack, unreadable_packs
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import remembered_run
+from ipmerge_core.ui.safe_text import as_markdown
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
 
@@ -44,6 +47,14 @@ LARGEST_UPLOAD = "15mb"
 QUEUE = 32  # waiting requests
 SCRIPT = Path(__file__).with_name("page.js")
 STYLE = ROOT / "assets" / "style.css"
+
+
+def left_out() -> str:
+    """Return Markdown on files that cannot be read and are not shown; empty if there are none."""
+    faults = [public_text(fault) for fault in (*unreadable_packs(), *unreadable_examples())]
+    for fault in faults:
+        logging.getLogger(__name__).warning("Left out: %s", fault)
+    return "\n".join(f"- {as_markdown(fault)}" for fault in faults)
 
 
 def build_app(backend: Backend | None = None) -> gr.Blocks:
@@ -67,6 +78,10 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                         pair_html(load_pack(packs[0].id)) if packs else "", elem_id="pair-details"
                     )
                     opener = gr.Button("Analyse other models", size="sm", elem_id="analyse-open")
+        if faults := left_out():
+            gr.Markdown(
+                f"**These files cannot be read and are left out:**\n\n{faults}", elem_id="left-out"
+            )
         panel = lay_out_panel(opener, details, hosted=backend.hosted)
         choice = gr.State(start_choice(load_pack(packs[0].id)) if packs else PlanChoice())
         if not packs:

@@ -43,11 +43,10 @@ def packs_folder() -> Path:
 
 
 def list_packs() -> list[PackEntry]:
-    """List the packs, the bundled ones first, with unique labels.
-
-    A file that cannot be read is listed as such and raises when it is opened.
-    """
-    labels = [(pack_id, _label(pack_id, path), path) for pack_id, path in _files()]
+    """List the packs that can be read, the bundled ones first, with unique labels."""
+    labels = [
+        (pack_id, _label(pack_id, path), path) for pack_id, path in _files() if _is_readable(path)
+    ]
     often = Counter(label for _, label, _ in labels)
     return [
         PackEntry(pack_id, f"{label} · {_stem(path)}" if often[label] > 1 else label, path)
@@ -55,10 +54,20 @@ def list_packs() -> list[PackEntry]:
     ]
 
 
+def unreadable_packs() -> list[str]:
+    """Return why each pack that cannot be read is not listed, one sentence per file."""
+    return [fault for _, path in _files() if (fault := _named(path).fault)]
+
+
 def find_pack(pack_id: str) -> PackEntry:
-    """Return the finished pack with this id. Raises: PlanError for an unknown or unfinished one."""
+    """Return the finished pack with this id.
+
+    Raises: PlanError for an unknown or unfinished pack, or one that cannot be read.
+    """
     for found, path in _files():
         if found == pack_id:
+            if fault := _named(path).fault:
+                raise PlanError(fault)
             return PackEntry(found, _label(found, path), path)
     partial = find_partial(pack_id, SKIP_ALL)
     if partial is not None:
@@ -67,7 +76,7 @@ def find_pack(pack_id: str) -> PackEntry:
             f"{len(partial.places)} matrices so far. Until its analysis has finished, it is only "
             f"available in Explore."
         )
-    known = ", ".join(found for found, _ in _files()) or "none"
+    known = ", ".join(entry.id for entry in list_packs()) or "none"
     raise PlanError(f"Unknown pair '{str(pack_id)[:60]}'. Available: {known}.")
 
 
@@ -86,7 +95,7 @@ def load_pack(pack_id: str) -> dict[str, Any]:
 
 def read_pack_file(path: Path) -> dict[str, Any]:
     """Read a pack file, once per version of it. Raises: PlanError."""
-    return _read(path, path.stat().st_mtime_ns)
+    return _read(path, _modified(path))
 
 
 # --- partial packs ---------------------------------------------------------------------------
@@ -150,10 +159,13 @@ def reserve_name(*parts: str) -> Path:
 
 
 def _files() -> Iterator[tuple[str, Path]]:
+    """List the packs with their ids; of two files with the same stem, one has its whole name."""
     for folder, prefix in ((DEMO, ""), (packs_folder(), _OWN)):
         paths = {*folder.glob("pack*.json.gz"), *folder.glob(f"[!.]*{_ENDING}")}
-        for path in sorted(paths, key=_stem):
-            yield prefix + _stem(path), path
+        stems = Counter(_stem(path) for path in paths)
+        for path in sorted(paths, key=lambda path: (_stem(path), path.name)):
+            is_named = stems[_stem(path)] > 1 and not path.name.endswith(_ENDING)
+            yield prefix + (path.name if is_named else _stem(path)), path
 
 
 def _stem(path: Path) -> str:
@@ -162,17 +174,39 @@ def _stem(path: Path) -> str:
 
 def _label(pack_id: str, path: Path) -> str:
     own = "own: " if pack_id.startswith(_OWN) else ""
-    return own + _name(path, path.stat().st_mtime_ns)
+    return own + _named(path).name
+
+
+class _Named(NamedTuple):
+    """A pack's name with the options of its analysis, or why it cannot be read."""
+
+    name: str
+    fault: str = ""
+
+
+def _is_readable(path: Path) -> bool:
+    return not _named(path).fault
+
+
+def _named(path: Path) -> _Named:
+    return _read_name(path, _modified(path))
 
 
 @lru_cache(maxsize=1024)
-def _name(path: Path, _modified: int) -> str:
-    """Return a pack's name, with the options of its analysis if they are not the default."""
+def _read_name(path: Path, _modified: int) -> _Named:
     try:
         content = read_pack_file(path)
-        return f"{content['name']}{describe_depth(content['parameters'])}"
-    except PlanError:
-        return f"{_stem(path)} (cannot be read)"
+    except PlanError as error:
+        return _Named("", str(error))
+    return _Named(f"{content['name']}{describe_depth(content['parameters'])}")
+
+
+def _modified(path: Path) -> int:
+    """Return the time of a file's last change in ns; 0 if there is no file, as for a dead link."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def describe_depth(parameters: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ are created from the method's signature when it is chosen. Values are checked by
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +15,6 @@ import gradio as gr
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.options import OPTIONS, Option, PlanOptions
-from ipmerge_core.runtime.host import is_hosted
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, plan_of
 
@@ -166,9 +164,6 @@ def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> Merge
     Raises: PlanError for an invalid value, more experts than the method merges, or a missing
         calibration.
     """
-    for option in FIELDS:
-        if option.kind == "pattern":
-            _reject_slow(method.options.get(option.name, ""))
     options = PlanOptions.read(method.options)
     if method.name == EXPLORED:
         return plan_of(pack_id, choice, options=options)
@@ -186,15 +181,6 @@ def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> Merge
     values: dict[str, Any] = dict(method.values)
     analysis = analysis_of(pack_id)
     return make_plan(analysis, method.name, options=options, calibration=calibration, **values)
-
-
-def _reject_slow(pattern: str) -> None:
-    """Reject patterns of users on a Space that can take exponential time: repetition."""
-    if is_hosted() and re.search(r"[*+?{(]", pattern):
-        raise PlanError(
-            f"The pattern {pattern[:40]!r} uses repetition or groups, which are disabled here; "
-            f"expected parts of names, such as 'mlp|layers\\.0\\.'."
-        )
 
 
 def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:

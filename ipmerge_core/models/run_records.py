@@ -1,0 +1,84 @@
+"""Read what an interrupted or finished merge left in its folders: the record, journals, manifest.
+
+In: the paths of these files, which may be truncated or damaged. Out: the identity of a run, the
+journalled tensors, the hash of a finished plan. What is damaged counts as absent where the work is
+simply done again, and raises an error otherwise. `writer` writes these files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipmerge_core.errors import RunError
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    FileKind,
+    InvalidContentError,
+    Schema,
+    parse_json,
+    read_bounded,
+)
+
+_LARGEST = 128 * MEGABYTE
+RUN_RECORD = FileKind(
+    "a record of this merge", "Delete its folder and run again.", RunError, largest=_LARGEST
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    run: str
+
+
+@dataclass(frozen=True)
+class _Hash:
+    hash: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    plan: _Hash
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """A line of a journal: a tensor and the checksum of its bytes."""
+
+    tensor: str
+    xxh3_128: str
+
+
+_RUN, _MANIFEST = Schema[_Run](_Run), Schema[_Manifest](_Manifest)
+_ENTRY = Schema[JournalEntry](JournalEntry)
+
+
+def recorded_run(record: Path) -> str | None:
+    """Return the run that a record identifies; None if it is damaged."""
+    try:
+        return _RUN.validate(parse_json(read_bounded(record, MEGABYTE), MEGABYTE)).run
+    except InvalidContentError:
+        return None
+
+
+def recorded_plan(manifest: Path) -> str | None:
+    """Return the hash of the plan in a manifest; None if it is not a manifest."""
+    try:
+        content = parse_json(read_bounded(manifest, _LARGEST), _LARGEST)
+        return _MANIFEST.validate(content).plan.hash
+    except InvalidContentError:
+        return None
+
+
+def journal_entries(journals: Iterable[Path]) -> Iterator[JournalEntry]:
+    """Yield the entries of journals. Damaged lines are skipped: their tensors are written again.
+
+    Raises: RunError if a journal cannot be read.
+    """
+    for journal in journals:
+        for line in RUN_RECORD.read(journal).split(b"\n"):
+            try:
+                yield _ENTRY.validate(parse_json(line, MEGABYTE))
+            except InvalidContentError:  # such as a line truncated by a kill
+                continue

@@ -1,0 +1,94 @@
+"""Read the files of a job: its request `job.json` and its state `status.json`.
+
+In: the folder of a job. Out: a validated `Request` or `JobStatus`, or a RunError that names the
+damaged file. `jobs` writes these files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from ipmerge_core.errors import RunError
+from ipmerge_core.runtime.input_files import (
+    CLOSED,
+    MEGABYTE,
+    FileKind,
+    FileName,
+    Name,
+    Schema,
+    requiring,
+)
+
+State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """State of a job. Times are seconds since the epoch; `step` is the last one it yielded."""
+
+    __pydantic_config__ = CLOSED
+
+    id: str
+    title: str
+    state: State
+    step: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    started: float = 0.0
+    updated: float = 0.0
+    error: str = ""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process is currently executing the job."""
+        return self.state in ("running", "cancelling")
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether the job stopped before its end and can be resumed."""
+        return self.state in ("cancelled", "failed", "interrupted")
+
+
+class Claim(NamedTuple):
+    """A folder reserved for one job while it runs, and a label of what the job writes there."""
+
+    folder: str
+    work: str = ""
+
+
+Stored = Annotated[dict[str, FileName], requiring("file", "class")]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Contents of `job.json`: what to run with which arguments; `key` is a hash of the key.
+
+    `files` are arguments stored in files of their own, with the classes that load them.
+    """
+
+    __pydantic_config__ = CLOSED
+
+    target: Name
+    title: str
+    arguments: dict[str, Any]
+    files: dict[str, Stored]
+    key: str
+    claim: Claim | None = None
+
+
+_JOB_FILE = FileKind(
+    "a file of a run", "Delete its folder and start again.", RunError, largest=16 * MEGABYTE
+)
+_STATUS, _REQUEST = Schema[JobStatus](JobStatus), Schema[Request](Request)
+
+
+def read_status(folder: Path) -> JobStatus:
+    """Read a job's status. Raises: RunError if its file is damaged."""
+    return _JOB_FILE.load(_STATUS, folder / "status.json")
+
+
+def read_request(folder: Path) -> Request:
+    """Read a job's request. Raises: RunError if its file is damaged."""
+    return _JOB_FILE.load(_REQUEST, folder / "job.json")
