@@ -210,7 +210,7 @@ def test_an_index_that_names_a_missing_shard_is_refused(own_trio: Trio) -> None:
 @pytest.mark.parametrize("content", ["not json", "[]"])
 def test_a_broken_config_is_refused(own_trio: Trio, content: str) -> None:
     (own_trio.base / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"'config.json' of .* is not"):
+    with pytest.raises(CheckpointError, match=r"'config.json' of .* is damaged: it"):
         Checkpoint.open(own_trio.base)
 
 

@@ -178,7 +178,7 @@ class LayerRecord:
     similarity: Annotated[Mapping[str, Number], requiring(*SIMILARITIES)]
     best_index: Count
     gap: Number
-    principal: Mapping[str, Number]
+    principal: Mapping[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Number]
     rho: Number
     weight_norm2: Magnitude
     base_norm2: Magnitude
@@ -278,8 +278,8 @@ def read_pack(path: str | Path) -> tuple[dict[str, Any], Analysis]:
     content = PACK.content(path)
     try:
         analysis = Analysis.from_dict(content)
-        if not analysis.records:
-            raise InvalidContentError("it has no records")
+        if not analysis.records or not all(record.index for record in analysis.records):
+            raise InvalidContentError("it has no records, or a record without singular values")
     except InvalidContentError as error:
         raise PACK.refusal(path, error) from error
     return content, analysis

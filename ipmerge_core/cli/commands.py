@@ -161,7 +161,8 @@ def recipe(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Execute a plan, or with --dry-run print an estimate."""
-    from ipmerge_core.merging.merge import MANIFEST, estimate_merge, iter_merge
+    from ipmerge_core.merging.merge import estimate_merge, iter_merge
+    from ipmerge_core.merging.provenance import read_manifest
     from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.runtime.devices import describe_device
     from ipmerge_core.runtime.pipeline import keep_freed_memory
@@ -183,7 +184,7 @@ def merge(options: argparse.Namespace) -> int:
             verb = "measuring" if step.action == "measured" else "merging"
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
             progress.show(verb, step.nbytes_done, step.nbytes_total, what)
-    manifest = json.loads((Path(options.output) / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(options.output)
     text = f"Wrote {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
     result = {"model": options.output, "hash": plan.hash, "device": manifest["device"]}
     return print_result(options, result, text)

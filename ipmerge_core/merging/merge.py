@@ -41,6 +41,7 @@ from ipmerge_core.merging.parts import (
     rounding_noise,
     work_of,
 )
+from ipmerge_core.merging.provenance import read_manifest
 from ipmerge_core.merging.whole_model import FirstPassStep, is_due, run_first_pass
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
@@ -108,8 +109,7 @@ def merge(
     """Execute a plan and return the manifest; see `iter_merge`."""
     for _ in iter_merge(plan, out, device=device, resume=resume):
         pass
-    manifest: dict[str, Any] = json.loads((Path(out).expanduser() / MANIFEST).read_text("utf-8"))
-    return manifest
+    return read_manifest(out)
 
 
 def iter_merge(

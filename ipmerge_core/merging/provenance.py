@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ipmerge_core.analysis.records import Sources
+from ipmerge_core.errors import RunError
 from ipmerge_core.runtime.input_files import (
     MEGABYTE,
+    Count,
+    FileKind,
     InvalidContentError,
     Name,
     Schema,
@@ -46,6 +49,26 @@ class _Manifest:
 
 
 _MANIFEST = Schema[_Manifest](_Manifest)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The part of a manifest that the command line prints."""
+
+    n_merged: Count
+    device: Name
+
+
+_RESULT = Schema[_Result](_Result)
+_KIND = FileKind("a manifest", "Delete the folder and merge again.", RunError, largest=LARGEST)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read the whole manifest of a finished merge. Raises: RunError if it is damaged."""
+    path = Path(folder).expanduser() / MANIFEST
+    content: dict[str, Any] = _KIND.content(path)
+    _KIND.validate(_RESULT, content, path)
+    return content
 
 
 def read_provenance(folder: Path) -> Provenance | None:

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from xxhash import xxh3_128
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.runtime.input_files import (
@@ -21,6 +24,7 @@ from ipmerge_core.runtime.input_files import (
     read_bounded,
 )
 
+T = TypeVar("T")
 _LARGEST = 128 * MEGABYTE
 RUN_RECORD = FileKind(
     "a record of this merge", "Delete its folder and run again.", RunError, largest=_LARGEST
@@ -50,6 +54,15 @@ class JournalEntry:
     xxh3_128: str
 
 
+@dataclass(frozen=True)
+class Note:
+    """A JSON value that is stored with a run, and the checksum of its text."""
+
+    content: str
+    xxh3_128: str
+
+
+_NOTE = Schema[Note](Note)
 _RUN, _MANIFEST = Schema[_Run](_Run), Schema[_Manifest](_Manifest)
 _ENTRY = Schema[JournalEntry](JournalEntry)
 
@@ -67,6 +80,17 @@ def recorded_plan(manifest: Path) -> str | None:
     try:
         content = parse_json(read_bounded(manifest, _LARGEST), _LARGEST)
         return _MANIFEST.validate(content).plan.hash
+    except InvalidContentError:
+        return None
+
+
+def read_note(path: Path, schema: Schema[T]) -> T | None:
+    """Return the value of a note; None if it is damaged, so that it is computed again."""
+    try:
+        note = _NOTE.validate(parse_json(read_bounded(path, _LARGEST), _LARGEST))
+        if xxh3_128(note.content.encode()).hexdigest() != note.xxh3_128:
+            return None
+        return schema.validate(parse_json(note.content, _LARGEST))
     except InvalidContentError:
         return None
 

@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
@@ -28,7 +29,13 @@ from xxhash import xxh3_128
 from ipmerge_core.errors import CheckpointError, RunError
 from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec
 from ipmerge_core.models.files import LocalFiles
-from ipmerge_core.models.run_records import RUN_RECORD, journal_entries, recorded_plan, recorded_run
+from ipmerge_core.models.run_records import (
+    Note,
+    journal_entries,
+    read_note,
+    recorded_plan,
+    recorded_run,
+)
 from ipmerge_core.runtime.atomic import is_temporary, write_whole
 from ipmerge_core.runtime.input_files import Schema
 
@@ -138,13 +145,15 @@ class CheckpointWriter:
 
     def note(self, name: str, content: object) -> None:
         """Store a JSON value with the run until it is finished."""
+        text = json.dumps(content)
+        note = Note(content=text, xxh3_128=xxh3_128(text.encode()).hexdigest())
         with explained(self.place.run):
-            write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(content))
+            write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(asdict(note)))
 
     def noted(self, name: str, schema: Schema[T]) -> T | None:
-        """Return a value that `note` stored in this run, or None. Raises: RunError."""
+        """Return a value that `note` stored in this run; None if it is absent or damaged."""
         path = self.place.run / f"{name}{_NOTE}"
-        return RUN_RECORD.load(schema, path) if path.exists() else None
+        return read_note(path, schema) if path.exists() else None
 
     def audit(self, names: Iterable[str], threads: int = 1) -> None:
         """Read written tensors back from disk, verify their checksums, and hash them.

@@ -89,7 +89,7 @@ class _Recipe:
     __pydantic_config__ = CLOSED
 
     merge_method: Name
-    models: list[_Model]
+    models: tuple[_Model, ...] = ()
     base_model: Location | None = None
     parameters: dict[str, _Value] | None = None
     dtype: Name | None = None
@@ -134,7 +134,7 @@ def import_recipe(text: str | bytes) -> Recipe:
 
 def _read_models(recipe: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     base = recipe.get("base_model")
-    entries = recipe["models"]
+    entries = list(recipe["models"])
     if recipe["merge_method"] != "slerp":  # there the base is the MLLM
         entries = [entry for entry in entries if entry.get("model") != base]
     elif (

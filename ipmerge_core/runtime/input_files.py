@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 import zlib
 from collections.abc import Mapping, Sequence
@@ -192,7 +193,7 @@ def parse_json(data: bytes | bytearray | str, largest: int, *, foreign: bool = F
     if len(data) > largest:
         raise InvalidContentError(f"it is larger than {_size(largest)}, the maximum")
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        text = data if isinstance(data, str) else data.decode()
         return json.loads(
             text,
             object_pairs_hook=dict if foreign else _unique,
@@ -316,6 +317,7 @@ def requiring(*keys: str) -> AfterValidator:
 
 # --- messages --------------------------------------------------------------------------------
 
+_LONG_NUMBER = re.compile(r"[0-9]{20,}")
 _SUBJECTS = {"missing": "is missing", "missing_argument": "is missing"}
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument", "unexpected_positional_argument")
 
@@ -327,10 +329,11 @@ def _describe(error: ErrorDetails, content: Any) -> str:  # noqa: ANN401 (JSON v
         return f"{place} {_SUBJECTS[kind]}"
     if kind in _UNKNOWN:
         return f"{place} is not a known field"
-    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if message == error["msg"] or kind == "value_error":
-        return f"{place} is {reprlib.repr(error['input'])}: {message[:200]}"
-    return f"{place} is {reprlib.repr(error['input'])}; expected {message[:200]}"
+    message = _LONG_NUMBER.sub(lambda found: f"{float(found[0]):g}", error["msg"])
+    value = reprlib.repr(error["input"])
+    if message.startswith("Input should be "):
+        return f"{place} is {value}; expected {message.removeprefix('Input should be ')[:200]}"
+    return f"{place} is {value}: {message.removeprefix('Value error, ')[:200]}"
 
 
 def _key(name: str) -> str:

@@ -86,7 +86,11 @@ _STATUS, _REQUEST = Schema[JobStatus](JobStatus), Schema[Request](Request)
 
 def read_status(folder: Path) -> JobStatus:
     """Read a job's status. Raises: RunError if its file is damaged."""
-    return _JOB_FILE.load(_STATUS, folder / "status.json")
+    path = folder / "status.json"
+    status = _JOB_FILE.load(_STATUS, path)
+    if status.id != folder.name:
+        raise _JOB_FILE.refusal(path, f"'id' is {status.id!r:.80}; expected the folder's name")
+    return status
 
 
 def read_request(folder: Path) -> Request:

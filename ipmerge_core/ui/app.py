@@ -43,6 +43,7 @@ NO_PACKS = """\
 **No pair has been analysed yet.** Create a pack and reload this page:
 `ipmerge analyse --mllm A --math B --base Z -o {folder}/name.pack.json.gz`
 """
+LEFT_OUT = "**These files cannot be read and are left out:**"
 LARGEST_UPLOAD = "15mb"
 QUEUE = 32  # waiting requests
 SCRIPT = Path(__file__).with_name("page.js")
@@ -79,9 +80,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                     )
                     opener = gr.Button("Analyse other models", size="sm", elem_id="analyse-open")
         if faults := left_out():
-            gr.Markdown(
-                f"**These files cannot be read and are left out:**\n\n{faults}", elem_id="left-out"
-            )
+            gr.Markdown(f"{LEFT_OUT}\n\n{faults}", elem_id="left-out")
         panel = lay_out_panel(opener, details, hosted=backend.hosted)
         choice = gr.State(start_choice(load_pack(packs[0].id)) if packs else PlanChoice())
         if not packs:
