@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ipmerge_core.calibration.passes import CalibrationSettings, Passes, find_module
 from ipmerge_core.calibration.samples import DEMO, Sample, digest, load_samples
 from ipmerge_core.calibration.store import RECORD, Kind, Measured, Measurements
-from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.errors import IPMergeError, PlanError, RunError
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.runtime.atomic import atomic_path, is_temporary, write_whole
@@ -125,12 +126,16 @@ def iter_calibration(
     """
     device, out = resolve_device(device, fp64=False), Path(out).expanduser()
     work = _plan_work(pair, settings, mllm_samples, math_samples)
-    _claim(
-        out,
-        settings,
-        work,
-        estimate_calibration(pair, out, settings, len(mllm_samples), len(math_samples)),
-    )
+    cost = estimate_calibration(pair, out, settings, len(mllm_samples), len(math_samples))
+    with _removed_if_nothing_was_measured(out):
+        _claim(out, settings, work, cost)
+        yield from _measure_all(out, settings, work, device)
+
+
+def _measure_all(
+    out: Path, settings: CalibrationSettings, work: Sequence[_Share], device: str
+) -> Iterator[CalibrationStep]:
+    """Measure every model and write the calibration; parts of an earlier run are kept."""
     models = []
     total = sum(len(share.groups) * len(share.samples) for share in work)
     done = 0
@@ -320,6 +325,19 @@ def _claim(
         )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / _CLAIM, json.dumps(wanted))
+
+
+@contextmanager
+def _removed_if_nothing_was_measured(out: Path) -> Iterator[None]:
+    """Remove a new folder if the run fails before its first measurement."""
+    is_new = not out.exists()
+    try:
+        yield
+    except IPMergeError:
+        if is_new and out.is_dir() and [entry.name for entry in out.iterdir()] == [_CLAIM]:
+            (out / _CLAIM).unlink()
+            out.rmdir()
+        raise
 
 
 def _existing(path: Path) -> Path:

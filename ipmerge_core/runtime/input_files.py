@@ -24,7 +24,6 @@ from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 
 from ipmerge_core.errors import IPMergeError
 
@@ -52,6 +51,9 @@ FileName: TypeAlias = Annotated[
 ]
 
 
+_JSON = TypeAdapter[Any](Any, config=ConfigDict(ser_json_inf_nan="constants"))
+
+
 class InvalidContentError(ValueError):
     """Content that its schema rejects; the message names the field, its value and what is valid."""
 
@@ -76,12 +78,10 @@ class Schema(Generic[T]):
     def validate(self, content: Any) -> T:  # noqa: ANN401 (JSON values)
         """Return the content as the type. Raises: InvalidContentError."""
         try:
-            return self._adapter.validate_json(
-                to_json(content, inf_nan_mode="constants"), strict=True
-            )
+            return self._adapter.validate_json(_JSON.dump_json(content), strict=True)
         except ValidationError as error:
             raise InvalidContentError(_describe(error.errors()[0], content)) from error
-        except PydanticSerializationError as error:
+        except ValueError as error:
             raise InvalidContentError(
                 "its values are nested too deeply, or contain lone surrogates"
             ) from error
@@ -220,7 +220,7 @@ def parse_yaml(data: bytes | str, largest: int) -> Any:  # noqa: ANN401 (JSON va
         raise InvalidContentError(f"it is larger than {_size(largest)}, the maximum")
     try:
         content = yaml.load(data, Loader=_PlainLoader)  # noqa: S506 (a SafeLoader)
-        return parse_json(to_json(content, inf_nan_mode="constants"), 8 * largest)
+        return parse_json(_JSON.dump_json(content), 8 * largest)
     except InvalidContentError:
         raise
     except RecursionError as error:
@@ -322,7 +322,7 @@ _SUBJECTS = {"missing": "is missing", "missing_argument": "is missing"}
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument", "unexpected_positional_argument")
 
 
-def _describe(error: ErrorDetails, content: Any) -> str:  # noqa: ANN401 (JSON values)
+def _describe(error: Any, content: Any) -> str:  # noqa: ANN401 (pydantic's, and JSON values)
     """Describe the first violation: the field, its value and what was expected."""
     kind, place = error["type"], _place(error["loc"], content, error["type"])
     if kind in _SUBJECTS:
