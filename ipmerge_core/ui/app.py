@@ -44,6 +44,7 @@ NO_PACKS = """\
 `ipmerge analyse --mllm A --math B --base Z -o {folder}/name.pack.json.gz`
 """
 LEFT_OUT = "**These files cannot be read and are left out:**"
+LISTED = 4  # files that are left out
 LARGEST_UPLOAD = "15mb"
 QUEUE = 32  # waiting requests
 SCRIPT = Path(__file__).with_name("page.js")
@@ -55,7 +56,10 @@ def left_out() -> str:
     faults = [public_text(fault) for fault in (*unreadable_packs(), *unreadable_examples())]
     for fault in faults:
         logging.getLogger(__name__).warning("Left out: %s", fault)
-    return "\n".join(f"- {as_markdown(fault)}" for fault in faults)
+    listed = [as_markdown(fault) for fault in faults[:LISTED]]
+    if len(faults) > LISTED:
+        listed.append(f"{len(faults) - LISTED} more, see the log of the app.")
+    return "\n".join(f"- {line}" for line in listed)
 
 
 def build_app(backend: Backend | None = None) -> gr.Blocks:
