@@ -76,6 +76,7 @@ def _prompt(text: str) -> object:
 
 
 _ANYTHING = Schema[object](object)
+_PATTERN = compile_pattern(r"((\w+)+\.)*(a|a?)+mlp$")
 _FILE = FileKind("a file", "Make it again.", IPMergeError, largest=2 * LONGEST)
 DOORS: dict[str, Callable[[str], object]] = {
     "message": lambda text: show_text(text + str(id(object()))),
@@ -83,7 +84,7 @@ DOORS: dict[str, Callable[[str], object]] = {
     "name in HTML": as_html,
     "name in Markdown": as_markdown,
     "message of an error": lambda text: str(IPMergeError(text)),
-    "name and a pattern": lambda text: compile_pattern(r"((\w+)+\.)*(a|a?)+mlp$").search(text),
+    "name and a pattern": lambda text: _PATTERN.search(text.encode("utf-8", "replace").decode()),
     "pattern": _anyway(lambda text: PlanOptions(include=text)),
     "file of JSON": _anyway(lambda text: _FILE.validate(_ANYTHING, _FILE.parse(text, "a"), "a")),
     "error of a library": lambda text: first_line(ValueError(text)),
