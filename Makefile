@@ -4,6 +4,7 @@
 #   make test    install the test tools, then lint, type check and run every test
 #   make lint    ruff, mypy, eslint and tsc only
 #   make demo    train the demo models in assets/demo again
+#   make attack  attack a running app on this machine and print what held
 #   make bench   print the figures of benchmarks/README.md
 #   make clean   remove the environment and all caches
 #
@@ -19,7 +20,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(su
 PY := $(VENV)/bin/python
 NPM := PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/npm
 
-.PHONY: help app test lint lint-python lint-javascript demo bench clean
+.PHONY: help app test lint lint-python lint-javascript demo bench attack clean
 .DELETE_ON_ERROR:
 
 help:
@@ -60,6 +61,9 @@ demo: $(VENV)/.app
 
 bench: $(VENV)/.dev
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) $$script || exit 1; done
+
+attack: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) benchmarks/attack.py
 
 clean:
 	rm -rf $(VENV) node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

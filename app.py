@@ -12,10 +12,11 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from ipmerge_core.errors import RunError
-    from ipmerge_core.runtime.host import check_platform
+    from ipmerge_core.runtime.host import check_platform, limits
 
     try:
         check_platform()
+        limits()
     except RunError as error:
         sys.exit(str(error))
     from ipmerge_core.ui.app import launch

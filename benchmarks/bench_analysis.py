@@ -5,6 +5,8 @@
 The synthetic pair has two decoder layers with the proportions of Qwen2.5 (MLP 5.3 x the width, two
 key/value heads) and task vectors of a few strong directions in noise. Naive means two full fp32
 `torch.linalg.svd` per matrix, no more: what a direct reading of the method costs before any norm.
+The last table is the part of the CPU time that the singular values of the base and the storage of
+all values take.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import tempfile
 from itertools import count
 from math import prod
 from pathlib import Path
+from time import process_time
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +29,10 @@ from report import machine, seconds, table
 
 import ipmerge_core as ipm
 from ipmerge_core.analysis.analyse import comparing_cost
+from ipmerge_core.analysis.comparison import Options, compare
+from ipmerge_core.analysis.singular_values import SingularValues
 from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.spectral.weight_values import weight_values
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 LAYERS = 2
@@ -41,7 +47,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         print(table(["figure", "seconds", "bar"], demo(Path(folder))), end="\n\n")
         heads = ["route", "seconds", "x naive", "m n min(m, n) / s", "elements / s"]
-        print(table(heads, synthetic(Path(folder), width)))
+        pair = write_pair(Path(folder), width)
+        print(table(heads, synthetic(pair, width)), end="\n\n")
+        heads = ["matrix", "shape", "analysis, CPU s", "base and storing, CPU s", "share"]
+        print(table(heads, spectra(pair)))
 
 
 def demo(folder: Path) -> list[list[str]]:
@@ -65,9 +74,8 @@ def demo(folder: Path) -> list[list[str]]:
     ]
 
 
-def synthetic(folder: Path, width: int) -> list[list[str]]:
+def synthetic(pair: ModelPair, width: int) -> list[list[str]]:
     """Time the routes side by side on one pair."""
-    pair = write_pair(folder, width)
     naive = seconds(lambda: decompose_naively(pair), repeats=1)
     routes = {
         "exact analysis: every record complete": lambda: ipm.analyse(pair),
@@ -81,6 +89,29 @@ def synthetic(folder: Path, width: int) -> list[list[str]]:
         rates = [f"{work / spent:.2g}", f"{elements / spent:.2g}"]
         rows.append([name, f"{spent:.2f}", f"{spent / naive:.3f}", *rates])
     return rows
+
+
+def spectra(pair: ModelPair) -> list[list[str]]:
+    """Measure what the base's singular values and storing all values cost, by CPU time."""
+    options, rows, totals = Options(), [], [0.0, 0.0]
+    for matrix in pair.matrices[: len(pair.matrices) // LAYERS]:
+        weights = pair.read(matrix)
+        start = process_time()
+        (record,) = compare(matrix, weights, options)
+        whole = process_time() - start
+        assert record.spectra is not None
+        start = process_time()
+        SingularValues.of(weight_values(weights.base).numpy(), 0)
+        for stored in (record.spectra.mllm, record.spectra.math):
+            SingularValues.of(stored.values(), 0)
+        extra = process_time() - start
+        totals = [totals[0] + whole, totals[1] + extra]
+        rows.append([matrix.module, str(matrix.shape), *_shares(whole, extra)])
+    return [*rows, ["all", "", *_shares(*totals)]]
+
+
+def _shares(whole: float, extra: float) -> list[str]:
+    return [f"{whole:.2f}", f"{extra:.2f}", f"{extra / whole:.1%}"]
 
 
 def decompose_naively(pair: ModelPair) -> None:

@@ -37,6 +37,7 @@ import ipmerge_core as ipm
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.evaluation.batched_answers import answer_all
 from ipmerge_core.evaluation.scores import Score
+from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.loading import load_model
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import ModelPair
@@ -175,10 +176,11 @@ def peak_of(command: list[str]) -> tuple[int, int]:
 def scores(folder: Path, n: int) -> list[str]:
     """Ask a model the test draw; return image+math and perception."""
     loaded = load_model(folder)
+    processor = ModelProcessor(folder, takes_images=loaded.takes_images).processor
     cells = []
     for tasks in (MATH_TASKS, PERCEPTION_TASKS):
         asked = evaluation_problems(tasks, n, "test")
-        replies = answer_all(loaded.model, loaded.processor, asked)
+        replies = answer_all(loaded.model, processor, asked)
         right = sum(is_right(p, reply) for p, reply in zip(asked, replies, strict=True))
         cells.append(str(Score(right, len(asked))))
     return cells

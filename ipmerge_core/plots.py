@@ -7,11 +7,14 @@ each combined with a line style, so that figures are readable without colour.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+
+from ipmerge_core.analysis.singular_values import Spectra
 
 # Okabe-Ito colours, lighter on a dark page; the layer map uses the same ones.
 MLLM = {False: "#0072b2", True: "#4aa8e0"}
@@ -22,10 +25,17 @@ RULE = {False: "rgba(27,35,48,0.14)", True: "rgba(232,234,240,0.18)"}
 
 
 class SpectraInfo(NamedTuple):
-    """Singular values of both task vectors and their corresponding angles, at sampled ranks."""
+    """Singular values of both task vectors and their corresponding angles, by rank.
+
+    `sigma_ranks` are all ranks if the pack contains all singular values, and otherwise samples, as
+    `angle_ranks` always are; `held` states how many of the `possible` values there are.
+    """
 
     title: str
-    ranks: tuple[int, ...]
+    held: int
+    possible: int
+    sigma_ranks: tuple[int, ...]
+    angle_ranks: tuple[int, ...]
     mllm_sigma: tuple[float, ...]
     math_sigma: tuple[float, ...]
     angles: tuple[float, ...]
@@ -39,11 +49,15 @@ class SpectraInfo(NamedTuple):
 
 def spectra_info(record: Mapping[str, Any]) -> SpectraInfo:
     """Collect the numbers that the spectra figure of one matrix and expert shows."""
+    ranks, mllm_sigma, math_sigma = _singular_values(record)
     return SpectraInfo(
         title=f"Layer {record['layer']}, {record['module']}",
-        ranks=tuple(record["index"]),
-        mllm_sigma=tuple(record["mllm_sigma"]),
-        math_sigma=tuple(record["math_sigma"]),
+        held=len(mllm_sigma),
+        possible=min(record["shape"]),
+        sigma_ranks=ranks,
+        angle_ranks=tuple(record["index"]),
+        mllm_sigma=mllm_sigma,
+        math_sigma=math_sigma,
         angles=tuple(record["angles"]),
         noise_floor=record["noise_floor"],
         chance_first=record["chance"]["first"],
@@ -52,6 +66,17 @@ def spectra_info(record: Mapping[str, Any]) -> SpectraInfo:
         best_angle=record["similarity"]["max"],
         principal=tuple(sorted((int(k), value) for k, value in record["principal"].items())),
     )
+
+
+def _singular_values(
+    record: Mapping[str, Any],
+) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+    """Return ranks and singular values: all that were computed, or an older pack's samples."""
+    if not record.get("spectra"):
+        return tuple(record["index"]), tuple(record["mllm_sigma"]), tuple(record["math_sigma"])
+    spectra = Spectra.from_dict(record["spectra"])
+    found = tuple(spectra.mllm.values())
+    return tuple(range(1, len(found) + 1)), found, tuple(spectra.math.values())
 
 
 def spectra_figure(
@@ -69,7 +94,9 @@ def spectra_figure(
         dark: use light colours for a dark page.
         narrow: stack the panels vertically, for a phone.
     """
-    titles = (f"{info.title}: singular values", "corresponding angles sᵢ = |⟨vᵢ, vᵢ′⟩|")
+    values = f"{info.held} of {info.possible} singular values"
+    angles = f"{len(info.angles)} corresponding angles sᵢ = |⟨vᵢ, vᵢ′⟩|"
+    titles = (f"{info.title}: {values}", angles)
     rows, columns = (2, 1) if narrow else (1, 2)
     figure = make_subplots(
         rows, columns, horizontal_spacing=0.08, vertical_spacing=0.16, subplot_titles=titles
@@ -91,7 +118,7 @@ def spectra_figure(
 
 def _sigma_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
     lines = _sigma_lines(info, dark)
-    least = min(*info.mllm_sigma, *info.math_sigma)
+    least = min(value for value in (*info.mllm_sigma, *info.math_sigma, math.inf) if value > 0)
     if info.noise_floor is None or info.noise_floor < least / 10:  # far below the plotted range
         return lines
     return [*lines, _level(info, info.noise_floor, "rounding of the stored weights", dark)]
@@ -100,7 +127,7 @@ def _sigma_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
 def _sigma_lines(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
     return [
         go.Scatter(
-            x=info.ranks,
+            x=info.sigma_ranks,
             y=values,
             name=f"{name} task vector",
             line={"color": color, "dash": dash, "width": 2},
@@ -115,7 +142,7 @@ def _sigma_lines(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
 
 def _angle_line(info: SpectraInfo, dark: bool) -> go.Scatter:
     return go.Scatter(
-        x=info.ranks,
+        x=info.angle_ranks,
         y=info.angles,
         name="angles",
         mode="lines+markers",
@@ -158,7 +185,7 @@ def _angle_traces(info: SpectraInfo, dark: bool) -> list[go.Scatter]:
 def _level(info: SpectraInfo, value: float, name: str, dark: bool) -> go.Scatter:
     """Return a horizontal line as a trace, which stays correct when the axis becomes linear."""
     return go.Scatter(
-        x=[info.ranks[0], info.ranks[-1]],
+        x=[info.sigma_ranks[0], info.sigma_ranks[-1]],
         y=[value, value],
         name=name,
         mode="lines",

@@ -9,6 +9,7 @@ test fails and says what to do.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,11 +21,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page, Playwright
+    from playwright.sync_api import Browser, BrowserContext, Page, Playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -185,29 +187,86 @@ def firefox(playwright_driver: Playwright) -> Iterator[Browser]:
     browser.close()
 
 
+class Profiles:
+    """Browser profiles that tests use one after another, each handed over as if it were new.
+
+    A profile keeps what Chromium has fetched and compiled, which halves the time of a page's
+    load; what a visitor leaves behind (cookies, storage of every kind, permissions) is removed.
+    """
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self._free: dict[tuple[object, ...], list[BrowserContext]] = {}
+        self._keys: dict[BrowserContext, tuple[object, ...]] = {}
+
+    def take(self, *, newcomer: bool, **options: object) -> BrowserContext:
+        """A profile that nobody uses now, of a visitor who comes for the first time or not."""
+        key = (newcomer, repr(sorted(options.items())))
+        if self._free.get(key):
+            context = self._free[key].pop()
+        else:
+            context = self._browser.new_context(**options)
+            if not newcomer:
+                context.add_init_script(SEEN_BEFORE)
+        context.grant_permissions(options.get("permissions", []))
+        self._keys[context] = key
+        return context
+
+    def give_back(self, context: BrowserContext) -> None:
+        """Remove what the pages of a test left and keep the profile for the next one."""
+        addresses = {frame.url for page in context.pages for frame in page.frames}
+        for page in context.pages:
+            page.close()
+        context.clear_cookies()
+        context.clear_permissions()
+        self._clear_storage(context, {urlsplit(address)[:2] for address in addresses})
+        self._free.setdefault(self._keys[context], []).append(context)
+
+    def _clear_storage(self, context: BrowserContext, origins: set[tuple[str, str]]) -> None:
+        page = context.new_page()
+        session = context.new_cdp_session(page)
+        for scheme, host in origins:
+            if scheme.startswith("http"):
+                what = {"origin": f"{scheme}://{host}", "storageTypes": "all"}
+                session.send("Storage.clearDataForOrigin", what)
+        page.close()
+
+
+@pytest.fixture(scope="session")
+def profiles(chromium: Browser) -> Profiles:
+    """The profiles of a worker's browser."""
+    return Profiles(chromium)
+
+
 @pytest.fixture
-def new_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
-    """Make pages, each in a fresh profile: `new_page(width=390, height=844, **context options)`.
+def new_page(profiles: Profiles, request: pytest.FixtureRequest) -> Iterator[Callable[..., Page]]:
+    """Make pages, each in its own profile: `new_page(width=390, height=844, **context options)`.
 
     The visitor has been here before: no tour is offered, and the map shows everything. With
-    `newcomer=True` it is their first visit.
+    `newcomer=True` it is their first visit. A test that is tried again leaves a trace of each of
+    its profiles in `test-results/`, for `playwright show-trace`.
     """
     contexts = []
+    is_retry = getattr(request.node, "execution_count", 1) > 1
 
     def make(
         width: int = 1280, height: int = 900, *, newcomer: bool = False, **options: object
     ) -> Page:
-        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
+        context = profiles.take(newcomer=newcomer, **options)
         contexts.append(context)
-        if not newcomer:
-            context.add_init_script(SEEN_BEFORE)
+        if is_retry:
+            context.tracing.start(screenshots=True, snapshots=True)
         page = context.new_page()
+        page.set_viewport_size({"width": width, "height": height})
         page.set_default_timeout(PATIENCE)
         return page
 
     yield make
-    for context in contexts:
-        context.close()
+    for number, context in enumerate(contexts, 1):
+        if is_retry:
+            name = re.sub(r"\W+", "-", request.node.nodeid).strip("-")
+            context.tracing.stop(path=ROOT / "test-results" / f"{name}-{number}.zip")
+        profiles.give_back(context)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from browser_fixtures import (  # noqa: F401
     firefox,
     new_page,
     playwright_driver,
+    profiles,
 )
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook

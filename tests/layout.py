@@ -43,10 +43,10 @@ ORDER = [
 ]
 # The same inside `ui/`: what tabs share, then the tabs, then what puts them together.
 UI_ORDER = [
-    {"startup", "latex", "theme", "web"},
+    {"startup", "latex", "theme", "web", "serving"},
     {"safe_text"},
     {"pairs", "format"},
-    {"errors", "plan_choice"},
+    {"errors", "plan_choice", "web_security"},
     {"backend"},
     {"finished_merges", "runs"},
     {"explore"},

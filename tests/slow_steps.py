@@ -22,7 +22,7 @@ from ipmerge_core.errors import ModelLoadError
 from ipmerge_core.inference.generation import stream_answer as quick_answer
 from ipmerge_core.merging.merge import MergeStep
 from ipmerge_core.merging.merge import iter_merge as quick_merge
-from ipmerge_core.runtime.jobs import home_folder
+from ipmerge_core.runtime.host import home_folder
 
 HOLD = "hold"
 REPEAT_SECONDS = 0.05

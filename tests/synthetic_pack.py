@@ -6,11 +6,13 @@ record belong together as those of real matrices do.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
 
 from ipmerge_core.analysis.records import VERSION
+from ipmerge_core.analysis.singular_values import LEADING, Overlap, SingularValues, Spectra
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 PLACES = {
@@ -41,14 +43,22 @@ def log_spaced(rank: int, points: int = 48) -> list[int]:
 
 
 def make_pack(
-    layers: int = 28, experts: int = 1, seed: int = 0, hidden: int = 3584, feed: int = 18944
+    layers: int = 28,
+    experts: int = 1,
+    seed: int = 0,
+    hidden: int = 3584,
+    feed: int = 18944,
+    *,
+    spectra: bool = False,
 ) -> dict[str, object]:
-    """Make a pack of `layers` blocks and `experts` math models."""
+    """Make a pack of `layers` blocks and `experts` math models; with `spectra`, all values."""
     rng = np.random.default_rng(seed)
     records = []
     for layer in range(layers):
         for module in MODULES:
             records += matrix_records(rng, layer, layers, module, experts, hidden, feed)
+    for record in records:
+        record["spectra"] = asdict(spectra_of(record, seed)) if spectra else None
     decoder = sum(np.prod(r["shape"]) for r in records if r["expert"] == 0)
     source = {"revision": None, "fingerprint": "sha256:" + "0" * 64}
     return {
@@ -153,3 +163,46 @@ def matrix_records(
 def rounded(values: np.ndarray) -> list[float]:
     """Six significant digits, as an analysis keeps them."""
     return [float(f"{value:.6g}") for value in values]
+
+
+def spectra_of(record: dict[str, object], seed: int) -> Spectra:
+    """Spectra of realistic shape: strong directions above the bulk of a random matrix.
+
+    The bulk follows the quarter-circle law (or that of Marchenko and Pastur) with values displaced
+    by a tenth of their distance, about as much as those of random matrices are.
+    """
+    rng = np.random.default_rng([seed, record["layer"], *map(ord, record["module"])])
+    rows, columns = record["shape"]
+    rank = min(rows, columns)
+    found = {
+        name: spectrum_like(rng, rows, columns, top, strong)
+        for name, top, strong in (
+            ("mllm", record["mllm_sigma"][0], 0.06),
+            ("math", record["math_sigma"][0], 0.03),
+            ("base", 60.0, 0.02),
+        )
+    }
+    size = min(LEADING, rank)
+    cosines = np.abs(rng.normal(size=(size, size))) / np.sqrt(columns)
+    cosines[np.diag_indices(size)] += record["similarity"]["first"] * np.arange(1, size + 1) ** -0.6
+    return Spectra(
+        **{name: SingularValues.of(values, rank) for name, values in found.items()},
+        overlap=Overlap.of(np.clip(cosines, 0, 1).tolist()),
+    )
+
+
+def spectrum_like(
+    rng: np.random.Generator, rows: int, columns: int, top: float, strong: float
+) -> np.ndarray:
+    """Singular values, descending: a power law for a share of `strong`, then a bulk."""
+    p, q = sorted((rows, columns))
+    low, high = 1 - np.sqrt(p / q), 1 + np.sqrt(p / q)
+    grid = np.linspace(low, high, 20 * p + 2)[1:-1]
+    density = np.sqrt(np.maximum((grid**2 - low**2) * (high**2 - grid**2), 0)) / grid
+    share = np.cumsum(density) / density.sum()
+    places = (np.arange(p) + 0.5 + 0.1 * rng.normal(size=p)) / p
+    bulk = np.interp(np.clip(places, 0, 1), share, grid)
+    ranks = np.arange(1, p + 1)
+    head = high * (max(strong * p, 1) / ranks) ** 0.5
+    values = np.sort(np.hypot(bulk, np.sort(head * (ranks < 4 * strong * p))))[::-1]
+    return values * top / values[0]

@@ -66,16 +66,19 @@ def test_the_adapter_is_the_change_that_the_merge_makes(plan_of, trio, tmp_path)
         off = (3.0 * B @ A - change).norm()
         assert off <= 1.1e-3 * change.norm() + 1e-6 * before.read(tensor).norm()
         assert entry["residual"] <= 1e-3
-        assert B.shape[1] == A.shape[0] == entry["rank"] == entry["needed"]
+        rank = entry["rank"]
+        assert rank == entry["needed"] <= B.shape[1] == A.shape[0]
+        assert not B[:, rank:].any()
+        assert not A[rank:].any()
 
 
 def test_the_scale_of_every_module_is_lambda(plan_of, tmp_path):
     export_adapter(plan_of(lambda_=2.5), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["lora_alpha"] / config["r"] == pytest.approx(2.5)
-    assert set(config["rank_pattern"]) == set(config["target_modules"])
-    for module, rank in config["rank_pattern"].items():
-        assert config["alpha_pattern"][module] / rank == pytest.approx(2.5)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    ranks = {len(A) for _, A in factors(tmp_path / "adapter").values()}
+    assert ranks == {config["r"]}
 
 
 def test_the_configuration_is_the_file_that_peft_writes(plan_of, tmp_path):
@@ -251,6 +254,40 @@ def test_peft_loads_the_adapter_on_the_mllm_and_merges_to_the_merged_model(tmp_p
     for name in changed:
         change = ours[name] - original[name]
         assert (theirs[name] - ours[name]).norm() <= 2e-3 * change.norm()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.parametrize("how", ["linear", "cat", "svd"])
+def test_peft_combines_two_adapters_saves_and_loads_the_result(tmp_path, how):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    trio = write_llava(tmp_path)
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    needed = []
+    other = {"lambda_": 2.0} if how == "linear" else {"temperature": 6.0}  # one rank or two
+    for name, parameters in (("one", {}), ("two", other)):
+        plan = make_plan(analysis, similarity_threshold=0.0, **parameters)
+        matrices = export_adapter(plan, tmp_path / name)["matrices"]
+        needed.append({entry["needed"] for entry in matrices.values()})
+    assert all(len(ranks) > 1 for ranks in needed)  # what PEFT could not save
+
+    def model() -> object:
+        return AutoModelForImageTextToText.from_pretrained(trio.mllm)
+
+    both = PeftModel.from_pretrained(model(), tmp_path / "one", adapter_name="one")
+    both.load_adapter(tmp_path / "two", adapter_name="two")
+    more = {"svd_rank": 8} if how == "svd" else {}
+    both.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", combination_type=how, **more)
+    both.save_pretrained(tmp_path / "saved", selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(model(), tmp_path / "saved" / "sum")
+    both.set_adapter("sum")
+    text = {"input_ids": torch.arange(6)[None] % 5}
+    with torch.no_grad():
+        expected, found, plain = both(**text).logits, again(**text).logits, model()(**text).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (expected - plain).abs().max() > 1e-5
 
 
 def test_modules_have_the_names_of_transformers_in_memory():

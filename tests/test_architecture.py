@@ -88,8 +88,11 @@ def test_only_plots_and_the_ui_import_plotly():
     assert not offenders("plotly", allowed={"plots", "ui"})
 
 
-def test_only_inference_and_evaluation_import_transformers_and_only_inside_functions():
-    assert not offenders("transformers", allowed={"inference", "evaluation"})
+def test_only_these_import_transformers_and_only_inside_functions():
+    """Of `models`, one module: it completes configs by the defaults of their classes."""
+    assert not offenders("transformers", allowed={"inference", "evaluation", "models"})
+    users = {each.source for each in all_imports() if each.top == "transformers"}
+    assert {name for name in users if name.startswith("models.")} == {"models.forward_settings"}
     at_import = [
         found.place
         for found in all_imports()
@@ -120,7 +123,7 @@ def test_broad_handlers_in_the_core_only_clean_up_and_raise_again():
     wrong = [
         place(path, node)
         for path in files()
-        if room_of(path) not in REPORTS_BUGS and path.name != "jobs.py"
+        if room_of(path) not in REPORTS_BUGS and path.name != "job_process.py"
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})

@@ -17,7 +17,7 @@ from ipmerge_core.ui.chat.recorded import recorded_examples
 pytestmark = pytest.mark.browser
 
 SIDES = ("#chat-base", "#chat-merged")
-LOADING = 60_000  # the first live question loads torch
+LOADING = 180_000  # the first live question loads torch, here and in the process of processors
 
 
 @pytest.fixture(scope="module")

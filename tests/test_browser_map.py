@@ -266,7 +266,7 @@ def test_every_figure_says_its_numbers_in_a_sentence_a_table_and_a_file(
     page.get_by_role("button", name=re.compile("^Layer 12, k,")).click()
     record = next(r for r in RECORDS if (r["layer"], r["module"]) == (12, "k"))
     figures = page.locator("#layer-map .lm-figure")
-    expect(figures).to_have_count(3)
+    expect(figures).to_have_count(5)  # the last two are heat maps
     words = [figures.nth(i).locator("svg").get_attribute("aria-label") for i in range(3)]
     assert f"{record['mllm_sigma'][0]:.4g}"[:5] in words[0]
     assert f"best {record['similarity']['max']:.3f} at rank {record['best_index']}" in words[1]

@@ -338,6 +338,28 @@ def test_another_method_is_chosen_set_and_merged(page, place):
     assert plan["parameters"]["math_density"] is None
 
 
+def test_parameters_of_the_plan_from_explore_are_set_kept_and_merged(page, place):
+    unfold = page.get_by_text("Advanced: parameters not set in Explore")
+    unfold.click(timeout=LOADING)
+    field = page.locator("#parameter-temperature").get_by_role("textbox")
+    expect(field).to_have_attribute("placeholder", "as in the analysis")
+    field.fill("-1")
+    field.blur()
+    expect(page.locator("#findings")).to_contain_text("temperature is -1", timeout=LOADING)
+    field.fill("8.5")
+    field.blur()
+    confirmation = page.locator("#confirmation")
+    expect(confirmation).to_contain_text("temperature 8.5", timeout=LOADING)
+    tabs = page.locator("#tabs")
+    tabs.get_by_role("tab", name="Explore").click()
+    tabs.get_by_role("tab", name="Merge").click()
+    expect(field).to_have_value("8.5", timeout=LOADING)  # shown again as it is used
+    expect(confirmation).to_contain_text("temperature 8.5", timeout=LOADING)
+    start(page, "by-temperature")
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    assert manifest_of(place, "by-temperature")["parameters"]["temperature"] == 8.5
+
+
 def test_scope_gains_norms_and_anchor_stand_under_advanced(page, place):
     choose(page, "Task arithmetic")
     facts = page.locator("#confirmation")

@@ -12,11 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from full_disk import no_room
 from PIL import Image
 
 from ipmerge_core.calibration.calibrate import calibrate, estimate_calibration, iter_calibration
 from ipmerge_core.calibration.passes import CalibrationSettings, Passes, encode_sample, find_module
-from ipmerge_core.calibration.samples import Sample, load_samples
+from ipmerge_core.calibration.samples import (
+    MOST_SAMPLES,
+    Sample,
+    check_source,
+    load_samples,
+)
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, ModelLoadError, PairingError, PlanError, RunError
@@ -148,6 +154,26 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(pair, samples, tmp_p
     assert cut.models == whole.models
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
+
+
+def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on(pair, samples, tmp_path, grams):
+    out = tmp_path / "out"
+    with no_room(5000), pytest.raises(RunError, match="Cannot write to .*are kept"):
+        calibrate(pair, out, GRAM, *samples)
+    assert [path.name for path in out.iterdir()] == ["calibration.partial.json"]
+    assert calibrate(pair, out, GRAM, *samples).models == grams.models
+
+
+def test_weights_that_are_written_during_a_run_leave_no_measurements(samples, tmp_path):
+    folders = [shutil.copytree(DEMO / role, tmp_path / role) for role in ("mllm", "math", "base")]
+    changing = open_pair(*folders)
+    steps = iter_calibration(changing, tmp_path / "out", GRAM, *samples)
+    next(steps)
+    weights = next(folders[1].glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(PairingError, match="was written while it was in use"):
+        list(steps)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_folder_with_anything_else_is_left_alone(pair, samples, tmp_path, grams):
@@ -499,8 +525,31 @@ def test_without_the_library_a_dataset_is_answered_with_what_to_install(monkeypa
 def test_missing_files_and_silly_counts_are_refused(tmp_path):
     with pytest.raises(RunError, match="Expected a jsonl file, datasets:NAME, or demo"):
         load_samples(tmp_path / "none.jsonl", 10, takes_images=False)
-    with pytest.raises(RunError, match="expected 1 or more"):
-        load_samples("demo", 0, takes_images=False)
+    for check in (load_samples, check_source):
+        for limit in (-1, 0, MOST_SAMPLES + 1, 10**12):
+            with pytest.raises(RunError, match=f"limit of {limit} .*; expected 1 to 5000"):
+                check("demo", limit, takes_images=False)
+
+
+def test_a_source_is_checked_without_drawing_or_reading_its_samples(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a sample was drawn")
+
+    monkeypatch.setattr("ipmerge_core.calibration.samples.problems", refuse)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refuse))
+    for source in ("demo", "demo:math", "demo:perception", "datasets:org/maths"):
+        check_source(source, MOST_SAMPLES, takes_images=True)
+    path = tmp_path / "samples.jsonl"
+    path.write_text('\n{"question": "1 + 1?"}\nnot json\n')
+    check_source(path, 3, takes_images=False)
+    assert len(load_samples(path, 1, takes_images=False)) == 1
+    for source, words in (("demo:cooking", "Unknown demo task"), (tmp_path / "no", "Cannot read")):
+        with pytest.raises(RunError, match=words):
+            check_source(source, 3, takes_images=False)
+    for text, words in (("", "contains no samples"), ("{}\n", "Line 1 of")):
+        path.write_text(text)
+        with pytest.raises(RunError, match=words):
+            check_source(path, 3, takes_images=False)
 
 
 def test_demo_samples_are_drawn_for_eyes_and_told_in_words_otherwise():
@@ -543,3 +592,17 @@ def test_demo_samples_can_be_of_some_tasks_only(source, tasks):
 def test_unknown_demo_tasks_are_refused_with_the_known_ones(source):
     with pytest.raises(RunError, match=r"Unknown demo task '(reading)?' .*perception, math, add"):
         load_samples(source, 4, takes_images=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("gram", {"estimator": "empirical"}),
+        ("fisher", {"wide": "diagonal"}),
+        ("fisher", {"image_tokens": False}),
+    ],
+)
+def test_a_setting_that_the_kind_does_not_use_is_refused(kind, setting):
+    (name,) = setting
+    with pytest.raises(PlanError, match=f"{name} is .*does not use it"):
+        CalibrationSettings(kind, **setting)

@@ -287,3 +287,13 @@ def test_a_short_answer_is_noticed(trio: Trio) -> None:
     assert found.read("config.json", 5, 5) == b""
     with pytest.raises(RunError, match="returned 9 of 10 requested bytes"):
         found.read("config.json", 0, 10)
+
+
+def test_the_hub_s_known_subfolders_are_listed_and_read(own_trio: Trio) -> None:
+    for name, text in (("additional_chat_templates/rag.jinja", "{{ rag }}"), ("other/x.txt", "x")):
+        (own_trio.mllm / name).parent.mkdir()
+        (own_trio.mllm / name).write_text(text)
+    found = RemoteFiles("org/mllm", SHA, Counting(), str(own_trio.mllm))
+    assert found.names() == LocalFiles(own_trio.mllm).names()
+    assert "additional_chat_templates/rag.jinja" in found.names()
+    assert found.read("additional_chat_templates/rag.jinja") == b"{{ rag }}"

@@ -14,7 +14,9 @@ import pytest
 from platformdirs import user_data_path
 
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started, home_folder, run_job
+from ipmerge_core.runtime.host import Limits, home_folder
+from ipmerge_core.runtime.job_process import run_job
+from ipmerge_core.runtime.jobs import JobStatus, JobStore, Started
 
 WAIT = 60  # seconds that a process may take to do what a test waits for
 PATIENCE = 8  # less than a resume waits for the lock of a run that does not end
@@ -176,6 +178,97 @@ def test_only_the_key_cancels_and_resumes(store, folder):
     assert not store.holds_key(started.id, "")
 
 
+def wait_long(folder: str, before: str) -> Iterator[Step]:
+    """Do nothing before or after the first step, until `let_go`."""
+    if before == "after":
+        yield Step(1, 2)
+    while not Path(folder).with_name("gate").exists():
+        time.sleep(0.02)
+    yield Step(2, 2)
+
+
+@pytest.mark.parametrize("phase", ["importing", "opening"])
+def test_a_job_is_cancelled_before_its_first_step(store, folder, phase, tmp_path, monkeypatch):
+    if phase == "importing":
+        source = "import time\ntime.sleep(600)\n"
+        monkeypatch.syspath_prepend(str(tmp_path))
+    else:
+        source = ""
+    (tmp_path / "slow_import.py").write_text(source)
+    target = late(f"slow_import:{phase}") if phase == "importing" else wait_long
+    arguments = {"folder": str(folder), "before": "before"}
+    started = store.start(target, arguments, title="slow")
+    wait_for(store, started.id, lambda status: status.phase == phase)
+    store.cancel(started.id, started.key)
+    status = wait_until_over(store, started.id)
+    assert (status.state, status.step, status.can_resume) == ("cancelled", {}, True)
+
+
+def late(name: str) -> Callable[..., Iterator[Step]]:
+    """Stand for a function of a module that this process has not imported."""
+
+    def target(**_: object) -> Iterator[Step]:
+        yield Step(1, 1)
+
+    target.__module__, target.__qualname__ = name.split(":")
+    return target
+
+
+@pytest.mark.parametrize("before", ["before", "after"])
+def test_a_run_ends_at_its_time_limit_and_can_be_resumed(tmp_path, folder, before):
+    store = JobStore(tmp_path / "runs", Limits(run_minutes=1 / 120))
+    started = store.start(wait_long, {"folder": str(folder), "before": before}, title="long")
+    if before == "after":  # the current step may return first
+        wait_for(store, started.id, lambda status: time.time() > status.started + 2)
+        let_go(folder)
+    status = wait_until_over(store, started.id)
+    assert status.state == "failed"
+    assert "time limit of 0.00833333 minutes" in status.error
+    assert status.can_resume
+
+
+def test_sigterm_is_a_request_to_cancel(store, folder):
+    started = start_held(store, folder)
+    journal = (store.folder / started.id / "journal.jsonl").read_text().splitlines()
+    os.kill(json.loads(journal[0])["process"], signal.SIGTERM)
+    assert wait_until_over(store, started.id).state == "cancelled"
+
+
+def test_runs_are_shared_between_visitors(tmp_path, folder):
+    store = JobStore(tmp_path / "runs", Limits(runs=2, runs_per_visitor=1))
+    arguments = {"folder": str(folder), "before": "before"}
+    first = store.start(wait_long, arguments, title="a", visitor="1.1.1.1")
+    with pytest.raises(RunError, match="1 run is already in progress from your address .limit 1"):
+        store.start(wait_long, arguments, title="b", visitor="1.1.1.1")
+    second = store.start(wait_long, arguments, title="c", visitor="2.2.2.2")
+    with pytest.raises(RunError, match="2 runs are already in progress .limit 2"):
+        store.start(wait_long, arguments, title="d", visitor="3.3.3.3")
+    assert "1.1.1.1" not in (store.folder / first.id / "job.json").read_text()
+    let_go(folder)
+    for job in (first, second):
+        assert wait_until_over(store, job.id).state == "finished"
+
+
+def resumed_then_new(gate: str) -> Iterator[dict[str, object]]:
+    """Repeat old work, then do some of its own."""
+    yield {"nbytes_done": 80, "nbytes_total": 100, "action": "resumed"}
+    for done in (90, 100):
+        yield {"nbytes_done": done, "nbytes_total": 100, "action": "merged"}
+    while not Path(gate).exists():
+        time.sleep(0.02)
+        yield {"nbytes_done": 100, "nbytes_total": 100, "action": "merged"}
+
+
+def test_speed_is_measured_without_resumed_work(store, tmp_path):
+    gate = tmp_path / "gate"
+    started = store.start(resumed_then_new, {"gate": str(gate)}, title="again")
+    status = wait_for(store, started.id, lambda status: status.step.get("nbytes_done") == 100)
+    assert status.first["nbytes_done"] == 80
+    assert status.started <= status.since <= status.updated
+    gate.touch()
+    assert wait_until_over(store, started.id).state == "finished"
+
+
 def test_another_store_on_the_same_folder_sees_the_job(store, folder):
     started = start_held(store, folder)
     other = JobStore(store.folder)
@@ -238,7 +331,7 @@ def events(store: JobStore, job: str) -> list[str]:
 
 
 def test_too_many_runs_are_refused(tmp_path, folder):
-    store = JobStore(tmp_path / "runs", most_running=1)
+    store = JobStore(tmp_path / "runs", Limits(runs=1))
     started = start_held(store, folder)
     with pytest.raises(RunError, match=r"1 run is already in progress \(limit 1\)"):
         store.start(count, {"folder": str(folder), "total": 1}, title="second")

@@ -254,17 +254,41 @@ def test_the_manifest_records_the_audit(sharded: Trio, tmp_path: Path) -> None:
     assert manifest["processes"] == 1
 
 
-def test_nan_in_a_tensor_that_is_only_copied_is_refused(own_trio: Trio, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "nan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_infinities_in_tensors_that_are_only_copied_are_copied(
+    own_trio: Trio, tmp_path: Path, method: str, dtype: torch.dtype
+) -> None:
+    buffers = {
+        "vision_tower.attn_mask": torch.full((4, 4), -torch.inf).triu(1),
+        "language_model.model.layers.1.self_attn.rotary_emb.inv_freq": torch.tensor([1, torch.inf]),
+        "language_model.model.layers.0.self_attn.masked_bias": torch.tensor(float("nan")),
+        "language_model.model.rotary_emb.inv_freq": torch.tensor([torch.nan]),
+    }
+    weights = as_mllm(fine_tuned(text_weights(), 1)) | buffers
+    config = {"model_type": "llava", "text_config": TEXT_CONFIG}
+    folder = write_model(tmp_path / "m", weights, config, dtype=dtype)
+    pair = ipm.open_pair(folder, own_trio.math, own_trio.base)
+    ipm.merge(ipm.make_plan(pair, method=method), tmp_path / "out")
+    before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "out")
+    for name in buffers:
+        assert after.read_bytes(name) == before.read_bytes(name)
+
+
+def test_infinities_in_norms_matter_only_where_norms_are_merged(
+    own_trio: Trio, tmp_path: Path
+) -> None:
     weights = as_mllm(fine_tuned(text_weights(), 1))
-    weights["multi_modal_projector.linear_1.weight"][0, 0] = float("inf")
-    folder = write_model(
-        tmp_path / "m", weights, {"model_type": "llava", "text_config": TEXT_CONFIG}
+    weights["language_model.model.norm.weight"] = torch.full_like(
+        weights["language_model.model.norm.weight"], torch.inf
     )
-    plan = arithmetic(own_trio._replace(mllm=folder))
-    with pytest.raises(CheckpointError, match="linear_1.weight' .* holds 1 NaN or infinite"):
-        ipm.merge(plan, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not place_left(tmp_path / "out")
+    config = {"model_type": "llava", "text_config": TEXT_CONFIG}
+    folder = write_model(tmp_path / "m", weights, config)
+    pair = ipm.open_pair(folder, own_trio.math, own_trio.base)
+    ipm.merge(ipm.make_plan(pair, method="task_arithmetic"), tmp_path / "kept")
+    plan = ipm.make_plan(pair, method="task_arithmetic", norms="merge")
+    with pytest.raises(CheckpointError, match="model.norm.weight' .* NaN or infinite"):
+        ipm.merge(plan, tmp_path / "merged")
 
 
 def test_a_large_tensor_is_copied_in_pieces(

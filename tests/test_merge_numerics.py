@@ -126,7 +126,7 @@ def write_wide(folder: Path, dtype: str) -> Wide:
 
     @cache
     def calibration(kind: str) -> Path:
-        settings = CalibrationSettings(kind, estimator="empirical")
+        settings = CalibrationSettings(kind, "empirical" if kind == "fisher" else "sampled")
         return calibrate(pair, folder / kind, settings, *samples).folder
 
     return Wide(dtype, pair, floors, folder, calibration)

@@ -204,10 +204,12 @@ def test_the_estimate_reads_headers_only(
 # --- bad input: one sentence, and nothing is written ---
 
 
-def refused(plan: MergePlan, tmp_path: Path, error: type[IPMergeError], words: str) -> None:
+def refused(
+    plan: MergePlan, tmp_path: Path, error: type[IPMergeError], words: str, **how: bool
+) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=words):
-        ipm.merge(plan, tmp_path / "out")
+        ipm.merge(plan, tmp_path / "out", **how)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -245,7 +247,8 @@ def test_nan_weights_are_refused_and_leave_nothing(
     save_file(changed, own_trio.math / "model.safetensors")
     pair = ipm.open_pair(own_trio.mllm, own_trio.math, own_trio.base)
     plan = ipm.make_plan(pair, method, **choice)
-    refused(plan, tmp_path, CheckpointError, "up_proj.weight' .* holds 1 NaN or infinite values")
+    words = "up_proj.weight' .* holds 1 NaN or infinite values"
+    refused(plan, tmp_path, CheckpointError, words, force=True)
 
 
 def test_a_gain_that_overflows_the_stored_dtype_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS
+from ipmerge_core.planning.description import describe_change
 from ipmerge_core.planning.options import ANCHORS, PlanOptions, compile_pattern
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
@@ -29,7 +31,6 @@ from ipmerge_core.ui.merge.method_form import (
     with_option,
     with_value,
 )
-from ipmerge_core.ui.merge.summary import describe_change
 from ipmerge_core.ui.merge.tab import readiness
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import RunView, find_run
@@ -53,7 +54,7 @@ def test_every_method_is_offered() -> None:
 def test_every_parameter_of_every_method_has_a_field_with_its_default_and_help() -> None:
     for method in METHODS.values():
         for parameter in method.parameters:
-            field = _field(parameter)
+            field = _field(parameter, {})
             assert field.value == parameter.default
             assert parameter.bounds.help in field.info
 
@@ -73,7 +74,7 @@ def test_every_parameter_of_every_method_has_a_field_with_its_default_and_help()
 )
 def test_a_field_fits_its_parameter(method: str, parameter: str, kind: type) -> None:
     (found,) = [p for p in METHODS[method].parameters if p.name == parameter]
-    field = _field(found)
+    field = _field(found, {})
     assert isinstance(field, kind)
     if isinstance(field, gr.Slider):
         assert field.minimum <= found.default <= field.maximum
@@ -178,7 +179,7 @@ def test_options_reach_the_plan_of_any_method_and_stay_when_another_is_chosen() 
 def test_norms_that_merge_are_not_said_to_stay() -> None:
     chosen = with_option("norms", MethodChoice("task_arithmetic"), "merge")
     found = readiness(Backend(), DEMO, PlanChoice(), chosen)
-    assert "the decoder&#x27;s norms and biases" in found.confirmation
+    assert ", 9 norms;" in found.confirmation
     assert "norm: only matrices" not in found.confirmation
 
 
@@ -316,8 +317,35 @@ def test_a_calibration_counts_passes() -> None:
     words = progress_html(status_with(step))
     assert "5 of 20 passes" in words
     assert "math model, part 1 of 2" in words
-    assert "about 30 seconds left" in words
+    assert "left" not in words  # nothing is known of its speed after one step
+    first = replace(status_with(step), first={**step, "done": 2}, since=8.0)
+    words = progress_html(first)
+    assert "about 10 seconds left" in words
     assert "MB/s" not in words
+
+
+@pytest.mark.parametrize("resumed", [0, 90_000_000])
+def test_speed_and_time_left_count_only_what_this_run_did(resumed: int) -> None:
+    step = {"tensor": "a", "index": 1, "total": 9, "action": "merged", "nbytes_total": 200_000_000}
+    step["nbytes_done"] = resumed + 50_000_000
+    status = status_with(step)
+    words = progress_html(replace(status, first={**step, "nbytes_done": resumed}, since=5.0))
+    assert "10 MB/s" in words
+    assert f"about {(150_000_000 - resumed) // 10_000_000} seconds left" in words
+
+
+def test_a_run_says_what_it_does_before_its_first_step_and_after_the_last() -> None:
+    words = {
+        "starting": "starting a process",
+        "importing": "importing libraries",
+        "opening": "opening the models",
+    }
+    for phase, expected in words.items():
+        shown = progress_html(replace(status_with({}), phase=phase))
+        assert expected in shown
+        assert "left" not in shown
+    step = {"tensor": "a", "index": 9, "total": 9, "nbytes_done": 5, "nbytes_total": 5}
+    assert "verifying and finishing" in progress_html(status_with(step))
 
 
 def test_steps_of_wudi_are_part_of_the_time(tmp_path: Path) -> None:

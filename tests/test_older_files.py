@@ -11,6 +11,7 @@ import gzip
 import json
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,9 @@ def test_a_merge_goes_on_and_writes_the_model_that_its_plan_describes(home):
 
 def test_an_analysis_goes_on_and_leaves_its_pack(home):
     made = ipm.Analysis.load(resumed(home, "analyse"))
-    assert made.records == ipm.Analysis.load(home / "packs" / "older.pack.json.gz").records
+    older = ipm.Analysis.load(home / "packs" / "older.pack.json.gz").records
+    assert all(record.spectra for record in made.records)  # which packs did not have
+    assert tuple(replace(record, spectra=None) for record in made.records) == older
 
 
 def test_a_calibration_is_found_again_and_one_goes_on(home):

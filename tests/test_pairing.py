@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import LAYERS, TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model
 
-from ipmerge_core.errors import PairingError, ShapeError
+from ipmerge_core.errors import CheckpointError, PairingError, ShapeError
+from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import MODULES, ModelPair, open_pair
 
 MLLM_CONFIG = {"model_type": "llava", "text_config": TEXT_CONFIG}
@@ -163,3 +164,13 @@ def test_config_of_the_outer_model_counts_where_the_inner_is_silent(
         tmp_path / "b", text_weights(), {**base_config, "tie_word_embeddings": False}
     )
     assert levels(open_pair(mllm, trio.math, base))["mllm: tied embeddings"] == "warning"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_a_model_saved_from_zero_3_without_its_weights_is_named(tmp_path: Path, name: str) -> None:
+    folder = write_model(tmp_path / "m", text_weights() | {name: torch.empty(0)}, dict(TEXT_CONFIG))
+    with pytest.raises(CheckpointError, match=f"ZeRO-3 without its weights: '{name}'") as caught:
+        Checkpoint.open(folder)
+    assert "zero_to_fp32.py" in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def test_the_threshold_itself_is_included(analysis: Analysis) -> None:
     assert (FIRST, 0) not in selected(above)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
+)
 @given(low=st.floats(0, 1), high=st.floats(0, 1))
 def test_raising_the_threshold_never_selects_more(
     low: float, high: float, analysis: Analysis
@@ -192,6 +195,11 @@ def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
 def as_it_was(plan: MergePlan) -> dict[str, Any]:
     """A plan's file of the time when normalize was true or false and methods had fewer options."""
     content = json.loads(json.dumps(plan.to_dict()))
+    for source in [content["sources"]["mllm"], content["sources"]["base"]]:
+        del source["content"]
+    for source in content["sources"]["math"]:
+        del source["content"]
+    del content["method_version"]
     parameters = content["parameters"]
     if "normalize" in parameters:
         parameters["normalize"] = parameters["normalize"] == "weights"
@@ -226,8 +234,9 @@ def test_a_plan_of_an_earlier_version_opens_and_merges_the_same(
     plan = ipm.make_plan(analysis, method, **choice)
     (tmp_path / "plan.json").write_text(json.dumps(as_it_was(plan)))
     old = MergePlan.load(tmp_path / "plan.json")
-    assert old.digest == plan.digest
-    assert old == plan
+    same = replace(plan, sources=plan.sources._each(lambda source: replace(source, content=None)))
+    assert old.digest == same.digest
+    assert old == same
 
 
 def test_what_is_new_in_a_plan_is_in_its_hash(analysis: Analysis) -> None:
@@ -283,11 +292,6 @@ def test_impossible_layer_gains_are_refused(factors: tuple, analysis: Analysis) 
         ipm.make_plan(analysis, layer_gains=factors)
 
 
-def test_a_method_without_a_gain_takes_no_layer_gains(analysis: Analysis) -> None:
-    with pytest.raises(PlanError, match="does not support layer gains"):
-        ipm.make_plan(analysis, method="karcher", layer_gains=(0, 1))
-
-
 def test_plans_of_a_pack_of_version_1_take_every_direction_as_they_did():
     # Written by the version that made such packs, from the demo trio; so are hashes and changes.
     analysis = ipm.Analysis.load(Path(__file__).parent / "pack_version_1.json.gz")
@@ -304,3 +308,10 @@ def test_plans_of_a_pack_of_version_1_take_every_direction_as_they_did():
         assert not plan.preview().approximate
     with pytest.raises(PlanError, match="used directions all and the plan has directions existing"):
         ipm.make_plan(analysis, directions="existing").preview()
+
+
+def test_more_layer_gains_than_layers_are_refused(analysis: Analysis) -> None:
+    layers = len({record.layer for record in analysis.records})
+    ipm.make_plan(analysis, "task_arithmetic", layer_gains=[1.0] * layers)
+    with pytest.raises(PlanError, match=f"has {layers + 1} factors and the model {layers} layers"):
+        ipm.make_plan(analysis, "task_arithmetic", layer_gains=[1.0] * (layers + 1))

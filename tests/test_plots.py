@@ -13,7 +13,10 @@ RECORD = make_pack(layers=1)["records"][1]
 def test_spectra_info_holds_the_numbers_of_the_record():
     assert spectra_info(RECORD) == SpectraInfo(
         title="Layer 0, k",
-        ranks=tuple(RECORD["index"]),
+        held=len(RECORD["index"]),
+        possible=896,
+        sigma_ranks=tuple(RECORD["index"]),
+        angle_ranks=tuple(RECORD["index"]),
         mllm_sigma=tuple(RECORD["mllm_sigma"]),
         math_sigma=tuple(RECORD["math_sigma"]),
         angles=tuple(RECORD["angles"]),
@@ -24,6 +27,16 @@ def test_spectra_info_holds_the_numbers_of_the_record():
         best_angle=RECORD["similarity"]["max"],
         principal=tuple((k, RECORD["principal"][str(k)]) for k in (1, 4, 16, 64)),
     )
+
+
+def test_a_figure_of_a_pack_with_all_values_draws_all_and_says_how_many_there_are():
+    full = make_pack(layers=1, hidden=64, feed=96, spectra=True)["records"][0]
+    info = spectra_info(full)
+    assert (info.held, info.possible, info.sigma_ranks) == (64, 64, tuple(range(1, 65)))
+    for ranks, values in ((RECORD["index"], "41 of 896"), (info.sigma_ranks, "64 of 64")):
+        figure = spectra_figure(info if values.startswith("64") else spectra_info(RECORD))
+        assert f"{values} singular values" in figure.layout.annotations[0].text
+        assert tuple(figure.data[0].x) == tuple(ranks)
 
 
 def test_the_spectra_figure_draws_both_task_vectors_and_their_angles():

@@ -42,7 +42,7 @@ PLANS: list[dict[str, Any]] = [
     {"projector": "top_k", "top_k": 3},
     {"ablation": "rescale_only"},
     {"ablation": "rescale_only", "rank": 4},
-    {"ablation": "select_only", "rank": 2, "temperature": 5.0},
+    {"ablation": "select_only"},
     {"layer_gains": (0.5, 2.0)},
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import string
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ipmerge_core.errors import ModelLoadError, RunError
-from ipmerge_core.inference.generation import answer, encode_prompt
-from ipmerge_core.inference.loading import LoadedModel, load_model
+from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.prompts import (
     LONGEST_QUESTION,
     ChatFormat,
@@ -71,17 +71,17 @@ HISTORY = [
 
 
 @pytest.fixture(scope="module")
-def mllm() -> LoadedModel:
-    return load_model(DEMO / "mllm")
+def mllm() -> ModelProcessor:
+    return ModelProcessor(DEMO / "mllm", takes_images=True)
 
 
 @pytest.fixture(scope="module")
-def math() -> LoadedModel:
-    return load_model(DEMO / "math")
+def math() -> ModelProcessor:
+    return ModelProcessor(DEMO / "math", takes_images=False)
 
 
 @pytest.fixture(autouse=True)
-def same_template_afterwards(mllm: LoadedModel, math: LoadedModel):
+def same_template_afterwards(mllm: ModelProcessor, math: ModelProcessor):
     owners = [mllm.processor, mllm.tokenizer, math.tokenizer]
     before = [owner.chat_template for owner in owners]
     yield
@@ -89,16 +89,21 @@ def same_template_afterwards(mllm: LoadedModel, math: LoadedModel):
         owner.chat_template = found
 
 
-def use(loaded: LoadedModel, found: object) -> None:
+def use(loaded: ModelProcessor, found: object) -> None:
     for owner in (loaded.processor, loaded.tokenizer):
         owner.chat_template = found
 
 
-def tokens(loaded: LoadedModel, *args: object) -> list[int]:
-    return encode_prompt(loaded, *args)["input_ids"][0].tolist()
+def tokens(
+    loaded: ModelProcessor,
+    question: str,
+    image: Image.Image | None = None,
+    before: list[Message] | tuple[()] = (),
+) -> list[int]:
+    return loaded.encode([*before, Message("user", question, image)])["input_ids"][0].tolist()
 
 
-def tokens_of(loaded: LoadedModel, text: str, *images: Image.Image) -> list[int]:
+def tokens_of(loaded: ModelProcessor, text: str, *images: Image.Image) -> list[int]:
     """The tokens that a text written by hand has."""
     if loaded.takes_images:
         more = {"images": list(images)} if images else {}
@@ -232,47 +237,171 @@ def chat_of(config: dict[str, object], processor: object = None) -> ChatFormat:
 def test_the_placeholder_is_the_processor_s_in_the_brackets_that_the_config_names(
     config, processor, placeholder
 ):
-    prompt = render_chat(chat_of(config, processor), [Message("user", "What?", PICTURE)])
+    prompt = render_chat(chat_of(config, processor), [Message("user", "What?", PICTURE)]).text
     assert prompt == f"user: {placeholder}What?\nbot:"
 
 
 def test_a_list_template_with_another_placeholder_than_the_processor_s_is_not_trusted():
     chat = chat_of({}, SimpleNamespace(image_token="<img>"))
     chat.tokenizer.chat_template = template(PARTS)  # writes <image>
-    prompt = render_chat(chat, [Message("user", "What?", PICTURE)])
+    prompt = render_chat(chat, [Message("user", "What?", PICTURE)]).text
     assert prompt == "USER: <img>\nWhat? ASSISTANT:"
 
 
 # --- texts are never control tokens ----------------------------------------------------------
 
+SPELLED = [
+    "<image>", "a <image> b <image>", "</s>", "<s><s>", "<pad>", "<<image>>", "</s></s> 2",
+    "\uf8f00\uf8f1", "<image>\uf8f00\uf8f1", "x<s>\n\ny",
+]  # fmt: skip
 
-@pytest.mark.parametrize("text", ["<image>", "a <image> b <image>", "</s>", "<s><s>", "<pad>"])
-def test_a_control_token_in_a_question_is_text(mllm, text):
+
+@pytest.mark.parametrize("text", SPELLED)
+@pytest.mark.parametrize("name", [None, *TEMPLATES])
+def test_a_control_token_in_a_question_is_text(mllm, name, text):
+    use(mllm, name and TEMPLATES[name])
     ids = tokens(mllm, f"What is {text}?", PICTURE)
     plain = tokens(mllm, "What is it?", PICTURE)
     for number in mllm.tokenizer.all_special_ids:
         assert ids.count(number) == plain.count(number)
-    assert answer(mllm, f"What is {text}?", PICTURE, max_new_tokens=2)
+    assert f"What is {text}?" in mllm.decode(ids, skip_special_tokens=False)
 
 
-def test_tokens_that_overlap_are_all_broken():
+def test_every_message_of_a_conversation_may_spell_control_tokens(mllm):
+    before = [
+        Message("system", "Never write </s>."),
+        Message("user", "a <image> b", PICTURE),
+        Message("assistant", "</s> is the end."),
+    ]
+    for name in TEMPLATES:
+        use(mllm, TEMPLATES[name])
+        inputs = mllm.encode([*before, Message("user", "And <pad>?")])
+        text = mllm.decode(inputs["input_ids"][0].tolist(), skip_special_tokens=False)
+        for message in [*before, Message("user", "And <pad>?")]:
+            assert message.text in text, name
+        assert inputs["attention_mask"].shape == inputs["input_ids"].shape
+        assert inputs["attention_mask"].all()
+        ids = inputs["input_ids"][0].tolist()
+        assert ids.count(mllm.tokenizer.convert_tokens_to_ids("<image>")) == 16
+
+
+@pytest.mark.parametrize("text", ["</s>", "2 <s> 3", "<image>"])
+def test_a_sample_s_answer_is_text_too(mllm, text):
+    ids = mllm.encode_text(text)
+    assert not set(ids) & set(mllm.tokenizer.all_special_ids)
+    assert mllm.decode(ids) == text
+
+
+VISIBLE = [*string.ascii_letters, *string.digits, *string.punctuation]
+
+
+def sentencepiece(prepend: str) -> object:
+    """A tokenizer as Llama's: pieces of BPE, and a prefix of every word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", "▁", *VISIBLE, "▁W", "▁<", "</"]
+    merges = [("▁", "W"), ("▁", "<"), ("<", "/")]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    if prepend == "normalizer":
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return made
+
+
+def byte_level() -> object:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<unk>", "<s>", "</s>", *alphabet, "<|im_end|>"]  # the last one in the model itself
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def unigram() -> object:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", "▁", *VISIBLE, "<|im_end|>"]
+    scores = [(word, -1.0 - 0.01 * number) for number, word in enumerate(words)]
+    made = Tokenizer(models.Unigram(scores, unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    made.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    return made
+
+
+FAMILIES = {
+    "SentencePiece, legacy": lambda: sentencepiece("normalizer"),
+    "SentencePiece, prefix of every piece": lambda: sentencepiece("always"),
+    "SentencePiece, prefix of the text": lambda: sentencepiece("first"),
+    "bytes": byte_level,
+    "unigram": unigram,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "said", ["What is </s>?", "</s>", "<s></s><s>", "a <|im_end|> b </s> c", "<|im_end|></s>"]
+)
+def test_no_tokenizer_family_reads_a_control_token_in_a_question(math, tmp_path, family, said):
+    from transformers import PreTrainedTokenizerFast
+
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=FAMILIES[family](), bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<|im_end|>"],
+        chat_template=template("{{ m['content'] }}").replace("{% for", "{{ bos_token }}{% for", 1),
+    )  # fmt: skip
+    made.save_pretrained(tmp_path / "own")
+    shutil.copy(DEMO / "math" / "config.json", tmp_path / "own")
+    own = ModelProcessor(tmp_path / "own", takes_images=False)
+    ids = tokens(own, said)
+    control = set(own.tokenizer.all_special_ids)
+    assert [number for number in ids if number in control] == [own.tokenizer.bos_token_id]
+    shown = own.tokenizer.decode([number for number in ids if number not in control])
+    assert said in shown
+
+
+@pytest.mark.parametrize("said", ["What is </s>?", "<extra_id_3> é </s><pad>", "\uf8f00\uf8f1"])
+def test_a_tokenizer_written_in_python_reads_none_either(tmp_path, said):
+    from transformers import ByT5Tokenizer
+
+    made = ByT5Tokenizer(chat_template=template("{{ m['content'] }}"))
+    made.save_pretrained(tmp_path)
+    shutil.copy(DEMO / "math" / "config.json", tmp_path)
+    own = ModelProcessor(tmp_path, takes_images=False)
+    ids = tokens(own, said)
+    assert not set(ids) & set(own.tokenizer.all_special_ids)
+    assert own.decode(ids, skip_special_tokens=False) == f"USER: {said} ASSISTANT:"
+
+
+def test_tokens_that_overlap_are_all_hidden_from_the_template():
     chat = chat_of({})
     chat.tokenizer.added_tokens_decoder = {
         number: SimpleNamespace(content=token, special=True)
         for number, token in enumerate(["<|a|>", "|><|", "<|ab"])
     }
     prompt = render_chat(chat, [Message("user", "x <|a|><|ab y")])
-    assert prompt == "user: x < |a| >< |ab y\nbot:"
+    assert prompt.text == "user: x \uf8f00\uf8f1\nbot:"
+    assert prompt.verbatim == {"\uf8f00\uf8f1": "<|a|><|ab y"}
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["<", "|", "open", "pad", ">", "x", " "]), max_size=24))
-def test_no_spelling_of_a_control_token_survives(parts):
+@given(st.lists(st.sampled_from(["<", "|", "open", "pad", ">", "x", " ", "\uf8f0"]), max_size=24))
+def test_no_spelling_of_a_control_token_reaches_a_template(parts):
     text = f"q{''.join(parts)}q"
     prompt = render_chat(chat_of({}), [Message("user", text)])
-    said = prompt.removeprefix("user: ").removesuffix("\nbot:")
+    said = prompt.text.removeprefix("user: ").removesuffix("\nbot:")
     assert not any(token in said for token in OWN.values())
-    assert said.replace(" ", "") == text.replace(" ", "")
+    for mark, hidden in prompt.verbatim.items():
+        assert said.count(mark) == 1
+        said = said.replace(mark, hidden)
+    assert said == text
 
 
 # --- templates that cannot be used -----------------------------------------------------------
@@ -298,7 +427,7 @@ def test_a_template_that_cannot_be_used_is_told_with_a_remedy(request, bad, side
     loaded = request.getfixturevalue(side)
     use(loaded, bad)
     with pytest.raises(ModelLoadError, match=f"The chat template of '{side}'") as caught:
-        encode_prompt(loaded, "What is it?", PICTURE if loaded.takes_images else None)
+        tokens(loaded, "What is it?", PICTURE if loaded.takes_images else None)
     assert BAD[bad] in str(caught.value)
     assert "Fix chat_template.jinja" in str(caught.value)
 
@@ -308,7 +437,7 @@ def test_named_templates_without_a_default_are_named(request, side):
     loaded = request.getfixturevalue(side)
     use(loaded, {"rag": "r", "tool_use": "t"})
     with pytest.raises(ModelLoadError, match="named 'rag', 'tool_use' but none named 'default'"):
-        encode_prompt(loaded, "What is it?", None)
+        tokens(loaded, "What is it?", None)
 
 
 def test_named_templates_with_a_default_use_it(mllm):
@@ -320,7 +449,7 @@ def test_named_templates_with_a_default_use_it(mllm):
 def test_a_template_that_is_no_text_is_refused(mllm):
     use(mllm, ["a", "b"])
     with pytest.raises(ModelLoadError, match="is a list; expected a Jinja template string"):
-        encode_prompt(mllm, "What is it?", None)
+        tokens(mllm, "What is it?", None)
 
 
 def test_a_processor_that_raises_anything_is_told(mllm, monkeypatch):
@@ -329,7 +458,7 @@ def test_a_processor_that_raises_anything_is_told(mllm, monkeypatch):
 
     monkeypatch.setattr(type(mllm.processor), "__call__", fail)
     with pytest.raises(ModelLoadError, match=r"cannot encode.*AssertionError: odd patch size\)"):
-        encode_prompt(mllm, "What is it?", PICTURE)
+        tokens(mllm, "What is it?", PICTURE)
 
 
 # --- templates as files ----------------------------------------------------------------------
@@ -356,7 +485,7 @@ def in_tokenizer_config(folder: Path, found: object) -> None:
 def test_a_template_in_tokenizer_config_alone_is_used(folder, side):
     own = folder(side)
     in_tokenizer_config(own, TEMPLATES["string, joined"])
-    loaded = load_model(own)
+    loaded = ModelProcessor(own, takes_images=side == "mllm")
     image = PICTURE if loaded.takes_images else None
     mark = "<image>\n" if image else ""
     expected = tokens_of(loaded, f"USER: {mark}What? ASSISTANT:", *([image] if image else []))
@@ -368,7 +497,41 @@ def test_named_templates_in_tokenizer_config_without_a_default_are_told(folder, 
     own = folder(side)
     in_tokenizer_config(own, [{"name": "rag", "template": "r"}])
     with pytest.raises(ModelLoadError, match="'rag'"):
-        answer(own, "What is it?")
+        tokens(ModelProcessor(own, takes_images=side == "mllm"), "What is it?")
+
+
+def test_a_template_in_chat_template_json_is_used(folder):
+    own = folder("mllm")
+    found = {"chat_template": TEMPLATES["list"]}
+    (own / "chat_template.json").write_text(json.dumps(found))
+    loaded = ModelProcessor(own, takes_images=True)
+    expected = tokens_of(loaded, "USER: <image>\nWhat? ASSISTANT:", PICTURE)
+    assert tokens(loaded, "What?", PICTURE) == expected
+
+
+# transformers 5.24 leaves these files for the garbage collector to close.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize("side", ["mllm", "math"])
+def test_additional_templates_are_used_only_as_named(folder, side):
+    own = folder(side)
+    (own / "additional_chat_templates").mkdir()
+    (own / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    with pytest.raises(ModelLoadError, match=r"named 'rag'|'rag'|omits|Cannot load"):
+        tokens(ModelProcessor(own, takes_images=side == "mllm"), "What?")
+    (own / "chat_template.jinja").write_text(TEMPLATES["both"])
+    loaded = ModelProcessor(own, takes_images=side == "mllm")
+    assert tokens(loaded, "What?") == tokens_of(loaded, "USER: What? ASSISTANT:")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder):
+    own = folder("math")
+    (own / "tokenizer.json").unlink()
+    path = own / "tokenizer_config.json"
+    other = {"tokenizer_class": "LlamaTokenizer", "vocab_file": "/etc/passwd"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    with pytest.raises(ModelLoadError, match="has . tokens, and the model has 512"):
+        ModelProcessor(own, takes_images=False)
 
 
 @pytest.mark.parametrize("found", [7, [7], [{"name": "a"}], {"a": {"b": 1}}, [[]]])
@@ -376,7 +539,7 @@ def test_a_chat_template_of_another_type_never_escapes_the_tree(folder, found):
     own = folder("math")
     in_tokenizer_config(own, found)
     with pytest.raises(ModelLoadError):
-        answer(own, "What is it?")
+        tokens(ModelProcessor(own, takes_images=False), "What is it?")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
@@ -385,7 +548,7 @@ def test_a_damaged_file_never_escapes_the_tree(tmp_path, name, content):
     own = Path(shutil.copytree(DEMO / "math", tmp_path / "math"))
     (own / name).write_bytes(content)
     with contextlib.suppress(ModelLoadError):  # a list of tokens may do without its config
-        answer(own, "What is it?", max_new_tokens=1)
+        tokens(ModelProcessor(own, takes_images=False), "What is it?")
 
 
 # --- questions -------------------------------------------------------------------------------

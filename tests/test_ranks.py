@@ -160,3 +160,34 @@ def test_work_is_shared_out_evenly_and_completely(size: int) -> None:
     assert sum(loads) == sum(costs)
     assert max(loads) - min(loads) <= max(costs)
     assert owners == share_out(costs, size)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; expected an integer from 1 on"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        ({"WORLD_SIZE": "9" * 40}, "WORLD_SIZE is '999"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK is 'x'; expected an integer from 0 on"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "Cannot connect the 2 processes"),
+    ],
+)
+def test_a_broken_launcher_is_named_by_its_variable(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=message), Ranks():
+        pass
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_variable_of_a_launcher_is_not_set(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", empty)
+    monkeypatch.setenv("RANK", empty)
+    assert (Ranks().size, Ranks().rank) == (1, 0)

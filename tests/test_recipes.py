@@ -28,6 +28,13 @@ CHOICES: list[dict[str, Any]] = [
     {"method": "dare_ties", "density": 0.6, "rescale": "l1", "normalize": "weights"},
     {"method": "linear", "alpha": 0.75},
     {"method": "slerp", "t": 0.25},
+    {
+        "method": "breadcrumbs",
+        "math_weight": 1.0,
+        "mllm_density": 1.0,
+        "math_density": 0.8,
+        "layer_gains": (0.5, 1.0),
+    },
     {"method": "slerp", "t": 1.0, "layer_gains": (0.0, 0.5)},
     {"method": "nuslerp", "t": 0.25},
     {"method": "nuslerp", "t": 0.25, "of": "weights", "per": "column"},
@@ -182,7 +189,12 @@ def test_slerp_starts_at_its_base_model_wherever_it_stands() -> None:
         ),
         ({"method": "sce", "math_weight": 0.5}, "has no math_weight=0.5"),
         ({"method": "karcher", "alpha": 0.9}, "Plan with alpha=its default"),
-        ({"method": "nuslerp", "layer_gains": (0.0, 1.0)}, "no per-layer t"),
+        ({"method": "nuslerp", "layer_gains": (0.0, 1.0)}, "Export a plan without layer gains"),
+        ({"method": "ties", "layer_gains": (0.0, 1.0)}, "not the same for TIES"),
+        (
+            {"method": "dare_linear", "rescale": "l1", "layer_gains": (0.5,)},
+            "not the same for DARE",
+        ),
     ],
 )
 def test_what_mergekit_cannot_say_is_refused(

@@ -136,7 +136,7 @@ def test_every_run_of_the_app_is_asked_to_use_the_gpu(machine, asked, monkeypatc
     assert [run["device"] for run in asked] == ["cuda", "cpu", "cuda", "cuda"]
     loaded: list[str] = []
     monkeypatch.setattr(
-        type(backend.models), "get", lambda _, folder, device: loaded.append(device)
+        type(backend.models), "get", lambda _, folder, device, stops: loaded.append(device)
     )
     backend.load(tmp_path)
     merges: list[str] = []
@@ -294,8 +294,8 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 
 def test_the_limit_holds_for_starts_at_the_same_moment(store):
     found = at_once(8, lambda: store.start(idle, {}, title="x"))
-    assert sum(isinstance(one, Started) for one in found) == store.most_running
-    assert len(store.all()) == store.most_running
+    assert sum(isinstance(one, Started) for one in found) == store.limits.runs
+    assert len(store.all()) == store.limits.runs
 
 
 def test_a_resume_counts_too(store):

@@ -172,12 +172,12 @@ def test_weights_that_were_analysed_before_are_recognised(trio):
 
 def test_the_form_s_views_end_with_findings_whatever_happens(trio):
     backend = Backend()
-    values = (str(trio.mllm), str(trio.math), str(trio.base), "", "quick", 0)
+    values = (str(trio.mllm), str(trio.math), str(trio.base), "", "quick", 0, None, "all")
     *early, last = iter_check(backend, *values)
     assert not any(view.ready or view.over for view in early)
     assert last.ready
-    assert last.checked.asked.quick
-    (refusal,) = iter_check(backend, "", "", "", "", "exact", 0)
+    assert (last.checked.asked.quick, last.checked.asked.directions) == (True, "all")
+    (refusal,) = iter_check(backend, "", "", "", "", "exact", 0, None, "existing")
     assert "Missing: " in refusal.findings
     assert refusal.over
     assert not refusal.ready
@@ -402,4 +402,13 @@ def test_what_a_pair_is_stands_behind_a_line_and_names_stay_names(tmp_path):
 
 
 def typed(asked: room.AnalysisRequest) -> tuple[object, ...]:
-    return (asked.mllm, "\n".join(asked.math), asked.base, asked.base_mllm, "exact", 0)
+    return (
+        asked.mllm,
+        "\n".join(asked.math),
+        asked.base,
+        asked.base_mllm,
+        "exact",
+        0,
+        None,
+        "existing",
+    )

@@ -42,21 +42,28 @@ EVERYTHING = {"similarity_threshold": 0.0, "variant": "select_only"}
 ENDPOINTS = {
     "/packs": [],
     "/pack": ["pack"],
-    "/preview": ["pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides"],
+    "/preview": [
+        "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
+        "method", "parameters", "options", "calibration",
+    ],
     "/plan_check": [
         "pack", "similarity_threshold", "lambda_", "similarity", "variant", "overrides", "device",
+        "method", "parameters", "options", "calibration", "force",
     ],
     "/merge_start": [
         "pack", "folder", "similarity_threshold", "lambda_", "similarity", "variant", "overrides",
-        "device", "digest",
+        "device", "digest", "method", "parameters", "options", "calibration", "force",
     ],
-    "/analyse_start": ["mllm", "math", "base", "base_mllm", "quick", "rank", "device"],
+    "/analyse_start": [
+        "mllm", "math", "base", "base_mllm", "quick", "rank", "device", "temperature", "directions",
+    ],
     "/job_status": ["job_id"],
     "/job_cancel": ["job_id", "key"],
     "/job_resume": ["job_id", "key"],
     "/answer_pair": [
         "pack", "question", "image", "similarity_threshold", "lambda_", "similarity", "variant",
         "temperature", "max_new_tokens", "seed", "left", "right", "left_key", "right_key",
+        "overrides",
     ],
 }  # fmt: skip
 
@@ -241,10 +248,16 @@ def test_bad_questions_come_back_as_one_sentence(client, values, words):
 
 def test_the_page_is_answered_before_torch_or_transformers_are_loaded():
     code = (
-        "import sys, urllib.request\n"
+        "import gzip, sys, urllib.request\n"
         "from ipmerge_core.ui.app import launch\n"
+        "from ipmerge_core.ui.backend import Backend\n"
+        "used = []\n"
+        "Backend.use = used.append\n"  # which imports them in the background
         "_, url, _ = launch(block=False)\n"
-        "page = urllib.request.urlopen(url).read()\n"
+        "asked = urllib.request.Request(url, headers={'Accept-Encoding': 'gzip'})\n"
+        "packed = urllib.request.urlopen(asked).read()\n"
+        "page = gzip.decompress(packed)\n"
+        "assert used and len(packed) < len(page) / 3, (used, len(packed), len(page))\n"
         "assert b'IPMerge' in page, page[:200]\n"
         "heavy = {'torch', 'transformers', 'scipy', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

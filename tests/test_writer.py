@@ -23,7 +23,7 @@ def test_a_finished_copy_is_the_source_byte_for_byte(trio: Trio, tmp_path: Path)
     source = Checkpoint.open(trio.mllm)
     with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
         write_some(writer, list(reversed(source.tensors)))
-        writer.finish({"ipmerge.json": "{}"})
+        writer.finish(lambda: {"ipmerge.json": "{}"})
     for name in (*source.shards, "config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (trio.mllm / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -46,7 +46,7 @@ def test_an_unfinished_run_leaves_no_model_and_is_resumed(trio: Trio, tmp_path: 
     with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
         assert sorted(writer.done) == sorted(names[:5])
         write_some(writer, names[5:])
-        writer.finish({})
+        writer.finish(dict)
     assert Checkpoint.open(tmp_path / "out").fingerprint == source.fingerprint
 
 
@@ -144,3 +144,60 @@ def test_weights_code_and_card_of_the_source_are_not_copied(own_trio: Trio) -> N
         for name in ("LICENSE", "chat.jinja", "config.json", "tokenizer.json", "model.safetensors")
     )
     assert layout_bytes(source) == expected
+
+
+def test_additional_chat_templates_are_copied(own_trio: Trio, tmp_path: Path) -> None:
+    folder = own_trio.mllm / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("{{ tools }}")
+    (own_trio.mllm / "other").mkdir()
+    (own_trio.mllm / "other" / "notes.txt").write_text("x")
+    source = Checkpoint.open(own_trio.mllm)
+    assert "additional_chat_templates/tool_use.jinja" in files_to_copy(source)
+    with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
+        write_some(writer, list(source.tensors))
+        writer.finish({})
+    copied = tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja"
+    assert copied.read_text() == "{{ tools }}"
+    assert not (tmp_path / "out" / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "additional_chat_templates/a.jinja"])
+def test_a_link_out_of_the_model_folder_is_refused(
+    own_trio: Trio, tmp_path: Path, name: str
+) -> None:
+    secret = tmp_path / "id_rsa"
+    secret.write_text("{}")
+    link = own_trio.mllm / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    with pytest.raises(CheckpointError, match="is a symbolic link to .*id_rsa', outside"):
+        Checkpoint.open(own_trio.mllm)
+
+
+def test_links_inside_the_folder_into_the_hub_cache_and_of_weights_are_followed(
+    own_trio: Trio, tmp_path: Path
+) -> None:
+    expected = Checkpoint.open(own_trio.mllm)
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    config, weights = own_trio.mllm / "config.json", own_trio.mllm / "model.safetensors"
+    config.rename(blobs / "1a2b")
+    config.symlink_to(blobs / "1a2b")
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    (own_trio.mllm / "tokenizer_2.json").symlink_to("tokenizer.json")
+    found = Checkpoint.open(own_trio.mllm)
+    assert (found.config, found.tensors) == (expected.config, expected.tensors)
+    assert "tokenizer_2.json" in files_to_copy(found)
+
+
+def test_a_folder_of_templates_that_is_a_link_out_of_the_model_is_refused(
+    own_trio: Trio, tmp_path: Path
+) -> None:
+    (tmp_path / "ssh").mkdir()
+    (tmp_path / "ssh" / "key").write_text("x")
+    (own_trio.mllm / "additional_chat_templates").symlink_to(tmp_path / "ssh")
+    with pytest.raises(CheckpointError, match="outside the model folder"):
+        Checkpoint.open(own_trio.mllm)

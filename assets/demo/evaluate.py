@@ -31,6 +31,7 @@ from variants import Trio, Variant, norm  # noqa: E402
 
 from ipmerge_core.evaluation.batched_answers import answer_all  # noqa: E402
 from ipmerge_core.evaluation.scores import Score, score, sign_test  # noqa: E402
+from ipmerge_core.inference.encoding import ModelProcessor  # noqa: E402
 from ipmerge_core.inference.loading import load_model  # noqa: E402
 from ipmerge_core.tasks.answers import is_right  # noqa: E402
 from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, TASKS, Problem  # noqa: E402
@@ -268,7 +269,8 @@ def words_table(folder: Path, asked: Sequence[Problem]) -> Iterator[str]:
         ("math model, answer", "math", asked),
     ):
         loaded = load_model(folder / name)
-        replies = answer_all(loaded.model, loaded.tokenizer, problems)
+        tokenizer = ModelProcessor(folder / name, takes_images=False).tokenizer
+        replies = answer_all(loaded.model, tokenizer, problems)
         yield f"| {label} | {score(problems, replies)} |"
 
 

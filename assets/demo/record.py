@@ -28,6 +28,7 @@ from draws import DRAWS, PER_TASK, evaluation_problems  # noqa: E402
 
 import ipmerge_core as ipm  # noqa: E402
 from ipmerge_core.evaluation.batched_answers import answer_all  # noqa: E402
+from ipmerge_core.inference.encoding import ModelProcessor  # noqa: E402
 from ipmerge_core.inference.loading import load_model  # noqa: E402
 from ipmerge_core.tasks.answers import is_right  # noqa: E402
 from ipmerge_core.tasks.demo import MATH_TASKS, TASKS, Problem  # noqa: E402
@@ -67,7 +68,8 @@ def collect(
 def ask(folder: Path, asked: list[Problem]) -> list[str]:
     """Answer with the model in a folder."""
     loaded = load_model(folder)
-    return answer_all(loaded.model, loaded.processor, asked)
+    processor = ModelProcessor(folder, takes_images=loaded.takes_images).processor
+    return answer_all(loaded.model, processor, asked)
 
 
 def verdict(problem: Problem, before: str, after: str) -> str:

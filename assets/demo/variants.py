@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.evaluation.batched_answers import answer_all
+from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.loading import load_model
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.pairing import open_pair
@@ -56,8 +57,8 @@ class Trio:
 
     def __init__(self, folder: Path) -> None:
         pair = open_pair(folder / "mllm", folder / "math", folder / "base")
-        loaded = load_model(folder / "mllm")
-        self.model, self.processor = loaded.model, loaded.processor
+        self.model = load_model(folder / "mllm").model
+        self.processor = ModelProcessor(folder / "mllm", takes_images=True).processor
         self.matrices = {
             match.name: Matrices(
                 pair.base.read_matrix(match.name),

@@ -3,7 +3,9 @@
 In: a plan of IP-Merging. Out: a folder (adapter_config.json, adapter_model.safetensors) that PEFT,
 and servers with LoRA support, load on the MLLM; lambda is the adapter's scale and can be changed
 after loading. The update P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is
-squared and sums to one. The rank of each matrix is determined from the residual and reported.
+squared and sums to one. The rank of each matrix is determined from the residual and reported; in
+the files all are padded with zeros to the largest, since PEFT cannot combine and save adapters with
+different ranks.
 """
 
 from __future__ import annotations
@@ -20,16 +22,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ipmerge_core.adapters.factors import module_name, reduce_rank, update_of, with_lambda
+from ipmerge_core.adapters.factors import (
+    module_name,
+    of_one_rank,
+    reduce_rank,
+    update_of,
+    with_lambda,
+)
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.merge import reopen
-from ipmerge_core.merging.model_card import front_matter
+from ipmerge_core.merging.model_card import front_matter, settings_table
 from ipmerge_core.merging.parts import work_of
 from ipmerge_core.methods import find_method
-from ipmerge_core.models.writer import check_output, explained
+from ipmerge_core.models.pairing import TO_FORCE
+from ipmerge_core.models.writer import check_output
+from ipmerge_core.planning.description import facts_of
 from ipmerge_core.planning.plan import MergePlan
-from ipmerge_core.runtime.atomic import atomic_path
+from ipmerge_core.runtime.atomic import atomic_path, writing
 from ipmerge_core.runtime.devices import resolve_device
+from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.version import __version__
 
 RESIDUAL = 1e-3  # Frobenius norm of what is left out, relative to the update's
@@ -61,10 +72,12 @@ def export_adapter(
     tolerance: float = RESIDUAL,
     max_rank: int = MAX_RANK,
     device: str = "cpu",
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write the update of a plan as a PEFT folder and return its report; see `iter_adapter`."""
-    out = Path(out).expanduser().absolute()
-    for _ in iter_adapter(plan, out, tolerance=tolerance, max_rank=max_rank, device=device):
+    out = resolve_path(out)
+    how = {"tolerance": tolerance, "max_rank": max_rank, "device": device, "force": force}
+    for _ in iter_adapter(plan, out, **how):  # type: ignore[arg-type]
         pass
     report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
     return report
@@ -77,6 +90,7 @@ def iter_adapter(
     tolerance: float = RESIDUAL,
     max_rank: int = MAX_RANK,
     device: str = "cpu",
+    force: bool = False,
 ) -> Iterator[AdapterStep]:
     """Write the LoRA adapter of `plan` to the new folder `out`, yielding after each module.
 
@@ -90,21 +104,25 @@ def iter_adapter(
         max_rank: maximum rank. A matrix that needs more is truncated with a warning, and
             reported with its residual.
         device: a torch device name, or "auto".
+        force: continue even if the sibling check refuses the models.
 
     Raises:
         PlanError: the method's change is not of low rank, no matrix is selected, or the device is
             not available.
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source differs from the one the plan was made for.
+        PairingError: a source differs from the one the plan was made for, or is written during
+            the run, or the sibling check refuses the models.
         RunError: the output cannot be written.
     """
     where = torch.device(resolve_device(device))
     _check(plan, tolerance, max_rank)
     out = check_output(out)
     pair = reopen(plan)
+    before = pair.stamps()
+    pair.require_common_base(TO_FORCE, force=force)
     work = work_of(plan, pair)
     unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
-    tensors: dict[str, Tensor] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     steps: list[AdapterStep] = []
     for index, (tensor, matrices) in enumerate(work.items(), 1):
         update = update_of(unit, pair, tensor, matrices, where)
@@ -112,8 +130,7 @@ def iter_adapter(
         module = module_name(tensor, pair.mllm)
         step = AdapterStep(tensor, module, kept.rank, kept.needed, kept.residual, index, len(work))
         if kept.rank:
-            tensors[f"base_model.model.{module}.lora_A.weight"] = kept.A.cpu()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = kept.B.cpu()
+            factors[f"base_model.model.{module}"] = kept.A.cpu(), kept.B.cpu()
         steps.append(step)
         yield step
     how: dict[str, float | str] = {
@@ -121,7 +138,8 @@ def iter_adapter(
         "max_rank": max_rank,
         "device": str(where),
     }
-    _write(plan, out, tensors, steps, how)
+    pair.check_unchanged(before)
+    _write(plan, out, of_one_rank(factors), steps, how)
     _warn_of_cuts(steps, max_rank)
 
 
@@ -173,7 +191,7 @@ def _write(
             "The update of every selected matrix is zero: the math models do not differ from "
             "their base there. Give fine-tuned models as math."
         )
-    with explained(out), atomic_path(out) as partial:
+    with writing(out), atomic_path(out) as partial:
         partial.mkdir(parents=True)
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         nbytes = (partial / "adapter_model.safetensors").stat().st_size
@@ -192,7 +210,7 @@ def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
 
     ranks = {step.module: step.rank for step in steps if step.rank}
     gain = float(plan.parameters["lambda_"] or 0.0)
-    largest = max(ranks.values())
+    largest = max(ranks.values())  # all factors are padded to it
     config = LoraConfig(
         base_model_name_or_path=plan.sources.mllm.id,
         revision=plan.sources.mllm.revision,
@@ -200,8 +218,6 @@ def _config(plan: MergePlan, steps: Sequence[AdapterStep]) -> dict[str, Any]:
         r=largest,
         lora_alpha=gain * largest,
         target_modules=list(ranks),
-        rank_pattern=ranks,
-        alpha_pattern={module: gain * rank for module, rank in ranks.items()},
     )
     return {**config.to_dict(), "target_modules": sorted(ranks)}  # PEFT keeps them as a set
 
@@ -214,7 +230,7 @@ def _report(
         "version": 1,
         "engine": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "plan": {"hash": plan.hash, "method": plan.method, "parameters": dict(plan.parameters)},
+        "plan": facts_of(plan),
         "sources": asdict(plan.sources),
         "scale": plan.parameters["lambda_"],
         **how,
@@ -240,9 +256,12 @@ def _card(plan: MergePlan, steps: Sequence[AdapterStep], nbytes: int) -> str:
             front_matter([plan.sources.mllm], library="peft", tags=["lora", "merge", "ipmerge"]),
             "# IP-Merging as a LoRA adapter",
             "",
-            f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices, rank "
-            f"{min(ranks)} to {max(ranks)}, {nbytes / 1e6:.1f} MB. Load it with PEFT on the MLLM "
+            f"Made by IPMerge {__version__} from plan `{plan.hash}`: {len(steps)} matrices that "
+            f"need rank {min(ranks)} to {max(ranks)} (stored with rank {max(ranks)}, padded with "
+            f"zeros), {nbytes / 1e6:.1f} MB. Load it with PEFT on the MLLM "
             f"that it was made for; scaling the adapter by s scales lambda by s.",
+            "",
+            *settings_table(plan),
             "",
             f"`{REPORT}` lists the rank and the residual of every matrix. No benchmark was run.",
             "",

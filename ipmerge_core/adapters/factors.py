@@ -8,13 +8,14 @@ P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is squar
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ipmerge_core.merging.parts import Chosen, on_one_base, rounding_noise
 from ipmerge_core.methods.ip_merging import ip_updates
@@ -108,6 +109,20 @@ def reduce_rank(update: Update, tolerance: float, max_rank: int) -> LowRank:
     B = ((Q_l @ U[:, :rank]) * root).float().contiguous()
     A = (root[:, None] * (Vh[:rank] @ Q_r.T)).float().contiguous()
     return LowRank(A, B, needed, (left_out / whole) ** 0.5 if whole else 0.0)
+
+
+def of_one_rank(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Pad all pairs (A, B) with zeros to the largest rank, named as PEFT stores them.
+
+    Math:   [B 0] [A; 0] = B A: the update is the same.
+    """
+    rank = max((len(A) for A, _ in factors.values()), default=0)
+    tensors: dict[str, Tensor] = {}
+    for module, (A, B) in factors.items():
+        missing = rank - len(A)
+        tensors[f"{module}.lora_A.weight"] = pad(A, (0, 0, 0, missing)).contiguous()
+        tensors[f"{module}.lora_B.weight"] = pad(B, (0, missing)).contiguous()
+    return tensors
 
 
 def module_name(tensor: str, mllm: Checkpoint) -> str:

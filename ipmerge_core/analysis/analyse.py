@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from math import prod
@@ -24,12 +25,14 @@ import psutil
 import torch
 
 from ipmerge_core.analysis.comparison import Options, compare
-from ipmerge_core.analysis.partial import Journal, PendingMatrix, journal_of
+from ipmerge_core.analysis.partial import SUFFIX, Journal, PendingMatrix, journal_of
 from ipmerge_core.analysis.records import VERSION, Analysis, LayerRecord, Source, Sources, Totals
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
+from ipmerge_core.runtime.atomic import writing
 from ipmerge_core.runtime.devices import free_memory, resolve_device, stream, streams, warn_of_cpu
+from ipmerge_core.runtime.paths import expand_path, output_file, output_folder
 from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
 from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.version import __version__
@@ -64,13 +67,20 @@ def analyse(
     options = Options(rank, temperature, quick, directions).check()
     if cache_dir is None:
         return _assemble(pair, tuple(iter_analysis(pair, options, device=device)), options)
-    folder = Path(cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(cache_dir)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     pack = folder / (_identity(pair, options)[:32] + ".json.gz")
     if not pack.exists():
         for _ in iter_pack_of(pair, pack, options, device=device):
             pass
-    return Analysis.load(pack)
+    return _of_pair(Analysis.load(pack), pair)
+
+
+def _of_pair(analysis: Analysis, pair: ModelPair) -> Analysis:
+    """Return an analysis of the same weights with the names and folders of this pair."""
+    sources, totals = describe(pair)
+    return replace(analysis, name=pair.name, sources=sources, totals=totals)
 
 
 def _assemble(pair: ModelPair, records: tuple[LayerRecord, ...], options: Options) -> Analysis:
@@ -95,10 +105,10 @@ def _with_records(pair: ModelPair, options: Options, records: tuple[LayerRecord,
 def describe(pair: ModelPair) -> tuple[Sources, Totals]:
     """Return the sources of a pair's models and the sizes of the MLLM, from headers."""
     sources = Sources(
-        mllm=_source(pair.mllm),
-        base=_source(pair.base),
-        base_mllm=None if pair.base_mllm is pair.base else _source(pair.base_mllm),
-        math=tuple(_source(expert) for expert in pair.math),
+        mllm=source_of(pair.mllm),
+        base=source_of(pair.base),
+        base_mllm=None if pair.base_mllm is pair.base else source_of(pair.base_mllm),
+        math=tuple(source_of(expert) for expert in pair.math),
     )
     decoder = [pair.mllm.spec(matrix.mllm) for matrix in pair.matrices]
     outside = sum(
@@ -116,15 +126,16 @@ def describe(pair: ModelPair) -> tuple[Sources, Totals]:
     return sources, totals
 
 
-def _source(model: Checkpoint) -> Source:
+def source_of(model: Checkpoint) -> Source:
+    """Return the location and fingerprint of a model."""
     local = model.files.revision is None
-    name = str(Path(model.id).expanduser().absolute()) if local else model.id
-    return Source(name, model.files.revision, model.fingerprint)
+    name = str(expand_path(model.id).absolute()) if local else model.id
+    return Source(name, model.files.revision, model.fingerprint, model.content)
 
 
 def _identity(pair: ModelPair, options: Options) -> str:
     """Return the SHA-256 of everything that determines the records: weights, options, engine."""
-    fingerprints = [model.fingerprint for _, model in pair.roles()]
+    fingerprints = [[model.fingerprint, model.content] for _, model in pair.roles()]
     content = json.dumps([VERSION, __version__, options, fingerprints])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -208,7 +219,9 @@ def iter_pack(
     *,
     base_mllm: str | None = None,
     rank: int | None = None,
+    temperature: float = TEMPERATURE,
     quick: bool = False,
+    directions: Literal["existing", "all"] = "existing",
     device: str = "cpu",
     hub_only: bool = False,
 ) -> Iterator[AnalysisStep]:
@@ -220,8 +233,8 @@ def iter_pack(
         PlanError: the device is not available.
         RunError: `out` exists, or there is too little memory.
     """
-    out, options = Path(out), Options(rank, quick=quick).check()
-    device = resolve_device(device)  # a fault before any model is opened
+    options, device = Options(rank, temperature, quick, directions).check(), resolve_device(device)
+    out = output_file(out, suffix=SUFFIX)  # a fault before any model is opened
     if out.exists():
         raise RunError(f"'{out}' already exists. Choose another name for the pack.")
     opened = partial(Checkpoint.open, hub_only=hub_only)
@@ -236,10 +249,13 @@ def iter_pack_of(
 ) -> Iterator[AnalysisStep]:
     """Analyse a pair into the pack `out`, step by step; resume an interrupted run.
 
-    Records are kept in a journal (see `journal_of`) until the pack is complete.
-    Errors as for `analyse`.
+    Records are kept in a journal (see `journal_of`) until the pack is complete. Raises: as
+    `analyse`; RunError if the pack cannot be written; PairingError if a model's weights are written
+    during the run.
     """
     device = resolve_device(device)  # a fault before any file
+    out = output_file(out, suffix=SUFFIX)
+    stamps = pair.stamps()
     costs = [comparing_cost(matrix.shape) for matrix in pair.matrices]
     journal = _open_journal(journal_of(out), pair, options)
     before = sum(costs[: len(journal.records)])
@@ -253,7 +269,12 @@ def iter_pack_of(
             done = sum(costs[:number])
             step = step._replace(number=number, matrix=record.name, cost_done=done)
             yield step
-    _assemble(pair, tuple(records), options).save(out)
+    try:
+        pair.check_unchanged(stamps)
+        _assemble(pair, tuple(records), options).save(out)
+    except PairingError:  # the records are of no use
+        journal.path.unlink()
+        raise
     journal.path.unlink()
 
 

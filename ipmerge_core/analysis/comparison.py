@@ -8,6 +8,7 @@ not formed: their norms and inner products are sums over the MLLM's directions. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Literal, NamedTuple
 
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.analysis.records import LayerRecord, UpdateNorms
+from ipmerge_core.analysis.singular_values import LEADING, Overlap, SingularValues, Spectra
 from ipmerge_core.errors import PlanError
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral import spectrum
 from ipmerge_core.spectral.kinds import TEMPERATURE
+from ipmerge_core.spectral.weight_values import weight_values
 
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
 _QUICK_RANK = 64  # leading directions of a quick analysis
@@ -96,9 +99,11 @@ class _Side(NamedTuple):
         return sim.truncated(self.task_vector, self.spectrum)
 
 
-def _side(tuned: Tensor, base: Tensor, options: Options, name: str) -> _Side:
+def _side(
+    tuned: Tensor, base: Tensor, base_spacing: tuple[Tensor, Tensor], options: Options, name: str
+) -> _Side:
     change = spectrum.task_vector(tuned, base)
-    noise = spectrum.noise_floor(tuned, base)
+    noise = spectrum.noise_floor_of(spectrum.spacing_sums(tuned), base_spacing)
     found = options.decompose(change, name, spectrum.EXISTS * noise)
     existing = found.above(spectrum.EXISTS * noise)
     decomposed = existing if options.directions == "existing" else found
@@ -125,15 +130,19 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> Iterator[LayerRecord]:
     """Yield the record of each expert for one matrix; `LayerRecord` documents every number."""
-    mllm = _side(weights.mllm, weights.root, options, f"{matrix.name}|mllm")
+    base = _base_values(matrix, weights, options)  # first, so that its memory is free again
+    spacing = spectrum.spacing_sums(weights.base)  # of a base that the models usually share
+    own = spacing if weights.root is weights.base else spectrum.spacing_sums(weights.root)
+    mllm = _side(weights.mllm, weights.root, own, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
     earlier: list[_Expert] = []
     for expert, tuned in enumerate(weights.math):
-        math = _side(tuned, weights.base, options, f"{matrix.name}|math {expert}")
+        math = _side(tuned, weights.base, spacing, options, f"{matrix.name}|math {expert}")
         found = _expert(mllm, math, options)
         norms = _update_norms(mllm, found, earlier)
         earlier.append(found)
-        yield _record(matrix, expert, mllm, math, norms, norms2)
+        record = _record(matrix, expert, mllm, math, norms, norms2)
+        yield replace(record, spectra=_spectra(mllm, math, base))
 
 
 def _norm2(weight: Tensor) -> float:
@@ -233,7 +242,7 @@ def _record(
         base_norm2=norms2[1],
         mllm_norm2=mllm.norm2,
         math_norm2=math.norm2,
-        inner=_dot(mllm.task_vector, math.task_vector),
+        inner=updates["select_only"].inner,
         mllm_nuclear=mllm.nuclear,
         math_nuclear=math.nuclear,
         updates=updates,
@@ -250,6 +259,26 @@ def _record(
         math_noise_floor=math.noise,
         mllm_directions=mllm.existing,
         math_directions=math.existing,
+    )
+
+
+def _base_values(
+    matrix: MatrixMatch, weights: MatrixWeights, options: Options
+) -> SingularValues | None:
+    """Compute the singular values of the base, unless only leading directions are analysed."""
+    if options.quick or options.rank is not None:
+        return None
+    found = weight_values(weights.base, key=(0, f"{matrix.name}|base"))
+    return SingularValues.of(found.cpu().numpy(), rank=int((found > 0).sum()))
+
+
+def _spectra(mllm: _Side, math: _Side, base: SingularValues | None) -> Spectra:
+    cosines = (mllm.spectrum.Vh[:LEADING] @ math.spectrum.Vh[:LEADING].T).abs().clamp(max=1)
+    return Spectra(
+        mllm=SingularValues.of(mllm.sigma.double().cpu().numpy(), mllm.existing),
+        math=SingularValues.of(math.sigma.double().cpu().numpy(), math.existing),
+        base=base,
+        overlap=Overlap.of(cosines.tolist()),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from ipmerge_core.analysis.records import Analysis, LayerRecord, check_records
 from ipmerge_core.errors import PlanError
-from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.atomic import write_whole, writing
 from ipmerge_core.runtime.input_files import (
     CLOSED,
     MEGABYTE,
@@ -34,11 +34,12 @@ JOURNAL = FileKind(
     PlanError,
     largest=128 * MEGABYTE,
 )
+SUFFIX = ".journal"  # of the journal, after the name of its pack
 
 
 def journal_of(pack: Path) -> Path:
     """Return the path of the journal of an unfinished pack."""
-    return pack.with_name(pack.name + ".journal")
+    return pack.with_name(pack.name + SUFFIX)
 
 
 class PendingMatrix(NamedTuple):
@@ -123,7 +124,10 @@ class Journal:
     def append(self, records: Sequence[LayerRecord]) -> None:
         """Append the records of one matrix, one per expert."""
         line = json.dumps([record.to_dict() for record in records])
-        with self.path.open("a", encoding="utf-8") as file:
+        with (
+            writing(self.path, "finished matrices are kept"),
+            self.path.open("a", encoding="utf-8") as file,
+        ):
             file.write(line + "\n")
 
 

@@ -16,7 +16,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
+from ipmerge_core.analysis.singular_values import Spectra
 from ipmerge_core.errors import PlanError
+from ipmerge_core.models.task_vectors import NOTHING, TaskVectorProducts
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.input_files import (
     CLOSED,
@@ -34,8 +36,9 @@ from ipmerge_core.runtime.input_files import (
 )
 from ipmerge_core.spectral.kinds import SIMILARITIES
 
-_FORMAT, VERSION = "ipmerge-pack", 2
+_FORMAT, VERSION = "ipmerge-pack", 3
 _FIRST = 1  # version of packs in which all directions were used, existing or not
+_VERSIONS = (_FIRST, 2, VERSION)  # before 3, packs had only samples of the spectra
 UPDATES = ("sum", "max", "rescale_only", "select_only")  # keys of `LayerRecord.updates`
 Index = Annotated[int, Field(ge=0, lt=100_000)]  # a layer or an expert
 Ranks = Annotated[Mapping[str, Number], requiring("stable", "effective")]
@@ -46,13 +49,24 @@ PACK = FileKind(
 
 @dataclass(frozen=True)
 class Source:
-    """Location of a model and the fingerprint of its weights."""
+    """Location of a model and the fingerprint of its weights.
+
+    `content` is a second hash of more of the weights, see `Checkpoint.content`; None for models on
+    the hub, and in packs and plans of older versions.
+    """
 
     __pydantic_config__ = CLOSED
 
     id: Location
     revision: Name | None
     fingerprint: Name
+    content: Name | None = None
+
+    def differs_from(self, fingerprint: str, content: str | None) -> bool:
+        """Whether weights with these hashes are other weights; unknown contents do not differ."""
+        if self.content is not None and content is not None and self.content != content:
+            return True
+        return self.fingerprint != fingerprint
 
     @property
     def location(self) -> str:
@@ -160,7 +174,8 @@ class LayerRecord:
     updates per unit gain: "sum" and "max" (IP-Merging with gamma normalized to sum 1, or to maximum
     1), "rescale_only" (rho dM) and "select_only" (dM). `principal` is the mean cosine of the
     principal angles between the leading k right directions of both, for k = "1", "4", "16", "64".
-    `index` (from 1) are the sampled singular values and angles. `noise_floor` and
+    `index` (from 1) are the ranks of the sampled singular values and angles, with six digits;
+    `spectra` contains all singular values, None in packs before version 3. `noise_floor` and
     `math_noise_floor` are the singular values of dV and dM that rounding of the stored dtypes can
     cause; `mllm_directions` and `math_directions` are the numbers of existing directions above it
     (`spectrum.existing`). Only these contribute to similarities, nuclear norms, ranks and updates,
@@ -199,6 +214,12 @@ class LayerRecord:
     math_noise_floor: Magnitude | None = None
     mllm_directions: Count | None = None
     math_directions: Count | None = None
+    spectra: Spectra | None = None
+
+    @property
+    def products(self) -> TaskVectorProducts:
+        """Norms and inner product of the two task vectors, for their cosine and norm ratio."""
+        return TaskVectorProducts(self.mllm_norm2, self.math_norm2, self.inner)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON content."""
@@ -227,6 +248,14 @@ class Analysis:
         """Whether the records are from a quick analysis of the leading directions."""
         return bool(self.parameters.get("quick"))
 
+    def products(self, expert: int) -> TaskVectorProducts:
+        """Norms and inner product of the task vectors over all matrices, for one expert."""
+        total = NOTHING
+        for record in self.records:
+            if record.expert == expert:
+                total = total.plus(record.products)
+        return total
+
     def to_dict(self) -> dict[str, Any]:
         """Return the pack's JSON content."""
         return {
@@ -244,7 +273,7 @@ class Analysis:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Analysis:
         """Rebuild an analysis from a pack's JSON content. Raises: InvalidContentError."""
-        version, fields = versioned(content, _FORMAT, (_FIRST, VERSION))
+        version, fields = versioned(content, _FORMAT, _VERSIONS)
         if version == _FIRST and isinstance(made := fields.get("parameters"), dict):
             fields["parameters"] = {"directions": "all", **made}
         analysis = _ANALYSIS.validate(fields)

@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.calibration.passes import CalibrationSettings, Passes, find_module
 from ipmerge_core.calibration.samples import DEMO, Sample, digest, load_samples
 from ipmerge_core.calibration.store import RECORD, Kind, Measured, Measurements
-from ipmerge_core.errors import IPMergeError, PlanError, RunError
+from ipmerge_core.errors import IPMergeError, PairingError, PlanError, RunError
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
-from ipmerge_core.runtime.atomic import atomic_path, is_temporary, write_whole
+from ipmerge_core.runtime.atomic import atomic_path, is_temporary, write_whole, writing
 from ipmerge_core.runtime.devices import AUTO, resolve_device
 from ipmerge_core.runtime.input_files import (
     MEGABYTE,
@@ -35,6 +35,7 @@ from ipmerge_core.runtime.input_files import (
     Schema,
     parse_json,
 )
+from ipmerge_core.runtime.paths import existing_parent, output_folder
 
 if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
@@ -121,21 +122,27 @@ def iter_calibration(
         PlanError: there are no samples, an answer required for the Fisher information is missing,
         or
             the device is not available.
+        PairingError: the weights of a model are written during the run.
         RunError: the folder contains another calibration, or there is too little disk space.
         ModelLoadError: a model cannot be loaded, or its matrices are not found in it.
     """
-    device, out = resolve_device(device, fp64=False), Path(out).expanduser()
+    device, out = resolve_device(device, fp64=False), output_folder(out)
     work = _plan_work(pair, settings, mllm_samples, math_samples)
     cost = estimate_calibration(pair, out, settings, len(mllm_samples), len(math_samples))
     with _removed_if_nothing_was_measured(out):
         _claim(out, settings, work, cost)
-        yield from _measure_all(out, settings, work, device)
+        yield from _measure_all(pair, out, settings, work, device)
 
 
 def _measure_all(
-    out: Path, settings: CalibrationSettings, work: Sequence[_Share], device: str
+    pair: ModelPair,
+    out: Path,
+    settings: CalibrationSettings,
+    work: Sequence[_Share],
+    device: str,
 ) -> Iterator[CalibrationStep]:
     """Measure every model and write the calibration; parts of an earlier run are kept."""
+    before = pair.stamps()
     models = []
     total = sum(len(share.groups) * len(share.samples) for share in work)
     done = 0
@@ -163,6 +170,12 @@ def _measure_all(
             _save(file, group, passes)
         del loaded
         models.append(_measured(out, share))
+    try:
+        pair.check_unchanged(before)
+    except PairingError:  # the measurements are of no use
+        for entry in out.iterdir():
+            entry.unlink()
+        raise
     Measurements(out, settings.kind, asdict(settings), tuple(models)).save()
     (out / _CLAIM).unlink()
 
@@ -203,7 +216,7 @@ def estimate_calibration(
         nbytes_model=max(model.nbytes for model in models),
         nbytes_held=max(sum(target.nbytes for target in group) for group in groups),
         nbytes_written=whole * len(models),
-        nbytes_free=shutil.disk_usage(_existing(Path(out).expanduser())).free,
+        nbytes_free=shutil.disk_usage(existing_parent(output_folder(out))).free,
         passes=len(groups) * (n_mllm + n_math * len(pair.math)),
     )
 
@@ -298,6 +311,7 @@ class _Totals(NamedTuple):
 
 
 _TOTALS = Schema[_Totals](_Totals)
+_CONTENT = Schema[dict[str, Any]](dict[str, Any])
 
 
 def _claim(
@@ -307,10 +321,12 @@ def _claim(
     wanted = {
         "settings": asdict(settings),
         "models": [[s.role, s.checkpoint.fingerprint, digest(s.samples)] for s in work],
+        "contents": [s.checkpoint.content for s in work],
     }
     if out.exists() and not all(is_temporary(entry) for entry in out.iterdir()):
         claim = out / _CLAIM
-        if not claim.is_file() or _UNFINISHED.content(claim) != wanted:
+        before = _UNFINISHED.load(_CONTENT, claim) if claim.is_file() else {}
+        if not before or {"contents": wanted["contents"], **before} != wanted:
             what = "a finished calibration" if (out / RECORD).exists() else "other files"
             raise RunError(
                 f"'{out}' already contains {what}, or a run with other settings, models or "
@@ -323,7 +339,8 @@ def _claim(
             f"{cost.nbytes_free / 1e9:.1f} GB are free. Free some space, choose another folder, or "
             f"keep only the diagonal of wide Gram matrices."
         )
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     write_whole(out / _CLAIM, json.dumps(wanted))
 
 
@@ -340,12 +357,6 @@ def _removed_if_nothing_was_measured(out: Path) -> Iterator[None]:
         raise
 
 
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
     """Write the means of a group atomically."""
     from safetensors.torch import save_file
@@ -357,7 +368,7 @@ def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
     totals = json.dumps(
         [squares, passes.tokens, total]
     )  # one key: the order of several is not defined
-    with atomic_path(file) as temporary:
+    with writing(file, "finished groups of layers are kept"), atomic_path(file) as temporary:
         save_file(tensors, temporary, {"totals": totals})
 
 
@@ -392,6 +403,7 @@ def _measured(out: Path, share: _Share) -> Measured:
         role=share.role,
         id=share.checkpoint.id,
         fingerprint=share.checkpoint.fingerprint,
+        content=share.checkpoint.content,
         samples=len(share.samples),
         tokens=tokens,
         norm=squares**0.5,

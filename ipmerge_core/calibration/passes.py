@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ipmerge_core.calibration.samples import Sample
 from ipmerge_core.calibration.store import Kind
-from ipmerge_core.errors import ModelLoadError
-from ipmerge_core.inference.generation import encode_prompt
+from ipmerge_core.errors import ModelLoadError, PlanError
+from ipmerge_core.inference.generation import encode_prompt, on_device
 from ipmerge_core.inference.loading import LoadedModel
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class CalibrationSettings:
     (unbiased), "empirical" uses the sample's answer. `image_tokens` applies to "gram": whether
     image positions are included. `wide` stores the Gram matrices of down projections as "full" or
     only their "diagonal".
+
+    Raises: PlanError for a setting that the kind does not use.
     """
 
     kind: Kind
@@ -45,6 +47,17 @@ class CalibrationSettings:
     wide: Literal["full", "diagonal"] = "full"
     seed: int = 0
     memory: int = MEMORY
+
+    def __post_init__(self) -> None:
+        """Reject settings that would be ignored. Raises: PlanError."""
+        of_kind = {"estimator": "fisher", "image_tokens": "gram", "wide": "gram"}
+        for setting in fields(self):
+            kind, value = of_kind.get(setting.name, self.kind), getattr(self, setting.name)
+            if kind != self.kind and value != setting.default:
+                raise PlanError(
+                    f"{setting.name} is {value!r}, but a calibration of kind {self.kind} does not "
+                    f"use it. Omit it, or calibrate with kind {kind}."
+                )
 
 
 class _Enough(Exception):  # noqa: N818 (a signal, not a fault)
@@ -179,19 +192,17 @@ def encode_sample(loaded: LoadedModel, sample: Sample) -> tuple[Any, int]:
     """
     import torch
 
-    inputs = dict(encode_prompt(loaded, sample.question, sample.image))
+    inputs = encode_prompt(loaded, sample.question, sample.image)
     prompt = inputs["input_ids"]
-    tokens = loaded.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
-    end = loaded.tokenizer.eos_token_id
+    tokens = loaded.processor.encode_text(sample.answer)
+    end = loaded.special_ids.eos
     answer = torch.tensor([tokens + ([end] if tokens and end is not None else [])]).long()
     for name, value in inputs.items():  # extend inputs of the same length as the tokens
         if isinstance(value, torch.Tensor) and value.shape == prompt.shape:
             more = answer if name == "input_ids" else torch.zeros_like(answer)
             more = torch.ones_like(answer) if name == "attention_mask" else more
             inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
-    device = loaded.model.device
-    moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-    return moved, answer.shape[1]
+    return on_device(inputs, loaded.model.device), answer.shape[1]
 
 
 def find_module(loaded: LoadedModel, checkpoint: Checkpoint, stored: str) -> torch.nn.Module:

@@ -23,6 +23,7 @@ from ipmerge_core.runtime.input_files import (
     Schema,
     parse_json,
 )
+from ipmerge_core.runtime.paths import input_file
 from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, TASKS, Task, problems
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _LONGEST_LINE = 16 * MEGABYTE
 DEMO, DATASETS = "demo", "datasets:"
+_EXPECTED = "Expected a jsonl file, datasets:NAME, or demo."
+MOST_SAMPLES = 5_000  # of one model; drawn ones are held in memory
 DEMO_TASKS: dict[str, tuple[Task, ...]] = {
     "perception": PERCEPTION_TASKS,
     "math": MATH_TASKS,
@@ -81,22 +84,47 @@ def load_samples(source: str | Path, limit: int, *, takes_images: bool) -> list[
             a dataset on the hub or in a folder; "demo": drawings of all tasks for a vision-language
             model, math problems as text otherwise; or "demo:TASKS" with comma-separated tasks of
             `DEMO_TASKS`: "demo:perception", "demo:sides,area".
-        limit: maximum number; the first ones are used.
+        limit: maximum number, up to MOST_SAMPLES; the first ones are used.
         takes_images: whether the samples are for a vision-language model.
 
     Raises:
         RunError: the file does not exist, contains an invalid line or no samples, or a task is
             unknown.
     """
-    if limit < 1:
-        raise RunError(f"Got a limit of {limit} calibration samples; expected 1 or more.")
+    check_limit(limit)
     if is_demo(source):
         return _demo(
             _demo_tasks(str(source), takes_images=takes_images), limit, takes_images=takes_images
         )
     if str(source).startswith(DATASETS):
         return _from_dataset(str(source).removeprefix(DATASETS), limit, takes_images=takes_images)
-    path = Path(source).expanduser()
+    return _from_file(source, limit)
+
+
+def check_source(source: str | Path, limit: int, *, takes_images: bool) -> None:
+    """Check a source without drawing or downloading samples: of a file only the first line is read.
+
+    Args and Raises: as for `load_samples`.
+    """
+    check_limit(limit)
+    if is_demo(source):
+        _demo_tasks(str(source), takes_images=takes_images)
+    elif not str(source).startswith(DATASETS):
+        _from_file(source, 1)
+
+
+def check_limit(limit: int) -> None:
+    """Check a number of samples. Raises: RunError."""
+    if not 1 <= limit <= MOST_SAMPLES:
+        raise RunError(f"Got a limit of {limit} calibration samples; expected 1 to {MOST_SAMPLES}.")
+
+
+def _from_file(source: str | Path, limit: int) -> list[Sample]:
+    """Read the first samples of a jsonl file; later lines are not read."""
+    try:
+        path = input_file(source, "calibration samples")
+    except RunError as error:
+        raise RunError(f"{error} {_EXPECTED}") from error
     samples = [_parse(path, number, line) for number, line in _first_lines(path, limit)]
     if not samples:
         raise RunError(f"'{path}' contains no samples. Expected one JSON object per line.")
@@ -125,8 +153,7 @@ def _first_lines(path: Path, limit: int) -> list[tuple[int, bytes]]:
                     found.append((number, line))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"Cannot read the calibration samples '{path}' ({error}). Expected a jsonl file, "
-            f"datasets:NAME, or demo."
+            f"Cannot read the calibration samples '{path}' ({error}). {_EXPECTED}"
         ) from error
     return found
 

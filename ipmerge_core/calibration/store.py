@@ -20,6 +20,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import CheckpointError, PairingError
 from ipmerge_core.models.checkpoint import count_non_finite
 from ipmerge_core.runtime.atomic import write_whole
@@ -37,6 +38,7 @@ from ipmerge_core.runtime.input_files import (
     Schema,
     versioned,
 )
+from ipmerge_core.runtime.paths import expand_path
 
 Kind: TypeAlias = Literal["gram", "fisher"]
 RECORD = "calibration.json"
@@ -61,6 +63,10 @@ class Identified(Protocol):
     def fingerprint(self) -> str:
         """Hash of the weights."""
 
+    @property
+    def content(self) -> str | None:
+        """Hash of more of the weights; None if unknown."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -80,6 +86,7 @@ class Measured:
     norm: Magnitude
     places: dict[Name, tuple[FileName, Name]]
     mean: Number | None = None
+    content: Name | None = None  # see `Source.content`
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Measurements:
 
         Raises: CheckpointError if there is none, or its version is not supported.
         """
-        folder = Path(folder).expanduser()
+        folder = expand_path(folder)
         record = folder / RECORD
         if not record.is_file():
             raise CheckpointError(
@@ -145,7 +152,8 @@ class Measurements:
                 f"{len(models) - 1} are merged. Calibrate these models together."
             )
         for measured, model in zip(self.models, models, strict=True):
-            if measured.fingerprint != model.fingerprint:
+            known = Source(measured.id, None, measured.fingerprint, measured.content)
+            if known.differs_from(model.fingerprint, model.content):
                 raise PairingError(
                     f"The weights of '{model.id}' have changed since the calibration "
                     f"'{self.folder}' (fingerprint {measured.fingerprint[:8]}, now "

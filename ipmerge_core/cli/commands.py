@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
+from ipmerge_core.cli.combinations import is_given
 from ipmerge_core.cli.printing import (
     Progress,
     finding_line,
     plan_sentence,
     preview_of,
     print_result,
+    task_vector_lines,
 )
 from ipmerge_core.cli.reading import (
-    check_target,
     open_models,
     read_method_options,
+    read_pack,
+    read_plan,
     read_plan_options,
     read_recipe,
 )
+from ipmerge_core.errors import PlanError, RunError, first_line
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.paths import input_file, resolve_path
+
+AUTO = "auto"
 
 if TYPE_CHECKING:
+    from ipmerge_core.analysis.records import Analysis
     from ipmerge_core.merging.whole_model import FirstPassStep
     from ipmerge_core.models.pairing import ModelPair
     from ipmerge_core.planning.plan import MergePlan
@@ -31,12 +39,9 @@ if TYPE_CHECKING:
 
 def check(options: argparse.Namespace) -> int:
     """Run the sibling check: exit code 2 for a refusal, 1 for warnings with --strict."""
-    findings = open_models(options).check()
-    if options.json:
-        print(json.dumps([finding._asdict() for finding in findings], indent=1))
-    else:
-        for finding in findings:
-            print(finding_line(finding))
+    findings = open_models(options).check(exact=options.exact)
+    content = [finding._asdict() for finding in findings]
+    print_result(options, content, "\n".join(map(finding_line, findings)))
     levels = {finding.level for finding in findings}
     if "refusal" in levels:
         return 2
@@ -54,21 +59,25 @@ def analyse(options: argparse.Namespace) -> int:
     pair = open_models(options)
     if not options.force:
         pair.require_common_base("Use --force to analyse anyway.")
-    check_target(options.output)
     how = Options(options.rank, options.temperature, options.quick, options.directions).check()
     with Progress(options) as progress:
-        for step in iter_pack_of(pair, Path(options.output), how, device=options.device):
+        for step in iter_pack_of(pair, options.target, how, device=options.device):
             what = f"{step.number}/{step.total} {step.matrix}"
             progress.show("analysing", step.cost_done, step.cost_total, what)
-    analysis = Analysis.load(options.output)
+    analysis = Analysis.load(options.target)
     summary = {
         "pack": options.output,
         "records": len(analysis.records),
         "device": options.device,
         "seconds": progress.seconds,
+        "task_vectors": [
+            {"norm_ratio": found.norm_ratio, "cosine": found.cosine}
+            for found in map(analysis.products, range(len(analysis.sources.math)))
+        ],
     }
     quality = ", approximate" if analysis.approximate else ""
     text = f"Wrote {options.output}: {len(analysis.records)} records of {analysis.name}{quality}."
+    text += "".join(f"\n{line}" for line in task_vector_lines(analysis))
     return print_result(options, summary, text)
 
 
@@ -80,11 +89,13 @@ def calibrate(options: argparse.Namespace) -> int:
     from ipmerge_core.calibration.store import Measurements
 
     pair = open_models(options)
-    how = CalibrationSettings(options.kind, options.estimator, options.image_tokens, options.wide)
+    names = ("estimator", "image_tokens", "wide")
+    chosen = {name: vars(options)[name] for name in names if is_given(options, name)}
+    how = CalibrationSettings(options.kind, **chosen)
     mllm = load_samples(options.mllm_samples, options.limit, takes_images=True)
     math = load_samples(options.math_samples, options.limit, takes_images=False)
     if options.dry_run:
-        need = estimate_calibration(pair, options.output, how, len(mllm), len(math))
+        need = estimate_calibration(pair, options.target, how, len(mllm), len(math))
         text = (
             f"{need.passes} passes, {need.nbytes_model / 1e9:.3f} GB for the largest model and "
             f"{need.nbytes_held / 1e9:.3f} GB for sums in memory, {need.nbytes_written / 1e9:.3f} "
@@ -92,10 +103,11 @@ def calibrate(options: argparse.Namespace) -> int:
         )
         return print_result(options, need._asdict(), text)
     with Progress(options) as progress:
-        for step in iter_calibration(pair, options.output, how, mllm, math, device=options.device):
+        for step in iter_calibration(pair, options.target, how, mllm, math, device=options.device):
             what = f"{step.role}, layers {step.group + 1}/{step.groups}"
-            progress.show("calibrating", step.done, step.total, what)
-    found = Measurements.open(options.output)
+            resumed = step.action == "resumed"
+            progress.show("calibrating", step.done, step.total, what, resumed=resumed)
+    found = Measurements.open(options.target)
     tokens = {model.role: model.tokens for model in found.models}
     doubts = found.doubts(max(matrix.shape[1] for matrix in pair.matrices))
     counted = ", ".join(f"{count} tokens for {role}" for role, count in tokens.items())
@@ -115,20 +127,18 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Write a plan and print its preview."""
-    from ipmerge_core.analysis.records import Analysis
     from ipmerge_core.planning.plan import make_plan
 
-    check_target(options.output)
     source: Analysis | ModelPair
     if options.recipe:
         source, choice = read_recipe(options)
     else:
         choice = read_method_options(options)
-        source = Analysis.load(options.pack) if options.pack else open_models(options)
+        source = read_pack(options) if options.pack else open_models(options)
     made = make_plan(source, options=read_plan_options(options), **choice)
     if options.measure:
         made = _measured(made, options)
-    made.save(options.output)
+    made.save(options.target)
     text = f"Wrote {options.output}: plan {made.hash}, {plan_sentence(made)}"
     return print_result(
         options, {"plan": options.output, "hash": made.hash, **preview_of(made)}, text
@@ -136,9 +146,12 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
-    from ipmerge_core.merging.whole_model import iter_first_pass
+    from ipmerge_core.merging.whole_model import is_due, iter_first_pass
     from ipmerge_core.methods.declarations import drained, relayed
 
+    if not is_due(plan):
+        why = "is already known" if plan.statistic else "is not needed by this method"
+        raise PlanError(f"--measure has no effect: the result of a first pass {why}. Omit it.")
     with Progress(options) as progress:
 
         def show(step: FirstPassStep) -> None:
@@ -151,26 +164,23 @@ def _measured(plan: MergePlan, options: argparse.Namespace) -> MergePlan:
 def recipe(options: argparse.Namespace) -> int:
     """Export a plan as a mergekit recipe."""
     from ipmerge_core.planning.mergekit import export_recipe
-    from ipmerge_core.planning.plan import MergePlan
 
-    check_target(options.output)
-    text = export_recipe(MergePlan.load(options.plan))
-    write_whole(options.output, text)
+    write_whole(options.target, export_recipe(read_plan(options)))
     return print_result(options, {"recipe": options.output}, f"Wrote {options.output}.")
 
 
 def merge(options: argparse.Namespace) -> int:
     """Execute a plan, or with --dry-run print an estimate."""
-    from ipmerge_core.merging.merge import estimate_merge, iter_merge
-    from ipmerge_core.merging.provenance import read_manifest
-    from ipmerge_core.planning.plan import MergePlan
+    from ipmerge_core.merging.merge import estimate_merge, iter_merge, require_common_base
+    from ipmerge_core.merging.provenance import is_finished, read_manifest
     from ipmerge_core.runtime.devices import describe_device
     from ipmerge_core.runtime.pipeline import keep_freed_memory
 
     keep_freed_memory()
-    plan = MergePlan.load(options.plan)
+    plan = read_plan(options)
     if options.dry_run:
-        need = estimate_merge(plan, options.output, device=options.device)
+        require_common_base(plan, force=options.force)
+        need = estimate_merge(plan, options.target, device=options.device)
         text = (
             f"Plan {plan.hash}, {plan_sentence(plan)}\nReads {need.nbytes_read / 1e9:.3f} GB, "
             f"writes {need.nbytes_written / 1e9:.3f} GB to '{options.output}' "
@@ -179,13 +189,17 @@ def merge(options: argparse.Namespace) -> int:
         )
         text += f"\n{need.advice}" if need.advice else ""
         return print_result(options, need._asdict(), text)
+    resume = options.resume is not False
+    verb = "Already complete" if resume and is_finished(plan, options.target) else "Wrote"
     with Progress(options) as progress:
-        for step in iter_merge(plan, options.output, device=options.device, resume=options.resume):
-            verb = "measuring" if step.action == "measured" else "merging"
+        how = {"device": options.device, "resume": resume, "force": options.force}
+        for step in iter_merge(plan, options.target, **how):
+            doing = "measuring" if step.action == "measured" else "merging"
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
-            progress.show(verb, step.nbytes_done, step.nbytes_total, what)
-    manifest = read_manifest(options.output)
-    text = f"Wrote {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
+            resumed = step.action == "resumed"
+            progress.show(doing, step.nbytes_done, step.nbytes_total, what, resumed=resumed)
+    manifest = read_manifest(options.target)
+    text = f"{verb} {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
     result = {"model": options.output, "hash": plan.hash, "device": manifest["device"]}
     return print_result(options, result, text)
 
@@ -193,15 +207,14 @@ def merge(options: argparse.Namespace) -> int:
 def adapter(options: argparse.Namespace) -> int:
     """Export an IP-Merging plan as a LoRA adapter."""
     from ipmerge_core.adapters.export import REPORT, iter_adapter
-    from ipmerge_core.planning.plan import MergePlan
 
-    plan = MergePlan.load(options.plan)
-    limits = {"tolerance": options.tolerance, "max_rank": options.max_rank}
+    plan = read_plan(options)
+    how = {"tolerance": options.tolerance, "max_rank": options.max_rank, "force": options.force}
     with Progress(options) as progress:
-        for step in iter_adapter(plan, options.output, device=options.device, **limits):
+        for step in iter_adapter(plan, options.target, device=options.device, **how):
             what = f"{step.index}/{step.total} rank {step.rank} {step.tensor}"
             progress.show("factorising", step.index, step.total, what)
-    report = json.loads((Path(options.output) / REPORT).read_text(encoding="utf-8"))
+    report = json.loads((options.target / REPORT).read_text(encoding="utf-8"))
     ranks = [matrix["rank"] for matrix in report["matrices"].values()]
     text = (
         f"Wrote {options.output}: {len(ranks)} matrices, rank {min(ranks)} to {max(ranks)}, "
@@ -215,8 +228,14 @@ def chat(options: argparse.Namespace) -> int:
     from ipmerge_core.inference.generation import answer
 
     models = [options.model, *([options.compare] if options.compare else [])]
+    if len({resolve_path(model) for model in models}) < len(models):
+        raise PlanError(
+            f"'{options.model}' and '{options.compare}' are the same model. Specify another one "
+            f"with --compare, or omit it."
+        )
+    image = input_file(options.image, "image") if options.image else None
     how = {"max_new_tokens": options.max_new_tokens, "device": options.device}
-    answers = {model: answer(model, options.prompt, options.image, **how) for model in models}
+    answers = {model: answer(model, options.prompt, image, **how) for model in models}
     text = "\n\n".join(f"{model}:\n{reply}" for model, reply in answers.items())
     return print_result(options, answers, text)
 
@@ -225,9 +244,22 @@ def app(options: argparse.Namespace) -> int:
     """Serve the web app until it is interrupted."""
     from ipmerge_core.ui.app import launch
 
-    if options.device != "auto":
+    device = AUTO if options.device is None else options.device
+    if device != AUTO:
         from ipmerge_core.runtime.devices import resolve_device
 
-        resolve_device(options.device)  # fail before the app is served
-    launch(host=options.host, port=options.port, device=options.device)
+        resolve_device(device)  # fail before the app is served
+    silent = options.json or options.quiet
+    try:
+        served = launch(
+            options.host, options.port, block=not options.json, device=device, quiet=silent
+        )
+    except (OSError, OverflowError) as error:  # the port is in use, or there is no such address
+        raise RunError(
+            f"Cannot serve the app at {options.host}, port {options.port or 'from 7860 on'} "
+            f"({first_line(error)}). Choose another --port or --host."
+        ) from error
+    if options.json:
+        print_result(options, {"address": served[1], "device": device}, served[1])
+        Event().wait()
     return 0

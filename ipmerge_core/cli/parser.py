@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
+from ipmerge_core.analysis.partial import SUFFIX as JOURNAL
 from ipmerge_core.cli import commands
+from ipmerge_core.cli.combinations import METHOD
 from ipmerge_core.planning.options import OPTIONS, Option
+from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
 from ipmerge_core.version import __version__
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Create the parser; the namespace has the command's function as `run`."""
+    """Create the parser; the namespace has the command's function as `run`.
+
+    Options whose effect depends on others are None if they are not given: see `combinations`.
+    `door` checks the path given with --output.
+    """
     parser = argparse.ArgumentParser(
         prog="ipmerge",
         description="Compare and merge the weights of models fine-tuned from one base.",
@@ -21,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for run, summary, add_options in COMMANDS:
         command = subparsers.add_parser(run.__name__, help=summary, description=summary)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, door=None)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         command.add_argument("--quiet", action="store_true", help="do not show progress on stderr")
         add_options(command)
@@ -31,13 +39,23 @@ def make_parser() -> argparse.ArgumentParser:
 def _check(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
     parser.add_argument("--strict", action="store_true", help="exit with code 1 on warnings")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="compare the task vectors over all decoder weights instead of samples",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:  # noqa: A002
+    """Add --output, whose path `main` checks before any work, as a file or as a folder."""
+    parser.add_argument("-o", "--output", required=True, metavar=metavar, help=help)
+    parser.set_defaults(door=output_folder if metavar == "FOLDER" else output_file)
 
 
 def _analyse(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="PACK", help="output file, such as pack.json.gz"
-    )
+    _add_output(parser, "PACK", "output file, such as pack.json.gz")
+    parser.set_defaults(door=partial(output_file, suffix=JOURNAL))
     _add_device(parser)
     parser.add_argument("--rank", type=int, help="keep only the leading singular triplets")
     parser.add_argument(
@@ -52,9 +70,7 @@ def _analyse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="approximate results from the leading directions"
     )
-    parser.add_argument(
-        "--force", action="store_true", help="continue even if the sibling check fails"
-    )
+    _add_force(parser)
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
@@ -65,46 +81,39 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pack", nargs="?", help="pack of an analysis; otherwise specify models")
-    _add_models(parser)
+    _add_models(parser, "; with PACK, where it is now")
     _add_method(parser)
     parser.add_argument(
         "--recipe", metavar="YAML", help="read models and method from a mergekit recipe"
     )
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="PLAN", help="output file, such as plan.json"
-    )
+    _add_output(parser, "PLAN", "output file, such as plan.json")
     _add_device(parser)
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", help="plan.json")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="YAML", help="output file, such as recipe.yaml"
-    )
+    _add_plan(parser, own_base=False)  # which a recipe cannot express
+    _add_output(parser, "YAML", "output file, such as recipe.yaml")
 
 
 def _merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", help="plan.json")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="FOLDER", help="output folder of the model"
-    )
+    _add_plan(parser)
+    _add_output(parser, "FOLDER", "output folder of the model")
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="resume an unfinished run of the same plan (default)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print an estimate and exit")
+    _add_flag(parser, "--dry-run", "print an estimate and exit")
+    _add_force(parser)
     _add_device(parser)
 
 
 def _adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", help="plan.json")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="FOLDER", help="output folder of the adapter"
-    )
+    _add_plan(parser)
+    _add_output(parser, "FOLDER", "output folder of the adapter")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="maximum relative residual")
     parser.add_argument("--max-rank", type=int, default=64, help="maximum rank per matrix")
+    _add_force(parser)
     _add_device(parser)
 
 
@@ -127,20 +136,42 @@ def _app(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mllm", metavar="MODEL", help="folder or hub id of the multimodal model")
+def _add_plan(parser: argparse.ArgumentParser, *, own_base: bool = True) -> None:
+    """Add the plan, and where its models are now if they have moved since it was made."""
+    parser.add_argument("plan", help="plan.json, or the file of the app's Plan as JSON")
     parser.add_argument(
-        "--math", metavar="MODEL", action="append", default=[], help="expert model; can be repeated"
+        "--pack", metavar="FILE", help="pack of an app's plan, if it is not one of the app's"
     )
-    parser.add_argument("--base", metavar="MODEL", help="text model that all were fine-tuned from")
-    parser.add_argument("--base-mllm", metavar="MODEL", help="base of the MLLM, if it differs")
+    _add_models(parser, ", if it has moved since the plan was made", own_base=own_base)
+
+
+def _add_models(parser: argparse.ArgumentParser, moved: str = "", *, own_base: bool = True) -> None:
+    roles = (
+        ("--mllm", "folder or hub id of the multimodal model"),
+        ("--math", "expert model; can be repeated"),
+        ("--base", "text model that all were fine-tuned from"),
+        ("--base-mllm", "base of the MLLM, if it differs"),
+    )
+    for name, words in roles if own_base else roles[:-1]:
+        several: dict[str, Any] = {"action": "append", "default": []} if name == "--math" else {}
+        parser.add_argument(name, metavar="MODEL", help=words + moved, **several)
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, words: str) -> None:
+    """Add a switch that is None if it is not given."""
+    parser.add_argument(name, action="store_true", default=None, help=words)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", help="continue even if the sibling check fails"
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser, *, fp64: bool = True) -> None:
     """Add --device, which `main` resolves; `fp64` sets whether 64-bit floats are required."""
     parser.add_argument(
         "--device",
-        default="auto",
         help="auto (default: fastest available), cpu, cuda, cuda:1, xpu, mps",
     )
     parser.set_defaults(fp64=fp64)
@@ -157,23 +188,20 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimator",
         choices=("sampled", "empirical"),
-        default="sampled",
-        help="answers for the Fisher information: sampled from the model, or given",
+        help="answers for the Fisher information: sampled from the model (default), or given",
     )
     parser.add_argument(
         "--wide",
         choices=("full", "diagonal"),
-        default="full",
-        help="Gram matrices of down projections",
+        help="Gram matrices of down projections: full (default), or their diagonal",
     )
     parser.add_argument(
         "--image-tokens",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="include image positions in Gram matrices",
+        help="include image positions in Gram matrices (default)",
     )
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="output folder")
-    parser.add_argument("--dry-run", action="store_true", help="print an estimate and exit")
+    _add_output(parser, "FOLDER", "output folder")
+    _add_flag(parser, "--dry-run", "print an estimate and exit")
 
 
 _FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan's options
@@ -184,17 +212,16 @@ _FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan'
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="ip_merging", help="name of the merge method")
+    parser.add_argument("--method", help=f"name of the merge method ({METHOD} by default)")
     parser.add_argument(
         "--similarity-threshold",
         type=float,
-        default=0.4,
         metavar="S_ALPHA",
-        help="merge matrices with at least this similarity",
+        help="merge matrices with at least this similarity (0.4 by default)",
     )
-    parser.add_argument("--similarity", default="first", help=" | ".join(SIMILARITIES))
+    parser.add_argument("--similarity", help=f"{' | '.join(SIMILARITIES)} (the first by default)")
     parser.add_argument(
-        "--lambda", dest="lambda_", type=float, default=1.0, help="scale of the update"
+        "--lambda", dest="lambda_", type=float, help="scale of the update (1 by default)"
     )
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], help="parameter of the method"
@@ -202,10 +229,10 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="FOLDER", help="output of calibrate, for methods that need data"
     )
-    parser.add_argument(
+    _add_flag(
+        parser,
         "--measure",
-        action="store_true",
-        help="run the method's first pass over the weights now and store its result in the plan",
+        "run the method's first pass over the weights now and store its result in the plan",
     )
     for option in OPTIONS.values():
         _add_option(parser, option)
@@ -226,7 +253,6 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     more: dict[str, Any] = {"choices": tuple(option.choices)} if option.choices else {}
     parser.add_argument(
         f"--{option.name.replace('_', '-')}",
-        default=option.default,
         help=option.help,
         **more,
         **_FORMS[option.kind],

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
-from time import monotonic
+from pathlib import Path
+from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ipmerge_core.errors import PlanError
+from ipmerge_core.errors import PlanError, RunError
 
 if TYPE_CHECKING:
+    from ipmerge_core.analysis.records import Analysis
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.planning.plan import MergePlan
 
@@ -30,6 +33,22 @@ def finding_line(finding: Finding) -> str:
     return f"{_MARKS[finding.level]}  {finding.subject}: {finding.message}{remedy}"
 
 
+def task_vector_lines(analysis: Analysis) -> Iterator[str]:
+    """Describe the size and direction of each expert's task vector relative to the MLLM's."""
+    for expert, source in enumerate(analysis.sources.math):
+        found = analysis.products(expert)
+        ratios = [
+            ratio
+            for record in analysis.records
+            if record.expert == expert and (ratio := record.products.norm_ratio) is not None
+        ]
+        if found.describe() and ratios:
+            yield (
+                f"{Path(source.id).name}: {found.describe()} over all decoder matrices; norm ratio "
+                f"of single matrices {min(ratios):#.3g} to {max(ratios):#.3g}."
+            )
+
+
 def preview_of(plan: MergePlan) -> dict[str, Any]:
     """Return the preview of a plan, or the reason why it is not available."""
     try:
@@ -40,21 +59,20 @@ def preview_of(plan: MergePlan) -> dict[str, Any]:
 
 def plan_sentence(plan: MergePlan) -> str:
     """Summarize a plan in one sentence."""
-    chosen = f"{len(plan.selected)} of {len(plan.decisions)} matrices are merged"
-    preview = preview_of(plan)
+    from ipmerge_core.planning.description import describe_change, describe_selection
+
     extras = "; ".join(plan.extras)
     extras = f" Also merged, not included in these figures: {extras}." if extras else ""
-    if "relative_change" not in preview:
-        return f"{chosen}.{extras} {preview['preview']}"
-    loose = f", approximate: {preview['approximate']}" if preview["approximate"] else ""
-    change = f"{preview['relative_change']:.3%} (relative Frobenius norm{loose})"
-    return f"{chosen}; decoder weights change by {change}{_analysis_values(plan)}.{extras}"
+    change = describe_change(plan)
+    if "relative_change" not in preview_of(plan):
+        return f"{describe_selection(plan)} are merged.{extras} {change}"
+    return f"{describe_selection(plan)} are merged; {change}{_analysis_values(plan)}.{extras}"
 
 
 def _analysis_values(plan: MergePlan) -> str:
     """List the parameters that come from the analysis and are not the defaults."""
     from ipmerge_core.methods import find_method
-    from ipmerge_core.planning.preview import shown
+    from ipmerge_core.planning.options import shown
 
     method, values, analysed = find_method(plan.method), plan.parameters, plan.analysed or {}
     defaults = {parameter.name: parameter.default for parameter in method.parameters}
@@ -64,8 +82,20 @@ def _analysis_values(plan: MergePlan) -> str:
 
 
 def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  # noqa: ANN401
-    """Print the result as text or JSON and return the exit code for success."""
-    print(json.dumps(content, indent=1) if options.json else text)
+    """Print the result as text or JSON and return the exit code for success.
+
+    Raises: BrokenPipeError if the reader of stdout has closed it, RunError if its disk is full.
+    """
+    shown = json.dumps(content, indent=1) if options.json else text
+    try:
+        print(shown, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"Cannot write the result to the standard output: {error.strerror}. Other results of "
+            f"the command are complete."
+        ) from error
     return 0
 
 
@@ -98,9 +128,10 @@ class Progress:
         """Seconds since the start."""
         return round(monotonic() - self.started, 3)
 
-    def show(self, verb: str, done: int, total: int, what: str) -> None:
+    def show(self, verb: str, done: int, total: int, what: str, *, resumed: bool = False) -> None:
         """Show how much of the total is done; another verb starts another bar.
 
+        Speed and time left are those since the first step; `resumed` work does not count either.
         `what` may contain names from untrusted models: control characters are replaced.
         """
         if self.options.quiet:
@@ -110,6 +141,10 @@ class Progress:
         if self.bar is None or self.bar.desc != verb:
             self._close()
             self.bar = _new_bar(verb, total)
+            resumed = True  # the first step tells where the bar starts
+        if resumed:
+            self.bar.initial = self.bar.n = done
+            self.bar.start_t = self.bar.last_print_t = time()
         shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in what)
         self.bar.set_postfix_str(shown[:_LONGEST_NAME], refresh=False)
         self.bar.update(done - self.bar.n)

@@ -8,7 +8,7 @@ and independent of other threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, load_model
-from ipmerge_core.inference.prompts import (
-    Message,
-    chat_template,
-    check_question,
-    render_chat,
-    without_begin,
-)
+from ipmerge_core.inference.prompts import Message, check_question
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +26,7 @@ if TYPE_CHECKING:
 
 
 MOST_NEW_TOKENS = 2048
+LARGEST_SEED = 2**63 - 1
 
 
 _QUEUE_SECONDS = 0.1  # interval at which a waiting reader checks whether the writer is alive
@@ -57,6 +52,10 @@ class GenerationSettings:
                 f"The number of new tokens is {self.max_new_tokens}; expected an integer from "
                 f"1 to {MOST_NEW_TOKENS}."
             )
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise RunError(
+                f"The seed is {self.seed}; expected an integer from 0 to {LARGEST_SEED}."
+            )
 
 
 def stream_answer(
@@ -74,12 +73,13 @@ def stream_answer(
     Raises:
         RunError: the question is empty, or the prompt is too long.
         ModelLoadError: the model does not support this input.
+        RunCancelled: `cancelled` was set before the first token.
     """
     settings = settings or GenerationSettings()
-    inputs = encode_prompt(loaded, question, image).to(loaded.model.device)
     closed = threading.Event()
     stops = [closed, *([cancelled] if cancelled else [])]
-    streamer = _new_streamer(loaded)
+    inputs = on_device(encode_prompt(loaded, question, image, stops=stops), loaded.model.device)
+    streamer = _new_streamer(loaded, stops)
 
     def stopped(error: Exception) -> ModelLoadError:
         return ModelLoadError(
@@ -119,15 +119,20 @@ def answer(
 
 
 def encode_prompt(
-    loaded: LoadedModel, question: str, image: Image | None, before: Sequence[Message] = ()
-) -> Any:  # noqa: ANN401
-    """Render the question with the model's chat template and tokenize it.
+    loaded: LoadedModel,
+    question: str,
+    image: Image | None,
+    before: Sequence[Message] = (),
+    stops: Sequence[threading.Event] = (),
+) -> dict[str, Any]:
+    """Render the question with the model's chat template and tokenize it, in the model's process.
 
     Args:
         loaded: the model.
         question: the user's message.
         image: the image of the message, if any.
         before: earlier messages: a system prompt, questions and answers.
+        stops: events that cancel the request.
 
     Raises:
         RunError: the question is empty or too long.
@@ -135,42 +140,46 @@ def encode_prompt(
             cannot be used.
     """
     messages = [*before, Message("user", check_question(question), image)]
-    images = [message.image.convert("RGB") for message in messages if message.image is not None]
-    if images and not loaded.takes_images:
+    if not loaded.takes_images and any(message.image is not None for message in messages):
         raise ModelLoadError(
             f"'{loaded.folder.name}' is a text model and does not support images. Ask without an "
             f"image, or choose a vision-language model."
         )
-    text = render_chat(loaded.chat_format, messages)
+    inputs = loaded.processor.encode(messages, stops)
+    _refuse_unknown_tokens(loaded, inputs["input_ids"])
+    return inputs
 
-    def refused(error: Exception) -> ModelLoadError:
-        return ModelLoadError(
-            f"The processor of '{loaded.folder.name}' cannot encode the question "
-            f"({first_line(error)}). Are its processor and tokenizer files those of this model?"
+
+def _refuse_unknown_tokens(loaded: LoadedModel, ids: torch.Tensor) -> None:
+    """Refuse a token without an embedding, which on a GPU ends every model of the process."""
+    rows = loaded.model.get_input_embeddings().num_embeddings
+    config = loaded.model.config
+    image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    found = ids[(ids < 0) | (ids >= rows)]
+    unknown = found if image is None else found[found != image]
+    if len(unknown):
+        raise ModelLoadError(
+            f"The tokenizer of '{loaded.folder.name}' produces the token {int(unknown[0])}, and "
+            f"the model has embeddings for {rows}. Is tokenizer.json that of this model?"
         )
 
-    with explained(refused):
-        return _encode(loaded, text, images)
+
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of encoded inputs to a device."""
+    return {
+        name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()
+    }
 
 
-def _encode(loaded: LoadedModel, text: str, images: list[Image]) -> Any:  # noqa: ANN401
-    if loaded.takes_images:
-        more = {"images": images} if images else {}
-        return loaded.processor(
-            text=[without_begin(loaded.tokenizer, text)], return_tensors="pt", **more
-        )
-    # A chat template contains the special tokens; without one the tokenizer adds them.
-    special = chat_template(loaded.chat_format) is None
-    tokens = loaded.tokenizer([text], return_tensors="pt", add_special_tokens=special)
-    tokens.pop("token_type_ids", None)
-    return tokens
-
-
-def _new_streamer(loaded: LoadedModel) -> Any:  # noqa: ANN401
+def _new_streamer(loaded: LoadedModel, stops: Sequence[threading.Event]) -> Any:  # noqa: ANN401
     from transformers import TextIteratorStreamer
 
     return TextIteratorStreamer(
-        loaded.tokenizer, skip_prompt=True, timeout=_QUEUE_SECONDS, skip_special_tokens=True
+        loaded.processor,  # it has the `decode` of a tokenizer
+        skip_prompt=True,
+        timeout=_QUEUE_SECONDS,
+        skip_special_tokens=True,
+        stops=stops,
     )
 
 
@@ -201,18 +210,12 @@ def _generate(
         stopped = any(event.is_set() for event in stops)
         return torch.full((ids.shape[0],), stopped, device=ids.device)
 
-    tokenizer = loaded.tokenizer
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     noise = [_Sampler(settings)] if settings.temperature else []
     with torch.inference_mode():
         loaded.model.generate(
             **inputs,
             do_sample=False,  # _Sampler adds the sampling noise
-            temperature=None,
-            top_p=None,
-            top_k=None,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=pad,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([stop]),
             logits_processor=LogitsProcessorList(noise),
@@ -222,8 +225,8 @@ def _generate(
 class _Sampler:
     """Exact sampling at a temperature with its own seeded random stream.
 
-    Math:   argmax_i (logit_i / T + g_i), g_i = -log(-log u_i), draws i with probability
-            softmax(logits / T)_i (the Gumbel-max trick).
+    Math:   argmax_i (logit_i + T g_i), g_i = -log(-log u_i), draws i with probability
+            softmax(logits / T)_i (the Gumbel-max trick, times T, which is finite for every T).
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
@@ -237,4 +240,4 @@ class _Sampler:
 
         uniform = torch.rand(scores.shape, generator=self.random, dtype=torch.float64)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
-        return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)
+        return scores.float() + (self.temperature * gumbel).to(scores.device, torch.float32)

@@ -1,50 +1,47 @@
 """Load models with transformers from local folders, offline and without custom code.
 
 In: a model folder in the transformers layout (an MLLM with its processor, or a text model with its
-tokenizer). Out: a `LoadedModel`. Only safetensors are read, and every weight must match the
-architecture.
+tokenizer). Out: a `LoadedModel`: the model in this process, its processor in a process of its own.
+Only safetensors are read, every weight must match the architecture, and of the model's generation
+settings only the ids of the special tokens are kept.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import ModelLoadError, explained, first_line
-from ipmerge_core.inference.prompts import (
-    ChatFormat,
-)
+from ipmerge_core.errors import ModelLoadError, explained
+from ipmerge_core.inference.encoding import SpecialIds, explain_loading
+from ipmerge_core.inference.processor_process import RemoteProcessor, default_server
+from ipmerge_core.runtime.imports import IMPORTING
 
 if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
 
 
+_COUNTS_LAYERS = re.compile(r"layers$|^depth$|^n_layer$")
+_MOST_LARGER = 3  # than the files; tied weights are stored once
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory with its processor or tokenizer."""
+    """A model in memory, with its processor or tokenizer in another process."""
 
     folder: Path
     fingerprint: str
     model: Any
-    processor: Any
+    processor: RemoteProcessor
+    special_ids: SpecialIds
     takes_images: bool
     nbytes: int
-
-    @property
-    def tokenizer(self) -> Any:  # noqa: ANN401 (transformers shares no type that mypy can see)
-        """The tokenizer, inside the processor or by itself."""
-        return getattr(self.processor, "tokenizer", self.processor)
-
-    @property
-    def chat_format(self) -> ChatFormat:
-        """The properties that determine the prompt format."""
-        return ChatFormat(
-            self.folder.name, self.processor, self.tokenizer, self.model.config, self.takes_images
-        )
 
 
 class ModelCache:
@@ -52,70 +49,86 @@ class ModelCache:
 
     def __init__(self, most_models: int = 2) -> None:
         self.most_models = most_models
-        self._models: OrderedDict[tuple[Path, str, str], LoadedModel] = OrderedDict()
+        self._models: OrderedDict[tuple[Path | str | None, ...], LoadedModel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, folder: str | Path, device: str = "cpu") -> LoadedModel:
+    def get(
+        self, folder: str | Path, device: str = "cpu", stops: Sequence[threading.Event] = ()
+    ) -> LoadedModel:
         """Return the model in `folder`, loading it if it is not cached or has changed on disk.
 
         Raises: as `load_model`.
         """
         from ipmerge_core.models.checkpoint import Checkpoint
         from ipmerge_core.runtime.devices import resolve_device
+        from ipmerge_core.runtime.paths import resolve_path
 
         device = resolve_device(device, fp64=False)
         with self._lock:
-            path = Path(folder).expanduser().resolve()
-            key = (path, Checkpoint.open(path).fingerprint, device)
+            path = resolve_path(folder)
+            found = Checkpoint.open(path)
+            key = (path, found.fingerprint, found.content, found.other_files, device)
             if key not in self._models:
                 while len(self._models) >= self.most_models:
                     self._models.popitem(last=False)
-                self._models[key] = load_model(path, device)
+                self._models[key] = load_model(path, device, stops)
             self._models.move_to_end(key)
             return self._models[key]
 
 
 def import_libraries() -> None:
     """Import the libraries for running a model, which takes seconds the first time."""
-    from transformers import (  # noqa: F401 (imported for its side effect)
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-        TextIteratorStreamer,
-    )
+    default_server().start()  # imports them too, at the same time
+    with IMPORTING:
+        from transformers import (  # noqa: F401 (imported for its side effect)
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            TextIteratorStreamer,
+        )
 
     from ipmerge_core.models.checkpoint import Checkpoint  # noqa: F401
 
 
-def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
+def load_model(
+    folder: str | Path, device: str = "cpu", stops: Sequence[threading.Event] = ()
+) -> LoadedModel:
     """Load a model folder and verify that all weights match the architecture.
 
     Args:
         folder: a local folder with config.json, safetensors weights and a tokenizer or processor.
         device: a torch device name, or "auto".
+        stops: events that cancel loading.
 
     Raises:
         CheckpointError: the folder does not exist, or its files are damaged.
         ModelLoadError: transformers cannot build the model, or weights are missing or unexpected.
         PlanError: the device is not available.
+        RunCancelled: one of the events was set.
     """
+    default_server().start()
     # Imported here, like transformers, so that inputs are checked before torch is loaded.
     from ipmerge_core.models.checkpoint import Checkpoint
     from ipmerge_core.runtime.devices import resolve_device
 
     device = resolve_device(device, fp64=False)
-    checkpoint = Checkpoint.open(Path(folder))
+    folder = Path(folder).expanduser()
+    checkpoint = Checkpoint.open(folder)
     _refuse_code(checkpoint)
     _refuse_adapter(checkpoint)
+    _refuse_layers(checkpoint)
     takes_images = _takes_images(checkpoint)
-    processor = _load_processor(checkpoint, takes_images)
-    model = _load_weights(checkpoint, takes_images)
+    processor = RemoteProcessor(folder, takes_images=takes_images)
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(processor.load, stops)
+        model = _load_weights(checkpoint, takes_images)
+        special_ids = reading.result()
+    model.generation_config = _generation_config(checkpoint, special_ids)
     return LoadedModel(
-        folder=Path(folder),
+        folder=folder,
         fingerprint=checkpoint.fingerprint,
         model=model.to(device).eval(),
         processor=processor,
+        special_ids=special_ids,
         takes_images=takes_images,
         nbytes=checkpoint.nbytes,
     )
@@ -125,10 +138,46 @@ def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
 
 
 def _refuse_code(checkpoint: Checkpoint) -> None:
-    if "auto_map" in checkpoint.config:
+    """Refuse a model type that only custom code supports; the code of others is not needed."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = str(checkpoint.config.get("model_type"))
+    if "auto_map" in checkpoint.config and model_type not in CONFIG_MAPPING_NAMES:
         raise ModelLoadError(
-            f"'{checkpoint.id}' requires custom code (its config.json has an auto_map), which is "
-            f"never executed. Choose a model that transformers supports."
+            f"'{checkpoint.id}' requires custom code (its config.json has an auto_map, and the "
+            f"type {model_type!r} is unknown to transformers), which is never executed. Choose a "
+            f"model that transformers supports."
+        )
+
+
+def _refuse_layers(checkpoint: Checkpoint) -> None:
+    """Refuse a config with more layers than tensors, which would be built one by one."""
+    most, parts = len(checkpoint.tensors), [checkpoint.config]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            if _COUNTS_LAYERS.search(key) and isinstance(value, int) and value > most:
+                raise ModelLoadError(
+                    f"The config of '{checkpoint.id}' has {key} = {value}, and its files have "
+                    f"only {most} tensors. Do config.json and the weights belong to the same model?"
+                )
+
+
+def _refuse_size(checkpoint: Checkpoint, kind: Any) -> None:  # noqa: ANN401
+    """Refuse a config of a larger model than the files, whose weights would be made up."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        checkpoint.id, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):  # shapes without memory
+        numel = sum(weight.numel() for weight in kind.from_config(config).parameters())
+    if numel > _MOST_LARGER * checkpoint.numel:
+        raise ModelLoadError(
+            f"The config of '{checkpoint.id}' describes a model of {numel:.3g} parameters, and its "
+            f"files have {checkpoint.numel:.3g}. Do config.json and the weights belong to the same "
+            f"model?"
         )
 
 
@@ -144,28 +193,27 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
 def _takes_images(checkpoint: Checkpoint) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    return checkpoint.config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-
-def _load_processor(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: ANN401
-    from transformers import AutoProcessor, AutoTokenizer
-
-    kind = AutoProcessor if takes_images else AutoTokenizer
-    with explained(partial(_explain, checkpoint, "processor" if takes_images else "tokenizer")):
-        return kind.from_pretrained(checkpoint.id, local_files_only=True, trust_remote_code=False)
+    model_type = str(checkpoint.config.get("model_type"))
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: ANN401
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        GenerationConfig,
+    )
 
     kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
-    with explained(partial(_explain, checkpoint, "model")):
+    with explained(partial(explain_loading, checkpoint.id, "model")):
+        _refuse_size(checkpoint, kind)
         model, notes = kind.from_pretrained(
             checkpoint.id,
             dtype="auto",
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            generation_config=GenerationConfig(),  # otherwise read from the folder
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they raise an error below
         )
@@ -185,16 +233,38 @@ def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: A
     return model
 
 
-def _explain(checkpoint: Checkpoint, what: str, error: Exception) -> ModelLoadError:
-    if "torchvision" in str(error):
-        remedy = "Install torchvision, which this model's image processor requires."
-    elif isinstance(error, ImportError):
-        remedy = "Install the missing library."
-    else:
-        remedy = "Is the folder complete, and does this version of transformers support the model?"
-    return ModelLoadError(
-        f"Cannot load the {what} of '{checkpoint.id}' ({first_line(error)}). {remedy}"
-    )
+def _generation_config(checkpoint: Checkpoint, tokenizer: SpecialIds) -> Any:  # noqa: ANN401
+    """Return generation settings that keep nothing of the model's but the special tokens.
+
+    generation_config.json has precedence over the config and the tokenizer. Other settings in it,
+    such as beams, stop strings or several answers, would change what is generated or fail.
+    """
+    from transformers import GenerationConfig
+
+    from ipmerge_core.models.decoders import text_config
+    from ipmerge_core.models.weight_files import read_json
+
+    name = "generation_config.json"
+    stored = read_json(checkpoint.files, name) if name in checkpoint.files.names() else {}
+    config = text_config(checkpoint)
+
+    def find(token: str, otherwise: int | None) -> list[int]:
+        for source in (stored, config):
+            if source.get(token) is not None:
+                return _token_ids(checkpoint, token, source[token])
+        return [] if otherwise is None else [otherwise]
+
+    eos = find("eos_token_id", tokenizer.eos)
+    pad = find("pad_token_id", tokenizer.pad) or eos or [0]
+    return GenerationConfig(eos_token_id=eos or None, pad_token_id=pad[0])
 
 
-# --- prompting and generating ------------------------------------------------------------------
+def _token_ids(checkpoint: Checkpoint, token: str, value: object) -> list[int]:
+    """Check one id or a list of ids. Raises: ModelLoadError."""
+    ids: list[Any] = value if isinstance(value, list) and value else [value]
+    if not all(type(number) is int and -1 <= number < 2**31 for number in ids):
+        raise ModelLoadError(
+            f"The {token} of '{checkpoint.id}' is {str(value)[:80]}; expected the id of a token or "
+            f"a list of ids. Correct generation_config.json or config.json."
+        )
+    return [number for number in ids if number >= 0]  # -1 is a convention for none

@@ -1,13 +1,13 @@
 """Render chat prompts with a model's chat template.
 
 In: the processor or tokenizer of a model and the messages of a conversation. Out: the prompt text,
-with the model's image placeholders. Templates are untrusted: any error in one is raised as a
-`ModelLoadError`. Does not tokenize.
+with the model's image placeholders and `verbatim` marks in place of texts that contain control
+tokens. Templates are untrusted: any error in one is raised as a `ModelLoadError`. Does not
+tokenize; called in the process that `processor_server.py` runs.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ REMEDY = (
     "Fix chat_template.jinja, or chat_template in tokenizer_config.json, in the model folder; "
     "without a template the prompt is 'USER: ... ASSISTANT:'."
 )
+_MARK = "\uf8f0{}\uf8f1"  # private use characters, which templates pass through unchanged
 # Attributes of processors and tokenizers that contain a placeholder for an image or other input.
 _PLACEHOLDERS = ("image_token", "boi_token", "eoi_token", "video_token", "audio_token")
 _BRACKETS = (
@@ -35,6 +36,16 @@ class Message(NamedTuple):
     role: Literal["system", "user", "assistant"]
     text: str
     image: Image | None = None
+
+
+class Prompt(NamedTuple):
+    """A rendered conversation; `verbatim` maps marks in the text to the text that they replace.
+
+    That text contains control tokens, which must be encoded as the characters that they consist of.
+    """
+
+    text: str
+    verbatim: dict[str, str]
 
 
 class ChatFormat(NamedTuple):
@@ -101,19 +112,19 @@ def check_question(question: str) -> str:
     return question
 
 
-def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> str:
+def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
     """Render a conversation up to the start of the model's answer.
 
-    Message texts cannot contain control tokens: a special token in the text is broken by a space. A
-    system message that the template rejects or drops is prepended to the first user message.
+    A message is marked from the first control token in its text on (see `Prompt`), so that neither
+    the template nor the processor finds one. A system message that the template rejects or drops
+    is prepended to the first user message.
 
     Raises: ModelLoadError if the template cannot be used.
     """
     template = chat_template(chat)
-    control = _control_tokens(chat, template or "")
-    messages = [message._replace(text=_without(control, message.text)) for message in messages]
+    messages, verbatim = _marked(messages, control_tokens(chat, template or ""))
     if template is None:
-        return _plain_prompt(chat, messages)
+        return Prompt(_plain_prompt(chat, messages), verbatim)
     attempt = _Attempt(chat, template)
     layout = attempt.find_layout(messages)
     if layout is None and len(messages) > 1 and messages[0].role == "system":
@@ -121,7 +132,10 @@ def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> str:
         layout = attempt.find_layout(messages)
     if layout is None:
         raise attempt.failure
-    return attempt.render(messages, layout)
+    prompt = attempt.render(messages, layout)
+    if not all(mark in prompt for mark in verbatim):
+        raise attempt.failure
+    return Prompt(prompt, verbatim)
 
 
 def chat_template(chat: ChatFormat) -> str | None:
@@ -258,21 +272,50 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
     return " ".join([*pieces, "ASSISTANT:"])
 
 
-def _control_tokens(chat: ChatFormat, template: str) -> list[str]:
-    """List the special tokens and placeholders of the tokenizer and processor, longest first."""
+def control_tokens(chat: ChatFormat, template: str = "") -> list[str]:
+    """List the tokens that a text must not contain: special tokens, markers and placeholders.
+
+    Added tokens that are neither special nor markers such as `<think>` are vocabulary.
+    """
     added = getattr(chat.tokenizer, "added_tokens_decoder", {}).values()
-    tokens = {token.content for token in added if token.special or token.content in template}
+    tokens = {
+        token.content
+        for token in added
+        if token.special or token.content in template or _is_marker(token.content)
+    }
     for owner in (chat.processor, chat.tokenizer):
         tokens |= {str(getattr(owner, name, None) or "") for name in _PLACEHOLDERS}
-    return sorted((token for token in tokens if len(token.strip()) > 1), key=len, reverse=True)
+    tokens.add(chat.image_token or "")
+    return sorted(token for token in tokens if token.strip())
 
 
-def _without(tokens: Sequence[str], text: str) -> str:
-    """Insert a space into every control token in a text: `<image>` becomes `< image>`."""
-    if not any(token in text for token in tokens):
-        return text
-    starts = "|".join(map(re.escape, tokens))
-    return re.sub(rf"(?=(?:{starts}))(.)", r"\1 ", text, flags=re.DOTALL)
+def _is_marker(token: str) -> bool:
+    return len(token) > 2 and (token[0], token[-1]) in {("<", ">"), ("[", "]")}
+
+
+def split_verbatim(text: str, control: Sequence[str]) -> tuple[str, str]:
+    """Split a text before the first control token; the second part is empty if there is none.
+
+    >>> split_verbatim("What is <image>?", ["<image>"])
+    ('What is ', '<image>?')
+    """
+    places = [place for token in control if (place := text.find(token)) >= 0]
+    first = min(places, default=len(text))
+    return text[:first], text[first:]
+
+
+def _marked(
+    messages: Sequence[Message], control: Sequence[str]
+) -> tuple[list[Message], dict[str, str]]:
+    """Replace the text of each message by a mark from its first control token on."""
+    marked, verbatim = [], {}
+    for number, message in enumerate(messages):
+        mark = _MARK.format(number)
+        start, rest = split_verbatim(message.text, [*control, _MARK[0]])
+        if rest:
+            verbatim[mark] = rest
+        marked.append(message._replace(text=start + mark) if rest else message)
+    return marked, verbatim
 
 
 def without_begin(tokenizer: Any, text: str) -> str:  # noqa: ANN401

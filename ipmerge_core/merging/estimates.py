@@ -22,9 +22,10 @@ from ipmerge_core.merging.whole_model import is_due
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair
 from ipmerge_core.models.shared_tokens import ROWS
-from ipmerge_core.models.writer import layout_bytes, run_folders
-from ipmerge_core.planning.plan import MergePlan
-from ipmerge_core.runtime.devices import is_cpu
+from ipmerge_core.models.writer import check_output, layout_bytes, run_folders
+from ipmerge_core.planning.plan import MergePlan, reopen
+from ipmerge_core.runtime.devices import is_cpu, resolve_device
+from ipmerge_core.runtime.paths import existing_parent
 
 # Bytes per second. Between a SATA disk (0.5 GB/s) and files in memory (2 GB/s, bench_merge.py).
 DISK_RATE, HUB_RATE = 1e9, 50e6
@@ -93,6 +94,15 @@ class Estimate(NamedTuple):
     seconds: float = 0.0  # rough, on the device; for a CPU, on one core
     advice: str = ""
     device: str = "cpu"
+
+
+def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
+    """Estimate bytes, memory and time from headers. Raises: as `iter_merge` before any work.
+
+    The sibling check, which reads a few rows, is not run: see `require_common_base`.
+    """
+    device = resolve_device(device)
+    return estimate_pair(plan, reopen(plan), check_output(out), device)
 
 
 def estimate_pair(plan: MergePlan, pair: ModelPair, out: Path, device: str = "cpu") -> Estimate:
@@ -177,11 +187,6 @@ def check_space(pair: ModelPair, out: Path) -> None:
             f"The merged model needs {need / 1e9:.2f} GB in '{out.parent}', but only "
             f"{free / 1e9:.2f} GB are free. Free some space or choose another output folder."
         )
-
-
-def existing_parent(out: Path) -> Path:
-    """Return the closest existing parent of `out`, or `out` itself."""
-    return next(folder for folder in (out, *out.parents) if folder.exists())
 
 
 def _fetched(pair: ModelPair, held: list[list[int]], outside: int) -> int:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.merging.parts import reason_to_copy, work_of
-from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.models.pairing import Finding, ModelPair
 from ipmerge_core.models.shared_tokens import ROWS
+from ipmerge_core.planning.description import facts_of
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.version import __version__
 
@@ -24,15 +26,26 @@ def manifest_of(
     pair: ModelPair,
     hashes: Mapping[str, str],
     *,
+    files: Mapping[str, str],
+    findings: Sequence[Finding],
+    measurements: Measurements | None,
+    attempts: Sequence[Mapping[str, Any]],
     statistic: Sequence[float] | None,
-    device: str,
-    processes: int,
     seconds: float,
 ) -> dict[str, Any]:
     """Return the manifest of a finished merge: request, results, and treatment of every tensor.
 
-    `hashes` are the SHA-256 of every tensor as read back, `statistic` is the result of the first
-    pass.
+    Args:
+        plan: the executed plan, described by `facts_of`.
+        pair: its opened models.
+        hashes: the SHA-256 of every tensor as read back.
+        files: the SHA-256 of every other file, copied from the MLLM.
+        findings: the results of the sibling check.
+        measurements: the calibration of the plan.
+        attempts: every process that worked on the run, see `attempt_of`, the last one that ended
+            it; its device and number of processes are those of the manifest.
+        statistic: the result of the first pass.
+        seconds: duration of the last attempt.
     """
     merged = _merged(plan, pair)
     return {
@@ -40,19 +53,17 @@ def manifest_of(
         "version": 1,
         "engine": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "plan": {
-            "hash": plan.hash,
-            "method": plan.method,
-            "parameters": dict(plan.parameters),
-            "similarity": plan.similarity,
-            "similarity_threshold": plan.similarity_threshold,
-            **plan.options.to_dict(),
-            "statistic": statistic,
-        },
+        "plan": {**facts_of(plan), "statistic": statistic},
         "sources": asdict(plan.sources),
+        "calibration": _measured(measurements),
+        "check": {
+            "forced": any(finding.level == "refusal" for finding in findings),
+            "findings": [finding._asdict() for finding in findings if finding.level != "ok"],
+        },
         "versions": {"torch": torch.__version__},
-        "device": device,
-        "processes": processes,
+        "device": attempts[-1]["device"],
+        "processes": attempts[-1]["processes"],
+        "attempts": list(attempts),
         "seconds": round(seconds, 3),
         "nbytes": pair.mllm.nbytes,
         "n_merged": len(plan.selected),
@@ -66,6 +77,35 @@ def manifest_of(
             | merged.get(name, {"action": "copied", "reason": reason_to_copy(plan, pair, name)})
             for name in pair.mllm.tensors
         },
+        "files": dict(files),
+    }
+
+
+def attempt_of(device: str, processes: int, resumed: int) -> dict[str, Any]:
+    """Describe a process that works on a run; `resumed` tensors were finished before it."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "engine": __version__,
+        "torch": torch.__version__,
+        "device": device,
+        "processes": processes,
+        "resumed_tensors": resumed,
+    }
+
+
+def _measured(measurements: Measurements | None) -> dict[str, Any] | None:
+    """Return where a calibration is and what it was made of, without the list of its files."""
+    if measurements is None:
+        return None
+    models = [asdict(model) for model in measurements.models]
+    for model in models:
+        del model["places"]
+    return {
+        "folder": str(measurements.folder),
+        "digest": measurements.digest,
+        "kind": measurements.kind,
+        "settings": measurements.settings,
+        "models": models,
     }
 
 

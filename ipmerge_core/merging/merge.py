@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -25,9 +25,9 @@ from torch import Tensor
 from ipmerge_core.analysis.analyse import working_set
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.calibration.store import Measurements
-from ipmerge_core.errors import CheckpointError, IPMergeError, PlanError, RunError
-from ipmerge_core.merging.estimates import Estimate, check_space, estimate_pair, merging_cost
-from ipmerge_core.merging.manifest import manifest_of
+from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, RunError
+from ipmerge_core.merging.estimates import Estimate, check_space, estimate_merge, merging_cost
+from ipmerge_core.merging.manifest import attempt_of, manifest_of
 from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.merging.parts import (
     EXTRAS,
@@ -39,16 +39,17 @@ from ipmerge_core.merging.parts import (
     on_one_base,
     parts,
     rounding_noise,
+    scale_change,
     work_of,
 )
-from ipmerge_core.merging.provenance import read_manifest
+from ipmerge_core.merging.provenance import is_finished, read_manifest
 from ipmerge_core.merging.whole_model import FirstPassStep, is_due, run_first_pass
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.declarations import relayed
 from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec, as_tensor, count_non_finite
 from ipmerge_core.models.files import FROM_DISK
-from ipmerge_core.models.pairing import MatrixWeights, ModelPair
+from ipmerge_core.models.pairing import TO_FORCE, Finding, MatrixWeights, ModelPair
 from ipmerge_core.models.writer import (
     MANIFEST,
     CheckpointWriter,
@@ -56,7 +57,7 @@ from ipmerge_core.models.writer import (
     in_file_order,
     tidy_finished,
 )
-from ipmerge_core.planning.plan import MergePlan, reopen
+from ipmerge_core.planning.plan import MergePlan, reopen, require_common_base
 from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
 from ipmerge_core.runtime.input_files import Number, Schema
@@ -100,20 +101,39 @@ class Piece(NamedTuple):
     content: bytearray | MatrixWeights
 
 
-__all__ = ["MANIFEST", "Estimate", "MergeStep", "estimate_merge", "iter_merge", "merge", "reopen"]
+__all__ = [
+    "MANIFEST",
+    "Estimate",
+    "MergeStep",
+    "estimate_merge",
+    "iter_merge",
+    "merge",
+    "reopen",
+    "require_common_base",
+]
 
 
 def merge(
-    plan: MergePlan, out: str | Path, *, device: str = "cpu", resume: bool = True
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    resume: bool = True,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Execute a plan and return the manifest; see `iter_merge`."""
-    for _ in iter_merge(plan, out, device=device, resume=resume):
+    for _ in iter_merge(plan, out, device=device, resume=resume, force=force):
         pass
     return read_manifest(out)
 
 
 def iter_merge(
-    plan: MergePlan, out: str | Path, *, device: str = "cpu", resume: bool = True
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    resume: bool = True,
+    force: bool = False,
 ) -> Iterator[MergeStep]:
     """Write the merged model of `plan` to the new folder `out`, yielding after each tensor.
 
@@ -124,25 +144,31 @@ def iter_merge(
 
     Args:
         plan: the plan; its sources are opened again and compared by fingerprint.
-        out: a folder that does not exist or is empty. It appears when the model is complete.
+        out: a folder that does not exist, is empty, or contains the finished model of this plan. It
+            appears when the model is complete; a mount point is filled, its config.json last.
         device: a torch device name, or "auto".
-        resume: continue an unfinished run of the same plan.
+        resume: continue an unfinished run of the same plan; a finished one is not repeated.
+        force: merge even if the sibling check refuses the models; the manifest lists its findings.
 
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
-        PairingError: a source differs from the one the plan was made for.
+        PairingError: a source differs from the plan's, or is written during the run, or the
+            sibling check refuses the models.
         PlanError: the plan's calibration has changed, or the device is not available.
         RunError: the output cannot be written, another run is writing to it, a source cannot be
             read completely, or another process of this run failed.
     """
     device = resolve_device(device)
     method = find_method(plan.method)
-    measurements = _open_measurements(plan)
-    if resume and tidy_finished(out, plan.digest):
+    measurements = plan.calibration.open() if plan.calibration else None
+    if resume and is_finished(plan, out):
+        tidy_finished(out)
         yield from _steps_of_finished(out)
         return
     out = check_output(out)
     pair = reopen(plan)
+    before = pair.stamps()
+    findings = pair.require_common_base(TO_FORCE, force=force)
     check_space(pair, out)
     started = time.perf_counter()
     with Ranks() as ranks, ExitStack() as stack:
@@ -152,31 +178,18 @@ def iter_merge(
             stack.enter_context(writer)
         target = torch.device(ranks.device(device))
         run = _Run(plan, pair, method, writer, ranks, target, measurements)
+        if not ranks.rank:
+            run.note_attempt()
         failure: IPMergeError | None = None
         try:
             yield from run.steps()
         except IPMergeError as error:
             failure = error
-        run.conclude(failure, lambda: _documents(run, time.perf_counter() - started))
-
-
-def estimate_merge(plan: MergePlan, out: str | Path, *, device: str = "cpu") -> Estimate:
-    """Estimate bytes, memory and time from headers. Raises: as `iter_merge` before any work."""
-    device = resolve_device(device)
-    return estimate_pair(plan, reopen(plan), check_output(out), device)
-
-
-def _open_measurements(plan: MergePlan) -> Measurements | None:
-    """Open the calibration of the plan and check that it is unchanged."""
-    if plan.calibration is None:
-        return None
-    found = Measurements.open(plan.calibration.folder)
-    if found.digest != plan.calibration.digest:
-        raise PlanError(
-            f"The calibration in '{found.folder}' has changed since the plan was made. Make a new "
-            f"plan with it."
+        run.conclude(
+            failure,
+            lambda: _documents(run, findings, time.perf_counter() - started),
+            lambda: pair.check_unchanged(before),
         )
-    return found
 
 
 @dataclass
@@ -191,6 +204,7 @@ class _Run:
     device: torch.device
     measurements: Measurements | None
     statistic: tuple[float, ...] | None = None
+    attempts: list[dict[str, Any]] = field(default_factory=list)  # of this run, the newest last
 
     def steps(self) -> Iterator[MergeStep]:
         """Merge and write the tensors of this process, yielding after each, and read them back."""
@@ -229,11 +243,19 @@ class _Run:
             yield from filter(None, behind.drain())
         self.writer.audit([spec.name for spec in specs], min(_AUDITORS, self.ranks.cores))
 
-    def conclude(self, failure: IPMergeError | None, documents: Documents) -> None:
+    def note_attempt(self) -> None:
+        """Add this process to the notes of the run, so that a resume elsewhere leaves a trace."""
+        attempt = attempt_of(str(self.device), self.ranks.size, len(self.writer.done))
+        self.attempts = [*(self.writer.noted("attempts", _ATTEMPTS) or []), attempt]
+        self.writer.note("attempts", self.attempts)
+
+    def conclude(
+        self, failure: IPMergeError | None, documents: Documents, check: Callable[[], object]
+    ) -> None:
         """Finish the folder if all processes succeeded; otherwise raise the error.
 
-        Errors of the output or of a source's disk can be resumed; if a source itself is invalid,
-        the partial folder is removed.
+        `check` raises if a source has changed since the start. Errors of the output or of a
+        source's disk can be resumed; if a source itself is invalid, the partial folder is removed.
         """
         error = None if failure is None else (str(failure), isinstance(failure, RunError))
         reports = self.ranks.gather((error, self.writer.done, self.writer.hashes))
@@ -246,7 +268,11 @@ class _Run:
                     self.writer.discard()
                 if trouble is not None:
                     raise failure or RunError(f"Process {rank}: {trouble[0]}")
-            self.writer.finish(documents())
+            try:
+                self.writer.finish(documents, check)
+            except PairingError:
+                self.writer.discard()
+                raise
 
         self.ranks.led(finish)
         if failure is not None:
@@ -271,9 +297,10 @@ class _Run:
             check = not self.method.propagates_non_finite  # otherwise detected in the result
             return Piece(part, self.pair.read(part.matrix, part.experts, check=check))
         spec, mllm = part.spec, self.pair.mllm
-        data = mllm.files.read(spec.shard, spec.start + part.start, spec.start + part.stop)
-        mllm.refuse_non_finite(spec.name, count_non_finite(as_tensor(data, spec.dtype)))
-        return Piece(part, data)
+        # Not checked: buffers such as attention masks contain infinities.
+        return Piece(
+            part, mllm.files.read(spec.shard, spec.start + part.start, spec.start + part.stop)
+        )
 
     @property
     def _local(self) -> bool:
@@ -359,7 +386,8 @@ class _Run:
             supplied["report"] = report
         models = on_one_base(weights, device, anchor)
         parameters = self.plan.parameters_for(part.matrix.layer)
-        return merging_of(self.method, part.matrix, models, **parameters, **supplied)
+        merged = merging_of(self.method, part.matrix, models, **parameters, **supplied)
+        return scale_change(merged, models[1], self.plan.change_scale(part.matrix.layer))
 
     def _write(
         self, part: Part, data: bytearray, count: _Count, action: Action
@@ -391,6 +419,7 @@ class _Run:
 
 
 _STATISTIC = Schema[tuple[Number, ...]](tuple[Number, ...])
+_ATTEMPTS = Schema[list[dict[str, Any]]](list[dict[str, Any]])
 
 
 def _measured(step: FirstPassStep) -> MergeStep:
@@ -426,14 +455,17 @@ def _steps_of_finished(out: str | Path) -> Iterator[MergeStep]:
         yield count.step(spec, "resumed")
 
 
-def _documents(run: _Run, seconds: float) -> dict[str, str]:
+def _documents(run: _Run, findings: Sequence[Finding], seconds: float) -> dict[str, str]:
     manifest = manifest_of(
         run.plan,
         run.pair,
         run.writer.hashes,
+        files=run.writer.copied,
+        findings=findings,
+        measurements=run.measurements,
+        attempts=run.attempts,
         statistic=run.statistic,
-        device=str(run.device),
-        processes=run.ranks.size,
         seconds=seconds,
     )
-    return {MANIFEST: json.dumps(manifest, indent=1) + "\n", "README.md": write_card(run.plan)}
+    card = write_card(run.plan, run.pair, findings)
+    return {MANIFEST: json.dumps(manifest, indent=1) + "\n", "README.md": card}

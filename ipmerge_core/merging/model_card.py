@@ -11,14 +11,25 @@ from pathlib import Path
 
 from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import PlanError
+from ipmerge_core.merging.parts import count_extras
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.files import is_hub_id
+from ipmerge_core.models.pairing import Finding, ModelPair
+from ipmerge_core.planning.description import describe_change, describe_selection, settings_of
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.version import __version__
 
 
-def write_card(plan: MergePlan) -> str:
-    """Return the model card of a plan's result as Markdown with YAML front matter."""
+def write_card(
+    plan: MergePlan, pair: ModelPair | None = None, findings: Sequence[Finding] = ()
+) -> str:
+    """Return the model card of a plan's result as Markdown with YAML front matter.
+
+    Args:
+        plan: the plan, described by `settings_of`.
+        pair: its opened models, which determine what is merged besides decoder matrices.
+        findings: the results of the sibling check; refusals of a forced merge are quoted.
+    """
     method = find_method(plan.method)
     front = front_matter(
         plan.sources.all(),
@@ -26,9 +37,8 @@ def write_card(plan: MergePlan) -> str:
         task="image-text-to-text",
         tags=["merge", "ipmerge"],
     )
-    settings = {**plan.parameters, "similarity": plan.similarity}
-    settings["similarity_threshold"] = plan.similarity_threshold
-    settings |= plan.options.describe()
+    extras = plan.extras if pair is None else count_extras(plan, pair)
+    forced = [finding for finding in findings if finding.level == "refusal"]
     lines = [
         "# A merged vision-language model",
         "",
@@ -41,19 +51,23 @@ def write_card(plan: MergePlan) -> str:
         "|---|---|---|",
         *(_row(role, source) for role, source in _roles(plan)),
         "",
-        f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices were merged"
-        f"{''.join(f', and {what}' for what in plan.extras)}; every other "
-        f"tensor, the tokenizer and the processor are byte-identical to the MLLM's.",
+        f"{describe_selection(plan)} were merged{''.join(f', and {what}' for what in extras)}; "
+        f"every other tensor, the tokenizer and the processor are byte-identical to the MLLM's.",
         *_geometry(plan),
+        *(f"\nMerged although the sibling check failed: {_cell(f.message)}" for f in forced),
         "",
-        "| parameter | value |",
-        "|---|---|",
-        *(f"| {name.rstrip('_')} | {_cell(value)} |" for name, value in settings.items()),
+        *settings_table(plan),
         "",
         "`ipmerge.json` lists every tensor with its hash and treatment. The merge ran no "
         "benchmark: evaluate perception and reasoning before using the model.",
     ]
     return "\n".join([front, *lines]) + "\n"
+
+
+def settings_table(plan: MergePlan) -> list[str]:
+    """Return the settings of a plan as the lines of a Markdown table."""
+    rows = (f"| {name} | {_cell(value)} |" for name, value in settings_of(plan).items())
+    return ["| parameter | value |", "|---|---|", *rows]
 
 
 def front_matter(
@@ -100,9 +114,7 @@ def _cell(value: object) -> str:
 
 def _geometry(plan: MergePlan) -> list[str]:
     try:
-        preview = plan.preview()
+        plan.preview()
     except PlanError:  # no analysis, or the change is not affine
         return []
-    loose = f" (approximate: {preview.approximate})" if preview.approximate else ""
-    change = f"{preview.relative_change:.3%} (relative Frobenius norm{loose})"
-    return [f"The decoder weights changed by {change}."]
+    return [f"The {describe_change(plan, 'changed')}."]

@@ -7,6 +7,7 @@ copied in pieces, and merged in pieces if the method is elementwise, which bound
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
@@ -108,6 +109,16 @@ def _extras(plan: MergePlan, pair: ModelPair) -> Iterator[MatrixMatch]:
         yield from shared_rows(pair)
 
 
+def count_extras(plan: MergePlan, pair: ModelPair) -> tuple[str, ...]:
+    """Describe the tensors that the plan merges in addition to decoder matrices, with counts."""
+    counts: Counter[str] = Counter()
+    for matrix, _ in chosen(plan, pair):
+        if matrix.module in EXTRAS:
+            counts[matrix.module] += matrix.shape[0]  # a norm is one row
+    names = {"norm": "norms", "bias": "biases", ROWS: "rows of embeddings and head (shared tokens)"}
+    return tuple(f"{counts[module]} {names[module]}" for module in EXTRAS if counts[module])
+
+
 def merging_of(
     method: MergeMethod,
     matrix: MatrixMatch,
@@ -140,6 +151,16 @@ def merging_of(
             for i, row in enumerate(rows)
         ]
     )
+
+
+def scale_change(merged: Tensor, mllm: Tensor, factor: float) -> Tensor:
+    """Compute W_v + factor (W - W_v) in fp32 or fp64; exactly W for 1 and W_v for 0.
+
+    Shapes: all (m, n).
+    """
+    if factor == 1:
+        return merged
+    return blockwise(lambda W, W_v: torch.lerp(W_v, W, factor), merged, mllm)
 
 
 def reason_to_copy(plan: MergePlan, pair: ModelPair, name: str) -> str:

@@ -46,6 +46,15 @@ class AffineUpdate(NamedTuple):
     approximate: str = ""
     measured_with: tuple[str, ...] = ()
 
+    def scaled(self, factor: float) -> AffineUpdate:
+        """Return the change multiplied by a factor; squared norms grow with its square."""
+        return self._replace(
+            mllm=factor * self.mllm,
+            expert=factor * self.expert,
+            mllm_noise=factor**2 * self.mllm_noise,
+            expert_noise=factor**2 * self.expert_noise,
+        )
+
     def from_anchor(self, anchor: Anchor, experts: int) -> AffineUpdate | None:
         """Rewrite for an anchor on one base; None if the change is not of this form.
 

@@ -34,6 +34,8 @@ from ipmerge_core.methods.registry import (
 from ipmerge_core.methods.selection import Trim, ascending_order, by_rank, trims
 from ipmerge_core.methods.sign_election import (
     UNREAD,
+    ElectedElection,
+    ElectedNormalize,
     Elections,
     LaterElection,
     Normalize,
@@ -350,8 +352,8 @@ def della(
     epsilon: Window = 0.15,
     rescale: Rescale = "inverse_density",
     elect: Elect = True,
-    normalize: Normalize = "weights",
-    election: LaterElection = "weighted",
+    normalize: ElectedNormalize = "weights",
+    election: ElectedElection = "weighted",
     scale: Gain = 1.1,
     seed: Seed = 0,
     tensor_name: TensorName = "",

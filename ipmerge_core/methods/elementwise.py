@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, TypeAlias
 
 from torch import Tensor
@@ -18,7 +19,9 @@ from ipmerge_core.methods.blocks import blockwise
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
 from ipmerge_core.methods.registry import Coefficient, Experts, Range, TensorName, merge_method
 
-Kept: TypeAlias = Annotated[float, Range(low=0, high=1, help="weight of the MLLM")]
+_KEPT = Range(low=0, high=1, help="weight of the MLLM")
+Kept: TypeAlias = Annotated[float, _KEPT]
+KeptShare: TypeAlias = Annotated[float, replace(_KEPT, only_with=(("mllm_weight", (None,)),))]
 OneOfTwo: TypeAlias = Annotated[float, Range(help="explicit weight, instead of alpha")] | None
 Divided: TypeAlias = Annotated[bool, Range(help="divide by the sum of both weights")]
 Layer: TypeAlias = Annotated[int, Range(low=-1, help="last layer that is kept unchanged")]
@@ -119,7 +122,7 @@ def linear(
     mllm: Matrix,
     math: Matrix,
     *,
-    alpha: Kept = 0.9,
+    alpha: KeptShare = 0.9,
     mllm_weight: OneOfTwo = None,
     math_weight: OneOfTwo = None,
     normalize: Divided = True,

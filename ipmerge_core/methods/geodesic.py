@@ -53,6 +53,7 @@ def _chord(parameters: Mapping[str, Any]) -> AffineUpdate:
     label="SLERP",
     source="Shoemake 1985",
     formula="W = (sin((1 - t) w) W_v + sin(t w) W_e) / sin w, w = angle(W_v, W_e)",
+    gain="t",
     affine=_chord,
     anchor="interp",
 )

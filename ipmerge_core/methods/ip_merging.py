@@ -37,25 +37,48 @@ Ablation = Annotated[
     Literal["none", "rescale_only", "select_only"],
     Range(help="skip the projection, or also the rescaling"),
 ]
+_PROJECTS = ("ablation", ("none",))
+_DECOMPOSES = ("ablation", ("none", "rescale_only"))
+_WEIGHTS = (("projector", ("softmax",)), _PROJECTS)
 GammaNorm = Annotated[
-    Literal["sum", "max"], Range(help="normalize gamma to sum 1, or to maximum 1")
+    Literal["sum", "max"],
+    Range(help="normalize gamma to sum 1, or to maximum 1", only_with=_WEIGHTS),
 ]
 Projector = Annotated[
     Literal["softmax", "top_k"],
-    Range(help="softmax weights, or the first top_k directions unweighted"),
+    Range(help="softmax weights, or the first top_k directions unweighted", only_with=(_PROJECTS,)),
 ]
 Temperature = Annotated[
-    float, Range(low=0, low_open=True, help="softmax temperature over directions")
+    float,
+    Range(low=0, low_open=True, help="softmax temperature over directions", only_with=_WEIGHTS),
 ]
-TopK = Annotated[int, Range(low=1, help="number of directions of the top_k projector")]
+TopK = Annotated[
+    int,
+    Range(
+        low=1,
+        help="number of directions of the top_k projector",
+        only_with=(("projector", ("top_k",)), _PROJECTS),
+    ),
+]
 Directions = Annotated[
     Literal["existing", "all"],
     Range(
         help="use only directions above the rounding noise of the stored weights, or all",
         before="all",
+        only_with=(_DECOMPOSES,),
     ),
 ]
-Rank = Annotated[int, Range(low=1, help="number of singular triplets to keep; none: all")] | None
+Rank = (
+    Annotated[
+        int,
+        Range(
+            low=1,
+            help="number of singular triplets to keep; none: all",
+            only_with=(_DECOMPOSES,),
+        ),
+    ]
+    | None
+)
 
 
 # The analysis options that each of its directions depends on.
@@ -83,6 +106,7 @@ def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     source="arXiv 2510.14387",
     formula="W = W_v + lambda sum_k rho_k dW_e,k V_v diag(gamma_k^2) V_v^T",
     gains=("lambda_",),
+    gain="lambda_",
     several_experts=True,
     affine=_affine,
     from_analysis=("temperature", "rank", "directions"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     Annotated,
@@ -50,7 +50,8 @@ class Range:
 
     `usual` is the range of a slider, if not the whole range. Choices have only help; `former` maps
     true and false to choices for parameters that used to be boolean. `before` is the value that
-    applies to plans created before the parameter was added.
+    applies to plans created before the parameter was added. `only_with` lists the values of other
+    parameters with which this one has an effect.
     """
 
     low: float = -math.inf
@@ -60,6 +61,7 @@ class Range:
     usual: tuple[float, float] | None = None
     former: tuple[tuple[bool, str], ...] = ()
     before: str | float | None = None
+    only_with: tuple[tuple[str, tuple[ParameterValue, ...]], ...] = ()
 
     def __contains__(self, value: object) -> bool:
         """Return whether a finite number is inside the bounds."""
@@ -164,6 +166,9 @@ class MergeMethod:
     Attributes:
         gains: the parameters that scale the change: with all experts' gains at 0 (and the MLLM's
             at 1) the result is the MLLM.
+        gain: the parameter that the change is proportional to; layer gains multiply it. The one of
+            an arc ("t" of slerp) turns by that share of the angle instead. None: layer gains
+            multiply the change itself.
         several_experts: whether `math` may be a list of matrices.
         affine: returns the change as an `AffineUpdate`, which makes its preview exact, from the
             parameters and other known values: the `statistic`, the `layer`, the number of
@@ -182,6 +187,8 @@ class MergeMethod:
         local: whether an element of the result depends only on that element of each model and on
             the statistic.
         check: raises PlanError for values that are valid separately but not in combination.
+        version: the version of its mathematics. A change after which the same inputs and
+            parameters give other weights increases it, which changes the digest of plans.
         vectors: for methods that do not apply to norms, biases and embedding rows: returns the
             weights of task arithmetic on them, from the parameters and the number of experts.
     """
@@ -193,6 +200,7 @@ class MergeMethod:
     function: _Merging
     parameters: tuple[Parameter, ...]
     gains: tuple[str, ...] = ()
+    gain: str | None = None
     several_experts: bool = False
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None
     unknown: str = "its change is not a multiple of a direction that the analysis measured"
@@ -205,6 +213,7 @@ class MergeMethod:
     local: bool = False
     check: Callable[[Mapping[str, Any]], object] | None = None
     vectors: Callable[[Mapping[str, Any], int], tuple[float, float]] | None = None
+    version: int = 1
 
     def __call__(
         self,
@@ -260,19 +269,28 @@ class MergeMethod:
         """Return whether rows of a matrix can be merged separately with identical results."""
         return self.local and (self.statistic is None or self.needs_statistic(parameters))
 
-    def scaled(
-        self, parameters: Mapping[str, ParameterValue], factor: float
-    ) -> dict[str, ParameterValue] | None:
-        """Scale the experts' contribution: its gain, or the share left by the MLLM's.
+    def without_effect(self, given: Mapping[str, ParameterValue]) -> list[str]:
+        """Describe the given values that should change the result but cannot.
 
-        Returns None if no parameter controls the experts' contribution.
+        Defaults and values that turn something off (none, false) are consistent with no effect.
+
+        >>> find_method("ip_merging").without_effect({"top_k": 8})
+        ['top_k=8 (only used with projector=top_k)']
         """
-        for name in ("lambda_", "math_weight", "t"):
-            gain = parameters.get(name)
-            if isinstance(gain, float):
-                return {**parameters, name: gain * factor}
-        kept = parameters.get("alpha")
-        return {**parameters, "alpha": 1 - (1 - kept) * factor} if isinstance(kept, float) else None
+        defaults = {parameter.name: parameter.default for parameter in self.parameters}
+        values = {**defaults, **given}
+        return [
+            f"{name}={given[name]} (only used with {other}={_listed(wanted)})"
+            for name, other, wanted in self._conditions
+            if name in given and given[name] not in (defaults[name], *_OFF)
+            if values[other] not in wanted
+        ]
+
+    @property
+    def _conditions(self) -> Iterator[tuple[str, str, tuple[ParameterValue, ...]]]:
+        for parameter in self.parameters:
+            for other, wanted in parameter.bounds.only_with:
+                yield parameter.name, other, wanted
 
     def complete(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         """Return the given parameters, checked, with defaults for the rest.
@@ -326,6 +344,13 @@ class MergeMethod:
             for name, value in written.items()
             if known[name].before is None or value != known[name].before
         }
+
+
+_OFF = (None, False, "none")
+
+
+def _listed(values: Sequence[ParameterValue]) -> str:
+    return " or ".join(str(value).lower() for value in values)
 
 
 METHODS: dict[str, MergeMethod] = {}

@@ -54,14 +54,15 @@ from ipmerge_core.methods.selection import (
 
 UNREAD = "the kept elements depend on the weights, which a preview does not read"
 _FORMER = ((False, "none"), (True, "weights"))  # values in plans from before "count" was added
-Normalize: TypeAlias = Annotated[
-    Literal["none", "weights", "count", False, True],
-    Range(
-        help="divide by the total weight of the models that agree (then only math_weight / "
-        "mllm_weight matters), or by their number",
-        former=_FORMER,
-    ),
-]
+Divisors: TypeAlias = Literal["none", "weights", "count", False, True]
+_NORMALIZE = Range(
+    help="divide by the total weight of the models that agree (then only math_weight / "
+    "mllm_weight matters), or by their number",
+    former=_FORMER,
+)
+_IF_ELECTED = (("elect", (True,)),)
+Normalize: TypeAlias = Annotated[Divisors, _NORMALIZE]
+ElectedNormalize: TypeAlias = Annotated[Divisors, replace(_NORMALIZE, only_with=_IF_ELECTED)]
 OwnDensity: TypeAlias = (
     Annotated[float, Range(low=0, high=1, low_open=True, help="overrides the shared density")]
     | None
@@ -73,6 +74,9 @@ _ELECTION = Range(
 )
 Election: TypeAlias = Annotated[Elections, _ELECTION]
 LaterElection: TypeAlias = Annotated[Elections, replace(_ELECTION, before="weighted")]
+ElectedElection: TypeAlias = Annotated[
+    Elections, replace(_ELECTION, before="weighted", only_with=_IF_ELECTED)
+]
 TrimKinds: TypeAlias = Literal["exact", "official"]
 _TRIM = Range(help="official keeps one more element, as in the code of the paper")
 TrimKind: TypeAlias = Annotated[TrimKinds, _TRIM]

@@ -30,8 +30,13 @@ from ipmerge_core.methods.registry import (
 from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
 from ipmerge_core.spectral.spectrum import as_float, existing
 
-Steps: TypeAlias = Annotated[int, Range(low=0, help="number of Adam steps")]
-Rate: TypeAlias = Annotated[float, Range(low=0, low_open=True, help="learning rate of Adam")]
+_ITERATES = (("closed_form", (False,)),)
+Steps: TypeAlias = Annotated[
+    int, Range(low=0, high=10_000, help="number of Adam steps", only_with=_ITERATES)
+]
+Rate: TypeAlias = Annotated[
+    float, Range(low=0, low_open=True, help="learning rate of Adam", only_with=_ITERATES)
+]
 Closed: TypeAlias = Annotated[bool, Range(help="compute the exact minimum instead of Adam steps")]
 
 

@@ -10,6 +10,7 @@ use. `weight_files.py` selects the weight files; `writer.py` writes checkpoints.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ DTYPES: dict[str, torch.dtype] = {
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
+_BLOCKS, _BLOCK = 16, 512  # of every tensor that `content` covers, and their size in bytes
 _HEADER_LIMIT = 16 * MEGABYTE  # more than 100 000 tensors
 _MOST_DIMENSIONS = 16
 
@@ -98,6 +100,7 @@ class Checkpoint:
                     )
                 self.tensors[spec.name] = spec
         self.weights.check_index(self.id, {name: spec.shard for name, spec in self.tensors.items()})
+        self._refuse_partitioned()
 
     @classmethod
     def open(cls, source: str | Path, *, hub_only: bool = False) -> Checkpoint:
@@ -112,6 +115,21 @@ class Checkpoint:
             CorruptShardError: a header is inconsistent with its file.
         """
         return cls(find_files(source, hub_only=hub_only))
+
+    def _refuse_partitioned(self) -> None:
+        """Refuse the placeholders that DeepSpeed ZeRO-3 saves instead of partitioned weights."""
+        empty = [
+            name
+            for name, spec in self.tensors.items()
+            if spec.shape == (0,) and name.endswith((".weight", ".bias"))
+        ]
+        if empty:
+            raise CheckpointError(
+                f"'{self.id}' was saved from DeepSpeed ZeRO-3 without its weights: '{empty[0]}' "
+                f"has the shape (0,), one of {len(empty)} such tensors. Save it again with "
+                f"stage3_gather_16bit_weights_on_model_save, or convert its ZeRO checkpoint with "
+                f"zero_to_fp32.py."
+            )
 
     @property
     def id(self) -> str:
@@ -145,6 +163,33 @@ class Checkpoint:
             middle = (spec.start + spec.stop) // 2
             for start in (spec.start, middle):
                 digest.update(self.files.read(spec.shard, start, min(start + 1024, spec.stop)))
+        return digest.hexdigest()
+
+    @cached_property
+    def content(self) -> str | None:
+        """SHA-256 of blocks spread over every tensor, small tensors completely; None on the hub.
+
+        Finds what `fingerprint` does not: a change of any contiguous tenth of a tensor. Reading all
+        bytes would take as long as the merge itself (16 blocks: a twentieth of that).
+        """
+        if self.files.revision is not None:
+            return None  # the fingerprint is that of the pinned commit, which includes all bytes
+        digest = hashlib.sha256()
+        for spec in self.tensors.values():
+            for start in _spread(spec):
+                stop = min(start + _BLOCK, spec.stop)
+                digest.update(self.files.read(spec.shard, start, stop))
+        return digest.hexdigest()
+
+    @property
+    def other_files(self) -> str:
+        """SHA-256 of all files other than weights: config, tokenizer, templates and others."""
+        digest = hashlib.sha256()
+        for name in self.files.names():
+            if self.weights.is_copied(name):
+                known = self.files.content_id(name)
+                part = known.encode() if known else hashlib.sha256(self.files.read(name)).digest()
+                digest.update(json.dumps(name).encode() + part)
         return digest.hexdigest()
 
     def spec(self, name: str) -> TensorSpec:
@@ -204,6 +249,12 @@ class Checkpoint:
         """Read the raw length prefix and header of a shard."""
         length = int.from_bytes(self.files.read(shard, 0, 8), "little")
         return self.files.read(shard, 0, 8 + length)
+
+
+def _spread(spec: TensorSpec) -> list[int]:
+    """Return the offsets of evenly spaced blocks of a tensor, the first and the last included."""
+    last = max(spec.stop - _BLOCK, spec.start) - spec.start
+    return sorted({spec.start + n * last // (_BLOCKS - 1) for n in range(_BLOCKS)})
 
 
 def split_address(address: str) -> tuple[str, range | None]:

@@ -100,8 +100,7 @@ def output_head(model: Checkpoint) -> str | None:
 def text_config(model: Checkpoint) -> dict[str, Any]:
     """Return the config of the language model, with the outer config's values as defaults."""
     outer = model.config
-    inner = [outer.get(key) for key in ("text_config", "llm_config", "language_config")]
-    own: dict[str, Any] = next((part for part in inner if isinstance(part, dict)), {})
+    own = inner_config(outer) or {}
     merged = outer | {key: value for key, value in own.items() if value is not None}
     rope = merged.get("rope_parameters")
     if isinstance(rope, dict):
@@ -109,6 +108,12 @@ def text_config(model: Checkpoint) -> dict[str, Any]:
         rope = layers if isinstance(layers, dict) else rope
         merged["rope_theta"] = rope.get("rope_theta", merged.get("rope_theta"))
     return merged
+
+
+def inner_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the config of the language model inside that of a multimodal model, if any."""
+    inner = (config.get(key) for key in ("text_config", "llm_config", "language_config"))
+    return next((part for part in inner if isinstance(part, dict)), None)
 
 
 def find_decoders(role: str, model: Checkpoint) -> list[Decoder]:

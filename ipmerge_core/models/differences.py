@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ipmerge_core.models.checkpoint import Checkpoint, count_non_finite, split_address
 from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK
+from ipmerge_core.models.task_vectors import NOTHING, TaskVectorProducts
 
 _SAMPLE_BYTES = 1 << 19  # per sampled matrix: about ten megabytes in total
 _PIECE = 1 << 20  # elements compared at once
@@ -120,6 +121,53 @@ def find_differences(
         if first is not None:
             return Differences((first,), sampled=False)
     return Differences(found.compared, _changed_kinds(model, root, extras, _pieces))
+
+
+def task_vector_products(
+    pairs: Sequence[tuple[Checkpoint, Checkpoint, Sequence[Part]]], *, exact: bool
+) -> TaskVectorProducts:
+    """Compare the task vectors of two models, streamed row block by row block.
+
+    Args:
+        pairs: the MLLM and the expert, each with its base and its matrices in the same order.
+        exact: use all weights; otherwise the first rows of the matrices in the first, the middle
+            and the last layer.
+
+    Differences and sums are in fp64, so that the result is exact for the stored weights up to fp64
+    rounding. Memory is bounded by the block size.
+    """
+    (mllm, root, ours), (math, base, theirs) = pairs
+    last = max(part.layer for part in ours)
+    cut: Cut = _pieces if exact else _first_rows
+
+    def measure(places: tuple[Part, Part]) -> TaskVectorProducts:
+        own, other = places
+        found = NOTHING
+        for rows in cut(mllm, root, own):
+            vision = _change(mllm, root, own, rows)
+            expert = _change(math, base, other, rows)
+            products = TaskVectorProducts(
+                mllm2=_norm2(vision), math2=_norm2(expert), inner=float((vision * expert).sum())
+            )
+            found = found.plus(products)
+        return found
+
+    chosen = [
+        (own, other)
+        for own, other in zip(ours, theirs, strict=True)
+        if exact or own.layer in {0, last // 2, last}
+    ]
+    remote = any(model.files.remote for model in (mllm, root, math, base))
+    total = NOTHING
+    with ThreadPoolExecutor((OVER_NETWORK if remote else FROM_DISK).threads) as pool:
+        for found in pool.map(measure, chosen):
+            total = total.plus(found)
+    return total
+
+
+def _change(model: Checkpoint, root: Checkpoint, part: Part, rows: range) -> Tensor:
+    tuned = model.read(_address(part.name, rows)).to(torch.float64)
+    return tuned - root.read(_address(part.root, rows)).to(torch.float64)
 
 
 def _sampled(model: Checkpoint, root: Checkpoint, parts: Iterable[Part]) -> Iterator[Measured]:

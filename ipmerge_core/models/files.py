@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError, first_line
+from ipmerge_core.runtime.descriptors import Descriptors
+from ipmerge_core.runtime.paths import expand_path
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _LONGEST_ID = 300  # characters of a hub id with its revision
 _REVISION = re.compile(r"[A-Za-z0-9._/-]+")  # a branch, a tag, a commit or refs/pr/1
 _READ_STEP = 1 << 30  # a read returns at most 2 GiB on Linux
+SUBFOLDERS = ("additional_chat_templates",)  # the folders inside a model folder that belong to it
+_LINKED_ANYWHERE = ".safetensors"  # read as tensors only, so that a link cannot disclose a file
 
 
 class Pace(NamedTuple):
@@ -36,6 +39,14 @@ FROM_DISK = Pace(1 << 22, 1 << 26, 1)  # pieces that fit a CPU cache
 OVER_NETWORK = Pace(1 << 24, 1 << 29, 8)  # each piece is a request with latency
 
 
+class Stamp(NamedTuple):
+    """What changes when a file is written or replaced."""
+
+    size: int
+    modified: int  # nanoseconds
+    inode: int
+
+
 class Files(Protocol):
     """The files of a model, local or remote."""
 
@@ -44,7 +55,7 @@ class Files(Protocol):
     remote: bool  # whether every read is a network request
 
     def names(self) -> list[str]:
-        """List the files at the top level of the model folder, sorted."""
+        """List the files of the model folder and its known subfolders, sorted: `folder/name`."""
         ...
 
     def size(self, name: str) -> int:
@@ -53,6 +64,10 @@ class Files(Protocol):
 
     def content_id(self, name: str) -> str | None:
         """Return the hub's hash of a file's content; None for local files."""
+        ...
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Return the stamp of a local file; None for a pinned commit, which does not change."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
@@ -72,15 +87,36 @@ class LocalFiles:
     def __init__(self, folder: Path, id: str | None = None, revision: str | None = None) -> None:  # noqa: A002
         self.id, self.revision = id or str(folder), revision
         self.folder = folder
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._descriptors = Descriptors(lambda name: os.open(folder / name, os.O_RDONLY))
 
     def names(self) -> list[str]:
-        """List the regular files in the folder, sorted."""
+        """List the regular files in the folder and its known subfolders, sorted.
+
+        Raises: CheckpointError for a symbolic link out of the folder, other than into the hub
+            cache.
+        """
         try:
-            return sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
+            found = [entry for entry in self.folder.iterdir() if entry.is_file()]
+            for name in SUBFOLDERS:
+                if (self.folder / name).is_dir():
+                    found += [e for e in (self.folder / name).iterdir() if e.is_file()]
+            for entry in found:
+                self._refuse_escape(entry)
+            return sorted(entry.relative_to(self.folder).as_posix() for entry in found)
         except OSError as error:
             raise _unreadable(self.folder, error) from error
+
+    def _refuse_escape(self, entry: Path) -> None:
+        """Refuse a file outside the folder: it would be shown in errors, and copied by a merge."""
+        linked = entry.is_symlink() or (entry.parent != self.folder and entry.parent.is_symlink())
+        if not linked or entry.name.endswith(_LINKED_ANYWHERE):
+            return
+        target = entry.resolve()
+        if not (target.is_relative_to(self.folder.resolve()) or _is_cached_blob(target)):
+            raise CheckpointError(
+                f"'{entry}' is a symbolic link to '{target}', outside the model folder. Replace it "
+                f"by a copy of that file if it belongs to the model; otherwise delete it."
+            )
 
     def size(self, name: str) -> int:
         """Size of one file in bytes."""
@@ -93,6 +129,14 @@ class LocalFiles:
         """Return None: local files have no precomputed hash."""
         return None
 
+    def stamp(self, name: str) -> Stamp | None:
+        """Return the size, time and inode of a file."""
+        try:
+            found = (self.folder / name).stat()
+        except OSError as error:
+            raise _unreadable(self.folder / name, error) from error
+        return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) of one file."""
         data = bytearray((self.size(name) if stop is None else stop) - start)
@@ -103,12 +147,13 @@ class LocalFiles:
         """Fill `memory` by positioned reads, without memory mapping."""
         done = 0
         try:
-            descriptor = self._open(name)
-            while done < len(memory):
-                got = os.preadv(descriptor, [memory[done : done + _READ_STEP]], start + done)
-                if not got:
-                    break
-                done += got
+            with self._descriptors.use(name) as descriptor:
+                while done < len(memory):
+                    piece = memory[done : done + _READ_STEP]
+                    got = os.preadv(descriptor, [piece], start + done)
+                    if not got:
+                        break
+                    done += got
         except OSError as error:
             raise _unreadable(self.folder / name, error) from error
         if done < len(memory):
@@ -117,16 +162,9 @@ class LocalFiles:
                 f"{start + len(memory)}. Was it modified during the run? Copy it again."
             )
 
-    def _open(self, name: str) -> int:
-        with self._lock:
-            if name not in self._descriptors:
-                self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
-            return self._descriptors[name]
-
     def __del__(self) -> None:
         """Close open files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        self._descriptors.close()
 
 
 class RemoteFiles:
@@ -139,16 +177,18 @@ class RemoteFiles:
         self.revision: str | None = revision
         self._system, self._folder = system, folder
         entries = self._ask(lambda: system.ls(folder, detail=True))
-        found = {
-            entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"
-        }
+        found = {_last_name(entry): entry for entry in entries if entry["type"] == "file"}
+        for entry in entries:
+            if entry["type"] == "directory" and (name := _last_name(entry)) in SUBFOLDERS:
+                inside = self._ask(lambda name=name: system.ls(f"{folder}/{name}", detail=True))
+                found |= {f"{name}/{_last_name(e)}": e for e in inside if e["type"] == "file"}
         self._sizes = {name: int(entry["size"] or 0) for name, entry in found.items()}
         self._blobs: dict[str, str | None] = {
             name: entry.get("blob_id") for name, entry in found.items()
         }
 
     def names(self) -> list[str]:
-        """List the files at the top level of the repository, sorted."""
+        """List the files of the repository's top level and known subfolders, sorted."""
         return sorted(self._sizes)
 
     def size(self, name: str) -> int:
@@ -158,6 +198,10 @@ class RemoteFiles:
     def content_id(self, name: str) -> str | None:
         """Return the git hash of the file, or of its LFS pointer, which contains its SHA-256."""
         return self._blobs[name]
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Return None: the files of a commit do not change."""
+        return None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) by one range request."""
@@ -192,6 +236,15 @@ class RemoteFiles:
             ) from error
 
 
+def _last_name(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rsplit("/", 1)[-1]
+
+
+def _is_cached_blob(path: Path) -> bool:
+    """Return whether a path is a file of the hub cache: models--org--name/blobs/hash."""
+    return path.parent.name == "blobs" and path.parents[1].name.startswith("models--")
+
+
 def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     """Return the files of a folder, or of a hub id if no such folder exists.
 
@@ -201,7 +254,7 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     """
     if hub_only:
         return open_hub(as_hub_id(source))
-    folder = Path(source).expanduser()
+    folder = expand_path(source)
     if folder.is_dir():
         return LocalFiles(folder)
     if isinstance(source, str) and is_hub_id(source) and not folder.exists():

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ipmerge_core.errors import PairingError, ShapeError
+from ipmerge_core.errors import PairingError, RunError, ShapeError
 from ipmerge_core.models.checkpoint import (
     FLOAT_DTYPES,
     Checkpoint,
@@ -35,10 +35,12 @@ from ipmerge_core.models.decoders import (
     refuse_unsupported,
     text_config,
 )
-from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace
+from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace, Stamp
 from ipmerge_core.models.siblings import Finding, Member, check_siblings
+from ipmerge_core.models.writer import files_to_copy
 
 Source = str | Path | Checkpoint
+Stamps: TypeAlias = dict[tuple[str, str], Stamp | None]  # by the model's id and the file's name
 
 __all__ = [
     "MODULES",
@@ -50,6 +52,7 @@ __all__ = [
     "text_config",
 ]
 
+TO_FORCE = "Use force=True (--force on the command line) to merge anyway."
 VOCABULARY = "vocabulary: rows correspond to the MLLM's tokens"
 OUTSIDE = "outside the language model"
 BIAS = "bias: only matrices are merged"
@@ -145,22 +148,30 @@ class ModelPair:
         """A short label: the folder or repository names of the MLLM and the experts."""
         return " + ".join(Path(model.id).name for model in (self.mllm, *self.math))
 
-    def check(self) -> list[Finding]:
+    def check(self, *, exact: bool = False) -> list[Finding]:
         """Run the sibling check on headers, configs and a few rows of every kind of matrix.
+
+        With `exact` the norm ratio and the cosine of the task vectors are computed from all weights
+        of the decoder, which are read once.
 
         More is read only if a model seems to equal its base. Returns findings, each ok, warning
         or refusal, with the numbers and a remedy. A pair with a refusal can only be merged with
         force.
         """
         places = [(matrix.module, matrix.layer) for matrix in self.matrices]
-        return [self._tensor_finding(), *check_siblings(list(self._members()), places)]
+        return [self._tensor_finding(), *check_siblings(list(self._members()), places, exact=exact)]
 
-    def require_common_base(self, hint: str = "") -> None:
-        """Raise PairingError for the first refusal of the sibling check, followed by `hint`."""
-        for finding in self.check():
-            if finding.level == "refusal":
+    def require_common_base(self, hint: str = "", *, force: bool = False) -> list[Finding]:
+        """Run the sibling check and return its findings.
+
+        Raises: PairingError for the first refusal, followed by `hint`, unless `force` is set.
+        """
+        findings = self.check()
+        for finding in findings:
+            if finding.level == "refusal" and not force:
                 message = (f"{finding.subject}: {finding.message}", finding.remedy, hint)
                 raise PairingError(" ".join(filter(None, message)))
+        return findings
 
     def read(
         self, matrix: MatrixMatch, experts: Sequence[int] | None = None, *, check: bool = True
@@ -205,6 +216,33 @@ class ModelPair:
                 count_non_finite(as_tensor(piece, dtype)) for piece in model.iter_bytes(stored)
             )
             model.refuse_non_finite(stored, bad)
+
+    def stamps(self) -> Stamps:
+        """Return the stamps of the models' files, to find changes with `check_unchanged`."""
+        models = dict.fromkeys(model for _, model in self.roles())
+        return {
+            (model.id, name): model.files.stamp(name)
+            for model in models
+            for name in (*model.shards, *files_to_copy(model))
+        }
+
+    def check_unchanged(self, before: Stamps) -> None:
+        """Check that no file of the models has been written, added or removed since `before`.
+
+        Raises:
+            PairingError: weights have changed, so that finished work is invalid; names the file.
+            RunError: another file has changed; the same work can be finished with the new one.
+        """
+        now = self.stamps()
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        shards = {(model.id, shard) for _, model in self.roles() for shard in model.shards}
+        for key in sorted(changed, key=lambda key: key not in shards):
+            kind = PairingError if key in shards else RunError
+            raise kind(
+                f"'{key[1]}' of '{key[0]}' was written while it was in use, so that the result "
+                f"could contain parts of two versions. Run the same command again when the model "
+                f"no longer changes."
+            )
 
     def roles(self) -> Iterator[tuple[str, Checkpoint]]:
         """Yield the models by role: mllm, base, math (or math 1, ...), base of the mllm."""

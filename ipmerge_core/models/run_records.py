@@ -1,7 +1,7 @@
-"""Read what an interrupted or finished merge left in its folders: the record, journals, manifest.
+"""Read what an interrupted merge left in its folder: the record, the journals and the notes.
 
 In: the paths of these files, which may be truncated or damaged. Out: the identity of a run, the
-journalled tensors, the hash of a finished plan. What is damaged counts as absent where the work is
+journalled tensors, and noted values. What is damaged counts as absent where the work is
 simply done again, and raises an error otherwise. `writer` writes these files.
 """
 
@@ -37,16 +37,6 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Hash:
-    hash: str
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    plan: _Hash
-
-
-@dataclass(frozen=True)
 class JournalEntry:
     """A line of a journal: a tensor and the checksum of its bytes."""
 
@@ -63,7 +53,7 @@ class Note:
 
 
 _NOTE = Schema[Note](Note)
-_RUN, _MANIFEST = Schema[_Run](_Run), Schema[_Manifest](_Manifest)
+_RUN = Schema[_Run](_Run)
 _ENTRY = Schema[JournalEntry](JournalEntry)
 
 
@@ -71,15 +61,6 @@ def recorded_run(record: Path) -> str | None:
     """Return the run that a record identifies; None if it is damaged."""
     try:
         return _RUN.validate(parse_json(read_bounded(record, MEGABYTE), MEGABYTE)).run
-    except InvalidContentError:
-        return None
-
-
-def recorded_plan(manifest: Path) -> str | None:
-    """Return the hash of the plan in a manifest; None if it is not a manifest."""
-    try:
-        content = parse_json(read_bounded(manifest, _LARGEST), _LARGEST)
-        return _MANIFEST.validate(content).plan.hash
     except InvalidContentError:
         return None
 

@@ -11,39 +11,39 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from ipmerge_core.errors import CheckpointError
 from ipmerge_core.models.catalogue import likely_base
 from ipmerge_core.models.checkpoint import Checkpoint
-from ipmerge_core.models.decoders import BIASES, EMBEDDINGS, HEAD, NORMS, text_config
+from ipmerge_core.models.decoders import BIASES, EMBEDDINGS, HEAD, NORMS
 from ipmerge_core.models.differences import (
     Differences,
     Measured,
     Part,
     find_differences,
     sample_differences,
+    task_vector_products,
 )
+from ipmerge_core.models.forward_settings import forward_differences
+from ipmerge_core.models.task_vectors import UNEQUAL
 from ipmerge_core.models.weight_files import ADAPTER_CONFIG
 
 SIBLING_DISTANCE = 0.1  # typical upper limit for fine-tunes of one base
 REFUSED_DISTANCE = 0.3  # unrelated models have a distance near sqrt(2)
 _LISTED = 4  # maximum number of layers that a finding lists
+_LONGEST_VALUE = 60  # characters of a setting that a finding shows
 
-_MUST_AGREE = {
+_MUST_AGREE = frozenset({"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"})
+_LABELS = {  # of settings whose key is not how one speaks of them
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key/value heads",
     "head_dim": "head dimension",
     "hidden_act": "activation",
-}
-_SHOULD_AGREE = {
     "rope_theta": "RoPE base frequency",
+    "rope_type": "RoPE scaling",
     "rms_norm_eps": "norm epsilon",
     "sliding_window": "sliding window",
     "tie_word_embeddings": "tied embeddings",
     "vocab_size": "vocabulary size",
-}
-_LEFT_OUT = {  # defaults of settings that a config omits
-    "llama": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
-    "mistral": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
-    "qwen2": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6},
 }
 
 Level = Literal["ok", "warning", "refusal"]
@@ -71,13 +71,19 @@ class Member(NamedTuple):
     others: Mapping[tuple[str, int, str], str]
 
 
-def check_siblings(members: Sequence[Member], places: Sequence[tuple[str, int]]) -> list[Finding]:
-    """Check files, configs, dtypes and weights; `places` are the matrices' modules and layers."""
+def check_siblings(
+    members: Sequence[Member], places: Sequence[tuple[str, int]], *, exact: bool = False
+) -> list[Finding]:
+    """Check files, configs, dtypes and weights; `places` are the matrices' modules and layers.
+
+    With `exact` the task vectors are compared over all weights instead of samples.
+    """
     return [
         *_check_files(members),
         *_check_configs(members),
         *_check_dtypes(members),
         *_check_distances(members, places),
+        *_compare_task_vectors(members, places, exact=exact),
     ]
 
 
@@ -108,39 +114,38 @@ def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
 
 
 def _check_configs(members: Sequence[Member]) -> Iterator[Finding]:
-    base = _settings(next(member.model for member in members if member.role == "base"))
+    """Report every setting of a forward pass that differs from the base's."""
+    base = next(member.model for member in members if member.role == "base")
     for member in members:
         if member.role == "base":
             continue
-        config = _settings(member.model)
-        for keys, level in ((_MUST_AGREE, "refusal"), (_SHOULD_AGREE, "warning")):
-            for key, label in keys.items():
-                ours, theirs = config.get(key), base.get(key)
-                if ours is None or theirs is None or ours == theirs:
-                    continue
-                yield _difference(level, f"{member.role}: {label}", key, ours, theirs)  # type: ignore[arg-type]
+        try:
+            differences = forward_differences(member.model, base)
+        except CheckpointError as error:
+            yield Finding(
+                "warning", f"{member.role}: config", str(error), "Its settings were not compared."
+            )
+            continue
+        for key, ours, theirs in differences:
+            yield _difference(f"{member.role}: {_LABELS.get(key, key)}", key, ours, theirs)
 
 
-def _settings(model: Checkpoint) -> dict[str, object]:
-    """Return the text config, with the model type's defaults for omitted settings."""
-    config = text_config(model)
-    defaults = (
-        _LEFT_OUT.get(str(config.get("model_type")), {}) if "text_config" not in config else {}
-    )
-    return defaults | {key: value for key, value in config.items() if value is not None}
-
-
-def _difference(level: Level, subject: str, key: str, ours: object, theirs: object) -> Finding:
+def _difference(subject: str, key: str, ours: object, theirs: object) -> Finding:
     if key == "vocab_size":
         return Finding(
             "ok", subject, f"{ours} rows, {theirs} in the base: the MLLM's embeddings are kept."
         )
     return Finding(
-        level,
+        "refusal" if key in _MUST_AGREE else "warning",
         subject,
-        f"{ours}, but {theirs} in the base.",
+        f"{_shortened(ours)}, but {_shortened(theirs)} in the base.",
         "Models trained with different values rarely merge well: is this the right base?",
     )
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _check_dtypes(members: Sequence[Member]) -> Iterator[Finding]:
@@ -169,15 +174,51 @@ def _check_distances(
         if member.role == "base":
             continue
         root = by_role[member.root or "base"]
-        matrices = [
-            Part(f"{module}_proj", layer, name, base)
-            for (module, layer), name, base in zip(places, member.names, root.names, strict=True)
-        ]
+        matrices = _matrices(member, root, places)
         if member.root is None:  # a base, which may equal the other one
             found = sample_differences(member.model, root.model, matrices)
         else:
             found = find_differences(member.model, root.model, matrices, _others(member, root))
         yield _judge(member, root, found)
+
+
+def _compare_task_vectors(
+    members: Sequence[Member], places: Sequence[tuple[str, int]], *, exact: bool
+) -> Iterator[Finding]:
+    """Report the norm ratio and the cosine of the MLLM's task vector and of each expert's."""
+    by_role = {member.role: member for member in members}
+
+    def compared(member: Member) -> tuple[Checkpoint, Checkpoint, list[Part]]:
+        root = by_role[member.root or "base"]
+        return member.model, root.model, _matrices(member, root, places)
+
+    mllm, *rest = members
+    for member in rest:
+        if not member.role.startswith("math"):
+            continue
+        found = task_vector_products([compared(mllm), compared(member)], exact=exact)
+        if not found.describe():
+            continue  # a zero task vector or damaged weights, which other findings report
+        where = "over all decoder matrices" if exact else "in the sampled rows"
+        subject, message = f"{member.role}: task vector", f"{found.describe()} {where}."
+        if not found.is_unequal:
+            yield Finding("ok", subject, message)
+            continue
+        yield Finding(
+            "warning",
+            subject,
+            f"{message} One task vector is more than {UNEQUAL:g} times as large as the other.",
+            "Plain averages and sums of such models tend to lose quality (DRIFT, arXiv "
+            "2510.15050): lower the weight of the larger one, or use a method that rescales, such "
+            "as ip_merging.",
+        )
+
+
+def _matrices(member: Member, root: Member, places: Sequence[tuple[str, int]]) -> list[Part]:
+    return [
+        Part(f"{module}_proj", layer, name, base)
+        for (module, layer), name, base in zip(places, member.names, root.names, strict=True)
+    ]
 
 
 def _others(member: Member, root: Member) -> list[Part]:

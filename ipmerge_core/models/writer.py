@@ -4,19 +4,20 @@ In: the checkpoint whose layout is kept (names, order, shapes, dtypes, shard fil
 its tensors. Out: a folder that appears under its final name only when complete. Until then all data
 is in `OUT.partial`, whose shard files have a suffix that no loader accepts, and a journal entry
 with a checksum follows each tensor, so that a run killed at any time can be resumed. Existing files
-are never overwritten or deleted. Data is not explicitly flushed, as with `cp`: after a power loss
+are never overwritten or deleted. A folder that cannot be replaced, such as a mount point, is filled
+from a working folder inside it. Data is not explicitly flushed, as with `cp`: after a power loss
 the checksums in the journal and the SHA-256 in the manifest show what reached the disk. SHA-256 is
 slow, so it is computed once, on the data read back.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -33,19 +34,24 @@ from ipmerge_core.models.run_records import (
     Note,
     journal_entries,
     read_note,
-    recorded_plan,
     recorded_run,
 )
-from ipmerge_core.runtime.atomic import is_temporary, write_whole
-from ipmerge_core.runtime.input_files import Schema
+from ipmerge_core.runtime.atomic import is_temporary, move_contents, write_whole, writing
+from ipmerge_core.runtime.descriptors import Descriptors
+from ipmerge_core.runtime.input_files import EntryName, Schema
+from ipmerge_core.runtime.paths import is_fixed, output_folder, resolve_path
 
 _PARTIAL = ".partial"
+_INSIDE = "ipmerge" + _PARTIAL  # the working folder in an output folder that cannot be replaced
 _CHECKSUM = "xxh3_128"  # a key of `run_records.JournalEntry`
 _NOTE = ".note.json"
 _RUN = "run.json"
 MANIFEST = "ipmerge.json"
 _REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
+_MOVING = "moving"  # the note with the names of the files that are moved out of the working folder
+_KEPT = "finished tensors are kept"
+_NAMES = Schema[tuple[EntryName, ...]](tuple[EntryName, ...])
 
 
 T = TypeVar("T")
@@ -60,10 +66,12 @@ class RunFolders(NamedTuple):
 
 
 def run_folders(out: str | Path) -> RunFolders:
-    """Return the folders that a run for `out` uses."""
-    final = Path(out).expanduser().absolute()
-    run = final.with_name(final.name + _PARTIAL)
-    return RunFolders(final, run, run / "model")
+    """Return the folders that a run for `out` uses: those of an unfinished run, if any."""
+    final = resolve_path(out)
+    inside, next_to = final / _INSIDE, final.parent / (final.name + _PARTIAL)
+    if inside.is_dir() or (is_fixed(final) and not next_to.is_dir()):
+        return RunFolders(final, inside, inside / "model")
+    return RunFolders(final, next_to, next_to / "model")
 
 
 class CheckpointWriter:
@@ -90,15 +98,17 @@ class CheckpointWriter:
         self.source, self.run, self.rank = source, run, rank
         self.place = run_folders(check_output(out))
         self._resume = resume
-        self._descriptors: dict[str, int] = {}
+        self._descriptors = Descriptors(self._open_shard)
+        self._started: set[str] = set()  # shards whose header and length this process has written
         self._open_tensor: tuple[str, xxh3_128] | None = None
         self.done: dict[str, str] = {}  # tensor name -> checksum of the written bytes
         self.hashes: dict[str, str] = {}  # tensor name -> SHA-256 of the bytes read back
+        self.copied: dict[str, str] = {}  # other files -> SHA-256 of the bytes copied
 
     def __enter__(self) -> Self:
         """Lock the folder and find the tensors finished by an earlier run of the same work."""
         self._headers = {shard: self.source.read_header(shard) for shard in self.source.shards}
-        with explained(self.place.run):
+        with writing(self.place.run, _KEPT):
             if self.rank == 0:
                 self._lead()
             self._journal = self._journal_path(self.rank).open("a", encoding="utf-8")
@@ -112,9 +122,7 @@ class CheckpointWriter:
     ) -> None:
         """Close the files; unfinished work stays in the partial folder for a resume."""
         self._journal.close()
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._descriptors.close()
         if self.rank == 0:
             self._lock.release()
 
@@ -134,8 +142,9 @@ class CheckpointWriter:
         expected, digest = self._open_tensor
         assert name == expected, f"{name}: a piece while {expected} is being written"
         assert offset + len(data) <= spec.nbytes, f"{name}: a piece beyond its place"
-        with explained(self.place.run):
-            _write_at(self._shard(spec.shard), spec.start + offset, data)
+        with writing(self.place.run, _KEPT):
+            with self._descriptors.use(spec.shard) as descriptor:
+                _write_at(descriptor, spec.start + offset, data)
             digest.update(data)
             if offset + len(data) == spec.nbytes:
                 entry = {"tensor": name, _CHECKSUM: digest.hexdigest()}
@@ -147,13 +156,11 @@ class CheckpointWriter:
         """Store a JSON value with the run until it is finished."""
         text = json.dumps(content)
         note = Note(content=text, xxh3_128=xxh3_128(text.encode()).hexdigest())
-        with explained(self.place.run):
-            write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(asdict(note)))
+        write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(asdict(note)))
 
     def noted(self, name: str, schema: Schema[T]) -> T | None:
         """Return a value that `note` stored in this run; None if it is absent or damaged."""
-        path = self.place.run / f"{name}{_NOTE}"
-        return read_note(path, schema) if path.exists() else None
+        return _read_note(self.place.run, name, schema)
 
     def audit(self, names: Iterable[str], threads: int = 1) -> None:
         """Read written tensors back from disk, verify their checksums, and hash them.
@@ -161,8 +168,6 @@ class CheckpointWriter:
         Raises: RunError naming the first that differs.
         """
         names = list(names)
-        for name in names:
-            self._shard(self.source.spec(name).shard)  # opened here: the threads only read
         with ThreadPoolExecutor(threads) as pool:
             for name, found in zip(names, pool.map(self._read_back, names), strict=True):
                 checksum, self.hashes[name] = found
@@ -180,26 +185,44 @@ class CheckpointWriter:
             sha256.update(piece)
         return checksum.hexdigest(), sha256.hexdigest()
 
-    def finish(self, documents: Mapping[str, str]) -> None:
-        """Copy the model's other files, add `documents`, verify the headers, rename the folder.
+    def finish(
+        self,
+        documents: Callable[[], Mapping[str, str]],
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Copy the model's other files, add documents, verify the headers, rename the folder.
+
+        `documents` is called when everything else is written, and `check` after it, before the
+        rename.
 
         Raises: RunError if the headers on disk differ from those of the source.
         """
         missing = [name for name in self.source.tensors if name not in self.done]
         assert not missing, f"{len(missing)} tensors were never written: {missing[:3]}"
         model = self.place.model
-        with explained(self.place.run):
+        with writing(self.place.run, _KEPT):
             for name in files_to_copy(self.source):
                 self._copy_file(name)
             for shard in self.source.shards:
-                self._shard(shard)  # a shard without tensors has a header too
+                with self._descriptors.use(shard):
+                    pass  # a shard without tensors has a header too
             self._audit_headers()
-            for name, text in documents.items():
+            for name, text in documents().items():
                 (model / name).write_text(text, encoding="utf-8")
+            check()
             for shard in self.source.shards:
                 (model / (shard + _PARTIAL)).replace(model / self.source.weights.saved_as(shard))
-            model.replace(self.place.out)
+            self._place_model()
             _remove(self.place)
+
+    def _place_model(self) -> None:
+        """Rename the complete model to the output folder, or move its files into it."""
+        model, out, run = self.place.model, self.place.out, self.place.run
+        if run.parent != out:
+            model.replace(out)
+            return
+        self.note(_MOVING, sorted(path.name for path in model.iterdir()))
+        move_contents(model, out)
 
     def discard(self) -> None:
         """Remove the partial folder, after errors that a resume cannot fix."""
@@ -228,6 +251,7 @@ class CheckpointWriter:
         run = self.place.run
         record = run / _RUN
         if record.exists():
+            self._undo_moves()
             if self._resume:
                 check_unfinished(self.place.out, self.run)
                 self._undo_renames()
@@ -241,6 +265,13 @@ class CheckpointWriter:
                 f"'{run}' exists and was not created by a merge. Choose another output folder."
             )
         write_whole(record, json.dumps({"run": self.run}))
+
+    def _undo_moves(self) -> None:
+        """Move files back that a killed run had already moved to the output folder."""
+        moved = [self.place.out / name for name in self.noted(_MOVING, _NAMES) or ()]
+        for path in filter(os.path.lexists, moved):
+            self.place.model.mkdir(exist_ok=True)
+            path.replace(self.place.model / path.name)
 
     def _undo_renames(self) -> None:
         """Restore the partial names of shards that a killed run had already renamed."""
@@ -265,10 +296,11 @@ class CheckpointWriter:
 
     def _pieces(self, spec: TensorSpec) -> Iterator[memoryview]:
         """Read a tensor's bytes on disk in pieces, reusing one buffer."""
-        descriptor, memory = self._shard(spec.shard), memoryview(bytearray(_COPY_STEP))
-        for start in range(spec.start, spec.stop, _COPY_STEP):
-            piece = memory[: min(_COPY_STEP, spec.stop - start)]
-            yield piece[: os.preadv(descriptor, [piece], start)]
+        memory = memoryview(bytearray(_COPY_STEP))
+        with self._descriptors.use(spec.shard) as descriptor:
+            for start in range(spec.start, spec.stop, _COPY_STEP):
+                piece = memory[: min(_COPY_STEP, spec.stop - start)]
+                yield piece[: os.preadv(descriptor, [piece], start)]
 
     def _audit_headers(self) -> None:
         """Open the result as a checkpoint with partial names and compare its headers."""
@@ -280,10 +312,15 @@ class CheckpointWriter:
             )
 
     def _copy_file(self, name: str) -> None:
-        size = self.source.files.size(name)
-        with (self.place.model / name).open("wb") as target:
+        size, sha256 = self.source.files.size(name), hashlib.sha256()
+        path = self.place.model / name
+        path.parent.mkdir(exist_ok=True)  # a subfolder
+        with path.open("wb") as target:
             for start in range(0, size, _COPY_STEP):
-                target.write(self.source.files.read(name, start, min(start + _COPY_STEP, size)))
+                piece = self.source.files.read(name, start, min(start + _COPY_STEP, size))
+                sha256.update(piece)
+                target.write(piece)
+        self.copied[name] = sha256.hexdigest()
 
     def _journal_path(self, rank: int) -> Path:
         return self.place.run / f"journal-{rank}.jsonl"
@@ -291,16 +328,19 @@ class CheckpointWriter:
     def _journals(self) -> list[Path]:
         return sorted(self.place.run.glob("journal-*.jsonl"))
 
-    def _shard(self, shard: str) -> int:
+    def _open_shard(self, shard: str) -> int:
         """Open a shard file, creating it with its header and full length on first use."""
-        if shard not in self._descriptors:
-            path = self.place.model / (shard + _PARTIAL)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            descriptor = os.open(path, flags, 0o644)
-            self._descriptors[shard] = descriptor
-            os.truncate(descriptor, self.source.files.size(shard))
-            _write_at(descriptor, 0, self._headers[shard])
-        return self._descriptors[shard]
+        path = self.place.model / (shard + _PARTIAL)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        if shard not in self._started:
+            try:
+                os.truncate(descriptor, self.source.files.size(shard))
+                _write_at(descriptor, 0, self._headers[shard])
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._started.add(shard)
+        return descriptor
 
 
 class _PartialFiles(LocalFiles):
@@ -323,14 +363,21 @@ class _PartialFiles(LocalFiles):
 
 
 def check_output(out: str | Path) -> Path:
-    """Return the absolute output path. Raises: CheckpointError if it exists and is not empty."""
-    path = Path(out).expanduser().absolute()
-    if path.is_dir() and any(path.iterdir()):
+    """Return the resolved path of the output folder, before any work.
+
+    Raises:
+        CheckpointError: it exists and is not empty, or is a file.
+        RunError: it cannot be created or written to, or its name is too long.
+    """
+    path = resolve_path(out)
+    if path.is_file():
+        raise CheckpointError(f"The output '{path}' is a file. Expected the path of a new folder.")
+    output_folder(path, suffix=_PARTIAL)
+    own = {_INSIDE, *(_read_note(path / _INSIDE, _MOVING, _NAMES) or ())}
+    if path.is_dir() and any(entry.name not in own for entry in path.iterdir()):
         raise CheckpointError(
             f"The output folder '{path}' exists and is not empty. Choose another, or empty it."
         )
-    if (path.exists() or path.is_symlink()) and not path.is_dir():
-        raise CheckpointError(f"The output '{path}' is a file. Expected the path of a new folder.")
     return path
 
 
@@ -348,21 +395,12 @@ def check_unfinished(out: str | Path, run: str) -> None:
         )
 
 
-def tidy_finished(out: str | Path, run: str) -> bool:
-    """Clean up after a run that was killed after completing `out`; return whether this was so.
-
-    Renaming the complete model and removing the working folder are two steps; this performs the
-    second one.
-    """
+def tidy_finished(out: str | Path) -> None:
+    """Remove what a run leaves next to the complete model in `out` if it is killed at its end."""
     place = run_folders(out)
-    manifest = place.out / MANIFEST
-    if not place.run.is_dir() or place.model.exists() or not manifest.is_file():
-        return False
-    if recorded_plan(manifest) != run[:8]:
-        return False
-    with explained(place.run):
-        _remove(place)
-    return True
+    if (place.run / _RUN).is_file() and not place.model.exists():
+        with writing(place.run, _KEPT), contextlib.suppress(FileNotFoundError):
+            _remove(place)  # every process of a distributed run may do so
 
 
 def files_to_copy(source: Checkpoint) -> list[str]:
@@ -408,31 +446,6 @@ def _write_at(descriptor: int, offset: int, data: bytes | bytearray) -> None:
         view, offset = view[written:], offset + written
 
 
-class explained:  # noqa: N801 (reads as a word at its use)
-    """Context manager that converts file system errors to a RunError with a readable message."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        """Enter the context."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Raise RunError for a full, read-only or forbidden target."""
-        if not isinstance(error, OSError):
-            return
-        reason = {
-            errno.ENOSPC: "the disk is full; free some space",
-            errno.EDQUOT: "the disk quota is exceeded; free some space",
-            errno.EROFS: "the file system is read-only; choose another output folder",
-            errno.EACCES: "permission denied; choose another output folder",
-        }.get(error.errno or 0, f"{error.strerror or error}")
-        raise RunError(
-            f"Cannot write to '{self.folder}': {reason}, then run the same command again; "
-            f"finished tensors are kept."
-        ) from error
+def _read_note(run: Path, name: str, schema: Schema[T]) -> T | None:
+    path = run / f"{name}{_NOTE}"
+    return read_note(path, schema) if path.is_file() else None

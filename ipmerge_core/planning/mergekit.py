@@ -9,11 +9,12 @@ support multimodal models; a recipe can be run if the MLLM's tensors have the na
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import yaml
 
+from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
 from ipmerge_core.planning.plan import MergePlan
@@ -23,6 +24,10 @@ _RESCALE = {"l1": True, "none": False}
 _UNLIMITED = (
     "# This method has no weight that mergekit could restrict to decoder matrices: it also\n"
     "# merges norms, biases and embeddings.\n"
+)
+_RANDOM = (
+    "# The elements to drop are random; mergekit draws them with --random-seed, and this package\n"
+    "# from the plan's seed and the names of the matrices.\n"
 )
 
 
@@ -38,7 +43,8 @@ def export_recipe(plan: MergePlan) -> str:
         )
     _check_expressible(plan)
     text: str = yaml.safe_dump(WRITERS[plan.method](plan), sort_keys=False)
-    return text if MATRICES in text else _UNLIMITED + text
+    notes = "" if MATRICES in text else _UNLIMITED
+    return notes + (_RANDOM if "seed" in plan.parameters else "") + text
 
 
 def _check_expressible(plan: MergePlan) -> None:
@@ -59,8 +65,53 @@ def _check_expressible(plan: MergePlan) -> None:
             f"The plan's anchor is {plan.anchor}; a recipe has one base for all task vectors. "
             f"Export a plan with the anchor {own}."
         )
+    if plan.options.layer_gains and not _has_grades(plan):
+        raise PlanError(
+            f"The plan has layer gains, which scale the change of every matrix; a recipe can only "
+            f"grade the weight of a model, which is not the same for "
+            f"{find_method(plan.method).label} with these parameters. Export a plan without layer "
+            f"gains."
+        )
     if plan.sources.base_mllm is not None:
         raise PlanError("The MLLM has a different base; a recipe has one base for all models.")
+    if "seed" in plan.parameters:
+        default = find_method(plan.method).complete({})["seed"]
+        _refuse_unless(plan, seed=default)
+    for source in plan.sources.all():
+        _reference(source)
+
+
+def _reference(source: Source) -> str:
+    """Return a model as mergekit writes it: a path or a hub id, pinned by `@revision`.
+
+    Raises: PlanError for a path with a character that mergekit reads as a revision or an adapter.
+    """
+    if source.revision is None and set(source.id) & set("@+"):
+        raise PlanError(
+            f"mergekit cannot read the path '{source.id}': it reads '@' as a revision and '+' as "
+            f"an adapter. Rename or move the folder."
+        )
+    return source.location
+
+
+def _has_grades(plan: MergePlan) -> bool:
+    """Return whether mergekit's graded weights have the effect of the plan's layer gains."""
+    if plan.method == "linear":
+        return plan.parameters["mllm_weight"] is None
+    whole = {"mllm_density": 1.0} if _injects_a_sum(plan) else {}
+    return plan.method == "slerp" or grades_the_change(plan.method, {**plan.parameters, **whole})
+
+
+def grades_the_change(method: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether the change of a matrix is proportional to the experts' weight.
+
+    It is for a plain sum to which the MLLM's task vector is added unchanged.
+    """
+    if method not in _ELEMENTWISE or method in ("ties", "dare_ties") or parameters.get("elect"):
+        return False
+    density = parameters.get("mllm_density")
+    density = parameters.get("density", 1.0) if density is None else density
+    return bool(parameters["mllm_weight"] == parameters.get("scale", 1.0) == density == 1)
 
 
 def _injects_a_sum(plan: MergePlan) -> bool:
@@ -83,7 +134,7 @@ def _write_elementwise(plan: MergePlan) -> dict[str, Any]:
         part |= {name: _limited(p[name], 0.0) for name in ("gamma", "epsilon") if name in p}
     return {
         "merge_method": "della_linear" if p.get("elect") is False else plan.method,
-        "base_model": plan.sources.base.id,
+        "base_model": _reference(plan.sources.base),
         "models": _models(plan, host, expert),
         "parameters": _switches(plan),
         "dtype": "float32",
@@ -130,7 +181,7 @@ def _write_linear(plan: MergePlan) -> dict[str, Any]:
 def _write_slerp(plan: MergePlan) -> dict[str, Any]:
     return {
         "merge_method": "slerp",
-        "base_model": plan.sources.mllm.id,  # mergekit's name for the end at t = 0
+        "base_model": _reference(plan.sources.mllm),  # mergekit's name for the end at t = 0
         "models": _models(plan, {}, {}),
         "parameters": {"t": _limited(_graded(plan, "t"), 0.0)},
         "dtype": "float32",
@@ -138,12 +189,10 @@ def _write_slerp(plan: MergePlan) -> dict[str, Any]:
 
 
 def _write_nuslerp(plan: MergePlan) -> dict[str, Any]:
-    if plan.options.layer_gains:
-        raise PlanError("mergekit's nuslerp has no per-layer t. Plan without layer gains.")
     t = cast("float", plan.parameters["t"])
     recipe: dict[str, Any] = {"merge_method": "nuslerp"}
     if plan.parameters["of"] == "task_vectors":
-        recipe["base_model"] = plan.sources.base.id
+        recipe["base_model"] = _reference(plan.sources.base)
     host, expert = {"weight": _limited(1.0 - t, 1.0)}, {"weight": _limited(t, 0.0)}
     switches = {"nuslerp_flatten": plan.parameters["per"] == "tensor"}
     if not switches["nuslerp_flatten"]:  # mergekit's row-wise is per column here
@@ -160,7 +209,7 @@ def _write_sce(plan: MergePlan) -> dict[str, Any]:
     _refuse_unless(plan, mllm_weight=1.0, math_weight=1.0)
     return {
         "merge_method": "sce",
-        "base_model": plan.sources.base.id,
+        "base_model": _reference(plan.sources.base),
         "models": _models(plan, {}, {}),
         "parameters": {"select_topk": plan.parameters["select_topk"]},
         "dtype": "float32",
@@ -184,10 +233,10 @@ WRITERS: dict[str, Callable[[MergePlan], dict[str, Any]]] = {
 
 
 def _models(plan: MergePlan, host: dict[str, Any], expert: dict[str, Any]) -> list[dict[str, Any]]:
-    named = [(plan.sources.mllm.id, host), *((math.id, expert) for math in plan.sources.math)]
+    named = [(plan.sources.mllm, host), *((math, expert) for math in plan.sources.math)]
     return [
-        {"model": name, **({"parameters": parameters} if parameters else {})}
-        for name, parameters in named
+        {"model": _reference(source), **({"parameters": parameters} if parameters else {})}
+        for source, parameters in named
     ]
 
 

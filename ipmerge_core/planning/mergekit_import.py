@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
-from ipmerge_core.planning.mergekit import MATRICES, WRITERS
+from ipmerge_core.planning.mergekit import MATRICES, WRITERS, grades_the_change
 from ipmerge_core.runtime.input_files import (
     CLOSED,
     FileKind,
@@ -28,12 +28,16 @@ from ipmerge_core.runtime.input_files import (
 
 
 class Recipe(NamedTuple):
-    """The models of a recipe, and the other arguments of `make_plan`."""
+    """The models of a recipe, and the other arguments of `make_plan`.
+
+    `notes` describe how a merge of the plan differs from mergekit's, in a sentence each.
+    """
 
     mllm: str
     math: list[str]
     base: str | None
     arguments: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class _Defaults(NamedTuple):
@@ -52,6 +56,7 @@ _DEFAULTS = {
     "della": _Defaults(normalize=True, rescale=True),
     "della_linear": _Defaults(rescale=True),
 }
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _KNOWN = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
 
 
@@ -129,7 +134,27 @@ def import_recipe(text: str | bytes) -> Recipe:
     arguments = {"method": ours, **find_method(ours).complete(values)}
     if layer_gains:
         arguments["layer_gains"] = layer_gains
-    return Recipe(names[0], names[1:], base, arguments)
+    return Recipe(names[0], names[1:], base, arguments, _dtype_notes(recipe))
+
+
+def _dtype_notes(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """Describe the dtypes of a recipe that a merge does not use. Raises: PlanError."""
+    dtypes = {name: recipe[name] for name in ("dtype", "out_dtype") if recipe.get(name)}
+    for name, value in dtypes.items():
+        if value not in _DTYPES:
+            raise PlanError(
+                f"The recipe's {name} is {str(value)[:40]!r}; expected one of {', '.join(_DTYPES)}."
+            )
+    notes = []
+    if dtypes.get("dtype", "float32") != "float32":
+        notes.append(f"The recipe computes in {dtypes['dtype']}; the merge computes in float32.")
+    if "out_dtype" in dtypes or notes:
+        written = dtypes.get("out_dtype", dtypes.get("dtype"))
+        notes.append(
+            f"The recipe writes {written}; the merged model keeps the dtype of every tensor of the "
+            f"vision-language model."
+        )
+    return tuple(notes)
 
 
 def _read_models(recipe: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -193,6 +218,10 @@ def _read_elementwise(reader: _Reader) -> dict[str, Any]:
     defaults = _DEFAULTS[reader.method]
     elects = reader.method in ("ties", "dare_ties", "della")
     host, expert = reader.both("weight")
+    if isinstance(host, list):
+        raise PlanError(
+            f"The recipe's {reader.method} has MLLM weights per layer, which a plan cannot express."
+        )
     graded = isinstance(expert, list)
     values: dict[str, Any] = {
         "mllm_weight": _number("weight", host),
@@ -217,7 +246,13 @@ def _read_elementwise(reader: _Reader) -> dict[str, Any]:
         raise PlanError(f"The recipe's lambda of {scale:g} has no counterpart in {reader.method}.")
     elif scale != 1:
         values |= {name: values[name] * scale for name in ("mllm_weight", "math_weight")}
-    return values | _densities(reader, known)
+    values |= _densities(reader, known)
+    if graded and not grades_the_change(method, values):
+        raise PlanError(
+            f"The recipe grades the weights of {reader.method}, whose change is not proportional "
+            f"to them; a plan's layer gains scale the change. Use one weight for all layers."
+        )
+    return values
 
 
 def _densities(reader: _Reader, known: set[str]) -> dict[str, Any]:
@@ -240,13 +275,44 @@ def _divisor(reader: _Reader, host: Any, expert: Any) -> float:  # noqa: ANN401
 
 
 def _read_linear(reader: _Reader) -> dict[str, Any]:
-    host, expert = (_number("weight", value) for value in reader.both("weight"))
+    hosts, experts = reader.both("weight")
+    if isinstance(hosts, list) or isinstance(experts, list):
+        return _read_graded_linear(reader, hosts, experts)
+    host, expert = _number("weight", hosts), _number("weight", experts)
     if not _switch(reader, "normalize", True):
         return {"mllm_weight": host, "math_weight": expert, "normalize": False}
     share = host / _divisor(reader, host, expert)
     if not 0 <= share <= 1:
         return {"mllm_weight": host, "math_weight": expert}
     return {"alpha": share}
+
+
+def _read_graded_linear(reader: _Reader, hosts: Any, experts: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Read weights that differ between layers.
+
+    With a constant weight of the MLLM the experts' weights are graded. Two lists that sum to a
+    constant in every layer are a graded average.
+    """
+    normalize = _switch(reader, "normalize", True)
+    if not isinstance(hosts, list):
+        host = _number("weight", hosts)
+        gains = _grades(experts)
+        return {
+            "mllm_weight": host,
+            "math_weight": 1.0,
+            "normalize": normalize,
+            "layer_gains": gains,
+        }
+    shares = _grades(experts) if isinstance(experts, list) else ()
+    totals = [h + reader.experts * s for h, s in zip(_grades(hosts), shares, strict=False)]
+    scale = totals[0] if normalize and totals else 1.0
+    constant = all(abs(total - scale) <= 1e-9 * abs(scale) for total in totals)
+    if len(hosts) != len(shares) or not constant or scale <= 0 or reader.experts > 1:
+        raise PlanError(
+            "The recipe's weights per layer do not sum to the same value in every layer, which a "
+            "plan cannot express. Expected lists of one length, such as [0.9, 0.5] and [0.1, 0.5]."
+        )
+    return {"alpha": 0.0, "layer_gains": tuple(share / scale for share in shares)}
 
 
 def _read_slerp(reader: _Reader) -> dict[str, Any]:

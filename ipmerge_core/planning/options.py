@@ -67,8 +67,9 @@ class PlanOptions:
         include: regular expression; only matrices with a matching name are merged.
         exclude: regular expression; matrices with a matching name are kept.
         overrides: per matrix name "merge" or "keep"; takes precedence over all other options.
-        layer_gains: factors on the experts' update, evenly spaced from the first to the last layer
-            and interpolated: (0, 1) increases linearly.
+        layer_gains: factors on the change of the MLLM's weights, evenly spaced from the first to
+            the last layer and interpolated: (0, 1) increases linearly. 0 keeps the weights of a
+            layer, 1 is the method's result. SLERP turns by that share of its angle.
         norms: "merge" also merges the decoder's norms and biases, as one-row matrices.
         embeddings: "merge-shared" also merges the embedding and head rows of tokens shared by all
             models, row by row. Include and exclude apply to both.
@@ -188,7 +189,18 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 (a field's value)
 def _words(value: Any) -> str:  # noqa: ANN401 (a field's value)
     if isinstance(value, Mapping):
         return f"{len(value)} set by hand"
-    return " ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+    return " ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
+
+
+def shown(value: float | int | bool | str | None) -> str:
+    """Format a value in the syntax of --set, with all its digits.
+
+    >>> shown(8.0), shown(None), shown("sum"), shown(1.2345678)
+    ('8', 'none', 'sum', '1.2345678')
+    """
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return value if isinstance(value, str) else str(value).lower()
 
 
 class Pattern(Protocol):
@@ -243,8 +255,8 @@ def _read_factors(option: Option, value: Any) -> tuple[float, ...]:  # noqa: ANN
             ) from None
     if not isinstance(value, list | tuple) or len(value) > _MOST_FACTORS:
         raise PlanError(
-            f"The {option.label.lower()} is {reprlib.repr(value)}; expected at most "
-            f"{_MOST_FACTORS} numbers, such as 0, 0.5, 1."
+            f"{option.name} is {reprlib.repr(value)}; expected a list of at most "
+            f"{_MOST_FACTORS} numbers, as [0, 1]."
         )
     wrong = [f for f in value if not isinstance(f, int | float) or not 0 <= f < math.inf]
     if wrong:
@@ -259,11 +271,10 @@ def _read_choice(option: Option, value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def _read_rules(_: Option, value: Any) -> dict[str, Override]:  # noqa: ANN401
+def _read_rules(option: Option, value: Any) -> dict[str, Override]:  # noqa: ANN401
     if not isinstance(value, Mapping):
         raise PlanError(
-            f"The overrides are {reprlib.repr(value)}; expected matrix names mapped to merge or "
-            f"keep."
+            f"{option.name} is {reprlib.repr(value)}; expected matrix names with merge or keep."
         )
     for name, rule in value.items():
         if rule not in ("merge", "keep"):

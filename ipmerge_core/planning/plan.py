@@ -20,12 +20,12 @@ from pydantic import Field
 
 from ipmerge_core.analysis.analyse import describe
 from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals, check_records
-from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.declarations import AffineUpdate, ParameterValue
-from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
+from ipmerge_core.models.pairing import TO_FORCE, MatrixMatch, ModelPair, open_pair
 from ipmerge_core.models.shared_tokens import SharedTokens, shared_tokens
+from ipmerge_core.planning.calibrated import Calibrated
 from ipmerge_core.planning.options import OPTIONS, Override, PlanOptions
 from ipmerge_core.planning.preview import (
     Decision,
@@ -41,6 +41,7 @@ from ipmerge_core.planning.scope import (
     check_choice,
     check_extras,
     check_layer_gains,
+    check_used,
     choose_anchor,
     spread,
 )
@@ -48,9 +49,9 @@ from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.input_files import (
     CLOSED,
     MEGABYTE,
+    Count,
     FileKind,
     InvalidContentError,
-    Location,
     Name,
     Number,
     Schema,
@@ -60,16 +61,6 @@ from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
 _FORMAT, _VERSION = "ipmerge-plan", 1
 PLAN = FileKind("a plan", "Create it again with `ipmerge plan`.", PlanError, largest=128 * MEGABYTE)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A finished calibration: its folder and the hash of its metadata."""
-
-    __pydantic_config__ = CLOSED
-
-    folder: Location
-    digest: Name
 
 
 @dataclass(frozen=True)
@@ -92,19 +83,22 @@ class MergePlan:
     tokens: SharedTokens | None = None  # merged rows of embeddings and head
     statistic: tuple[Number, ...] | None = None  # of the whole model, if already known
     analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, if known
+    method_version: Count = 1  # of the method's mathematics, see `MergeMethod.version`
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that determines the merged bytes."""
         options = self.options
-        fingerprints = [source.fingerprint for source in self.sources.all()]
+        sources = self.sources.all()
+        fingerprints = [source.fingerprint for source in sources]
+        contents = [source.content for source in sources]
         chosen = [[d.name, list(d.experts)] for d in self.decisions if d.experts]
         parameters = dict(sorted(find_method(self.method).as_hashed(self.parameters).items()))
         data = [self.calibration.digest] if self.calibration else []
         content: list[Any] = [
             self.method,
             parameters,
-            list(options.layer_gains),
+            [*options.layer_gains, *self._scaling],
             chosen,
             fingerprints,
             *data,
@@ -115,7 +109,17 @@ class MergePlan:
             content.append(self.anchor)
         if self.statistic:
             content.append(list(self.statistic))
+        if any(contents):
+            content.append(["contents", contents])
+        if self.method_version > 1:  # 1 is omitted, which keeps the digest of the first plans
+            content.append(["version", self.method_version])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def _scaling(self) -> tuple[str, ...]:
+        """A mark for the digest: layer gains used to multiply the experts' weights."""
+        scaled = self.options.layer_gains and find_method(self.method).gain is None
+        return ("change",) if scaled else ()
 
     @property
     def hash(self) -> str:
@@ -135,10 +139,15 @@ class MergePlan:
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """Descriptions of what is merged in addition to the decoder's matrices."""
-        found = ["the decoder's norms and biases"] if self.options.norms == "merge" else []
+        """What is merged in addition to the decoder's matrices, as far as known without the models.
+
+        `merging.parts.count_extras` counts them for opened models.
+        """
+        scope = " in scope" if self.options.include or self.options.exclude else ""
+        found = [f"the decoder's norms and biases{scope}"] if self.options.norms == "merge" else []
         if self.tokens:
-            found.append(f"{self.tokens.rows} rows of embeddings and head (shared tokens)")
+            rows = f"{self.tokens.rows} rows of embeddings and head (shared tokens)"
+            found.append(f"{rows}{scope and ', as far as they are in scope'}")
         return tuple(found)
 
     def allows(self, name: str) -> bool:
@@ -161,11 +170,21 @@ class MergePlan:
 
     def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
         """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
-        if not self.options.layer_gains:
-            return dict(self.parameters)
-        scaled = find_method(self.method).scaled(self.parameters, self._schedule[layer])
-        assert scaled is not None, "layer gains without a gain"
-        return scaled
+        gain, parameters = find_method(self.method).gain, dict(self.parameters)
+        if gain is not None and self.options.layer_gains:
+            value = parameters[gain]
+            assert isinstance(value, float), "a gain is a number"
+            parameters[gain] = value * self._schedule[layer]
+        return parameters
+
+    def change_scale(self, layer: int) -> float:
+        """Return the factor on the change W - W_mllm of one layer's matrices.
+
+        1 if the method has a gain, which `parameters_for` scales instead, and without layer gains.
+        """
+        if find_method(self.method).gain is not None or not self.options.layer_gains:
+            return 1.0
+        return self._schedule[layer]
 
     @cached_property
     def _schedule(self) -> dict[int, float]:
@@ -182,6 +201,7 @@ class MergePlan:
             records,
             own_base=self.sources.base_mllm is not None,
         )
+        found = found.scaled(self.change_scale(decision.layer))
         return as_measured(method, found, parameters, self.analysed, records[0].shape)
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,6 +251,11 @@ class MergePlan:
         _check_consistent(plan)
         if plan.hash != stored:
             raise InvalidContentError(f"its hash is {plan.hash}, but the file has {stored!r:.80}")
+        if plan.method_version != method.version:
+            raise InvalidContentError(
+                f"it was made for version {plan.method_version} of {method.label}; this release "
+                f"computes version {method.version}, which gives other weights"
+            )
         return plan
 
 
@@ -291,6 +316,7 @@ def make_plan(
     analysed = checked_options(chosen, source.parameters if isinstance(source, Analysis) else {})
     complete = _complete(chosen, {"lambda_": lambda_, **own}, analysed)
     check_choice(similarity_threshold, similarity)
+    check_used(chosen, similarity_threshold, similarity, own)
     _check_source(chosen, source)
     scope = Scope.of(options)
     threshold = similarity_threshold if chosen.needs_analysis else None
@@ -302,7 +328,8 @@ def make_plan(
         (sources, totals), records = describe(source), ()
     _check_overrides(options.overrides, decisions)
     check_extras(chosen, options)
-    check_layer_gains(chosen, options.layer_gains, complete)
+    layers = len({decision.layer for decision in decisions})
+    check_layer_gains(chosen, options.layer_gains, complete, layers)
     return MergePlan(
         name=source.name,
         method=method,
@@ -314,10 +341,11 @@ def make_plan(
         totals=totals,
         decisions=tuple(decisions),
         records=records,
-        calibration=_open_calibration(chosen, calibration, sources),
+        calibration=Calibrated.find(chosen, calibration, sources),
         tokens=_share_tokens(source) if options.embeddings == "merge-shared" else None,
         statistic=known_statistic(chosen, complete, records, decisions),
         analysed=analysed or None,
+        method_version=chosen.version,
     )
 
 
@@ -365,38 +393,27 @@ def reopen(plan: MergePlan) -> ModelPair:
     """
     sources = plan.sources
     pair = open_sources(sources)
-    now = [model.fingerprint for _, model in pair.roles()]
-    for source, fingerprint in zip(sources.all(), now, strict=True):
-        if source.fingerprint != fingerprint:
+    for source, (_, model) in zip(sources.all(), pair.roles(), strict=True):
+        if source.differs_from(model.fingerprint, model.content):
             raise PairingError(
                 f"The weights of '{source.id}' have changed since the plan was made (fingerprint "
-                f"{fingerprint[:8]} instead of {source.fingerprint[:8]}). Analyse the pair again "
-                f"and make a new plan."
+                f"{model.fingerprint[:8]}, content {str(model.content)[:8]}; the plan has "
+                f"{source.fingerprint[:8]}, {str(source.content)[:8]}). Analyse the pair again and "
+                f"make a new plan."
             )
     return pair
 
 
+def require_common_base(plan: MergePlan, *, force: bool = False) -> None:
+    """Check the models of a plan as a merge does.
+
+    Raises: PairingError if the sibling check refuses them, or the weights have changed.
+    """
+    reopen(plan).require_common_base(TO_FORCE, force=force)
+
+
 def _share_tokens(source: Analysis | ModelPair) -> SharedTokens:
     return shared_tokens(open_sources(source.sources) if isinstance(source, Analysis) else source)
-
-
-def _open_calibration(
-    method: MergeMethod, folder: str | Path | None, sources: Sources
-) -> Calibrated | None:
-    if method.data is None:
-        if folder is not None:
-            raise PlanError(f"{method.label} does not use calibration data; omit the calibration.")
-        return None
-    if folder is None:
-        what = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
-        raise PlanError(
-            f"{method.label} requires {what[method.data]} of every model. Run `ipmerge calibrate "
-            f"--kind {method.data}` and pass its output folder as calibration, or choose a method "
-            f"that needs no calibration data."
-        )
-    found = Measurements.open(folder)
-    found.check(sources.merged(), method.data)
-    return Calibrated(str(Path(folder).expanduser().resolve()), found.digest)
 
 
 def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]) -> None:
@@ -442,5 +459,6 @@ def _take_all(matrices: Iterable[MatrixMatch], n_experts: int, scope: Scope) -> 
 
 def _without_spectra(records: Iterable[LayerRecord]) -> tuple[LayerRecord, ...]:
     return tuple(
-        replace(record, index=(), mllm_sigma=(), math_sigma=(), angles=()) for record in records
+        replace(record, index=(), mllm_sigma=(), math_sigma=(), angles=(), spectra=None)
+        for record in records
     )

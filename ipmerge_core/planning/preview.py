@@ -15,6 +15,7 @@ from ipmerge_core.analysis.records import Index, LayerRecord, Totals
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.declarations import AffineUpdate, ParameterValue
+from ipmerge_core.planning.options import shown
 from ipmerge_core.runtime.input_files import CLOSED, Count, Name
 from ipmerge_core.spectral.kinds import Anchor
 
@@ -284,15 +285,6 @@ def _effective(name: str, value: ParameterValue, shape: tuple[int, int]) -> Para
     if name != "rank":
         return value
     return min(shape) if value is None else min(int(value), *shape)
-
-
-def shown(value: ParameterValue) -> str:
-    """Format a parameter value in the syntax of --set.
-
-    >>> shown(8.0), shown(None), shown("sum")
-    ('8', 'none', 'sum')
-    """
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def _unknown(method: MergeMethod, reason: str) -> PlanError:

@@ -16,6 +16,8 @@ from ipmerge_core.methods import MergeMethod
 from ipmerge_core.planning.options import Pattern, PlanOptions, compile_pattern
 from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
+SELECTION = {"similarity_threshold": 0.4, "similarity": "first"}  # defaults of the selection
+
 
 class Scope(NamedTuple):
     """Selects tensors by name: an override, or included and not excluded."""
@@ -67,14 +69,37 @@ def check_choice(threshold: float, similarity: str) -> None:
 
 
 def check_layer_gains(
-    method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any]
+    method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any], layers: int
 ) -> None:
-    """Validate layer gains for the method. Raises: PlanError."""
-    for factor in factors:
-        scaled = method.scaled(parameters, factor)
-        if scaled is None:
-            raise PlanError(f"{method.label} does not support layer gains: it has no gain.")
-        method.complete(scaled)
+    """Check that no gain is unused and the method's gain stays in its range. Raises: PlanError."""
+    if len(factors) > layers:
+        raise PlanError(
+            f"layer_gains has {len(factors)} factors and the model {layers} layers, so that some "
+            f"would not be used. Give at most one factor per layer."
+        )
+    if method.gain is not None:
+        for factor in factors:
+            method.complete({**parameters, method.gain: parameters[method.gain] * factor})
+
+
+def check_used(
+    method: MergeMethod, threshold: float, similarity: str, given: Mapping[str, Any]
+) -> None:
+    """Refuse values that the method does not use. Raises: PlanError naming the value."""
+    if not method.needs_analysis:
+        selection = {"similarity_threshold": threshold, "similarity": similarity}
+        for name, value in selection.items():
+            merges_all = name == "similarity_threshold" and value == 0
+            if value != SELECTION[name] and not merges_all:
+                raise PlanError(
+                    f"{method.label} merges every matrix in scope and does not select by "
+                    f"similarity; {name}={value} has no effect. Omit it, or select with include, "
+                    f"exclude or overrides."
+                )
+    names = {parameter.name for parameter in method.parameters}
+    known = {name: value for name, value in given.items() if name in names}
+    if unused := method.without_effect(known):
+        raise PlanError(f"{method.label} does not use {unused[0]}. Omit it.")
 
 
 def spread(factors: Sequence[float], layers: Iterable[int]) -> dict[int, float]:

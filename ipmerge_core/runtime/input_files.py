@@ -25,7 +25,8 @@ from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ipmerge_core.errors import IPMergeError
+from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.runtime.paths import expand_path
 
 T = TypeVar("T")
 
@@ -46,8 +47,12 @@ Name: TypeAlias = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f]*
 Location: TypeAlias = Annotated[str, Field(min_length=1, max_length=5000, pattern=r"^[^\x00]+$")]
 
 
+# The name of a file in a folder; an entry may be hidden, but is not the folder or its parent.
 FileName: TypeAlias = Annotated[
     str, Field(max_length=255, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")
+]
+EntryName: TypeAlias = Annotated[
+    str, Field(max_length=255, pattern=r"^\.?[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")
 ]
 
 
@@ -152,8 +157,8 @@ def read_bounded(path: str | Path, largest: int) -> bytes:
     Raises: InvalidContentError if the file is larger; OSError.
     """
     try:
-        descriptor = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NONBLOCK)
-    except ValueError as error:  # a null byte in the path
+        descriptor = os.open(expand_path(path), os.O_RDONLY | os.O_NONBLOCK)
+    except RunError as error:
         raise InvalidContentError(f"its path is invalid ({error})") from error
     os.set_blocking(descriptor, True)
     with os.fdopen(descriptor, "rb") as file:

@@ -15,19 +15,28 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.runtime.input_files import (
     CLOSED,
     MEGABYTE,
+    Count,
     FileKind,
     FileName,
+    Magnitude,
     Name,
     Schema,
     requiring,
 )
 
 State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
+Phase = Literal["", "starting", "importing", "opening", "working"]
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """State of a job. Times are seconds since the epoch; `step` is the last one it yielded."""
+    """State of a job. Times are seconds since the epoch; `step` is the last one it yielded.
+
+    `phase` is what a running job does: "starting" (its process), "importing" (libraries), "opening"
+    (models, before its first step), "working". `first` is the first step of the current pass that
+    did new work, made at `since`: speed is measured from there. `nbytes_memory` is the most memory
+    that its process held.
+    """
 
     __pydantic_config__ = CLOSED
 
@@ -39,6 +48,10 @@ class JobStatus:
     started: float = 0.0
     updated: float = 0.0
     error: str = ""
+    phase: Phase = ""
+    first: Mapping[str, Any] = field(default_factory=dict)
+    since: float = 0.0
+    nbytes_memory: Count = 0
 
     @property
     def is_running(self) -> bool:
@@ -65,7 +78,8 @@ Stored = Annotated[dict[str, FileName], requiring("file", "class")]
 class Request:
     """Contents of `job.json`: what to run with which arguments; `key` is a hash of the key.
 
-    `files` are arguments stored in files of their own, with the classes that load them.
+    `files` are arguments stored in files of their own, with the classes that load them. `visitor`
+    is a hash of whom the job counts for, `seconds` the time limit, `about` what a list shows of it.
     """
 
     __pydantic_config__ = CLOSED
@@ -76,6 +90,9 @@ class Request:
     files: dict[str, Stored]
     key: str
     claim: Claim | None = None
+    visitor: str = ""
+    seconds: Magnitude | None = None
+    about: dict[str, Any] | None = None
 
 
 _JOB_FILE = FileKind(

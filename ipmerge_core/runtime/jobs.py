@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import hashlib
 import hmac
-import importlib
 import json
 import os
 import re
@@ -23,46 +22,45 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
-from platformdirs import user_data_path
-
-from ipmerge_core.errors import FolderInUseError, IPMergeError, RunError
+from ipmerge_core.errors import FolderInUseError, RunError
 from ipmerge_core.runtime.atomic import write_whole
-from ipmerge_core.runtime.job_files import Claim, JobStatus, State, read_request, read_status
-from ipmerge_core.runtime.pipeline import keep_freed_memory
+from ipmerge_core.runtime.host import Limits, check_home
+from ipmerge_core.runtime.host import limits as host_limits
+from ipmerge_core.runtime.job_files import (
+    Claim,
+    JobStatus,
+    Phase,
+    State,
+    read_request,
+    read_status,
+)
 
 __all__ = [
+    "SHORTEST_SECRET",
     "Claim",
     "JobStatus",
     "JobStore",
+    "Launcher",
+    "Phase",
     "Saved",
     "Started",
     "State",
-    "home_folder",
-    "main",
-    "run_job",
+    "log_event",
+    "read_status",
+    "write_status",
 ]
 
 _ID = re.compile(r"[0-9a-f]{32}")
 SHORTEST_SECRET = 32  # minimum number of characters of an owner's secret
-_WRITE_EVERY = 0.1  # seconds between two writes of status.json
-_JOURNAL_EVERY = 2.0  # seconds between two journal lines about progress
 _LOCK_PATIENCE = 10.0  # seconds that a process may take to release its lock after its last status
-# Former import paths of job targets and arguments, as stored in older jobs.
-_FORMER = {
-    "ipmerge_core.merging:iter_merge": "ipmerge_core.merging.merge:iter_merge",
-    "ipmerge_core.analysis:iter_pack": "ipmerge_core.analysis.analyse:iter_pack",
-    "ipmerge_core.calibration:iter_calibration_of": (
-        "ipmerge_core.calibration.calibrate:iter_calibration_of"
-    ),
-    "ipmerge_core.plan:MergePlan": "ipmerge_core.planning.plan:MergePlan",
-}
-_START = "import sys; from ipmerge_core.runtime.jobs import main; sys.exit(main(*sys.argv[1:]))"
+_START = (
+    "import sys; from ipmerge_core.runtime.job_process import main; sys.exit(main(*sys.argv[1:]))"
+)
 
 
 @runtime_checkable
@@ -74,6 +72,14 @@ class Saved(Protocol):
         ...
 
 
+class Launcher(Protocol):
+    """Runs a job in a process that is ready for it: `WarmWorker`."""
+
+    def run(self, folder: Path, lock: int, log: int) -> bool:
+        """Run the job in `folder`, with its locked file and its log; False if none is ready."""
+        ...
+
+
 class Started(NamedTuple):
     """Result of `JobStore.start`; the key is stored nowhere else."""
 
@@ -81,25 +87,20 @@ class Started(NamedTuple):
     key: str
 
 
-def home_folder() -> Path:
-    """Where runs and models made in the app go: IPMERGE_HOME, else the user's data folder.
-
-    It used to be a folder in the user's cache, which some systems empty. Where that folder exists,
-    it stays in use, so that its runs and models are still found.
-    """
-    if chosen := os.environ.get("IPMERGE_HOME"):
-        return Path(chosen).expanduser().absolute()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
-    earlier = cache / "ipmerge"
-    return earlier if earlier.is_dir() else user_data_path("ipmerge", appauthor=False)
-
-
 class JobStore:
-    """Manages the jobs in one folder."""
+    """Manages the jobs in one folder.
 
-    def __init__(self, folder: Path, *, most_running: int = 2) -> None:
-        self.folder = folder
-        self.most_running = most_running
+    Args:
+        folder: the folder of all jobs.
+        limits: how many jobs may run at the same time, and how long; by default those of the host.
+        launcher: runs jobs without the time for imports; without it, each job imports them itself.
+    """
+
+    def __init__(
+        self, folder: Path, limits: Limits | None = None, launcher: Launcher | None = None
+    ) -> None:
+        self.folder, self.launcher = folder, launcher
+        self.limits = host_limits() if limits is None else limits
 
     def start(
         self,
@@ -109,6 +110,7 @@ class JobStore:
         title: str,
         claim: Claim | None = None,
         owner: str = "",
+        visitor: str = "",
     ) -> Started:
         """Start `target(**arguments)` in a new process.
 
@@ -118,12 +120,13 @@ class JobStore:
             title: a human-readable name.
             claim: a folder that no other job may write to in the meantime.
             owner: a secret of the caller; the job's key is then `key_of(job, owner)`.
+            visitor: whom the job counts for under `Limits.runs_per_visitor`, such as an address.
 
         Raises: RunError if too many jobs are running, FolderInUseError for a claimed folder.
         """
         with self._one_at_a_time():
-            self._admit(claim)
-            return self._start(target, arguments, title, claim, owner)
+            self._admit(claim, _digest(visitor) if visitor else "")
+            return self._start(target, arguments, title, claim, owner, visitor)
 
     def _start(
         self,
@@ -132,6 +135,7 @@ class JobStore:
         title: str,
         claim: Claim | None,
         owner: str,
+        visitor: str,
     ) -> Started:
         job = secrets.token_hex(16)
         key = self.key_of(job, owner) or secrets.token_urlsafe(24)
@@ -145,6 +149,8 @@ class JobStore:
             "files": files,
             "claim": claim,
             "key": _digest(key),
+            "visitor": _digest(visitor) if visitor else "",
+            "seconds": self.limits.run_minutes and 60 * self.limits.run_minutes,
         }
         _write_json(folder / "job.json", content)
         self._spawn(job)
@@ -203,7 +209,7 @@ class JobStore:
                 raise RunError(
                     f"The run '{status.title}' is {status.state}; there is nothing to resume."
                 )
-            self._admit(self._claim(job))
+            self._admit(self._claim(job), self._visitor(job))
             self._spawn(job)
         return self.status(job)
 
@@ -232,27 +238,28 @@ class JobStore:
     @contextlib.contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
         """Hold the store's lock, so that job counts do not change inside the block."""
+        check_home(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _admit(self, claim: Claim | None) -> None:
-        """Raise if the folder is claimed or too many jobs are running."""
+    def _admit(self, claim: Claim | None, visitor: str) -> None:
+        """Raise if the folder is claimed or too many jobs are running, of all or of a visitor."""
         running = [status.id for status in self.all() if status.is_running]
         for job in running:
             found = self._claim(job)
             if claim and found and _same(found, claim.folder):
                 raise FolderInUseError(claim.folder, job, same_work=found.work == claim.work)
-        if len(running) >= self.most_running:
-            number = "1 run is" if len(running) == 1 else f"{len(running)} runs are"
-            raise RunError(
-                f"{number} already in progress (limit {self.most_running}). Wait for one to "
-                f"finish, or cancel one."
-            )
+        own = [job for job in running if visitor and self._visitor(job) == visitor]
+        _check_limit(len(own), self.limits.runs_per_visitor, " from your address")
+        _check_limit(len(running), self.limits.runs, "")
 
     def _claim(self, job: str) -> Claim | None:
         return read_request(self._folder(job)).claim
+
+    def _visitor(self, job: str) -> str:
+        return read_request(self._folder(job)).visitor
 
     def _folder(self, job: str) -> Path:
         folder = self.folder / job
@@ -262,14 +269,18 @@ class JobStore:
 
     def _spawn(self, job: str) -> None:
         folder = self.folder / job
-        request = read_request(folder)
-        status = JobStatus(job, request.title, "running", {}, request.arguments, time.time())
+        request, now = read_request(folder), time.time()
+        status = JobStatus(
+            job, request.title, "running", {}, request.arguments, now, now, phase="starting"
+        )
         with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as log:
             # The child inherits the open, locked file, so that a running job never appears
             # interrupted.
             _lock(lock)
             (folder / "cancel").unlink(missing_ok=True)
-            _write_status(folder, status)
+            write_status(folder, status)
+            if self.launcher and self.launcher.run(folder, lock.fileno(), log.fileno()):
+                return
             paths = os.pathsep.join(path for path in sys.path if path)
             child = subprocess.Popen(  # noqa: S603 (our own interpreter and code)
                 [sys.executable, "-c", _START, str(folder), str(lock.fileno())],
@@ -282,81 +293,6 @@ class JobStore:
             )
         # Reap the child when it ends, otherwise it remains as a zombie process.
         threading.Thread(target=child.wait, daemon=True).start()
-
-
-# --- in the job's own process ----------------------------------------------------------------
-
-
-def main(folder: str, lock: str) -> int:
-    """Run a job, then release its lock: interpreter shutdown may take a while after that."""
-    keep_freed_memory()
-    code = run_job(folder)
-    fcntl.flock(int(lock), fcntl.LOCK_UN)
-    return code
-
-
-def run_job(folder: str | Path) -> int:
-    """Run the job in `folder` in the current process and return the exit code."""
-    folder = Path(folder)
-    status = read_status(folder)
-    _log_event(folder, {"event": "started", "process": os.getpid()})
-    try:
-        steps = _open_target(folder)
-        status = _drain(folder, steps, status)
-    except IPMergeError as error:
-        status = replace(status, state="failed", error=str(error))
-    except Exception as error:  # noqa: BLE001 (a bug is reported in the job's status)
-        traceback.print_exc()
-        text = f"Unexpected {type(error).__name__}: {error}. See the run's log for details."
-        status = replace(status, state="failed", error=text)
-    status = replace(status, updated=time.time())
-    _write_status(folder, status)
-    _log_event(folder, {"event": status.state, "error": status.error, **status.step})
-    return 0 if status.state in ("finished", "cancelled") else 1
-
-
-def _drain(folder: Path, steps: Generator[Any], status: JobStatus) -> JobStatus:
-    """Advance the generator until it ends or the job is cancelled."""
-    written = noted = 0.0
-    with contextlib.closing(steps):
-        for step in steps:
-            now = time.time()
-            status = replace(status, step=_plain(step), updated=now)
-            if (folder / "cancel").exists():
-                return replace(status, state="cancelled")
-            if now - written >= _WRITE_EVERY:
-                _write_status(folder, status)
-                written = now
-            if now - noted >= _JOURNAL_EVERY:
-                _log_event(folder, {"event": "step", **status.step})
-                noted = now
-    return replace(status, state="finished")
-
-
-def _open_target(folder: Path) -> Generator[Any]:
-    request = read_request(folder)
-    arguments = dict(request.arguments)
-    for name, file in request.files.items():
-        arguments[name] = _find(file["class"]).load(folder / file["file"])
-    steps: Generator[Any] = _find(request.target)(**arguments)
-    return steps
-
-
-def _find(name: str) -> Any:  # noqa: ANN401 (a function or a class)
-    module, _, path = _FORMER.get(name, name).partition(":")
-    found = importlib.import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def _plain(step: Any) -> dict[str, Any]:  # noqa: ANN401 (whatever a driver yields)
-    """Convert a step (a named tuple, a dataclass or a mapping) to JSON values."""
-    if isinstance(step, Mapping):
-        return dict(step)
-    if hasattr(step, "_asdict"):
-        return dict(step._asdict())
-    return asdict(step)
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -379,12 +315,22 @@ def _store_arguments(
     return plain, files
 
 
+def _check_limit(number: int, limit: float | None, whose: str) -> None:
+    if limit is not None and number >= limit:
+        runs = "1 run is" if number == 1 else f"{number} runs are"
+        raise RunError(
+            f"{runs} already in progress{whose} (limit {limit:g}). Wait for one to finish, or "
+            f"cancel one."
+        )
+
+
 def _same(claim: Claim | None, folder: str) -> bool:
     """Return whether a claim refers to this folder, after resolving links."""
     return claim is not None and os.path.realpath(claim.folder) == os.path.realpath(folder)
 
 
-def _write_status(folder: Path, status: JobStatus) -> None:
+def write_status(folder: Path, status: JobStatus) -> None:
+    """Write the status file of a job."""
     _write_json(folder / "status.json", asdict(status))
 
 
@@ -393,7 +339,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(content) + "\n")
 
 
-def _log_event(folder: Path, entry: Mapping[str, Any]) -> None:
+def log_event(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to the journal of a job."""
     with (folder / "journal.jsonl").open("a", encoding="utf-8") as journal:
         journal.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.errors import IPMergeError, RunError, first_line
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # a dead process closes its connection; slow ones are waited for
@@ -27,8 +27,13 @@ class Ranks(AbstractContextManager["Ranks"]):
     """The process group of a run; use as a context manager."""
 
     def __init__(self) -> None:
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0")) if self.size > 1 else 0
+        self.size = _variable("WORLD_SIZE", 1, least=1)
+        self.rank = _variable("RANK", 0) if self.size > 1 else 0
+        if self.rank >= self.size:
+            raise RunError(
+                f"RANK is {self.rank} and WORLD_SIZE is {self.size}; a rank is less than the "
+                f"number of processes. Start with `torchrun` or `accelerate launch`."
+            )
         self._owned = False
 
     def __enter__(self) -> Ranks:
@@ -37,7 +42,14 @@ class Ranks(AbstractContextManager["Ranks"]):
             import torch.distributed as dist
 
             if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=_PATIENCE)
+                try:
+                    dist.init_process_group("gloo", timeout=_PATIENCE)
+                except (ValueError, RuntimeError) as error:
+                    raise RunError(
+                        f"Cannot connect the {self.size} processes of WORLD_SIZE "
+                        f"({first_line(error)}). Start with `torchrun` or `accelerate launch`, or "
+                        f"unset WORLD_SIZE."
+                    ) from error
                 self._owned = True
         return self
 
@@ -58,13 +70,13 @@ class Ranks(AbstractContextManager["Ranks"]):
         """Processor cores available to this process, shared with its peers on this machine."""
         mine = psutil.Process()
         usable = len(mine.cpu_affinity()) if hasattr(mine, "cpu_affinity") else psutil.cpu_count()
-        peers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+        peers = _variable("LOCAL_WORLD_SIZE", 1, least=1) if self.size > 1 else 1
         return max(1, (usable or 1) // peers)
 
     def device(self, device: str) -> str:
         """Return this process's own GPU if only "cuda" or "xpu" was requested."""
         if device in ("cuda", "xpu") and self.size > 1:
-            return f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
+            return f"{device}:{_variable('LOCAL_RANK', 0)}"
         return device
 
     def led(self, work: Callable[[], _T]) -> _T:
@@ -118,6 +130,17 @@ class Ranks(AbstractContextManager["Ranks"]):
             f"Process {rank} of {self.size} (counted from 0) has died. Check its error message, "
             f"then run the same command again; finished tensors are kept."
         )
+
+
+def _variable(name: str, default: int, *, least: int = 0) -> int:
+    """Read an integer of the launcher from the environment; an empty variable is not set."""
+    text = os.environ.get(name, "").strip() or str(default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+        raise RunError(
+            f"The environment variable {name} is '{text[:40]}'; expected an integer from {least} "
+            f"on. Unset it, or start with `torchrun` or `accelerate launch`."
+        )
+    return int(text)
 
 
 def share_out(costs: Sequence[float], size: int) -> list[int]:

@@ -326,9 +326,24 @@ def noise_floor(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> floa
     converted to a wider dtype after rounding, such as a bf16 model saved in fp32, the spacing is
     that of the narrowest dtype that represents them exactly.
     """
-    squares = [_spacing(W).square_() for W in (tuned, base)]
-    sums = [[square.sum(axis, dtype=torch.float64) for square in squares] for axis in (1, 0)]
-    return sum(math.sqrt(float(torch.stack(both).sum(0).max()) / 12) for both in sums)
+    return noise_floor_of(spacing_sums(tuned), spacing_sums(base))
+
+
+def spacing_sums(weight: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
+    """Return the sums of ulp^2 over every row and over every column, in fp64; see `noise_floor`."""
+    squares = _spacing(weight).square_()
+    return squares.sum(1, dtype=torch.float64), squares.sum(0, dtype=torch.float64)
+
+
+def noise_floor_of(
+    tuned: tuple[Float[Tensor, " m"], Float[Tensor, " n"]],
+    base: tuple[Float[Tensor, " m"], Float[Tensor, " n"]],
+) -> float:
+    """Return `noise_floor` from the `spacing_sums` of both weights."""
+    return sum(
+        math.sqrt(float(torch.stack(both).sum(0).max()) / 12)
+        for both in zip(tuned, base, strict=True)
+    )
 
 
 def existing(

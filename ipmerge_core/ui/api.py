@@ -8,28 +8,59 @@ from __future__ import annotations
 
 import base64
 import binascii
+import inspect
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import gradio as gr
+from gradio.block_function import BlockFunction
+from gradio.components.api_component import Api
 from gradio.events import api
 
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.runtime.jobs import JobStatus
+from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
 from ipmerge_core.ui.errors import public_text, show_errors
 from ipmerge_core.ui.finished_merges import find_merge
-from ipmerge_core.ui.merge.tab import check_digest, readiness
+from ipmerge_core.ui.merge.method_form import (
+    EXPLORED,
+    EXPLORED_METHOD,
+    FIELDS,
+    MethodChoice,
+    chosen_plan,
+)
+from ipmerge_core.ui.merge.tab import check_digest, readiness_of
 from ipmerge_core.ui.pairs import list_packs, load_pack
-from ipmerge_core.ui.plan_choice import PlanChoice, plan_of, read_commit
+from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
+
+if TYPE_CHECKING:
+    from ipmerge_core.planning.plan import MergePlan
 
 Json = dict[str, Any]
 LARGEST_IMAGE = 15_000_000  # bytes, before base64
+
+
+class AppBlocks(gr.Blocks):
+    """Blocks whose endpoints accept calls that omit trailing arguments with a default.
+
+    gradio_client sends all arguments. Calls by curl send a list, and an endpoint with new optional
+    arguments must still accept the lists of existing programs.
+    """
+
+    def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
+        """Accept missing arguments that have defaults. Raises: ValueError for others."""
+        if block_fn.fn is not None and all(isinstance(block, Api) for block in block_fn.inputs):
+            expected = list(inspect.signature(block_fn.fn).parameters.values())
+            if all(each.default is not each.empty for each in expected[len(inputs) :]):
+                return
+        super().validate_inputs(block_fn, inputs)
 
 
 def add_endpoints(backend: Backend) -> None:
@@ -64,10 +95,20 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
         similarity: str = "first",
         variant: str = "sum",
         overrides: dict[str, str] = {},  # noqa: B006 (never changed; the type is the endpoint's)
+        method: str = EXPLORED_METHOD,
+        parameters: dict[str, Any] = {},  # noqa: B006
+        options: dict[str, Any] = {},  # noqa: B006
+        calibration: str = "",
     ) -> Json:
-        """Compute exactly what a plan would change, without reading weights."""
+        """Compute exactly what a plan would change, without reading weights.
+
+        `parameters` are those of the method by name, `options` are include, exclude, layer_gains,
+        norms, embeddings and anchor, and `calibration` is the folder or, on a Space, the name of a
+        finished calibration.
+        """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
-        plan = plan_of(pack, choice)
+        asked = PlanRequest(method, parameters, options, calibration)
+        plan = _requested_plan(backend, pack, choice, asked)
         return {"hash": plan.hash, **asdict_of(plan.preview())}
 
     def plan_check(
@@ -78,14 +119,22 @@ def _plans(backend: Backend) -> list[Callable[..., Any]]:
         variant: str = "sum",
         overrides: dict[str, str] = {},  # noqa: B006
         device: str = "auto",
+        method: str = EXPLORED_METHOD,
+        parameters: dict[str, Any] = {},  # noqa: B006
+        options: dict[str, Any] = {},  # noqa: B006
+        calibration: str = "",
+        force: bool = False,
     ) -> Json:
         """Check that a plan can be merged here: models, dtypes, common base, disk space.
 
-        The estimate has bytes, seconds on the device, and advice if there is a faster way.
-        Pass the digest to /merge_start to merge only what was checked.
+        The plan is described as for /preview. The estimate has bytes, seconds on the device, and
+        advice if there is a faster way. With `force` the plan is ready although the sibling check
+        refuses the models. Pass the digest to /merge_start to merge only what was checked.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
-        found = readiness(backend, pack, choice, device=device)
+        asked = PlanRequest(method, parameters, options, calibration)
+        plan = _requested_plan(backend, pack, choice, asked)
+        found = readiness_of(backend, pack, plan, device, force=force)
         return {
             "ready": found.ready,
             "digest": found.digest,
@@ -109,17 +158,27 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         overrides: dict[str, str] = {},  # noqa: B006
         device: str = "auto",
         digest: str = "",
+        method: str = EXPLORED_METHOD,
+        parameters: dict[str, Any] = {},  # noqa: B006
+        options: dict[str, Any] = {},  # noqa: B006
+        calibration: str = "",
+        force: bool = False,
     ) -> dict[str, str]:
         """Start a merge into a new folder; returns the run's id and key immediately.
 
-        The device is auto (the best one) or a torch device such as cpu, cuda or cuda:1. With the
-        digest of /plan_check, anything but what was checked is rejected.
+        The plan is described as for /preview. The device is auto (the best one) or a torch device
+        such as cpu, cuda or cuda:1. With the digest of /plan_check, anything but what was checked
+        is rejected. Models that the sibling check refuses are merged only with `force`.
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
-        plan = plan_of(pack, choice)
+        asked = PlanRequest(method, parameters, options, calibration)
+        plan = _requested_plan(backend, pack, choice, asked)
+        from ipmerge_core.planning.plan import require_common_base
+
         if digest:
             check_digest(backend, digest, pack, plan, device)
-        started = backend.start_merge(plan, folder, device=device)
+        require_common_base(plan, force=force)
+        started = backend.start_merge(plan, folder, device=device, force=force)
         return {"job_id": started.id, "key": started.key}
 
     def analyse_start(
@@ -130,13 +189,17 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
         quick: bool = False,
         rank: int = 0,
         device: str = "auto",
+        temperature: float = TEMPERATURE,
+        directions: str = "existing",
     ) -> dict[str, str]:
         """Start an analysis of models by hub id, or by folder if this is not a Space.
 
         Returns the run's id, its key and the id of the new pair immediately. `quick` is
-        approximate; rank 0 keeps all directions. The run fails if the sibling check does.
+        approximate; rank 0 keeps all directions, `directions` is existing or all. The run fails if
+        the sibling check does.
         """
-        asked = AnalysisRequest(mllm, _several(math), base, base_mllm, quick, rank or None)
+        models = mllm, _several(math), base, base_mllm
+        asked = AnalysisRequest(*models, quick, rank or None, temperature, directions)
         started = start_analysis(backend, asked, device)
         return {"job_id": started.id, "key": started.key, "pack": started.pack}
 
@@ -171,6 +234,7 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         right: str = PLAN,
         left_key: str = "",
         right_key: str = "",
+        overrides: dict[str, str] = {},  # noqa: B006
     ) -> Iterator[Json]:
         """Answer with two models; `base` is the answer of the left and `merged` of the right one.
 
@@ -178,7 +242,7 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         finished merge of the pair, by run id or folder name. On a Space a merge needs the id and
         the key returned by `merge_start`. The image is a base64-encoded file.
         """
-        choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, {})
+        choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         settings = GenerationSettings(temperature, max_new_tokens, seed)
         picture = open_image(_decoded(image)) if image else None
         keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
@@ -206,6 +270,62 @@ def _choice(
         "overrides": overrides,
     }
     return read_commit(values, load_pack(pack))
+
+
+class PlanRequest(NamedTuple):
+    """The arguments of an endpoint that describe a plan, in addition to those of Explore."""
+
+    method: str
+    parameters: Json
+    options: Json
+    calibration: str
+
+
+def _requested_plan(
+    backend: Backend, pack: str, choice: PlanChoice, asked: PlanRequest
+) -> MergePlan:
+    """Make the plan of a request. Raises: PlanError for a value that the method does not use."""
+    from ipmerge_core.methods import find_method
+
+    found = find_method(str(asked.method))
+    for name, values in (("parameters", asked.parameters), ("options", asked.options)):
+        if not isinstance(values, Mapping):
+            raise PlanError(f"`{name}` must map names to values.")
+    unknown = sorted(set(asked.options) - {option.name for option in FIELDS})
+    if unknown:
+        known = ", ".join(option.name for option in FIELDS)
+        raise PlanError(f"Unknown option {unknown[0]!r}. Available: {known}.")
+    usual = PlanChoice().arguments
+    given = {name: value for name, value in choice.arguments.items() if value != usual.get(name)}
+    twice = sorted(set(given) & set(asked.parameters))
+    if twice:
+        raise PlanError(f"{twice[0]} is given twice, as an argument and in `parameters`.")
+    found.complete(asked.parameters)
+    folder = _calibration_folder(backend, pack, asked)
+    if found.name == EXPLORED_METHOD:
+        how = MethodChoice(EXPLORED, asked.parameters, asked.options, folder)
+        return chosen_plan(pack, choice, how)
+    unused = sorted(set(given) - {p.name for p in found.parameters} - {"overrides"})
+    if unused:
+        raise PlanError(f"{found.label} does not use {unused[0]}. Omit it.")
+    return chosen_plan(
+        pack, choice, MethodChoice(found.name, asked.parameters, asked.options, folder), **given
+    )
+
+
+def _calibration_folder(backend: Backend, pack: str, asked: PlanRequest) -> str:
+    """Return the folder of a calibration; on a Space, only finished ones of the app by name.
+
+    Raises: PlanError for any other.
+    """
+    if not asked.calibration or not backend.hosted:
+        return asked.calibration
+    folders = backend.finished_calibrations(pack, asked.method)
+    for folder in folders:
+        if folder.name == asked.calibration:
+            return str(folder)
+    known = ", ".join(folder.name for folder in folders) or "none"
+    raise PlanError(f"Unknown calibration {asked.calibration[:80]!r}. Available: {known}.")
 
 
 def asdict_of(preview: Any) -> Json:  # noqa: ANN401 (a Preview; plan is imported late)

@@ -7,17 +7,20 @@ the chosen pair, the session's `PlanChoice` and one `Backend`.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from ipmerge_core.runtime.warm_worker import WarmWorker
 from ipmerge_core.ui.analyse.descriptions import pair_html
 from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
-from ipmerge_core.ui.api import add_endpoints
-from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.api import AppBlocks, add_endpoints
+from ipmerge_core.ui.backend import MODULES, Backend
 from ipmerge_core.ui.chat.recorded import unreadable_examples
 from ipmerge_core.ui.chat.side_choice import remembered_merges, wire_try_it, with_run
 from ipmerge_core.ui.chat.tab import try_tab
@@ -32,8 +35,10 @@ from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack, unreadable_
 from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.runs import remembered_run
 from ipmerge_core.ui.safe_text import as_markdown
+from ipmerge_core.ui.serving import layers, limit_waiting
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
+from ipmerge_core.ui.web_security import web_security
 
 HEADING = """\
 # IPMerge
@@ -46,8 +51,11 @@ NO_PACKS = """\
 LEFT_OUT = "**These files cannot be read and are left out:**"
 LISTED = 4  # files that are left out
 LARGEST_UPLOAD = "15mb"
-QUEUE = 32  # waiting requests
+UPLOADS_KEPT = (3600, 86400)  # seconds: how often old uploads are deleted, and from what age
+QUEUE = 1000  # waiting calls of all kinds
+WAITING = {"models": 32}  # waiting calls of the kinds that take long
 SCRIPT = Path(__file__).with_name("page.js")
+STORAGE = SCRIPT.parent / "web" / "storage.js"
 STYLE = ROOT / "assets" / "style.css"
 
 
@@ -67,7 +75,9 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
     backend = backend or Backend()
     packs = list_packs()
     gr.set_static_paths([DEMO / "examples"])
-    with gr.Blocks(title="IPMerge", fill_width=True, analytics_enabled=False) as app:
+    with AppBlocks(
+        title="IPMerge", fill_width=True, analytics_enabled=False, delete_cache=UPLOADS_KEPT
+    ) as app:
         with gr.Row(elem_id="top"):
             gr.Markdown(HEADING, elem_id="heading")
             with gr.Column(elem_id="pair-column"):
@@ -95,6 +105,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
             gate.check_after(arrived.success)  # the analysis of the chosen pair may have finished
         add_endpoints(backend)
     app.queue(max_size=QUEUE, default_concurrency_limit=4)
+    limit_waiting(app._queue, WAITING)
     return app  # type: ignore[no-any-return]
 
 
@@ -108,7 +119,6 @@ def _add_tabs(
             explore = explore_tab(pair, choice, partial(is_running, backend))
         with gr.Tab("Try it", id="try", elem_id="tab-try") as asking:
             sides = try_tab(backend, pair, choice, runs=runs, last=job, tab=asking)
-        asking.select(backend.warm_up, queue=False, api_visibility="private")
         with gr.Tab("Merge", id="merge", elem_id="tab-merge") as merge:
             merging = merge_tab(
                 app, backend, pair, choice, job=job, calibration=calibration, tab=merge
@@ -133,6 +143,7 @@ def launch(
     *,
     block: bool = True,
     device: str = "auto",
+    quiet: bool = False,
 ) -> tuple[Any, str, str]:
     """Build the app, serve it and print its address.
 
@@ -141,19 +152,37 @@ def launch(
         port: the port; by default GRADIO_SERVER_PORT, else the first free one from 7860 on.
         block: whether to wait until the server is stopped.
         device: default device of all runs: "auto" for the best one, or a torch device.
+        quiet: do not print the address.
     """
-    backend = Backend(device=device)
+    worker = WarmWorker(MODULES, report=_log)
+    backend = Backend(device=device, worker=worker, report=_log)
     return build_app(backend).launch(
         server_name=host,
         server_port=port,
         prevent_thread_lock=not block,
+        quiet=quiet,
         theme=theme(),
         css_paths=[STYLE],
         js=page_script(),
+        head=f"<script>{STORAGE.read_text('utf-8')}</script>",
         footer_links=["api", "settings"],
         ssr_mode=False,
         run_history=False,  # do not keep images and questions in the browser
         max_file_size=LARGEST_UPLOAD,
         allowed_paths=[],
-        app_kwargs={"routes": [download_route(backend)]},
+        # Gradio asks itself for the page and ends the app where that takes over three seconds, as
+        # on a busy machine, or where a proxy is set for this machine's own address.
+        _frontend=False,
+        app_kwargs={
+            "routes": [download_route(backend)],
+            "middleware": [
+                web_security(host or os.environ.get("GRADIO_SERVER_NAME")),
+                *layers(backend.use),
+            ],
+        },
     )
+
+
+def _log(line: str) -> None:
+    """Print a line to the log of the server."""
+    sys.stderr.write(f"{line}\n")

@@ -8,29 +8,44 @@ needed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import CheckpointError, FolderInUseError, IPMergeError, RunError
 from ipmerge_core.merging.provenance import read_provenance
-from ipmerge_core.runtime.host import is_hosted
-from ipmerge_core.runtime.jobs import Claim, JobStore, Started, home_folder
+from ipmerge_core.runtime.host import check_home, home_folder, is_hosted
+from ipmerge_core.runtime.jobs import Claim, JobStore, Started
+from ipmerge_core.runtime.paths import expand_path, resolve_path
+from ipmerge_core.runtime.retention import keep_sweeping
 from ipmerge_core.ui.plan_choice import analysis_of
+from ipmerge_core.ui.serving import current_visitor
 
 if TYPE_CHECKING:
     from ipmerge_core.calibration.calibrate import CalibrationCost
     from ipmerge_core.inference.loading import LoadedModel, ModelCache
     from ipmerge_core.planning.plan import MergePlan
+    from ipmerge_core.runtime.warm_worker import WarmWorker
 
 SMALL_MODEL = 200_000_000  # bytes; up to this size the chat merges a plan on demand
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _NUMBER = re.compile(r"-[0-9]{1,3}\Z")  # the suffix of a name whose stem was taken
 MOST_NAMES = 999  # with one stem
+# What runs import; a calibration also imports transformers, but takes minutes.
+MODULES = (
+    "torch",
+    "ipmerge_core.merging.merge",
+    "ipmerge_core.analysis.analyse",
+    "ipmerge_core.calibration.calibrate",
+)
+WARM_UP_SECONDS = 1.0  # from the first page to the imports: the page loads its files meanwhile
 KEPT_PREVIEWS = 6  # models merged on demand by the chat that are kept for later questions
 
 Progress = Callable[[str], None]
@@ -43,9 +58,16 @@ class Backend:
     store: JobStore = field(default_factory=lambda: JobStore(home_folder() / "runs"))
     hosted: bool = field(default_factory=is_hosted)
     device: str = "auto"  # default of all runs
+    worker: WarmWorker | None = None  # runs the next job of the store
+    report: Callable[[str], object] = lambda _: None  # takes a line for the log
     _models: Any = None
+    _warming: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _preview_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        """Let the worker run the jobs."""
+        self.store.launcher = self.worker or self.store.launcher
 
     @property
     def models(self) -> ModelCache:
@@ -58,19 +80,34 @@ class Backend:
             return self._models  # type: ignore[no-any-return]
 
     def import_libraries(self) -> None:
-        """Import torch and transformers in one thread: their imports are not thread-safe."""
-        from ipmerge_core.inference.loading import import_libraries
+        """Import torch and transformers in one thread: their imports are not thread-safe.
 
+        First come the modules that other threads import, too, so that they wait or find them.
+        """
         with self._lock:
+            for module in MODULES:
+                importlib.import_module(module)
+            from ipmerge_core.inference.loading import import_libraries
+
             import_libraries()
 
-    def warm_up(self) -> None:
-        """Import the libraries in the background, before a user asks the first question."""
-        threading.Thread(target=self.import_libraries, daemon=True).start()
+    def use(self) -> None:
+        """Get ready for a run and a question in the background; called when the app is used."""
+        if self.worker:
+            self.worker.wake()
+        if not self._warming.is_set():
+            self._warming.set()
+            threading.Thread(target=self._warm_up, daemon=True).start()
 
-    def load(self, folder: Path) -> LoadedModel:
-        """Return the model in a folder, on the device of this app."""
-        return self.models.get(folder, self.device_for(fp64=False))
+    def _warm_up(self) -> None:
+        """Start to delete what is old, and import the libraries once the page has loaded."""
+        keep_sweeping(self.store, home_folder(), self.report)
+        time.sleep(WARM_UP_SECONDS)
+        self.import_libraries()
+
+    def load(self, folder: Path, stops: Sequence[threading.Event] = ()) -> LoadedModel:
+        """Return the model in a folder, on the device of this app; `stops` cancel loading it."""
+        return self.models.get(folder, self.device_for(fp64=False), stops)
 
     def device_for(self, asked: str = "auto", *, fp64: bool = True) -> str:
         """Return the device of a run: the requested one, or this app's default.
@@ -88,12 +125,18 @@ class Backend:
         return home_folder() / "packs"
 
     def start_merge(
-        self, plan: MergePlan, name: str, *, device: str = "auto", owner: str = ""
+        self,
+        plan: MergePlan,
+        name: str,
+        *,
+        device: str = "auto",
+        owner: str = "",
+        force: bool = False,
     ) -> Started:
         """Start a run that merges `plan` into a new folder.
 
         If a run of the same `owner` (see `JobStore.start`) is merging the same plan into the same
-        folder, return that run.
+        folder, return that run. With `force` the run merges even if the sibling check fails.
 
         Raises: CheckpointError if the folder is not empty, PlanError for a device that is not
             available, FolderInUseError or RunError if the folder cannot be used.
@@ -104,11 +147,19 @@ class Backend:
         device = self.device_for(device)
         out = check_output(self.output_folder(name))
         check_unfinished(out, plan.digest)
-        arguments = {"plan": plan, "out": str(out), "device": device}
+        arguments: dict[str, Any] = {"plan": plan, "out": str(out), "device": device}
+        arguments |= {"force": True} if force else {}
         title = f"Merge plan {plan.hash} into {out.name}"
         claim = Claim(str(out), plan.digest)
         try:
-            return self.store.start(iter_merge, arguments, title=title, claim=claim, owner=owner)
+            return self.store.start(
+                iter_merge,
+                arguments,
+                title=title,
+                claim=claim,
+                owner=owner,
+                visitor=current_visitor(),
+            )
         except FolderInUseError as error:
             key = self.store.key_of(error.job, owner)
             if error.same_work and self.store.holds_key(error.job, key):
@@ -128,7 +179,7 @@ class Backend:
         Raises: RunError for samples that cannot be read, or that are not demo samples on a Space.
         """
         from ipmerge_core.calibration.calibrate import iter_calibration_of
-        from ipmerge_core.calibration.samples import is_demo, load_samples
+        from ipmerge_core.calibration.samples import check_source, is_demo
         from ipmerge_core.methods import find_method
 
         if self.hosted and not (is_demo(seen) and is_demo(read)):
@@ -136,7 +187,7 @@ class Backend:
                 "This Space accepts only demo samples. Run the app locally to use a file."
             )
         for source, takes_images in ((seen, True), (read, False)):
-            load_samples(source, limit, takes_images=takes_images)
+            check_source(source, limit, takes_images=takes_images)
         kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"
@@ -155,7 +206,11 @@ class Backend:
                     arguments["out"] = str(out)
                     claim, title = Claim(str(out)), f"Calibrate {name}"
                     return self.store.start(
-                        iter_calibration_of, arguments, title=title, claim=claim
+                        iter_calibration_of,
+                        arguments,
+                        title=title,
+                        claim=claim,
+                        visitor=current_visitor(),
                     )
         raise RunError(f"There are {MOST_NAMES} calibrations named '{stem}'. Delete some of them.")
 
@@ -196,13 +251,13 @@ class Backend:
                 f"The output folder is '{name[:80]}'; expected a name of A-Z, a-z, 0-9, "
                 f"'.', '-' and '_'."
             )
-        path = Path(name).expanduser()
+        path = expand_path(name)
         if not path.is_absolute():
             raise RunError(
                 f"The output folder '{name[:80]}' is neither a name nor an absolute path. Use a "
                 f"name such as 'merged' or an absolute path."
             )
-        return path
+        return resolve_path(path)
 
     def free_name(self, plan: MergePlan) -> str:
         """Suggest an unused folder name: the model's name, the plan's hash, perhaps a number."""
@@ -257,10 +312,13 @@ class Backend:
             return self._merge_preview(plan, progress)
 
     def finished_merge(self, plan: MergePlan) -> Path | None:
-        """Return the folder of a finished run of this plan if it still exists."""
+        """Return the folder of a finished run of this plan if it still exists.
+
+        A merge whose tokenizer, config or templates differ from the MLLM's of today is another one.
+        """
         for status in self.store.all():
             folder = Path(str(status.arguments.get("out", "")))
-            if status.state == "finished" and _plan_hash(folder) == plan.hash:
+            if status.state == "finished" and _is_merge_of(folder, plan):
                 return folder
         return None
 
@@ -269,8 +327,9 @@ class Backend:
 
         previews = home_folder() / "previews"
         out = previews / plan.digest[:32]
-        if _plan_hash(out) != plan.hash:
-            previews.mkdir(parents=True, exist_ok=True)
+        if not _is_merge_of(out, plan):
+            shutil.rmtree(out, ignore_errors=True)
+            check_home(previews).mkdir(parents=True, exist_ok=True)
             _remove_oldest(previews, keep=KEPT_PREVIEWS - 1)
             for step in iter_merge(plan, out, device=self.device_for()):
                 progress(f"merging plan {plan.hash[:4]}: {step.index} of {step.total} tensors")
@@ -295,10 +354,23 @@ def _from_hub_cache(source_id: str, revision: str | None) -> Path:
     )
 
 
-def _plan_hash(folder: Path) -> str | None:
-    """Read the hash of the plan from a merged model's manifest."""
+def _is_merge_of(folder: Path, plan: MergePlan) -> bool:
+    """Whether a folder is the merge of a plan, with the other files that the MLLM has now."""
     made = read_provenance(folder)
-    return made.plan if made else None
+    if made is None or made.plan != plan.hash:
+        return False
+    if made.files is None or plan.sources.mllm.revision is not None:
+        return True  # an older manifest, or files that cannot change
+    from ipmerge_core.models.checkpoint import Checkpoint
+    from ipmerge_core.models.writer import files_to_copy
+
+    try:
+        mllm = Checkpoint.open(plan.sources.mllm.location)
+        names = files_to_copy(mllm)
+        now = {name: hashlib.sha256(mllm.files.read(name)).hexdigest() for name in names}
+        return dict(made.files) == now
+    except IPMergeError:
+        return True  # the MLLM is no longer there to differ
 
 
 def _remove_oldest(folder: Path, *, keep: int) -> None:

@@ -6,9 +6,11 @@ as `gr.Error` with the same message. On a public Space the server's folders are 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -16,8 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import gradio as gr
 
 from ipmerge_core.errors import IPMergeError
-from ipmerge_core.runtime.host import is_hosted
-from ipmerge_core.runtime.jobs import home_folder
+from ipmerge_core.runtime.host import home_folder, is_hosted
 from ipmerge_core.ui.pairs import ROOT
 from ipmerge_core.ui.safe_text import as_html
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# The folders of an absolute path, up to its last name; not those of a hub id or a web address.
+_PATH = re.compile(r"(?<![\w:/.~-])/(?:[^\s/'\"`<>|:;,()]{1,255}/)+(?=[^\s'\"`])")
 
 # Options of a listener without a progress spinner and without an API endpoint.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -60,10 +64,14 @@ def sentence_of(error: BaseException) -> str:
 
 
 def public_text(text: str) -> str:
-    """Remove the server's folders from a text if this is a Space."""
+    """Remove the server's folders from a text if this is a Space.
+
+    Of every other absolute path, such as one in an error of another library, the last name stays.
+    """
     if is_hosted():
         for folder in _private_folders():
             text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "")
+        text = _PATH.sub("", text)
     return text
 
 
@@ -81,4 +89,6 @@ def _as_message(error: IPMergeError, in_page: bool) -> gr.Error:
 
 
 def _private_folders() -> Iterator[Path]:
-    yield from (home_folder(), ROOT, Path.home())
+    yield from (home_folder(), ROOT)
+    with contextlib.suppress(RuntimeError):  # a user without a home folder
+        yield from (home for home in [Path.home()] if home != Path("/"))

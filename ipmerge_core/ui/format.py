@@ -28,6 +28,14 @@ STATE_LABELS = {
     "interrupted": "interrupted; completed work is kept",
 }
 
+PHASE_LABELS = {
+    "": "no step was completed",
+    "starting": "starting a process",
+    "importing": "importing libraries",
+    "opening": "opening the models",
+    "working": "working",
+}
+
 
 def findings_html(findings: Iterable[Finding]) -> str:
     """Format findings as a list, each with a sign for its level, a message and a remedy."""
@@ -56,16 +64,19 @@ def progress_html(status: JobStatus) -> str:
     """Format the progress of a run: a bar, counts, time left, and its error if it failed."""
     step, unit = status.step, _unit(status.step)
     done, total = step.get(f"{unit}done", 0), step.get(f"{unit}total", 0)
-    fresh = done - step.get(f"{unit}before", 0)  # without what an earlier run had completed
     share = done / total if total else 0.0
     words = [f"<b>{STATE_LABELS[status.state].capitalize()}</b>", *_counted(step)]
     device = str(status.arguments.get("device", ""))
     where = f' <span class="run-device">on {escape(format_device(device))}</span>' if device else ""
     elapsed = max(status.updated - status.started, 0.0)
-    if status.is_running and fresh > 0 and elapsed > 0.5:
-        words += [f"{fresh / elapsed / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
-        words.append(f"about {format_duration((total - done) * elapsed / fresh)} left")
-    name = _current(step)
+    fresh = done - status.first.get(
+        f"{unit}done", 0
+    )  # by this run, in the time since its first step
+    working = max(status.updated - status.since, 0.0)
+    if status.is_running and fresh > 0 and working > 0.5 and done < total:
+        words += [f"{fresh / working / 1e6:.0f} MB/s"] if unit == "nbytes_" else []
+        words.append(f"about {format_duration((total - done) * working / fresh)} left")
+    name = _current(status, is_done=0 < total <= done)
     if status.state == "finished":
         name = f"in {format_duration(elapsed)}"
     error = f'<p class="failure">✕ {escape(status.error)}</p>' if status.error else ""
@@ -99,10 +110,13 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _current(step: Mapping[str, Any]) -> str:
+def _current(status: JobStatus, *, is_done: bool) -> str:
     """Format what a run is working on."""
+    step = status.step
     if not step:
-        return "starting"
+        return PHASE_LABELS[status.phase]
+    if is_done:
+        return "verifying and finishing"
     if "groups" in step:
         model = "vision-language model" if step["role"] == "mllm" else "math model"
         return f"{model}, part {step['group'] + 1} of {step['groups']}"

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 from ipmerge_core.analysis.partial import Unfinished, journal_of, read_journal
 from ipmerge_core.analysis.records import read_pack
 from ipmerge_core.errors import PlanError
-from ipmerge_core.runtime.jobs import home_folder
+from ipmerge_core.planning.options import shown
+from ipmerge_core.runtime.atomic import FileVersion, version_of
+from ipmerge_core.runtime.host import check_home, home_folder
 from ipmerge_core.spectral.kinds import TEMPERATURE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +97,7 @@ def load_pack(pack_id: str) -> dict[str, Any]:
 
 def read_pack_file(path: Path) -> dict[str, Any]:
     """Read a pack file, once per version of it. Raises: PlanError."""
-    return _read(path, _modified(path))
+    return _read(path, _version_of(path))
 
 
 # --- partial packs ---------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def reserve_name(*parts: str) -> Path:
     """
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-._") for part in parts]
     stem = "-".join(filter(None, words))[:_LONGEST_NAME].rstrip("-._") or "pair"
-    packs_folder().mkdir(parents=True, exist_ok=True)
+    check_home(packs_folder()).mkdir(parents=True, exist_ok=True)
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
         path = packs_folder() / f"{name}{_ENDING}"
         if path.exists():
@@ -189,11 +191,11 @@ def _is_readable(path: Path) -> bool:
 
 
 def _named(path: Path) -> _Named:
-    return _read_name(path, _modified(path))
+    return _read_name(path, _version_of(path))
 
 
 @lru_cache(maxsize=1024)
-def _read_name(path: Path, _modified: int) -> _Named:
+def _read_name(path: Path, _version: FileVersion | None) -> _Named:
     try:
         content = read_pack_file(path)
     except PlanError as error:
@@ -201,12 +203,12 @@ def _read_name(path: Path, _modified: int) -> _Named:
     return _Named(f"{content['name']}{describe_depth(content['parameters'])}")
 
 
-def _modified(path: Path) -> int:
-    """Return the time of a file's last change in ns; 0 if there is no file, as for a dead link."""
+def _version_of(path: Path) -> FileVersion | None:
+    """Return a file's version; None if there is no file, as for a dead link."""
     try:
-        return path.stat().st_mtime_ns
+        return version_of(path)
     except OSError:
-        return 0
+        return None
 
 
 def describe_depth(parameters: dict[str, Any]) -> str:
@@ -218,14 +220,16 @@ def describe_depth(parameters: dict[str, Any]) -> str:
     ' (rank 256, temperature 8)'
     """
     words = ["quick, approximate"] if parameters.get("quick") else []
-    if not words and parameters.get("rank"):
+    if parameters.get("rank"):
         words.append(f"rank {parameters['rank']}")
     temperature = parameters.get("temperature", TEMPERATURE)
     if isinstance(temperature, int | float) and temperature != TEMPERATURE:
-        words.append(f"temperature {temperature:g}")
+        words.append(f"temperature {shown(temperature)}")
+    if parameters.get("directions", "existing") != "existing":
+        words.append(f"{parameters['directions']} directions")
     return f" ({', '.join(words)})" if words else ""
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, _modified: int) -> dict[str, Any]:
+def _read(path: Path, _version: FileVersion | None) -> dict[str, Any]:
     return read_pack(path)[0]

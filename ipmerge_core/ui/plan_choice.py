@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
+from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.spectral.kinds import SIMILARITIES
 from ipmerge_core.ui.pairs import find_pack
 
@@ -172,9 +173,9 @@ def choice_digest(pack_id: str, plan: MergePlan, device: str) -> str:
 def analysis_of(pack_id: str) -> Analysis:
     """Return a pair's analysis, read once per version of its file. Raises: PlanError."""
     path = find_pack(pack_id).path
-    return _load(path, path.stat().st_mtime_ns)
+    return _load(path, version_of(path))
 
 
 @lru_cache(maxsize=4)
-def _load(path: Path, _modified: int) -> Analysis:
+def _load(path: Path, _version: FileVersion) -> Analysis:
     return Analysis.load(path)

@@ -6,6 +6,7 @@ import { test } from "node:test";
 import { linkAddress, linkQuery, packOverrides, readLink, unpackOverrides } from "../../ipmerge_core/ui/explore/layer_map/link.js";
 import { DEFAULT_PLAN } from "../../ipmerge_core/ui/web/plan.js";
 import { indexPack } from "../../ipmerge_core/ui/web/preview.js";
+import { QUANTITIES } from "../../ipmerge_core/ui/web/quantities.js";
 import { makePack, randomNumbers } from "./packs.js";
 
 /** @import { Override, Plan } from "../../ipmerge_core/ui/web/types.d.ts" */
@@ -149,4 +150,14 @@ test("a thousand damaged links end in a plan of this pair or a message", () => {
     assert.ok(["first", "max", "weighted"].includes(found.plan.similarity), link);
     assert.ok(Object.entries(found.plan.overrides).every(([name, rule]) => names.has(name) && ["merge", "keep"].includes(rule)), link);
   }
+});
+
+test("a link brings back what the colours show, and says when it cannot", () => {
+  for (const quantity of QUANTITIES) {
+    const query = linkQuery({ ...STATE, quantity });
+    assert.equal(readLink(`?${query}`, index)?.quantity, quantity.key === "similarity" ? undefined : quantity.key);
+  }
+  const found = readLink("?v=1&q=nonsense", index);
+  assert.equal(found?.quantity, undefined);
+  assert.deepEqual(found?.problems, ["q must be one of the quantities of the map"]);
 });

@@ -60,7 +60,8 @@ test("the table over lambda agrees with a preview at every lambda", () => {
 test("a matrix's numbers have a row for every sample and expert", () => {
   const rows = spectrumRows(index.cells.slice(0, 2));
   assert.equal(rows.length, 2 * 2 * 3);
-  assert.deepEqual(rows[0], { name: index.cells[0].name, expert: 0, rank: 1, mllm_sigma: 3, math_sigma: 2, angle: pack.records[0].angles[0] });
+  assert.deepEqual(rows[0], { name: index.cells[0].name, expert: 0, rank: 1, mllm_sigma: 3, math_sigma: 2, base_sigma: "",
+    angle: pack.records[0].angles[0], values: 3, possible: 4 });
 });
 
 test("the JSON holds the plan, its arguments and its preview, and nothing that only the page needs", () => {

@@ -58,7 +58,7 @@ def needs_html(checked: Checked, *, hosted: bool) -> str:
             f"; {format_size(need.nbytes_fetched)} of it over the network with range requests, "
             f"not cached on disk"
         )
-    depth = describe_depth({"quick": request.quick, "rank": request.rank}).strip(" ()") or "exact"
+    depth = describe_depth(request.options).strip(" ()") or "exact"
     experts = f" for each of {len(request.math)} math models" if len(request.math) > 1 else ""
     where = "" if hosted else f" in <code>{as_html(str(packs_folder()))}</code>"
     return _facts(

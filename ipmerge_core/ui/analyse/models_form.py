@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.analysis.partial import journal_of
 from ipmerge_core.analysis.records import Sources
 from ipmerge_core.errors import IPMergeError, PlanError
 from ipmerge_core.models.files import as_hub_id
+from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import public_finding, sentence_of
 from ipmerge_core.ui.pairs import id_of, list_packs, path_of, read_pack_file, reserve_name
+from ipmerge_core.ui.serving import current_visitor
 
 if TYPE_CHECKING:
     from ipmerge_core.merging.estimates import AnalysisEstimate
@@ -38,6 +40,14 @@ class AnalysisRequest(NamedTuple):
     base_mllm: str = ""
     quick: bool = False
     rank: int | None = None
+    temperature: float = TEMPERATURE
+    directions: str = "existing"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the analysis by name, see `comparison.Options`."""
+        names = ("rank", "temperature", "quick", "directions")
+        return {name: getattr(self, name) for name in names}
 
     def addresses(self) -> Iterator[tuple[str, str]]:
         """Yield the role and the address of each model."""
@@ -72,7 +82,14 @@ class StartedAnalysis(NamedTuple):
 
 
 def read_request(
-    mllm: str, math: str, base: str, base_mllm: str, quick: bool, rank: float | None
+    mllm: str,
+    math: str,
+    base: str,
+    base_mllm: str,
+    quick: bool,
+    rank: float | None,
+    temperature: float | None = None,
+    directions: str = "existing",
 ) -> AnalysisRequest:
     r"""Read the form: one math model per line, or separated by commas. Raises: PlanError.
 
@@ -85,7 +102,16 @@ def read_request(
         raise PlanError(f"The rank is {rank:g}; expected an integer, or 0 for all directions.")
     own = "" if base_mllm == base else base_mllm
     return validate_request(
-        AnalysisRequest(mllm, experts, base, own, bool(quick), int(rank or 0) or None)
+        AnalysisRequest(
+            mllm,
+            experts,
+            base,
+            own,
+            bool(quick),
+            int(rank or 0) or None,
+            TEMPERATURE if temperature is None else temperature,
+            directions,
+        )
     )
 
 
@@ -95,6 +121,8 @@ def validate_request(request: AnalysisRequest) -> AnalysisRequest:
         raise PlanError("The name of a model is not a string; expected a hub id.")
     if not isinstance(request.rank, int | None) or not isinstance(request.quick, bool):
         raise PlanError(f"The rank is {str(request.rank)[:40]!r}; expected an integer or null.")
+    if not isinstance(request.temperature, int | float) or isinstance(request.temperature, bool):
+        raise PlanError(f"The temperature is {str(request.temperature)[:40]!r}; expected a number.")
     missing = [role for role, address in request.addresses() if not address]
     if missing or not request.math:
         words = [*missing, *([] if request.math else ["math model"])]
@@ -138,7 +166,7 @@ def _check(request: AnalysisRequest, hub_only: bool, device: str) -> Iterator[st
     from ipmerge_core.models.pairing import open_pair
     from ipmerge_core.runtime.devices import resolve_device
 
-    options = Options(request.rank, quick=request.quick).check()
+    options = Options(**request.options).check()
     own = rest.pop(0) if request.base_mllm else None
     pair = open_pair(mllm, rest, base, base_mllm=own)
     yield "Comparing a few rows of each model"
@@ -225,7 +253,7 @@ def start_analysis(
     if backend.hosted:
         for _, address in request.addresses():
             as_hub_id(address)
-    Options(request.rank, quick=request.quick).check()
+    Options(**request.options).check()
     device = backend.device_for(device)
     names = [Path(address.partition("@")[0]).name for address in (request.mllm, *request.math)]
     depth = "quick" if request.quick else f"rank{request.rank}" if request.rank else ""
@@ -236,13 +264,13 @@ def start_analysis(
         "base": request.base,
         "base_mllm": request.base_mllm or None,
         "out": str(out),
-        "rank": request.rank,
-        "quick": request.quick,
+        **request.options,
         "device": device,
         "hub_only": backend.hosted,
     }
     try:
-        started = backend.store.start(iter_pack, arguments, title=f"Analyse {' + '.join(names)}")
+        title = f"Analyse {' + '.join(names)}"
+        started = backend.store.start(iter_pack, arguments, title=title, visitor=current_visitor())
     except IPMergeError:
         journal_of(out).unlink()  # the name is free again
         raise

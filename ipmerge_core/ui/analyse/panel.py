@@ -16,6 +16,7 @@ import gradio as gr
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.models.catalogue import load_catalogue
+from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.descriptions import known_html, known_label, needs_html, pair_html
 from ipmerge_core.ui.analyse.models_form import (
     AnalysisRequest,
@@ -274,9 +275,16 @@ def iter_check(backend: Backend, *typed: Any) -> Iterator[CheckView]:  # noqa: A
 
 
 def _read(
-    mllm: str, math: str, base: str, own: str, depth: str, rank: float | None
+    mllm: str,
+    math: str,
+    base: str,
+    own: str,
+    depth: str,
+    rank: float | None,
+    temperature: float | None,
+    directions: str,
 ) -> AnalysisRequest:
-    return read_request(mllm, math, base, own, depth == QUICK, rank)
+    return read_request(mllm, math, base, own, depth == QUICK, rank, temperature, directions)
 
 
 def _checks(backend: Backend, *typed: Any) -> Iterator[str | Checked]:  # noqa: ANN401
@@ -363,4 +371,17 @@ def _fields(*, hosted: bool) -> list[Any]:
             minimum=0,
             elem_id="analyse-rank",
         )
-    return [mllm, math, base, own, depth, rank]
+        temperature = gr.Number(
+            TEMPERATURE,
+            label="Temperature",
+            info="Softmax temperature over directions; plans use the same value by default",
+            elem_id="analyse-temperature",
+        )
+        directions = gr.Dropdown(
+            ["existing", "all"],
+            value="existing",
+            label="Directions",
+            info="Exclude directions within the rounding noise, or use all, as in the paper",
+            elem_id="analyse-directions",
+        )
+    return [mllm, math, base, own, depth, rank, temperature, directions]

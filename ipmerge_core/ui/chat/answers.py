@@ -176,7 +176,7 @@ def _fill(
         found = find_answerer(backend, question, who, progress)
         side.source = found.label
         progress("loading weights")
-        loaded = backend.load(found.folder)
+        loaded = backend.load(found.folder, [stop])
         progress("waiting for the other side, which uses the same model")
         with turns.setdefault(str(loaded.folder), threading.Lock()):
             progress("generating")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.input_files import MEGABYTE, FileKind, Location, Schema
 from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.ui.finished_merges import describe_unmerged
@@ -102,11 +103,11 @@ def unreadable_examples(folder: Path = DEMO) -> list[str]:
 
 def _examples(folder: Path) -> list[Example]:
     path = folder / "recorded.json"
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else []
+    return _read(path, version_of(path)) if path.is_file() else []
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, _modified: int) -> list[Example]:
+def _read(path: Path, _version: FileVersion) -> list[Example]:
     content = RECORDED.load(_RECORDED, path)
     pack = read_pack_file(path.with_name("pack.json.gz"))
     examples = [

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ipmerge_core.models.files import is_hub_id
+from ipmerge_core.planning.choice_file import FORMAT, VERSION
 from ipmerge_core.runtime.host import is_hosted, space_host, space_id
 from ipmerge_core.ui.pairs import ROOT, find_pack, load_pack
 from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice
@@ -116,8 +117,8 @@ def endpoint_values(pack_id: str, choice: PlanChoice) -> Json:
 
 def _json_text(pack_id: str, pack: Json, choice: PlanChoice) -> str:
     content = {
-        "format": "ipmerge-choice",
-        "version": 1,
+        "format": FORMAT,
+        "version": VERSION,
         "pair": {
             "id": pack_id,
             **{key: pack[key] for key in ("name", "engine", "created", "parameters")},

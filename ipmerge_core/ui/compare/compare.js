@@ -10,6 +10,7 @@ import { samePlan } from "../web/plan.js";
 import { niceTop } from "../web/scales.js";
 import { createStore } from "../web/store.js";
 import { dataTable, listenToTables, refreshTables } from "../web/tables.js";
+import { thresholdText } from "../web/thresholds.js";
 import { listen } from "./events.js";
 import { paintPairs } from "./overlay.js";
 import { cellPairs, COLUMNS, differs, layerPairs, plainRow, tally, targetWords } from "./pairs.js";
@@ -121,7 +122,7 @@ export class Compare {
     const pick = part(this.element, `[data-preset=${letter}]`, HTMLSelectElement);
     pick.value = exact >= 0 ? String(exact) : "edited";
     part(pick, "[value=edited]").hidden = exact >= 0;
-    for (const [key, text] of [["s", fixed(plan.s)], ["lambda", lambdaText(plan.lambda)]]) {
+    for (const [key, text] of [["s", thresholdText(plan.s)], ["lambda", lambdaText(plan.lambda)]]) {
       const field = part(this.element, `[data-${key}=${letter}]`, HTMLInputElement);
       if (field !== document.activeElement) field.value = text;
     }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
+from ipmerge_core.calibration.samples import MOST_SAMPLES
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import QUIET, show_errors
@@ -207,6 +208,7 @@ def _layout(*, hosted: bool) -> _Parts:
             info="A few hundred for real models",
             precision=0,
             minimum=1,
+            maximum=MOST_SAMPLES,
             elem_id="samples-limit",
         )
     with gr.Row(elem_classes="run-row"):

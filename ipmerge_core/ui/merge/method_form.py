@@ -7,6 +7,7 @@ are created from the method's signature when it is chosen. Values are checked by
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +16,9 @@ import gradio as gr
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.options import OPTIONS, Option, PlanOptions
+from ipmerge_core.planning.options import shown as shown_value
 from ipmerge_core.ui.errors import QUIET
-from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, plan_of
+from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, analysis_of, plan_of
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 EXPLORED = ""  # the name of the plan from Explore
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
+EXPLORED_METHOD = "ip_merging"
+SET_IN_EXPLORE = frozenset({"lambda_", *(name for v in VARIANTS.values() for name in v)})
+AS_ANALYSED = "as in the analysis"
 _SLIDER_STEP = 0.01
 # Rules by matrix are the map's.
 FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
@@ -60,29 +65,36 @@ def method_names() -> gr.Dropdown:
     )
 
 
-def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodForm:
+def method_form(
+    name: gr.Dropdown, method: gr.State, gate: StartGate, opened: Callable[..., Dependency]
+) -> MethodForm:
     """Lay out the method's fields and the options, whose values are stored in `method`.
 
     Args:
         name: the dropdown made by `method_names`.
         method: holds a MethodChoice.
         gate: disables Start until a change has been checked.
+        opened: the event of opening the tab, which shows the fields with the stored values.
     """
     gate.disable_on(name.change)
     changed = name.change(with_method, [method, name], method, queue=False, **QUIET)
 
-    @gr.render(inputs=name, triggers=[name.change], show_progress="hidden")  # type: ignore[untyped-decorator]
-    def fields(chosen: str) -> None:
-        if chosen == EXPLORED:
-            return
+    shown = {"inputs": [name, method], "triggers": [name.change, opened]}
+
+    @gr.render(**shown, show_progress="hidden")  # type: ignore[untyped-decorator]
+    def fields(chosen: str, before: MethodChoice) -> None:
         from ipmerge_core.methods import find_method
 
-        found = find_method(chosen)
-        gr.Markdown(f"`{found.formula}` ({found.source})", elem_id="method-formula")
-        with gr.Row(elem_classes="fields"):
-            for parameter in found.parameters:
-                keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
-                _keep(_field(parameter), keep, method, gate)
+        found = find_method(chosen or EXPLORED_METHOD)
+        values = before.values if before.name == chosen else {}
+        with _section(chosen, is_open=bool(values)):
+            gr.Markdown(f"`{found.formula}` ({found.source})", elem_id="method-formula")
+            with gr.Row(elem_classes="fields"):
+                for parameter in parameters_of(chosen):
+                    keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
+                    inherits = chosen == EXPLORED and parameter.name in found.from_analysis
+                    make = _inherited_field if inherits else _field
+                    _keep(make(parameter, values), keep, method, gate)
 
     data = gr.Column(elem_id="calibration", visible=False)
     with (
@@ -92,6 +104,13 @@ def method_form(name: gr.Dropdown, method: gr.State, gate: StartGate) -> MethodF
         for option in FIELDS:
             _keep(_option_field(option), partial(with_option, option.name), method, gate)
     return MethodForm(changed, data)
+
+
+def _section(chosen: str, *, is_open: bool) -> gr.Column | gr.Accordion:
+    """Return the block of a method's fields, folded for the plan from Explore."""
+    if chosen != EXPLORED:
+        return gr.Column()
+    return gr.Accordion("Advanced: parameters not set in Explore", open=is_open)
 
 
 def _keep(
@@ -106,6 +125,14 @@ def _keep(
         keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
     )
     gate.check_after(change.then)
+
+
+def parameters_of(name: str) -> tuple[Parameter, ...]:
+    """Return the parameters that the form shows: for the plan from Explore, those not set there."""
+    from ipmerge_core.methods import find_method
+
+    found = find_method(name or EXPLORED_METHOD).parameters
+    return tuple(p for p in found if name != EXPLORED or p.name not in SET_IN_EXPLORE)
 
 
 def list_methods() -> dict[str, Any]:
@@ -131,19 +158,28 @@ def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) ->
     {'seed': 1, 'math_density': None}
     >>> with_value("density", "ties", MethodChoice("della", {"seed": 1}), 0.4).name
     'della'
+    >>> with_value("rank", EXPLORED, MethodChoice(values={"rank": 8, "top_k": 4}), "").values
+    {'top_k': 4}
     """
     if name != choice.name:  # an event of a field that is being removed
         return choice
-    read = _number(value) if isinstance(value, str) else value
-    return choice._replace(values={**choice.values, parameter: read})
+    kinds = {known.name: known.kind for known in parameters_of(name)}
+    is_number = kinds.get(parameter) in ("float", "int")
+    read = _number(value) if is_number and isinstance(value, str) else value
+    rest = {other: kept for other, kept in choice.values.items() if other != parameter}
+    if name == EXPLORED and value == OWN:  # the analysis' own value
+        return choice._replace(values=rest)
+    return choice._replace(values={**rest, parameter: read})
 
 
-def _number(text: str) -> float | str | None:
-    """Read a number from a field that may be empty; other text is returned unchanged."""
-    try:
-        return float(text) if text.strip() else None
-    except ValueError:
-        return text
+def _number(text: str) -> float | int | str | None:
+    """Read a number from a field that may be empty or "none"; other text is returned unchanged."""
+    if text.strip().lower() in ("", "none"):
+        return None
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return text
 
 
 def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
@@ -158,15 +194,22 @@ def with_option(option: str, choice: MethodChoice, value: str) -> MethodChoice:
     return choice._replace(options={**rest, option: value.strip()} if value.strip() else rest)
 
 
-def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> MergePlan:
+def chosen_plan(
+    pack_id: str,
+    choice: PlanChoice,
+    method: MethodChoice,
+    **more: Any,  # noqa: ANN401
+) -> MergePlan:
     """Make the plan of the chosen method, or the one from Explore.
+
+    `more` are arguments of `make_plan` for a method other than that of Explore.
 
     Raises: PlanError for an invalid value, more experts than the method merges, or a missing
         calibration.
     """
     options = PlanOptions.read(method.options)
     if method.name == EXPLORED:
-        return plan_of(pack_id, choice, options=options)
+        return plan_of(pack_id, choice, options=options, **method.values)
     from ipmerge_core.methods import find_method
     from ipmerge_core.planning.plan import make_plan
 
@@ -178,13 +221,30 @@ def chosen_plan(pack_id: str, choice: PlanChoice, method: MethodChoice) -> Merge
                 f"or press Calibrate."
             )
         calibration = method.calibration
-    values: dict[str, Any] = dict(method.values)
+    values: dict[str, Any] = {**more, **method.values}
     analysis = analysis_of(pack_id)
     return make_plan(analysis, method.name, options=options, calibration=calibration, **values)
 
 
-def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:
-    """Create the form field that fits a parameter's kind."""
+def _inherited_field(parameter: Parameter, values: Mapping[str, Value]) -> gr.Dropdown | gr.Textbox:
+    """Create the field of a parameter whose default is the value of the analysis."""
+    common: dict[str, Any] = {
+        "label": parameter.name.rstrip("_").replace("_", " "),
+        "info": f"{parameter.bounds.help}; {parameter.expectation}",
+        "interactive": True,
+        "elem_id": f"parameter-{parameter.name.rstrip('_').replace('_', '-')}",
+    }
+    given = shown_value(values[parameter.name]) if parameter.name in values else OWN
+    if parameter.kind == "choice":
+        choices = [(AS_ANALYSED, OWN), *((choice, choice) for choice in parameter.choices)]
+        return gr.Dropdown(choices, value=given, **common)
+    return gr.Textbox(given, placeholder=AS_ANALYSED, **common)
+
+
+def _field(
+    parameter: Parameter, values: Mapping[str, Value]
+) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.Slider | gr.Textbox:
+    """Create the form field that fits a parameter's kind, with its stored value or the default."""
     words = [parameter.bounds.help]
     slides = _slides(parameter)
     if parameter.kind in ("float", "int") and slides is None:
@@ -193,7 +253,7 @@ def _field(parameter: Parameter) -> gr.Checkbox | gr.Dropdown | gr.Number | gr.S
     common: dict[str, Any] = {
         "label": name.replace("_", " ").replace("mllm", "MLLM"),
         "info": "; ".join(word for word in words if word),
-        "value": parameter.default,
+        "value": values.get(parameter.name, parameter.default),
         "interactive": True,
         "elem_id": f"parameter-{name.replace('_', '-')}",
     }

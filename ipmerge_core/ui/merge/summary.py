@@ -7,11 +7,9 @@ every name is escaped. Pure functions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.options import ANCHORS
 from ipmerge_core.ui.format import format_count, format_device, format_estimate, format_size
 from ipmerge_core.ui.safe_text import as_html as escape
@@ -21,20 +19,10 @@ if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
 
-def describe_change(plan: MergePlan) -> str:
-    """Describe how much the decoder weights change, or why this is not known before the merge."""
-    try:
-        found = plan.preview()
-    except PlanError as error:
-        return str(error)
-    change = f"{found.relative_change:.2%} (relative Frobenius norm)"
-    words = f"decoder weights change by {change}"
-    return f"{words} (approximate: {found.approximate})" if found.approximate else words
-
-
 def confirm_html(
     plan: MergePlan,
     change: str,
+    extras: Sequence[str],
     need: Estimate,
     kept: Mapping[str, str],
     *,
@@ -46,11 +34,14 @@ def confirm_html(
     Args:
         plan: the plan to execute.
         change: the change of the weights, see `describe_change`.
+        extras: what is merged in addition to decoder matrices, see `count_extras`.
         need: its estimated cost.
         kept: the reason for every unchanged tensor.
         device: the display name of the device.
         digest: the digest of everything that was checked.
     """
+    from ipmerge_core.planning.description import describe_selection
+
     reasons = Counter(kept.values())
     unselected = len(plan.decisions) - len(plan.selected)
     stays = [f"{unselected} decoder matrices not selected by the plan"] if unselected else []
@@ -61,9 +52,9 @@ def confirm_html(
         "Pair": escape(plan.name),
         "Method": escape(describe_method(plan)),
         "Plan": f"<code>{plan.hash}</code>; digest with pair and device <code>{digest[:8]}</code>",
-        "Changes": f"{len(plan.selected)} of {len(plan.decisions)} decoder matrices, "
+        "Changes": f"{escape(describe_selection(plan))}, "
         f"{format_count(touched)} parameters ({share:.0%} of the language model)"
-        f"{''.join(f', {escape(what)}' for what in plan.extras)}; {escape(change)}",
+        f"{''.join(f', {escape(what)}' for what in extras)}; {escape(change)}",
         "Reference weights": f"{escape(ANCHORS[plan.anchor])} (<code>{plan.anchor}</code>)",
         "Unchanged (bitwise identical)": escape("; ".join(stays))
         + "; tokenizer, processor, configs",
@@ -79,19 +70,12 @@ def confirm_html(
 
 
 def describe_method(plan: MergePlan) -> str:
-    """Describe a plan's method with its parameters."""
+    """Describe a plan's method with its settings; the anchor has a row of its own."""
     from ipmerge_core.methods import find_method
+    from ipmerge_core.planning.description import settings_of
 
-    values = {name.rstrip("_"): value for name, value in plan.parameters.items()}
-    if plan.similarity is not None and plan.similarity_threshold is not None:
-        threshold = f"{plan.similarity_threshold:g} ({plan.similarity})"
-        values = {"similarity threshold": threshold, **values}
-    values |= replace(plan.options, anchor=None).describe()  # the anchor has a row of its own
-    words = [
-        f"{name} {f'{value:g}' if isinstance(value, float) else value}"
-        for name, value in values.items()
-        if value is not None
-    ]
+    settings = {name: text for name, text in settings_of(plan).items() if name != "anchor"}
+    words = [f"{name} {text}" for name, text in settings.items() if text != "none"]
     return f"{find_method(plan.method).label}{': ' if words else ''}{', '.join(words)}"
 
 

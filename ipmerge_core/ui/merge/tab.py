@@ -29,7 +29,7 @@ from ipmerge_core.ui.merge.method_form import (
     with_method,
 )
 from ipmerge_core.ui.merge.start_gate import Answer, Shown, StartGate
-from ipmerge_core.ui.merge.summary import confirm_html, describe_change, result_html
+from ipmerge_core.ui.merge.summary import confirm_html, result_html
 from ipmerge_core.ui.plan_choice import PlanChoice, choice_digest
 from ipmerge_core.ui.runs import Remembered, RunState, RunView, Updates, find_run
 
@@ -107,7 +107,7 @@ def merge_tab(
     chosen = [pair, choice, method, named, steps.device]
     gate = _gate(backend, steps, chosen)
     with steps.form:
-        form = method_form(named, method, gate)
+        form = method_form(named, method, gate, tab.select)
         shows = calibration_form(app, backend, form.data, pair, method, job=calibration, gate=gate)
     gate.check_after(shows(form.changed).then)
     gate.disable_on(pair.change)
@@ -230,30 +230,52 @@ def readiness(
     device: str = AUTO,
 ) -> Readiness:
     """Check pair, plan, device and disk space before anything is written."""
-    from ipmerge_core.merging.merge import estimate_merge, reopen
-    from ipmerge_core.merging.parts import work_of
-    from ipmerge_core.models.pairing import Finding
+    try:
+        plan = chosen_plan(pack_id, choice, method or MethodChoice())
+    except IPMergeError as error:
+        return _cannot_merge(error)
+    return readiness_of(backend, pack_id, plan, device)
+
+
+def readiness_of(
+    backend: Backend, pack_id: str, plan: MergePlan, device: str = AUTO, *, force: bool = False
+) -> Readiness:
+    """Check a plan like `readiness`; with `force` it is ready although the sibling check fails."""
+    from ipmerge_core.merging.estimates import estimate_pair
+    from ipmerge_core.merging.parts import count_extras, work_of
+    from ipmerge_core.models.writer import check_output
+    from ipmerge_core.planning.description import describe_change
+    from ipmerge_core.planning.plan import reopen
     from ipmerge_core.runtime.devices import describe_device
 
     try:
         device = backend.device_for(device)
-        plan = chosen_plan(pack_id, choice, method or MethodChoice())
         models = reopen(plan)
         name = backend.free_name(plan)
-        need = estimate_merge(plan, backend.output_folder(name), device=device)
-        found = [public_finding(finding) for finding in models.check()]
-        found.append(_room(need.nbytes_written, need.nbytes_free))
+        need = estimate_pair(plan, models, check_output(backend.output_folder(name)), device)
+        siblings = [public_finding(finding) for finding in models.check()]
+        found = [*siblings, _room(need.nbytes_written, need.nbytes_free)]
         extras = work_of(plan, models)
         kept = {name: reason for name, reason in models.kept.items() if name not in extras}
         digest = choice_digest(pack_id, plan, device)
         where = describe_device(device)
-        words = confirm_html(plan, describe_change(plan), need, kept, device=where, digest=digest)
+        more = count_extras(plan, models)
+        words = confirm_html(
+            plan, describe_change(plan), more, need, kept, device=where, digest=digest
+        )
     except IPMergeError as error:
-        refusal = Finding("refusal", "Cannot merge.", sentence_of(error))
-        return Readiness([refusal], "", "", ready=False)
+        return _cannot_merge(error)
     found += _plan_warnings(plan)
-    ready = all(finding.level != "refusal" for finding in found)
+    required = [finding for finding in found if not (force and finding in siblings)]
+    ready = all(finding.level != "refusal" for finding in required)
     return Readiness(found, words, name, ready, digest, device, need)
+
+
+def _cannot_merge(error: IPMergeError) -> Readiness:
+    from ipmerge_core.models.pairing import Finding
+
+    refusal = Finding("refusal", "Cannot merge.", sentence_of(error))
+    return Readiness([refusal], "", "", ready=False)
 
 
 def list_devices(backend: Backend) -> dict[str, Any]:
@@ -365,7 +387,7 @@ def _plan_warnings(plan: MergePlan) -> list[Finding]:
 
     equals = "the merged model would be identical to the vision-language model."
     if not plan.selected and plan.similarity_threshold is not None:
-        message = f"No matrix reaches the similarity threshold {plan.similarity_threshold:g}"
+        message = f"No matrix reaches the similarity threshold {plan.similarity_threshold!r}"
         return [Finding("warning", "plan", f"{message}: {equals}", "Lower Sα in Explore.")]
     if not plan.selected:
         return [

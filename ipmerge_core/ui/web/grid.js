@@ -1,17 +1,18 @@
 // @ts-check
 // The picture: a grid of modules by layers with one button per matrix.
-// Colour shows the similarity; frame and full colour against hatch and dimmed show what merges.
+// Colour shows the similarity, or another quantity; frame and full colour against hatch and dimmed show what merges.
 // Wide pages lay layers out as columns, in bands when there are many; narrow pages turn the grid.
 
 import { node, parts, setText, shape } from "./dom.js";
 import { fixed } from "./format.js";
 import { cellAt, emptyIndex, merges, shownSimilarity } from "./preview.js";
+import { QUANTITIES, shownValue } from "./quantities.js";
 import { readableOn, rgb } from "./scales.js";
 import { isChosen } from "./targets.js";
 import { title } from "./words.js";
 
-/** @import { Cell, Index, LayerTarget, ModuleTarget, Override, Plan } from "./types.d.ts" */
-/** @import { Preview, Target, View } from "./types.d.ts" */
+/** @import { Cell, Index, LayerTarget, ModuleTarget, Override } from "./types.d.ts" */
+/** @import { Preview, Quantity, QuantityView, Target, View } from "./types.d.ts" */
 /** @typedef {(HTMLButtonElement | null)[]} Line */
 /** @typedef {{ box: HTMLElement, line: Line, at: number }} Hole A place whose matrix has not come yet. */
 /** @typedef {{ layers: number[], all: SVGPathElement, marked: SVGPathElement }} Bars */
@@ -36,6 +37,7 @@ export class Grid {
   /** @type {Index} */
   #index = emptyIndex();
   #narrow = false;
+  #quantity = QUANTITIES[0];
   /** @type {Line[]} */
   #lines = [];
   /** @type {Map<string, Hole>} */
@@ -209,18 +211,21 @@ export class Grid {
   }
 
   /**
-   * Colours and printed values: needed when the pack, the measure or the expert in view changes.
+   * Colours and printed values: needed when the pack, the quantity, the measure or the expert in view
+   * changes.
    *
-   * @param {View} view
+   * @param {QuantityView} view
    * @param {[number, number]} domain
+   * @param {Quantity} [quantity]
    */
-  colour(view, [low, high]) {
+  colour(view, [low, high], quantity = QUANTITIES[0]) {
+    this.#quantity = quantity;
     for (const cell of this.#index.cells) {
-      const value = shownSimilarity(view, cell), t = (value - low) / (high - low);
+      const value = shownValue(view, cell, quantity), t = value === null ? null : (value - low) / (high - low);
       const button = this.buttons[cell.position];
-      button.style.setProperty("--c", rgb(t));
-      button.style.setProperty("--t", readableOn(t));
-      this.print(cell, fixed(value, 2).replace(/^0\./, "."));
+      button.style.setProperty("--c", t === null ? "transparent" : rgb(t));
+      button.style.setProperty("--t", t === null ? "inherit" : readableOn(t));
+      this.print(cell, quantity.words(value).replace(/ %$/, ""));
       delete button.dataset.on;
     }
   }
@@ -239,7 +244,7 @@ export class Grid {
   /**
    * Merge states: touches only the buttons that changed since the last frame.
    *
-   * @param {View & { plan: Plan }} view
+   * @param {QuantityView} view
    * @param {Preview} result
    */
   paint(view, result) {
@@ -251,8 +256,19 @@ export class Grid {
       dataset.on = on;
       dataset.pin = pin;
       this.buttons[cell.position].setAttribute("aria-label",
-        `${title(cell)}, similarity ${fixed(shownSimilarity(view, cell), 2)}, ${stateWords(on === "1", overrides[cell.name])}`);
+        `${title(cell)}, similarity ${fixed(shownSimilarity(view, cell), 2)}, ${this.#otherWords(view, cell)}${stateWords(on === "1", overrides[cell.name])}`);
     }
+  }
+
+  /**
+   * The quantity on show, unless it is the similarity.
+   *
+   * @param {QuantityView} view
+   * @param {Cell} cell
+   */
+  #otherWords(view, cell) {
+    const { key, label, words } = this.#quantity;
+    return key === "similarity" ? "" : `${label} ${words(shownValue(view, cell, this.#quantity))}, `;
   }
 
   /**

@@ -6,6 +6,8 @@ import { fill, node } from "./dom.js";
 
 /** @import { Attributes, FigureSpec, Row, Sorting, Table, TableSpec, Value } from "./types.d.ts" */
 
+const MOST_ROWS = 2000; // in the page; a CSV has all
+
 /** @type {WeakMap<Element, Table>} */
 const tables = new WeakMap();
 
@@ -97,9 +99,9 @@ function filled({ title, label, columns, sort }, rows) {
   return [
     node("p", { class: "lm-acts" }, save),
     node("table", { class: "lm-numbers lm-table" },
-      node("caption", {}, `${label || title}, ${rows.length} rows`),
+      node("caption", {}, `${label || title}, ${rows.length} rows${rows.length > MOST_ROWS ? `; here the first ${MOST_ROWS}, in the CSV all` : ""}`),
       sortHeads(shown.map(([key]) => key), sort),
-      node("tbody", {}, ...rows.map((row) => (
+      node("tbody", {}, ...rows.slice(0, MOST_ROWS).map((row) => (
         node("tr", {}, ...shown.map(([key, words]) => node("td", {}, words(row[key])))))))),
   ];
 }

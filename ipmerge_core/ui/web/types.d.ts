@@ -19,6 +19,33 @@ export interface Ranks {
   energy?: number;
 }
 
+export type Side = "mllm" | "math" | "base";
+
+/** All singular values of a matrix, as `analysis/singular_values.py` writes them. */
+export interface StoredValues {
+  count: number;
+  rank: number;
+  total: number;
+  squares: number;
+  steps: string;
+}
+
+export interface Overlap {
+  rows: number;
+  columns: number;
+  cosines: string;
+}
+
+/** What a record holds of a spectrum; `computed` of `possible` values, by rank. */
+export interface SingularValues {
+  ranks: number[];
+  values: number[];
+  computed: number;
+  possible: number;
+  isComplete: boolean;
+  stored: StoredValues | null;
+}
+
 /** One matrix and one expert. */
 export interface LayerRecord {
   name: string;
@@ -47,6 +74,8 @@ export interface LayerRecord {
   mllm_sigma: number[];
   math_sigma: number[];
   angles: number[];
+  /** Of packs from version 3 on. */
+  spectra?: { mllm: StoredValues; math: StoredValues; base: StoredValues | null; overlap: Overlap } | null;
 }
 
 export interface Place {
@@ -139,7 +168,25 @@ export interface LinkContent {
   pack: string | null;
   plan?: Plan;
   cell?: Cell | null;
+  quantity?: QuantityKey;
   problems: string[];
+}
+
+/** The numbers that the map can show of a matrix. */
+export type QuantityKey =
+  | "similarity" | "change" | "cosine" | "norm_ratio" | "mllm_change" | "math_change" | "gap"
+  | "mllm_effective" | "math_effective" | "mllm_stable" | "math_stable" | "mllm_energy" | "math_energy";
+
+export interface Quantity {
+  key: QuantityKey;
+  label: string;
+  unit: string;
+  words(value: number | null): string;
+  of(record: LayerRecord, cell: Cell, plan: Plan): number | null | undefined;
+}
+
+export interface QuantityView extends View {
+  readonly plan: Plan;
 }
 
 // --- what the page computes ---
@@ -307,4 +354,18 @@ export interface ChartSpec {
   top?: number;
   marks?: ChartMark[];
   dots?: ChartDot[];
+}
+
+/** Values by row and column; `share` is a position on the colour scale, null for none. */
+export interface HeatSpec {
+  rows: number;
+  columns: number;
+  height: number;
+  label: string;
+  low: string;
+  high: string;
+  yNames: string[];
+  xTicks: { at: number; text: string }[];
+  share(row: number, column: number): number | null;
+  words(row: number, column: number): string;
 }

@@ -1,8 +1,9 @@
 // @ts-check
 // The names of things: measures, updates, modules, matrices, plans.
 
-import { fixed, lambdaText } from "./format.js";
+import { lambdaText } from "./format.js";
 import { DEFAULT_PLAN } from "./plan.js";
+import { thresholdText } from "./thresholds.js";
 
 /** @import { Pack, Plan } from "./types.d.ts" */
 
@@ -41,7 +42,7 @@ export const MODULE_MEANING = {
  */
 export function planWords({ s, lambda, variant, similarity, overrides }, full = false) {
   const byHand = Object.keys(overrides).length;
-  const parts = [`Sα ${fixed(s)}${full ? ` on ${MEASURE_LABELS[similarity]}` : ""}`, `λ ${lambdaText(lambda)}`];
+  const parts = [`Sα ${thresholdText(s)}${full ? ` on ${MEASURE_LABELS[similarity]}` : ""}`, `λ ${lambdaText(lambda)}`];
   if (!full && similarity !== DEFAULT_PLAN.similarity) parts.push(MEASURE_LABELS[similarity]);
   if (full || variant !== DEFAULT_PLAN.variant) parts.push(VARIANT_LABELS[variant]);
   if (byHand) parts.push(`${byHand} set by hand`);

@@ -5,6 +5,7 @@
 import { node, part, parts, setText } from "../../web/dom.js";
 import { keptPlans } from "../../web/memory.js";
 import { cleanPlan, DEFAULT_PLAN, MEASURES, samePlan, VARIANTS } from "../../web/plan.js";
+import { QUANTITIES } from "../../web/quantities.js";
 import { LAMBDA_STEPS, LAMBDA_TICKS, lambdaPosition } from "../../web/scales.js";
 import { expertName, MEASURE_LABELS, VARIANT_LABELS } from "../../web/words.js";
 import { buildTicks } from "./dials.js";
@@ -28,6 +29,7 @@ export function buildPicks(map) {
   const { dom: { pick }, state: { index, pack } } = map;
   buildPresets(map);
   pick.similarity.replaceChildren(...options(MEASURES.map((value) => [value, MEASURE_LABELS[value]])));
+  pick.quantity.replaceChildren(...options(QUANTITIES.map(({ key, label }) => [key, label])));
   pick.variant.replaceChildren(...options(VARIANTS.map((value) => [value, VARIANT_LABELS[value]])));
   pick.expert.replaceChildren(...options([["-1", "all, highest"],
     ...Array.from({ length: index.nExperts }, (_, k) => /** @type {[string, string]} */ ([String(k), expertName(pack, k)]))]));
@@ -79,10 +81,12 @@ export function buildPresets(map) {
 
 /** @param {LayerMap} map */
 export function paintChoices(map) {
-  const { dom: { pick }, state: { plan, past, future, expert, index, layout } } = map, simple = layout === "simple";
+  const { dom: { pick }, state: { plan, past, future, expert, quantity, index, layout } } = map, simple = layout === "simple";
   pick.similarity.value = plan.similarity;
   pick.variant.value = plan.variant;
   pick.expert.value = String(expert);
+  pick.quantity.value = quantity.key;
+  show(pick.quantity, !simple || quantity.key !== "similarity");
   show(pick.similarity, !simple || plan.similarity !== DEFAULT_PLAN.similarity);
   show(pick.variant, !simple || plan.variant !== DEFAULT_PLAN.variant);
   show(pick.expert, index.nExperts > 1 && (!simple || expert >= 0));

@@ -7,6 +7,7 @@ import { fixed, percent } from "../../web/format.js";
 import { cellChange, expertInView, merges, shownSimilarity } from "../../web/preview.js";
 import { quantile } from "../../web/scales.js";
 import { cellsOf, coversLayer } from "../../web/targets.js";
+import { atLeast, atMost, thresholdText } from "../../web/thresholds.js";
 import { expertName, MODULE_MEANING } from "../../web/words.js";
 import { LiveTexts } from "./live.js";
 import { numberRows } from "./numbers.js";
@@ -51,8 +52,8 @@ export class DetailPanel {
       node("p", { class: "lm-hint" }, "Select a matrix in the map (click, or Enter) to show its values, spectra and angles. Row and column headers select a module or a layer; drag across layer headers to select a range. Shift+click pins a second matrix."),
       node("h2", { class: "lm-minor" }, "At the threshold"),
       node("table", { class: "lm-numbers" }, node("tbody", {},
-        this.#edge("next to be merged", (flips, first) => flips[first]),
-        this.#edge("next to be kept", (flips, first) => flips[(first < 0 ? flips.length : first) - 1]))),
+        this.#edge("next to be merged", (flips, first) => flips[first], (value) => `≤ ${thresholdText(atMost(value))}`),
+        this.#edge("next to be kept", (flips, first) => flips[(first < 0 ? flips.length : first) - 1], (value) => `> ${thresholdText(atLeast(value))}`))),
       node("p", { class: "lm-hint" }, "Keys: [ and ] step through the similarities, F always merges the selected matrix, K always keeps it, A removes the override, 1 to 9 load a kept plan, Ctrl+Z undoes."),
     ];
   }
@@ -60,12 +61,13 @@ export class DetailPanel {
   /**
    * @param {string} label
    * @param {(flips: Flip[], first: number) => Flip | undefined} pick
+   * @param {(value: number) => string} when The thresholds at which it happens.
    */
-  #edge(label, pick) {
+  #edge(label, pick, when) {
     return node("tr", {}, node("th", { scope: "row" }, label), this.#live.text("td", {}, () => {
       const { flips, plan } = this.map.state;
       const entry = pick(flips, flips.findIndex(({ value }) => value < plan.s));
-      return entry ? `layer ${entry.cell.layer} · ${entry.cell.module}, ${fixed(entry.value)}` : "–";
+      return entry ? `layer ${entry.cell.layer} · ${entry.cell.module}, Sα ${when(entry.value)}` : "–";
     }));
   }
 

@@ -4,14 +4,16 @@
 
 import { closest } from "../../web/dom.js";
 import { targetOf } from "../../web/grid.js";
+import { findQuantity, QUANTITIES } from "../../web/quantities.js";
 import { tableAction } from "../../web/tables.js";
 import { act } from "./actions.js";
 import { entriesOf } from "./choices.js";
 import { choose, pin, readOut, stretch } from "./choosing.js";
 import { numberDone, onInput, onRangeChange } from "./inputs.js";
 import { onKey } from "./keys.js";
+import { rememberLink } from "./link.js";
 import { resetNumber, takePreset } from "./moves.js";
-import { rebuildColours, showChosen } from "./painting.js";
+import { paintQuantity, rebuildColours, showChosen } from "./painting.js";
 import { commit, setPlan } from "./session.js";
 import { cellOfPanel } from "./spectra.js";
 
@@ -91,6 +93,11 @@ function onPick(map, { dataset: { pick }, value }) {
     rebuildColours(map);
     showChosen(map);
     map.grid.paintGhost(map.state, map.state.ghost);
+  } else if (pick === "quantity") {
+    map.set({ quantity: findQuantity(value) ?? QUANTITIES[0] });
+    paintQuantity(map);
+    map.painter.now();
+    rememberLink(map.state);
   } else if (pick === "preset") takePreset(map, entriesOf(map.state)[Number(value)]);
   else if (pick) {
     setPlan(map, pick === "variant" ? { variant: /** @type {Variant} */ (value) } : { similarity: /** @type {Measure} */ (value) });

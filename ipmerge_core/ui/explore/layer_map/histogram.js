@@ -6,6 +6,7 @@ import { fixed } from "../../web/format.js";
 import { shownSimilarity } from "../../web/preview.js";
 import { quantile, rgb } from "../../web/scales.js";
 import { cellsOf } from "../../web/targets.js";
+import { thresholdText } from "../../web/thresholds.js";
 import { INSET, plotWidth, thumbLine } from "./dials.js";
 
 /** @import { Cell } from "../../web/types.d.ts" */
@@ -111,7 +112,7 @@ export class Histogram {
     const values = state.index.cells.map((cell) => shownSimilarity(state, cell)).sort((a, b) => a - b);
     dom.hist.setAttribute("aria-label", `Histogram of the similarities of ${values.length} matrices: ${fixed(values[0], 2)} to ` +
       `${fixed(values[values.length - 1], 2)}, median ${fixed(quantile(values, 0.5), 2)}; ` +
-      `${state.result.selected.length} merge at S alpha ${fixed(state.plan.s)}.`);
+      `${state.result.selected.length} merge at S alpha ${thresholdText(state.plan.s)}.`);
   }
 }
 

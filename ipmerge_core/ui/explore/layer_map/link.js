@@ -1,5 +1,5 @@
 // @ts-check
-// The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&o=..&c=.. in at most 300 characters. `o` packs the
+// The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&o=..&c=..&q=.. in at most 300 characters. `o` packs the
 // cells set by hand, five to a byte, so that any number of them fits. A link is untrusted input:
 // invalid values are replaced by their defaults, with a message.
 
@@ -7,12 +7,13 @@ import { lambdaText } from "../../web/format.js";
 import { MEMORY } from "../../web/memory.js";
 import { cleanPlan, DEFAULT_PLAN } from "../../web/plan.js";
 import { cellAt } from "../../web/preview.js";
+import { findQuantity } from "../../web/quantities.js";
 
-/** @import { Index, LinkContent, Override, Plan, RawPlan, Target } from "../../web/types.d.ts" */
-/** @typedef {{ packId: string, home: string, index: Index, plan: Plan, target: Target | null }} Linked */
+/** @import { Index, LinkContent, Override, Plan, Quantity, RawPlan, Target } from "../../web/types.d.ts" */
+/** @typedef {{ packId: string, home: string, index: Index, plan: Plan, target: Target | null, quantity?: Quantity }} Linked */
 
 const LINK_VERSION = "1";
-const LINK_KEYS = ["v", "pack", "s", "l", "m", "u", "o", "c"];
+const LINK_KEYS = ["v", "pack", "s", "l", "m", "u", "o", "c", "q"];
 /** @type {(Override | "")[]} */
 const BY_HAND = ["", "merge", "keep"];
 const PER_BYTE = 5;
@@ -59,12 +60,13 @@ export function unpackOverrides(index, text, problems) {
 }
 
 /** @param {Linked} state */
-export function linkQuery({ packId, plan, index, target }) {
+export function linkQuery({ packId, plan, index, target, quantity }) {
   const query = new URLSearchParams({ v: LINK_VERSION, pack: packId, s: String(plan.s), l: lambdaText(plan.lambda) });
   if (plan.similarity !== DEFAULT_PLAN.similarity) query.set("m", plan.similarity);
   if (plan.variant !== DEFAULT_PLAN.variant) query.set("u", plan.variant);
   if (Object.keys(plan.overrides).length) query.set("o", packOverrides(index, plan.overrides));
   if (target?.kind === "cell") query.set("c", `${target.cell.layer}.${target.cell.module}`);
+  if (quantity && quantity.key !== "similarity") query.set("q", quantity.key);
   return query;
 }
 
@@ -131,7 +133,9 @@ export function readLink(search, index) {
   };
   const [layer, module] = (query.get("c") || "").split(".");
   const cell = cellAt(index, Number(layer), module) || null;
-  return { pack: query.get("pack"), plan: cleanPlan(raw, index, problems), cell, problems };
+  const plan = cleanPlan(raw, index, problems), quantity = findQuantity(query.get("q"));
+  if (query.has("q") && !quantity) problems.push("q must be one of the quantities of the map");
+  return { pack: query.get("pack"), plan, cell, problems, ...(quantity ? { quantity: quantity.key } : {}) };
 }
 
 /**

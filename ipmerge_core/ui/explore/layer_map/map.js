@@ -6,6 +6,7 @@ import { Grid } from "../../web/grid.js";
 import { recall } from "../../web/memory.js";
 import { DEFAULT_PLAN } from "../../web/plan.js";
 import { emptyIndex, previewOf } from "../../web/preview.js";
+import { QUANTITIES } from "../../web/quantities.js";
 import { createStore } from "../../web/store.js";
 import { Curve } from "./curve.js";
 import { DetailPanel } from "./detail.js";
@@ -65,7 +66,7 @@ function firstState(arrival, isServed) {
     isOpen: false, pack: index.pack, packId: "", home: "", index, presets: [], kept: [], preset: null,
     plan: DEFAULT_PLAN, committed: DEFAULT_PLAN, past: [], future: [], journey: null,
     dragging: false, after: false, typing: null,
-    target: null, pinned: null, expert: -1,
+    target: null, pinned: null, expert: -1, quantity: QUANTITIES[0], quantityDomain: [0, 1],
     layout: recall("layout", isServed ? "simple" : "full") === "simple" ? "simple" : "full",
     onStage: arrival.get("present") === "1", narrow: false, width: 0, sigmaScale: "log", large: false,
     result: nothing, before: nothing, ghost: nothing, flips: [],
@@ -90,12 +91,13 @@ function findDom(element) {
     status: html(".lm-status"), source: html(".lm-source"), twins: html(".lm-twins"), link: input(".lm-link"),
     count: html(".lm-count"), note: html(".lm-note-line"), drift: html(".lm-drift"), dragMe: html(".lm-drag-me"),
     keep: html("[data-out=keep]"), absorb: html("[data-out=absorb]"), low: html("[data-out=low]"),
-    high: html("[data-out=high]"), sense: html("[data-out=sense]"),
+    high: html("[data-out=high]"), quantity: html("[data-out=quantity]"), sense: html("[data-out=sense]"),
     range: { s: input("[data-range=s]"), lambda: input("[data-range=lambda]") },
     number: { s: input("[data-number=s]"), lambda: input("[data-number=lambda]") },
     pick: {
       preset: select("[data-pick=preset]"), similarity: select("[data-pick=similarity]"),
       variant: select("[data-pick=variant]"), expert: select("[data-pick=expert]"),
+      quantity: select("[data-pick=quantity]"),
     },
   };
 }

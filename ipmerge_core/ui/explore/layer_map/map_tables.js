@@ -3,7 +3,9 @@
 
 import { count, fixed, lambdaText, percent } from "../../web/format.js";
 import { angles, cellChange, root } from "../../web/preview.js";
+import { quantityRow } from "../../web/quantities.js";
 import { LAMBDA_TICKS } from "../../web/scales.js";
+import { singularValues } from "../../web/spectrum.js";
 import { dataTable } from "../../web/tables.js";
 import { fileStem } from "./takeaway.js";
 
@@ -15,7 +17,7 @@ import { fileStem } from "./takeaway.js";
 const MATRIX_COLUMNS = [
   ["layer", String], ["module", String], ["expert", String], ["similarity", (v) => fixed(v)],
   ["merges", (v) => (v ? "merges" : "kept")], ["override", (v) => (v ? `always ${v}` : "")], ["change", percent],
-  ["parameters", count],
+  ["cosine", (v) => (v === "" ? "–" : fixed(v))], ["norm_ratio", (v) => (v === "" ? "–" : fixed(v, 2))], ["parameters", count],
 ];
 
 /**
@@ -28,9 +30,9 @@ export function matrixRows({ index, plan, result }) {
     return {
       layer: cell.layer, module: cell.module, expert, similarity: record.similarity[plan.similarity],
       merges: result.masks[cell.position].includes(expert), override: plan.overrides[cell.name] || "",
-      change: cellChange(cell, [expert], plan), parameters: cell.numel,
+      change: cellChange(cell, [expert], plan), parameters: cell.numel, ...quantityRow(record, cell, plan),
       first: record.similarity.first, max: record.similarity.max, weighted: record.similarity.weighted,
-      rho: record.rho, gap: record.gap, weight_norm2: record.weight_norm2, mllm_norm2: record.mllm_norm2,
+      rho: record.rho, weight_norm2: record.weight_norm2, mllm_norm2: record.mllm_norm2,
       math_norm2: record.math_norm2, inner: record.inner, update_norm2: update.norm2, update_inner: update.inner,
       name: cell.name,
     };
@@ -58,15 +60,20 @@ export function lambdaRows({ index, result: { sums } }) {
 }
 
 /**
- * The samples of the spectra of some matrices.
+ * The singular values of some matrices, all or the samples that the pack has, which `values` and
+ * `possible` count; angles are sampled.
  *
  * @param {Cell[]} cells
  * @returns {Row[]}
  */
 export function spectrumRows(cells) {
-  return cells.flatMap((cell) => cell.experts.flatMap((record) => record.index.map((rank, at) => ({
-    name: cell.name, expert: record.expert, rank,
-    mllm_sigma: record.mllm_sigma[at], math_sigma: record.math_sigma[at], angle: record.angles[at] }))));
+  return cells.flatMap((cell) => cell.experts.flatMap((record) => {
+    const [mllm, math, base] = /** @type {const} */ (["mllm", "math", "base"]).map((side) => singularValues(record, side));
+    const sampled = new Map(record.index.map((rank, at) => [rank, record.angles[at]]));
+    return (mllm?.ranks ?? []).map((rank, at) => ({
+      name: cell.name, expert: record.expert, rank, mllm_sigma: mllm?.values[at] ?? "", math_sigma: math?.values[at] ?? "",
+      base_sigma: base?.values[at] ?? "", angle: sampled.get(rank) ?? "", values: mllm?.values.length, possible: mllm?.possible }));
+  }));
 }
 
 /** @param {LayerMap} map */

@@ -5,6 +5,7 @@ import { setText } from "../../web/dom.js";
 import { keepPlans, MOST_KEPT } from "../../web/memory.js";
 import { copyOf } from "../../web/plan.js";
 import { shownSimilarity } from "../../web/preview.js";
+import { above, atMost } from "../../web/thresholds.js";
 import { expertName, title } from "../../web/words.js";
 import { buildPresets, entriesOf, keptHere, paintPreset, planOf } from "./choices.js";
 import { commit, setPlan, startDrag } from "./session.js";
@@ -14,7 +15,7 @@ import { announce } from "./status.js";
 /** @import { LayerMap } from "./map.js" */
 
 const FLIP_MILLISECONDS = 2400;
-const FINEST = 1e4; // steps of the threshold from 0 to 1
+const DIGITS = 4; // of a threshold that is set by a key
 
 /**
  * Raise the threshold to where the next matrix leaves.
@@ -25,7 +26,7 @@ export function flipOn(map) {
   const { flips, plan: { s } } = map.state;
   const ahead = flips.findLast(({ value }) => value >= s && value < 1);
   if (!ahead) setText(map.dom.status, "No matrix is removed at a higher threshold.");
-  else flipTo(map, ahead, Math.min(1, Math.floor(ahead.value * FINEST) / FINEST + 1 / FINEST), "leaves");
+  else flipTo(map, ahead, Math.min(1, above(ahead.value, DIGITS)), "leaves");
 }
 
 /**
@@ -37,7 +38,7 @@ export function flipBack(map) {
   const { flips, plan: { s } } = map.state;
   const ahead = flips.find(({ value }) => value < s);
   if (!ahead) setText(map.dom.status, "No matrix is added at a lower threshold.");
-  else flipTo(map, ahead, Math.floor(ahead.value * FINEST) / FINEST, "joins");
+  else flipTo(map, ahead, atMost(ahead.value, DIGITS), "joins");
 }
 
 /**

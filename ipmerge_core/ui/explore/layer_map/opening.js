@@ -4,6 +4,7 @@
 import { setText } from "../../web/dom.js";
 import { cleanPlan, samePlan } from "../../web/plan.js";
 import { indexPack } from "../../web/preview.js";
+import { findQuantity } from "../../web/quantities.js";
 import { buildPicks } from "./choices.js";
 import { choose } from "./choosing.js";
 import { growLater } from "./growing.js";
@@ -135,13 +136,14 @@ function linkElsewhere({ state: { packId, linkAsked } }, link) {
  * @param {LayerMap} map
  * @param {LinkContent} link
  */
-function followLink(map, { pack, plan, cell, problems }) {
+function followLink(map, { pack, plan, cell, quantity, problems }) {
   if (pack && pack !== map.state.packId) return "The pair of the link is not available; this pair is shown with its default plan.";
   if (plan) {
     map.set({ plan });
     begin(map);
   }
   if (cell) map.set({ target: { kind: "cell", cell } });
+  map.set({ quantity: findQuantity(quantity) ?? map.state.quantity });
   return problems.length ? `Some values of the link are invalid and were replaced by defaults: ${problems.join("; ")}.` : "";
 }
 

@@ -4,8 +4,10 @@
 import { setText } from "../../web/dom.js";
 import { fixed, lambdaText, percent } from "../../web/format.js";
 import { previewOf, shownSimilarity } from "../../web/preview.js";
+import { shownValue } from "../../web/quantities.js";
 import { colourDomain, lambdaPosition, niceTop } from "../../web/scales.js";
 import { coversLayer } from "../../web/targets.js";
+import { thresholdText } from "../../web/thresholds.js";
 import { paintChoices } from "./choices.js";
 import { lowestCosine } from "./curve.js";
 import { paintDrift, paintSense, paintSentence } from "./sentence.js";
@@ -75,9 +77,9 @@ function paintInputs(map) {
   const { dom: { range, number, dragMe }, state: { plan: { s, lambda }, typing, result, dragging } } = map;
   range.s.value = String(s);
   range.lambda.value = String(Math.round(lambdaPosition(lambda)));
-  if (typing !== number.s) number.s.value = fixed(s, Number.isInteger(Math.round(s * 1e6) / 1e3) ? 3 : 4);
+  if (typing !== number.s) number.s.value = thresholdText(s);
   if (typing !== number.lambda) number.lambda.value = lambdaText(lambda);
-  range.s.setAttribute("aria-valuetext", `${fixed(s)}, ${result.selected.length} of ${result.n_matrices} matrices merge`);
+  range.s.setAttribute("aria-valuetext", `${thresholdText(s)}, ${result.selected.length} of ${result.n_matrices} matrices merge`);
   range.lambda.setAttribute("aria-valuetext", lambdaText(lambda) + (lambda === 1 ? ", as in the paper" : ""));
   if (!dragMe.hidden) dragMe.style.setProperty("--at", String(s));
   if (!dragging) paintChoices(map);
@@ -120,13 +122,26 @@ export function tryTab() {
 
 /** @param {LayerMap} map */
 export function rebuildColours(map) {
-  const { state, dom } = map;
-  const domain = colourDomain(state.index.cells.map((cell) => shownSimilarity(state, cell)));
-  map.set({ domain });
-  map.grid.colour(state, domain);
-  setText(dom.low, fixed(domain[0], 2));
-  setText(dom.high, fixed(domain[1], 2));
+  const { state } = map;
+  map.set({ domain: colourDomain(state.index.cells.map((cell) => shownSimilarity(state, cell))) });
+  paintQuantity(map);
   map.histogram.build();
+}
+
+/**
+ * The colours of the map and their legend; after a commit, too, if they show the change of a plan.
+ *
+ * @param {LayerMap} map
+ */
+export function paintQuantity(map) {
+  const { state, dom } = map, { quantity } = state;
+  const values = state.index.cells.flatMap((cell) => shownValue(state, cell, quantity) ?? []);
+  const domain = quantity.key === "similarity" ? state.domain : colourDomain(values.length ? values : [0]);
+  map.set({ quantityDomain: domain });
+  map.grid.colour(state, domain, quantity);
+  setText(dom.low, quantity.key === "similarity" ? fixed(domain[0], 2) : quantity.words(domain[0]));
+  setText(dom.high, quantity.key === "similarity" ? fixed(domain[1], 2) : quantity.words(domain[1]));
+  setText(dom.quantity, quantity.key === "similarity" ? quantity.label : `${quantity.label} (${quantity.unit})`);
 }
 
 /**

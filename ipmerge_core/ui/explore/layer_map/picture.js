@@ -5,7 +5,8 @@
 import { shape } from "../../web/dom.js";
 import { fixed, percent } from "../../web/format.js";
 import { BAND } from "../../web/grid.js";
-import { cellAt, merges, shownSimilarity } from "../../web/preview.js";
+import { cellAt, merges } from "../../web/preview.js";
+import { shownValue } from "../../web/quantities.js";
 import { rgb } from "../../web/scales.js";
 import { MEASURE_LABELS, planWords, shortId } from "../../web/words.js";
 
@@ -70,12 +71,13 @@ function hatchPattern() {
  * @param {number} i
  */
 function layerColumn(state, { columns, size, rowHeight, bandHeight, foot }, layer, i) {
-  const { index, domain: [low, high], result, barTop } = state;
+  const { index, quantity, quantityDomain: [low, high], result, barTop } = state;
   const y0 = TOP + Math.floor(i / columns) * bandHeight, x = LEFT + (i % columns) * (size + GAP);
   const cells = index.modules.flatMap((module, j) => {
     const cell = cellAt(index, layer, module), y = y0 + 22 + j * (rowHeight + GAP);
     if (!cell) return [];
-    return pictureCell(state, cell, { x, y, width: size, height: rowHeight }, (shownSimilarity(state, cell) - low) / (high - low));
+    const value = shownValue(state, cell, quantity);
+    return pictureCell(state, cell, { x, y, width: size, height: rowHeight }, value === null ? null : (value - low) / (high - low));
   });
   const bar = Math.min(1, result.layer_change[layer] / barTop) * 44;
   return [
@@ -106,28 +108,30 @@ function rowNames({ index, barTop }, y0, { columns, size, rowHeight, foot }) {
  * @param {State} state
  * @param {Cell} cell
  * @param {{ x: number, y: number, width: number, height: number }} box
- * @param {number} t
+ * @param {number | null} t Null where the pack has no value.
  */
 function pictureCell(state, cell, { x, y, width, height }, t) {
   /** @param {Attributes} extra */
   const box = (extra) => shape("rect", { x, y, width, height, rx: 4, ...extra });
   const pin = state.plan.overrides[cell.name]
     ? [shape("circle", { cx: x + width / 2, cy: y + height / 2, r: 4, fill: INK, stroke: "#fff", "stroke-width": 2 })] : [];
-  if (!merges(state, state.result, cell)) return [box({ fill: rgb(t), opacity: 0.32 }), box({ fill: "url(#hatch)" }), ...pin];
+  const fill = t === null ? "#ffffff" : rgb(t);
+  if (!merges(state, state.result, cell)) return [box({ fill, opacity: 0.32 }), box({ fill: "url(#hatch)" }), ...pin];
   return [box({ fill: INK }),
-    shape("rect", { x: x + 2, y: y + 2, width: width - 4, height: height - 4, rx: 3, fill: rgb(t), stroke: "#fff", "stroke-width": 1.5 }), ...pin];
+    shape("rect", { x: x + 2, y: y + 2, width: width - 4, height: height - 4, rx: 3, fill, stroke: "#fff", "stroke-width": 1.5 }), ...pin];
 }
 
 /**
  * @param {State} state
  * @param {number} height
  */
-function legend({ domain: [low, high], plan, pack }, height) {
+function legend({ quantity, quantityDomain: [low, high], plan, pack }, height) {
   const y = height - 66, chip = { y: y - 13, width: 24, height: 17, rx: 4 };
+  const isSimilarity = quantity.key === "similarity", small = isSimilarity ? {} : { "font-size": 11 };
   return [
     ...Array.from({ length: 60 }, (_, i) => shape("rect", { x: 64 + 2 * i, y: y - 10, width: 2.2, height: 12, fill: rgb(i / 59) })),
-    text(24, y, fixed(low, 2)),
-    text(190, y, `${fixed(high, 2)}  ${MEASURE_LABELS[plan.similarity]}`),
+    text(24, y, isSimilarity ? fixed(low, 2) : quantity.words(low), small),
+    text(190, y, isSimilarity ? `${fixed(high, 2)}  ${MEASURE_LABELS[plan.similarity]}` : `${quantity.words(high)}  ${quantity.label}`, small),
     shape("rect", { x: 360, ...chip, fill: INK }),
     shape("rect", { x: 362, y: y - 11, width: 20, height: 13, rx: 3, fill: "#a59c74", stroke: "#fff" }),
     shape("rect", { x: 460, ...chip, fill: "#8a8678", opacity: 0.32 }),

@@ -3,9 +3,10 @@
 // removed. The lines keep their height while something is being dragged.
 
 import { node, setText } from "../../web/dom.js";
-import { bytes, count, fixed, percent } from "../../web/format.js";
+import { bytes, count, percent } from "../../web/format.js";
 import { merges } from "../../web/preview.js";
 import { cellsOf } from "../../web/targets.js";
+import { atLeast, thresholdText } from "../../web/thresholds.js";
 
 /** @import { Pack, Preview } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
@@ -69,11 +70,11 @@ function closingPieces(lambda, isGrowing, result) {
  * @param {State} state
  * @returns {Piece[]}
  */
-function nothingPieces({ pack, index, plan }) {
+export function nothingPieces({ pack, index, plan }) {
   const similarities = index.cells.flatMap((cell) => cell.experts.map((record) => record.similarity[plan.similarity]));
   const best = similarities.reduce((highest, each) => Math.max(highest, each), -Infinity);
   return [{ strong: "Nothing merges" }, best < plan.s
-    ? ` above ${fixed(best)}, the highest similarity of this pair${pack.growing ? " so far" : ""}. ${SAME}`
+    ? ` above ${thresholdText(atLeast(best))}, the highest similarity of this pair${pack.growing ? " so far" : ""}. ${SAME}`
     : `: every matrix is set to keep. ${SAME}`];
 }
 
@@ -105,12 +106,13 @@ export function paintSense({ dom, state }) {
  */
 export function edgeCounts({ index, plan: { s, similarity, overrides } }) {
   let joins = 0, leaves = 0;
+  const [lower, higher] = [s - STEP, s + STEP].map((value) => Number(value.toFixed(9))); // as they are typed
   for (const cell of index.cells) {
     if (overrides[cell.name]) continue;
     let best = 0;
     for (const record of cell.experts) best = Math.max(best, record.similarity[similarity]);
-    if (best < s && best >= s - STEP) joins += 1;
-    else if (best >= s && best < s + STEP) leaves += 1;
+    if (best < s && best >= lower) joins += 1;
+    else if (best >= s && best < higher) leaves += 1;
   }
   return { joins, leaves };
 }

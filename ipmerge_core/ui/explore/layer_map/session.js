@@ -7,7 +7,7 @@ import { copyOf, LAMBDA_MAX, samePlan } from "../../web/plan.js";
 import { flipValues, previewOf } from "../../web/preview.js";
 import { refreshTables } from "../../web/tables.js";
 import { rememberLink } from "./link.js";
-import { describeDials, rebuildColours, rescale } from "./painting.js";
+import { describeDials, paintQuantity, rebuildColours, rescale } from "./painting.js";
 
 /** @import { Plan } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
@@ -71,6 +71,7 @@ export function settle(map, words = "") {
   const { plan, committed, index, before } = map.state;
   map.set({ committed: copyOf(plan), flips: flipValues(index, plan), ghost: before });
   if (committed.similarity !== plan.similarity) rebuildColours(map);
+  else if (map.state.quantity.key === "change") paintQuantity(map);
   rescale(map);
   map.painter.now();
   map.grid.paintGhost(map.state, before);

@@ -1,19 +1,23 @@
 // @ts-check
-// Spectra of the chosen matrix from the samples in the pack: singular values, corresponding and
-// principal angles (a pinned matrix in thin lines with them), and the same singular values for every
-// layer of its module, one small panel each.
+// Spectra of the chosen matrix: singular values, corresponding and principal angles (a pinned matrix in
+// thin lines with them), the same singular values for every layer of its module, one small panel each,
+// and heat maps. Tables have every value of the pack; lines are drawn through as many as are visible.
 
 import { node, shape } from "../../web/dom.js";
 import { fixed, scientific } from "../../web/format.js";
 import { BAND } from "../../web/grid.js";
 import { cellAt, expertInView } from "../../web/preview.js";
+import { drawnPlaces, heldWords, singularValues } from "../../web/spectrum.js";
 import { figure } from "../../web/tables.js";
+import { heatFigures } from "./heatmaps.js";
 import { lineChart, polyline } from "./lines.js";
 
-/** @import { Cell, LayerRecord } from "../../web/types.d.ts" */
+/** @import { Cell, LayerRecord, Row, SingularValues } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
 
 const PANEL = 100, GAP = 8, PANEL_HEIGHT = 54;
+const LINE_POINTS = 400, PANEL_POINTS = 60;
+/** @typedef {{ mllm: SingularValues, math: SingularValues }} Both */
 
 /** @type {WeakMap<Element, Cell>} */
 const panels = new WeakMap();
@@ -40,7 +44,9 @@ export function buildSpectra(map) {
   }
   const columns = getComputedStyle(spectra).gridTemplateColumns.split(" ").length;
   const width = Math.max(240, (spectra.clientWidth - 24 * (columns - 1)) / columns);
-  spectra.replaceChildren(sigmaFigure(map, records, width), angleFigure(records, width), ...multiples(map, record),
+  const ofModule = recordsOfModule(map, record);
+  spectra.replaceChildren(sigmaFigure(map, records, width), angleFigure(records, width), ...multiples(map, record, ofModule),
+    ...heatFigures(record, ofModule.map(({ record: own }) => own)),
     map.host.server?.report_file ? node("p", { class: "lm-acts lm-figure-wide" }, largeFigureButton(map)) : "");
 }
 
@@ -61,6 +67,41 @@ function placeOf(record) {
   return `layer ${record.layer} · ${record.module}`;
 }
 
+/**
+ * The spectra of both task vectors; a record that is shown has them.
+ *
+ * @param {LayerRecord} record
+ * @returns {Both}
+ */
+function spectraOf(record) {
+  const [mllm, math] = [singularValues(record, "mllm"), singularValues(record, "math")];
+  if (!mllm || !math) throw new TypeError(`${record.name} has no spectrum.`);
+  return { mllm, math };
+}
+
+/**
+ * Every value that the pack has, by rank.
+ *
+ * @param {LayerRecord} record
+ * @returns {Row[]}
+ */
+function sigmaRows(record) {
+  const { layer, module } = record, { mllm, math } = spectraOf(record);
+  return mllm.ranks.map((rank, i) => (
+    { layer, module, rank, MLLM: mllm.values[i], math: math.values[i], values: mllm.values.length, possible: mllm.possible }));
+}
+
+/**
+ * The points of a line, as many as are visible.
+ *
+ * @param {SingularValues} found
+ * @param {number} most
+ */
+function drawnPoints({ ranks, values }, most) {
+  const places = drawnPlaces(values.length, most);
+  return { index: places.map((i) => ranks[i]), values: places.map((i) => values[i]) };
+}
+
 /** @param {string} text */
 function fileName(text) {
   return text.replace(/[^\w-]+/g, "_");
@@ -74,18 +115,17 @@ function fileName(text) {
 function sigmaFigure(map, records, width) {
   const [record, pinned] = records;
   return figure({
-    heading: `Singular values, ${placeOf(record)}`, stem: fileName(`sigma-layer-${record.layer}-${record.module}`),
+    heading: `Singular values, ${placeOf(record)}: ${heldWords(spectraOf(record).mllm)}`, stem: fileName(`sigma-layer-${record.layer}-${record.module}`),
     extra: node("span", { class: "lm-figure-key" }, node("span", { class: "k-mllm" }, "━ MLLM"), node("span", { class: "k-math" }, "╍ math"),
       pinned ? node("span", {}, `thin: ${placeOf(pinned)}`) : null, scaleSwitch(map)),
     summary: sigmaWords(record) + (pinned ? ` Pinned: ${sigmaWords(pinned)}` : ""),
-    rows: () => records.flatMap((r) => r.index.map((rank, i) => (
-      { layer: r.layer, module: r.module, rank, MLLM: r.mllm_sigma[i], math: r.math_sigma[i] }))),
+    rows: () => records.flatMap(sigmaRows),
     columns: [["rank", String], ["MLLM", scientific], ["math", scientific], ["layer", String], ["module", String]],
     drawing: lineChart({
       width, log: map.state.sigmaScale !== "linear",
       series: records.flatMap((r, i) => [
-        { index: r.index, values: r.mllm_sigma, style: `lm-keep${i ? " thin" : ""}` },
-        { index: r.index, values: r.math_sigma, style: `lm-absorb${i ? " thin" : ""}` }]),
+        { ...drawnPoints(spectraOf(r).mllm, LINE_POINTS), style: `lm-keep${i ? " thin" : ""}` },
+        { ...drawnPoints(spectraOf(r).math, LINE_POINTS), style: `lm-absorb${i ? " thin" : ""}` }]),
       marks: [{ value: record.noise_floor, text: "rounding of the stored weights" }] }),
   });
 }
@@ -97,7 +137,7 @@ function sigmaFigure(map, records, width) {
 function angleFigure(records, width) {
   const [record, pinned] = records;
   return figure({
-    heading: "Corresponding angles sᵢ", stem: fileName(`angles-layer-${record.layer}-${record.module}`),
+    heading: `Corresponding angles sᵢ: ${record.index.length} samples`, stem: fileName(`angles-layer-${record.layer}-${record.module}`),
     extra: node("span", { class: "lm-figure-key" }, node("span", {}, "◇ best"), node("span", {}, "◆ first k directions, principal")),
     summary: angleWords(record) + (pinned ? ` Pinned: ${angleWords(pinned)}` : ""),
     rows: () => records.flatMap(angleRows),
@@ -130,9 +170,20 @@ function principalDots({ index, principal }) {
 
 /** @param {LayerRecord} r */
 function sigmaWords(r) {
-  const last = r.index.length - 1;
-  return `Singular values of ${placeOf(r)}: the MLLM's task vector falls from ${scientific(r.mllm_sigma[0])} to ${scientific(r.mllm_sigma[last])}, ` +
-    `the math model's from ${scientific(r.math_sigma[0])} to ${scientific(r.math_sigma[last])}, over ${r.index[last]} ranks.`;
+  const { mllm, math } = spectraOf(r);
+  return `Singular values of ${placeOf(r)}: the MLLM's task vector falls from ${scientific(mllm.values[0])} to ${scientific(mllm.values.at(-1))}, ` +
+    `the math model's from ${scientific(math.values[0])} to ${scientific(math.values.at(-1))}, over ${mllm.computed} ranks${exactSums(mllm, math)}.`;
+}
+
+/**
+ * The sums that an analysis computes from the exact values.
+ *
+ * @param {SingularValues} mllm
+ * @param {SingularValues} math
+ */
+function exactSums({ stored }, { stored: other }) {
+  if (!stored || !other) return "";
+  return `; the sum of σ is ${scientific(stored.total)} and ${scientific(other.total)}, of σ² ${scientific(stored.squares)} and ${scientific(other.squares)}`;
 }
 
 /** @param {LayerRecord} r */
@@ -163,14 +214,14 @@ function largeFigureButton(map) {
  *
  * @param {LayerMap} map
  * @param {LayerRecord} record
+ * @param {ReturnType<typeof recordsOfModule>} found
  */
-function multiples(map, record) {
+function multiples(map, record, found) {
   const { index: { layers }, narrow } = map.state;
   if (layers.length < 2) return [];
   const perRow = narrow ? 7 : Math.min(layers.length, BAND), rows = Math.ceil(layers.length / perRow);
   const svg = shape("svg", { viewBox: `0 0 ${perRow * PANEL} ${rows * PANEL_HEIGHT}`, preserveAspectRatio: "none", class: "lm-multiples" });
   svg.style.height = `${rows * PANEL_HEIGHT}px`;
-  const found = recordsOfModule(map, record);
   const known = found.map(({ record: own }) => own), range = logRange(known);
   for (const { cell, at, record: own } of found) {
     const panel = sigmaPanel(own, (at % perRow) * PANEL, Math.floor(at / perRow) * PANEL_HEIGHT, range);
@@ -178,12 +229,12 @@ function multiples(map, record) {
     panels.set(panel, cell);
     svg.append(panel);
   }
-  const firsts = known.map((r) => r.mllm_sigma[0]);
+  const firsts = known.map((r) => spectraOf(r).mllm.values[0]);
   return [figure({
     heading: `Singular values of ${record.module} in every layer, same axes`, wide: true, drawing: svg,
     stem: fileName(`sigma-of-all-${record.module}`),
     summary: `Singular values of ${record.module} in ${known.length} layers. The MLLM's largest is between ${scientific(Math.min(...firsts))} and ${scientific(Math.max(...firsts))}.`,
-    rows: () => known.flatMap((r) => r.index.map((rank, i) => ({ layer: r.layer, rank, MLLM: r.mllm_sigma[i], math: r.math_sigma[i] }))),
+    rows: () => known.flatMap(sigmaRows),
     columns: [["layer", String], ["rank", String], ["MLLM", scientific], ["math", scientific]],
   })];
 }
@@ -209,9 +260,10 @@ function recordsOfModule(map, { module, expert }) {
  * @param {LayerRecord[]} records
  */
 function logRange(records) {
-  const all = records.flatMap((r) => [...r.mllm_sigma, ...r.math_sigma]).filter((v) => v > 0);
-  const high = Math.log(Math.max(...all));
-  return { high, low: Math.max(Math.log(Math.min(...all)), high - Math.log(1e5)) };
+  const ends = records.flatMap((r) => Object.values(spectraOf(r)).flatMap(({ values }) => (
+    [values[0], values.findLast((v) => v > 0) ?? values[0]])));
+  const high = Math.log(Math.max(...ends, 1e-300));
+  return { high, low: Math.max(Math.log(Math.max(Math.min(...ends), 1e-300)), high - Math.log(1e5)) };
 }
 
 /**
@@ -221,16 +273,20 @@ function logRange(records) {
  * @param {{ low: number, high: number }} range
  */
 function sigmaPanel(r, left, top, { low, high }) {
-  const last = Math.log(r.index[r.index.length - 1]) || 1;
-  const xs = r.index.map((rank) => left + GAP + (Math.log(rank) / last) * (PANEL - 2 * GAP));
+  const { mllm, math } = spectraOf(r), last = Math.log(mllm.computed) || 1;
   /** @param {number[]} values */
   const ys = (values) => values.map((v) => {
     const share = (Math.max(Math.log(Math.max(v, 1e-300)), low) - low) / (high - low || 1);
     return top + PANEL_HEIGHT - 5 - share * (PANEL_HEIGHT - 12);
   });
+  /** @param {SingularValues} found */
+  const line = (found) => {
+    const { index, values } = drawnPoints(found, PANEL_POINTS);
+    return polyline(index.map((rank) => left + GAP + (Math.log(rank) / last) * (PANEL - 2 * GAP)), ys(values));
+  };
   return shape("g", { class: "lm-panel" },
     shape("rect", { x: left + 3, width: PANEL - 6, y: top + 2, height: PANEL_HEIGHT - 4, rx: 2 }),
-    shape("path", { class: "lm-keep", d: polyline(xs, ys(r.mllm_sigma)) }),
-    shape("path", { class: "lm-absorb", d: polyline(xs, ys(r.math_sigma)) }),
+    shape("path", { class: "lm-keep", d: line(mllm) }),
+    shape("path", { class: "lm-absorb", d: line(math) }),
     shape("title", {}, `Layer ${r.layer}, ${r.module}`));
 }

@@ -1,7 +1,7 @@
 // The state of the layer map; everything that is drawn follows from it.
 
 import type {
-  Cell, Flip, Index, KeptPlan, Pack, Plan, Preset, Preview, RawPlan, Target,
+  Cell, Flip, Index, KeptPlan, Pack, Plan, Preset, Preview, Quantity, RawPlan, Target,
 } from "../../web/types.d.ts";
 
 /** A step of the history: a plan and the pair it belongs to. */
@@ -40,6 +40,9 @@ export interface State {
   pinned: Cell | null;
   /** The expert in view, -1 for all. */
   expert: number;
+  /** What the colours of the map show, and the range of its values. */
+  quantity: Quantity;
+  quantityDomain: [number, number];
   layout: "simple" | "full";
   onStage: boolean;
   narrow: boolean;

@@ -6,6 +6,7 @@ import { actionButton, node, setText } from "../../web/dom.js";
 import { fixed, percent } from "../../web/format.js";
 import { MEASURES } from "../../web/plan.js";
 import { merges, previewOf, shownSimilarity } from "../../web/preview.js";
+import { atLeast, atMost, comparedTexts, thresholdText } from "../../web/thresholds.js";
 import { MEASURE_LABELS, MEASURE_MEANING, title } from "../../web/words.js";
 
 /** @import { Cell, LayerRecord, Preview } from "../../web/types.d.ts" */
@@ -29,12 +30,12 @@ function rankOf(state, cell) {
  * @param {Cell} cell
  */
 export function verdictText(state, cell) {
-  const { s, similarity, overrides } = state.plan, value = shownSimilarity(state, cell), text = fixed(value);
-  const override = overrides[cell.name];
-  if (override) return `Always ${override === "merge" ? "merged" : "kept"} (override). Similarity: ${text}.`;
+  const { s, similarity, overrides } = state.plan, value = shownSimilarity(state, cell);
+  const override = overrides[cell.name], [text, threshold] = comparedTexts(value, s);
+  if (override) return `Always ${override === "merge" ? "merged" : "kept"} (override). Similarity: ${fixed(value)}.`;
   return value >= s
-    ? `Merged: ${MEASURE_LABELS[similarity]} is ${text} ≥ Sα ${fixed(s)}.`
-    : `Kept: ${MEASURE_LABELS[similarity]} is ${text}. Merged for Sα ≤ ${text}.`;
+    ? `Merged: ${MEASURE_LABELS[similarity]} is ${text} ≥ Sα ${threshold}.`
+    : `Kept: ${MEASURE_LABELS[similarity]} is ${fixed(value)}. Merged for Sα ≤ ${thresholdText(atMost(value))}.`;
 }
 
 /**
@@ -44,28 +45,30 @@ export function verdictText(state, cell) {
  * @param {Cell} cell
  */
 export function plainText(state, cell) {
-  const { s, overrides } = state.plan, value = shownSimilarity(state, cell), text = fixed(value, 2);
+  const { s, overrides } = state.plan, value = shownSimilarity(state, cell);
+  const [text, threshold] = comparedTexts(value, s, 2);
   const override = overrides[cell.name];
   const alike = `The math model and the vision model changed this matrix in directions with a similarity of ${text} (0: unrelated, 1: identical).`;
   if (override) return `${alike} It is always ${override === "merge" ? "merged" : "kept"}, because you overrode the threshold.`;
   return value >= s
-    ? `${alike} This reaches the threshold ${fixed(s, 2)}, so the math model's change is merged.`
-    : `${alike} This is below the threshold ${fixed(s, 2)}, so the vision model's weights are kept.`;
+    ? `${alike} This reaches the threshold ${threshold}, so the math model's change is merged.`
+    : `${alike} This is below the threshold ${threshold}, so the vision model's weights are kept.`;
 }
 
 /**
  * @param {State} state
  * @param {Cell} cell
  */
-function whyText(state, cell) {
-  const { s, overrides } = state.plan, value = shownSimilarity(state, cell), text = fixed(value);
+export function whyText(state, cell) {
+  const { s, overrides } = state.plan, value = shownSimilarity(state, cell);
+  const [text, threshold] = comparedTexts(value, s);
   const rank = `Rank ${rankOf(state, cell)} of ${state.index.cells.length}.`;
   if (overrides[cell.name]) {
-    return `${title(cell)} has an override; without it, it would be ${value >= s ? `merged (${text} ≥` : `kept (${text} <`} Sα ${fixed(s)}). ${rank}`;
+    return `${title(cell)} has an override; without it, it would be ${value >= s ? `merged (${text} ≥` : `kept (${text} <`} Sα ${threshold}). ${rank}`;
   }
   return value >= s
-    ? `${title(cell)} is merged because ${text} ≥ Sα ${fixed(s)}. ${rank} Kept for Sα > ${text}.`
-    : `${title(cell)} is kept because ${text} < Sα ${fixed(s)}. ${rank} Merged for Sα ≤ ${text}.`;
+    ? `${title(cell)} is merged because ${text} ≥ Sα ${threshold}. ${rank} Kept for Sα > ${thresholdText(atLeast(value))}.`
+    : `${title(cell)} is kept because ${text} < Sα ${threshold}. ${rank} Merged for Sα ≤ ${thresholdText(atMost(value))}.`;
 }
 
 /**

@@ -1,0 +1,86 @@
+"""Exchange messages between processes as JSON and safetensors.
+
+Nothing is pickled, since unpickling runs code and one side reads untrusted files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from ipmerge_core.inference.prompts import Message
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MOST_JSON, _MOST_DATA = 1 << 24, 1 << 30  # bytes of one message
+
+
+def send(connection: Connection, content: Mapping[str, Any], data: bytes = b"") -> None:
+    """Send a JSON object and binary data. Raises: OSError if the other side is gone."""
+    connection.send_bytes(json.dumps(content).encode())
+    connection.send_bytes(data)
+
+
+def receive(connection: Connection) -> tuple[dict[str, Any], bytes]:
+    """Receive what `send` sent.
+
+    Raises: EOFError or OSError if the other side is gone, or sends more than a prompt can need.
+    """
+    content: dict[str, Any] = json.loads(connection.recv_bytes(_MOST_JSON))
+    return content, connection.recv_bytes(_MOST_DATA)
+
+
+def pack_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], bytes]:
+    """Convert messages to JSON values and the pixels of their images (RGB, in order)."""
+    plain: list[dict[str, Any]] = []
+    pixels: list[bytes] = []
+    for role, text, image in messages:
+        if image is not None:
+            pixels.append(image.convert("RGB").tobytes())
+        plain.append({"role": role, "text": text, "size": image and image.size})
+    return plain, b"".join(pixels)
+
+
+def unpack_messages(plain: Sequence[Mapping[str, Any]], pixels: bytes) -> list[Message]:
+    """Reverse `pack_messages`."""
+    from PIL import Image
+
+    messages, start = [], 0
+    for each in plain:
+        image = None
+        if each["size"] is not None:
+            width, height = each["size"]
+            stop = start + 3 * width * height
+            image = Image.frombytes("RGB", (width, height), pixels[start:stop])
+            start = stop
+        messages.append(Message(each["role"], each["text"], image))
+    return messages
+
+
+def pack_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Separate a processor's output into JSON values and serialized tensors.
+
+    Raises: TypeError for a value that is neither.
+    """
+    import torch
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.contiguous()
+        else:
+            json.dumps(value)
+            plain[name] = value
+    return plain, save(tensors)
+
+
+def unpack_inputs(plain: Mapping[str, Any], data: bytes) -> dict[str, Any]:
+    """Reverse `pack_inputs`."""
+    from safetensors.torch import load
+
+    return {**plain, **load(data)}

@@ -1,0 +1,85 @@
+// @ts-check
+// What the layer map can show of a matrix: its similarity, or another number of its record.
+
+import { fixed } from "./format.js";
+import { cellChange, expertInView, root, shownSimilarity } from "./preview.js";
+
+/** @import { Cell, LayerRecord, Plan, Quantity, QuantityKey, QuantityView, Ranks } from "./types.d.ts" */
+
+/**
+ * @param {QuantityKey} key
+ * @param {string} label
+ * @param {string} unit
+ * @param {(value: number) => string} words
+ * @param {(record: LayerRecord, cell: Cell, plan: Plan) => number | null | undefined} of
+ * @returns {Quantity}
+ */
+function quantity(key, label, unit, words, of) {
+  return { key, label, unit, words: (value) => (value === null ? "–" : words(value)), of };
+}
+
+/** @param {number} value */
+const short = (value) => fixed(value, 2).replace(/^(-?)0\./, "$1.");
+/** @param {number} value */
+const percent = (value) => `${Number((100 * value).toPrecision(2))} %`;
+/** @param {number} value */
+const ranks = (value) => fixed(value, value < 10 ? 1 : 0);
+
+/**
+ * @param {"mllm_ranks" | "math_ranks"} side
+ * @param {keyof Ranks} kind
+ * @returns {(record: LayerRecord) => number | undefined}
+ */
+const rankOf = (side, kind) => (record) => record[side]?.[kind];
+
+/** @type {readonly Quantity[]} */
+export const QUANTITIES = [
+  quantity("similarity", "similarity", "cosine, 0 to 1", short, (record, _, plan) => record.similarity[plan.similarity]),
+  quantity("change", "change if merged", "‖λP‖ / ‖W‖", percent, (record, cell, plan) => cellChange(cell, [record.expert], plan)),
+  quantity("cosine", "cosine of the task vectors", "−1 to 1", short, ({ inner, mllm_norm2, math_norm2 }) => (
+    mllm_norm2 > 0 && math_norm2 > 0 ? inner / Math.sqrt(mllm_norm2 * math_norm2) : null)),
+  quantity("norm_ratio", "norm ratio, math / MLLM", "‖ΔW_math‖ / ‖ΔW_mllm‖", (value) => fixed(value, 2),
+    ({ mllm_norm2, math_norm2 }) => (mllm_norm2 > 0 ? Math.sqrt(math_norm2 / mllm_norm2) : null)),
+  quantity("mllm_change", "relative change, MLLM", "‖ΔW_mllm‖ / ‖W₀‖", percent, (r) => root(r.mllm_norm2, r.base_norm2)),
+  quantity("math_change", "relative change, math", "‖ΔW_math‖ / ‖W₀‖", percent, (r) => root(r.math_norm2, r.base_norm2)),
+  quantity("gap", "gap (σ₁ − σ₂) / σ₁, MLLM", "of the task vector", percent, ({ gap }) => gap),
+  quantity("mllm_effective", "effective rank, MLLM", "directions", ranks, rankOf("mllm_ranks", "effective")),
+  quantity("math_effective", "effective rank, math", "directions", ranks, rankOf("math_ranks", "effective")),
+  quantity("mllm_stable", "stable rank, MLLM", "directions", ranks, rankOf("mllm_ranks", "stable")),
+  quantity("math_stable", "stable rank, math", "directions", ranks, rankOf("math_ranks", "stable")),
+  quantity("mllm_energy", "ranks for 90 % energy, MLLM", "directions", ranks, rankOf("mllm_ranks", "energy")),
+  quantity("math_energy", "ranks for 90 % energy, math", "directions", ranks, rankOf("math_ranks", "energy")),
+];
+
+/**
+ * The quantity of that name, if there is one.
+ *
+ * @param {string | null | undefined} key
+ */
+export function findQuantity(key) {
+  return QUANTITIES.find((each) => each.key === key);
+}
+
+/**
+ * The value that a cell shows, of the expert in view; null where the pack has none.
+ *
+ * @param {QuantityView} view
+ * @param {Cell} cell
+ * @param {Quantity} shown
+ */
+export function shownValue(view, cell, shown) {
+  if (shown.key === "similarity") return shownSimilarity(view, cell);
+  const value = shown.of(cell.experts[expertInView(view, cell)], cell, view.plan);
+  return value !== null && value !== undefined && Number.isFinite(value) ? value : null;
+}
+
+/**
+ * All quantities of a record under a plan, by name, as a table has them.
+ *
+ * @param {LayerRecord} record
+ * @param {Cell} cell
+ * @param {Plan} plan
+ */
+export function quantityRow(record, cell, plan) {
+  return Object.fromEntries(QUANTITIES.map(({ key, of }) => [key, of(record, cell, plan) ?? ""]));
+}
