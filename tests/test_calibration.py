@@ -160,7 +160,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on(pair, samples, tmp
     out = tmp_path / "out"
     with no_room(5000), pytest.raises(RunError, match="Cannot write to .*are kept"):
         calibrate(pair, out, GRAM, *samples)
-    assert [path.name for path in out.iterdir()] == ["calibration.partial.json"]
+    assert not out.exists()  # nothing was measured
     assert calibrate(pair, out, GRAM, *samples).models == grams.models
 
 
