@@ -66,7 +66,9 @@ def recorded_run(record: Path) -> str | None:
 
 
 def read_note(path: Path, schema: Schema[T]) -> T | None:
-    """Return the value of a note; None if it is damaged, so that it is computed again."""
+    """Return the value of a note; None if it is absent or damaged, so it is computed again."""
+    if not path.is_file():
+        return None
     try:
         note = _NOTE.validate(parse_json(read_bounded(path, _LARGEST), _LARGEST))
         if xxh3_128(note.content.encode()).hexdigest() != note.xxh3_128:

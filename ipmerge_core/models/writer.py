@@ -160,7 +160,7 @@ class CheckpointWriter:
 
     def noted(self, name: str, schema: Schema[T]) -> T | None:
         """Return a value that `note` stored in this run; None if it is absent or damaged."""
-        return _read_note(self.place.run, name, schema)
+        return read_note(self.place.run / f"{name}{_NOTE}", schema)
 
     def audit(self, names: Iterable[str], threads: int = 1) -> None:
         """Read written tensors back from disk, verify their checksums, and hash them.
@@ -373,7 +373,7 @@ def check_output(out: str | Path) -> Path:
     if path.is_file():
         raise CheckpointError(f"The output '{path}' is a file. Expected the path of a new folder.")
     output_folder(path, suffix=_PARTIAL)
-    own = {_INSIDE, *(_read_note(path / _INSIDE, _MOVING, _NAMES) or ())}
+    own = {_INSIDE, *(read_note(path / _INSIDE / f"{_MOVING}{_NOTE}", _NAMES) or ())}
     if path.is_dir() and any(entry.name not in own for entry in path.iterdir()):
         raise CheckpointError(
             f"The output folder '{path}' exists and is not empty. Choose another, or empty it."
@@ -444,8 +444,3 @@ def _write_at(descriptor: int, offset: int, data: bytes | bytearray) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _read_note(run: Path, name: str, schema: Schema[T]) -> T | None:
-    path = run / f"{name}{_NOTE}"
-    return read_note(path, schema) if path.is_file() else None

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ipmerge_core.analysis.analyse import describe
-from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals, check_records
+from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals
 from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.declarations import AffineUpdate, ParameterValue
@@ -31,6 +31,7 @@ from ipmerge_core.planning.preview import (
     Decision,
     Preview,
     as_measured,
+    check_consistent,
     checked_options,
     known_statistic,
     known_update,
@@ -248,7 +249,7 @@ class MergePlan:
             parameters=method.complete(method.with_former_defaults(found.parameters)),
             analysed=checked_options(method, found.analysed) if found.analysed else None,
         )
-        _check_consistent(plan)
+        check_consistent(plan.decisions, plan.records, len(plan.sources.math))
         if plan.hash != stored:
             raise InvalidContentError(f"its hash is {plan.hash}, but the file has {stored!r:.80}")
         if plan.method_version != method.version:
@@ -260,22 +261,6 @@ class MergePlan:
 
 
 _PLAN = Schema[MergePlan](MergePlan)
-
-
-def _check_consistent(plan: MergePlan) -> None:
-    """Check that decisions and records are about the same matrices. Raises: InvalidContentError."""
-    experts = len(plan.sources.math)
-    for number, decision in enumerate(plan.decisions):
-        if list(decision.experts) != sorted({e for e in decision.experts if e < experts}):
-            raise InvalidContentError(
-                f"'decisions[{number}].experts' is {list(decision.experts)[:8]}; expected "
-                f"increasing indices below {experts}"
-            )
-    check_records(plan.records, experts)
-    decided = [decision.name for decision in plan.decisions]
-    recorded = [record.name for record in plan.records[::experts]]
-    if len(set(decided)) != len(decided) or (recorded and recorded != decided):
-        raise InvalidContentError("its decisions and records are not of the same matrices")
 
 
 def make_plan(
