@@ -20,12 +20,33 @@ This module imports no other module of the package.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+_LONGEST_MESSAGE = 1600  # characters
+# Controls, line ends, surrogates, and characters that reorder a line.
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff]"
+)
+
 
 class IPMergeError(Exception):
-    """Base class of all errors caused by the input rather than by a bug."""
+    r"""Base class of all errors caused by the input rather than by a bug.
+
+    Its message is one line of bounded length, whatever names and values it contains.
+
+    >>> str(IPMergeError("No model 'a\nb\u202e'."))
+    "No model 'a\\nb\\u202e'."
+    """
+
+    def __str__(self) -> str:
+        """Return the message; control characters are escaped, a long middle is left out."""
+        text = super().__str__()
+        if len(text) > _LONGEST_MESSAGE:
+            half = _LONGEST_MESSAGE // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class CheckpointError(IPMergeError):

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 from browser_fixtures import free_port, serving
+from hypothesis import HealthCheck, Phase, given, settings
 from playwright.sync_api import Browser, Locator, Page, expect
+from test_written import texts
 
-from ipmerge_core.ui.safe_text import clean_text
+from ipmerge_core.ui.safe_text import clean_text, show_text
 
 LOADING = 60_000  # milliseconds
 pytestmark = pytest.mark.browser
@@ -115,7 +117,23 @@ def jumbles(count: int = 120) -> list[str]:
     return ["q" + "".join(draw.choices(PARTS, k=14)) + "q" for _ in range(count)]
 
 
-ALL = [*EXACT, *RENDERED, *FORMULAS, *BROKEN, *UNSEEN, *jumbles()]
+def generated() -> list[str]:
+    """Texts that hypothesis makes, of the marks that Markdown, HTML and formulas know."""
+    found: list[str] = []
+
+    @settings(max_examples=150, derandomize=True, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck), deadline=None)  # fmt: skip
+    @given(texts)
+    def collect(text: str) -> None:
+        found.append(text)
+
+    collect()
+    return sorted({text for text in found if text.strip()} - {*FIXED})
+
+
+FIXED = [*EXACT, *RENDERED, *FORMULAS, *BROKEN, *UNSEEN, *jumbles()]
+ALL = [*FIXED, *generated()]
+MADE = re.compile("<(?!/?div|input|span></span>)[a-z]+")  # an element of the closed list
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +207,15 @@ def test_no_jumble_of_signs_loses_a_letter_a_digit_or_a_sign(page):
         assert marks.sub("", shown[text]) == marks.sub("", text), text
         if "`" not in text and "~~~" not in text and "|" not in text and "*" not in text:
             assert lines(shown[text]) == lines(text)
+
+
+@pytest.mark.parametrize("who", ["user", "bot"])
+def test_any_text_that_the_closed_list_leaves_alone_is_on_screen_as_it_was_written(page, who):
+    shown = texts_on(page, who)
+    alone = [text for text in ALL[len(FIXED) :] if not MADE.search(show_text(text))]
+    assert len(alone) > 40
+    wrong = {text: shown[text] for text in alone if lines(shown[text]) != lines(clean_text(text))}
+    assert not wrong
 
 
 @pytest.mark.parametrize("text", FORMULAS)

@@ -213,5 +213,5 @@ def test_another_version_of_a_method_is_another_plan(
     newer = replace(METHODS[name], version=METHODS[name].version + 1)
     monkeypatch.setitem(METHODS, name, newer)
     assert ipm.make_plan(source, name).digest != plan.digest
-    with pytest.raises(PlanError, match=f"version {newer.version - 1} of .* Make the plan again"):
+    with pytest.raises(PlanError, match=f"version {newer.version - 1} of .* Create it again"):
         MergePlan.load(tmp_path / "plan.json")

@@ -166,7 +166,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on(pair, samples, tmp
     out = tmp_path / "out"
     with no_room(5000), pytest.raises(RunError, match="Cannot write to .*are kept"):
         calibrate(pair, out, GRAM, *samples)
-    assert [path.name for path in out.iterdir()] == ["calibration.partial.json"]
+    assert not out.exists()  # nothing was measured
     assert calibrate(pair, out, GRAM, *samples).models == grams.models
 
 
@@ -465,8 +465,8 @@ def test_samples_come_from_a_jsonl_file(tmp_path):
     [
         ("", "contains no samples"),
         ("not json", "Line 1 of"),
-        ('{"answer": "5"}', "KeyError: 'question'"),
-        ('{"question": 5}', "must be strings"),
+        ('{"answer": "5"}', "'question' is missing"),
+        ('{"question": 5}', "'question' is 5; expected a valid string"),
         ("[1]", "is invalid"),
     ],
 )

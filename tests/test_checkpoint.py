@@ -134,17 +134,28 @@ def test_a_file_that_shrinks_during_the_run_is_noticed(own_trio: Trio, weights_f
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda header: "[1, 2]", "not a JSON object"),
+        (
+            lambda header: "[1, 2]",
+            "header cannot be read .its content is .1, 2.; expected an object",
+        ),
         (lambda header: "{" + "x" * 50, "header cannot be read"),
-        (lambda header: '{"a": 1, "a": 2}', "duplicate key 'a'"),
-        (lambda header: header.update(a={"dtype": "F32"}), "lacks dtype, shape or data_offsets"),
+        (lambda header: '{"a": 1, "a": 2}', "it has the key 'a' twice"),
+        (lambda header: header.update(a={"dtype": "F32"}), "'a.shape' is missing"),
         (
             lambda header: header["model.norm.weight"].update(dtype="F12"),
             "'model.norm.weight' has the unknown dtype 'F12'",
         ),
         (
             lambda header: header["model.norm.weight"].update(shape=[-16]),
-            "invalid shape",
+            r"'model.norm.weight.shape\[0\]' is -16; expected greater than or equal to 0",
+        ),
+        (
+            lambda header: header["model.norm.weight"].update(shape=[1] * 300_000),
+            "'model.norm.weight.shape' is .*at most 16 items",
+        ),
+        (
+            lambda header: header["model.norm.weight"].update(dtype=["F32"]),
+            r"'model.norm.weight.dtype' is \['F32'\]; expected a valid string",
         ),
         (
             lambda header: header["model.norm.weight"].update(shape=[17]),
@@ -180,7 +191,7 @@ def test_an_impossible_header_length_is_refused(
 @pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "a\\b.safetensors", 7])
 def test_an_index_may_name_only_bare_files(own_trio: Trio, shard: object) -> None:
     write_index(own_trio.base, {"model.norm.weight": shard})
-    with pytest.raises(CheckpointError, match="only bare file names are allowed"):
+    with pytest.raises(CheckpointError, match="only bare file names|expected a valid string"):
         Checkpoint.open(own_trio.base)
 
 
@@ -199,7 +210,7 @@ def test_an_index_that_names_a_missing_shard_is_refused(own_trio: Trio) -> None:
 @pytest.mark.parametrize("content", ["not json", "[]"])
 def test_a_broken_config_is_refused(own_trio: Trio, content: str) -> None:
     (own_trio.base / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"'config.json' of .* is not"):
+    with pytest.raises(CheckpointError, match=r"'config.json' of .* is damaged: it"):
         Checkpoint.open(own_trio.base)
 
 

@@ -379,7 +379,7 @@ def job_folder(tmp_path: Path, target: str, arguments: dict[str, object]) -> Pat
     """Lay out a job by hand, to run it in this process."""
     content = {"target": target, "title": "t", "arguments": arguments, "files": {}, "key": ""}
     (tmp_path / "job.json").write_text(json.dumps(content))
-    status = {"id": "0" * 32, "title": "t", "state": "running", "arguments": arguments}
+    status = {"id": tmp_path.name, "title": "t", "state": "running", "arguments": arguments}
     (tmp_path / "status.json").write_text(json.dumps(status))
     return tmp_path
 

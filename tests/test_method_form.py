@@ -18,7 +18,7 @@ from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS
 from ipmerge_core.planning.description import describe_change
-from ipmerge_core.planning.options import ANCHORS
+from ipmerge_core.planning.options import ANCHORS, PlanOptions, compile_pattern
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.format import progress_html
@@ -212,15 +212,22 @@ def test_an_option_that_is_none_is_refused_in_words(option: str, text: str, word
         chosen_plan(DEMO, PlanChoice(), chosen)
 
 
-def test_strangers_may_not_write_patterns_that_take_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    slow = with_option("include", MethodChoice("ties"), "(a+)+$")
-    plain = with_option("include", MethodChoice("ties"), r"mlp|layers\.0\.")
+@pytest.mark.parametrize("pattern", [r"(\w+\.)+mlp", r"([a-z]+)*.up", r"mlp|layers\.0\."])
+def test_any_pattern_of_a_stranger_ends(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.setenv("SPACE_ID", "org/space")
-    with pytest.raises(PlanError, match="disabled here"):
-        chosen_plan(DEMO, PlanChoice(), slow)
-    assert chosen_plan(DEMO, PlanChoice(), plain).selected
+    chosen = with_option("include", MethodChoice("ties"), pattern)
+    assert chosen_plan(DEMO, PlanChoice(), chosen).selected
+
+
+def test_a_pattern_is_linear_in_the_length_of_a_name_and_bounded() -> None:
+    name = "a" * 200_000 + "!"  # a backtracking engine takes 2^200000 steps for one of these
+    for pattern in ("(a+)+$", "(a|aa)+$", "(a|a?)+!!", "(.*a){20}$", "^(([a-z])+.)+[A-Z]$"):
+        assert compile_pattern(pattern).search(name) is None
+    with pytest.raises(PlanError, match="has 1001 characters; the maximum is 1000"):
+        PlanOptions(include="a" * 1001)
+    for pattern in ("(?=a)", r"(a)\1", "a{1001}", "(((a{100}){100}){100})", "\udcff"):
+        with pytest.raises(PlanError, match="is not a valid regular expression"):
+            PlanOptions(exclude=pattern)
 
 
 @pytest.mark.parametrize(

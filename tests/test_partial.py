@@ -82,11 +82,21 @@ def test_an_interrupted_run_goes_on_and_says_what_was_there(trio: Trio, out: Pat
 
 
 def test_a_journal_that_has_not_begun_is_refused(out: Path) -> None:
-    for content in (None, "", "nonsense", json.dumps([1]), json.dumps({"format": "other"})):
+    for content in (None, ""):
         if content is not None:
             journal_of(out).write_text(content)
         with pytest.raises(PlanError, match="has not started"):
             read_journal(journal_of(out))
+
+
+def test_a_file_that_is_no_journal_is_refused_and_kept(trio: Trio, out: Path) -> None:
+    for content in ("nonsense", json.dumps([1]), json.dumps({"format": "other"})):
+        journal_of(out).write_text(content)
+        with pytest.raises(PlanError, match="is not the journal of an analysis of this version"):
+            read_journal(journal_of(out))
+        with pytest.raises(PlanError, match="Delete it to start"):
+            run(trio, out)
+        assert journal_of(out).read_text() == content
 
 
 def test_strangers_existing_packs_and_folders_for_the_hub_are_refused(

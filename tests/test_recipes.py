@@ -208,7 +208,7 @@ def test_what_mergekit_cannot_say_is_refused(
     ("text", "words"),
     [
         ("a: [", "is not valid YAML"),
-        ("[1]", "no merge_method"),
+        ("[1]", "not a mergekit recipe"),
         ("{merge_method: passthrough}", "is not one of"),
         ("{merge_method: ties, slices: []}", "has 'slices'"),
         ("{merge_method: ties, models: [{model: a}]}", "has 1 models"),

@@ -31,6 +31,7 @@ from ipmerge_core.ui.analyse.models_form import (
     start_analysis,
 )
 from ipmerge_core.ui.analyse.panel import iter_check, news_of
+from ipmerge_core.ui.app import left_out
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.explore.partial_packs import explored_pack, nobody_runs, pair_choices
 from ipmerge_core.ui.explore.tab import grown_since, open_pair
@@ -42,6 +43,7 @@ from ipmerge_core.ui.pairs import (
     load_pack,
     packs_folder,
     reserve_name,
+    unreadable_packs,
 )
 from ipmerge_core.ui.runs import RunView, find_run
 
@@ -282,15 +284,44 @@ def test_packs_tell_how_they_were_made_and_a_broken_one_is_only_listed():
         path = packs_folder() / f"{name}.pack.json.gz"
         path.write_bytes(gzip.compress(json.dumps(pack).encode()))
     (packs_folder() / "d.pack.json.gz").write_text("no pack")
+    (packs_folder() / "e.pack.json.gz").symlink_to("nowhere")
+    (packs_folder() / "f.pack.json.gz").mkdir()
     labels = [pack.label for pack in list_packs()][1:]
     assert labels == [
         "own: synthetic 2 layers (quick, approximate)",
         "own: synthetic 2 layers (rank 8)",
         "own: synthetic 2 layers",
-        "own: d (cannot be read)",
     ]
+    faults = unreadable_packs()
+    assert [fault.split("'")[1].rpartition("/")[2][0] for fault in faults] == ["d", "e", "f"]
     with pytest.raises(PlanError, match="is not a pack of this version"):
         load_pack("packs-d")
+
+
+def test_the_app_starts_and_names_the_files_that_it_leaves_out(caplog):
+    packs_folder().mkdir(parents=True, exist_ok=True)
+    for name in ("<b>x*y*", "b", "c", "d", "e", "f"):
+        (packs_folder() / f"{name}.pack.json.gz").write_bytes(b"[" * 100_000)
+    listed = left_out().split("\n")
+    assert len([line for line in caplog.messages if "nested too deeply" in line]) == 6
+    assert len(listed) == 5
+    assert [entry.id for entry in list_packs()] == ["pack"]
+    assert "&#60;b&#62;x&#42;y&#42;" in listed[0]
+    assert listed[-1] == "- 2 more, see the log of the app."
+    assert "&#60;" not in listed[1]
+
+
+def test_two_files_with_one_stem_are_two_pairs():
+    packs_folder().mkdir(parents=True, exist_ok=True)
+    for name, layers in (("pack-a.json.gz", 2), ("pack-a.pack.json.gz", 3)):
+        path = packs_folder() / name
+        path.write_bytes(gzip.compress(json.dumps(make_pack(layers)).encode()))
+    own = [entry for entry in list_packs() if entry.id.startswith("packs-")]
+    assert {entry.id for entry in own} == {"packs-pack-a", "packs-pack-a.json.gz"}
+    assert [len(load_pack(entry.id)["records"]) for entry in own] == sorted(
+        len(load_pack(entry.id)["records"]) for entry in own
+    )
+    assert find_pack("packs-pack-a").path.name == "pack-a.pack.json.gz"
 
 
 def test_a_growing_pair_is_shown_in_explore_and_refused_everywhere_else(trio):

@@ -16,6 +16,8 @@ from ipmerge_core.methods import find_method
 from ipmerge_core.models.checkpoint import split_address
 from ipmerge_core.models.decoders import find_decoders
 from ipmerge_core.models.files import as_hub_id
+from ipmerge_core.planning.options import PlanOptions, compile_pattern
+from ipmerge_core.runtime.input_files import FileKind, Schema
 from ipmerge_core.tasks.answers import stated_result
 from ipmerge_core.ui.analyse.models_form import read_request
 from ipmerge_core.ui.pairs import find_partial
@@ -73,11 +75,18 @@ def _prompt(text: str) -> object:
     return render_chat(chat, [Message("assistant", text)])
 
 
+_ANYTHING = Schema[object](object)
+_PATTERN = compile_pattern(r"((\w+)+\.)*(a|a?)+mlp$")
+_FILE = FileKind("a file", "Make it again.", IPMergeError, largest=2 * LONGEST)
 DOORS: dict[str, Callable[[str], object]] = {
     "message": lambda text: show_text(text + str(id(object()))),
     "message, growing": lambda text: show_text(text, finished=False),
     "name in HTML": as_html,
     "name in Markdown": as_markdown,
+    "message of an error": lambda text: str(IPMergeError(text)),
+    "name and a pattern": lambda text: _PATTERN.search(text.encode("utf-8", "replace").decode()),
+    "pattern": _anyway(lambda text: PlanOptions(include=text)),
+    "file of JSON": _anyway(lambda text: _FILE.validate(_ANYTHING, _FILE.parse(text, "a"), "a")),
     "error of a library": lambda text: first_line(ValueError(text)),
     "prompt": _prompt,
     "result of an answer": stated_result,

@@ -8,15 +8,32 @@ truncated by a kill is ignored. No torch.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ipmerge_core.analysis.records import LayerRecord
+from ipmerge_core.analysis.records import Analysis, LayerRecord, check_records
 from ipmerge_core.errors import PlanError
 from ipmerge_core.runtime.atomic import write_whole, writing
+from ipmerge_core.runtime.input_files import (
+    CLOSED,
+    MEGABYTE,
+    Count,
+    FileKind,
+    InvalidContentError,
+    Name,
+    Schema,
+)
 
 _FORMAT = "ipmerge-journal"
+JOURNAL = FileKind(
+    "the journal of an analysis",
+    "Delete it to start the analysis again.",
+    PlanError,
+    largest=128 * MEGABYTE,
+)
 SUFFIX = ".journal"  # of the journal, after the name of its pack
 
 
@@ -28,9 +45,9 @@ def journal_of(pack: Path) -> Path:
 class PendingMatrix(NamedTuple):
     """One matrix of an analysis and its cost, m n min(m, n)."""
 
-    layer: int
-    module: str
-    cost: int
+    layer: Count
+    module: Name
+    cost: Count
 
 
 class Unfinished(NamedTuple):
@@ -51,19 +68,35 @@ class Unfinished(NamedTuple):
         return done / max(sum(place.cost for place in self.places), 1)
 
 
+@dataclass(frozen=True)
+class _Head:
+    """The first line of a journal. `pack` is the metadata of the pack, without records."""
+
+    __pydantic_config__ = CLOSED
+
+    format: Literal["ipmerge-journal"]
+    identity: Name
+    pack: dict[str, Any]
+    places: list[PendingMatrix]
+
+
+_HEAD, _RECORDS = Schema[_Head](_Head), Schema[list[LayerRecord]](list[LayerRecord])
+
+
 def read_journal(path: Path, known: int = 0) -> Unfinished:
     """Read a journal without the records of its first `known` matrices.
 
-    Raises: PlanError if there is no journal, or it is empty.
+    Raises: PlanError if there is no journal, or it is empty or damaged.
     """
     head, lines = _read(path)
-    if not head:
+    if head is None:
         raise PlanError(f"The analysis '{path.name}' has not started, or was discarded.")
+    records = [record for line in lines[known:] for record in _records(path, line)]
     return Unfinished(
-        pack=head["pack"],
-        places=[PendingMatrix(*place) for place in head["places"]],
+        pack=head.pack,
+        places=head.places,
         n_done=len(lines),
-        records=[record for line in lines[known:] for record in json.loads(line)],
+        records=[record.to_dict() for record in records],
     )
 
 
@@ -75,9 +108,14 @@ class Journal:
     ) -> None:
         self.path, self.records = path, dict[str, list[LayerRecord]]()
         head, lines = _read(path)
-        lines = lines if head.get("identity") == identity else []
+        lines = lines if head is not None and head.identity == identity else []
+        experts = len(pack["sources"]["math"])
         for line in lines:
-            records = [LayerRecord.from_dict(record) for record in json.loads(line)]
+            records = _records(path, line)
+            if len(records) != experts:
+                raise JOURNAL.refusal(
+                    path, f"a line has {len(records)} records; expected one for each of {experts}"
+                )
             self.records[records[0].name] = records
         new = {"format": _FORMAT, "identity": identity, "pack": pack, "places": list(places)}
         # A kill in mid-write must not cost the lines.
@@ -93,22 +131,40 @@ class Journal:
             file.write(line + "\n")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the content of the first line, and the complete lines after it."""
+def _read(path: Path) -> tuple[_Head | None, list[str]]:
+    """Return the first line, None if there is none, and the complete lines after it.
+
+    Raises: PlanError for a file that is not a journal.
+    """
+    if not os.path.exists(path):  # noqa: PTH110 (False for a name that is too long)
+        return None, []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        head = json.loads(lines[0])
-    except (OSError, ValueError, IndexError):
-        return {}, []
-    if not isinstance(head, dict) or head.get("format") != _FORMAT:
-        return {}, []
-    return head, _whole(lines[1:])
+        text = JOURNAL.read(path).decode()
+    except UnicodeDecodeError as error:
+        raise JOURNAL.refusal(path, f"byte {error.start} is not valid UTF-8") from error
+    first, *rest = text.split("\n")
+    if not text:
+        return None, []  # reserves the name of a pack
+    head = JOURNAL.validate(_HEAD, JOURNAL.parse(first, path), path)
+    try:
+        Analysis.from_dict({**head.pack, "records": []})
+    except InvalidContentError as error:
+        raise JOURNAL.refusal(path, error) from error
+    return head, _whole(rest)
 
 
 def _whole(lines: Sequence[str]) -> list[str]:
-    """Drop an incomplete line: only the last one can be, after a kill or during a write."""
+    """Drop the part after the last line feed: a line truncated by a kill, or being written."""
+    return list(lines[:-1])
+
+
+def _records(path: Path, line: str) -> list[LayerRecord]:
+    """Read the records of one matrix, one per expert. Raises: PlanError."""
+    records = JOURNAL.validate(_RECORDS, JOURNAL.parse(line, path), path)
+    if not records:
+        raise JOURNAL.refusal(path, "a line has no records")
     try:
-        json.loads(lines[-1] if lines else "[]")
-    except ValueError:
-        return list(lines[:-1])
-    return list(lines)
+        check_records(records, len(records))
+    except InvalidContentError as error:
+        raise JOURNAL.refusal(path, error) from error
+    return records

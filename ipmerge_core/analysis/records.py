@@ -9,21 +9,42 @@ from __future__ import annotations
 
 import gzip
 import json
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from ipmerge_core.analysis.singular_values import Spectra
 from ipmerge_core.errors import PlanError
 from ipmerge_core.models.task_vectors import NOTHING, TaskVectorProducts
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.input_files import (
+    CLOSED,
+    MEGABYTE,
+    Count,
+    FileKind,
+    InvalidContentError,
+    Location,
+    Magnitude,
+    Name,
+    Number,
+    Schema,
+    requiring,
+    versioned,
+)
+from ipmerge_core.spectral.kinds import SIMILARITIES
 
 _FORMAT, VERSION = "ipmerge-pack", 3
 _FIRST = 1  # version of packs in which all directions were used, existing or not
 _VERSIONS = (_FIRST, 2, VERSION)  # before 3, packs had only samples of the spectra
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # for unexpected JSON content
+UPDATES = ("sum", "max", "rescale_only", "select_only")  # keys of `LayerRecord.updates`
+Index = Annotated[int, Field(ge=0, lt=100_000)]  # a layer or an expert
+Ranks = Annotated[Mapping[str, Number], requiring("stable", "effective")]
+PACK = FileKind(
+    "a pack", "Create it again with `ipmerge analyse`.", PlanError, largest=128 * MEGABYTE
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +55,12 @@ class Source:
     the hub, and in packs and plans of older versions.
     """
 
-    id: str
-    revision: str | None
-    fingerprint: str
-    content: str | None = None
+    __pydantic_config__ = CLOSED
+
+    id: Location
+    revision: Name | None
+    fingerprint: Name
+    content: Name | None = None
 
     def differs_from(self, fingerprint: str, content: str | None) -> bool:
         """Whether weights with these hashes are other weights; unknown contents do not differ."""
@@ -74,10 +97,12 @@ class Locations(NamedTuple):
 class Sources:
     """The models of a pair. `base_mllm` is None where the MLLM shares the experts' base."""
 
+    __pydantic_config__ = CLOSED
+
     mllm: Source
     base: Source
     base_mllm: Source | None
-    math: tuple[Source, ...]
+    math: Annotated[tuple[Source, ...], Field(min_length=1)]
 
     def all(self) -> list[Source]:
         """List the sources in the order of `ModelPair.roles`."""
@@ -116,24 +141,18 @@ class Sources:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Sources:
-        """Rebuild from JSON content."""
-        root = content["base_mllm"]
-        return cls(
-            mllm=Source(**content["mllm"]),
-            base=Source(**content["base"]),
-            base_mllm=Source(**root) if root else None,
-            math=tuple(Source(**expert) for expert in content["math"]),
-        )
+        """Rebuild from JSON content. Raises: InvalidContentError."""
+        return _SOURCES.validate(content)
 
 
 class Totals(NamedTuple):
     """Sizes of the MLLM: parameters in total, of the language model, of the matched matrices."""
 
-    model_parameters: int
-    llm_parameters: int
-    decoder_parameters: int
-    decoder_itemsize: int  # bytes per stored element
-    model_bytes: int
+    model_parameters: Count
+    llm_parameters: Count
+    decoder_parameters: Count
+    decoder_itemsize: Count  # bytes per stored element
+    model_bytes: Count
 
 
 class UpdateNorms(NamedTuple):
@@ -142,9 +161,9 @@ class UpdateNorms(NamedTuple):
     norm2 = ||X||^2, inner = <dV, X>, cross = <X, X_j> for the experts j before this one.
     """
 
-    norm2: float
-    inner: float
-    cross: tuple[float, ...]
+    norm2: Number
+    inner: Number
+    cross: tuple[Number, ...]
 
 
 @dataclass(frozen=True)
@@ -163,59 +182,44 @@ class LayerRecord:
     unless the analysis used all. None in packs of version 1.
     """
 
-    name: str
-    mllm_name: str
-    layer: int
-    module: str
-    expert: int
-    shape: tuple[int, int]
-    similarity: Mapping[str, float]
-    best_index: int
-    gap: float
-    principal: Mapping[str, float]
-    rho: float
-    weight_norm2: float
-    base_norm2: float
-    mllm_norm2: float
-    math_norm2: float
-    inner: float
-    mllm_nuclear: float
-    math_nuclear: float
-    updates: Mapping[str, UpdateNorms]
-    chance: Mapping[str, float]
-    noise_floor: float | None
-    mllm_ranks: Mapping[str, float]
-    math_ranks: Mapping[str, float]
-    index: tuple[int, ...]
-    mllm_sigma: tuple[float, ...]
-    math_sigma: tuple[float, ...]
-    angles: tuple[float, ...]
-    math_noise_floor: float | None = None
-    mllm_directions: int | None = None
-    math_directions: int | None = None
+    __pydantic_config__ = CLOSED
+
+    name: Name
+    mllm_name: Name
+    layer: Index
+    module: Name
+    expert: Index
+    shape: tuple[Count, Count]
+    similarity: Annotated[Mapping[str, Number], requiring(*SIMILARITIES)]
+    best_index: Count
+    gap: Number
+    principal: Mapping[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Number]
+    rho: Number
+    weight_norm2: Magnitude
+    base_norm2: Magnitude
+    mllm_norm2: Magnitude
+    math_norm2: Magnitude
+    inner: Number
+    mllm_nuclear: Magnitude
+    math_nuclear: Magnitude
+    updates: Annotated[Mapping[str, UpdateNorms], requiring(*UPDATES)]
+    chance: Annotated[Mapping[str, Number], requiring("first", "max")]
+    noise_floor: Magnitude | None
+    mllm_ranks: Ranks
+    math_ranks: Ranks
+    index: tuple[Count, ...]
+    mllm_sigma: tuple[Number, ...]
+    math_sigma: tuple[Number, ...]
+    angles: tuple[Number, ...]
+    math_noise_floor: Magnitude | None = None
+    mllm_directions: Count | None = None
+    math_directions: Count | None = None
     spectra: Spectra | None = None
 
     @property
     def products(self) -> TaskVectorProducts:
         """Norms and inner product of the two task vectors, for their cosine and norm ratio."""
         return TaskVectorProducts(self.mllm_norm2, self.math_norm2, self.inner)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> LayerRecord:
-        """Rebuild from JSON content."""
-        tuples = ("shape", "index", "mllm_sigma", "math_sigma", "angles")
-        updates = {
-            name: UpdateNorms(norms["norm2"], norms["inner"], tuple(norms["cross"]))
-            for name, norms in content["updates"].items()
-        }
-        return cls(
-            **{
-                **content,
-                **{name: tuple(content[name]) for name in tuples},
-                "updates": updates,
-                "spectra": Spectra.from_dict(found) if (found := content.get("spectra")) else None,
-            }
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON content."""
@@ -229,9 +233,11 @@ class LayerRecord:
 class Analysis:
     """All records of a pair, with their sources."""
 
-    name: str
-    created: str
-    engine: str
+    __pydantic_config__ = CLOSED
+
+    name: Name
+    created: Name
+    engine: Name
     sources: Sources
     parameters: Mapping[str, float | int | bool | str | None]
     totals: Totals
@@ -266,19 +272,13 @@ class Analysis:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Analysis:
-        """Rebuild an analysis from a pack's JSON content."""
-        if content["format"] != _FORMAT or content["version"] not in _VERSIONS:
-            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-        former = {"directions": "all"} if content["version"] == _FIRST else {}
-        return cls(
-            name=content["name"],
-            created=content["created"],
-            engine=content["engine"],
-            sources=Sources.from_dict(content["sources"]),
-            parameters={**former, **content["parameters"]},
-            totals=Totals(**content["totals"]),
-            records=tuple(LayerRecord.from_dict(record) for record in content["records"]),
-        )
+        """Rebuild an analysis from a pack's JSON content. Raises: InvalidContentError."""
+        version, fields = versioned(content, _FORMAT, _VERSIONS)
+        if version == _FIRST and isinstance(made := fields.get("parameters"), dict):
+            fields["parameters"] = {"directions": "all", **made}
+        analysis = _ANALYSIS.validate(fields)
+        check_records(analysis.records, len(analysis.sources.math))
+        return analysis
 
     def save(self, path: str | Path) -> None:
         """Write the pack, gzipped if the name ends in .gz; the bytes are reproducible.
@@ -304,15 +304,41 @@ def read_pack(path: str | Path) -> tuple[dict[str, Any], Analysis]:
 
     Raises: PlanError if it is not a pack.
     """
+    content = PACK.content(path)
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise PlanError(f"Cannot read the pack '{path}': {error.strerror or error}.") from error
-    try:
-        content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-        return content, Analysis.from_dict(content)
-    except (*_MALFORMED, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise PlanError(
-            f"'{path}' is not a pack of this version ({type(error).__name__}: {error}). "
-            f"Create it again with `ipmerge analyse`."
-        ) from error
+        analysis = Analysis.from_dict(content)
+        if not analysis.records or not all(record.index for record in analysis.records):
+            raise InvalidContentError("it has no records, or a record without singular values")
+    except InvalidContentError as error:
+        raise PACK.refusal(path, error) from error
+    return content, analysis
+
+
+_SOURCES, _ANALYSIS = Schema[Sources](Sources), Schema[Analysis](Analysis)
+
+
+def check_records(records: Sequence[LayerRecord], n_experts: int) -> None:
+    """Check that records have one entry per matrix and expert, in order.
+
+    Raises: InvalidContentError naming the first record that is out of place.
+    """
+    for number, record in enumerate(records):
+        first = records[number - number % n_experts]
+        if record.expert != number % n_experts or record.name != first.name:
+            raise InvalidContentError(
+                f"'records[{number}]' is of expert {record.expert} and '{record.name[:80]}'; "
+                f"expected expert {number % n_experts} of '{first.name[:80]}'"
+            )
+        lengths = {len(each) for each in (record.index, record.mllm_sigma, record.math_sigma,
+                                          record.angles)}  # fmt: skip
+        products = {len(norms.cross) for norms in record.updates.values()}
+        if len(lengths) > 1 or products != {record.expert}:
+            raise InvalidContentError(
+                f"'records[{number}]' has lists of different lengths; expected one value per index "
+                f"and one product per earlier expert"
+            )
+    if len(records) % n_experts:
+        raise InvalidContentError(f"it has {len(records)} records of {n_experts} experts each")
+    names = [record.name for record in records[::n_experts]]
+    if len(set(names)) != len(names):
+        raise InvalidContentError("it has several records of one matrix and expert")

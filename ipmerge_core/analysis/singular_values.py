@@ -12,10 +12,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
+
+from ipmerge_core.runtime.input_files import CLOSED, Magnitude, Schema
 
 PRECISION = 1e-3  # ratio of neighbouring grid values minus 1, so that errors are below half of it
 _STEP = math.log1p(PRECISION)
@@ -23,6 +26,7 @@ _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _MORE = 32  # flag of a digit that more digits follow
 _LAST_DIGIT = re.compile("[A-Za-f]")
 _ENCODED = re.compile("(?:[g-z0-9_-]{0,3}[A-Za-f])*")  # below 32^4 steps: values of any fp32 weight
+Length = Annotated[int, Field(ge=0, lt=1_000_000)]  # of a spectrum
 COSINE_STEP = 0.005  # grid of stored cosines
 LEADING = 32  # directions of each model whose cosines a pack stores
 
@@ -40,11 +44,18 @@ class SingularValues:
         steps: the nonzero values, rounded to a grid of ratio 1 + `PRECISION`, see `encode`.
     """
 
-    count: int
-    rank: int
-    total: float
-    squares: float
+    __pydantic_config__ = CLOSED
+
+    count: Length
+    rank: Length
+    total: Magnitude
+    squares: Magnitude
     steps: str
+
+    def __post_init__(self) -> None:
+        """Check the text. Raises: ValueError if it is damaged."""
+        if not 0 <= _count_numbers(self.steps) <= self.count or self.rank > self.count:
+            raise ValueError(f"its text or rank is not that of a spectrum of {self.count} values")
 
     @classmethod
     def of(cls, values: npt.ArrayLike, rank: int) -> SingularValues:
@@ -81,9 +92,16 @@ class Overlap:
     number per pair, row by row, in steps of `COSINE_STEP`.
     """
 
-    rows: int
-    columns: int
+    __pydantic_config__ = CLOSED
+
+    rows: Length
+    columns: Length
     cosines: str
+
+    def __post_init__(self) -> None:
+        """Check the text. Raises: ValueError if it is damaged."""
+        if _count_numbers(self.cosines) != self.rows * self.columns:
+            raise ValueError(f"its text is not that of {self.rows} x {self.columns} cosines")
 
     @classmethod
     def of(cls, cosines: Sequence[Sequence[float]]) -> Overlap:
@@ -106,6 +124,8 @@ class Overlap:
 class Spectra:
     """The spectra of one matrix and one expert. `base` is None if it was not decomposed."""
 
+    __pydantic_config__ = CLOSED
+
     mllm: SingularValues
     math: SingularValues
     base: SingularValues | None
@@ -113,20 +133,11 @@ class Spectra:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Spectra:
-        """Rebuild from JSON content. Raises: ValueError if the text of a spectrum is damaged."""
-        base = content["base"]
-        made = cls(
-            mllm=SingularValues(**content["mllm"]),
-            math=SingularValues(**content["math"]),
-            base=SingularValues(**base) if base else None,
-            overlap=Overlap(**content["overlap"]),
-        )
-        for values in filter(None, (made.mllm, made.math, made.base)):
-            if not 0 <= _count_numbers(values.steps) <= values.count:
-                raise ValueError(f"a spectrum of {values.count} values has other numbers")
-        if _count_numbers(made.overlap.cosines) != made.overlap.rows * made.overlap.columns:
-            raise ValueError("the cosines of the leading directions are damaged")
-        return made
+        """Rebuild from JSON content. Raises: InvalidContentError."""
+        return _SPECTRA.validate(content)
+
+
+_SPECTRA = Schema[Spectra](Spectra)
 
 
 def encode(numbers: Iterable[int]) -> str:

@@ -11,21 +11,32 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.calibration.passes import CalibrationSettings, Passes, find_module
 from ipmerge_core.calibration.samples import DEMO, Sample, digest, load_samples
 from ipmerge_core.calibration.store import RECORD, Kind, Measured, Measurements
-from ipmerge_core.errors import PairingError, PlanError, RunError
+from ipmerge_core.errors import IPMergeError, PairingError, PlanError, RunError
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair, open_pair
 from ipmerge_core.runtime.atomic import atomic_path, is_temporary, write_whole, writing
 from ipmerge_core.runtime.devices import AUTO, resolve_device
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    Count,
+    FileKind,
+    InvalidContentError,
+    Magnitude,
+    Number,
+    Schema,
+    parse_json,
+)
 from ipmerge_core.runtime.paths import existing_parent, output_folder
 
 if TYPE_CHECKING:
@@ -121,12 +132,20 @@ def iter_calibration(
     """
     device, out = resolve_device(device, fp64=False), output_folder(out)
     work = _plan_work(pair, settings, mllm_samples, math_samples, sources)
-    _claim(
-        out,
-        settings,
-        work,
-        estimate_calibration(pair, out, settings, len(mllm_samples), len(math_samples)),
-    )
+    cost = estimate_calibration(pair, out, settings, len(mllm_samples), len(math_samples))
+    with _removed_if_nothing_was_measured(out):
+        _claim(out, settings, work, cost)
+        yield from _measure_all(pair, out, settings, work, device)
+
+
+def _measure_all(
+    pair: ModelPair,
+    out: Path,
+    settings: CalibrationSettings,
+    work: Sequence[_Share],
+    device: str,
+) -> Iterator[CalibrationStep]:
+    """Measure every model and write the calibration; parts of an earlier run are kept."""
     before = pair.stamps()
     models = []
     total = sum(len(share.groups) * len(share.samples) for share in work)
@@ -295,6 +314,23 @@ def _plan_work(
 # --- the folder ---
 
 _CLAIM = "calibration.partial.json"
+_UNFINISHED = FileKind(
+    "the record of an unfinished calibration",
+    "Delete the folder, or choose another one.",
+    RunError,
+)
+
+
+class _Totals(NamedTuple):
+    """The sums of a group: squares, tokens, and values (not in older files)."""
+
+    squares: Magnitude
+    tokens: Count
+    values: Number | None = None
+
+
+_TOTALS = Schema[_Totals](_Totals)
+_CONTENT = Schema[dict[str, Any]](dict[str, Any])
 
 
 def _claim(
@@ -308,7 +344,7 @@ def _claim(
     }
     if out.exists() and not all(is_temporary(entry) for entry in out.iterdir()):
         claim = out / _CLAIM
-        before = json.loads(claim.read_text(encoding="utf-8")) if claim.exists() else {}
+        before = _UNFINISHED.load(_CONTENT, claim) if claim.is_file() else {}
         if not before or {"contents": wanted["contents"], **before} != wanted:
             what = "a finished calibration" if (out / RECORD).exists() else "other files"
             raise RunError(
@@ -327,6 +363,19 @@ def _claim(
     write_whole(out / _CLAIM, json.dumps(wanted))
 
 
+@contextmanager
+def _removed_if_nothing_was_measured(out: Path) -> Iterator[None]:
+    """Remove a new folder if the run fails before its first measurement."""
+    is_new = not out.exists()
+    try:
+        yield
+    except IPMergeError:
+        if is_new and out.is_dir() and [entry.name for entry in out.iterdir()] == [_CLAIM]:
+            (out / _CLAIM).unlink()
+            out.rmdir()
+        raise
+
+
 def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
     """Write the means of a group atomically."""
     from safetensors.torch import save_file
@@ -342,17 +391,30 @@ def _save(file: Path, group: Sequence[Target], passes: Passes) -> None:
         save_file(tensors, temporary, {"totals": totals})
 
 
-def _measured(out: Path, share: _Share) -> Measured:
-    from safetensors import safe_open
+def _read_totals(path: Path, names: set[str]) -> _Totals:
+    """Read the sums of a group's file. Raises: RunError if it is damaged or of other matrices."""
+    from safetensors import SafetensorError, safe_open
 
+    try:
+        with safe_open(path, framework="pt") as content:
+            stored, metadata = set(content.keys()), content.metadata() or {}
+        if stored != names:
+            raise InvalidContentError(f"it has {len(stored)} matrices; expected {len(names)}")
+        return _TOTALS.validate(parse_json(metadata.get("totals", ""), MEGABYTE))
+    except (OSError, SafetensorError, InvalidContentError) as error:
+        raise RunError(
+            f"'{path}' is not a part of this calibration: {error}. Delete it and run again."
+        ) from error
+
+
+def _measured(out: Path, share: _Share) -> Measured:
     places: dict[str, tuple[str, str]] = {}
-    squares, tokens, sums = 0.0, 0, []
+    squares, tokens, sums = 0.0, 0, list[float]()
     for number, group in enumerate(share.groups):
         file = share.file(number)
-        with safe_open(out / file, framework="pt") as content:
-            found, tokens, *total = json.loads(content.metadata()["totals"])
-        squares += found
-        sums += total
+        found = _read_totals(out / file, {target.matrix.name for target in group})
+        squares, tokens = squares + found.squares, found.tokens
+        sums += [] if found.values is None else [found.values]
         for target in group:
             places |= dict.fromkeys(target.names, (file, target.matrix.name))
     size = sum(prod(target.shape) for group in share.groups for target in group)

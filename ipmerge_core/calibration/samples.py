@@ -9,22 +9,29 @@ the demo problems, with `demo:perception` and the like for some of their tasks. 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference.images import open_image
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    InvalidContentError,
+    Location,
+    Schema,
+    parse_json,
+)
 from ipmerge_core.runtime.paths import input_file
 from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, TASKS, Task, problems
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_LONGEST_LINE = 16 * MEGABYTE
 DEMO, DATASETS = "demo", "datasets:"
+_EXPECTED = "Expected a jsonl file, datasets:NAME, or demo."
 MOST_SAMPLES = 5_000  # of one model; drawn ones are held in memory
 DEMO_TASKS: dict[str, tuple[Task, ...]] = {
     "perception": PERCEPTION_TASKS,
@@ -106,7 +113,7 @@ def load_samples(source: str | Path, limit: int, *, takes_images: bool) -> list[
         )
     if str(source).startswith(DATASETS):
         return _from_dataset(str(source).removeprefix(DATASETS), limit, takes_images=takes_images)
-    return list(_from_file(source, limit))
+    return _from_file(source, limit)
 
 
 def check_source(source: str | Path, limit: int, *, takes_images: bool) -> None:
@@ -118,7 +125,7 @@ def check_source(source: str | Path, limit: int, *, takes_images: bool) -> None:
     if is_demo(source):
         _demo_tasks(str(source), takes_images=takes_images)
     elif not str(source).startswith(DATASETS):
-        list(_from_file(source, 1))
+        _from_file(source, 1)
 
 
 def check_limit(limit: int) -> None:
@@ -127,24 +134,16 @@ def check_limit(limit: int) -> None:
         raise RunError(f"Got a limit of {limit} calibration samples; expected 1 to {MOST_SAMPLES}.")
 
 
-def _from_file(source: str | Path, limit: int) -> Iterator[Sample]:
+def _from_file(source: str | Path, limit: int) -> list[Sample]:
     """Read the first samples of a jsonl file; later lines are not read."""
-    expected, number = "Expected a jsonl file, datasets:NAME, or demo.", 0
     try:
         path = input_file(source, "calibration samples")
     except RunError as error:
-        raise RunError(f"{error} {expected}") from error
-    try:
-        with path.open(encoding="utf-8") as lines:
-            numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
-            for number, line in islice(numbered, limit):
-                yield _parse(path, number, line)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"Cannot read the calibration samples '{path}' ({error}). {expected}"
-        ) from error
-    if not number:
+        raise RunError(f"{error} {_EXPECTED}") from error
+    samples = [_parse(path, number, line) for number, line in _first_lines(path, limit)]
+    if not samples:
         raise RunError(f"'{path}' contains no samples. Expected one JSON object per line.")
+    return samples
 
 
 def is_demo(source: str | Path) -> bool:
@@ -152,19 +151,49 @@ def is_demo(source: str | Path) -> bool:
     return str(source) == DEMO or str(source).startswith(f"{DEMO}:")
 
 
-def _parse(path: Path, number: int, line: str) -> Sample:
+def _first_lines(path: Path, limit: int) -> list[tuple[int, bytes]]:
+    """Read the first non-empty lines with their numbers. Raises: RunError."""
+    found: list[tuple[int, bytes]] = []
+    number = 0
     try:
-        entry = json.loads(line)
-        question, answer = entry["question"], entry.get("answer", "")
-        picture = entry.get("image")
-        if not all(isinstance(text, str) for text in (question, answer, picture or "")):
-            raise TypeError("question, answer and image must be strings")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with path.open("rb") as file:
+            while len(found) < limit and (line := file.readline(_LONGEST_LINE + 1)):
+                number += 1
+                if len(line) > _LONGEST_LINE:
+                    raise RunError(
+                        f"Line {number} of '{path}' has more than {_LONGEST_LINE} bytes. Expected "
+                        f"one JSON object per line."
+                    )
+                if line.strip():
+                    found.append((number, line))
+    except (OSError, ValueError) as error:
         raise RunError(
-            f"Line {number} of '{path}' is invalid ({type(error).__name__}: {error}). Expected "
+            f"Cannot read the calibration samples '{path}' ({error}). {_EXPECTED}"
+        ) from error
+    return found
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a jsonl file; other fields are ignored."""
+
+    question: str
+    answer: str = ""
+    image: Location | None = None
+
+
+_LINE = Schema[_Line](_Line)
+
+
+def _parse(path: Path, number: int, line: bytes) -> Sample:
+    try:
+        entry = _LINE.validate(parse_json(line, _LONGEST_LINE))
+    except InvalidContentError as error:
+        raise RunError(
+            f"Line {number} of '{path}' is invalid: {error}. Expected "
             f'{{"question": "...", "answer": "...", "image": "picture.png"}}, image optional.'
         ) from error
-    return Sample(question, answer, path.parent / picture if picture else None)
+    return Sample(entry.question, entry.answer, path.parent / entry.image if entry.image else None)
 
 
 def _from_dataset(name: str, limit: int, *, takes_images: bool) -> list[Sample]:

@@ -13,20 +13,42 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import CheckpointError, PairingError
+from ipmerge_core.models.checkpoint import count_non_finite
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.input_files import (
+    CLOSED,
+    MEGABYTE,
+    Count,
+    FileKind,
+    FileName,
+    InvalidContentError,
+    Location,
+    Magnitude,
+    Name,
+    Number,
+    Schema,
+    versioned,
+)
 from ipmerge_core.runtime.paths import expand_path
 
 Kind: TypeAlias = Literal["gram", "fisher"]
 RECORD = "calibration.json"
 _FORMAT, _VERSION = "ipmerge-calibration", 1
+CALIBRATION = FileKind(
+    "a calibration",
+    "Create it again with `ipmerge calibrate`.",
+    CheckpointError,
+    largest=64 * MEGABYTE,
+)
 _KINDS = {"gram": "Gram matrices", "fisher": "Fisher information"}
 
 
@@ -56,17 +78,19 @@ class Measured:
     an older version did not record them.
     """
 
-    role: str
-    id: str
-    fingerprint: str
-    samples: int
-    tokens: int
-    norm: float
-    places: dict[str, tuple[str, str]]
-    mean: float | None = None
+    __pydantic_config__ = CLOSED
+
+    role: Name
+    id: Location
+    fingerprint: Name
+    samples: Count
+    tokens: Count
+    norm: Magnitude
+    places: dict[Name, tuple[FileName, Name]]
+    mean: Number | None = None
     source: str = ""
-    samples_digest: str = ""
-    content: str | None = None  # see `Source.content`
+    samples_digest: Name = ""
+    content: Name | None = None  # see `Source.content`
 
 
 @dataclass(frozen=True)
@@ -86,26 +110,19 @@ class Measurements:
         Raises: CheckpointError if there is none, or its version is not supported.
         """
         folder = expand_path(folder)
-        try:
-            content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            if (content["format"], content["version"]) != (_FORMAT, _VERSION):
-                raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-            models = tuple(
-                Measured(**{**entry, "places": _pairs(entry["places"])})
-                for entry in content["models"]
+        record = folder / RECORD
+        if not record.is_file():
+            raise CheckpointError(
+                f"'{folder}' contains no finished calibration: it has no {RECORD}. Create one with "
+                f"`ipmerge calibrate`."
             )
-            created = str(content.get("created", ""))
-            return cls(folder, content["kind"], content["settings"], models, created)
-        except OSError as error:
-            raise CheckpointError(
-                f"'{folder}' contains no finished calibration: cannot read {RECORD} "
-                f"({error.strerror}). Create one with `ipmerge calibrate`."
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"'{folder / RECORD}' is not a calibration of this version "
-                f"({type(error).__name__}: {error}). Create it again with `ipmerge calibrate`."
-            ) from error
+        content = CALIBRATION.content(record)
+        try:
+            fields = versioned(content, _FORMAT, (_VERSION,))[1]
+        except InvalidContentError as error:
+            raise CALIBRATION.refusal(record, error) from error
+        found = CALIBRATION.validate(_RECORD, fields, record)
+        return cls(folder, found.kind, found.settings, found.models, found.created)
 
     def save(self) -> None:
         """Write the metadata, which marks the calibration as finished."""
@@ -231,12 +248,33 @@ class Measurements:
         try:
             with safe_open(self.folder / file, framework="pt") as content:
                 tensor: Tensor = content.get_tensor(stored)
-                return tensor
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"Cannot read '{stored}' from '{self.folder / file}' ({error}). The file is "
                 f"missing or damaged; calibrate again."
             ) from error
+        if not tensor.is_floating_point() or count_non_finite(tensor):
+            raise CheckpointError(
+                f"'{stored}' in '{self.folder / file}' has dtype {tensor.dtype} and "
+                f"{count_non_finite(tensor)} NaN or infinite values; expected finite numbers. "
+                f"The file is damaged; calibrate again."
+            )
+        return tensor
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Contents of `calibration.json` after its format."""
+
+    __pydantic_config__ = CLOSED
+
+    kind: Kind
+    settings: dict[str, Any]
+    models: Annotated[tuple[Measured, ...], Field(min_length=2)]
+    created: str = ""
+
+
+_RECORD = Schema[_Record](_Record)
 
 
 def find_finished(folder: Path, models: Sequence[Identified], kind: Kind) -> list[Path]:
@@ -258,7 +296,3 @@ def _short(source: str) -> str:
     ('samples.jsonl', 'datasets:org/name', 'demo:math')
     """
     return source if source.startswith("datasets:") else Path(source).name
-
-
-def _pairs(places: dict[str, list[str]]) -> dict[str, tuple[str, str]]:
-    return {name: (file, stored) for name, (file, stored) in places.items()}

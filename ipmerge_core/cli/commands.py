@@ -175,13 +175,8 @@ def recipe(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Execute a plan, or with --dry-run print an estimate."""
-    from ipmerge_core.merging.merge import (
-        MANIFEST,
-        estimate_merge,
-        iter_merge,
-        require_common_base,
-    )
-    from ipmerge_core.merging.provenance import is_finished
+    from ipmerge_core.merging.merge import estimate_merge, iter_merge, require_common_base
+    from ipmerge_core.merging.provenance import is_finished, read_manifest
     from ipmerge_core.runtime.devices import describe_device
     from ipmerge_core.runtime.pipeline import keep_freed_memory
 
@@ -207,7 +202,7 @@ def merge(options: argparse.Namespace) -> int:
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
             resumed = step.action == "resumed"
             progress.show(doing, step.nbytes_done, step.nbytes_total, what, resumed=resumed)
-    manifest = json.loads((options.target / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(options.target)
     text = f"{verb} {options.output}: {manifest['n_merged']} matrices merged, plan {plan.hash}."
     result = {"model": options.output, "hash": plan.hash, "device": manifest["device"]}
     return print_result(options, result, text)

@@ -119,13 +119,9 @@ def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]
     What a merge does in another way than mergekit is printed to stderr.
     """
     from ipmerge_core.models.pairing import open_pair
-    from ipmerge_core.planning.mergekit_import import import_recipe
+    from ipmerge_core.planning.mergekit_import import RECIPE, import_recipe
 
-    path = input_file(options.recipe, "recipe")
-    try:
-        recipe = import_recipe(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"Cannot read the recipe '{options.recipe}' ({error}).") from error
+    recipe = import_recipe(RECIPE.read(input_file(options.recipe, "recipe")))
     for name, found in (("base", recipe.base), ("layer_gains", "layer_gains" in recipe.arguments)):
         if found and is_given(options, name):
             raise PlanError(f"{flag_of(name)} has no effect: the recipe specifies it. Omit it.")

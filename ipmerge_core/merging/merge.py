@@ -42,7 +42,7 @@ from ipmerge_core.merging.parts import (
     scale_change,
     work_of,
 )
-from ipmerge_core.merging.provenance import is_finished
+from ipmerge_core.merging.provenance import is_finished, read_manifest
 from ipmerge_core.merging.steps import (
     Action,
     MergeStep,
@@ -67,7 +67,7 @@ from ipmerge_core.models.writer import (
 from ipmerge_core.planning.plan import MergePlan, reopen, require_common_base
 from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
-from ipmerge_core.runtime.paths import resolve_path
+from ipmerge_core.runtime.input_files import Number, Schema
 from ipmerge_core.runtime.pipeline import (
     Load,
     WriteBehind,
@@ -115,8 +115,7 @@ def merge(
     """Execute a plan and return the manifest; see `iter_merge`."""
     for _ in iter_merge(plan, out, device=device, resume=resume, force=force):
         pass
-    manifest: dict[str, Any] = json.loads((resolve_path(out) / MANIFEST).read_text("utf-8"))
-    return manifest
+    return read_manifest(out)
 
 
 def iter_merge(
@@ -238,7 +237,7 @@ class _Run:
     def note_attempt(self) -> None:
         """Add this process to the notes of the run, so that a resume elsewhere leaves a trace."""
         attempt = attempt_of(str(self.device), self.ranks.size, len(self.writer.done))
-        self.attempts = [*(self.writer.noted("attempts") or []), attempt]
+        self.attempts = [*(self.writer.noted("attempts", _ATTEMPTS) or []), attempt]
         self.writer.note("attempts", self.attempts)
 
     def conclude(
@@ -400,14 +399,18 @@ class _Run:
         if not is_due(self.plan):
             return
         leads = self.ranks.rank == 0  # rank 0 writes the manifest
-        noted = self.ranks.led(lambda: self.writer.noted("statistic"))
+        noted = self.ranks.led(lambda: self.writer.noted("statistic", _STATISTIC))
         if noted is not None:
-            self.statistic = tuple(noted)
+            self.statistic = noted
         elif leads or not idle:
             steps = run_first_pass(self.plan, self.pair, self.device, self._workers)
             self.statistic = yield from relayed(steps, measured_step)
             if leads:
                 self.writer.note("statistic", self.statistic)
+
+
+_STATISTIC = Schema[tuple[Number, ...]](tuple[Number, ...])
+_ATTEMPTS = Schema[list[dict[str, Any]]](list[dict[str, Any]])
 
 
 def _documents(run: _Run, findings: Sequence[Finding], seconds: float) -> dict[str, str]:

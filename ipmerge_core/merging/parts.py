@@ -18,7 +18,6 @@ from torch import Tensor
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, MergeMethod
 from ipmerge_core.methods.blocks import blockwise
-from ipmerge_core.methods.declarations import Anchor
 from ipmerge_core.models.checkpoint import TensorSpec, split_address
 from ipmerge_core.models.pairing import (
     BIAS,
@@ -30,6 +29,7 @@ from ipmerge_core.models.pairing import (
 )
 from ipmerge_core.models.shared_tokens import ROWS, shared_rows, shared_tokens
 from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.spectral.kinds import Anchor
 from ipmerge_core.spectral.spectrum import noise_floor
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts

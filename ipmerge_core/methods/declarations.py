@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.spectral.kinds import Anchor
 
 Matrix: TypeAlias = Float[Tensor, "m n"]
 ParameterValue: TypeAlias = float | int | bool | str | None
-Anchor: TypeAlias = Literal["two_base", "root", "inject", "interp"]
 _Result = TypeVar("_Result")
 _Step = TypeVar("_Step")
 _Mapped = TypeVar("_Mapped")

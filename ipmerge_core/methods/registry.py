@@ -35,11 +35,11 @@ from torch import Tensor
 from ipmerge_core.errors import PlanError, ShapeError, UnknownMethodError
 from ipmerge_core.methods.declarations import (
     AffineUpdate,
-    Anchor,
     Matrix,
     ParameterValue,
     Statistic,
 )
+from ipmerge_core.spectral.kinds import Anchor
 
 Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
 

@@ -17,14 +17,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
 from ipmerge_core.models.files import Files, find_files
 from ipmerge_core.models.weight_files import find_weights, read_json
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    Count,
+    InvalidContentError,
+    Name,
+    Schema,
+    parse_json,
+)
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -47,7 +56,8 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
 _BLOCKS, _BLOCK = 16, 512  # of every tensor that `content` covers, and their size in bytes
-_HEADER_LIMIT = 100 * 2**20  # the safetensors library's own limit
+_HEADER_LIMIT = 16 * MEGABYTE  # more than 100 000 tensors
+_MOST_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -293,14 +303,16 @@ def _read_header(files: Files, shard: str) -> list[TensorSpec]:
         raise fault(f"it has {size} bytes, too few for a header")
     length = int.from_bytes(files.read(shard, 0, 8), "little")
     if length > min(_HEADER_LIMIT, size - 8):
-        raise fault(f"its header claims {length} bytes in a file of {size}")
+        raise fault(
+            f"its header claims {length} bytes in a file of {size}; the maximum is {_HEADER_LIMIT}"
+        )
     try:
-        header = json.loads(files.read(shard, 8, 8 + length), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(files.read(shard, 8, 8 + length), _HEADER_LIMIT)
+        if isinstance(content, dict):
+            content.pop("__metadata__", None)
+        header = _HEADER.validate(content)
+    except InvalidContentError as error:
         raise fault(f"its header cannot be read ({error})") from error
-    if not isinstance(header, dict):
-        raise fault("its header is not a JSON object")
-    header.pop("__metadata__", None)
     specs = [_read_entry(fault, shard, 8 + length, name, header[name]) for name in header]
     specs.sort(key=lambda spec: (spec.start, spec.stop))
     position = 8 + length
@@ -325,24 +337,22 @@ class _Fault:
         )
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"duplicate key {twice!r}")
-    return dict(pairs)
+@dataclass(frozen=True)
+class _Entry:
+    """The header's entry of one tensor."""
+
+    dtype: Name
+    shape: Annotated[list[Count], Field(max_length=_MOST_DIMENSIONS)]
+    data_offsets: tuple[Count, Count]
 
 
-def _read_entry(fault: _Fault, shard: str, data: int, name: str, entry: Any) -> TensorSpec:  # noqa: ANN401
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise fault(f"the entry for '{name}' lacks dtype, shape or data_offsets") from error
+_HEADER = Schema[dict[Name, _Entry]](dict[Name, _Entry])
+
+
+def _read_entry(fault: _Fault, shard: str, data: int, name: str, entry: _Entry) -> TensorSpec:
+    dtype, shape, (start, stop) = entry.dtype, entry.shape, entry.data_offsets
     if dtype not in DTYPES:
         raise fault(f"'{name}' has the unknown dtype {dtype!r}")
-    numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
-    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-        raise fault(f"'{name}' has an invalid shape {shape!r} or offsets {start!r}, {stop!r}")
     spec = TensorSpec(name, dtype, tuple(shape), shard, data + start, data + stop)
     expected = spec.numel * DTYPES[dtype].itemsize
     if spec.nbytes != expected:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ipmerge_core.errors import PairingError, ShapeError
 from ipmerge_core.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorSpec
+from ipmerge_core.runtime.input_files import InvalidContentError, Schema
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 MATRICES = {
@@ -37,6 +40,9 @@ _BUFFER = re.compile(r"self_attn\.(rotary_emb\.\w+|masked_bias)")
 _QUANTISED = re.compile(
     r".*\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|scales|SCB|absmax|quant_map)"
 )
+
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ def text_config(model: Checkpoint) -> dict[str, Any]:
     merged = outer | {key: value for key, value in own.items() if value is not None}
     rope = merged.get("rope_parameters")
     if isinstance(rope, dict):
-        rope = rope.get("full_attention", rope)  # local layers may have a different RoPE
+        layers = rope.get("full_attention")  # local layers may have a different RoPE
+        rope = layers if isinstance(layers, dict) else rope
         merged["rope_theta"] = rope.get("rope_theta", merged.get("rope_theta"))
     return merged
 
@@ -234,17 +241,33 @@ def _split_fused(model: Checkpoint, layer: Mapping[str, TensorSpec]) -> dict[str
     return split
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """The fields of a config that determine the rows of q, k and v."""
+
+    num_attention_heads: Size
+    hidden_size: Size
+    head_dim: Size | None
+    num_key_value_heads: Size | None
+
+
+_HEADS = Schema[_Heads](_Heads)
+
+
 def _qkv_rows(model: Checkpoint, spec: TensorSpec) -> list[int]:
     """Compute the rows of q, k and v in a fused projection from the number of heads."""
-    config = text_config(model)
-    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    if not isinstance(heads, int) or not isinstance(width, int):
+    model_config = text_config(model)
+    names = [each.name for each in fields(_Heads)]
+    try:
+        config = _HEADS.validate({key: model_config.get(key) for key in names})
+    except InvalidContentError as error:
         raise PairingError(
-            f"'{spec.name}' of '{model.id}' is a fused q, k and v projection, and its config lacks "
-            f"num_attention_heads or hidden_size, so that it cannot be split."
-        )
-    head = config.get("head_dim") or width // heads
-    keys = (config.get("num_key_value_heads") or heads) * head
+            f"'{spec.name}' of '{model.id}' is a fused q, k and v projection, which cannot be "
+            f"split by its config: {error}."
+        ) from error
+    heads = config.num_attention_heads
+    head = config.head_dim or config.hidden_size // heads
+    keys = (config.num_key_value_heads or heads) * head
     if heads * head + 2 * keys != spec.shape[0]:
         raise ShapeError(
             f"'{spec.name}' of '{model.id}' has {spec.shape[0]} rows; {heads} query heads and "

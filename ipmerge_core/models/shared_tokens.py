@@ -11,24 +11,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ipmerge_core.errors import PlanError, ShapeError
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.decoders import Decoder, output_head, text_config
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    Count,
+    InvalidContentError,
+    Name,
+    Schema,
+    parse_json,
+)
 
 ROWS = "vocabulary"  # the module of such a match; its rows are merged one by one
 TOKENIZER = "tokenizer.json"
+_LARGEST = 128 * MEGABYTE  # the largest vocabularies take a third of it
 _BLOCK = 1024  # maximum rows of a run, which bounds memory for any vocabulary
 
 
 class SharedTokens(NamedTuple):
     """Summary of a match stored in a plan: number of merged rows, and a hash of them."""
 
-    rows: int
-    digest: str
+    rows: Count
+    digest: Name
 
 
 def shared_tokens(pair: ModelPair) -> SharedTokens:
@@ -81,32 +91,55 @@ def read_tokens(model: Checkpoint) -> dict[str, int]:
             f"save_pretrained), or keep the embeddings."
         )
     try:
-        content = json.loads(model.files.read(TOKENIZER))
-        by_row = _tokens_by_row(content)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if model.files.size(TOKENIZER) > _LARGEST:
+            raise InvalidContentError(f"it has more than {_LARGEST} bytes")
+        content = parse_json(model.files.read(TOKENIZER), _LARGEST, foreign=True)
+        tokenizer = _TOKENIZER.validate(content)
+    except InvalidContentError as error:
         raise PlanError(
-            f"'{TOKENIZER}' of '{model.id}' cannot be read as a tokenizer "
-            f"({type(error).__name__}: {error}). Save it again with transformers, or keep the "
-            f"embeddings."
+            f"'{TOKENIZER}' of '{model.id}' cannot be read as a tokenizer: {error}. Save it again "
+            f"with transformers, or keep the embeddings."
         ) from error
     rows: dict[str, int] = {}
-    for row, token in sorted(by_row.items()):
+    for row, token in sorted(_tokens_by_row(tokenizer).items()):
         rows.setdefault(token, row)
     return rows
 
 
-def _tokens_by_row(content: dict[str, Any]) -> dict[int, str]:
+@dataclass(frozen=True)
+class _Model:
+    """The vocabulary: the row of each token, or in Unigram models tokens with their scores."""
+
+    vocab: dict[str, Count] | list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    id: Count
+    content: str
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """The part of tokenizer.json that maps tokens to rows."""
+
+    model: _Model
+    added_tokens: tuple[_AddedToken, ...] | None = None
+
+
+_TOKENIZER = Schema[_Tokenizer](_Tokenizer)
+
+
+def _tokens_by_row(tokenizer: _Tokenizer) -> dict[int, str]:
     """Map rows to tokens; an added token overrides the vocabulary's token in its row."""
-    vocabulary = content["model"]["vocab"]
-    pairs = (  # Unigram models store a list of (token, score)
+    vocabulary = tokenizer.model.vocab
+    pairs = (
         vocabulary.items()
         if isinstance(vocabulary, dict)
         else ((entry[0], row) for row, entry in enumerate(vocabulary))
     )
-    by_row = {int(row): str(token) for token, row in pairs}
-    for added in content.get("added_tokens") or ():
-        by_row[int(added["id"])] = str(added["content"])
-    return by_row
+    by_row = {row: token for token, row in pairs}
+    return by_row | {added.id: added.content for added in tokenizer.added_tokens or ()}
 
 
 def _common_ids(vocabularies: Sequence[dict[str, int]]) -> list[tuple[int, ...]]:

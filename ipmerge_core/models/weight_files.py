@@ -9,15 +9,23 @@ the analysed or merged weights are always those that transformers loads.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from ipmerge_core.errors import CheckpointError, MissingTensorError
 from ipmerge_core.models.files import Files
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    InvalidContentError,
+    Name,
+    Schema,
+    parse_json,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -32,8 +40,19 @@ _VARIANT = re.compile(
     r"model(-\d+-of-\d+)?\.[^.]+\.safetensors|model\.safetensors\.index\.[^.]+\.json"
 )
 _OTHER_LAYOUTS = ("adapter_model", "consolidated")  # PEFT adapters; Mistral's additional copy
-_MOST_JSON = 1 << 26  # bytes; an index of a million tensors
 _NAMED_BY_CONFIG = "transformers_weights"  # a key of config.json
+_LARGEST_JSON = 64 * MEGABYTE  # of a config or an index: 100 bytes per tensor
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Contents of an index; other programs add fields of their own."""
+
+    weight_map: Annotated[dict[Name, Name], Field(min_length=1)]
+
+
+_OBJECT, _INDEX = Schema[dict[str, Any]](dict[str, Any]), Schema[_Index](_Index)
 
 
 @dataclass(frozen=True)
@@ -121,18 +140,22 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
             f"'{files.id}' has no {name}. Expected a model folder in the transformers layout."
             f"{_gguf_hint(files.names())}"
         )
-    if files.size(name) > _MOST_JSON:
-        raise CheckpointError(
-            f"'{name}' of '{files.id}' has {files.size(name)} bytes; the maximum is {_MOST_JSON}. "
-            f"Restore the original file."
-        )
+    return _parsed(files, name, _OBJECT, foreign=True)
+
+
+def _parsed(files: Files, name: str, schema: Schema[T], *, foreign: bool = False) -> T:
+    """Read and validate a JSON file of a model folder. Raises: CheckpointError."""
     try:
-        content = json.loads(files.read(name))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{name}' of '{files.id}' is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{name}' of '{files.id}' is not a JSON object.")
-    return content
+        if files.size(name) > _LARGEST_JSON:
+            raise InvalidContentError(
+                f"it has {files.size(name)} bytes; the maximum is {_LARGEST_JSON}"
+            )
+        content = parse_json(files.read(name), _LARGEST_JSON, foreign=foreign)
+        return schema.validate(content)
+    except InvalidContentError as error:
+        raise CheckpointError(
+            f"'{name}' of '{files.id}' is damaged: {error}. Download or save it again."
+        ) from error
 
 
 def _refuse_distributed(files: Files, names: Sequence[str]) -> None:
@@ -164,11 +187,9 @@ def _named_by_config(files: Files, names: Sequence[str], chosen: object) -> Weig
 
 
 def _indexed(files: Files, names: Sequence[str], index: str) -> WeightFiles:
-    weight_map = read_json(files, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"'{index}' of '{files.id}' has no weight_map.")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not _is_bare(shard):
+    weight_map = _parsed(files, index, _INDEX).weight_map
+    for shard in sorted(set(weight_map.values())):
+        if not _is_bare(shard):
             raise CheckpointError(
                 f"'{index}' of '{files.id}' names the shard {shard!r}; "
                 f"only bare file names are allowed."

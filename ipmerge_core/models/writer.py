@@ -19,9 +19,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from filelock import FileLock, Timeout
 from xxhash import xxh3_128
@@ -29,13 +30,20 @@ from xxhash import xxh3_128
 from ipmerge_core.errors import CheckpointError, RunError
 from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec
 from ipmerge_core.models.files import LocalFiles
+from ipmerge_core.models.run_records import (
+    Note,
+    journal_entries,
+    read_note,
+    recorded_run,
+)
 from ipmerge_core.runtime.atomic import is_temporary, move_contents, write_whole, writing
 from ipmerge_core.runtime.descriptors import Descriptors
+from ipmerge_core.runtime.input_files import EntryName, Schema
 from ipmerge_core.runtime.paths import is_fixed, output_folder, resolve_path
 
 _PARTIAL = ".partial"
 _INSIDE = "ipmerge" + _PARTIAL  # the working folder in an output folder that cannot be replaced
-_CHECKSUM = "xxh3_128"
+_CHECKSUM = "xxh3_128"  # a key of `run_records.JournalEntry`
 _NOTE = ".note.json"
 _RUN = "run.json"
 MANIFEST = "ipmerge.json"
@@ -43,6 +51,10 @@ _REPLACED = {"README.md", MANIFEST, ".gitattributes"}
 _COPY_STEP = 1 << 20
 _MOVING = "moving"  # the note with the names of the files that are moved out of the working folder
 _KEPT = "finished tensors are kept"
+_NAMES = Schema[tuple[EntryName, ...]](tuple[EntryName, ...])
+
+
+T = TypeVar("T")
 
 
 class RunFolders(NamedTuple):
@@ -142,11 +154,13 @@ class CheckpointWriter:
 
     def note(self, name: str, content: object) -> None:
         """Store a JSON value with the run until it is finished."""
-        write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(content))
+        text = json.dumps(content)
+        note = Note(content=text, xxh3_128=xxh3_128(text.encode()).hexdigest())
+        write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(asdict(note)))
 
-    def noted(self, name: str) -> Any:  # noqa: ANN401
-        """Return a value that `note` stored in this run, or None."""
-        return _read_note(self.place.run, name)
+    def noted(self, name: str, schema: Schema[T]) -> T | None:
+        """Return a value that `note` stored in this run; None if it is absent or damaged."""
+        return read_note(self.place.run / f"{name}{_NOTE}", schema)
 
     def audit(self, names: Iterable[str], threads: int = 1) -> None:
         """Read written tensors back from disk, verify their checksums, and hash them.
@@ -254,7 +268,7 @@ class CheckpointWriter:
 
     def _undo_moves(self) -> None:
         """Move files back that a killed run had already moved to the output folder."""
-        moved = [self.place.out / name for name in self.noted(_MOVING) or []]
+        moved = [self.place.out / name for name in self.noted(_MOVING, _NAMES) or ()]
         for path in filter(os.path.lexists, moved):
             self.place.model.mkdir(exist_ok=True)
             path.replace(self.place.model / path.name)
@@ -269,15 +283,15 @@ class CheckpointWriter:
     def _verified(self) -> dict[str, str]:
         """Return the journalled tensors whose bytes on disk match the recorded checksum."""
         done: dict[str, str] = {}
-        for entry in _journal_entries(self._journals()):
-            spec = self.source.spec(entry["tensor"])
-            if not (self.place.model / (spec.shard + _PARTIAL)).exists():
+        for entry in journal_entries(self._journals()):
+            spec = self.source.tensors.get(entry.tensor)
+            if spec is None or not (self.place.model / (spec.shard + _PARTIAL)).exists():
                 continue
             checksum = xxh3_128()
             for piece in self._pieces(spec):
                 checksum.update(piece)
-            if checksum.hexdigest() == entry[_CHECKSUM]:
-                done[spec.name] = entry[_CHECKSUM]
+            if checksum.hexdigest() == entry.xxh3_128:
+                done[spec.name] = entry.xxh3_128
         return done
 
     def _pieces(self, spec: TensorSpec) -> Iterator[memoryview]:
@@ -359,7 +373,7 @@ def check_output(out: str | Path) -> Path:
     if path.is_file():
         raise CheckpointError(f"The output '{path}' is a file. Expected the path of a new folder.")
     output_folder(path, suffix=_PARTIAL)
-    own = {_INSIDE, *(_read_note(path / _INSIDE, _MOVING) or [])}
+    own = {_INSIDE, *(read_note(path / _INSIDE / f"{_MOVING}{_NOTE}", _NAMES) or ())}
     if path.is_dir() and any(entry.name not in own for entry in path.iterdir()):
         raise CheckpointError(
             f"The output folder '{path}' exists and is not empty. Choose another, or empty it."
@@ -373,7 +387,7 @@ def check_unfinished(out: str | Path, run: str) -> None:
     Raises: RunError for an unfinished run of another plan.
     """
     place = run_folders(out)
-    if (place.run / _RUN).exists() and (found := _recorded_run(place.run / _RUN)) != run:
+    if (place.run / _RUN).exists() and (found := recorded_run(place.run / _RUN)) != run:
         raise RunError(
             f"'{place.run}' contains an unfinished merge of another plan ({str(found)[:8]}, not "
             f"{run[:8]}). Finish it with that plan, delete the folder, or choose another output "
@@ -430,25 +444,3 @@ def _write_at(descriptor: int, offset: int, data: bytes | bytearray) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _recorded_run(record: Path) -> str | None:
-    try:
-        run: str | None = json.loads(record.read_text(encoding="utf-8")).get("run")
-    except (ValueError, AttributeError):
-        return None
-    return run
-
-
-def _read_note(run: Path, name: str) -> Any:  # noqa: ANN401
-    path = run / f"{name}{_NOTE}"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _journal_entries(journals: Iterable[Path]) -> Iterable[dict[str, str]]:
-    for journal in journals:
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:  # a line truncated by a kill
-                continue

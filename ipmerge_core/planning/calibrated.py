@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ipmerge_core.analysis.records import Sources
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
+from ipmerge_core.runtime.input_files import CLOSED, Location, Name
 from ipmerge_core.runtime.paths import resolve_path
 
 _NEEDED = {"fisher": "the Fisher information", "gram": "the Gram matrices of the inputs"}
@@ -20,9 +19,11 @@ _NEEDED = {"fisher": "the Fisher information", "gram": "the Gram matrices of the
 class Calibrated:
     """A finished calibration: its folder, the hash of its metadata, and the samples per model."""
 
-    folder: str
-    digest: str
-    samples: tuple[str, ...] = ()  # as text; empty in plans of older versions
+    __pydantic_config__ = CLOSED
+
+    folder: Location
+    digest: Name
+    samples: tuple[Name, ...] = ()  # as text; empty in plans of older versions
 
     @classmethod
     def find(
@@ -50,13 +51,6 @@ class Calibrated:
         found.check(sources.merged(), method.data)
         counts = (f"{model.role}: {model.samples} samples" for model in found.models)
         return cls(str(resolve_path(folder)), found.digest, tuple(counts))
-
-    @classmethod
-    def read(cls, content: Mapping[str, Any] | None) -> Calibrated | None:
-        """Rebuild from the JSON content of a plan."""
-        if not content:
-            return None
-        return cls(content["folder"], content["digest"], tuple(content.get("samples", ())))
 
     def open(self) -> Measurements:
         """Open the measurements. Raises: PlanError if they have changed since the plan was made."""

@@ -6,13 +6,21 @@ small: it names the pair, but has no records. Imports torch only to make the pla
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.analysis.records import Analysis, read_pack
 from ipmerge_core.errors import PlanError
+from ipmerge_core.runtime.input_files import (
+    InvalidContentError,
+    Name,
+    Schema,
+    parse_json,
+    read_bounded,
+    versioned,
+)
 
 if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
@@ -22,13 +30,34 @@ _LARGEST = 4_000_000  # bytes; a choice with thousands of overrides has less tha
 _COMPARED = ("name", "created", "parameters")  # of the pack
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """The pack of a choice: its id in the app, and what identifies its analysis."""
+
+    id: Name
+    name: Any = None
+    created: Any = None
+    parameters: Any = None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Contents of the file after its format; other fields are for the app."""
+
+    pair: _Pair
+    arguments: dict[str, Any]
+
+
+_CHOICE = Schema[_Choice](_Choice)
+
+
 def read_choice(path: Path) -> Mapping[str, Any] | None:
     """Return the content of a "Plan as JSON" file; None for another file, such as a plan."""
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST:
+        if not path.is_file():
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_bounded(path, _LARGEST), _LARGEST)
+    except (OSError, InvalidContentError):
         return None
     is_choice = isinstance(content, dict) and content.get("format") == FORMAT
     return content if is_choice else None
@@ -39,15 +68,14 @@ def pair_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Raises: PlanError if the file is of another version, or incomplete.
     """
-    pair = content.get("pair")
-    named = isinstance(pair, dict) and isinstance(pair.get("id"), str)
-    complete = named and isinstance(content.get("arguments"), dict)
-    if content.get("version") != VERSION or not complete or not isinstance(pair, dict):
+    try:
+        found = _CHOICE.validate(versioned(content, FORMAT, (VERSION,))[1])
+    except InvalidContentError as error:
         raise PlanError(
-            f"The file is not a plan of this version of the app: expected version {VERSION} with "
-            f"'pair' and 'arguments'. Copy it again from API & cite."
-        )
-    return dict(pair)
+            f"The file is not a plan of this version of the app: {error}; expected version "
+            f"{VERSION} with 'pair' and 'arguments'. Copy it again from API & cite."
+        ) from error
+    return asdict(found.pair)
 
 
 def plan_of_choice(content: Mapping[str, Any], pack: Path) -> MergePlan:

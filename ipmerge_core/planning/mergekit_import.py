@@ -7,13 +7,24 @@ that names them. Opens no models.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
-import yaml
+from pydantic import Field
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
 from ipmerge_core.planning.mergekit import MATRICES, WRITERS, grades_the_change
+from ipmerge_core.runtime.input_files import (
+    CLOSED,
+    FileKind,
+    InvalidContentError,
+    Location,
+    Name,
+    Number,
+    Schema,
+    parse_yaml,
+)
 
 
 class Recipe(NamedTuple):
@@ -49,21 +60,66 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _KNOWN = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
 
 
-def import_recipe(text: str) -> Recipe:
+RECIPE = FileKind("a recipe", "Expected mergekit's YAML.", PlanError, largest=128 * 1024)
+_Scalar: TypeAlias = Number | int | bool | Annotated[str, Field(max_length=200)] | None
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """A value for tensors whose name contains `filter`."""
+
+    __pydantic_config__ = CLOSED
+
+    value: _Scalar | list[_Scalar]
+    filter: str | None = None
+
+
+_Value: TypeAlias = _Scalar | _Condition | list[_Scalar | _Condition]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model of a recipe with its parameters."""
+
+    __pydantic_config__ = CLOSED
+
+    model: Location
+    parameters: dict[str, _Value] | None = None
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """The fields of a recipe that a plan can express."""
+
+    __pydantic_config__ = CLOSED
+
+    merge_method: Name
+    models: tuple[_Model, ...] = ()
+    base_model: Location | None = None
+    parameters: dict[str, _Value] | None = None
+    dtype: Name | None = None
+    out_dtype: Name | None = None
+
+
+_RECIPE = Schema[_Recipe](_Recipe)
+
+
+def import_recipe(text: str | bytes) -> Recipe:
     """Read a mergekit recipe of two models (or more experts); the first is the MLLM.
 
     Raises: PlanError for an invalid recipe, or one that a plan cannot express.
     """
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PlanError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(recipe, dict) or "merge_method" not in recipe:
-        raise PlanError("This is not a mergekit recipe: it has no merge_method.")
-    unknown = sorted(set(recipe) - set(_KNOWN))
-    if unknown:
-        raise PlanError(f"The recipe has '{unknown[0]}', which a plan cannot express.")
-    method = str(recipe["merge_method"])
+        content = parse_yaml(text, RECIPE.largest)
+        unknown = sorted(set(content) - set(_KNOWN)) if isinstance(content, dict) else []
+        if unknown:
+            raise PlanError(f"The recipe has '{unknown[0]:.80}', which a plan cannot express.")
+        recipe = asdict(_RECIPE.validate(content))
+    except InvalidContentError as error:
+        raise PlanError(
+            f"This is not a mergekit recipe: {error}. Expected YAML with a merge_method and models."
+        ) from error
+    method = recipe["merge_method"]
     ours = "della" if method == "della_linear" else method
     if ours not in WRITERS:
         raise PlanError(f"The method '{method}' of the recipe is not one of: {', '.join(WRITERS)}.")
@@ -103,14 +159,14 @@ def _dtype_notes(recipe: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _read_models(recipe: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     base = recipe.get("base_model")
-    entries = [entry for entry in recipe.get("models") or [] if isinstance(entry, dict)]
+    entries = list(recipe["models"])
     if recipe["merge_method"] != "slerp":  # there the base is the MLLM
         entries = [entry for entry in entries if entry.get("model") != base]
     elif (
         base is not None
     ):  # the model at t = 0 comes first, regardless of its position in the recipe
         entries.sort(key=lambda entry: entry.get("model") != base)
-    if len(entries) < 2 or not all(isinstance(entry.get("model"), str) for entry in entries):
+    if len(entries) < 2:
         raise PlanError(
             f"The recipe has {len(entries)} models in addition to its base; a plan requires the "
             f"MLLM and at least one expert."

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, Protocol
+
+import re2
 
 from ipmerge_core.errors import PlanError
-
-if TYPE_CHECKING:
-    from ipmerge_core.methods.declarations import Anchor
+from ipmerge_core.spectral.kinds import Anchor
 
 Override = Literal["merge", "keep"]
 Norms = Literal["keep", "merge"]
 Embeddings = Literal["keep", "merge-shared"]
 Kind = Literal["pattern", "factors", "choice", "rules"]
+_LONGEST_PATTERN = 1000  # characters
+_MOST_FACTORS = 1000
 
 ANCHORS = {
     "inject": "add the experts' task vectors to the MLLM",
@@ -199,14 +203,45 @@ def shown(value: float | int | bool | str | None) -> str:
     return value if isinstance(value, str) else str(value).lower()
 
 
-def _read_pattern(option: Option, value: Any) -> str | None:  # noqa: ANN401 (whatever was given)
+class Pattern(Protocol):
+    """A compiled regular expression."""
+
+    def search(self, text: str) -> object | None:
+        """Return the first match in a text, or None."""
+
+
+@lru_cache(maxsize=64)
+def compile_pattern(pattern: str) -> Pattern:
+    """Compile a regular expression that searches any text in linear time (RE2's syntax).
+
+    Raises: ValueError for one that is invalid, too long, or needs look-around or backreferences.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(f"it has {len(pattern)} characters; the maximum is {_LONGEST_PATTERN}")
+    settings = re2.Options()
+    settings.log_errors = False
     try:
-        return None if value is None else str(re.compile(value).pattern)
-    except (re.error, TypeError) as error:
+        compiled: Pattern = re2.compile(pattern, options=settings)
+    except re2.error as error:
+        reason = error.args[0]
+        raise ValueError(reason.decode() if isinstance(reason, bytes) else reason) from error
+    return compiled
+
+
+def _read_pattern(option: Option, value: Any) -> str | None:  # noqa: ANN401 (whatever was given)
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, str):
+            raise TypeError(f"it is of type {type(value).__name__}")
+        compile_pattern(value)
+    except (ValueError, TypeError) as error:
         raise PlanError(
-            f"The {option.name} pattern {value!r} is not a valid regular expression: {error}. "
-            f"Expected one such as 'mlp' or 'layers\\.(0|1)\\.'."
+            f"The {option.name} pattern {reprlib.repr(value)} is not a valid regular expression: "
+            f"{error}. Expected one in RE2's syntax, which has no look-around and no "
+            f"backreferences, such as 'mlp' or 'layers\\.(0|1)\\.'."
         ) from error
+    return value
 
 
 def _read_factors(option: Option, value: Any) -> tuple[float, ...]:  # noqa: ANN401
@@ -218,8 +253,11 @@ def _read_factors(option: Option, value: Any) -> tuple[float, ...]:  # noqa: ANN
                 f"The {option.label.lower()} is '{value[:40]}'; expected numbers such as 0 0.5 1, "
                 f"from the first layer to the last."
             ) from None
-    if not isinstance(value, list | tuple):
-        raise PlanError(f"{option.name} is {value!r}; expected a list of numbers, as [0, 1].")
+    if not isinstance(value, list | tuple) or len(value) > _MOST_FACTORS:
+        raise PlanError(
+            f"{option.name} is {reprlib.repr(value)}; expected a list of at most "
+            f"{_MOST_FACTORS} numbers, as [0, 1]."
+        )
     wrong = [f for f in value if not isinstance(f, int | float) or not 0 <= f < math.inf]
     if wrong:
         raise PlanError(f"A layer gain is {wrong[0]!r}; expected finite numbers >= 0, as 0, 1.")
@@ -229,13 +267,15 @@ def _read_factors(option: Option, value: Any) -> tuple[float, ...]:  # noqa: ANN
 def _read_choice(option: Option, value: Any) -> Any:  # noqa: ANN401
     if value != option.default and value not in tuple(option.choices):
         expected = " or ".join(option.choices)
-        raise PlanError(f"{option.name} is {value!r}; expected {expected}.")
+        raise PlanError(f"{option.name} is {reprlib.repr(value)}; expected {expected}.")
     return value
 
 
 def _read_rules(option: Option, value: Any) -> dict[str, Override]:  # noqa: ANN401
     if not isinstance(value, Mapping):
-        raise PlanError(f"{option.name} is {value!r}; expected matrix names with merge or keep.")
+        raise PlanError(
+            f"{option.name} is {reprlib.repr(value)}; expected matrix names with merge or keep."
+        )
     for name, rule in value.items():
         if rule not in ("merge", "keep"):
             raise PlanError(f"The override of '{name}' is {rule!r}; expected merge or keep.")

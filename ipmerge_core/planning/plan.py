@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ipmerge_core.analysis.analyse import describe
 from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals
 from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.methods import MergeMethod, find_method
-from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
+from ipmerge_core.methods.declarations import AffineUpdate, ParameterValue
 from ipmerge_core.models.pairing import TO_FORCE, MatrixMatch, ModelPair, open_pair
 from ipmerge_core.models.shared_tokens import SharedTokens, shared_tokens
 from ipmerge_core.planning.calibrated import Calibrated
@@ -29,6 +31,7 @@ from ipmerge_core.planning.preview import (
     Decision,
     Preview,
     as_measured,
+    check_consistent,
     checked_options,
     known_statistic,
     known_update,
@@ -44,19 +47,34 @@ from ipmerge_core.planning.scope import (
     spread,
 )
 from ipmerge_core.runtime.atomic import write_whole
+from ipmerge_core.runtime.input_files import (
+    CLOSED,
+    MEGABYTE,
+    Count,
+    FileKind,
+    InvalidContentError,
+    Name,
+    Number,
+    Schema,
+    versioned,
+)
+from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
 _FORMAT, _VERSION = "ipmerge-plan", 1
+PLAN = FileKind("a plan", "Create it again with `ipmerge plan`.", PlanError, largest=128 * MEGABYTE)
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """Everything needed to reproduce a merge; created by `make_plan`, executed by `merge`."""
 
-    name: str
-    method: str
+    __pydantic_config__ = CLOSED
+
+    name: Name
+    method: Name
     parameters: Mapping[str, ParameterValue]
-    similarity: str | None
-    similarity_threshold: float | None
+    similarity: Annotated[str, Field(pattern=f"^({'|'.join(SIMILARITIES)})$")] | None
+    similarity_threshold: Annotated[float, Field(ge=0, le=1)] | None
     options: PlanOptions  # its anchor is the one that was chosen, never None
     sources: Sources
     totals: Totals
@@ -64,9 +82,9 @@ class MergePlan:
     records: tuple[LayerRecord, ...] = ()  # without spectra; empty if made from a ModelPair
     calibration: Calibrated | None = None  # for methods that need data
     tokens: SharedTokens | None = None  # merged rows of embeddings and head
-    statistic: tuple[float, ...] | None = None  # of the whole model, if already known
+    statistic: tuple[Number, ...] | None = None  # of the whole model, if already known
     analysed: Mapping[str, ParameterValue] | None = None  # the options of the analysis, if known
-    method_version: int = 1  # of the method's mathematics, see `MergeMethod.version`
+    method_version: Count = 1  # of the method's mathematics, see `MergeMethod.version`
 
     @cached_property
     def digest(self) -> str:
@@ -210,57 +228,39 @@ class MergePlan:
     @classmethod
     def load(cls, path: str | Path) -> MergePlan:
         """Read a plan written by `save`. Raises: PlanError if it is not a plan."""
+        content = PLAN.content(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls.from_dict(content)
-        except OSError as error:
-            raise PlanError(f"Cannot read the plan '{path}': {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f"'{path}' is not a plan of this version ({type(error).__name__}: {error}). "
-                f"Create it again with `ipmerge plan`."
-            ) from error
+        except (InvalidContentError, PlanError) as error:
+            raise PLAN.refusal(path, error) from error
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MergePlan:
-        """Rebuild a plan from its JSON content and validate it."""
-        if content["format"] != _FORMAT or content["version"] != _VERSION:
-            raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-        method = find_method(content["method"])
-        tokens = SharedTokens(**found) if (found := content.get("tokens")) else None
-        policies = {
-            "anchor": content.get("anchor") or "two_base",  # of files from before there were others
-            "embeddings": "merge-shared" if tokens else "keep",
-        }
-        plan = cls(
-            name=content["name"],
-            method=method.name,
-            parameters=method.complete(method.with_former_defaults(content["parameters"])),
-            similarity=content["similarity"],
-            similarity_threshold=content["similarity_threshold"],
-            options=PlanOptions.read({**content, **policies}),
-            sources=Sources.from_dict(content["sources"]),
-            totals=Totals(**content["totals"]),
-            decisions=tuple(
-                Decision(**{**entry, "experts": tuple(entry["experts"])})
-                for entry in content["decisions"]
-            ),
-            records=tuple(LayerRecord.from_dict(entry) for entry in content["records"]),
-            calibration=Calibrated.read(content.get("calibration")),
-            tokens=tokens,
-            statistic=tuple(found) if (found := content.get("statistic")) else None,
-            analysed=checked_options(method, made) if (made := content.get("analysed")) else None,
-            method_version=content.get("method_version", 1),
+        """Rebuild a plan from its JSON content. Raises: InvalidContentError, PlanError."""
+        _, fields = versioned(content, _FORMAT, (_VERSION,))
+        stored = fields.pop("hash", None)
+        options = {name: fields.pop(name) for name in OPTIONS if name in fields}
+        options["anchor"] = options.get("anchor") or "two_base"  # the only one of older files
+        options["embeddings"] = "merge-shared" if fields.get("tokens") else "keep"
+        found = _PLAN.validate({**fields, "options": options})
+        method = find_method(found.method)
+        plan = replace(
+            found,
+            parameters=method.complete(method.with_former_defaults(found.parameters)),
+            analysed=checked_options(method, found.analysed) if found.analysed else None,
         )
-        if plan.hash != content["hash"]:
-            raise ValueError(f"its hash is {plan.hash}, but the file has {content['hash']}")
+        check_consistent(plan.decisions, plan.records, len(plan.sources.math))
+        if plan.hash != stored:
+            raise InvalidContentError(f"its hash is {plan.hash}, but the file has {stored!r:.80}")
         if plan.method_version != method.version:
-            raise PlanError(
-                f"The plan {plan.hash} was made for version {plan.method_version} of "
-                f"{method.label}; this release computes version {method.version}, which gives "
-                f"other weights. Make the plan again with `ipmerge plan`."
+            raise InvalidContentError(
+                f"it was made for version {plan.method_version} of {method.label}; this release "
+                f"computes version {method.version}, which gives other weights"
             )
         return plan
+
+
+_PLAN = Schema[MergePlan](MergePlan)
 
 
 def make_plan(

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ipmerge_core.analysis.records import LayerRecord, Totals
+from ipmerge_core.analysis.records import Index, LayerRecord, Totals, check_records
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
-from ipmerge_core.methods.declarations import AffineUpdate, Anchor, ParameterValue
+from ipmerge_core.methods.declarations import AffineUpdate, ParameterValue
 from ipmerge_core.planning.options import shown
+from ipmerge_core.runtime.input_files import CLOSED, Count, InvalidContentError, Name
+from ipmerge_core.spectral.kinds import Anchor
 
 _QUICK = "the analysis was a quick one of the leading directions only"
 _UNKNOWN = "the plan does not record its analysis options; make it again for an exact preview"
@@ -25,11 +27,30 @@ _UNKNOWN = "the plan does not record its analysis options; make it again for an 
 class Decision:
     """Decision for one matrix: the indices of the experts to merge; empty if kept."""
 
-    name: str
-    layer: int
-    module: str
-    numel: int
-    experts: tuple[int, ...]
+    __pydantic_config__ = CLOSED
+
+    name: Name
+    layer: Index
+    module: Name
+    numel: Count
+    experts: tuple[Index, ...]
+
+
+def check_consistent(
+    decisions: Sequence[Decision], records: Sequence[LayerRecord], experts: int
+) -> None:
+    """Check that decisions and records are about the same matrices. Raises: InvalidContentError."""
+    for number, decision in enumerate(decisions):
+        if list(decision.experts) != sorted({e for e in decision.experts if e < experts}):
+            raise InvalidContentError(
+                f"'decisions[{number}].experts' is {list(decision.experts)[:8]}; expected "
+                f"increasing indices below {experts}"
+            )
+    check_records(records, experts)
+    decided = [decision.name for decision in decisions]
+    recorded = [record.name for record in records[::experts]]
+    if len(set(decided)) != len(decided) or (recorded and recorded != decided):
+        raise InvalidContentError("its decisions and records are not of the same matrices")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ PlanError where the method cannot follow. Knows no model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +13,8 @@ import numpy as np
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
-from ipmerge_core.methods.declarations import Anchor
-from ipmerge_core.planning.options import PlanOptions
-from ipmerge_core.spectral.kinds import SIMILARITIES
+from ipmerge_core.planning.options import Pattern, PlanOptions, compile_pattern
+from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
 SELECTION = {"similarity_threshold": 0.4, "similarity": "first"}  # defaults of the selection
 
@@ -25,8 +23,8 @@ class Scope(NamedTuple):
     """Selects tensors by name: an override, or included and not excluded."""
 
     overrides: Mapping[str, str]
-    include: re.Pattern[str] | None
-    exclude: re.Pattern[str] | None
+    include: Pattern | None
+    exclude: Pattern | None
 
     @classmethod
     def of(cls, options: PlanOptions) -> Scope:
@@ -42,8 +40,8 @@ class Scope(NamedTuple):
         return wanted and not (self.exclude and self.exclude.search(name))
 
 
-def _compile(pattern: str | None) -> re.Pattern[str] | None:
-    return None if pattern is None else re.compile(pattern)
+def _compile(pattern: str | None) -> Pattern | None:
+    return None if pattern is None else compile_pattern(pattern)
 
 
 def check_extras(method: MergeMethod, options: PlanOptions) -> None:

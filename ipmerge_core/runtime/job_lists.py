@@ -7,7 +7,6 @@ gone. What a job wrote outside of its own folder is left to the caller.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.runtime.jobs import JobStatus, JobStore
+from ipmerge_core.runtime.job_files import JobStatus, read_request
+from ipmerge_core.runtime.jobs import JobStore
 
 
 class JobRequest(NamedTuple):
@@ -27,20 +27,17 @@ class JobRequest(NamedTuple):
 
 def describe_job(store: JobStore, job: str) -> JobRequest:
     """Return what a job was started with. Raises: RunError for an unknown id."""
-    try:
-        if job.isalnum():  # no path
-            return _read_request(store.folder / job / "job.json")
-    except OSError:
-        pass
+    if job.isalnum() and (store.folder / job).is_dir():  # no path
+        return _request_of(store.folder / job)
     raise RunError(f"There is no run with the id '{job[:40]}'. Was its folder removed?")
 
 
 @lru_cache(maxsize=4096)
-def _read_request(path: Path) -> JobRequest:
+def _request_of(folder: Path) -> JobRequest:
     """Read a file that never changes."""
-    content = json.loads(path.read_text("utf-8"))
-    about = {str(name): str(text) for name, text in (content.get("about") or {}).items()}
-    return JobRequest(str(content["target"]).rpartition(":")[2], about)
+    request = read_request(folder)
+    about = {name: str(text) for name, text in (request.about or {}).items()}
+    return JobRequest(request.target.rpartition(":")[2], about)
 
 
 def keys_of_owner(store: JobStore, owner: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
-import json
 import os
 import signal
 import threading
@@ -25,8 +24,9 @@ from typing import Any, Self
 
 import psutil
 
-from ipmerge_core.errors import IPMergeError
-from ipmerge_core.runtime.jobs import JobStatus, Phase, log_event, read_status, write_status
+from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.runtime.job_files import JobStatus, Phase, Request, read_request, read_status
+from ipmerge_core.runtime.jobs import log_event, write_status
 from ipmerge_core.runtime.pipeline import keep_freed_memory
 
 _WRITE_EVERY = 0.1  # seconds between two writes of status.json
@@ -67,12 +67,16 @@ def run_locked(folder: str | Path, lock: int, *, warm: bool = False) -> int:
 def run_job(folder: str | Path, *, warm: bool = False) -> int:
     """Run the job in `folder` in the main thread of this process and return the exit code."""
     folder = Path(folder)
-    content = json.loads((folder / "job.json").read_text("utf-8"))
-    with _Supervisor(folder, content.get("seconds")) as supervisor:
+    try:
+        request = read_request(folder)
+    except RunError as error:
+        write_status(folder, replace(read_status(folder), state="failed", error=str(error)))
+        return 1
+    with _Supervisor(folder, request.seconds) as supervisor:
         log_event(folder, {"event": "started", **supervisor.process, "warm": warm})
         try:
             supervisor.enter("importing")
-            target, arguments = _load_target(folder, content)
+            target, arguments = _load_target(folder, request)
             supervisor.enter("opening")
             _drain(target(**arguments), supervisor)
         except _Interrupted:
@@ -224,12 +228,12 @@ def _drain(steps: Generator[Any], supervisor: _Supervisor) -> None:
                 noted = now
 
 
-def _load_target(folder: Path, content: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _load_target(folder: Path, request: Request) -> tuple[Any, dict[str, Any]]:
     """Import the generator function of a job and load its arguments."""
-    arguments = dict(content["arguments"])
-    for name, file in content["files"].items():
+    arguments = dict(request.arguments)
+    for name, file in request.files.items():
         arguments[name] = _find(file["class"]).load(folder / file["file"])
-    return _find(content["target"]), arguments
+    return _find(request.target), arguments
 
 
 def _find(name: str) -> Any:  # noqa: ANN401 (a function or a class)

@@ -23,17 +23,38 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
 from ipmerge_core.errors import FolderInUseError, RunError
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.host import Limits, check_home
 from ipmerge_core.runtime.host import limits as host_limits
+from ipmerge_core.runtime.job_files import (
+    Claim,
+    JobStatus,
+    Phase,
+    State,
+    read_request,
+    read_status,
+)
 
-State = Literal["running", "cancelling", "finished", "cancelled", "failed", "interrupted"]
-Phase = Literal["", "starting", "importing", "opening", "working"]
+__all__ = [
+    "SHORTEST_SECRET",
+    "Claim",
+    "JobStatus",
+    "JobStore",
+    "Launcher",
+    "Phase",
+    "Saved",
+    "Started",
+    "State",
+    "log_event",
+    "read_status",
+    "write_status",
+]
+
 _ID = re.compile(r"[0-9a-f]{32}")
 SHORTEST_SECRET = 32  # minimum number of characters of an owner's secret
 _LOCK_PATIENCE = 10.0  # seconds that a process may take to release its lock after its last status
@@ -49,47 +70,6 @@ class Saved(Protocol):
     def save(self, path: str | Path) -> None:
         """Write the argument to `path`."""
         ...
-
-
-@dataclass(frozen=True)
-class JobStatus:
-    """State of a job. Times are seconds since the epoch; `step` is the last one it yielded.
-
-    `phase` is what a running job does: "starting" (its process), "importing" (libraries), "opening"
-    (models, before its first step), "working". `first` is the first step of the current pass that
-    did new work, made at `since`: speed is measured from there. `nbytes_memory` is the most memory
-    that its process held.
-    """
-
-    id: str
-    title: str
-    state: State
-    step: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    started: float = 0.0
-    updated: float = 0.0
-    error: str = ""
-    phase: Phase = ""
-    first: Mapping[str, Any] = field(default_factory=dict)
-    since: float = 0.0
-    nbytes_memory: int = 0
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a process is currently executing the job."""
-        return self.state in ("running", "cancelling")
-
-    @property
-    def can_resume(self) -> bool:
-        """Whether the job stopped before its end and can be resumed."""
-        return self.state in ("cancelled", "failed", "interrupted")
-
-
-class Claim(NamedTuple):
-    """A folder reserved for one job while it runs, and a label of what the job writes there."""
-
-    folder: str
-    work: str = ""
 
 
 class Launcher(Protocol):
@@ -199,11 +179,23 @@ class JobStore:
         if not self.folder.is_dir():
             return []
         jobs = [path.name for path in self.folder.iterdir() if (path / "status.json").is_file()]
-        statuses = []
-        for job in filter(_ID.fullmatch, jobs):
-            with contextlib.suppress(RunError, OSError):  # deleted meanwhile
-                statuses.append(self.status(job))
-        return sorted(statuses, key=lambda status: -status.started)
+        statuses = [self._status_if_readable(job) for job in jobs if _ID.fullmatch(job)]
+        found = [status for status in statuses if status is not None]
+        return sorted(found, key=lambda status: -status.started)
+
+    def _status_if_readable(self, job: str) -> JobStatus | None:
+        """Return a job's status; None if it was deleted meanwhile.
+
+        A job with damaged files is failed, so that it hides no other.
+        """
+        try:
+            status = self.status(job)
+            read_request(self.folder / job)
+        except (RunError, OSError) as error:
+            if not (self.folder / job / "status.json").is_file():
+                return None
+            return JobStatus(job, "Unreadable run", "failed", error=str(error))
+        return status
 
     def cancel(self, job: str, key: str) -> JobStatus:
         """Request that a job stop after its current step; finished work is kept.
@@ -228,7 +220,7 @@ class JobStore:
                 raise RunError(
                     f"The run '{status.title}' is {status.state}; there is nothing to resume."
                 )
-            self._admit(self._claim(job), self._content(job).get("visitor", ""))
+            self._admit(self._claim(job), self._visitor(job))
             self._spawn(job)
         return self.status(job)
 
@@ -246,9 +238,8 @@ class JobStore:
 
     def holds_key(self, job: str, key: str) -> bool:
         """Return whether `key` is the key that `start` returned for this job."""
-        self._folder(job)  # raises for an unknown id
         if job not in self._digests:
-            self._digests[job] = str(self._content(job)["key"])
+            self._digests[job] = read_request(self._folder(job)).key
         return hmac.compare_digest(self._digests[job], _digest(key))
 
     def _authorise(self, job: str, key: str) -> None:
@@ -273,17 +264,15 @@ class JobStore:
             found = self._claim(job)
             if claim and found and _same(found, claim.folder):
                 raise FolderInUseError(claim.folder, job, same_work=found.work == claim.work)
-        own = [job for job in running if visitor and self._content(job).get("visitor") == visitor]
+        own = [job for job in running if visitor and self._visitor(job) == visitor]
         _check_limit(len(own), self.limits.runs_per_visitor, " from your address")
         _check_limit(len(running), self.limits.runs, "")
 
     def _claim(self, job: str) -> Claim | None:
-        claim = self._content(job).get("claim")
-        return Claim(*claim) if claim else None
+        return read_request(self._folder(job)).claim
 
-    def _content(self, job: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self._folder(job) / "job.json").read_text("utf-8"))
-        return content
+    def _visitor(self, job: str) -> str:
+        return read_request(self._folder(job)).visitor
 
     def _folder(self, job: str) -> Path:
         folder = self.folder / job
@@ -293,10 +282,9 @@ class JobStore:
 
     def _spawn(self, job: str) -> None:
         folder = self.folder / job
-        content = json.loads((folder / "job.json").read_text("utf-8"))
-        now = time.time()
+        request, now = read_request(folder), time.time()
         status = JobStatus(
-            job, content["title"], "running", {}, content["arguments"], now, now, phase="starting"
+            job, request.title, "running", {}, request.arguments, now, now, phase="starting"
         )
         with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as log:
             # The child inherits the open, locked file, so that a running job never appears
@@ -352,11 +340,6 @@ def _check_limit(number: int, limit: float | None, whose: str) -> None:
 def _same(claim: Claim | None, folder: str) -> bool:
     """Return whether a claim refers to this folder, after resolving links."""
     return claim is not None and os.path.realpath(claim.folder) == os.path.realpath(folder)
-
-
-def read_status(folder: Path) -> JobStatus:
-    """Read the status file of a job."""
-    return JobStatus(**json.loads((folder / "status.json").read_text("utf-8")))
 
 
 def write_status(folder: Path, status: JobStatus) -> None:

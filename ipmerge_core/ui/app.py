@@ -6,6 +6,7 @@ the chosen pair, the session's `ChosenMerge` and one `Backend`.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
 from ipmerge_core.ui.api import AppBlocks, add_endpoints
 from ipmerge_core.ui.backend import MODULES, Backend
+from ipmerge_core.ui.chat.recorded import unreadable_examples
 from ipmerge_core.ui.chat.side_choice import (
     TryFinished,
     remembered_merges,
@@ -30,15 +32,16 @@ from ipmerge_core.ui.chat.tab import try_tab
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
-from ipmerge_core.ui.errors import QUIET
+from ipmerge_core.ui.errors import QUIET, public_text
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
 from ipmerge_core.ui.merge.permalink import Permalink
 from ipmerge_core.ui.merge.tab import MergeTab, merge_tab
-from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack
+from ipmerge_core.ui.pairs import DEMO, ROOT, list_packs, load_pack, unreadable_packs
 from ipmerge_core.ui.run_list.component import RunList
 from ipmerge_core.ui.run_list.wiring import Frame, wire_run_list
 from ipmerge_core.ui.runs import RunPoll, remembered_run
+from ipmerge_core.ui.safe_text import as_markdown
 from ipmerge_core.ui.serving import layers, limit_waiting
 from ipmerge_core.ui.theme import theme
 from ipmerge_core.ui.web.modules import join_modules
@@ -52,6 +55,8 @@ NO_PACKS = """\
 **No pair has been analysed yet.** Create a pack and reload this page:
 `ipmerge analyse --mllm A --math B --base Z -o {folder}/name.pack.json.gz`
 """
+LEFT_OUT = "**These files cannot be read and are left out:**"
+LISTED = 4  # files that are left out
 LARGEST_UPLOAD = "15mb"
 UPLOADS_KEPT = (3600, 86400)  # seconds: how often old uploads are deleted, and from what age
 QUEUE = 1000  # waiting calls of all kinds
@@ -59,6 +64,17 @@ WAITING = {"models": 32}  # waiting calls of the kinds that take long
 SCRIPT = Path(__file__).with_name("page.js")
 STORAGE = SCRIPT.parent / "web" / "storage.js"
 STYLE = ROOT / "assets" / "style.css"
+
+
+def left_out() -> str:
+    """Return Markdown on files that cannot be read and are not shown; empty if there are none."""
+    faults = [public_text(fault) for fault in (*unreadable_packs(), *unreadable_examples())]
+    for fault in faults:
+        logging.getLogger(__name__).warning("Left out: %s", fault)
+    listed = [as_markdown(fault) for fault in faults[:LISTED]]
+    if len(faults) > LISTED:
+        listed.append(f"{len(faults) - LISTED} more, see the log of the app.")
+    return "\n".join(f"- {line}" for line in listed)
 
 
 def build_app(backend: Backend | None = None) -> gr.Blocks:
@@ -85,6 +101,8 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
                     )
                     runs = RunList()
                     opener = gr.Button("Analyse other models", size="sm", elem_id="analyse-open")
+        if faults := left_out():
+            gr.Markdown(f"{LEFT_OUT}\n\n{faults}", elem_id="left-out")
         analysis = remembered_run("analysis")
         panel = lay_out_panel(opener, details, analysis, hosted=backend.hosted)
         poll = RunPoll(gr.Textbox("", visible="hidden", elem_id="visitor"))

@@ -6,13 +6,11 @@ on demand the `MergePlan` (this imports torch). Values are checked by `make_plan
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.options import OPTIONS, PlanOptions
-from ipmerge_core.runtime.host import is_hosted
 from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, analysis_of, plan_of
 
 if TYPE_CHECKING:
@@ -61,9 +59,6 @@ def chosen_plan(
     Raises: PlanError for an invalid value, more experts than the method merges, or a missing
         calibration.
     """
-    for option in FIELDS:
-        if option.kind == "pattern":
-            _reject_slow(method.options.get(option.name, ""))
     options = PlanOptions.read(method.options)
     if method.name == EXPLORED:
         return plan_of(pack_id, choice, options=options, **method.values)
@@ -81,12 +76,3 @@ def chosen_plan(
     values: dict[str, Any] = {**more, **method.values}
     analysis = analysis_of(pack_id)
     return make_plan(analysis, method.name, options=options, calibration=calibration, **values)
-
-
-def _reject_slow(pattern: str) -> None:
-    """Reject patterns of users on a Space that can take exponential time: repetition."""
-    if is_hosted() and re.search(r"[*+?{(]", pattern):
-        raise PlanError(
-            f"The pattern {pattern[:40]!r} uses repetition or groups, which are disabled here; "
-            f"expected parts of names, such as 'mlp|layers\\.0\\.'."
-        )

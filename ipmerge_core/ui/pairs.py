@@ -45,11 +45,10 @@ def packs_folder() -> Path:
 
 
 def list_packs() -> list[PackEntry]:
-    """List the packs, the bundled ones first, with unique labels.
-
-    A file that cannot be read is listed as such and raises when it is opened.
-    """
-    labels = [(pack_id, _label(pack_id, path), path) for pack_id, path in _files()]
+    """List the packs that can be read, the bundled ones first, with unique labels."""
+    labels = [
+        (pack_id, _label(pack_id, path), path) for pack_id, path in _files() if _is_readable(path)
+    ]
     often = Counter(label for _, label, _ in labels)
     return [
         PackEntry(pack_id, f"{label} · {_stem(path)}" if often[label] > 1 else label, path)
@@ -57,10 +56,20 @@ def list_packs() -> list[PackEntry]:
     ]
 
 
+def unreadable_packs() -> list[str]:
+    """Return why each pack that cannot be read is not listed, one sentence per file."""
+    return [fault for _, path in _files() if (fault := _named(path).fault)]
+
+
 def find_pack(pack_id: str) -> PackEntry:
-    """Return the finished pack with this id. Raises: PlanError for an unknown or unfinished one."""
+    """Return the finished pack with this id.
+
+    Raises: PlanError for an unknown or unfinished pack, or one that cannot be read.
+    """
     for found, path in _files():
         if found == pack_id:
+            if fault := _named(path).fault:
+                raise PlanError(fault)
             return PackEntry(found, _label(found, path), path)
     partial = find_partial(pack_id, SKIP_ALL)
     if partial is not None:
@@ -69,7 +78,7 @@ def find_pack(pack_id: str) -> PackEntry:
             f"{len(partial.places)} matrices so far. Until its analysis has finished, it is only "
             f"available in Explore."
         )
-    known = ", ".join(found for found, _ in _files()) or "none"
+    known = ", ".join(entry.id for entry in list_packs()) or "none"
     raise PlanError(f"Unknown pair '{str(pack_id)[:60]}'. Available: {known}.")
 
 
@@ -88,7 +97,7 @@ def load_pack(pack_id: str) -> dict[str, Any]:
 
 def read_pack_file(path: Path) -> dict[str, Any]:
     """Read a pack file, once per version of it. Raises: PlanError."""
-    return _read(path, version_of(path))
+    return _read(path, _version_of(path))
 
 
 # --- partial packs ---------------------------------------------------------------------------
@@ -152,10 +161,13 @@ def reserve_name(*parts: str) -> Path:
 
 
 def _files() -> Iterator[tuple[str, Path]]:
+    """List the packs with their ids; of two files with the same stem, one has its whole name."""
     for folder, prefix in ((DEMO, ""), (packs_folder(), _OWN)):
         paths = {*folder.glob("pack*.json.gz"), *folder.glob(f"[!.]*{_ENDING}")}
-        for path in sorted(paths, key=_stem):
-            yield prefix + _stem(path), path
+        stems = Counter(_stem(path) for path in paths)
+        for path in sorted(paths, key=lambda path: (_stem(path), path.name)):
+            is_named = stems[_stem(path)] > 1 and not path.name.endswith(_ENDING)
+            yield prefix + (path.name if is_named else _stem(path)), path
 
 
 def _stem(path: Path) -> str:
@@ -164,17 +176,39 @@ def _stem(path: Path) -> str:
 
 def _label(pack_id: str, path: Path) -> str:
     own = "own: " if pack_id.startswith(_OWN) else ""
-    return own + _name(path, version_of(path))
+    return own + _named(path).name
+
+
+class _Named(NamedTuple):
+    """A pack's name with the options of its analysis, or why it cannot be read."""
+
+    name: str
+    fault: str = ""
+
+
+def _is_readable(path: Path) -> bool:
+    return not _named(path).fault
+
+
+def _named(path: Path) -> _Named:
+    return _read_name(path, _version_of(path))
 
 
 @lru_cache(maxsize=1024)
-def _name(path: Path, _version: FileVersion) -> str:
-    """Return a pack's name, with the options of its analysis if they are not the default."""
+def _read_name(path: Path, _version: FileVersion | None) -> _Named:
     try:
         content = read_pack_file(path)
-        return f"{content['name']}{describe_depth(content['parameters'])}"
-    except PlanError:
-        return f"{_stem(path)} (cannot be read)"
+    except PlanError as error:
+        return _Named("", str(error))
+    return _Named(f"{content['name']}{describe_depth(content['parameters'])}")
+
+
+def _version_of(path: Path) -> FileVersion | None:
+    """Return a file's version; None if there is no file, as for a dead link."""
+    try:
+        return version_of(path)
+    except OSError:
+        return None
 
 
 def describe_depth(parameters: dict[str, Any]) -> str:
@@ -197,5 +231,5 @@ def describe_depth(parameters: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, _version: FileVersion) -> dict[str, Any]:
+def _read(path: Path, _version: FileVersion | None) -> dict[str, Any]:
     return read_pack(path)[0]

@@ -167,6 +167,31 @@ test("on a Space the address is that of its page", () => {
     "https://huggingface.co/spaces/a/b?v=1&pack=packs-a&s=0.4&l=1");
 });
 
+test("a thousand damaged links end in a plan of this pair or a message", () => {
+  const random = randomNumbers(29);
+  const overrides = Object.fromEntries(index.cells.slice(0, 60).map(({ name }, i) => /** @type {[string, Override]} */ ([name, i % 2 ? "keep" : "merge"])));
+  /** @type {Plan} */
+  const plan = { ...DEFAULT_PLAN, s: 0.61, lambda: 2.5, similarity: "max", overrides };
+  const sound = `?${linkQuery({ ...STATE, plan, target: { kind: "cell", cell: index.cells[9] } })}`;
+  const hostile = ["NaN", "Infinity", "-1", "1e999", "%00", "%", "%ff", "&v=1", "&s=", "=", "9".repeat(5000), "_", "__proto__", "constructor", ".", "\u202e", "\ud800"];
+  const names = new Set(index.cells.map(({ name }) => name));
+  for (let seed = 0; seed < 1000; seed++) {
+    const start = Math.floor(random() * sound.length), length = Math.floor(random() * 12);
+    const inserted = random() < 0.7 ? hostile[Math.floor(random() * hostile.length)] : String.fromCharCode(Math.floor(random() * 256));
+    const link = sound.slice(0, start) + (random() < 0.8 ? inserted : "") + sound.slice(start + length);
+    const found = readLink(link, index);
+    if (!found) {
+      assert.ok(!new URLSearchParams(link).has("v"), link);
+      continue;
+    }
+    assert.ok(found.problems.every((problem) => problem.length > 10 && problem.length < 400), link);
+    if (!found.plan) continue;
+    assert.ok(found.plan.s >= 0 && found.plan.s <= 1 && found.plan.lambda >= 0 && found.plan.lambda <= 32, link);
+    assert.ok(["first", "max", "weighted"].includes(found.plan.similarity), link);
+    assert.ok(Object.entries(found.plan.overrides).every(([name, rule]) => names.has(name) && ["merge", "keep"].includes(rule)), link);
+  }
+});
+
 test("a link brings back what the colours show, and says when it cannot", () => {
   for (const quantity of QUANTITIES) {
     const query = linkQuery({ ...STATE, quantity });

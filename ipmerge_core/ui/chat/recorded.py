@@ -6,18 +6,26 @@ the correct answer, both replies, their models and the date; and the plan of the
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ipmerge_core.errors import PlanError
 from ipmerge_core.runtime.atomic import FileVersion, version_of
+from ipmerge_core.runtime.input_files import MEGABYTE, FileKind, Location, Schema
 from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.ui.finished_merges import describe_unmerged
 from ipmerge_core.ui.pairs import DEMO, read_pack_file
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
 DEMO_PAIR = "pack"  # the id of the pair that gave the recorded answers
+RECORDED = FileKind(
+    "a file of recorded answers",
+    "Record them again with assets/demo/record.py, or delete it.",
+    PlanError,
+    largest=16 * MEGABYTE,
+)
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 
 
@@ -56,8 +64,49 @@ class Example(NamedTuple):
         }[right]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """One recorded pair of answers in the file."""
+
+    question: str
+    image: Location
+    answer: str
+    computed: bool
+    base: str
+    merged: str
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """Contents of `recorded.json`."""
+
+    plan: str
+    choice: dict[str, Any]
+    recorded: str
+    examples: tuple[_Entry, ...]
+
+
+_RECORDED = Schema[_Recorded](_Recorded)
+
+
 def recorded_examples(folder: Path = DEMO) -> list[Example]:
-    """Read the recorded examples; empty if the file is missing."""
+    """Read the recorded examples; empty if the file is missing or cannot be read."""
+    try:
+        return _examples(folder)
+    except PlanError:
+        return []
+
+
+def unreadable_examples(folder: Path = DEMO) -> list[str]:
+    """Return why the recorded examples cannot be read; empty if they can."""
+    try:
+        _examples(folder)
+    except PlanError as error:
+        return [str(error)]
+    return []
+
+
+def _examples(folder: Path) -> list[Example]:
     path = folder / "recorded.json"
     return _read(path, version_of(path)) if path.is_file() else []
 
@@ -70,26 +119,26 @@ def recorded_choice(pack_id: str) -> PlanChoice | None:
 
 @lru_cache(maxsize=4)
 def _read(path: Path, _version: FileVersion) -> list[Example]:
-    content = json.loads(path.read_text("utf-8"))
+    content = RECORDED.load(_RECORDED, path)
     pack = read_pack_file(path.with_name("pack.json.gz"))
     examples = [
         Example(
             reference=Reference(
-                question=entry["question"],
-                image=Path(entry["image"]).name,
-                answer=entry["answer"],
-                is_math=entry["computed"],
+                question=entry.question,
+                image=Path(entry.image).name,
+                answer=entry.answer,
+                is_math=entry.computed,
             ),
-            image=path.parent / entry["image"],
-            base=entry["base"],
-            merged=entry["merged"],
-            plan=content["plan"],
-            choice=read_commit(content["choice"], pack),
-            recorded=content["recorded"],
+            image=path.parent / entry.image,
+            base=entry.base,
+            merged=entry.merged,
+            plan=content.plan,
+            choice=read_commit(content.choice, pack),
+            recorded=content.recorded,
             base_model=describe_unmerged(pack["sources"]["mllm"]["id"]),
             pair=pack["name"],
         )
-        for entry in content["examples"]
+        for entry in content.examples
     ]
     # Answers that the merge changed come first.
     return sorted(examples, key=lambda example: OUTCOMES.index(example.outcome))

@@ -29,6 +29,7 @@ from ipmerge_core.ui.explore.partial_packs import (
 from ipmerge_core.ui.pairs import load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_cells, read_commit
 from ipmerge_core.ui.runs import Updates
+from ipmerge_core.ui.safe_text import as_html
 
 PRESETS: list[dict[str, Any]] = [
     {
@@ -155,6 +156,7 @@ def explore_tab(
     def draw_spectra(pack_id: str, event: gr.EventData) -> dict[str, Any]:
         records = read_cells(event._data, explored_pack(pack_id))
         infos = [spectra_info(record) for record in records]
+        infos = [info._replace(title=as_html(info.title)) for info in infos]  # as plotly reads it
         dark, narrow = (event._data.get(key) is True for key in ("dark", "narrow"))
         return gr.update(value=spectra_figure(*infos, dark=dark, narrow=narrow), visible=True)
 
