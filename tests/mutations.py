@@ -212,8 +212,9 @@ def attempt(case: Case, place: Path, chance: random.Random) -> tuple[str, str]:
         return "escaped", traceback.format_exc(limit=-3)
     if code == 2 and arguments[0] == "check":  # its findings are its result
         findings = json.loads(out.getvalue()) if out.getvalue() else []
-        refusals = [found["message"] for found in findings if found["level"] == "refusal"]
-        return "refused", f"ipmerge: {refusals[0]}" if refusals else err.getvalue().strip()
+        refused = [found for found in findings if found["level"] == "refusal"]
+        words = [f"{found['subject']}: {found['message']} {found['remedy']}" for found in refused]
+        return "refused", f"ipmerge: {words[0]}" if words else err.getvalue().strip()
     if code == 2:
         return "refused", err.getvalue().strip()
     return ("accepted", "") if code == 0 else ("escaped", f"exit code {code}")
