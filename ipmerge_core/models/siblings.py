@@ -22,6 +22,7 @@ from ipmerge_core.models.differences import (
     sample_differences,
 )
 from ipmerge_core.models.weight_files import ADAPTER_CONFIG
+from ipmerge_core.runtime.input_files import one_line
 
 SIBLING_DISTANCE = 0.1  # typical upper limit for fine-tunes of one base
 REFUSED_DISTANCE = 0.3  # unrelated models have a distance near sqrt(2)
@@ -133,12 +134,14 @@ def _settings(model: Checkpoint) -> dict[str, object]:
 def _difference(level: Level, subject: str, key: str, ours: object, theirs: object) -> Finding:
     if key == "vocab_size":
         return Finding(
-            "ok", subject, f"{ours} rows, {theirs} in the base: the MLLM's embeddings are kept."
+            "ok",
+            subject,
+            f"{one_line(ours)} rows, {one_line(theirs)} in the base: the MLLM's embeddings are kept.",
         )
     return Finding(
         level,
         subject,
-        f"{ours}, but {theirs} in the base.",
+        f"{one_line(ours)}, but {one_line(theirs)} in the base.",
         "Models trained with different values rarely merge well: is this the right base?",
     )
 
