@@ -210,6 +210,11 @@ def attempt(case: Case, place: Path, chance: random.Random) -> tuple[str, str]:
         return "refused", f"ipmerge: {error}"
     except BaseException:  # noqa: BLE001 (this is what is looked for)
         return "escaped", traceback.format_exc(limit=-3)
+    if code == 2 and arguments[0] == "check":  # its findings are its result
+        findings = json.loads(out.getvalue()) if out.getvalue() else []
+        refused = [found for found in findings if found["level"] == "refusal"]
+        words = [f"{found['subject']}: {found['message']} {found['remedy']}" for found in refused]
+        return "refused", f"ipmerge: {words[0]}" if words else err.getvalue().strip()
     if code == 2:
         return "refused", err.getvalue().strip()
     return ("accepted", "") if code == 0 else ("escaped", f"exit code {code}")

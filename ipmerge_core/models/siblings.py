@@ -26,6 +26,7 @@ from ipmerge_core.models.differences import (
 from ipmerge_core.models.forward_settings import forward_differences
 from ipmerge_core.models.task_vectors import UNEQUAL
 from ipmerge_core.models.weight_files import ADAPTER_CONFIG
+from ipmerge_core.runtime.input_files import one_line
 
 SIBLING_DISTANCE = 0.1  # typical upper limit for fine-tunes of one base
 REFUSED_DISTANCE = 0.3  # unrelated models have a distance near sqrt(2)
@@ -151,19 +152,17 @@ def _check_configs(members: Sequence[Member]) -> Iterator[Finding]:
 def _difference(subject: str, key: str, ours: object, theirs: object) -> Finding:
     if key == "vocab_size":
         return Finding(
-            "ok", subject, f"{ours} rows, {theirs} in the base: the MLLM's embeddings are kept."
+            "ok",
+            subject,
+            f"{one_line(ours)} rows, {one_line(theirs)} in the base: the MLLM's embeddings are "
+            f"kept.",
         )
     return Finding(
         "refusal" if key in _MUST_AGREE else "warning",
         subject,
-        f"{_shortened(ours)}, but {_shortened(theirs)} in the base.",
+        f"{one_line(ours)}, but {one_line(theirs)} in the base.",
         "Models trained with different values rarely merge well: is this the right base?",
     )
-
-
-def _shortened(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _check_dtypes(members: Sequence[Member]) -> Iterator[Finding]:

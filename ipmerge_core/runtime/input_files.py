@@ -341,8 +341,14 @@ def _describe(error: Any, content: Any) -> str:  # noqa: ANN401 (pydantic's, and
     return f"{place} is {value}: {message.removeprefix('Value error, ')[:200]}"
 
 
-def _key(name: str) -> str:
-    return name if name.isprintable() and len(name) <= _LONGEST_KEY else reprlib.repr(name)
+def one_line(value: object) -> str:
+    r"""Format a value of a file for a message: as it is if it is short and printable.
+
+    >>> one_line("silu"), one_line(2), one_line("a\nb")
+    ('silu', '2', "'a\\nb'")
+    """
+    text = str(value) if isinstance(value, str | int | float) else reprlib.repr(value)
+    return text if text.isprintable() and len(text) <= _LONGEST_KEY else reprlib.repr(value)
 
 
 def _place(location: tuple[int | str, ...], content: Any, kind: str) -> str:  # noqa: ANN401
@@ -359,5 +365,5 @@ def _place(location: tuple[int | str, ...], content: Any, kind: str) -> str:  # 
             content = items[part]
         elif not (is_last and kind in _SUBJECTS):
             continue
-        parts.append(f"[{part}]" if isinstance(part, int) else f".{_key(part)}")
+        parts.append(f"[{part}]" if isinstance(part, int) else f".{one_line(part)}")
     return f"'{''.join(parts).removeprefix('.')}'" if parts else "its content"

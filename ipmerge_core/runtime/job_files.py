@@ -101,12 +101,12 @@ _JOB_FILE = FileKind(
 _STATUS, _REQUEST = Schema[JobStatus](JobStatus), Schema[Request](Request)
 
 
-def read_status(folder: Path) -> JobStatus:
-    """Read a job's status. Raises: RunError if its file is damaged."""
+def read_status(folder: Path, job: str | None = None) -> JobStatus:
+    """Read a job's status. Raises: RunError if its file is damaged or of another job."""
     path = folder / "status.json"
     status = _JOB_FILE.load(_STATUS, path)
-    if status.id != folder.name:
-        raise _JOB_FILE.refusal(path, f"'id' is {status.id!r:.80}; expected the folder's name")
+    if job is not None and status.id != job:
+        raise _JOB_FILE.refusal(path, f"'id' is {status.id!r:.80}; expected {job!r}")
     return status
 
 

@@ -165,7 +165,7 @@ class JobStore:
         """Return the status of a job. Raises: RunError for an unknown id."""
         folder = self._folder(job)
         for _ in range(2):  # a process may end between the two reads below
-            status = read_status(folder)
+            status = read_status(folder, job)
             if not status.is_running or _is_locked(folder):
                 break
         else:
