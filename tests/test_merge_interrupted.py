@@ -334,7 +334,7 @@ def test_nan_found_in_a_piece_is_counted_in_the_whole_tensor(
     changed[name][0, 0] = changed[name][-1, -1] = float("nan")
     folder = write_model(tmp_path / "math", changed, TEXT_CONFIG)
     with pytest.raises(CheckpointError, match=rf"'{name}' .* holds 2 NaN or infinite"):
-        ipm.merge(arithmetic(own_trio._replace(math=folder)), tmp_path / "out")
+        ipm.merge(arithmetic(own_trio._replace(math=folder)), tmp_path / "out", force=True)
     assert not (tmp_path / "out").exists()
     assert not place_left(tmp_path / "out")
 

@@ -156,7 +156,7 @@ def test_additional_chat_templates_are_copied(own_trio: Trio, tmp_path: Path) ->
     assert "additional_chat_templates/tool_use.jinja" in files_to_copy(source)
     with CheckpointWriter(source, tmp_path / "out", "run", resume=True) as writer:
         write_some(writer, list(source.tensors))
-        writer.finish({})
+        writer.finish(dict)
     copied = tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja"
     assert copied.read_text() == "{{ tools }}"
     assert not (tmp_path / "out" / "other").exists()

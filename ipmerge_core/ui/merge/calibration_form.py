@@ -93,7 +93,7 @@ def calibration_form(
         gate: disables Start until a change has been checked.
         choose: makes the form's merge the chosen one after an event.
     """
-    pair, method, device, memory = inputs
+    pair, method, _, memory = inputs
     with block:
         parts = _layout(hosted=backend.hosted)
     made = gr.Textbox("", visible="hidden", elem_id="calibration-made")  # its change is an event
@@ -121,6 +121,28 @@ def calibration_form(
         chosen = folder if folder and (not backend.hosted or folder in made_here) else ""
         return how._replace(calibration=chosen), {**(mine or {}), _place(pack_id, how): chosen}
 
+    def extras(run: RunState, _: str) -> Updates:
+        idle = not (run.owned and run.running)
+        return {made: made_by(run), parts.start: gr.update(interactive=idle)}
+
+    filled = [block, parts.intro, parts.folder, method, memory]
+    shown, kept = [pair, method, memory, made], parts.folder.input
+    gate.disable_on(kept)
+    chosen = [pair, method, memory, parts.folder]
+    stored = kept(keep, chosen, [method, memory], queue=False, **QUIET)
+    gate.check_after(choose(stored.then).then)
+    gate.disable_on(made.change)
+    arrived = made.change(show_errors(show), shown, filled, **QUIET)
+    gate.check_after(choose(arrived.then).then)
+    parts.run.wire(backend, memory, poll, extras=extras, outputs=[made, parts.start])
+    _wire_start(backend, parts, inputs, poll)
+    return lambda event: event.then(show_errors(show), shown, filled, **LAST)
+
+
+def _wire_start(backend: Backend, parts: _Parts, inputs: CalibrationInputs, poll: RunPoll) -> None:
+    """Let the button start a calibration, which the form then follows."""
+    pair, method, device, memory = inputs
+
     def begin(
         visitor: str,
         mine: Remembered | None,
@@ -137,28 +159,13 @@ def calibration_form(
         )
         return {**(mine or {}), **started._asdict()}
 
-    def extras(run: RunState, _: str) -> Updates:
-        idle = not (run.owned and run.running)
-        return {made: made_by(run), parts.start: gr.update(interactive=idle)}
-
-    filled = [block, parts.intro, parts.folder, method, memory]
-    shown, kept = [pair, method, memory, made], parts.folder.input
     fields = [pair, method, parts.mllm_samples, parts.math_samples, parts.limit]
-    gate.disable_on(kept)
-    chosen = [pair, method, memory, parts.folder]
-    stored = kept(keep, chosen, [method, memory], queue=False, **QUIET)
-    gate.check_after(choose(stored.then).then)
-    gate.disable_on(made.change)
-    arrived = made.change(show_errors(show), shown, filled, **QUIET)
-    gate.check_after(choose(arrived.then).then)
-    parts.run.wire(backend, memory, poll, extras=extras, outputs=[made, parts.start])
     disable_on_click(parts.start)
     pressed = parts.start.click(
         show_errors(begin), [poll.visitor, memory, device, *fields], memory, **QUIET
     )
     for ends in (pressed.success, pressed.failure):  # Gradio lets no `then` follow an error
         parts.run.follow(ends)
-    return lambda event: event.then(show_errors(show), shown, filled, **LAST)
 
 
 def calibration_view(
