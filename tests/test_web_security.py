@@ -127,7 +127,7 @@ def test_an_upload_is_passed_on_as_it_arrives() -> None:
 
 
 def test_a_space_shows_no_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "No such file: '/usr/lib/python3/x/y.json' of google/gemma-2, https://models.example/b/c, 3/4"
+    text = "No such file: '/usr/lib/x/y.json' of google/gemma-2, https://a.example/b, 3/4"
     assert public_text(text) == text
     monkeypatch.setenv("SPACE_ID", "someone/ipmerge")
     assert public_text(text) == text.replace("/usr/lib/x/", "")
