@@ -226,12 +226,20 @@ class _Inbox:
             self._importing = False
         return self._order
 
-    def receive(self) -> None:
-        """Wait for the order; end this process if the app ends first, or the job is cancelled."""
+    def _read_order(self) -> tuple[bytes, list[int]]:
+        """Return the order with its descriptors; no bytes if the app has ended."""
         data, descriptors, *_ = socket.recv_fds(self._channel, _LARGEST_ORDER, 2)
         while data and not data.endswith(b"\n"):
             more = self._channel.recv(_LARGEST_ORDER)
             data = data + more if more else b""
+        return data, descriptors
+
+    def receive(self) -> None:
+        """Wait for the order; end this process if the app ends first, or the job is cancelled."""
+        try:
+            data, descriptors = self._read_order()
+        except OSError:  # the app was killed while it was sending
+            os._exit(0)
         if not data:
             os._exit(0)
         self._order = json.loads(data)
