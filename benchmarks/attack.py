@@ -15,6 +15,7 @@ import base64
 import gzip
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from browser_fixtures import free_port, serving  # noqa: E402
 PATIENCE = 60  # seconds for one request or command
 QUICK = 2.0  # seconds within which other visitors are answered meanwhile
 SHORT = 10.0  # seconds within which a command refuses what it cannot use
+LONG = 180.0  # seconds within which a model's own code is stopped: loading, then its CPU seconds
 DEMO = ROOT / "assets" / "demo"
 
 
@@ -191,6 +193,19 @@ def endless_calibration(local: App, _: App) -> Outcome:
     return Outcome(outcome.held and not left, outcome.measured)
 
 
+def endless_template(local: App, _: App) -> Outcome:
+    """A chat template that doubles a text without end."""
+    folder = local.home / "template"
+    shutil.copytree(DEMO / "mllm", folder)
+    doubling = "{% for i in range(99) %}{% set n.t = n.t + n.t %}{% endfor %}"
+    hostile = "{% set n = namespace(t='ab') %}" + doubling
+    for entry in folder.glob("chat_template*"):
+        entry.unlink()
+    (folder / "chat_template.jinja").write_text(hostile + "{{ n.t }}")
+    words = ("chat", str(folder), "--prompt", "What is 2 + 2?")
+    return refused(*command(*words, limit=LONG, home=local.home), limit=LONG)
+
+
 def duplicate_keys(local: App, _: App) -> Outcome:
     """A header of 0.6 MB that names one tensor 20 000 times."""
     folder = local.home / "duplicates"
@@ -298,12 +313,14 @@ def bad_packs(local: App, _: App) -> Outcome:
 
 
 def endless_pattern(local: App, _: App) -> Outcome:
-    """A regular expression that backtracks without end."""
-    pack, output = str(DEMO / "pack.json.gz"), str(local.home / "pattern.json")
-    code, _said, seconds = command(
-        "plan", pack, "--include", r"(.*.*.*.*.*.*.*.*.*.*)*=$", "-o", output, home=local.home
-    )
-    return Outcome(code in (0, 2) and seconds <= SHORT, f"exit {code} in {seconds:.1f} s")
+    """A regular expression that backtracks without end, and a plain one."""
+    seconds = {}
+    for pattern in ("mlp", r"(.*.*.*.*.*.*.*.*.*.*)*=$"):
+        words = ("plan", f"{DEMO}/pack.json.gz", "--include", pattern)
+        output = str(local.home / f"pattern-{len(pattern)}.json")
+        seconds[pattern] = command(*words, "-o", output, home=local.home)[2]
+    plain, hostile = seconds.values()
+    return Outcome(hostile <= 3 * plain, f"{hostile:.1f} s, a plain pattern {plain:.1f} s")
 
 
 def crowd(local: App, _: App) -> Outcome:
@@ -326,6 +343,7 @@ def crowd(local: App, _: App) -> Outcome:
 ATTACKS = [
     Attack("D1", "text that makes a search quadratic", quadratic_text),
     Attack("D2", "a calibration of ten million samples", endless_calibration),
+    Attack("D3", "a chat template that doubles a text without end", endless_template),
     Attack("D4", "a weight file that names a tensor 12 000 times", duplicate_keys),
     Attack("D5", "six merges at once", too_many_runs),
     Attack("D7", "refusals of a Space that name its folders", server_paths),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +98,27 @@ def test_a_preview_follows_the_gains_of_every_method_that_has_one() -> None:
             assert faded.layer_change[layer] == pytest.approx(2.0 * layer / 3 * change, rel=1e-9)
 
 
+def hash_of(plan: MergePlan, gains: list[object]) -> str:
+    """The hash of a plan whose gains are hashed as given."""
+    parameters = dict(sorted(METHODS[plan.method].as_hashed(plan.parameters).items()))
+    chosen = [[d.name, list(d.experts)] for d in plan.decisions if d.experts]
+    fingerprints = [source.fingerprint for source in plan.sources.all()]
+    hashed = [plan.method, parameters, gains, chosen, fingerprints]
+    return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:8]
+
+
 def test_gains_that_mean_something_else_than_before_have_another_digest() -> None:
     pair = ipm.open_pair(*(DEMO / name for name in ("mllm", "math", "base")))
     plan = ipm.make_plan(pair, "ties", layer_gains=(0.5, 1.0))
     content = plan.to_dict()
     assert MergePlan.from_dict(content).digest == plan.digest
+    sources = plan.sources._each(lambda source: replace(source, content=None))
+    older = replace(plan, sources=sources)  # of the time without a second hash of the weights
+    assert hash_of(older, [0.5, 1.0, "change"]) == older.hash
     # The hash of the same values when gains multiplied the weights of the experts.
-    with pytest.raises(ValueError, match="but the file has 5ec6eddf"):
-        MergePlan.from_dict({**content, "hash": "5ec6eddf"})
+    former = hash_of(older, [0.5, 1.0])
+    with pytest.raises(ValueError, match=f"but the file has '{former}'"):
+        MergePlan.from_dict({**older.to_dict(), "hash": former})
 
 
 # --- values that a method does not use ---

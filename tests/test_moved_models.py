@@ -15,6 +15,7 @@ from ipmerge_core import cli
 from ipmerge_core.analysis.records import Source, Sources
 from ipmerge_core.errors import PairingError
 from ipmerge_core.planning.relocation import relocate
+from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.snippets import snippets_of
 from ipmerge_core.ui.pairs import list_packs
 from ipmerge_core.ui.plan_choice import PlanChoice, plan_of
@@ -105,7 +106,7 @@ def test_merge_reads_the_plan_of_the_app(
 ) -> None:
     pair = list_packs()[0].id
     file = tmp_path / "choice.json"
-    file.write_text(snippets_of(pair, choice, "http://localhost").json)
+    file.write_text(snippets_of(ChosenMerge(pair, choice), "http://localhost").json)
     arguments = ["merge", str(file), "-o", str(tmp_path / "out"), "--dry-run"]
     assert cli.main(arguments) == 0
     assert f"Plan {plan_of(pair, choice).hash}" in capsys.readouterr().out

@@ -49,13 +49,14 @@ def default(component: Any) -> Any:
 
 
 def call(app: gr.Blocks, each: BlockFunction, place: int, value: object) -> BaseException | None:
-    """Call a handler as a page does; return the error that it ended with."""
+    """Call a handler as a page does, the list of runs without a run; return its error."""
     inputs = [default(component) for component in each.inputs]
     inputs = [found.model_dump() if hasattr(found, "model_dump") else found for found in inputs]
     inputs[place] = value
-    request = gr.Request(session_hash="walk", headers={})
+    page = {"request": gr.Request(session_hash="walk", headers={}), "state": SessionState(app)}
+    event = gr.EventData(None, {})
     try:
-        asyncio.run(app.process_api(each, inputs, state=SessionState(app), request=request))
+        asyncio.run(app.process_api(each, inputs, event_data=event, **page))
     except Exception as error:  # noqa: BLE001 (the test judges it)
         return error
     return None

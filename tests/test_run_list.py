@@ -26,13 +26,20 @@ from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, MERGE, kind_of, own_runn
 
 OWNER, STRANGER = "o" * 40, "s" * 40
 PLAN = "0123abcd"
+
+
+def source(role: str) -> dict[str, str | None]:
+    return {"id": role, "revision": None, "fingerprint": role}
+
+
 MANIFEST = {
     "format": "ipmerge-manifest",
     "plan": {"hash": PLAN, "method": "ties"},
     "sources": {
         "base_mllm": None,
-        "math": [],
-        **{role: {"id": role, "revision": None, "fingerprint": role} for role in ("mllm", "base")},
+        "math": [source("math")],
+        "mllm": source("mllm"),
+        "base": source("base"),
     },
 }
 
@@ -162,7 +169,7 @@ def test_the_list_is_bounded_and_says_how_many_are_left_out(backend, home):
         folder.mkdir(parents=True)
         status = {"id": folder.name, "title": "x", "state": "finished", "started": number}
         (folder / "status.json").write_text(json.dumps(status))
-        job = {"target": "a.b:iter_pack", "title": "x", "arguments": {}, "key": "k"}
+        job = {"target": "a.b:iter_pack", "title": "x", "arguments": {}, "files": {}, "key": "k"}
         (folder / "job.json").write_text(json.dumps(job))
     found = rows.describe_runs(backend, {})
     assert (len(found["runs"]), found["more"]) == (rows.MOST_LISTED, 3)

@@ -362,7 +362,7 @@ def test_the_command_line_says_exact_approximate_or_why_not(
         said[method] = capsys.readouterr().out
     assert "(relative Frobenius norm)." in said["task_arithmetic"]
     assert (
-        "(relative Frobenius norm, approximate: expected over the random drops)"
+        "(relative Frobenius norm) (approximate: expected over the random drops)."
         in said["dare_linear"]
     )
     assert "is not previewable: the kept elements depend on" in said["ties"]

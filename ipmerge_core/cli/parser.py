@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ipmerge_core.analysis.partial import SUFFIX as JOURNAL
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
 from ipmerge_core.planning.options import OPTIONS, Option
@@ -52,10 +51,17 @@ def _add_output(parser: argparse.ArgumentParser, metavar: str, help: str) -> Non
     parser.set_defaults(door=output_folder if metavar == "FOLDER" else output_file)
 
 
+def _pack_file(path: str) -> Path:
+    """Check the path of a pack, whose journal has a longer name, for `door`."""
+    from ipmerge_core.analysis.partial import SUFFIX  # takes pydantic
+
+    return output_file(path, suffix=SUFFIX)
+
+
 def _analyse(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
     _add_output(parser, "PACK", "output file, such as pack.json.gz")
-    parser.set_defaults(door=partial(output_file, suffix=JOURNAL))
+    parser.set_defaults(door=_pack_file)
     _add_device(parser)
     parser.add_argument("--rank", type=int, help="keep only the leading singular triplets")
     parser.add_argument(

@@ -74,7 +74,8 @@ class RemoteProcessor:
         server: ProcessorServer | None = None,
         limits: Limits | None = None,
     ) -> None:
-        self.folder, self.takes_images = Path(folder), takes_images
+        self.folder = Path(folder).absolute()  # the server may have been started elsewhere
+        self.takes_images = takes_images
         self._server, self._limits = server or default_server(), limits or Limits()
         self._lock = threading.Lock()
         self._process: _Process | None = None
