@@ -156,7 +156,7 @@ class CheckpointWriter:
         """Store a JSON value with the run until it is finished."""
         text = json.dumps(content)
         note = Note(content=text, xxh3_128=xxh3_128(text.encode()).hexdigest())
-        write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(asdict(note)))
+        write_whole(self.place.run / f"{name}{_NOTE}", json.dumps(asdict(note)), _KEPT)
 
     def noted(self, name: str, schema: Schema[T]) -> T | None:
         """Return a value that `note` stored in this run; None if it is absent or damaged."""

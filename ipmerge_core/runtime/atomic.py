@@ -105,14 +105,16 @@ def move_contents(folder: Path, target: Path) -> None:
     folder.rmdir()
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
+def write_whole(path: str | Path, content: str | bytes, kept: str = "") -> None:
     """Write a file in one step; text as UTF-8. A pipe is written to directly.
+
+    `kept` is what a later run reuses, as of `writing`.
 
     Raises: RunError if the disk is full or read-only, or permission is denied.
     """
     data = content.encode() if isinstance(content, str) else content
     target = expand_path(path)
-    with writing(path):
+    with writing(path, kept):
         if target.exists() and not target.is_file():
             target.write_bytes(data)
             return
