@@ -53,7 +53,8 @@ def call(app: gr.Blocks, each: BlockFunction, place: int, value: object) -> Base
     inputs = [default(component) for component in each.inputs]
     inputs = [found.model_dump() if hasattr(found, "model_dump") else found for found in inputs]
     inputs[place] = value
-    page = {"request": gr.Request(session_hash="walk", headers={}), "state": SessionState(app)}
+    request = gr.Request(session_hash="walk", headers={})
+    page: dict[str, Any] = {"request": request, "state": SessionState(app)}
     event = gr.EventData(None, {})
     try:
         asyncio.run(app.process_api(each, inputs, event_data=event, **page))
