@@ -124,7 +124,7 @@ def test_a_merge_from_the_hub_fetches_what_is_needed_and_equals_the_local_one(
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     sources = json.loads((tmp_path / "out" / "ipmerge.json").read_text())["sources"]
-    assert sources["base"] == {"id": "org/base", "revision": SHA,
+    assert sources["base"] == {"id": "org/base", "revision": SHA, "content": None,
                                "fingerprint": pair.base.fingerprint}  # fmt: skip
 
 

@@ -70,6 +70,15 @@ def test_it_encodes_and_decodes_as_in_this_process(name):
     assert there.encode_text("a </s> b") == here.encode_text("a </s> b")
 
 
+def test_a_relative_folder_is_that_of_the_caller(tmp_path, monkeypatch):
+    RemoteProcessor(DEMO / "math", takes_images=False).load()  # the server runs, elsewhere
+    (tmp_path / "math").symlink_to(DEMO / "math")
+    monkeypatch.chdir(tmp_path)
+    processor = RemoteProcessor("math", takes_images=False)
+    monkeypatch.chdir(tmp_path.parent)
+    assert processor.decode(processor.encode_text("a b")) == "a b"
+
+
 def test_an_error_is_the_sentence_of_this_process_and_the_process_stays(own):
     folder = own("{{ 1 / 0 }}")
     processor = RemoteProcessor(folder, takes_images=False)
