@@ -175,10 +175,19 @@ def test_dtypes_of_a_recipe_are_described(dtypes: dict[str, str], words: list[st
         assert word in note
 
 
-@pytest.mark.parametrize("dtypes", ["dtype: int4", "out_dtype: [a]", "dtype: 16"])
-def test_unknown_dtypes_are_refused(dtypes: str) -> None:
-    with pytest.raises(PlanError, match="expected one of float32"):
+@pytest.mark.parametrize(
+    ("dtypes", "named"),
+    [
+        ("dtype: int4", "'dtype' is 'int4'"),
+        ("out_dtype: [a]", "'out_dtype' is ['a']"),
+        ("dtype: 16", "'dtype' is 16"),
+        ("dtype: ''", "'dtype' is ''"),
+    ],
+)
+def test_unknown_dtypes_are_refused(dtypes: str, named: str) -> None:
+    with pytest.raises(PlanError) as refused:
         import_recipe(RECIPE + dtypes)
+    assert f"{named}; expected 'float32', 'float16', 'bfloat16' or 'float64'" in str(refused.value)
 
 
 GRADED = "{{merge_method: linear, models: [{{model: a/v, parameters: {{weight: {}}}}}, {{model: b/m, parameters: {{weight: {}}}}}], parameters: {{normalize: {}}}}}"  # noqa: E501
