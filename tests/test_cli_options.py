@@ -143,6 +143,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "base": ["--base", str(moved.base)],
         "base_mllm": ["--base-mllm", str(files["base 2"])],
         "strict": ["--strict"],
+        "exact": ["--exact"],
         "output": ["-o", str(files["folder"] / "other")],
         "device": ["--device", "cuda:7"],
         "rank": ["--rank", "3"],
@@ -187,6 +188,8 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         **(others if command == "check" else {}),
+        # a second expert, as a copy of the first is refused
+        **({"math": others["math"]} if command == "analyse" else {}),
     }
 
 
