@@ -49,7 +49,13 @@ MATRIX = "model.layers.0.self_attn.q_proj.weight"
 # --- the tables: where the value of every control arrives --------------------------------------
 
 MODELS = dict.fromkeys(("mllm", "math", "base", "base_mllm"), "manifest.sources")
-MERGING = {"device": "manifest.device", "force": "manifest.check.forced", "output": "folder"}
+PLANNED = {"plan": "the whole plan", "pack": "manifest.sources", **MODELS}
+MERGING = {
+    **PLANNED,
+    "device": "manifest.device",
+    "force": "manifest.check.forced",
+    "output": "folder",
+}
 PLAN_FIELDS = {
     "similarity_threshold": "plan.similarity_threshold",
     "lambda_": "plan.parameters.lambda_",
@@ -62,7 +68,7 @@ ANALYSIS = {name: f"plan.analysed.{name}" for name in Options._fields}
 SHOWN_ONLY = dict.fromkeys(("json", "quiet", "help"), "output on the terminal")
 
 COMMANDS: dict[str, dict[str, str]] = {
-    "check": {**MODELS, "strict": "exit code"},
+    "check": {**MODELS, "strict": "exit code", "exact": "weights compared by the check"},
     "analyse": {**MODELS, **ANALYSIS, "device": "run", "output": "pack", "force": "sibling check"},
     "calibrate": {
         **MODELS,
@@ -87,11 +93,13 @@ COMMANDS: dict[str, dict[str, str]] = {
         "output": "plan file",
         "device": "first pass of --measure",
     },
-    "recipe": {"plan": "the whole plan", "output": "recipe"},
-    "merge": {**MERGING, "plan": "plan", "resume": "manifest.attempts", "dry_run": "estimate"},
+    "recipe": {
+        **{name: place for name, place in PLANNED.items() if name != "base_mllm"},
+        "output": "recipe",
+    },
+    "merge": {**MERGING, "resume": "manifest.attempts", "dry_run": "estimate"},
     "adapter": {
         **MERGING,
-        "plan": "plan",
         "tolerance": "report.tolerance",
         "max_rank": "report.max_rank",
     },
@@ -148,6 +156,7 @@ COMPONENTS = {
     "analyse-rank": "plan.analysed.rank",
     "analyse-temperature": "plan.analysed.temperature",
     "analyse-directions": "plan.analysed.directions",
+    "analyse-device": "run",
     "model-left": "answer",
     "model-right": "answer",
     "output-folder": "folder",
@@ -256,13 +265,23 @@ def other_values(parameter: Parameter) -> Iterator[Any]:
 
 
 def case_of(method: str, parameter: Parameter) -> Case:
+    defaults = {other.name: other.default for other in METHODS[method].parameters}
+    conditions = {
+        other: wanted[0]
+        for other, wanted in parameter.bounds.only_with
+        if defaults[other] not in wanted
+    }
     for value in other_values(parameter):
-        for needs in ({}, {"mllm_weight": 0.5}, {"math_weight": 0.25}, {"density": 0.6}):
-            if parameter.name in needs:
+        for more in ({}, {"mllm_weight": 0.5}, {"math_weight": 0.25}, {"density": 0.6}):
+            if parameter.name in more:
                 continue
+            needs = {**conditions, **more}
+            given = {**needs, parameter.name: value}
             try:
-                METHODS[method].complete({**needs, parameter.name: value})
+                METHODS[method].complete(given)
             except ipm.errors.PlanError:
+                continue
+            if METHODS[method].without_effect(given):
                 continue
             return Case(method, parameter.name, value, needs)
     raise AssertionError(f"no other value of {method}'s {parameter.name} is known")
