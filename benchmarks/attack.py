@@ -309,7 +309,8 @@ def bad_packs(local: App, _: App) -> Outcome:
             good, listed = call(app, "packs")
     except (RuntimeError, TimeoutError) as error:
         return Outcome(False, f"the app did not start: {str(error)[-80:]}")
-    return Outcome(good and len(listed) == 1, f"{len(contents) + 2} bad files, pairs listed: {len(listed)}")
+    measured = f"{len(contents) + 2} bad files, pairs listed: {len(listed)}"
+    return Outcome(good and len(listed) == 1, measured)
 
 
 def endless_pattern(local: App, _: App) -> Outcome:
