@@ -100,8 +100,8 @@ def damage_bytes(data: bytes, chance: random.Random) -> bytes:
         lambda: b"",
         lambda: chance.randbytes(chance.randrange(1, 200)),
         lambda: b"\xef\xbb\xbf" + data,
-        lambda: gzip.compress(bytes(200_000_000), 1),
-        lambda: gzip.compress(data)[:-5],
+        lambda: gzip.compress(bytes(200_000_000), 1, mtime=0),
+        lambda: gzip.compress(data, mtime=0)[:-5],
         lambda: data.decode("utf-8", "replace").encode("utf-16"),
     ]
     weights = [3, 3, 3, 6, 6, 6, 1, 1, 1, 0.2, 1, 1]
@@ -150,7 +150,11 @@ def damage(data: bytes, layout: str, chance: random.Random) -> bytes:
         return struct.pack("<Q", len(header)) + header + rest
     if layout == "gzip":
         plain = damage(gzip.decompress(data), "json", chance)
-        return damage_bytes(data, chance) if chance.random() < 0.1 else gzip.compress(plain, 1)
+        return (
+            damage_bytes(data, chance)
+            if chance.random() < 0.1
+            else gzip.compress(plain, 1, mtime=0)
+        )
     if way == "tree":
         content = yaml.safe_load(data) if layout == "yaml" else json.loads(data)
         content = damage_tree(content, chance)
