@@ -74,7 +74,7 @@ def started(folder: Path, **environment: str) -> Iterator[App]:
     os.environ.update(environment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with serving(folder / "log", "app.py", port=port) as url:
+        with serving(folder / "log", "app.py", port=port, warm_up=True) as url:
             yield App(url, listener(port), folder / "home")
     finally:
         os.environ.clear()

@@ -233,7 +233,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home, port = Path(folder), free_port()
         write_packs(home / "home", {f"l{n}": make_pack(n, spectra=True) for n in LAYERS.values()})
-        with serving(home / "log", "app.py", port=port) as url:
+        with serving(home / "log", "app.py", port=port, warm_up=True) as url:
             rows = measure(url, runs, lambda words: print(f"... {words}", file=sys.stderr))
     print(table(("figure", "bar", "measured", "reached", "note"), [*rows, pack_size()]))
 

@@ -109,7 +109,7 @@ def opened(url: str | None) -> Iterator[App]:
         return
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(Path(folder) / "log", "app.py", port=free_port()) as address,
+        serving(Path(folder) / "log", "app.py", port=free_port(), warm_up=True) as address,
     ):
         process = psutil.Process().children()[-1]
         yield App(address, process, commit_of(address))

@@ -95,7 +95,7 @@ def in_new_app(browser: Browser, measure: Callable[[Page, Path], Any]) -> Any:  
     """Measure on a page of a new app, given its folder."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        with serving(log, "app.py", port=free_port()) as url:
+        with serving(log, "app.py", port=free_port(), warm_up=True) as url:
             context = browser.new_context(viewport={"width": 1280, "height": 900})
             context.add_init_script(SEEN_BEFORE)
             page = context.new_page()

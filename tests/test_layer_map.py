@@ -10,8 +10,9 @@ import pytest
 from synthetic_pack import make_pack
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.ui.explore.layer_map import HERE, LayerMap, script
+from ipmerge_core.ui.explore.layer_map import HERE, MODULE, LayerMap
 from ipmerge_core.ui.plan_choice import PlanChoice, read_cell, read_cells, read_commit
+from ipmerge_core.ui.web.component import component_script
 
 PACK = make_pack(layers=2, experts=2)
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -91,7 +92,7 @@ def test_the_component_sends_one_string_of_json():
 
 
 def test_nothing_is_fetched_from_elsewhere():
-    addresses = set(re.findall(r"https?://[^\s\"'`)]+", script()))
+    addresses = set(re.findall(r"https?://[^\s\"'`)]+", component_script(MODULE)))
     assert addresses <= {"http://www.w3.org/2000/svg"}
 
 

@@ -7,8 +7,6 @@ the map cannot draw the chosen one.
 
 from __future__ import annotations
 
-import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from ipmerge_core.ui.explore.tab import after_commits, map_content
 from ipmerge_core.ui.pairs import list_packs
 from ipmerge_core.ui.runs import Updates
 from ipmerge_core.ui.safe_text import as_html
-from ipmerge_core.ui.web.modules import join_modules
+from ipmerge_core.ui.web.component import Component
 
 HERE = Path(__file__).parent
 ELEM_ID = "compare-map"
@@ -87,35 +85,11 @@ def compare_content(chosen: ChosenMerge, other_id: str | None) -> dict[str, Any]
     return {"a": {**map_content(pack_id, drawn or chosen.plan), "label": label}, "b": other}
 
 
-@cache
-def script() -> str:
-    """Return the component's JavaScript as one script."""
-    return join_modules(HERE / "compare.js", layer_map.MOUNT)
-
-
-class CompareMap(gr.HTML):
+class CompareMap(Component):
     """A component that shows two plans in one grid."""
 
     def __init__(
         self, value: dict[str, Any] | None = None, elem_id: str = ELEM_ID, *, render: bool = True
     ) -> None:
-        styles = [layer_map.HERE / "style.css", HERE / "style.css"]
-        super().__init__(
-            value=value,
-            html_template=(HERE / "template.html").read_text(encoding="utf-8"),
-            css_template="\n".join(path.read_text(encoding="utf-8") for path in styles),
-            js_on_load=script(),
-            apply_default_css=False,
-            elem_id=elem_id,
-            render=render,  # Gradio needs it for `gr.skip()`
-        )
-
-    def postprocess(self, value: object) -> str | None:
-        """Send the content as one JSON string, so that the page creates no proxies of its parts."""
-        if value is None or isinstance(value, str):
-            return value
-        return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-    def api_info(self) -> dict[str, Any]:
-        """Return the type of the content: a JSON string."""
-        return {"type": "string"}
+        styles = [layer_map.HERE / "style.css"]
+        super().__init__(value, elem_id, HERE / "compare.js", styles=styles, render=render)

@@ -14,25 +14,16 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
 from ipmerge_core.ui.pairs import describe_depth
 from ipmerge_core.ui.safe_text import as_html
-from ipmerge_core.ui.web.modules import join_modules
+from ipmerge_core.ui.web.component import Component, component_script
 
 HERE = Path(__file__).parent
-MOUNT = "mount({ element, trigger, props, server, watch })"  # what Gradio gives to a component
 ELEM_ID = "layer-map"
-
-
-@cache
-def script() -> str:
-    """Return the component's JavaScript as one script."""
-    return join_modules(HERE / "layer_map.js", MOUNT)
+MODULE = HERE / "layer_map.js"
 
 
 def report(content: Mapping[str, Any]) -> str:
@@ -48,7 +39,7 @@ def report(content: Mapping[str, Any]) -> str:
         "TEMPLATE": (HERE / "template.html").read_text(encoding="utf-8"),
         "FACTS": _facts_html(content["pack"]),
         "CONTENT": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
-        "SCRIPT": script(),
+        "SCRIPT": component_script(MODULE),
     }
     page = (HERE / "report.html").read_text(encoding="utf-8")
     return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], page)
@@ -90,7 +81,7 @@ def _source_words(source: Mapping[str, Any]) -> str:
     )
 
 
-class LayerMap(gr.HTML):
+class LayerMap(Component):
     """A component that shows a pack as a map, with sliders, previews and details.
 
     Args:
@@ -98,7 +89,7 @@ class LayerMap(gr.HTML):
         elem_id: the id of the component's element.
         server_functions: `report_file(pack_id, plan)` for the HTML report, and
             `grown(pack_id, n_known)` for the records of unfinished pairs.
-        render: whether to add the component to the page; Gradio needs it for `gr.skip()`.
+        render: see `Component`.
     """
 
     def __init__(
@@ -109,23 +100,4 @@ class LayerMap(gr.HTML):
         *,
         render: bool = True,
     ) -> None:
-        super().__init__(
-            value=value,
-            html_template=(HERE / "template.html").read_text(encoding="utf-8"),
-            css_template=(HERE / "style.css").read_text(encoding="utf-8"),
-            js_on_load=script(),
-            apply_default_css=False,
-            elem_id=elem_id,
-            server_functions=server_functions,
-            render=render,
-        )
-
-    def postprocess(self, value: object) -> str | None:
-        """Send the content as one JSON string, so that the page creates no proxies of its parts."""
-        if value is None or isinstance(value, str):
-            return value
-        return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-    def api_info(self) -> dict[str, Any]:
-        """Return the type of the content: a JSON string."""
-        return {"type": "string"}
+        super().__init__(value, elem_id, MODULE, server_functions=server_functions, render=render)
