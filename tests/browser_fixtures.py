@@ -113,7 +113,7 @@ def serving(log: Path, *command: str, port: int, warm_up: bool = False) -> Itera
     """Run a Python program of this repository as a server; yield its address, then stop it.
 
     Its home folder lies beside the log, so that no test sees or touches the user's own runs. With
-    `warm_up` it gets ready for a run and a question ahead, as for users, which takes 18 s of a core.
+    `warm_up` it gets ready for a run and a question, as for users, which takes seconds of a core.
     """
     address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
     address["IPMERGE_WARM_UP"] = "on" if warm_up else "off"
