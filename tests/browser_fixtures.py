@@ -109,12 +109,14 @@ def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None
 
 
 @contextmanager
-def serving(log: Path, *command: str, port: int) -> Iterator[str]:
+def serving(log: Path, *command: str, port: int, warm_up: bool = False) -> Iterator[str]:
     """Run a Python program of this repository as a server; yield its address, then stop it.
 
-    Its home folder lies beside the log, so that no test sees or touches the user's own runs.
+    Its home folder lies beside the log, so that no test sees or touches the user's own runs. With
+    `warm_up` it gets ready for a run and a question, as for users, which takes seconds of a core.
     """
     address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    address["IPMERGE_WARM_UP"] = "on" if warm_up else "off"
     home = {"IPMERGE_HOME": str(log.parent / "home")}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -141,7 +143,7 @@ def serving(log: Path, *command: str, port: int) -> Iterator[str]:
 def app_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the real app, started once as `python app.py` and stopped at the end."""
     log = tmp_path_factory.mktemp("app") / "app.log"
-    with serving(log, "app.py", port=free_port()) as url:
+    with serving(log, "app.py", port=free_port(), warm_up=True) as url:
         yield url
 
 

@@ -121,7 +121,7 @@ def test_the_whole_page_has_no_finding_beyond_the_known_ones(
         "Try it": "#prompt textarea",
         "Merge": "#start-merge",
         "Compare": "#compare-map .c",
-        "API & cite": "#tab-cite code",
+        "API & cite": "#tab-cite .cm-content",
     }
     for tab, content in contents.items():
         open_tab(page, tab)

@@ -379,7 +379,8 @@ def test_scope_gains_norms_and_anchor_stand_under_advanced(page, place):
     expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
     page.get_by_label("Norms and biases", exact=True).click()
     page.get_by_role("option", name="merge", exact=True).click()
-    expect(facts).to_contain_text("norms and biases", timeout=LOADING)
+    expect(facts).to_contain_text("norms merge", timeout=LOADING)
+    expect(facts).to_contain_text("9 tensors (not selected)")
     page.get_by_label("Anchor", exact=True).click()
     page.get_by_role(
         "option", name="two base: task vectors relative to each model's own base"
@@ -415,7 +416,7 @@ def test_samples_are_measured_here_and_the_merge_uses_them(page, place):
         expect(page.locator("#cancel-calibration")).to_be_visible()
     expect(status).to_contain_text("Finished", timeout=LOADING)
     expect(page.get_by_label("Calibration", exact=True)).to_have_value(
-        re.compile("^mllm-gram · 20.* · 3 + 3 samples · demo$")
+        re.compile(r"^mllm-gram · 20.* · 3 \+ 3 samples · demo$")
     )
     expect(page.locator("#findings")).to_contain_text("fewer tokens", timeout=LOADING)
     start(page, "by-regmean")
@@ -426,7 +427,7 @@ def test_samples_are_measured_here_and_the_merge_uses_them(page, place):
     open_merge(page, place.url)
     choose(page, "RegMean")
     expect(page.get_by_label("Calibration", exact=True)).to_have_value(
-        re.compile("^mllm-gram · 20.* · 3 + 3 samples · demo$")
+        re.compile(r"^mllm-gram · 20.* · 3 \+ 3 samples · demo$")
     )
     expect(page.locator("#confirmation")).to_contain_text("28 of 28", timeout=LOADING)
 

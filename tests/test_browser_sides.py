@@ -181,7 +181,8 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
     assert lost.startswith("to-be-lost")
 
     choose_pair(page, "own: second pair")
-    expect(right).to_have_value(EXPLORED)
+    form = "Method in Merge · TIES, density 0.2, mllm_weight 1, math_weight 1"  # stays chosen
+    expect(right).to_have_value(form)
     expect(page.locator("#chat-base [data-testid=bot]")).to_have_count(
         0
     )  # the record is of another
@@ -204,8 +205,8 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
     open_tab(page, "Merge")
     open_tab(page, "Try it")
     expect(right).to_have_value("to-be-lost · no longer available")
-    choose(page, "Right", EXPLORED)
-    assert "plan in Explore" in ask(page)[0]
+    choose(page, "Right", form)
+    assert "method in Merge · TIES" in ask(page)[0]
 
 
 def test_one_button_takes_over_the_plan_of_a_record(page):

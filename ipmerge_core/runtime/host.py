@@ -79,6 +79,19 @@ def _without_home(error: RunError) -> RunError:
     )
 
 
+def warms_up() -> bool:
+    """Return whether the app gets ready for a run and a question before one is asked for.
+
+    IPMERGE_WARM_UP=off saves that memory; the first run and question then take seconds longer.
+
+    Raises: RunError for a value other than on and off.
+    """
+    value = os.environ.get("IPMERGE_WARM_UP", "").strip().lower() or "on"
+    if value not in ("on", "off"):
+        raise RunError(f"IPMERGE_WARM_UP is '{value[:40]}'; expected on or off.")
+    return value == "on"
+
+
 class Limits(NamedTuple):
     """Limits of the runs of an app and of what it keeps; None is no limit."""
 

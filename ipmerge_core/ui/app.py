@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from ipmerge_core.runtime.host import warms_up
 from ipmerge_core.runtime.warm_worker import WarmWorker
 from ipmerge_core.ui.analyse.descriptions import pair_html
 from ipmerge_core.ui.analyse.models_form import is_running
@@ -192,7 +193,7 @@ def launch(
         device: default device of all runs: "auto" for the best one, or a torch device.
         quiet: do not print the address.
     """
-    worker = WarmWorker(MODULES, report=_log)
+    worker = WarmWorker(MODULES, report=_log) if warms_up() else None
     backend = Backend(device=device, worker=worker, report=_log)
     return build_app(backend).launch(
         server_name=host,

@@ -105,10 +105,11 @@ class Backend:
             threading.Thread(target=self._warm_up, daemon=True).start()
 
     def _warm_up(self) -> None:
-        """Start to delete what is old, and import the libraries once the page has loaded."""
+        """Start to delete what is old; with a worker, import libraries once the page has loaded."""
         keep_sweeping(self.store, home_folder(), self.report)
-        time.sleep(WARM_UP_SECONDS)
-        self.import_libraries()
+        if self.worker:
+            time.sleep(WARM_UP_SECONDS)
+            self.import_libraries()
 
     def load(self, folder: Path, stops: Sequence[threading.Event] = ()) -> LoadedModel:
         """Return the model in a folder, on the device of this app; `stops` cancel loading it."""

@@ -269,7 +269,7 @@ def _option_field(option: Option) -> gr.Dropdown | gr.Textbox:
         "elem_id": f"option-{option.name.replace('_', '-')}",
     }
     if not option.choices:
-        return gr.Textbox(**common)
+        return gr.Textbox("", **common)
     meant = [
         (value if words in (value, "") else f"{value.replace('_', ' ')}: {words}", value)
         for value, words in option.choices.items()

@@ -149,7 +149,8 @@ def merge_tab(
     # The form shows the chosen merge, wherever it was chosen.
     fields = [named, method, *form.options.values(), form.drawn]
     committed = after_commits(opened.then, pair)
-    known = committed.then(follow, [choice, form.drawn], fields, queue=False, **QUIET)
+    # In the queue: only its answers tell the page that a State has changed, which draws the fields.
+    known = committed.then(follow, [choice, form.drawn], fields, **QUIET)
     checked = gate.check_after(shows(known).then)
     checked.then(chosen_line, choice, line, **QUIET)
     filled = checked.then(list_methods, None, named, **QUIET)
@@ -275,7 +276,7 @@ def readiness_of(
 ) -> Readiness:
     """Check a plan like `readiness`; with `force` it is ready although the sibling check fails."""
     from ipmerge_core.merging.estimates import estimate_pair
-    from ipmerge_core.merging.parts import count_extras, work_of
+    from ipmerge_core.merging.parts import count_extras, reason_to_copy, work_of
     from ipmerge_core.models.writer import check_output
     from ipmerge_core.planning.description import describe_change
     from ipmerge_core.planning.plan import reopen
@@ -289,7 +290,9 @@ def readiness_of(
         siblings = [public_finding(finding) for finding in models.check()]
         found = [*siblings, _room(need.nbytes_written, need.nbytes_free)]
         extras = work_of(plan, models)
-        kept = {name: reason for name, reason in models.kept.items() if name not in extras}
+        kept = {
+            name: reason_to_copy(plan, models, name) for name in models.kept if name not in extras
+        }
         digest = choice_digest(pack_id, plan, device)
         where = describe_device(device)
         more = count_extras(plan, models)
