@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 
-from browser_fixtures import find_chromium, find_firefox
+from browser_fixtures import CHROMIUM_NAMES, find_chromium, find_firefox
 from playwright.sync_api import sync_playwright
 
 ADVICE = (
@@ -35,8 +35,9 @@ def main() -> None:
     if error := driver_error():
         sys.exit(DRIVER_ADVICE.format(error=error))
     path = working_chromium()
-    # Debian's package comes first, because it brings the libraries that a bare machine lacks.
-    installers = [apt_get("chromium")] if may_use_apt() else []
+    # Debian's packages come first, because they bring the libraries that a bare machine lacks.
+    packages = CHROMIUM_NAMES[:2] if may_use_apt() else ()
+    installers = [apt_get(package) for package in packages]
     for command in [*installers, [*PLAYWRIGHT, "install", "chromium"]]:
         if not path:
             run(command)
