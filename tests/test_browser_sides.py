@@ -181,7 +181,7 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
     assert lost.startswith("to-be-lost")
 
     choose_pair(page, "own: second pair")
-    form = "Method in Merge · TIES, density 0.2, mllm_weight 1, math_weight 1"  # stays chosen
+    form = "Method in Merge · TIES, math_weight 1"  # stays chosen
     expect(right).to_have_value(form)
     expect(page.locator("#chat-base [data-testid=bot]")).to_have_count(
         0

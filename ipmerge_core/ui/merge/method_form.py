@@ -127,12 +127,30 @@ def _keep(
     gate: StartGate,
     choose: Callable[[Listener], Dependency],
 ) -> None:
-    """Store a field's value in the choice whenever it changes; the last value always arrives."""
-    gate.disable_on(field.change)
-    change = field.change(
-        keep, [method, field], method, queue=False, trigger_mode="always_last", **QUIET
+    """Store a field's value in the choice whenever it is entered; the last one always arrives."""
+    entered = _entered(field)
+    gate.disable_on(partial(gr.on, entered))
+    stored = gr.on(
+        entered,
+        keep,
+        [method, field],
+        method,
+        queue=False,
+        trigger_mode="always_last",
+        **QUIET,
     )
-    gate.check_after(choose(change.then).then)
+    gate.check_after(choose(stored.then).then)
+
+
+def _entered(field: Any) -> list[Any]:  # noqa: ANN401 (as in `_keep`)
+    """Return the events of a field after which a visitor has entered a value.
+
+    `change` also occurs when a field has been drawn, for each with a check of the pair; but only
+    `change` follows a text that was pasted, and only `release` the button that resets a slider.
+    """
+    if isinstance(field, gr.Textbox):
+        return [field.change]
+    return [field.input, field.release] if isinstance(field, gr.Slider) else [field.input]
 
 
 def named_choices(name: str) -> dict[str, Any]:
@@ -160,10 +178,12 @@ def with_method(choice: MethodChoice, name: str | None) -> MethodChoice:
 def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) -> MethodChoice:
     """Return the choice with one value set; a value of another method is ignored.
 
+    A method's default is not stored; nor is, for the plan from Explore, the value of the analysis.
+
     >>> with_value("density", "ties", MethodChoice("ties", {"seed": 1}), 0.4).values
     {'seed': 1, 'density': 0.4}
-    >>> with_value("math_density", "ties", MethodChoice("ties", {"seed": 1}), " ").values
-    {'seed': 1, 'math_density': None}
+    >>> with_value("math_density", "ties", MethodChoice("ties", {"math_density": 0.1}), " ").values
+    {}
     >>> with_value("density", "ties", MethodChoice("della", {"seed": 1}), 0.4).name
     'della'
     >>> with_value("rank", EXPLORED, MethodChoice(values={"rank": 8, "top_k": 4}), "").values
@@ -171,13 +191,12 @@ def with_value(parameter: str, name: str, choice: MethodChoice, value: Value) ->
     """
     if name != choice.name:  # an event of a field that is being removed
         return choice
-    kinds = {known.name: known.kind for known in parameters_of(name)}
-    is_number = kinds.get(parameter) in ("float", "int")
+    known = {each.name: each for each in parameters_of(name)}[parameter]
+    is_number = known.kind in ("float", "int")
     read = _number(value) if is_number and isinstance(value, str) else value
     rest = {other: kept for other, kept in choice.values.items() if other != parameter}
-    if name == EXPLORED and value in (OWN, None):  # the analysis' own value, or the default
-        return choice._replace(values=rest)
-    return choice._replace(values={**rest, parameter: read})
+    usual = (OWN, None) if name == EXPLORED else (known.default,)
+    return choice._replace(values=rest if read in usual else {**rest, parameter: read})
 
 
 def _number(text: str) -> float | int | str | None:
