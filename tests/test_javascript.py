@@ -10,8 +10,7 @@ from explore_page import PACKS, python_preview
 from node_runner import ROOT, previews_on_page, run_node
 
 from ipmerge_core.ui import app
-from ipmerge_core.ui.compare import tab as compare
-from ipmerge_core.ui.explore import layer_map
+from ipmerge_core.ui.web.component import component_script
 
 PLANS = [
     {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}},
@@ -26,7 +25,14 @@ PLANS = [
         "overrides": {"model.layers.1.mlp.down_proj.weight": "merge"},
     },
 ]
-SCRIPTS = ["layer map", "compare", "page"]
+UI = ROOT / "ipmerge_core" / "ui"
+SCRIPTS = {
+    **{
+        name: component_script(UI / name)
+        for name in ("explore/layer_map/layer_map.js", "compare/compare.js", "run_list/run_list.js")
+    },
+    "page": f"({app.page_script()})()",
+}
 LAMBDAS = [0.03, 0.3, 0.7, 1.05, 3.14, 27.9]
 
 
@@ -64,9 +70,7 @@ def test_other_gains_differ_by_the_rounding_of_a_product_at_most(name: str):
             assert seen[field] == pytest.approx(getattr(expected, field), rel=1e-14), field
 
 
-@pytest.mark.parametrize(
-    "script", [layer_map.script(), compare.script(), f"({app.page_script()})()"], ids=SCRIPTS
-)
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_the_joined_scripts_are_javascript(script: str):
     """As Gradio runs them: a component's inside a function, the page's as one."""
     done = run_node("--eval", "new Function(fs.readFileSync(0, 'utf8'))", stdin=script)

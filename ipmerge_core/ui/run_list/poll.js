@@ -3,9 +3,12 @@
 // and only while a run is in progress. A question that is not answered is asked again, more and more
 // slowly; a page that nobody looks at asks nothing.
 
-const PAUSE = 500; // milliseconds, while a run is young
-const LONG_PAUSE = 1500;
-const YOUNG = 60_000;
+// The pause by the age of a run, in milliseconds: a small model is merged within the first second.
+const PAUSES = [
+  { until: 3000, pause: 150 },
+  { until: 60_000, pause: 500 },
+  { until: Infinity, pause: 1500 },
+];
 const PATIENCE = 8000; // for an answer
 const MOST_PATIENCE = 60_000;
 
@@ -62,7 +65,8 @@ export class Poll {
   }
 
   #pause() {
-    return this.page.now() - this.#since < YOUNG ? PAUSE : LONG_PAUSE;
+    const age = this.page.now() - this.#since;
+    return (PAUSES.find(({ until }) => age < until) ?? PAUSES[0]).pause;
   }
 
   #giveUp() {
