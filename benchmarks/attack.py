@@ -226,7 +226,14 @@ def too_many_runs(local: App, _: App) -> Outcome:
 
     with ThreadPoolExecutor(6) as pool:
         accepted = sum(pool.map(start, range(6)))
-    return Outcome(accepted <= 2, f"{accepted} of 6 started, limit 2")
+    files = list((local.home / "runs").glob("*/status.json"))
+    while any(json.loads(file.read_text())["state"] == "running" for file in files):
+        time.sleep(0.1)
+    ran = [json.loads(file.read_text()) for file in files]  # the demo's merge takes under a second
+    most = max(
+        sum(other["started"] <= run["started"] < other["updated"] for other in ran) for run in ran
+    )
+    return Outcome(most <= 2, f"{accepted} of 6 started, {most} at the same time, limit 2")
 
 
 def server_paths(_: App, space: App) -> Outcome:

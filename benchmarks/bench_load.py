@@ -128,7 +128,7 @@ def commit_of(url: str) -> int:
 
 async def measure(app: App, options: argparse.Namespace) -> None:
     """Answer once, load, rest, and print."""
-    async with httpx.AsyncClient(base_url=app.url, timeout=PATIENCE) as client:
+    async with new_client(app) as client:
         await call(client, "answer_pair", QUESTION)
     await asyncio.sleep(options.rest / 2)
     before = nbytes(app)
@@ -143,7 +143,7 @@ async def measure(app: App, options: argparse.Namespace) -> None:
         )
     )
     most = nbytes(app)
-    async with httpx.AsyncClient(base_url=app.url, timeout=PATIENCE) as client:
+    async with new_client(app) as client:
         sizes = [len((await client.send(r, stream=False)).content) for r in [page_request(client)]]
         sent = await wire_size(client)
     await asyncio.sleep(options.rest)
@@ -164,7 +164,7 @@ async def measure(app: App, options: argparse.Namespace) -> None:
 async def visit(app: App, times: Times, ends: float, *, after: float, asks: bool) -> None:
     """Do what one visitor does until the end."""
     await asyncio.sleep(after)
-    async with httpx.AsyncClient(base_url=app.url, timeout=PATIENCE) as client:
+    async with new_client(app) as client:
         await times.of("page", fetched(client.get("/")))
         await times.of("pack", call(client, "pack", ["pack"]))
         jobs = [
@@ -190,6 +190,16 @@ async def later(ends: float, act: Any) -> None:  # noqa: ANN401
     """Act once, in the first half of the time."""
     await asyncio.sleep(random.random() * max(ends - time.perf_counter(), 0) / 2)
     await act()
+
+
+def new_client(app: App) -> httpx.AsyncClient:
+    """A client that drops an idle connection before the server does, after five seconds.
+
+    A browser connects again where it meets a closed one; httpx reports an error.
+    """
+    return httpx.AsyncClient(
+        base_url=app.url, timeout=PATIENCE, limits=httpx.Limits(keepalive_expiry=4)
+    )
 
 
 def page_request(client: httpx.AsyncClient) -> httpx.Request:
