@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TEXT_CONFIG, Trio, Weights, as_mllm, fine_tuned, text_weights, write_model
+from families import FAMILIES, build, set_config
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core
@@ -167,3 +168,161 @@ def test_a_merge_of_fp8_models_is_that_of_their_values(
     assert set(index["weight_map"]) == set(merged)
     total = sum(tensor.nbytes for tensor in merged.values())
     assert index["metadata"]["total_size"] == total
+
+
+def test_the_check_says_what_is_dequantised_and_the_roles_may_mix(tmp_path: Path) -> None:
+    trio = write_all(tmp_path, "block")
+    pair = open_pair(trio.mllm, values_of(trio.math), trio.base)
+    findings = {finding.subject: finding for finding in pair.check()}
+    assert findings["mllm: fp8"].level == "ok"
+    assert findings["mllm: fp8"].message == (
+        f"'{trio.mllm}' is stored in fp8 with scales per block of 8 x 6: 21 matrices are "
+        f"dequantised while they are read, as BF16."
+    )
+    assert "math: fp8" not in findings
+    assert findings["dtype"].level == "warning"  # the rounding of fp8 is in the task vectors
+    assert "math BF16" in findings["dtype"].message
+    assert "mllm F8_E4M3" in findings["dtype"].message
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [
+        ((6, 4, 8), (6, 1, 1)),  # per matrix of a stack
+        ((6, 4, 8), (6,)),
+        ((6, 4, 8), (6, 4, 1)),  # per row
+        ((6, 4, 8), (6, 1, 8)),  # per column, as in Llama 4
+        ((6, 4, 8), (1,)),
+        ((4, 8), ()),
+        ((4, 8), (4,)),
+        ((4, 8), (4, 1)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scales_of_a_stack_apply_to_their_matrix(
+    shape: tuple[int, ...], scale: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    scales = torch.rand(scale) + 0.5
+    folder = write_model(tmp_path / "m", {}, {"torch_dtype": "float32"})
+    stored = {"experts.down_proj": weight, "experts.down_proj_scale": scales.bfloat16()}
+    save_file(stored, folder / "model.safetensors")
+    model = Checkpoint.open(folder)
+    factors = scales.bfloat16().float()
+    if len(scale) == 1 and scale[0] > 1:
+        factors = factors.reshape(-1, *(1 for _ in shape[1:]))
+    expected = weight.float() * factors
+    assert list(model.tensors) == ["experts.down_proj"]
+    assert torch.equal(model.read("experts.down_proj"), expected)
+    assert torch.equal(model.read("experts.down_proj[1:4]"), expected[1:4])
+
+
+def damage(folder: Path, change: Callable[[Weights], object]) -> None:
+    """Change the stored tensors, and the index to what is stored then."""
+    index: dict[str, str] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        weights = load_file(shard)
+        change(weights)
+        save_file(weights, shard)
+        index |= dict.fromkeys(weights, shard.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+SCALE = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+
+
+def reshaped(weights: Weights) -> None:
+    if SCALE in weights:
+        weights[SCALE] = torch.ones(3, 2)
+
+
+def of_bytes(weights: Weights) -> None:
+    if SCALE in weights:
+        weights[SCALE] = weights[SCALE].to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            reshaped,
+            r"'model.layers.0.self_attn.q_proj.weight_scale_inv' of .* has the shape \(3, 2\), "
+            r"which does not fit '.*q_proj.weight' \(16, 16\). Expected \(2, 3\) per block of "
+            r"8 x 6. Do the weights",
+        ),
+        (of_bytes, r"weight_scale_inv' of .* is quantised \(U8\); expected scales in F32"),
+        (lambda weights: weights.pop(SCALE, None), "is stored as F8_E4M3 without its scale"),
+    ],
+)
+@pytest.mark.parametrize("role", ["base", "mllm", "math"])
+def test_scales_that_do_not_fit_are_refused_in_every_role(
+    change: Callable[[Weights], object],
+    words: str,
+    role: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folders = {
+        name: write_fp8(tmp_path / name, text_weights(), TEXT_CONFIG, "block")
+        for name in ("base", "mllm", "math")
+    }
+    damage(folders[role], change)
+    with pytest.raises(CheckpointError, match=words):
+        open_pair(folders["mllm"], folders["math"], folders["base"])
+    arguments = [text for name in folders for text in (f"--{name}", str(folders[name]))]
+    assert main(["check", *arguments]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [[128], [128, 0], "128x128", [128, 128, 128]])
+def test_an_invalid_block_size_is_refused(size: object, tmp_path: Path) -> None:
+    folder = write_fp8(tmp_path / "m", text_weights(), TEXT_CONFIG, "block")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = size
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantization_config of .* has no valid block size"):
+        Checkpoint.open(folder)
+
+
+def test_other_weights_are_other_fingerprints(tmp_path: Path) -> None:
+    folder = write_fp8(tmp_path / "m", text_weights(), TEXT_CONFIG, "block")
+    before = Checkpoint.open(folder)
+    scales = {name for name in load_file(next(folder.glob("*.safetensors"))) if "scale" in name}
+    damage(folder, lambda weights: weights.update({n: 2 * weights[n] for n in scales & {*weights}}))
+    after = Checkpoint.open(folder)
+    assert before.fingerprint != after.fingerprint
+    assert before.content != after.content
+
+
+@pytest.mark.parametrize("kind", ["block", "tensor"])
+def test_a_merge_of_fp8_files_loads_in_transformers(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    folders = build(FAMILIES["Qwen2.5-VL"], tmp_path)
+    mllm = folders["hub"]
+    stored = load_file(mllm / "model.safetensors")
+    vision = {name: stored.pop(name).bfloat16() for name in list(stored) if "visual" in name}
+    save_file(vision | as_fp8(stored, kind)[0], mllm / "model.safetensors", {"format": "pt"})
+    skip = ["visual", "model.visual", "lm_head"]
+    set_config(
+        mllm, quantization_config={**KINDS[kind], "modules_to_not_convert": skip}, dtype="bfloat16"
+    )
+    pair = open_pair(mllm, folders["math"], folders["base"])
+    ipmerge_core.merge(
+        ipmerge_core.make_plan(pair, method="task_arithmetic", math_weight=0.5), tmp_path / "out"
+    )
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert loaded.dtype == torch.bfloat16
+    layers = loaded.get_decoder().layers
+    for matrix in pair.matrices:
+        weights = pair.read(matrix)
+        expected = (weights.mllm + 0.5 * (weights.math[0] - weights.base)).bfloat16()
+        part = (
+            layers[matrix.layer].self_attn if matrix.module in "qkvo" else layers[matrix.layer].mlp
+        )
+        found = getattr(part, f"{matrix.module}_proj").weight
+        torch.testing.assert_close(found.data, expected, rtol=1e-2, atol=1e-6)
