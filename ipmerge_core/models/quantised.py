@@ -8,7 +8,7 @@ quantised tensor. Weights count, not the config: models that were dequantised of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ipmerge_core.errors import CheckpointError, PairingError
@@ -64,15 +64,21 @@ def find_quantised(
 ) -> Quantised | None:
     """Return the format of a model with quantised weights; None if all weights are floats."""
     settings = _settings(config)
-    for pattern, label in _NAMES:
-        spec = next((spec for name, spec in tensors.items() if pattern.search(name)), None)
-        if spec is not None:
-            return Quantised(_declared(settings) or label, spec)
-    stored = [spec for spec in tensors.values() if _is_packed(spec, declared=bool(settings))]
-    if not stored:
+    named = next(_by_names(tensors), None)
+    declared = bool(settings) or named is not None
+    packed = (spec for spec in tensors.values() if _is_packed(spec, declared=declared))
+    spec = next(packed, named.spec if named else None)
+    if spec is None:
         return None
-    fp8 = "fp8 without scales" if stored[0].dtype in _FP8 else stored[0].dtype
-    return Quantised(_declared(settings) or fp8, stored[0])
+    by_dtype = "fp8 without scales" if spec.dtype in _FP8 else spec.dtype
+    return Quantised(_declared(settings) or (named.format if named else by_dtype), spec)
+
+
+def _by_names(tensors: Mapping[str, TensorSpec]) -> Iterator[Quantised]:
+    for pattern, label in _NAMES:
+        for name, spec in tensors.items():
+            if pattern.search(name):
+                yield Quantised(label, spec)
 
 
 def refuse_quantised(
