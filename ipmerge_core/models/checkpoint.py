@@ -24,7 +24,7 @@ from ipmerge_core.models.dequantised import DequantisedFiles, dequantised
 from ipmerge_core.models.files import Files, find_files
 from ipmerge_core.models.headers import DTYPES, FLOAT_DTYPES, TensorSpec, read_header
 from ipmerge_core.models.quantised import refuse_unsupported_dtypes
-from ipmerge_core.models.weight_files import find_weights, read_json
+from ipmerge_core.models.weight_files import CONFIG, find_weights, read_json
 
 __all__ = [
     "DTYPES",
@@ -47,7 +47,7 @@ class Checkpoint:
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        self.config = read_json(files, "config.json")
+        self.config = read_json(files, CONFIG)
         self.weights = find_weights(files, self.config)
         self.shards = list(self.weights.shards)
         self.tensors: dict[str, TensorSpec] = {}

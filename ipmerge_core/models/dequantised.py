@@ -26,10 +26,9 @@ from ipmerge_core.errors import CheckpointError
 from ipmerge_core.models.files import Files, Stamp
 from ipmerge_core.models.headers import DTYPES, FLOAT_DTYPES, TensorSpec
 from ipmerge_core.models.quantised import CONFIG_KEYS, find_quantised
-from ipmerge_core.models.weight_files import WeightFiles, read_json
+from ipmerge_core.models.weight_files import CONFIG, WeightFiles, read_json
 from ipmerge_core.runtime.input_files import InvalidContentError, Schema
 
-CONFIG = "config.json"
 _HIDDEN = ("hf_quant_config.json",)  # describes the quantisation for other programs
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _SCALES = ("_scale_inv", "_scale")  # after the name of the weight; both multiply it
