@@ -159,6 +159,13 @@ def _difference(subject: str, key: str, ours: object, theirs: object) -> Finding
             f"{one_line(ours)} rows, {one_line(theirs)} in the base: the MLLM's embeddings are "
             f"kept.",
         )
+    if key == "tie_word_embeddings":
+        return Finding(
+            "ok",
+            subject,
+            f"{one_line(ours)}, {one_line(theirs)} in the base: the MLLM's embeddings and output "
+            f"head are kept by default.",
+        )
     return Finding(
         "refusal" if key in _MUST_AGREE else "warning",
         subject,
