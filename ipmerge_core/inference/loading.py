@@ -115,7 +115,7 @@ def load_model(
     checkpoint = Checkpoint.open(folder)
     _refuse_code(checkpoint)
     _refuse_adapter(checkpoint)
-    _refuse_layers(checkpoint)
+    refuse_layers(checkpoint)
     takes_images = _takes_images(checkpoint)
     processor = RemoteProcessor(folder, takes_images=takes_images)
     with ThreadPoolExecutor(1) as threads:
@@ -150,7 +150,7 @@ def _refuse_code(checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_layers(checkpoint: Checkpoint) -> None:
+def refuse_layers(checkpoint: Checkpoint) -> None:
     """Refuse a config with more layers than tensors, which would be built one by one."""
     most, parts = len(checkpoint.tensors), [checkpoint.config]
     for part in parts:
