@@ -132,6 +132,14 @@ def test_each_name_is_the_module_that_holds_the_weight(
         assert torch.equal(loaded.get_submodule(module).weight.data, pair.mllm.read(tensor))
 
 
+def test_experts_that_are_stacked_in_memory_are_no_linear_layers(tmp_path: Path) -> None:
+    folders = build(FAMILIES["Qwen3-VL, mixture of experts"], tmp_path)
+    model = Checkpoint.open(folders["modules"])
+    stack = next(name for name in model.tensors if name.endswith("experts.down_proj"))
+    with pytest.raises(PlanError, match=r"part of the stack .*\. Write the merged model instead"):
+        module_names(model, [stack])
+
+
 def test_the_code_of_an_unknown_type_names_its_own_modules(tmp_path: Path) -> None:
     folders = build(FAMILIES["LLaVA-1.5 (Vicuna)"], tmp_path)
     set_config(folders["LLaVA repository"], model_type="llava_llama")
@@ -149,7 +157,9 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=rf"'{name}' of .* which does not exist\. Do config.json"):
         module_names(Checkpoint.open(other), [name])
     set_config(other, text_config={**text, "hidden_size": 64, "num_hidden_layers": 4})
-    with pytest.raises(PlanError, match=r"\(32, 32\) belongs to '.*' of Llava.*the shape \(32, 64"):
+    with pytest.raises(
+        PlanError, match=r"\(32, 32\) belongs to '.*' in memory.*the shape \(32, 64"
+    ):
         module_names(Checkpoint.open(other), [name])
     set_config(other, text_config={**text, "num_hidden_layers": 10**7})
     with pytest.raises(ModelLoadError, match="num_hidden_layers = 10000000"):

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ipmerge_core.errors import PlanError, explained
 from ipmerge_core.inference.encoding import explain_loading
@@ -33,7 +34,7 @@ def module_names(mllm: Checkpoint, tensors: Iterable[str]) -> dict[str, str]:
 
     Raises:
         ModelLoadError: transformers cannot build the model of this config.
-        PlanError: the model has no such module, or one of another shape.
+        PlanError: the model has no such module, or one of another shape, or a stack of matrices.
     """
     with IMPORTING:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -47,15 +48,23 @@ def module_names(mllm: Checkpoint, tensors: Iterable[str]) -> dict[str, str]:
     renamed = _renamed(model, weights, mllm.tensors)
     names = {tensor: renamed[tensor] for tensor in tensors}
     for tensor, name in names.items():
-        expected, found = mllm.spec(tensor).shape, weights.get(name)
-        if found is None or tuple(found.shape) != expected or not name.endswith(".weight"):
-            has = f"has the shape {tuple(found.shape)}" if found is not None else "does not exist"
-            raise PlanError(
-                f"'{tensor}' of '{mllm.id}' {expected} belongs to '{name}' of "
-                f"{type(model).__name__}, which {has}. Do config.json and the weights belong to "
-                f"the same model? Write the merged model instead of an adapter."
-            )
+        _refuse_misfit(mllm, tensor, name, weights.get(name))
     return {tensor: name.removesuffix(".weight") for tensor, name in names.items()}
+
+
+def _refuse_misfit(mllm: Checkpoint, tensor: str, name: str, weight: Tensor | None) -> None:
+    shape = mllm.spec(tensor).shape
+    if weight is not None and weight.ndim > 2:
+        raise PlanError(
+            f"'{tensor}' of '{mllm.id}' becomes part of the stack '{name}' in memory, which the "
+            f"adapter of a linear layer cannot change. Write the merged model instead."
+        )
+    if weight is None or tuple(weight.shape) != shape or not name.endswith(".weight"):
+        has = f"has the shape {tuple(weight.shape)}" if weight is not None else "does not exist"
+        raise PlanError(
+            f"'{tensor}' of '{mllm.id}' {shape} belongs to '{name}' in memory, which {has}. Do "
+            f"config.json and the weights belong to the same model?"
+        )
 
 
 def _on_meta(mllm: Checkpoint) -> Any:  # noqa: ANN401
