@@ -12,8 +12,8 @@ from families import FAMILIES, TEXT, build, rewrite, set_config
 
 import ipmerge_core as ipm
 from ipmerge_core.adapters.export import export_adapter
-from ipmerge_core.adapters.module_names import module_names
 from ipmerge_core.errors import ModelLoadError, PlanError
+from ipmerge_core.inference.module_names import module_names
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import open_pair
 

@@ -28,8 +28,8 @@ from ipmerge_core.adapters.factors import (
     update_of,
     with_lambda,
 )
-from ipmerge_core.adapters.module_names import module_names
 from ipmerge_core.errors import PlanError
+from ipmerge_core.inference.module_names import module_names
 from ipmerge_core.merging.merge import reopen
 from ipmerge_core.merging.model_card import front_matter, settings_table
 from ipmerge_core.merging.parts import work_of

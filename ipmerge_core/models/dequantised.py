@@ -88,7 +88,7 @@ class Scale(NamedTuple):
         spec: their header entry.
         grid: their number along (matrix, row, column).
         block: the matrices, rows and columns that share one.
-        kind: what shares one, in words.
+        kind: a description of what shares one.
     """
 
     spec: TensorSpec
