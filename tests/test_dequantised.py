@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from safetensors.torch import load_file, save_file
 import ipmerge_core
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError
+from ipmerge_core.inference.loading import load_model
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import open_pair
 
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
 E4M3 = torch.float8_e4m3fn
 BLOCK = (8, 6)  # does not divide every matrix of the tiny model
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -217,6 +220,29 @@ def test_scales_of_a_stack_apply_to_their_matrix(
     assert torch.equal(model.read("experts.down_proj[1:4]"), expected[1:4])
 
 
+@pytest.mark.parametrize("shape", [(0, 16), (16, 0)])
+def test_a_weight_without_elements_is_read(shape: tuple[int, int], tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", {}, {"dtype": "bfloat16"})
+    stored = {"a": torch.ones(shape).to(E4M3), "a_scale": torch.ones(1), "b": torch.ones(2)}
+    save_file(stored, folder / "model.safetensors")
+    model = Checkpoint.open(folder)
+    assert model.read("a").shape == shape
+    assert torch.equal(model.read("b"), torch.ones(2))
+    assert model.fingerprint
+
+
+@pytest.mark.parametrize("part", ["text_config", None])
+def test_settings_inside_the_config_of_a_part_count_too(part: str | None, tmp_path: Path) -> None:
+    folder = write_fp8(tmp_path / "m", as_mllm(text_weights()), MLLM_CONFIG, "block")
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (config[part] if part else config)["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Checkpoint.open(folder)
+    assert model.dequantised
+    assert "quantization_config" not in json.dumps(model.config)
+
+
 def damage(folder: Path, change: Callable[[Weights], object]) -> None:
     """Change the stored tensors, and the index to what is stored then."""
     index: dict[str, str] = {}
@@ -326,3 +352,20 @@ def test_a_merge_of_fp8_files_loads_in_transformers(kind: str, tmp_path: Path) -
         )
         found = getattr(part, f"{matrix.module}_proj").weight
         torch.testing.assert_close(found.data, expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["block", "channel"])
+def test_a_chat_runs_the_floats_that_are_merged(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mllm"
+    shutil.copytree(DEMO / "mllm", folder)
+    stored = load_file(folder / "model.safetensors")
+    vision = {name: stored.pop(name) for name in list(stored) if "vision" in name}
+    save_file(vision | as_fp8(stored, kind)[0], folder / "model.safetensors", {"format": "pt"})
+    set_config(folder, quantization_config=KINDS[kind])
+    files = Checkpoint.open(folder)
+    model = load_model(folder).model
+    name = "layers.1.mlp.down_proj.weight"
+    (stored_name,) = [tensor for tensor in files.tensors if tensor.endswith(name)]
+    loaded = model.get_decoder().get_submodule(name.removesuffix(".weight")).weight
+    assert torch.equal(loaded.data, files.read(stored_name))
+    assert loaded.dtype == model.dtype == torch.float32  # the config's

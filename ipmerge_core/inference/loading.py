@@ -207,16 +207,18 @@ def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: A
     kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     with explained(partial(explain_loading, checkpoint.id, "model")):
         _refuse_size(checkpoint, kind)
-        model, notes = kind.from_pretrained(
-            checkpoint.id,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            generation_config=GenerationConfig(),  # otherwise read from the folder
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they raise an error below
-        )
+        how = {
+            "dtype": "auto",
+            "local_files_only": True,
+            "use_safetensors": True,
+            "generation_config": GenerationConfig(),  # otherwise read from the folder
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # they raise an error below
+        }
+        if checkpoint.dequantised:
+            model, notes = _from_floats(checkpoint, kind, **how)
+        else:
+            model, notes = kind.from_pretrained(checkpoint.id, trust_remote_code=False, **how)
     for what, sentence in (
         ("missing_keys", "lacks the weight"),
         ("unexpected_keys", "has an unexpected weight:"),
@@ -231,6 +233,19 @@ def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: A
                 f"would be wrong. Do config.json and the weights belong to the same model?"
             )
     return model
+
+
+def _from_floats(checkpoint: Checkpoint, kind: Any, **how: Any) -> Any:  # noqa: ANN401
+    """Load fp8 weights as the floats that are merged, on any device.
+
+    Transformers itself would run them in fp8 on some GPUs, and needs further libraries for others.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**checkpoint.config)
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    model_class = kind._model_mapping[type(config)]
+    return model_class.from_pretrained(None, config=config, state_dict=weights, **how)
 
 
 def _generation_config(checkpoint: Checkpoint, tokenizer: SpecialIds) -> Any:  # noqa: ANN401

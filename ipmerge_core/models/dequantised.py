@@ -25,7 +25,7 @@ from torch import Tensor
 from ipmerge_core.errors import CheckpointError
 from ipmerge_core.models.files import Files, Stamp
 from ipmerge_core.models.headers import DTYPES, FLOAT_DTYPES, TensorSpec
-from ipmerge_core.models.quantised import CONFIG_KEYS, find_quantised
+from ipmerge_core.models.quantised import CONFIG_KEYS, find_quantised, settings_of
 from ipmerge_core.models.weight_files import CONFIG, WeightFiles, read_json
 from ipmerge_core.runtime.input_files import InvalidContentError, Schema
 
@@ -173,8 +173,8 @@ class DequantisedFiles:
         return (
             f"'{self.id}' is stored in fp8 with scales {' and '.join(kinds)}: "
             f"{len(self._scales)} matrices are dequantised while they are read, as {self._dtype}. "
-            f"The rounding to fp8 (up to 6 % of a weight in E4M3) is part of the task vectors, and "
-            f"not of the noise floor."
+            f"The rounding to fp8 (up to 6 % of a weight in E4M3) is part of the task vectors, "
+            f"with an fp8 base also of their cosine, and not of the noise floor."
         )
 
     def stored_dtype(self, name: str) -> str:
@@ -267,7 +267,7 @@ class DequantisedFiles:
         for part in parts[first:]:
             if part.start >= stop:
                 return
-            if part.stop > start:
+            if part.nbytes and part.stop > start:
                 yield part
 
     def _fill(self, memory: memoryview, spec: TensorSpec, offset: int) -> None:
@@ -323,9 +323,8 @@ def _scale_name(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str | No
 
 def _settings(model: str, config: Mapping[str, Any]) -> _Settings:
     """Return the block sizes that the config declares. Raises: CheckpointError."""
-    found: object = next((config[key] for key in CONFIG_KEYS if config.get(key)), {})
     try:
-        return _SETTINGS.validate(found)
+        return _SETTINGS.validate(settings_of(config))
     except InvalidContentError as error:
         raise CheckpointError(
             f"The quantization_config of '{model}' has no valid block size: {error}. Restore the "

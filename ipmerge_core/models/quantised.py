@@ -63,7 +63,7 @@ def find_quantised(
     config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
 ) -> Quantised | None:
     """Return the format of a model with quantised weights; None if all weights are floats."""
-    settings = _settings(config)
+    settings = settings_of(config)
     named = next(_by_names(tensors), None)
     declared = bool(settings) or named is not None
     packed = (spec for spec in tensors.values() if _is_packed(spec, declared=declared))
@@ -105,7 +105,7 @@ def refuse_unsupported_dtypes(
     )
 
 
-def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config's quantisation settings, also those inside the config of a part."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     found = (part.get(key) for part in parts for key in CONFIG_KEYS)

@@ -183,13 +183,15 @@ def _check_dtypes(members: Sequence[Member]) -> Iterator[Finding]:
     if len({tuple(dtypes) for dtypes in found.values()}) == 1:
         dtypes = next(iter(found.values()))
         yield Finding("ok", "dtype", f"All decoders are stored as {'/'.join(dtypes)}.")
-    else:
-        yield Finding(
-            "warning",
-            "dtype",
-            f"The decoders are stored in different dtypes: {text}.",
-            "Task vectors then include the rounding of the coarser dtype; see the noise floor.",
-        )
+        return
+    fp8 = any(member.model.dequantised for member in members)  # its rounding has a finding
+    yield Finding(
+        "warning",
+        "dtype",
+        f"The decoders are stored in different dtypes: {text}.",
+        "Task vectors then include the rounding of the coarser dtype"
+        f"{'.' if fp8 else '; see the noise floor.'}",
+    )
 
 
 def _stored_dtype(model: Checkpoint, name: str) -> str:
