@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from ipmerge_core.adapters.factors import module_name
 from ipmerge_core.errors import IPMergeError, first_line
 from ipmerge_core.inference.prompts import ChatFormat, Message, render_chat
 from ipmerge_core.methods import find_method
@@ -91,7 +90,6 @@ DOORS: dict[str, Callable[[str], object]] = {
     "prompt": _prompt,
     "result of an answer": stated_result,
     "tensor name, decoder": _anyway(_decoders_of),
-    "tensor name, module": lambda text: module_name(text, SimpleNamespace(config={})),  # type: ignore[arg-type]
     "tensor name, rows": split_address,
     "hub id": _anyway(as_hub_id),
     "pack id": lambda text: find_partial(f"packs-{text}"),

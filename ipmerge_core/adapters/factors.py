@@ -7,7 +7,6 @@ P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is squar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch.nn.functional import pad
 
 from ipmerge_core.merging.parts import Chosen, on_one_base, rounding_noise
 from ipmerge_core.methods.ip_merging import ip_updates
-from ipmerge_core.models.checkpoint import Checkpoint, split_address
+from ipmerge_core.models.checkpoint import split_address
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.spectral.similarity import Update
@@ -123,18 +122,3 @@ def of_one_rank(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tenso
         tensors[f"{module}.lora_A.weight"] = pad(A, (0, 0, 0, missing)).contiguous()
         tensors[f"{module}.lora_B.weight"] = pad(B, (0, missing)).contiguous()
     return tensors
-
-
-def module_name(tensor: str, mllm: Checkpoint) -> str:
-    """Name the module that transformers gives a stored matrix to, from the root of the model.
-
-    Files keep the names of the transformers version that wrote them; in memory the decoder of a
-    multimodal model lies under `model.language_model` (or, in Idefics, `model.text_model`).
-    """
-    name = tensor.removesuffix(".weight")
-    found = re.fullmatch(r"(?P<prefix>.*?)(?P<rest>layers\.[0-9]{1,6}\..*)", name, re.DOTALL)
-    if found is None or "text_model." in found["prefix"]:
-        return name
-    if "language_model." in found["prefix"] or "vision_config" in mllm.config:
-        return f"model.language_model.{found['rest']}"
-    return name

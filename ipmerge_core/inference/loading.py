@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
 
 
-_COUNTS_LAYERS = re.compile(r"layers$|^depth$|^n_layer$")
+_COUNTS_LAYERS = re.compile(r"(?<!max_window_)layers$|^depth$|^n_layer$")
 _MOST_LARGER = 3  # than the files; tied weights are stored once
 
 
@@ -115,7 +115,7 @@ def load_model(
     checkpoint = Checkpoint.open(folder)
     _refuse_code(checkpoint)
     _refuse_adapter(checkpoint)
-    _refuse_layers(checkpoint)
+    refuse_layers(checkpoint)
     takes_images = _takes_images(checkpoint)
     processor = RemoteProcessor(folder, takes_images=takes_images)
     with ThreadPoolExecutor(1) as threads:
@@ -150,7 +150,7 @@ def _refuse_code(checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_layers(checkpoint: Checkpoint) -> None:
+def refuse_layers(checkpoint: Checkpoint) -> None:
     """Refuse a config with more layers than tensors, which would be built one by one."""
     most, parts = len(checkpoint.tensors), [checkpoint.config]
     for part in parts:
@@ -207,16 +207,18 @@ def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: A
     kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     with explained(partial(explain_loading, checkpoint.id, "model")):
         _refuse_size(checkpoint, kind)
-        model, notes = kind.from_pretrained(
-            checkpoint.id,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            generation_config=GenerationConfig(),  # otherwise read from the folder
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they raise an error below
-        )
+        how = {
+            "dtype": "auto",
+            "local_files_only": True,
+            "use_safetensors": True,
+            "generation_config": GenerationConfig(),  # otherwise read from the folder
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # they raise an error below
+        }
+        if checkpoint.dequantised:
+            model, notes = _from_floats(checkpoint, kind, **how)
+        else:
+            model, notes = kind.from_pretrained(checkpoint.id, trust_remote_code=False, **how)
     for what, sentence in (
         ("missing_keys", "lacks the weight"),
         ("unexpected_keys", "has an unexpected weight:"),
@@ -231,6 +233,19 @@ def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: A
                 f"would be wrong. Do config.json and the weights belong to the same model?"
             )
     return model
+
+
+def _from_floats(checkpoint: Checkpoint, kind: Any, **how: Any) -> Any:  # noqa: ANN401
+    """Load fp8 weights as the floats that are merged, on any device.
+
+    Transformers itself would run them in fp8 on some GPUs, and needs further libraries for others.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**checkpoint.config)
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    model_class = kind._model_mapping[type(config)]
+    return model_class.from_pretrained(None, config=config, state_dict=weights, **how)
 
 
 def _generation_config(checkpoint: Checkpoint, tokenizer: SpecialIds) -> Any:  # noqa: ANN401

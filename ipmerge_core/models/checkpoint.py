@@ -2,9 +2,9 @@
 
 In: a folder or a hub id (`org/name` or `org/name@revision`). Out: a `TensorSpec` per tensor without
 reading any weights, and the bytes or values of one tensor on request, by positioned reads, so that
-memory never holds more than the requested data. Format: safetensors (an 8-byte length, a JSON
-header, the data). Headers are untrusted: sizes, offsets, overlaps and names are validated before
-use. `weight_files.py` selects the weight files; `writer.py` writes checkpoints.
+memory never holds more than the requested data. `headers.py` validates the headers,
+`weight_files.py` selects the weight files, `dequantised.py` reads fp8 weights as floats, and
+`writer.py` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -13,73 +13,33 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
+from ipmerge_core.models.dequantised import DequantisedFiles, dequantised
 from ipmerge_core.models.files import Files, find_files
-from ipmerge_core.models.weight_files import find_weights, read_json
-from ipmerge_core.runtime.input_files import (
-    MEGABYTE,
-    Count,
-    InvalidContentError,
-    Name,
-    Schema,
-    parse_json,
-)
+from ipmerge_core.models.headers import DTYPES, FLOAT_DTYPES, TensorSpec, read_header
+from ipmerge_core.models.quantised import refuse_unsupported_dtypes
+from ipmerge_core.models.weight_files import CONFIG, find_weights, read_json
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+__all__ = [
+    "DTYPES",
+    "FLOAT_DTYPES",
+    "Checkpoint",
+    "TensorSpec",
+    "as_tensor",
+    "count_non_finite",
+    "split_address",
+    "tensor_bytes",
+]
+
 _FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
 _BLOCKS, _BLOCK = 16, 512  # of every tensor that `content` covers, and their size in bytes
-_HEADER_LIMIT = 16 * MEGABYTE  # more than 100 000 tensors
-_MOST_DIMENSIONS = 16
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Header entry of one tensor. `start` and `stop` are byte offsets in the shard file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: str
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the stored data in bytes."""
-        return self.stop - self.start
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
 
 
 class Checkpoint:
@@ -87,12 +47,12 @@ class Checkpoint:
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        self.config = read_json(files, "config.json")
+        self.config = read_json(files, CONFIG)
         self.weights = find_weights(files, self.config)
         self.shards = list(self.weights.shards)
         self.tensors: dict[str, TensorSpec] = {}
         for shard in self.shards:
-            for spec in _read_header(files, shard):
+            for spec in read_header(files, shard):
                 if spec.name in self.tensors:
                     raise CorruptShardError(
                         f"'{spec.name}' is in both '{self.tensors[spec.name].shard}' and "
@@ -101,20 +61,26 @@ class Checkpoint:
                 self.tensors[spec.name] = spec
         self.weights.check_index(self.id, {name: spec.shard for name, spec in self.tensors.items()})
         self._refuse_partitioned()
+        refuse_unsupported_dtypes(self.id, self.config, self.tensors)
 
     @classmethod
     def open(cls, source: str | Path, *, hub_only: bool = False) -> Checkpoint:
         """Open a model folder or a hub id by its headers, without reading weights.
+
+        Weights in fp8 with scales are read as floats of the config's dtype, see `dequantised`.
 
         Args:
             source: a folder, or `org/name`, or `org/name@revision`.
             hub_only: accept only hub ids, for untrusted input.
 
         Raises:
-            CheckpointError: the model does not exist or has no safetensors weights.
+            CheckpointError: the model does not exist, has no safetensors weights, or they are of
+                an unsupported dtype, or fp8 with scales that do not fit.
             CorruptShardError: a header is inconsistent with its file.
         """
-        return cls(find_files(source, hub_only=hub_only))
+        stored = cls(find_files(source, hub_only=hub_only))
+        floats = dequantised(stored.files, stored.config, stored.weights, stored.tensors)
+        return stored if floats is None else cls(floats)
 
     def _refuse_partitioned(self) -> None:
         """Refuse the placeholders that DeepSpeed ZeRO-3 saves instead of partitioned weights."""
@@ -135,6 +101,11 @@ class Checkpoint:
     def id(self) -> str:
         """The folder or hub id of the model."""
         return self.files.id
+
+    @property
+    def dequantised(self) -> DequantisedFiles | None:
+        """The files that read fp8 weights as floats; None if all weights are read as stored."""
+        return self.files if isinstance(self.files, DequantisedFiles) else None
 
     @property
     def nbytes(self) -> int:
@@ -293,68 +264,3 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data: bytes = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return data
-
-
-def _read_header(files: Files, shard: str) -> list[TensorSpec]:
-    """Parse the header of a shard and validate it against the file, in data order."""
-    size = files.size(shard)
-    fault = _Fault(files.id, shard)
-    if size < 8:
-        raise fault(f"it has {size} bytes, too few for a header")
-    length = int.from_bytes(files.read(shard, 0, 8), "little")
-    if length > min(_HEADER_LIMIT, size - 8):
-        raise fault(
-            f"its header claims {length} bytes in a file of {size}; the maximum is {_HEADER_LIMIT}"
-        )
-    try:
-        content = parse_json(files.read(shard, 8, 8 + length), _HEADER_LIMIT)
-        if isinstance(content, dict):
-            content.pop("__metadata__", None)
-        header = _HEADER.validate(content)
-    except InvalidContentError as error:
-        raise fault(f"its header cannot be read ({error})") from error
-    specs = [_read_entry(fault, shard, 8 + length, name, header[name]) for name in header]
-    specs.sort(key=lambda spec: (spec.start, spec.stop))
-    position = 8 + length
-    for spec in specs:
-        if spec.start != position:
-            raise fault(f"the data of '{spec.name}' overlaps another tensor or leaves a gap")
-        position = spec.stop
-    if position != size:
-        raise fault(f"its tensors end at byte {position} of {size}")
-    return specs
-
-
-class _Fault:
-    """Creates a CorruptShardError that names the file and the remedy."""
-
-    def __init__(self, model: str, shard: str) -> None:
-        self.model, self.shard = model, shard
-
-    def __call__(self, what: str) -> CorruptShardError:
-        return CorruptShardError(
-            f"'{self.shard}' of '{self.model}' is damaged or incomplete: {what}. Download it again."
-        )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """The header's entry of one tensor."""
-
-    dtype: Name
-    shape: Annotated[list[Count], Field(max_length=_MOST_DIMENSIONS)]
-    data_offsets: tuple[Count, Count]
-
-
-_HEADER = Schema[dict[Name, _Entry]](dict[Name, _Entry])
-
-
-def _read_entry(fault: _Fault, shard: str, data: int, name: str, entry: _Entry) -> TensorSpec:
-    dtype, shape, (start, stop) = entry.dtype, entry.shape, entry.data_offsets
-    if dtype not in DTYPES:
-        raise fault(f"'{name}' has the unknown dtype {dtype!r}")
-    spec = TensorSpec(name, dtype, tuple(shape), shard, data + start, data + stop)
-    expected = spec.numel * DTYPES[dtype].itemsize
-    if spec.nbytes != expected:
-        raise fault(f"'{name}' has {spec.nbytes} bytes; its shape and dtype require {expected}")
-    return spec

@@ -36,6 +36,7 @@ from ipmerge_core.models.decoders import (
     text_config,
 )
 from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace, Stamp
+from ipmerge_core.models.quantised import refuse_quantised
 from ipmerge_core.models.siblings import Finding, Member, check_siblings
 from ipmerge_core.models.writer import files_to_copy
 
@@ -102,6 +103,8 @@ class ModelPair:
         self, mllm: Checkpoint, math: Sequence[Checkpoint], base: Checkpoint, base_mllm: Checkpoint
     ) -> None:
         self.mllm, self.math, self.base, self.base_mllm = mllm, tuple(math), base, base_mllm
+        for model in dict.fromkeys((mllm, *self.math, base, base_mllm)):
+            refuse_quantised(model.id, model.config, model.tensors)
         root = find_decoders("base", base)[0]
         refuse_unsupported(base, root)
         self._decoder = _align("mllm", mllm, base, root)
