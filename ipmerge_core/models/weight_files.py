@@ -39,6 +39,7 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(
     r"model(-\d+-of-\d+)?\.[^.]+\.safetensors|model\.safetensors\.index\.[^.]+\.json"
 )
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OTHER_LAYOUTS = ("adapter_model", "consolidated")  # PEFT adapters; Mistral's additional copy
 _NAMED_BY_CONFIG = "transformers_weights"  # a key of config.json
 _LARGEST_JSON = 64 * MEGABYTE  # of a config or an index: 100 bytes per tensor
@@ -133,12 +134,39 @@ def find_weights(files: Files, config: Mapping[str, Any]) -> WeightFiles:
     )
 
 
+def is_adapter(names: Sequence[str]) -> bool:
+    """Whether a folder holds a PEFT adapter and no full weights."""
+    full = (
+        name
+        for name in names
+        if name.endswith(_SAFETENSORS) or name in (INDEX, *_PICKLED)
+        if not name.startswith(_OTHER_LAYOUTS)
+    )
+    return ADAPTER_CONFIG in names and not any(full)
+
+
+def adapter_weights(files: Files) -> WeightFiles:
+    """Select the weight file of an adapter. Raises: CheckpointError if it has none."""
+    names = files.names()
+    if ADAPTER_WEIGHTS in names:
+        return WeightFiles((ADAPTER_WEIGHTS,))
+    pickled = next((name for name in names if name.endswith(_PICKLES)), None)
+    if pickled is not None:
+        raise CheckpointError(
+            f"The adapter '{files.id}' has its weights only as pickle ('{pickled}'), which can "
+            f"execute code. If you trust it, load it with PEFT and save it with save_pretrained."
+        )
+    raise CheckpointError(
+        f"The adapter '{files.id}' has no '{ADAPTER_WEIGHTS}'. Was the download complete?"
+    )
+
+
 def read_json(files: Files, name: str) -> dict[str, Any]:
     """Read a JSON object from a model folder. Raises: CheckpointError."""
     if name not in files.names():
         raise CheckpointError(
             f"'{files.id}' has no {name}. Expected a model folder in the transformers layout."
-            f"{_gguf_hint(files.names())}"
+            f"{_adapter_hint(files.names())}{_gguf_hint(files.names())}"
         )
     return _parsed(files, name, _OBJECT, foreign=True)
 
@@ -249,6 +277,15 @@ def _why_none(files: Files, names: Sequence[str], found: Sequence[str], pickled:
             f"('{layouts[0]}'). Use the model in the transformers layout ({WEIGHTS} or {INDEX})."
         )
     return f"'{files.id}' has no safetensors weights ({WEIGHTS} or {INDEX}).{_gguf_hint(names)}"
+
+
+def _adapter_hint(names: Sequence[str]) -> str:
+    if not is_adapter(names):
+        return ""
+    return (
+        " It is a PEFT adapter: where full weights are required, merge it into its base first "
+        "(merge_and_unload)."
+    )
 
 
 def _gguf_hint(names: Sequence[str]) -> str:
