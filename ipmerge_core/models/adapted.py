@@ -29,7 +29,7 @@ from ipmerge_core.models.checkpoint import (
     split_address,
     tensor_bytes,
 )
-from ipmerge_core.models.files import SUBFOLDERS, Files, Stamp
+from ipmerge_core.models.files import SUBFOLDERS, Files, Stamp, is_hub_id
 from ipmerge_core.models.low_rank import Factors
 from ipmerge_core.models.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights
 
@@ -75,15 +75,15 @@ class AdaptedCheckpoint(Checkpoint):
         saved = [name for name, change in self._changes.items() if change.saved]
         more = f", with {len(saved)} tensors of its own ('{saved[0]}')" if saved else ""
         message = (
-            f"{kind} of rank {rank} on {len(lora)} matrices of '{self.base.id}'{more}; its weights "
-            f"are computed while reading."
+            f"{kind} of rank {rank} on {len(lora)} matrices of '{_label(self.base)}'{more}; its "
+            f"weights are computed while reading."
         )
         named = self._settings.base
-        if named is None or _last(named) == _last(self.base.id):
+        if named is None or _last(named).lower() == _last(self.base.id).lower():
             return Remark("adapter", message)
         return Remark(
             "adapter",
-            f"{message} It was trained on '{named}'.",
+            f"{message} It was trained on '{named if is_hub_id(named) else _last(named)}'.",
             "Use that model as base, unless both have the same weights.",
         )
 
@@ -225,8 +225,12 @@ def _digest(data: bytes | bytearray) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _label(model: Checkpoint) -> str:
+    return model.id if model.files.revision is not None else Path(model.id).name
+
+
 def _last(model: str) -> str:
-    return model.partition("@")[0].rstrip("/").rsplit("/", 1)[-1].lower()
+    return model.partition("@")[0].rstrip("/").rsplit("/", 1)[-1]
 
 
 def _place(model: Checkpoint) -> tuple[str, str | None]:

@@ -86,12 +86,18 @@ class AdapterConfig:
         known = {field.name for field in fields(cls)}
         _refuse_options(files.id, content, known)
         try:
-            return _SCHEMA.validate({key: content[key] for key in known & content.keys()})
+            found = _SCHEMA.validate({key: content[key] for key in known & content.keys()})
+            found.compile()
         except InvalidContentError as error:
             raise CheckpointError(
                 f"'{ADAPTER_CONFIG}' of '{files.id}' is damaged: {error}. Download or save it "
                 f"again."
             ) from error
+        return found
+
+    def compile(self) -> None:
+        """Compile the patterns of ranks, layers and saved modules. Raises: InvalidContentError."""
+        _ = self._ranks, self._alphas, self._layer_names, self._saved
 
     @property
     def base(self) -> str | None:
@@ -220,7 +226,6 @@ def _compiled(pattern: str) -> Pattern:
     try:
         return compile_pattern(pattern)
     except ValueError as error:
-        raise CheckpointError(
-            f"'{ADAPTER_CONFIG}' has the pattern {reprlib.repr(pattern)}, which is not a valid "
-            f"regular expression in RE2's syntax: {error}. To use this adapter, {MERGE_FIRST}."
+        raise InvalidContentError(
+            f"its pattern {reprlib.repr(pattern)} is not a valid regular expression ({error})"
         ) from error

@@ -6,10 +6,11 @@ the files of the folder. `checkpoint.py` opens folders in which full weights are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from ipmerge_core.errors import CheckpointError
+from ipmerge_core.errors import CheckpointError, PairingError
 from ipmerge_core.models.adapted import AdaptedCheckpoint
 from ipmerge_core.models.adapter_config import AdapterConfig
 from ipmerge_core.models.checkpoint import Checkpoint
@@ -41,6 +42,21 @@ def open_model(source: Source, *, base: Source | None = None, hub_only: bool = F
     if base is None:
         return AdaptedCheckpoint(files, config, _base_of(files, config, hub_only=hub_only))
     return AdaptedCheckpoint(files, config, open_model(base, hub_only=hub_only))
+
+
+def named_base(experts: Sequence[Source], *, hub_only: bool = False) -> Checkpoint:
+    """Open the base that the first adapter among the experts names.
+
+    Raises: CheckpointError as `open_model`; PairingError if no expert is an adapter.
+    """
+    for expert in experts:
+        model = open_model(expert, hub_only=hub_only)
+        if isinstance(model, AdaptedCheckpoint):
+            return model.base
+    raise PairingError(
+        "No base given. Specify the text model that the models were fine-tuned from, unless a "
+        "math model is an adapter, which names its base."
+    )
 
 
 def _base_of(files: Files, config: AdapterConfig, *, hub_only: bool) -> Checkpoint:

@@ -37,7 +37,7 @@ from ipmerge_core.models.decoders import (
 )
 from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace, Stamp
 from ipmerge_core.models.low_rank import Factors
-from ipmerge_core.models.opening import Source, open_model
+from ipmerge_core.models.opening import Source, named_base, open_model
 from ipmerge_core.models.siblings import Finding, Member, check_siblings
 from ipmerge_core.models.writer import files_to_copy
 
@@ -295,16 +295,18 @@ class ModelPair:
 def open_pair(
     mllm: Source,
     math: Source | Sequence[Source],
-    base: Source,
+    base: Source | None = None,
     *,
     base_mllm: Source | None = None,
 ) -> ModelPair:
     """Open the models by their headers and match their decoder matrices, without reading weights.
 
     Args:
-        mllm: the multimodal model: a folder, a hub id `org/name[@revision]`, or a Checkpoint.
-        math: the expert, or a list of experts.
-        base: the text model that the experts (and the MLLM) were fine-tuned from.
+        mllm: the multimodal model: a folder, a hub id `org/name[@revision]`, or a Checkpoint. A
+            LoRA adapter is applied to the base that it names.
+        math: the expert, or a list of experts; LoRA adapters are applied to `base`.
+        base: the text model that the experts (and the MLLM) were fine-tuned from. By default the
+            one that the first adapter among the experts names.
         base_mllm: the text model that the MLLM was built on, if it differs from `base`.
 
     Raises:
@@ -314,7 +316,7 @@ def open_pair(
     experts = [math] if isinstance(math, str | Path | Checkpoint) else list(math)
     if not experts:
         raise PairingError("No math model given; expected at least one expert.")
-    root = open_model(base)
+    root = open_model(base) if base is not None else named_base(experts)
     return ModelPair(
         open_model(mllm),
         [open_model(expert, base=root) for expert in experts],
