@@ -55,10 +55,9 @@ class LowRank:
         return replace(self, left=factor * self.left, noise=abs(factor) * self.noise)
 
     def without(self, directions: Float[Tensor, "m c"]) -> LowRank:
-        """Return (I - U U^T) dW for orthonormal columns U."""
-        U = directions.double()
-        left = self.left.double()
-        return replace(self, left=left - U @ (U.T @ left))
+        """Return (I - U U^T) dW in fp64 for orthonormal columns U."""
+        U, left = directions.double(), self.left.double()
+        return replace(self, left=left - U @ (U.T @ left), right=self.right.double())
 
     def spectrum(
         self,
