@@ -109,14 +109,12 @@ def test_methods_give_the_same_with_factors_and_without(name: str, mllm_is_adapt
         torch.testing.assert_close(quick, plain, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("cutoff", [0.0, 1e-12, 1e-5])
-def test_knots_uses_no_more_directions_than_the_task_vectors_have(cutoff: float) -> None:
+def test_knots_uses_no_more_directions_than_the_task_vectors_have() -> None:
     base, _, (mllm, expert), _ = models()
     method = METHODS["knots_ties"]
-    merged = method(base, mllm, [expert], cutoff=cutoff, density=1.0, normalize="none")
-    rank = int((torch.linalg.svdvals((merged - base).double()) > 1e-6).sum())
+    merged = method(base, mllm, [expert], density=1.0, normalize="none")
     assert merged.isfinite().all()
-    assert rank <= 6
+    assert int((torch.linalg.svdvals((merged - base).double()) > 1e-6).sum()) <= 6
     # The trim keeps a share of the elements: directions of rounding would add to their number.
-    sparse = [method(base, mllm, [expert], cutoff=each, density=0.3) for each in (cutoff, 1e-5)]
+    sparse = [method(base, mllm, [expert], cutoff=each, density=0.3) for each in (1e-6, 1e-5)]
     torch.testing.assert_close(*sparse, rtol=1e-5, atol=1e-7)

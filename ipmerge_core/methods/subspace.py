@@ -338,7 +338,6 @@ def _sum(changes: Sequence[Change]) -> Change:
     unknown=RECOMBINED,
     vectors=mean_of_changes,
     matrixwise=True,
-    version=2,
 )
 def knots_ties(
     base: Matrix,
@@ -358,10 +357,9 @@ def knots_ties(
     """Express all task vectors in a shared output basis and merge them there with TIES.
 
     Math:   [tau_1 | .. | tau_T] = U S [V_1^T | .. | V_T^T]; P_i = S V_i^T = U^T tau_i over the
-            S above the cutoff and the resolution of fp32 weights, 4 eps_32 S_1; delta = U ties(P_1
-            .. P_T) with a trim of exactly int(density N) elements each, or the official one of
-            `ties`, and the unweighted majority of signs; W = W0 + s delta. Per-model densities
-            override the shared one.
+            S above the cutoff; delta = U ties(P_1 .. P_T) with a trim of exactly int(density N)
+            elements each, or the official one of `ties`, and the unweighted majority of signs;
+            W = W0 + s delta. Per-model densities override the shared one.
     Shapes: all (m, n); the decomposed matrix is (m, T n). With density 1 and no sign conflicts
             this is the mean of the kept elements, or task arithmetic with normalize "none".
     Source: KnOTS, arXiv 2410.19735, with the election and mean of the TIES paper; the authors'
@@ -373,7 +371,7 @@ def knots_ties(
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
     models = [task_vector_of(matrix, base).to(W0) for matrix in (mllm, *as_list(math))]
     found = svd(torch.cat(models, dim=1), dtype=torch.float64)
-    U = _left(found)[:, max(cutoff, RESOLUTION) * found.S[0] < found.S]
+    U = _left(found)[:, cutoff * found.S[0] < found.S]
     parts = [U.T @ model.double() for model in models]
     densities = densities_of(density, mllm_density, math_density, len(parts) - 1)
     parts = [

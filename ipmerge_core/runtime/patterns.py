@@ -1,7 +1,7 @@
 """Compile regular expressions from outside with RE2, which searches any text in linear time.
 
 In: a pattern of a form, a plan or a file of another program. Out: an object with `search`, or one
-error that says why the pattern is not valid.
+error with the reason why the pattern is not valid.
 """
 
 from __future__ import annotations
