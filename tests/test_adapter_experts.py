@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAYERS, TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model
-from peft_adapters import Made, make_adapter
+from peft_adapters import Made, edit_config, make_adapter
 from safetensors.torch import load_file
 
 import ipmerge_core as ipm
+from ipmerge_core.analysis.analyse import iter_pack
 from ipmerge_core.analysis.records import LayerRecord
 from ipmerge_core.cli import main
 from ipmerge_core.errors import PairingError
 from ipmerge_core.merging.merge import reopen
+from ipmerge_core.models.opening import open_model
 from ipmerge_core.planning.plan import make_plan
+from ipmerge_core.planning.relocation import relocate
+from ipmerge_core.ui.analyse.models_form import AnalysisRequest, Checked, check_request
 
 METHODS = ("ip_merging", "task_arithmetic", "tsv", "iso_c", "iso_cts", "knots_ties", "ties")
 
@@ -169,3 +173,53 @@ def test_an_adapter_of_another_base_exits_with_2_and_writes_nothing(
 def test_without_a_base_an_adapter_has_to_name_it(trio: Trio) -> None:
     with pytest.raises(PairingError, match="No base given.*unless a math model is an adapter"):
         ipm.open_pair(trio.mllm, trio.math)
+
+
+def test_the_app_checks_and_analyses_an_adapter(
+    models: tuple[Trio, Made, Path], tmp_path: Path
+) -> None:
+    trio, made, _ = models
+    asked = AnalysisRequest(str(trio.mllm), (str(made.folder),), str(trio.base))
+    *_, found = check_request(asked, hub_only=False, device="cpu")
+    assert isinstance(found, Checked)
+    assert found.ready
+    assert found.pinned is not None
+    messages = [f.message for f in found.findings if f.subject == "math: adapter"]
+    assert "adapter of rank 2 on 6 matrices of 'base'" in messages[0]
+    pack = tmp_path / "pack.json.gz"
+    for _ in iter_pack(*found.pinned[:1], list(found.pinned.math), found.pinned.base, pack):
+        pass
+    records = ipm.Analysis.load(pack).records
+    assert {record.math_directions for record in records} == {0, 2}
+
+
+def test_a_plan_follows_an_adapter_that_has_moved(trio: Trio, tmp_path: Path) -> None:
+    made = make_adapter(trio.base, tmp_path / "adapter")
+    plan = make_plan(ipm.open_pair(trio.mllm, made.folder, trio.base), method="task_arithmetic")
+    moved = made.folder.rename(tmp_path / "moved")
+    sources = relocate(plan.sources, math=[str(moved)])
+    assert sources.math[0].id == str(moved)
+    edit_config(moved, lora_alpha=7)
+    with pytest.raises(PairingError, match="are not those of the math"):
+        relocate(plan.sources, math=[str(moved)])
+
+
+def test_an_adapter_written_during_a_run_is_noticed(trio: Trio, tmp_path: Path) -> None:
+    made = make_adapter(trio.base, tmp_path / "adapter")
+    pair = ipm.open_pair(trio.mllm, made.folder, trio.base)
+    before = pair.stamps()
+    pair.check_unchanged(before)
+    edit_config(made.folder, lora_alpha=7)
+    with pytest.raises(PairingError, match="'adapter_config.json' of .*adapter' was written"):
+        pair.check_unchanged(before)
+
+
+def test_an_exported_adapter_is_accepted_as_the_mllm(trio: Trio, tmp_path: Path) -> None:
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    plan = make_plan(analysis, similarity_threshold=0.0, lambda_=2.0)
+    ipm.export_adapter(plan, tmp_path / "adapter", max_rank=16, tolerance=1e-6)
+    ipm.merge(plan, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    model = open_model(tmp_path / "adapter")
+    for name, value in merged.items():
+        torch.testing.assert_close(model.read(name), value, rtol=1e-4, atol=1e-5)
