@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from conftest import TEXT_CONFIG, Trio, fine_tuned, text_weights, write_model
@@ -12,8 +13,12 @@ from peft_adapters import edit_config, make_adapter
 from safetensors.torch import load_file, save_file
 
 from ipmerge_core.errors import CheckpointError
+from ipmerge_core.models.adapted import AdaptedCheckpoint
+from ipmerge_core.models.adapter_config import AdapterConfig
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint, as_tensor
-from ipmerge_core.models.opening import open_model
+from ipmerge_core.models.files import LocalFiles, RemoteFiles
+from ipmerge_core.models.opening import _base_of, open_model
+from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.models.writer import files_to_copy
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -188,6 +193,25 @@ def test_embeddings_of_another_size_are_those_of_the_adapter(trio: Trio, tmp_pat
     assert len(model.read_bytes("lm_head.weight")) == 23 * 16 * 4
 
 
+def test_an_adapter_on_the_hub_is_pinned_and_read_by_ranges(trio: Trio, tmp_path: Path) -> None:
+    made = make_adapter(trio.base, tmp_path / "adapter")
+    system, sha = fsspec.filesystem("file"), "0" * 40
+
+    def opened(adapter_sha: str) -> AdaptedCheckpoint:
+        base = Checkpoint(RemoteFiles("org/base", sha, system, str(trio.base)))
+        files = RemoteFiles("org/adapter", adapter_sha, system, str(made.folder))
+        return AdaptedCheckpoint(files, AdapterConfig.read(files), base)
+
+    model = opened(sha)
+    assert model.files.remote
+    assert (model.id, model.files.revision, model.content) == ("org/adapter", sha, None)
+    assert opened("1" * 40).fingerprint != model.fingerprint == opened(sha).fingerprint
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(model.read(name), made.merged[name], rtol=2e-6, atol=2e-7)
+    levels = {f.subject: f.level for f in open_pair(trio.mllm, model, model.base).check()}
+    assert "refusal" not in levels.values()  # not taken for the files of its base
+
+
 # --- bad input ---
 
 
@@ -316,10 +340,6 @@ def test_a_quantised_base_is_refused_by_name(adapter: Path, tmp_path: Path) -> N
 
 
 def test_the_base_of_an_adapter_from_the_hub_is_on_the_hub(adapter: Path) -> None:
-    from ipmerge_core.models.adapter_config import AdapterConfig
-    from ipmerge_core.models.files import LocalFiles
-    from ipmerge_core.models.opening import _base_of
-
     files = LocalFiles(adapter, id="org/adapter", revision="0" * 40)
     with pytest.raises(CheckpointError, match="which is not a hub id"):
         _base_of(files, AdapterConfig.read(files), hub_only=False)
