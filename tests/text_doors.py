@@ -15,8 +15,9 @@ from ipmerge_core.methods import find_method
 from ipmerge_core.models.checkpoint import split_address
 from ipmerge_core.models.decoders import find_decoders
 from ipmerge_core.models.files import as_hub_id
-from ipmerge_core.planning.options import PlanOptions, compile_pattern
+from ipmerge_core.planning.options import PlanOptions
 from ipmerge_core.runtime.input_files import FileKind, Schema
+from ipmerge_core.runtime.patterns import compile_pattern
 from ipmerge_core.tasks.answers import stated_result
 from ipmerge_core.ui.analyse.models_form import read_request
 from ipmerge_core.ui.pairs import find_partial

@@ -15,21 +15,24 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
 from ipmerge_core.models.dequantised import DequantisedFiles, dequantised
-from ipmerge_core.models.files import Files, find_files
+from ipmerge_core.models.files import Files, Stamp, find_files
 from ipmerge_core.models.headers import DTYPES, FLOAT_DTYPES, TensorSpec, read_header
+from ipmerge_core.models.low_rank import Factors
 from ipmerge_core.models.quantised import refuse_unsupported_dtypes
-from ipmerge_core.models.weight_files import CONFIG, find_weights, read_json
+from ipmerge_core.models.weight_files import CONFIG, WeightFiles, find_weights, read_json
 
 __all__ = [
     "DTYPES",
     "FLOAT_DTYPES",
     "Checkpoint",
+    "Remark",
     "TensorSpec",
     "as_tensor",
     "count_non_finite",
@@ -42,13 +45,25 @@ _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\
 _BLOCKS, _BLOCK = 16, 512  # of every tensor that `content` covers, and their size in bytes
 
 
-class Checkpoint:
-    """One model: its config, its files, and a `TensorSpec` per tensor, in file order."""
+class Remark(NamedTuple):
+    """A note on how a model's values are computed; with a remedy, it is a warning."""
 
-    def __init__(self, files: Files) -> None:
+    subject: str
+    message: str
+    remedy: str = ""
+
+
+class Checkpoint:
+    """One model: its config, its files, and a `TensorSpec` per tensor, in file order.
+
+    Values are read only by `read`, `read_bytes` and `iter_bytes`, so that a subclass can compute
+    them. With `weights` only these files are opened, and no config.
+    """
+
+    def __init__(self, files: Files, weights: WeightFiles | None = None) -> None:
         self.files = files
-        self.config = read_json(files, CONFIG)
-        self.weights = find_weights(files, self.config)
+        self.config = read_json(files, CONFIG) if weights is None else {}
+        self.weights = weights or find_weights(files, self.config)
         self.shards = list(self.weights.shards)
         self.tensors: dict[str, TensorSpec] = {}
         for shard in self.shards:
@@ -106,6 +121,23 @@ class Checkpoint:
     def dequantised(self) -> DequantisedFiles | None:
         """The files that read fp8 weights as floats; None if all weights are read as stored."""
         return self.files if isinstance(self.files, DequantisedFiles) else None
+
+    @property
+    def remark(self) -> Remark | None:
+        """How the values of this model are computed, if they are not those of its files."""
+        return Remark("fp8", self.dequantised.describe()) if self.dequantised else None
+
+    def factors(self, name: str, base: Checkpoint) -> Factors | None:
+        """Return the change of a matrix relative to `base` as factors; None if unknown."""
+        return None
+
+    def read_size(self, name: str) -> int:
+        """Return the size in bytes of what `read` returns."""
+        return self.spec(name).nbytes
+
+    def stamps(self) -> dict[tuple[str, str], Stamp | None]:
+        """Return the stamps of the files that determine the weights, by model and name."""
+        return {(self.id, shard): self.files.stamp(shard) for shard in self.shards}
 
     @property
     def nbytes(self) -> int:
@@ -182,16 +214,17 @@ class Checkpoint:
         shape = (rows.stop - rows.start, *whole.shape[1:])
         return TensorSpec(name, whole.dtype, shape, whole.shard, start, stop)
 
-    def read_bytes(self, name: str) -> bytearray:
-        """Read the stored bytes of a tensor."""
+    def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Read the bytes [start, stop) of a tensor in its stored dtype."""
         spec = self.spec(name)
-        return self.files.read(spec.shard, spec.start, spec.stop)
+        last = spec.stop if stop is None else spec.start + stop
+        return self.files.read(spec.shard, spec.start + start, last)
 
     def iter_bytes(self, name: str, step: int = 1 << 20) -> Iterator[bytearray]:
-        """Read the stored bytes of a tensor in pieces."""
-        spec = self.spec(name)
-        for start in range(spec.start, spec.stop, step):
-            yield self.files.read(spec.shard, start, min(start + step, spec.stop))
+        """Read the bytes of a tensor in pieces."""
+        nbytes = self.spec(name).nbytes
+        for start in range(0, nbytes, step):
+            yield self.read_bytes(name, start, min(start + step, nbytes))
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype, on the CPU."""

@@ -90,9 +90,16 @@ def check_siblings(
 
 
 def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
-    """Report other files in the folder that could be mistaken for the model's weights."""
+    """Report computed values, and other files that could be mistaken for the model's weights."""
     for member in members:
         model, weights = member.model, member.model.weights
+        if (remark := model.remark) is not None:
+            yield Finding(
+                "warning" if remark.remedy else "ok",
+                f"{member.role}: {remark.subject}",
+                remark.message,
+                remark.remedy,
+            )
         if weights.unused:
             first, *more = weights.unused
             read = weights.index or weights.shards[0]
@@ -113,8 +120,6 @@ def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
                 "If it belongs to the model, merge it into the weights first (merge_and_unload); "
                 "otherwise delete it.",
             )
-        if model.dequantised is not None:
-            yield Finding("ok", f"{member.role}: fp8", model.dequantised.describe())
 
 
 def _check_repeated(members: Sequence[Member]) -> Iterator[Finding]:

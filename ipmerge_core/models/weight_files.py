@@ -40,6 +40,7 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(
     r"model(-\d+-of-\d+)?\.[^.]+\.safetensors|model\.safetensors\.index\.[^.]+\.json"
 )
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OTHER_LAYOUTS = ("adapter_model", "consolidated")  # PEFT adapters; Mistral's additional copy
 # The state of a training run, which belongs to no model.
 _TRAINING_STATE = re.compile(
@@ -140,6 +141,33 @@ def find_weights(files: Files, config: Mapping[str, Any]) -> WeightFiles:
         unused=tuple(name for name in names if name not in read and _is_other_set(name)),
         has_adapter=ADAPTER_CONFIG in names,
         renamed=found.renamed,
+    )
+
+
+def is_adapter(names: Sequence[str]) -> bool:
+    """Whether a folder holds a PEFT adapter and no full weights."""
+    full = (
+        name
+        for name in names
+        if name.endswith(_SAFETENSORS) or name in (INDEX, *_PICKLED)
+        if not name.startswith(_OTHER_LAYOUTS)
+    )
+    return ADAPTER_CONFIG in names and not any(full)
+
+
+def adapter_weights(files: Files) -> WeightFiles:
+    """Select the weight file of an adapter. Raises: CheckpointError if it has none."""
+    names = files.names()
+    if ADAPTER_WEIGHTS in names:
+        return WeightFiles((ADAPTER_WEIGHTS,))
+    pickled = next((name for name in names if name.endswith(_PICKLES)), None)
+    if pickled is not None:
+        raise CheckpointError(
+            f"The adapter '{files.id}' has its weights only as pickle ('{pickled}'), which can "
+            f"execute code. If you trust it, load it with PEFT and save it with save_pretrained."
+        )
+    raise CheckpointError(
+        f"The adapter '{files.id}' has no '{ADAPTER_WEIGHTS}'. Was the download complete?"
     )
 
 
@@ -265,6 +293,11 @@ def _why_none(files: Files, names: Sequence[str], found: Sequence[str], pickled:
 
 def _hint(names: Sequence[str]) -> str:
     """Name weights in a layout that is not read, and what to use instead."""
+    if is_adapter(names):
+        return (
+            " It is a PEFT adapter: where full weights are required, merge it into its base first "
+            "(merge_and_unload)."
+        )
     gguf = next((name for name in names if name.endswith(".gguf")), None)
     if gguf is not None:
         return (
