@@ -80,7 +80,7 @@ def _without_home(error: RunError) -> RunError:
 
 
 def warms_up() -> bool:
-    """Return whether the app gets ready for a run and a question before one is asked for.
+    """Return whether the app gets ready for the first run and question in the background.
 
     IPMERGE_WARM_UP=off saves that memory; the first run and question then take seconds longer.
 
