@@ -93,7 +93,12 @@ class Checkpoint:
                 an unsupported dtype, or fp8 with scales that do not fit.
             CorruptShardError: a header is inconsistent with its file.
         """
-        stored = cls(find_files(source, hub_only=hub_only))
+        return cls.of(find_files(source, hub_only=hub_only))
+
+    @classmethod
+    def of(cls, files: Files) -> Checkpoint:
+        """Open a model by its files; see `open`."""
+        stored = cls(files)
         floats = dequantised(stored.files, stored.config, stored.weights, stored.tensors)
         return stored if floats is None else cls(floats)
 

@@ -37,7 +37,7 @@ def open_model(source: Source, *, base: Source | None = None, hub_only: bool = F
         return source
     files = find_files(source, hub_only=hub_only)
     if not is_adapter(files.names()):
-        return Checkpoint(files)
+        return Checkpoint.of(files)
     config = AdapterConfig.read(files)
     if base is None:
         return AdaptedCheckpoint(files, config, _base_of(files, config, hub_only=hub_only))
@@ -74,4 +74,4 @@ def _base_of(files: Files, config: AdapterConfig, *, hub_only: bool) -> Checkpoi
             f"Download the adapter and write the base's folder or hub id into its "
             f"'{ADAPTER_CONFIG}'."
         )
-    return Checkpoint(find_files(name, hub_only=hub_only or on_hub))
+    return Checkpoint.open(name, hub_only=hub_only or on_hub)
