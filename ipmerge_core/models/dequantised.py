@@ -43,6 +43,7 @@ _UNUSED = (  # of activations and the key/value cache, in the module of a weight
     ".q_scale",
 )
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 _OTHERWISE = "bfloat16"  # for configs with another dtype or none
 _STEP = 1 << 20  # elements that are multiplied at once
 
@@ -400,7 +401,7 @@ def _grid(weight: TensorSpec, scale: TensorSpec) -> _Grid | None:
 
 def _target_dtype(config: Mapping[str, Any]) -> str:
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+    named = [str(part.get(key)) for part in parts for key in _DTYPE_KEYS]
     return next((_DTYPES[name] for name in named if name in _DTYPES), _DTYPES[_OTHERWISE])
 
 
@@ -410,7 +411,7 @@ def _without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key in CONFIG_KEYS:
             continue
-        if key in ("dtype", "torch_dtype") and value is not None and value not in _DTYPES:
+        if key in _DTYPE_KEYS and isinstance(value, str) and value not in _DTYPES:
             changed[key] = _OTHERWISE
         else:
             changed[key] = _without_quantisation(value) if isinstance(value, dict) else value
