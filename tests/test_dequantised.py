@@ -18,7 +18,9 @@ import ipmerge_core
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError
 from ipmerge_core.inference.loading import load_model
+from ipmerge_core.models import checkpoint
 from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.files import LocalFiles, RemoteFiles
 from ipmerge_core.models.pairing import open_pair
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -220,6 +222,22 @@ def test_scales_of_a_stack_apply_to_their_matrix(
     assert torch.equal(model.read("experts.down_proj[1:4]"), expected[1:4])
 
 
+def test_a_model_on_the_hub_is_read_by_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    folder = write_fp8(tmp_path / "m", text_weights(), TEXT_CONFIG, "block")
+    remote = RemoteFiles("org/m", "0" * 40, LocalFileSystem(), str(folder))
+    monkeypatch.setattr(checkpoint, "find_files", lambda *_, **__: remote)
+    model = Checkpoint.open("org/m")
+    assert (model.id, model.files.revision, model.files.remote) == ("org/m", "0" * 40, True)
+    values = Checkpoint(LocalFiles(values_of(folder)))
+    assert all(torch.equal(model.read(name), values.read(name)) for name in values.tensors)
+    assert model.files.stamp(model.shards[0]) is None
+    assert model.content is None
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (16, 0)])
 def test_a_weight_without_elements_is_read(shape: tuple[int, int], tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", {}, {"dtype": "bfloat16"})
@@ -241,6 +259,27 @@ def test_settings_inside_the_config_of_a_part_count_too(part: str | None, tmp_pa
     model = Checkpoint.open(folder)
     assert model.dequantised
     assert "quantization_config" not in json.dumps(model.config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "read", "written"),
+    [
+        ("float16", "F16", "float16"),
+        ("float32", "F32", "float32"),
+        ("float8_e4m3fn", "BF16", "bfloat16"),
+        (None, "BF16", None),
+        ([], "BF16", []),
+    ],
+)
+def test_the_dtype_is_that_of_the_config_or_bf16(
+    dtype: object, read: str, written: object, tmp_path: Path
+) -> None:
+    folder = write_fp8(tmp_path / "m", text_weights(), TEXT_CONFIG, "block")
+    set_config(folder, dtype=dtype)
+    model = Checkpoint.open(folder)
+    assert model.spec("model.layers.0.self_attn.q_proj.weight").dtype == read
+    assert model.spec("model.norm.weight").dtype == "BF16"  # as stored
+    assert model.config["dtype"] == written
 
 
 def damage(folder: Path, change: Callable[[Weights], object]) -> None:
