@@ -142,7 +142,7 @@ class AdapterConfig:
     def _in_layers(self, module: str) -> bool:
         """Whether the first number in a name, after `layers_pattern`, is one of those chosen."""
         chosen = self.layers_to_transform
-        if chosen is None or chosen == [] or module in (self.target_modules or ()):
+        if chosen is None or chosen == [] or module in (self._targeted.names or ()):
             return True
         parts = module.split(".")
         numbers = [chosen] if isinstance(chosen, int) else chosen
