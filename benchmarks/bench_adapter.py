@@ -177,7 +177,7 @@ def print_figures(found: dict[str, Figures]) -> None:
     figures = [
         ["expert's decomposition, folded / factors", "20", f"{faster:.0f}"],
         ["the pair's analysis, factors / folded", "0.55", f"{share:.3f}"],
-        ["existing directions, ||v - v'||", "1e-5", f"{max(f.directions for f in each):.1e}"],
+        ["existing directions, norm of v - v'", "1e-5", f"{max(f.directions for f in each):.1e}"],
         ["their singular values, relative", "1e-5", f"{max(f.values for f in each):.1e}"],
         ["similarities, absolute", "1e-5", f"{max(f.similarity for f in each):.1e}"],
     ]

@@ -28,6 +28,11 @@ OPTIONS = {
     "a pattern with look-ahead": {"target_modules": r"^(?!.*lm_head).*self_attn\.(q|k)_proj"},
     "all linear": {"target_modules": "all-linear"},
     "excluded": {"target_modules": list(SEVEN), "exclude_modules": ["o_proj"]},
+    "excluded by a pattern": {"target_modules": list(SEVEN), "exclude_modules": r".*mlp\..*"},
+    "excluded with look-ahead": {
+        "target_modules": list(SEVEN),
+        "exclude_modules": r"(?!.*self_attn).*\.up_proj",
+    },
     "rslora": {"use_rslora": True, "r": 4},
     "ranks by pattern": {
         "target_modules": list(SEVEN),
@@ -295,6 +300,10 @@ DAMAGE = {
     "an unsupported option": (set_config(lora_bias=True), "uses 'lora_bias' .True.*not supported"),
     "an unknown option": (set_config(use_telepathy=1), "uses 'use_telepathy' .1.*not supported"),
     "layer replication": (set_config(layer_replication=[[0, 2]]), "uses 'layer_replication'"),
+    "too many patterns": (
+        set_config(rank_pattern={f"layer{n}": 2 for n in range(2000)}),
+        "'rank_pattern' is .*1024",
+    ),
     "no base": (set_config(base_model_name_or_path=None), "names no base"),
     "a base that does not exist": (
         set_config(base_model_name_or_path="/nowhere/base"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from families import FAMILIES, build
 from peft_adapters import edit_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
+from ipmerge_core.errors import PairingError
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.opening import open_model
 from ipmerge_core.planning.plan import make_plan
@@ -125,3 +126,13 @@ def test_weights_beside_an_adapter_are_used_and_the_result_loads(tmp_path: Path)
     assert "lora" not in "".join(merged)
     stored = "language_model.model.layers.0.self_attn.q_proj.weight"
     assert float((merged[name] - plain[stored]).norm()) < 0.1 * float(plain[stored].norm())
+
+
+def test_an_adapted_mllm_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    folders = build(FAMILIES["LLaVA-1.5 (Vicuna)"], tmp_path)
+    adapted(folders["hub"], tmp_path / "adapter", torch.float32)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    head = "base_model.model.lm_head.weight"
+    save_file({**load_file(path), head: torch.ones(99, 32)}, path)
+    with pytest.raises(PairingError, match="has the shape .99, 32.*keeps the layout of its files"):
+        ipm.open_pair(tmp_path / "adapter", folders["math"], folders["base"])

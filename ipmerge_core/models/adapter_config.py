@@ -25,9 +25,14 @@ from ipmerge_core.runtime.patterns import Pattern, compile_pattern
 
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload) and use the resulting model"
 _MOST_NAMES = 100_000
+_MOST_PATTERNS = 1024  # each is compared with every adapted module
 Rank: TypeAlias = Annotated[int, Field(ge=1, le=2**20)]
-_Names: TypeAlias = Annotated[list[Name], Field(max_length=_MOST_NAMES)] | None
-_Selection: TypeAlias = Annotated[str, Field(max_length=1_000_000)] | _Names
+_Few: TypeAlias = Annotated[list[Name], Field(max_length=_MOST_PATTERNS)]
+_Selection: TypeAlias = (
+    Annotated[str, Field(max_length=1_000_000)]
+    | Annotated[list[Name], Field(max_length=_MOST_NAMES)]
+    | None
+)
 _Text: TypeAlias = Name | None
 _Flag: TypeAlias = bool | None
 
@@ -57,8 +62,8 @@ class AdapterConfig:
     lora_alpha: Number = 8
     base_model_name_or_path: _Text = None
     revision: _Text = None
-    rank_pattern: dict[Name, Rank] | None = None
-    alpha_pattern: dict[Name, Number] | None = None
+    rank_pattern: Annotated[dict[Name, Rank], Field(max_length=_MOST_PATTERNS)] | None = None
+    alpha_pattern: Annotated[dict[Name, Number], Field(max_length=_MOST_PATTERNS)] | None = None
     use_rslora: _Flag = False
     use_dora: _Flag = False
     fan_in_fan_out: _Flag = False
@@ -66,9 +71,9 @@ class AdapterConfig:
     init_lora_weights: bool | Name | None = True
     target_modules: _Selection = None
     exclude_modules: _Selection = None
-    modules_to_save: _Names = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: Name | _Names = None
+    modules_to_save: _Few | None = None
+    layers_to_transform: int | Annotated[list[int], Field(max_length=_MOST_PATTERNS)] | None = None
+    layers_pattern: Name | _Few | None = None
 
     @classmethod
     def read(cls, files: Files) -> AdapterConfig:
@@ -123,21 +128,21 @@ class AdapterConfig:
         A pattern outside RE2's syntax (look-around, which patterns for multimodal models often use)
         is not evaluated: the modules are then those with stored factors, as PEFT saves them.
         """
-        if self.exclude_modules and _selects(self.exclude_modules, module, self._excluded):
+        if self.exclude_modules and self._excluded.selects(module):
             return False
         if any(_search(pattern, module) for pattern in self._saved):
             return False
         chosen = self.target_modules
         if chosen is None or chosen == "all-linear":
             return True
-        if not _selects(chosen, module, self._targeted):
+        if self._targeted.selects(module) is False:
             return False
         return isinstance(chosen, str) or self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
         """Whether the first number in a name, after `layers_pattern`, is one of those chosen."""
         chosen = self.layers_to_transform
-        if chosen is None or chosen == [] or module in (self.target_modules or ()):
+        if chosen is None or chosen == [] or module in (self._targeted.names or ()):
             return True
         parts = module.split(".")
         numbers = [chosen] if isinstance(chosen, int) else chosen
@@ -170,12 +175,37 @@ class AdapterConfig:
         return [_compiled(rf"(?:^|\.)(?:{name})(?:$|\.)") for name in self.modules_to_save or ()]
 
     @cached_property
-    def _targeted(self) -> Pattern | None:
-        return _whole(self.target_modules)
+    def _targeted(self) -> _Modules:
+        return _Modules.of(self.target_modules)
 
     @cached_property
-    def _excluded(self) -> Pattern | None:
-        return _whole(self.exclude_modules)
+    def _excluded(self) -> _Modules:
+        return _Modules.of(self.exclude_modules)
+
+
+@dataclass(frozen=True)
+class _Modules:
+    """Modules by the ends of their names, or by a pattern; unknown without either."""
+
+    names: frozenset[str] | None
+    pattern: Pattern | None
+
+    @classmethod
+    def of(cls, chosen: str | Sequence[str] | None) -> _Modules:
+        """Read a selection; that of a pattern that RE2 cannot express is unknown."""
+        if not isinstance(chosen, str):
+            return cls(frozenset(chosen or ()), None)
+        try:
+            return cls(None, compile_pattern(f"^(?:{chosen})$"))
+        except ValueError:
+            return cls(None, None)
+
+    def selects(self, module: str) -> bool | None:
+        """Return whether the module's name, or its end after a dot, is selected; None: unknown."""
+        if self.names is None:
+            return None if self.pattern is None else _search(self.pattern, module)
+        parts = module.split(".")
+        return any(".".join(parts[start:]) in self.names for start in range(len(parts)))
 
 
 _SCHEMA = Schema[AdapterConfig](AdapterConfig)
@@ -198,24 +228,8 @@ def _refuse_options(adapter: str, content: Mapping[str, Any], known: set[str]) -
             )
 
 
-def _selects(chosen: str | Sequence[str], module: str, pattern: Pattern | None) -> bool:
-    if isinstance(chosen, str):
-        return pattern is None or _search(pattern, module)
-    return any(module == name or module.endswith(f".{name}") for name in chosen)
-
-
 def _search(pattern: Pattern, text: str) -> bool:
     return pattern.search(text) is not None
-
-
-def _whole(chosen: str | Sequence[str] | None) -> Pattern | None:
-    """Compile a pattern for whole names; None if RE2 cannot express it."""
-    if not isinstance(chosen, str):
-        return None
-    try:
-        return compile_pattern(f"^(?:{chosen})$")
-    except ValueError:
-        return None
 
 
 def _suffix(key: str) -> Pattern:
