@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import ModelLoadError, explained, first_line
+from ipmerge_core.inference.processor_loading import load_processor
 from ipmerge_core.inference.prompts import (
     ChatFormat,
     Message,
@@ -23,6 +24,7 @@ from ipmerge_core.inference.prompts import (
     split_verbatim,
     without_begin,
 )
+from ipmerge_core.runtime.imports import find_torchvision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,13 +48,17 @@ class ModelProcessor:
     """
 
     def __init__(self, folder: str | Path, *, takes_images: bool) -> None:
-        from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+        find_torchvision()
+        from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.takes_images = Path(folder).name, takes_images
         options = {"local_files_only": True, "trust_remote_code": False}
-        kind, what = (AutoProcessor, "processor") if takes_images else (AutoTokenizer, "tokenizer")
+        what = "processor" if takes_images else "tokenizer"
         with explained(partial(explain_loading, str(folder), what)):
-            self.processor = kind.from_pretrained(str(folder), **options)
+            if takes_images:
+                self.processor = load_processor(folder)
+            else:
+                self.processor = AutoTokenizer.from_pretrained(str(folder), **options)
             self.config = AutoConfig.from_pretrained(str(folder), **options)
             self._refuse_empty()
 

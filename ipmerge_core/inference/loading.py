@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
 
 
-_COUNTS_LAYERS = re.compile(r"layers$|^depth$|^n_layer$")
+_COUNTS_LAYERS = re.compile(r"(?<!window_)layers$|^depth$|^n_layer$")
 _MOST_LARGER = 3  # than the files; tied weights are stored once
 
 
