@@ -15,8 +15,6 @@ import torch
 from families import CLIP, EYES, MROPE, QWEN_EYES, SIGLIP, TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ipmerge_core.inference.processor_process import RemoteProcessor
-
 WORDS = 512  # rows of the embeddings: 256 bytes and at most as many special tokens
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_IDS = {
@@ -221,6 +219,12 @@ CHAT_FAMILIES = {
         ids={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
         image_settings=PATCHES, video="Qwen2VLVideoProcessor",
     ),
+    "PaliGemma 2": ChatFamily(
+        "PaliGemmaProcessor", "SiglipImageProcessor", "<image>", ("<image>",), "PaliGemmaConfig",
+        text={"model_type": "gemma2", "head_dim": 8}, vision={**SIGLIP, "projection_dim": 32},
+        ids={"image_token_id": "<image>"}, more={"projection_dim": 32},
+        image_settings={"size": SQUARE["size"], "image_seq_length": 4},
+    ),
     "MiniCPM-V 4.6": ChatFamily(
         "MiniCPMV4_6Processor", "MiniCPMV4_6ImageProcessor", "<|image_pad|>",
         (
@@ -241,6 +245,40 @@ CHAT_FAMILIES = {
                 "slice_start_token": "<slice>", "slice_end_token": "</slice>",
             }
         },
+    ),
+}  # fmt: skip
+
+# Processors whose image part exists for torchvision only, or that have none, with their model type.
+_LLAVA = ("<image>", ("<image>",))
+WITHOUT_PILLOW = {
+    "Mistral 3": ChatFamily(
+        "PixtralProcessor", "PixtralImageProcessor", "[IMG]", ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        model_type="mistral3",
+    ),
+    "Pixtral": ChatFamily(
+        "PixtralProcessor", "PixtralImageProcessor", "[IMG]", ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        model_type="llava",
+    ),
+    "Llama 4": ChatFamily(
+        "Llama4Processor", "Llama4ImageProcessorFast", "<|image|>", ("<|image|>",),
+        model_type="llama4",
+    ),
+    "Cohere2-Vision": ChatFamily(
+        "Cohere2VisionProcessor", "Cohere2VisionImageProcessorFast", "<|IMG|>", ("<|IMG|>",),
+        model_type="cohere2_vision",
+    ),
+    "LFM2-VL": ChatFamily(
+        "Lfm2VlProcessor", "Lfm2VlImageProcessorFast", *_LLAVA, model_type="lfm2_vl"
+    ),
+    "PerceptionLM": ChatFamily(
+        "PerceptionLMProcessor", "PerceptionLMImageProcessorFast", *_LLAVA,
+        model_type="perception_lm", video="PerceptionLMVideoProcessor",
+    ),
+}  # fmt: skip
+VIDEO_ONLY = {
+    "InstructBLIP-Video": ChatFamily(
+        "InstructBlipVideoProcessor", "InstructBlipVideoImageProcessor", "<video>", ("<video>",),
+        model_type="instructblipvideo", video="InstructBlipVideoVideoProcessor",
     ),
 }  # fmt: skip
 
@@ -306,5 +344,46 @@ def _write_model(
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     with torch.no_grad():  # zeros and ones would hide whether an image reaches the answer
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.data += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(folder)
+
+
+def chat_support(model_type: str, torchvision: bool = False) -> str:
+    """Return "chats", or why models of a type cannot chat with or without torchvision.
+
+    From the classes of transformers, without a model; the column of docs/families.md.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    from transformers.models.auto.processing_auto import (
+        PROCESSOR_MAPPING_NAMES,
+        processor_class_from_name,
+    )
+
+    from ipmerge_core.inference.processor_loading import processes_images
+
+    assert model_type in CONFIG_MAPPING_NAMES, model_type
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return "no class for text, or text with images"
+        if not processes_images(model_type):
+            return "chats"
+    if name is None:
+        return "as its processor files name a class"
+    kind = processor_class_from_name(name)
+    if getattr(kind, "is_dummy", False):  # stands for a class whose module needs torchvision
+        return "image part requires torchvision"
+    if "image_processor" not in kind.get_attributes():
+        return "videos only"
+    if torchvision:
+        return "chats"
+    # Another type with the same processor names the image processor that files name otherwise.
+    types = [model_type, *(key for key, each in PROCESSOR_MAPPING_NAMES.items() if each == name)]
+    images = next((found for t in types if (found := IMAGE_PROCESSOR_MAPPING_NAMES.get(t))), {})
+    needs = "torchvision" in vars(kind).get("__backends", ()) or "pil" not in images
+    return "image part requires torchvision" if needs else "chats"

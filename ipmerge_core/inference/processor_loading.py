@@ -30,9 +30,9 @@ _SETTINGS = FileKind(
 _OBJECT: Schema[dict[str, Any]] = Schema(dict[str, Any])
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 _INSTALL = {
-    True: "pip install torchvision --index-url https://download.pytorch.org/whl/cpu",
-    False: "pip install -r requirements-torchvision.txt",
-}
+    True: "pip install torchvision torch=={} --index-url https://download.pytorch.org/whl/cpu",
+    False: "pip install torchvision torch=={}",
+}  # by whether torch is a CPU build, which pip does not pair with a torchvision by itself
 
 
 class VideoSettings(dict[str, Any]):
@@ -67,10 +67,10 @@ def load_processor(folder: str | Path) -> Any:  # noqa: ANN401 (transformers has
         raise _missing_library(folder.name, error) from error
 
 
-def image_backend(processor: Any) -> str | None:  # noqa: ANN401
-    """Return the image processor of a processor and its library; None for a tokenizer.
+def name_image_processor(processor: Any) -> str | None:  # noqa: ANN401
+    """Return the class of the image processor and its library, None for a tokenizer.
 
-    Pillow and torchvision resize with slightly different pixels.
+    Pillow and torchvision resize with slightly different pixels, so that it belongs to an answer.
     Example: `Qwen2VLImageProcessorPil (pil)`.
     """
     part = getattr(processor, "image_processor", None)
@@ -79,13 +79,27 @@ def image_backend(processor: Any) -> str | None:  # noqa: ANN401
     return f"{type(part).__name__} ({getattr(part, 'backend', 'pil')})"
 
 
+def processes_images(model_type: str) -> bool:
+    """Whether transformers has a processor class with an image part for a model type."""
+    from transformers.models.auto.processing_auto import (
+        PROCESSOR_MAPPING_NAMES,
+        processor_class_from_name,
+    )
+
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    try:
+        return name is not None and "image_processor" in _parts(processor_class_from_name(name))
+    except ImportError:  # a class for audio requires further libraries
+        return False
+
+
 def _load(folder: Path) -> Any:  # noqa: ANN401
     from transformers import AutoProcessor
 
     torchvision = find_torchvision()
     kind = _processor_class(folder)
-    parts = kind.get_attributes() if kind else ["image_processor"]
-    if "image_processor" not in parts:
+    parts = _parts(kind)
+    if parts and "image_processor" not in parts:
         raise ModelLoadError(
             f"The processor of '{folder.name}' ({kind.__name__}) encodes videos and no images. "
             f"The chat supports text and images only."
@@ -102,20 +116,35 @@ def _load(folder: Path) -> Any:  # noqa: ANN401
 
 
 def _processor_class(folder: Path) -> Any:  # noqa: ANN401
-    """Return the processor class that the files or the model type name; None for another class."""
-    from transformers import PROCESSOR_MAPPING, AutoConfig, ProcessorMixin
+    """Return the processor class that the files name, or that of the model type, if it has one.
+
+    Raises: ModelLoadError for the name of another class, which transformers would load as well.
+    """
+    import transformers
+    from transformers import PROCESSOR_MAPPING, AutoConfig
     from transformers.models.auto.processing_auto import processor_class_from_name
 
-    for name in _NAMING_FILES:
-        named = _read(folder / name).get("processor_class")
-        if isinstance(named, str):
-            found = processor_class_from_name(named)
-            break
-    else:
+    names = [_read(folder / file).get("processor_class") for file in _NAMING_FILES]
+    named = next((name for name in names if name is not None), None)
+    if named is None:
         config = AutoConfig.from_pretrained(str(folder), **_OFFLINE)
-        found = PROCESSOR_MAPPING.get(type(config), None)
-    is_processor = isinstance(found, type) and issubclass(found, ProcessorMixin)
-    return found if is_processor else None
+        return PROCESSOR_MAPPING.get(type(config), None)
+    found = processor_class_from_name(named) if isinstance(named, str) else None
+    if not _parts(found):
+        raise ModelLoadError(
+            f"The processor_class in the files of '{folder.name}' is {named!r}, which is not a "
+            f"processor of transformers {transformers.__version__}. Correct {_PROCESSOR_FILE}, or "
+            f"install a version with this class."
+        )
+    return found
+
+
+def _parts(kind: Any) -> list[str]:  # noqa: ANN401
+    """List the parts of a processor class, in the order of its arguments; none of another class.
+
+    Raises: ImportError if the class requires a library that is not installed.
+    """
+    return list(kind.get_attributes()) if hasattr(kind, "get_attributes") else []
 
 
 def _load_parts(kind: Any, folder: Path) -> Any:  # noqa: ANN401
@@ -124,9 +153,9 @@ def _load_parts(kind: Any, folder: Path) -> Any:  # noqa: ANN401
     The class is a subclass that accepts the `VideoSettings`; nothing of transformers changes.
     """
     own = {"check_argument_for_proper_class": lambda _self, _name, argument: type(argument)}
-    accepting = type(kind.__name__, (kind,), own)
+    accepting: Any = type(kind.__name__, (kind,), own)
     settings, _ = kind.get_processor_dict(str(folder), **_OFFLINE)
-    parts = [_load_part(name, folder) for name in kind.get_attributes()]
+    parts = [_load_part(name, folder) for name in _parts(kind)]
     return accepting.from_args_and_dict(parts, settings)
 
 
@@ -158,10 +187,13 @@ def _missing_library(name: str, error: ImportError) -> ModelLoadError:
         )
     import torch
 
-    failure = find_torchvision().failure
-    found = f"cannot be imported ({failure})" if failure else "is not installed"
+    version, _, build = torch.__version__.partition("+")
+    install = _INSTALL[build == "cpu"].format(version)
+    found = "is not installed"
+    if failure := find_torchvision().failure:
+        found = f"cannot be imported ({failure})"
+        install = f"pip uninstall torchvision, then {install}"
     return ModelLoadError(
         f"The image processor of '{name}' requires torchvision, which {found}. Install the build "
-        f"for torch {torch.__version__}: {_INSTALL['+cpu' in torch.__version__]} (analysing and "
-        f"merging the model do not require it)."
+        f"for this torch: {install}. Analysing and merging the model do not require it."
     )

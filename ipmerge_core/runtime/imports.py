@@ -9,7 +9,7 @@ import threading
 from functools import cache
 from typing import Any, NamedTuple, cast
 
-from ipmerge_core.errors import first_line
+from ipmerge_core.errors import RunError, explained, first_line
 
 IMPORTING = (
     threading.RLock()
@@ -34,10 +34,10 @@ def find_torchvision() -> Torchvision:
     if importlib.util.find_spec("torchvision") is None:
         return Torchvision(works=False)
     try:
-        with IMPORTING:
+        with IMPORTING, explained(lambda error: RunError(first_line(error))):
             importlib.import_module("torchvision")
-    except Exception as error:  # noqa: BLE001 (a library for another torch can raise anything)
+    except RunError as error:
         # Python's own way to make a module absent in this process: find_spec returns None.
         cast("dict[str, Any]", sys.modules)["torchvision"] = None
-        return Torchvision(works=False, failure=first_line(error))
+        return Torchvision(works=False, failure=str(error))
     return Torchvision(works=True)
