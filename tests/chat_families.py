@@ -1,21 +1,16 @@
-"""Tiny random vision-language models with processors, in the form in which the hub stores them.
+"""The classes, settings and special tokens of tiny models with processors, by family.
 
-Built from config classes, with a tokenizer of bytes made here. Used by test_chat_families.py (a
-sample) and benchmarks/bench_chat_families.py (all), which print which families chat.
+`chat_models.py` writes them; test_chat_families.py uses a sample, and
+benchmarks/bench_chat_families.py all of them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from families import CLIP, EYES, MROPE, QWEN_EYES, SIGLIP, TEXT
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from families import CLIP, EYES, MROPE, QWEN_EYES, SIGLIP
 
-WORDS = 512  # rows of the embeddings: 256 bytes and at most as many special tokens
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_IDS = {
     "image_token_id": "<|image_pad|>",
@@ -248,31 +243,78 @@ CHAT_FAMILIES = {
     ),
 }  # fmt: skip
 
-# Processors whose image part exists for torchvision only, or that have none, with their model type.
-_LLAVA = ("<image>", ("<image>",))
+# Processors whose image part exists for torchvision only, or that have none.
+PIXTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+PIXTRAL_NAMES = {
+    "extra_special_tokens": {
+        "image_token": "[IMG]",
+        "image_break_token": "[IMG_BREAK]",
+        "image_end_token": "[IMG_END]",
+    }
+}
+PIXTRAL = {"size": {"longest_edge": 84}, "patch_size": {"height": 14, "width": 14}}
+PIXTRAL_EYES = {**EYES, "model_type": "pixtral", "image_size": 112}
 WITHOUT_PILLOW = {
     "Mistral 3": ChatFamily(
-        "PixtralProcessor", "PixtralImageProcessor", "[IMG]", ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
-        model_type="mistral3",
+        "PixtralProcessor", "PixtralImageProcessor", "[IMG]", PIXTRAL_TOKENS, "Mistral3Config",
+        text={"model_type": "mistral"}, vision=PIXTRAL_EYES, ids={"image_token_id": "[IMG]"},
+        image_settings=PIXTRAL, processor_settings={"patch_size": 14, "spatial_merge_size": 2},
+        tokenizer_settings=PIXTRAL_NAMES,
     ),
     "Pixtral": ChatFamily(
-        "PixtralProcessor", "PixtralImageProcessor", "[IMG]", ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
-        model_type="llava",
+        "PixtralProcessor", "PixtralImageProcessor", "[IMG]", PIXTRAL_TOKENS, "LlavaConfig",
+        text={"model_type": "mistral"}, vision=PIXTRAL_EYES, ids={"image_token_id": "[IMG]"},
+        more={"vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+        image_settings=PIXTRAL, processor_settings={"patch_size": 14, "spatial_merge_size": 1},
+        tokenizer_settings=PIXTRAL_NAMES,
     ),
     "Llama 4": ChatFamily(
-        "Llama4Processor", "Llama4ImageProcessorFast", "<|image|>", ("<|image|>",),
-        model_type="llama4",
+        "Llama4Processor", "Llama4ImageProcessorFast", "<|image|>",
+        (
+            "<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>",
+            "<|tile_y_separator|>",
+        ),
+        "Llama4Config", text={"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        vision={
+            **EYES, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+            "pixel_shuffle_ratio": 0.5, "intermediate_size": 64,
+        },
+        ids={"image_token_id": "<|patch|>"},
+        image_settings={"size": {"height": 28, "width": 28}, "max_patches": 4},
+        processor_settings={"patch_size": 14, "pixel_shuffle_ratio": 0.5},
     ),
     "Cohere2-Vision": ChatFamily(
-        "Cohere2VisionProcessor", "Cohere2VisionImageProcessorFast", "<|IMG|>", ("<|IMG|>",),
-        model_type="cohere2_vision",
+        "Cohere2VisionProcessor", "Cohere2VisionImageProcessorFast", "<|IMG|>",
+        ("<|IMG|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>"),
+        "Cohere2VisionConfig", text={"model_type": "cohere2", "head_dim": 8},
+        vision=SIGLIP, ids={"image_token_id": "<|IMG|>"},
+        more={"downsample_factor": 2, "alignment_intermediate_size": 32},
+        image_settings={"size": {"height": 28, "width": 28}, "patch_size": 1, "max_patches": 2},
+        tokenizer_settings={
+            "extra_special_tokens": {
+                "image_token": "<|IMG|>", "boi_token": "<|START_OF_IMG|>",
+                "eoi_token": "<|END_OF_IMG|>", "img_line_break_token": "<|IMG_LINE_BREAK|>",
+            }
+        },
     ),
     "LFM2-VL": ChatFamily(
-        "Lfm2VlProcessor", "Lfm2VlImageProcessorFast", *_LLAVA, model_type="lfm2_vl"
+        "Lfm2VlProcessor", "Lfm2VlImageProcessor", "<image>",
+        ("<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"), "Lfm2VlConfig",
+        text={"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2},
+        vision={
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "patch_size": 16, "num_patches": 256,
+            "vision_use_head": False,
+        },
+        ids={"image_token_id": "<image>"}, more={"projector_hidden_size": 32},
+        image_settings={"do_image_splitting": False},
     ),
     "PerceptionLM": ChatFamily(
-        "PerceptionLMProcessor", "PerceptionLMImageProcessorFast", *_LLAVA,
+        "PerceptionLMProcessor", "PerceptionLMImageProcessorFast", "<|image|>", ("<|image|>",),
         model_type="perception_lm", video="PerceptionLMVideoProcessor",
+        tokenizer_settings={
+            "extra_special_tokens": {"image_token": "<|image|>", "video_token": "<|image|>"}
+        },
     ),
 }  # fmt: skip
 VIDEO_ONLY = {
@@ -281,109 +323,3 @@ VIDEO_ONLY = {
         model_type="instructblipvideo", video="InstructBlipVideoVideoProcessor",
     ),
 }  # fmt: skip
-
-
-def build_chat(family: ChatFamily, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a model folder of a family: config, weights, tokenizer and processor files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = _write_tokenizer(family, folder)
-    _write_processor(family, folder)
-    if family.config:
-        _write_model(family, folder, ids, dtype)
-    else:
-        content = {"model_type": family.model_type, "text_config": {**TEXT, "vocab_size": WORDS}}
-        (folder / "config.json").write_text(json.dumps(content))
-    return folder
-
-
-def _write_tokenizer(family: ChatFamily, folder: Path) -> dict[str, int]:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<s>", "</s>", *family.tokens]
-    tokens = {token: n for n, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": "</s>",
-        "pad_token": "<pad>", **family.tokenizer_settings,
-    }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tokens
-
-
-def _write_processor(family: ChatFamily, folder: Path) -> None:
-    template = (
-        "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
-        "{% else %}{% for part in m.content %}{% if part.type == 'image' %}" + family.mark + "\n"
-        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant:"
-    )
-    (folder / "chat_template.jinja").write_text(template)
-    image = {"image_processor_type": family.image, **family.image_settings}
-    own = {"processor_class": family.processor}
-    (folder / "preprocessor_config.json").write_text(json.dumps({**image, **own}))
-    (folder / "processor_config.json").write_text(json.dumps({**family.processor_settings, **own}))
-    if family.video:
-        video = {**image, "video_processor_type": family.video}
-        del video["image_processor_type"]
-        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
-
-
-def _write_model(
-    family: ChatFamily, folder: Path, ids: Mapping[str, int], dtype: torch.dtype
-) -> None:
-    import transformers
-
-    torch.manual_seed(5)
-    text = {**TEXT, "vocab_size": WORDS, "max_position_embeddings": 512, **family.text}
-    config = getattr(transformers, family.config)(
-        vision_config=dict(family.vision), text_config=text,
-        **{key: ids[token] for key, token in family.ids.items()}, **family.more,
-    )  # fmt: skip
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    with torch.no_grad():  # zeros and ones would hide whether an image reaches the answer
-        for parameter in model.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-
-
-def chat_support(model_type: str, torchvision: bool = False) -> str:
-    """Return "chats", or why models of a type cannot chat with or without torchvision.
-
-    From the classes of transformers, without a model; the column of docs/families.md.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-    from transformers.models.auto.processing_auto import (
-        PROCESSOR_MAPPING_NAMES,
-        processor_class_from_name,
-    )
-
-    from ipmerge_core.inference.processor_loading import processes_images
-
-    assert model_type in CONFIG_MAPPING_NAMES, model_type
-    name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            return "no class for text, or text with images"
-        if not processes_images(model_type):
-            return "chats"
-    if name is None:
-        return "as its processor files name a class"
-    kind = processor_class_from_name(name)
-    if getattr(kind, "is_dummy", False):  # stands for a class whose module needs torchvision
-        return "image part requires torchvision"
-    if "image_processor" not in kind.get_attributes():
-        return "videos only"
-    if torchvision:
-        return "chats"
-    # Another type with the same processor names the image processor that files name otherwise.
-    types = [model_type, *(key for key, each in PROCESSOR_MAPPING_NAMES.items() if each == name)]
-    images = next((found for t in types if (found := IMAGE_PROCESSOR_MAPPING_NAMES.get(t))), {})
-    needs = "torchvision" in vars(kind).get("__backends", ()) or "pil" not in images
-    return "image part requires torchvision" if needs else "chats"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from chat_families import (
-    CHAT_FAMILIES,
-    VIDEO_ONLY,
-    WITHOUT_PILLOW,
-    ChatFamily,
+from chat_families import CHAT_FAMILIES, VIDEO_ONLY, WITHOUT_PILLOW, ChatFamily
+from chat_models import (
     build_chat,
     chat_support,
+    server_without,
+    server_without_torchvision,
+    write_package,
 )
 from PIL import Image
 
@@ -40,17 +42,8 @@ ASKED = [Message("user", "What is it?", NOISE)]
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessorServer]:
-    """A server whose torchvision is installed for another torch, whatever this environment has."""
-    folder = tmp_path_factory.mktemp("site") / "torchvision"
-    folder.mkdir()
-    code = "raise RuntimeError('operator torchvision::nms does not exist')"
-    (folder / "__init__.py").write_text(code)
-    server = ProcessorServer()
-    sys.path.insert(0, str(folder.parent))
-    try:
-        server.start()
-    finally:
-        sys.path.remove(str(folder.parent))
+    """A server whose torchvision is installed for another torch."""
+    server = server_without_torchvision(tmp_path_factory.mktemp("site"))
     yield server
     server.close()
 
@@ -88,16 +81,18 @@ def test_a_family_whose_image_part_needs_torchvision_names_it(
     processor = processor_of(WITHOUT_PILLOW[name], tmp_path / "model", broken)
     with pytest.raises(ModelLoadError, match=r"'model' requires torchvision, which cannot") as told:
         processor.load()
-    assert "(RuntimeError: operator torchvision::nms does not exist)" in str(told.value)
+    assert "(RuntimeError: operator nms does not exist)" in str(told.value)
     assert f"pip install torchvision torch=={torch.__version__.partition('+')[0]}" in str(
         told.value
     )
     assert ("whl/cpu" in str(told.value)) == torch.__version__.endswith("+cpu")
 
 
-def test_a_processor_of_videos_only_is_refused(broken: ProcessorServer, tmp_path: Path) -> None:
+def test_a_processor_without_an_image_part_is_refused(
+    broken: ProcessorServer, tmp_path: Path
+) -> None:
     (family,) = VIDEO_ONLY.values()
-    with pytest.raises(ModelLoadError, match="encodes videos and no images"):
+    with pytest.raises(ModelLoadError, match="has no image processor: its parts are video_"):
         processor_of(family, tmp_path / "model", broken).load()
 
 
@@ -106,6 +101,23 @@ def test_a_processor_that_needs_an_image_asks_for_one(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="without an image .ValueError.* Attach an image"):
         processor.encode([Message("user", "What is it?")])
     assert "pixel_values" in processor.encode(ASKED)  # the process stays
+
+
+def test_a_torchvision_for_another_torch_does_not_stop_the_chat(tmp_path: Path) -> None:
+    site = write_package("torchvision", tmp_path, "RuntimeError('operator nms does not exist')")
+    code = (
+        "from ipmerge_core.inference.generation import answer\n"
+        "from ipmerge_core.models.checkpoint import Checkpoint\n"
+        "from ipmerge_core.models.forward_settings import forward_differences\n"
+        f"demo = {str(DEMO)!r}\n"
+        "mllm, base = (Checkpoint.open(f'{demo}/{name}') for name in ('mllm', 'base'))\n"
+        "list(forward_differences(mllm, base))\n"
+        "print(repr(answer(f'{demo}/mllm', 'What is it?', max_new_tokens=2)))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, check=True, env=env, capture_output=True, text=True).stdout
+    assert printed.strip().startswith(("'", '"'))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_audio", "voxtral", "qwen2_5_omni", "clip"])
@@ -147,15 +159,7 @@ def test_damaged_processor_files_are_errors_of_one_sentence(
 
 
 def test_a_missing_library_of_a_processor_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "site" / "num2words"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise ImportError('num2words is not here')")
-    sys.path.insert(0, str(folder.parent))
-    server = ProcessorServer()
-    try:
-        server.start()
-    finally:
-        sys.path.remove(str(folder.parent))
+    server = server_without("num2words", tmp_path / "site", "ImportError('num2words is not here')")
     processor = processor_of(CHAT_FAMILIES["SmolVLM2"], tmp_path / "model", server)
     with pytest.raises(ModelLoadError, match="requires a library .*num2words.* Install it"):
         processor.load()
@@ -203,5 +207,5 @@ def test_what_chats_follows_from_the_classes() -> None:
     assert chat_support("llama") == "chats"
     for model_type in ("llama4", "mistral3", "phi4_multimodal", "kimi_k25"):
         assert chat_support(model_type) == "image part requires torchvision"
-    assert chat_support("instructblipvideo") == "videos only"
+    assert chat_support("instructblipvideo") == "no image part"
     assert chat_support("qwen2_audio") == "no class for text, or text with images"

@@ -61,10 +61,20 @@ def load_processor(folder: str | Path) -> Any:  # noqa: ANN401 (transformers has
         Exception: any error of transformers for files that it cannot use.
     """
     folder = Path(folder)
+    torchvision = find_torchvision()
     try:
         return _load(folder)
     except ImportError as error:
-        raise _missing_library(folder.name, error) from error
+        if _is_of_torchvision(error):
+            raise _without_torchvision(folder.name) from error
+        raise ModelLoadError(
+            f"The processor of '{folder.name}' requires a library that is not installed "
+            f"({first_line(error)}). Install it; analysing and merging the model do not require it."
+        ) from error
+    except ValueError as error:  # of an image processor that has no class without torchvision
+        if torchvision.works or not _is_of_torchvision(error):
+            raise
+        raise _without_torchvision(folder.name) from error
 
 
 def name_image_processor(processor: Any) -> str | None:  # noqa: ANN401
@@ -96,15 +106,14 @@ def processes_images(model_type: str) -> bool:
 def _load(folder: Path) -> Any:  # noqa: ANN401
     from transformers import AutoProcessor
 
-    torchvision = find_torchvision()
     kind = _processor_class(folder)
     parts = _parts(kind)
     if parts and "image_processor" not in parts:
         raise ModelLoadError(
-            f"The processor of '{folder.name}' ({kind.__name__}) encodes videos and no images. "
-            f"The chat supports text and images only."
+            f"The processor of '{folder.name}' ({kind.__name__}) has no image processor: its parts "
+            f"are {', '.join(parts)}. The chat supports text and images only."
         )
-    if _VIDEO_PART in parts and not torchvision.works:
+    if _VIDEO_PART in parts and not find_torchvision().works:
         return _load_parts(kind, folder)
     processor = AutoProcessor.from_pretrained(str(folder), **_OFFLINE)
     if not hasattr(processor, "image_processor"):
@@ -178,13 +187,12 @@ def _read(path: Path) -> dict[str, Any]:
     return _SETTINGS.load(_OBJECT, path) if path.is_file() else {}
 
 
-def _missing_library(name: str, error: ImportError) -> ModelLoadError:
-    """Describe a library that the processor of a model requires."""
-    if "torchvision" not in str(error).lower():
-        return ModelLoadError(
-            f"The processor of '{name}' requires a library that is not installed "
-            f"({first_line(error)}). Install it; analysing and merging the model do not require it."
-        )
+def _is_of_torchvision(error: Exception) -> bool:
+    return "torchvision" in str(error).lower()
+
+
+def _without_torchvision(name: str) -> ModelLoadError:
+    """Describe how to install the torchvision that the image processor of a model requires."""
     import torch
 
     version, _, build = torch.__version__.partition("+")
