@@ -26,9 +26,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 from chat_families import CHAT_FAMILIES, VIDEO_ONLY, WITHOUT_PILLOW, ChatFamily  # noqa: E402
 from chat_models import (  # noqa: E402
+    NEEDS_TORCHVISION,
     build_chat,
     chat_support,
-    image_classes,
     processor_family,
     server_without_torchvision,
 )
@@ -110,9 +110,8 @@ def other_types(families: dict[str, ChatFamily]) -> Iterator[str]:
         name = PROCESSOR_MAPPING_NAMES.get(model_type)
         if name is None or model_type in built:
             continue
-        kind = processor_class_from_name(name)
-        parts = ["video_processor"] if getattr(kind, "is_dummy", False) else kind.get_attributes()
-        if "video_processor" in parts or "pil" not in image_classes(model_type):
+        without_pillow = chat_support(model_type) == NEEDS_TORCHVISION
+        if without_pillow or "video_processor" in processor_class_from_name(name).get_attributes():
             yield model_type
 
 
@@ -184,7 +183,7 @@ def main() -> None:
         ]
         print(table(["model type", "by its classes", "processor without torchvision"], rest))
         if pixels:
-            head = "same shapes", "same grid and tokens", "tokens", "largest difference of 255"
+            head = "same shapes", "same grid and tokens", "tokens", "largest difference, range 255"
             print("\n" + table(["both image processors", "picture", *head], pixels))
         absent.close()
 

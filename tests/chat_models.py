@@ -20,6 +20,7 @@ from ipmerge_core.inference.processor_process import ProcessorServer
 
 AUDIO = {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}
 ENDS = ("start", "end")
+NEEDS_TORCHVISION = "image part requires torchvision"
 WORDS = 512  # rows of the embeddings: 256 bytes and at most as many special tokens
 
 
@@ -174,7 +175,7 @@ def chat_support(model_type: str, torchvision: bool = False) -> str:
         return "as its processor files name a class"
     kind = processor_class_from_name(name)
     if getattr(kind, "is_dummy", False):  # stands for a class whose module needs torchvision
-        return "image part requires torchvision"
+        return NEEDS_TORCHVISION
     if "image_processor" not in kind.get_attributes():
         return "no image part"
     if torchvision:
@@ -182,4 +183,4 @@ def chat_support(model_type: str, torchvision: bool = False) -> str:
     needs = "torchvision" in vars(kind).get("__backends", ()) or "pil" not in image_classes(
         model_type
     )
-    return "image part requires torchvision" if needs else "chats"
+    return NEEDS_TORCHVISION if needs else "chats"
