@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from ipmerge_core.inference.generation import stream_answer
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.inference.processor_process import (
     Limits,
+    ProcessorServer,
     RemoteProcessor,
     default_server,
 )
@@ -147,6 +149,22 @@ def test_a_decoder_that_expands_tokens_is_refused(own):
         RemoteProcessor(folder, takes_images=False).decode([40, 41])
 
 
+def test_a_processor_is_collected_while_the_server_is_locked(own):
+    """The garbage collector runs anywhere, as in the thread that starts another process."""
+    server = ProcessorServer()
+    processor = RemoteProcessor(own("{{ messages[0].content }}"), takes_images=False, server=server)
+    processor.load()
+    pid = processor._process._pid
+    with server._lock:
+        del processor
+        gc.collect()
+    other = RemoteProcessor(DEMO / "math", takes_images=False, server=server)
+    other.load()
+    assert not psutil.pid_exists(pid)
+    other.close()
+    server.close()
+
+
 def test_stop_ends_a_template_that_runs(own):
     processor = RemoteProcessor(own(ENDLESS), takes_images=False, limits=Limits(encoding=1e6))
     processor.load()
@@ -214,6 +232,11 @@ def test_the_process_of_a_model_ends_with_the_model():
     pid = processor._process._pid
     assert psutil.pid_exists(pid)
     del processor
+    deadline = time.monotonic() + 30
+    while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:  # until the next request
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    RemoteProcessor(DEMO / "math", takes_images=False).load()
     assert not psutil.pid_exists(pid)
 
 

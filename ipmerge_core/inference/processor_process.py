@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing.connection import Connection
@@ -154,7 +155,7 @@ class RemoteProcessor:
         if self._process is None or not self._process.is_alive():
             self.close()
             self._process = self._server.start_process(self._limits.memory, stops)
-            weakref.finalize(self, self._process.end)
+            weakref.finalize(self, self._process.abandon)
             request = {
                 "call": "load",
                 "folder": str(self.folder),
@@ -278,6 +279,15 @@ class _Process:
             self.exit_code()
         self.connection.close()
 
+    def abandon(self) -> None:
+        """Let the process end by itself, as its connection is closed; for finalizers.
+
+        The garbage collector can call them in a thread that holds any lock, so this takes none.
+        """
+        self.connection.close()
+        if self._code is None:
+            self._server.abandoned.append((self._parent, self._pid))
+
     def _resident(self) -> int:
         try:
             return int(psutil.Process(self._pid).memory_info().rss)
@@ -288,10 +298,12 @@ class _Process:
 class ProcessorServer:
     """The process that has imported the libraries and forks one process per model.
 
-    It is started by the first use, and again if it has ended.
+    It is started by the first use, and again if it has ended. `abandoned` are the processes whose
+    exit codes have not been requested, with the process that has forked them.
     """
 
     def __init__(self) -> None:
+        self.abandoned: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -307,6 +319,7 @@ class ProcessorServer:
         """Fork a process that may use `memory` bytes. Raises: RunError, RunCancelled."""
         with self._lock:
             self._start()
+            self._release_abandoned()
             ours, theirs = socket.socketpair()
             reply = self._request({"fork": memory}, [theirs.fileno()], lambda: _check(stops))
             theirs.close()
@@ -322,6 +335,13 @@ class ProcessorServer:
                 return int(self._request({"wait": pid}, [], lambda: None)["code"])
             except RunError:
                 return -signal.SIGKILL
+
+    def _release_abandoned(self) -> None:
+        """Request the exit codes that nobody waits for; the system keeps a process until then."""
+        while self.abandoned:
+            parent, pid = self.abandoned.popleft()
+            if self._child is not None and self._child.pid == parent:
+                self._request({"wait": pid}, [], lambda: None)
 
     def close(self) -> None:
         """End the process and all that it has forked."""
