@@ -10,6 +10,8 @@ from ipmerge_core.methods import METHODS
 from ipmerge_core.spectral import spectrum
 from ipmerge_core.spectral.low_rank import LowRank, sum_of
 
+pytestmark = pytest.mark.shapes
+
 SHAPES = [(40, 24, 3), (24, 40, 3), (16, 16, 1), (12, 9, 20), (5, 60, 4)]
 SUBSPACE = ("ip_merging", "tsv", "iso_c", "iso_cts", "knots_ties")
 
@@ -21,7 +23,6 @@ def factors(m: int, n: int, r: int, *, seed: int = 0, dtype: torch.dtype = torch
     return left.to(dtype), torch.randn(r, n, generator=generator).to(dtype)
 
 
-@pytest.mark.shapes
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_spectrum_is_that_of_the_product(m: int, n: int, r: int, dtype: torch.dtype) -> None:
@@ -93,7 +94,6 @@ def models(seed: int = 0) -> tuple[Tensor, Tensor, list[Tensor], list[LowRank | 
     return base, mllm, [base + change.matrix() for change in known], [None, *known]
 
 
-@pytest.mark.shapes
 @pytest.mark.parametrize("name", SUBSPACE)
 @pytest.mark.parametrize("mllm_is_adapted", [False, True])
 def test_methods_give_the_same_with_factors_and_without(name: str, mllm_is_adapted: bool) -> None:
