@@ -19,7 +19,8 @@ from torch.nn.functional import pad
 
 from ipmerge_core.merging.parts import Chosen, on_one_base, rounding_noise
 from ipmerge_core.methods.ip_merging import ip_updates
-from ipmerge_core.models.checkpoint import Checkpoint, split_address
+from ipmerge_core.models.addresses import split_address
+from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.spectral.similarity import Update
@@ -69,7 +70,7 @@ def update_of(
         del parameters["ablation"]  # the projection is never left out here
         with torch.no_grad():
             found = list(ip_updates(*inputs, **parameters, noise=rounding_noise(weights)))
-        rows = split_address(matrix.mllm)[1] or range(height)
+        rows = split_address(matrix.mllm).rows or range(height)
         updates.append(in_rows(sum_of(found), rows, height))
     return sum_of(updates)
 
