@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, build, rewrite, set_config
+from family_layouts import FAMILIES, LAYERS, build, rewrite, set_config
 
 import ipmerge_core as ipm
 from ipmerge_core.errors import PairingError, ShapeError

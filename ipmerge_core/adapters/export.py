@@ -121,6 +121,7 @@ def iter_adapter(
     before = pair.stamps()
     pair.require_common_base(TO_FORCE, force=force)
     work = work_of(plan, pair)
+    _refuse_experts(plan)
     unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     steps: list[AdapterStep] = []
@@ -160,6 +161,17 @@ def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
         raise PlanError(
             f"The plan selects none of {len(plan.decisions)} matrices, so that the adapter would "
             f"be empty. Lower the similarity threshold ({plan.similarity_threshold})."
+        )
+
+
+def _refuse_experts(plan: MergePlan) -> None:
+    """Raise PlanError for experts of a mixture, which PEFT's LoRA layers do not reach."""
+    found = [decision.name for decision in plan.selected if "experts" in decision.module.split(".")]
+    if found:
+        raise PlanError(
+            f"The plan merges {len(found)} matrices of experts, '{found[0]}' first, which "
+            f"transformers holds in stacks that LoRA layers cannot change. Plan with "
+            f"exclude='experts', or write the merged model instead."
         )
 
 

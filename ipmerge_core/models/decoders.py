@@ -28,7 +28,9 @@ NORMS, BIASES, EMBEDDINGS, HEAD = "norms", "biases", "embeddings", "output head"
 ROUTERS, OTHERS = "routers", "other tensors of the layers"
 
 # Names are untrusted: a match ends at the first layer number, whose length is bounded.
-_LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
+_LAYER = re.compile(
+    r"(?P<prefix>.*?)(?P<list>layers|blocks)\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL
+)
 _NOT_GATED = re.compile(
     r"(mlp\.)?(fc1|fc2|c_fc|c_proj|dense_h_to_4h|dense_4h_to_h)\.weight"
     r"|(self_attn|attention)\.query_key_value\.weight"
@@ -116,18 +118,19 @@ def find_decoders(role: str, model: Checkpoint) -> list[Decoder]:
 
     Raises: PairingError if there is none; the message names what was found instead.
     """
-    groups: dict[str, dict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
+    groups: dict[tuple[str, str], dict[int, dict[str, TensorSpec]]]
+    groups = defaultdict(lambda: defaultdict(dict))
     for spec in model.tensors.values():
         found = _LAYER.fullmatch(spec.name)
         if found:
-            groups[found["prefix"]][int(found["layer"])][found["rest"]] = spec
+            groups[found["prefix"], found["list"]][int(found["layer"])][found["rest"]] = spec
     config = text_config(model)
     decoders = [
         _decoder(
             prefix,
             {number: in_common_layout(model, config, layer) for number, layer in layers.items()},
         )
-        for prefix, layers in groups.items()
+        for (prefix, _), layers in groups.items()
     ]
     usable = [decoder for decoder in decoders if decoder.matrices]
     if not usable:
@@ -151,8 +154,8 @@ def refuse_unsupported(model: Checkpoint, decoder: Decoder) -> None:
     if numbers != list(range(len(numbers))):
         missing = min(set(range(numbers[-1])) - set(numbers))
         raise PairingError(
-            f"'{model.id}' has layers up to {numbers[-1]} under '{decoder.prefix}layers.' but no "
-            f"layer {missing}. Is a shard missing?"
+            f"'{model.id}' has layers up to {numbers[-1]} under '{decoder.prefix}' but no layer "
+            f"{missing}. Is a shard missing?"
         )
     for (layer, rest), spec in decoder.tensors.items():
         _refuse_quantised(model, spec, rest)
@@ -169,7 +172,12 @@ def refuse_unsupported(model: Checkpoint, decoder: Decoder) -> None:
             )
 
 
-def _no_decoder(role: str, model: Checkpoint, groups: Mapping[str, Any]) -> PairingError:
+def is_in_layer(name: str) -> bool:
+    """Return whether a tensor belongs to a numbered layer of some part of the model."""
+    return _LAYER.fullmatch(name) is not None
+
+
+def _no_decoder(role: str, model: Checkpoint, groups: Mapping[Any, Any]) -> PairingError:
     quantised = next((name for name in model.tensors if _QUANTISED.fullmatch(name)), None)
     if quantised is not None:
         return _quantised_error(model, quantised)

@@ -32,6 +32,7 @@ from ipmerge_core.models.coverage import Kept, Matched, describe_kept, describe_
 from ipmerge_core.models.decoders import (
     Decoder,
     find_decoders,
+    is_in_layer,
     refuse_unsupported,
     text_config,
 )
@@ -146,7 +147,7 @@ class ModelPair:
     def _between(self) -> frozenset[str]:
         """The tensors of the MLLM's language model that belong to no layer, as in the base."""
         root = self.sides[0][1].prefix
-        own = (n for n in self.base.tensors if n.startswith(root) and "layers." not in n)
+        own = (n for n in self.base.tensors if n.startswith(root) and not is_in_layer(n))
         return frozenset(self._decoder.prefix + name.removeprefix(root) for name in own)
 
     @cached_property
