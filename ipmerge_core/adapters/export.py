@@ -34,6 +34,7 @@ from ipmerge_core.merging.merge import reopen
 from ipmerge_core.merging.model_card import front_matter, settings_table
 from ipmerge_core.merging.parts import work_of
 from ipmerge_core.methods import find_method
+from ipmerge_core.models.matrix_kinds import is_expert
 from ipmerge_core.models.pairing import TO_FORCE
 from ipmerge_core.models.writer import check_output
 from ipmerge_core.planning.description import facts_of
@@ -166,7 +167,7 @@ def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
 
 def _refuse_experts(plan: MergePlan) -> None:
     """Raise PlanError for experts of a mixture, which PEFT's LoRA layers do not reach."""
-    found = [decision.name for decision in plan.selected if "experts" in decision.module.split(".")]
+    found = [decision.name for decision in plan.selected if is_expert(decision.module)]
     if found:
         raise PlanError(
             f"The plan merges {len(found)} matrices of experts, '{found[0]}' first, which "

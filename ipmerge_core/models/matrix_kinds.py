@@ -14,7 +14,7 @@ MATRICES = {
     **{f"self_attn.{module}_proj.weight": module for module in MODULES[:4]},
     **{f"mlp.{module}_proj.weight": module for module in MODULES[4:]},
 }
-_PROJECTIONS = frozenset((*MODULES, *(f"{module}_proj" for module in MODULES), "gate_up_proj"))
+_PROJECTIONS = frozenset((*(f"{module}_proj" for module in MODULES), "gate_up_proj"))
 _ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))
 _EXPERT = re.compile(
     r"(?P<place>(?:.+\.)?experts)\.(?P<expert>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL
@@ -44,6 +44,15 @@ def expert_of(rest: str) -> tuple[str, int] | None:
     return None if found is None else (found["place"], int(found["expert"]))
 
 
+def is_expert(module: str) -> bool:
+    """Return whether a module is that of the experts of a mixture; shared experts are not meant.
+
+    >>> is_expert("mlp.experts.up_proj"), is_expert("mlp.shared_experts.up_proj")
+    (True, False)
+    """
+    return "experts" in module.split(".")
+
+
 def is_router(module: str) -> bool:
     """Return whether a module selects experts; `gate` alone is the gate projection of an MLP.
 
@@ -60,7 +69,8 @@ def is_projection(module: str) -> bool:
     >>> is_projection("mlp.experts.up_proj"), is_projection("linear_attn.in_proj_qkv")
     (True, False)
     """
-    return not is_router(module) and module.rpartition(".")[2] in _PROJECTIONS
+    last = module.rpartition(".")[2]
+    return module in MODULES or (last in _PROJECTIONS and not is_router(module))
 
 
 def module_order(module: str) -> tuple[int, str]:
