@@ -47,6 +47,28 @@ QWEN_EYES = {
 }
 CLIP = {**EYES, "model_type": "clip_vision_model"}
 SIGLIP = {**EYES, "model_type": "siglip_vision_model", "vision_use_head": False}
+SQUARE = {**EYES, "image_size": [28, 28], "patch_size": [14, 14]}
+SAM = {**EYES, "output_channels": 16, "mlp_dim": 48, "global_attn_indexes": [0]}
+GLM_EYES = {**QWEN_EYES, "model_type": "glm4v_vision"}
+GLM_TEXT: dict[str, Any] = {"model_type": "glm4v_text"}
+VQ: dict[str, Any] = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32}
+JANUS_VQ: dict[str, Any] = {"embed_dim": 8, "base_channels": 32, "num_embeddings": 16}
+EARS: dict[str, Any] = {
+    "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+    "output_dim": 64, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_mel_bins": 16,
+}  # fmt: skip
+GRANITE_EARS: dict[str, Any] = {
+    "encoder_config": {
+        "hidden_dim": 32, "num_layers": 1, "num_heads": 2, "dim_head": 16, "input_dim": 16,
+        "output_dim": 16,
+    },
+    "projector_config": {
+        **EYES, "model_type": "blip_2_qformer", "encoder_hidden_size": 32, "vocab_size": 96,
+    },
+    "downsample_rate": 5,
+    "window_size": 15,
+}  # fmt: skip
 PIXTRAL = {**EYES, "model_type": "pixtral", "head_dim": 16}
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 LINEAR = {
@@ -83,7 +105,7 @@ class Family(NamedTuple):
 
     config: str
     text_config: str
-    eyes: Mapping[str, Any] = EYES
+    eyes: Mapping[str, Any] | None = EYES  # None without a vision part
     text: Mapping[str, Any] = {}
     own: Mapping[str, Any] = {}
     more: Mapping[str, Any] = {}
@@ -179,7 +201,143 @@ HYBRIDS = {
 }  # fmt: skip
 
 
-FAMILIES = {**HYBRIDS}
+DENSE = {
+    "aya_vision": Family("AyaVisionConfig", "Cohere2Config", SIGLIP, {"head_dim": 16}),
+    "aya_vision_cohere1": Family("AyaVisionConfig", "CohereConfig", SIGLIP),
+    "cohere2_vision": Family("Cohere2VisionConfig", "Cohere2Config", SIGLIP, {"head_dim": 16}),
+    "deepseek_vl": Family("DeepseekVLConfig", "LlamaConfig", SIGLIP),
+    "deepseek_vl_hybrid": Family(
+        "DeepseekVLHybridConfig", "LlamaConfig", SIGLIP,
+        more={"high_res_vision_config": SAM, "image_token_id": 3},
+    ),
+    "emu3": Family(
+        "Emu3Config", "LlamaConfig", None, own={"model_type": "emu3_text_model"},
+        more={"vq_config": VQ, "vocabulary_map": {"<image>": 3}},
+    ),
+    "exaone4_5": Family(
+        "Exaone4_5_Config", "Exaone4Config", QWEN_EYES, {**SLIDING, "sliding_window": 32}
+    ),
+    "gemma3": Family(
+        "Gemma3Config", "Gemma3TextConfig", SIGLIP, {"head_dim": 16},
+        more={"mm_tokens_per_image": 4},
+    ),
+    "glm46v": Family("Glm46VConfig", "Glm4Config", GLM_EYES, {"head_dim": 16}, GLM_TEXT),
+    "glm4v": Family(
+        "Glm4vConfig", "Glm4Config", QWEN_EYES, {"head_dim": 16}, {"rope_parameters": MROPE}
+    ),
+    "got_ocr2": Family("GotOcr2Config", "Qwen2Config", SAM),
+    "granite_speech": Family(
+        "GraniteSpeechConfig", "GraniteConfig", None, more=GRANITE_EARS,
+        model="GraniteSpeechForConditionalGeneration",
+    ),
+    "hunyuan_vl": Family("HunYuanVLConfig", "HunYuanDenseV1Config", EYES, {"head_dim": 16}),
+    "idefics2": Family(
+        "Idefics2Config", "MistralConfig", EYES, more={
+            "perceiver_config": {
+                "hidden_size": 64, "resampler_n_latents": 2, "resampler_depth": 1,
+                "resampler_n_heads": 2, "resampler_head_dim": 8, "num_key_value_heads": 1,
+            }
+        },
+    ),
+    "idefics3": Family("Idefics3Config", "LlamaConfig", EYES),
+    "instructblip_vicuna": Family(
+        "InstructBlipConfig", "LlamaConfig", EYES,
+        more={"qformer_config": {**EYES, "vocab_size": 96, "encoder_hidden_size": 32}},
+    ),
+    "internvl_qwen2": Family("InternVLConfig", "Qwen2Config", SQUARE),
+    "internvl_qwen3": Family("InternVLConfig", "Qwen3Config", SQUARE, {"head_dim": 16}),
+    "janus": Family("JanusConfig", "LlamaConfig", EYES, more={"vq_config": JANUS_VQ}),
+    "lighton_ocr": Family("LightOnOcrConfig", "Qwen3Config", PIXTRAL, {"head_dim": 16}),
+    "llava_next": Family("LlavaNextConfig", "LlamaConfig", CLIP),
+    "llava_next_video": Family("LlavaNextVideoConfig", "LlamaConfig", CLIP),
+    "llava_onevision": Family("LlavaOnevisionConfig", "Qwen2Config", SIGLIP),
+    "mistral3": Family("Mistral3Config", "MistralConfig", PIXTRAL, {"head_dim": 16}),
+    "mistral3_ministral3": Family("Mistral3Config", "Ministral3Config", PIXTRAL, {"head_dim": 16}),
+    "mllama": Family(
+        "MllamaConfig", "LlamaConfig",
+        {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+            "num_global_layers": 1, "attention_heads": 2, "image_size": 28, "patch_size": 14,
+            "vision_output_dim": 64, "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1]], "max_num_tiles": 1,
+        },
+        own={
+            "model_type": "mllama_text_model", "num_hidden_layers": 6,
+            "cross_attention_layers": [1, 3],
+        },
+    ),
+    "ovis2": Family("Ovis2Config", "Qwen2Config", EYES, more={"visual_indicator_token_ids": [5]}),
+    "paddleocr_vl": Family(
+        "PaddleOCRVLConfig", "Ernie4_5Config", EYES, {"head_dim": 16}, {"rope_parameters": MROPE}
+    ),
+    "paligemma2": Family(
+        "PaliGemmaConfig", "Gemma2Config", {**SIGLIP, "projection_dim": 64}, {"head_dim": 16},
+        more={"projection_dim": 64},
+    ),
+    "pixtral_llava": Family("LlavaConfig", "MistralConfig", PIXTRAL, {"head_dim": 16}),
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2_5OmniThinkerConfig", "Qwen2Config", QWEN_EYES, own={"rope_parameters": MROPE},
+        more={"audio_config": EARS}, model="Qwen2_5OmniThinkerForConditionalGeneration",
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLConfig", "Qwen2Config", QWEN_EYES, own={"rope_parameters": MROPE}
+    ),
+    "qwen2_audio": Family(
+        "Qwen2AudioConfig", "Qwen2Config", None, more={"audio_config": EARS},
+        model="Qwen2AudioForConditionalGeneration",
+    ),
+    "qwen2_vl": Family(
+        "Qwen2VLConfig", "Qwen2Config",
+        {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+        own={"rope_parameters": MROPE},
+    ),
+    "qwen3_vl": Family(
+        "Qwen3VLConfig", "Qwen3Config", QWEN_EYES, {"head_dim": 16}, {"rope_parameters": MROPE}
+    ),
+    "smolvlm2": Family("SmolVLMConfig", "LlamaConfig", EYES),
+    "video_llama_3": Family("VideoLlama3Config", "Qwen2Config", EYES),
+    "video_llava": Family("VideoLlavaConfig", "LlamaConfig", CLIP),
+    "vipllava": Family(
+        "VipLlavaConfig", "LlamaConfig", CLIP, more={"vision_feature_layers": [-1]}
+    ),
+    "voxtral": Family(
+        "VoxtralConfig", "LlamaConfig", None, {"head_dim": 16}, more={"audio_config": EARS},
+        model="VoxtralForConditionalGeneration",
+    ),
+}  # fmt: skip
+REFUSED = {
+    "blip2_opt": Family(
+        "Blip2Config", "OPTConfig", EYES, {"ffn_dim": 96, "word_embed_proj_dim": 64},
+        more={"qformer_config": {**EYES, "vocab_size": 96, "encoder_hidden_size": 32}},
+    ),
+    "florence2": Family(
+        "Florence2Config", "BartConfig", {"embed_dim": [16], "depths": [1], "num_heads": [2],
+        "num_groups": [2], "patch_size": [4], "patch_stride": [4], "patch_padding": [0],
+        "patch_prenorm": [False], "projection_dim": 64},
+        {
+            "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        },
+    ),
+    "fuyu": Family("FuyuConfig", "PersimmonConfig", None),
+    "fast_vlm": Family("FastVlmConfig", "Qwen2Config", {"model_type": "timm_wrapper"}),
+    "gemma3n": Family(
+        "Gemma3nConfig", "Gemma3nTextConfig", {"model_type": "gemma3n_vision"},
+        HYBRIDS["gemma3n_text"].text,
+    ),
+    "perception_lm": Family("PerceptionLMConfig", "LlamaConfig", {"model_type": "timm_wrapper"}),
+    "ernie4_5_vl_moe": Family(
+        "Ernie4_5_VLMoeConfig", "Ernie4_5_MoeConfig", QWEN_EYES, HYBRIDS["ernie4_5_moe"].text,
+        {"moe_intermediate_size": [24, 24]},
+    ),
+    "granite4_vision": Family("Granite4VisionConfig", "GraniteConfig", SIGLIP),
+    "kosmos2_5": Family("Kosmos2_5Config", "Kosmos2_5TextConfig", EYES),
+    "molmo2": Family(
+        "Molmo2Config", "Qwen3Config", {**EYES, "image_size": [28, 28]}, {"head_dim": 16}
+    ),
+    "phi4_multimodal": Family("Phi4MultimodalConfig", "Phi3Config", EYES),
+}  # fmt: skip
+FAMILIES = {**DENSE, **HYBRIDS, **REFUSED}
 
 
 def build(family: Family, folder: Path) -> dict[str, Path]:
@@ -232,7 +390,8 @@ def _model(family: Family, fields: dict[str, Any], model_type: str) -> Any:  # n
     inner = config_class.sub_configs.get("text_config")
     if inner is None or inner.__name__ in ("AutoConfig", "PreTrainedConfig"):
         fields = {"model_type": model_type, **fields}
-    config = config_class(text_config=fields, vision_config=dict(family.eyes), **family.more)
+    more = dict(family.more) | ({"vision_config": dict(family.eyes)} if family.eyes else {})
+    config = config_class(text_config=fields, **more)
     found = getattr(transformers, family.model)
     return found.from_config(config) if hasattr(found, "from_config") else found(config)
 
@@ -253,7 +412,9 @@ def plant(base: Any, model: Any) -> None:  # noqa: ANN401
 def decoder_of(model: Any) -> Any:  # noqa: ANN401
     """Return the module with the text layers."""
     found = model.get_decoder()
-    return found if hasattr(found, "layers") else found.model
+    while not hasattr(found, "layers"):
+        found = found.model if hasattr(found, "model") else found.decoder
+    return found
 
 
 def quiet() -> None:

@@ -43,8 +43,8 @@ def test_every_matrix_finds_its_counterpart_and_every_tensor_a_reason(
     name: str, layout: str, models: object
 ) -> None:
     pair = pair_of(models, name, layout)
-    experts = [f"mlp.experts.{kind}_proj" for kind in ("down", "gate", "up") for _ in range(2)]
-    mixture = (*MODULES[:4], *experts, "mlp.router")
+    experts = [f"mlp.experts.{kind}_proj" for kind in ("gate", "up", "down") for _ in range(2)]
+    mixture = (*MODULES[:4], "mlp.router", *experts)
     modules = mixture if name == MOE_FAMILY else MODULES
     assert [(m.layer, m.module) for m in pair.matrices] == [
         (layer, module) for layer in range(LAYERS) for module in modules

@@ -172,7 +172,7 @@ def _refuse_experts(plan: MergePlan) -> None:
         raise PlanError(
             f"The plan merges {len(found)} matrices of experts, '{found[0]}' first, which "
             f"transformers holds in stacks that LoRA layers cannot change. Plan with "
-            f"exclude='experts', or write the merged model instead."
+            f"exclude='[.]experts', or write the merged model instead."
         )
 
 

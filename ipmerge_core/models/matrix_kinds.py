@@ -73,6 +73,13 @@ def is_projection(module: str) -> bool:
     return module in MODULES or (last in _PROJECTIONS and not is_router(module))
 
 
-def module_order(module: str) -> tuple[int, str]:
-    """Return a sort key: the seven in the order of `MODULES`, then the others by name."""
-    return (MODULES.index(module), "") if module in MODULES else (len(MODULES), module)
+def module_order(module: str) -> tuple[int, str, int, str]:
+    """Return a sort key: the seven in the order of `MODULES`, then the others by block and name.
+
+    >>> sorted(("mlp.experts.down_proj", "mlp.experts.up_proj", "down", "o"), key=module_order)
+    ['o', 'down', 'mlp.experts.up_proj', 'mlp.experts.down_proj']
+    """
+    block, _, last = module.rpartition(".")
+    kind = last.removesuffix("_proj")
+    place = MODULES.index(kind) if kind in MODULES else len(MODULES)
+    return min(len(block), 1), block, place, last

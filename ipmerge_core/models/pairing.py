@@ -270,8 +270,12 @@ class ModelPair:
 
     def roles(self) -> Iterator[tuple[str, Checkpoint]]:
         """Yield the models by role: mllm, base, math (or math 1, ...), base of the mllm."""
-        for member in self._members():
-            yield member.role, member.model
+        yield MLLM, self.mllm
+        yield "base", self.base
+        if self.base_mllm is not self.base:
+            yield "base of the mllm", self.base_mllm
+        for k, expert in enumerate(self.math):
+            yield ("math" if len(self.math) == 1 else f"math {k + 1}"), expert
 
     @property
     def _compared(self) -> list[MatrixMatch]:
@@ -279,17 +283,21 @@ class ModelPair:
         return [matrix for matrix in self.matrices if not is_router(matrix.module)]
 
     def _members(self) -> Iterator[Member]:
-        own_base, compared = self.base_mllm is not self.base, self._compared
-        root = "base of the mllm" if own_base else "base"
-        others = [decoder.other_tensors(model) for model, decoder in self.sides]
-        yield Member("mllm", self.mllm, [m.mllm for m in compared], root, others[1])
-        yield Member("base", self.base, [m.name for m in compared], None, others[0])
-        if own_base:
-            names = [m.base_mllm for m in compared]
-            yield Member("base of the mllm", self.base_mllm, names, None, others[2])
-        for k, expert in enumerate(self.math):
-            role = "math" if len(self.math) == 1 else f"math {k + 1}"
-            yield Member(role, expert, [m.math[k] for m in compared], "base", others[3 + k])
+        compared = self._compared
+        names = [
+            [matrix.mllm for matrix in compared],
+            [matrix.name for matrix in compared],
+            [matrix.base_mllm for matrix in compared],
+            *([matrix.math[k] for matrix in compared] for k in range(len(self.math))),
+        ]
+        own_base = self.base_mllm is not self.base
+        if not own_base:
+            del names[2]
+        others = {model: decoder.other_tensors(model) for model, decoder in self.sides}
+        roots = {MLLM: "base of the mllm" if own_base else "base"}
+        for (role, model), own in zip(self.roles(), names, strict=True):
+            root = "base" if role.startswith("math") else roots.get(role)
+            yield Member(role, model, own, root, others[model])
 
     def _tensor_findings(self) -> Iterator[Finding]:
         """Summarize which tensors of the MLLM match, and why the others are kept."""
@@ -381,7 +389,7 @@ def _match(
     )
 
 
-def _place(key: tuple[int, str]) -> tuple[int, tuple[int, str], int]:
+def _place(key: tuple[int, str]) -> tuple[int, tuple[int, str, int, str], int]:
     """Return the sort key of a matrix: its layer, its module, and its expert."""
     layer, rest = key
     expert = expert_of(rest)
