@@ -167,6 +167,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "set": ["--set", "temperature=8"],
         "calibration": ["--calibration", str(files["folder"])],
         "measure": ["--measure"],
+        "modules": ["--modules", "all"],
         "include": ["--include", "q_proj"],
         "exclude": ["--exclude", "q_proj"],
         "force_merge": ["--force-merge", NAME, "--similarity-threshold", "1"],

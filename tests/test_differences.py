@@ -164,7 +164,7 @@ def test_rows_that_no_sample_reaches_are_found(
             "norms and output head",
             "norms=merge and embeddings=merge-shared",
         ),
-        (names("layers.6.mlp.gate.weight"), "experts of the mixture", "Use the fine-tuned"),
+        (names("layers.6.mlp.gate.weight"), "routers", "modules=all-and-router"),
     ],
 )
 def test_a_model_tuned_outside_the_matrices_is_a_warning_that_says_where(
@@ -204,13 +204,11 @@ def test_new_rows_of_the_vocabulary_are_no_difference(role: str, models: Models)
     assert distance(models.check(role, weights), role).level == "refusal"
 
 
-def test_experts_of_a_mixture_in_another_layout_are_said_not_to_be_compared(
-    models: Models,
-) -> None:
-    weights = {name.replace("mlp.gate.", "mlp.router."): w for name, w in BASE.items()}
+def test_routers_of_another_name_are_said_not_to_be_compared(models: Models) -> None:
+    weights = {name.replace("mlp.gate.", "mlp.choice.router."): w for name, w in BASE.items()}
     found = distance(models.check("math", weights), "math")
     assert found.level == "warning"
-    assert "Not compared, as stored differently: experts of the mixture." in found.message
+    assert "Not compared, as stored differently: routers." in found.message
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, build, rewrite, set_config
+from family_layouts import FAMILIES, LAYERS, build, rewrite, set_config
 
 import ipmerge_core as ipm
 from ipmerge_core.errors import PairingError, ShapeError
 from ipmerge_core.models.checkpoint import Checkpoint
-from ipmerge_core.models.decoders import CROSS_ATTENTION, MOE
-from ipmerge_core.models.pairing import MODULES, VOCABULARY, ModelPair, open_pair
+from ipmerge_core.models.decoders import CROSS_ATTENTION
+from ipmerge_core.models.matrix_kinds import MODULES, is_router
+from ipmerge_core.models.pairing import VOCABULARY, ModelPair, open_pair
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"
 CASES = [(name, layout) for name, family in FAMILIES.items() for layout in family.layouts]
@@ -42,7 +43,9 @@ def test_every_matrix_finds_its_counterpart_and_every_tensor_a_reason(
     name: str, layout: str, models: object
 ) -> None:
     pair = pair_of(models, name, layout)
-    modules = MODULES[:4] if name == MOE_FAMILY else MODULES
+    experts = [f"mlp.experts.{kind}_proj" for kind in ("gate", "up", "down") for _ in range(2)]
+    mixture = (*MODULES[:4], "mlp.router", *experts)
+    modules = mixture if name == MOE_FAMILY else MODULES
     assert [(m.layer, m.module) for m in pair.matrices] == [
         (layer, module) for layer in range(LAYERS) for module in modules
     ]
@@ -80,7 +83,7 @@ def test_a_merge_loads_in_transformers_with_the_merged_weights(
     for matrix in pair.matrices:
         base, mllm = pair.base.read(matrix.name), pair.mllm.read(matrix.mllm)
         math = pair.math[0].read(matrix.math[0])
-        expected = mllm + 0.5 * (math - base)
+        expected = mllm if is_router(matrix.module) else mllm + 0.5 * (math - base)
         torch.testing.assert_close(merged.read(matrix.mllm), expected)
         if matrix.module == "o":
             found = text.layers[places[matrix.layer]].self_attn.o_proj.weight
@@ -98,7 +101,7 @@ def test_the_table_of_families_is_made_from_these_tests(models: object) -> None:
             for layout in family.layouts
         }
         layouts = "; ".join(f"{layout}: `{prefix}`" for layout, prefix in prefixes.items())
-        merged = "q, k, v, o" if name == MOE_FAMILY else "q, k, v, o, gate, up, down"
+        merged = "q, k, v, o, gate, up, down" + " of experts" * (name == MOE_FAMILY)
         text = family.text_config.removesuffix("Config").removesuffix("Text")
         rows.append(f"| {name} | {text} | {layouts} | {merged} | {family.note or 'as below'} |")
     table = "\n".join(rows)
@@ -117,12 +120,15 @@ def test_cross_attention_layers_shift_the_numbers_and_are_kept(models: object) -
     assert all(".layers.1." in name or ".layers.3." in name for name in crossed)
 
 
-def test_experts_of_a_mixture_are_kept_and_the_check_says_so(models: object) -> None:
+def test_experts_of_a_mixture_merge_by_default_and_its_router_when_asked(models: object) -> None:
     pair = pair_of(models, MOE_FAMILY, "modules")
-    assert MOE in pair.kept.values()
+    usual = {d.name for d in ipm.make_plan(pair, method="linear").selected}
+    assert all((m.name in usual) == (m.module != "mlp.router") for m in pair.matrices)
+    asked = ipm.make_plan(pair, method="linear", modules="all-and-router")
+    assert len(asked.selected) == len(pair.matrices)
     finding = next(finding for finding in pair.check() if finding.subject == "shapes")
-    assert finding.level == "warning"
-    assert "are kept: only attention is merged" in finding.remedy
+    assert finding.level == "ok"
+    assert "with modules=all-and-router also mlp.router. Kept:" in finding.message
 
 
 @pytest.mark.parametrize("side", ["base", "math"])
@@ -226,7 +232,7 @@ def renamed(old: str, new: str) -> object:
     [
         (
             renamed("self_attn.q_proj", "attention.wqkv"),
-            r"attention.wqkv.weight' of .* is none of the projections q, k, v, o, gate, up, down",
+            r"has 'attention.wqkv.weight' but .*hub' does not, which has 'self_attn.q_proj.weight'",
         ),
         (
             renamed("self_attn.q_proj.weight", "self_attn.q_proj.qweight"),
@@ -234,19 +240,13 @@ def renamed(old: str, new: str) -> object:
         ),
         (
             renamed("layers.2.self_attn", "layers.2.linear_attn"),
-            r"layers.2.linear_attn.\w_proj.weight' of .* is none of the projections",
+            r"Layer 2 of .*odd' has 'linear_attn.k_proj.weight' but .*hub' does not, which has 's",
         ),
         (renamed("model.layers", "transformer.h"), "has no decoder matrices named like"),
         (renamed("layers.1.", "layers.7."), "layers up to 7 .* but no layer 1. Is a shard"),
-        (renamed("_proj.", "_linear."), r"It has 'model.layers.*': this layout is not supported"),
-        (
-            lambda weights: {n: w for n, w in weights.items() if "1.input_layernorm" not in n},
-            r"Layer 1 of .*hub' has 'input_layernorm.weight' but .*odd' does not",
-        ),
-        (
-            lambda weights: weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
-            r"Layer 0 of .*odd' has 'self_attn.q_norm.weight' but .*hub' does not",
-        ),
+        (renamed("_proj.", "_linear."), r"Layer 0 of .* has 'mlp.down_linear.weight' but .*hub'"),
+        (renamed("mlp.up_proj", "mlp.fc1"), r"mlp.fc1.weight' of .*odd' .*as in OPT"),
+        (renamed("self_attn.q_proj", "encoder_attn.q_proj"), r"odd' is an encoder-decoder model"),
         (
             lambda weights: (
                 weights | {f"draft.{n}": w.clone() for n, w in weights.items() if "layers" in n}
@@ -265,6 +265,31 @@ def test_what_is_not_supported_is_refused_by_name(
     twin = rewrite(folders["math"], tmp_path / "twin", change)
     with pytest.raises(PairingError, match="has 2 decoders that match the base .* equally well"):
         open_pair(folders["hub"], twin, folders["base"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda weights: {n: w for n, w in weights.items() if "1.input_layernorm" not in n},
+            r"'input_layernorm.weight' of layer 1 of .*math' has no counterpart in .*odd'",
+        ),
+        (
+            lambda weights: weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
+            r"'self_attn.q_norm.weight' of layer 0 of .*odd' has no counterpart in .*hub'",
+        ),
+    ],
+)
+def test_a_vector_that_not_every_model_has_is_kept_with_a_warning(
+    change: object, words: str, models: object, tmp_path: Path
+) -> None:
+    folders = models("LLaVA-1.5 (Vicuna)")
+    odd = rewrite(folders["base"], tmp_path / "odd", change)
+    pair = open_pair(folders["hub"], folders["math"], odd)
+    finding = next(found for found in pair.check() if found.subject == "counterparts")
+    assert finding.level == "warning"
+    assert re.search(words.replace("math", "hub"), finding.message)
+    assert len(pair.vectors) == 2 * LAYERS + 1 - words.count("input_layernorm")
 
 
 def test_integer_matrices_are_refused_as_quantised(models: object, tmp_path: Path) -> None:

@@ -288,6 +288,7 @@ def case_of(method: str, parameter: Parameter) -> Case:
 
 
 VALUES = {
+    "modules": "all",
     "include": "mlp",
     "exclude": "down",
     "layer_gains": (0.0, 0.5123456789, 1.0),

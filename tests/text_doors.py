@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from ipmerge_core.errors import IPMergeError, first_line
 from ipmerge_core.inference.prompts import ChatFormat, Message, render_chat
 from ipmerge_core.methods import find_method
-from ipmerge_core.models.checkpoint import split_address
+from ipmerge_core.models.addresses import split_address
 from ipmerge_core.models.decoders import find_decoders
 from ipmerge_core.models.files import as_hub_id
 from ipmerge_core.planning.options import PlanOptions
@@ -53,7 +53,7 @@ def _anyway(door: Callable[[str], object]) -> Callable[[str], object]:
 
 def _decoders_of(name: str) -> object:
     spec = SimpleNamespace(name=name, shape=(2, 2), dtype="F32")
-    return find_decoders("base", SimpleNamespace(id="m", tensors={name: spec}))  # type: ignore[arg-type]
+    return find_decoders("base", SimpleNamespace(id="m", config={}, tensors={name: spec}))  # type: ignore[arg-type]
 
 
 class _Tokenizer:

@@ -34,6 +34,7 @@ from ipmerge_core.merging.merge import reopen
 from ipmerge_core.merging.model_card import front_matter, settings_table
 from ipmerge_core.merging.parts import work_of
 from ipmerge_core.methods import find_method
+from ipmerge_core.models.matrix_kinds import is_expert
 from ipmerge_core.models.pairing import TO_FORCE
 from ipmerge_core.models.writer import check_output
 from ipmerge_core.planning.description import facts_of
@@ -122,6 +123,7 @@ def iter_adapter(
     before = pair.stamps()
     pair.require_common_base(TO_FORCE, force=force)
     work = work_of(plan, pair)
+    _refuse_experts(plan)
     modules = module_names(pair.mllm, work)
     unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -162,6 +164,17 @@ def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
         raise PlanError(
             f"The plan selects none of {len(plan.decisions)} matrices, so that the adapter would "
             f"be empty. Lower the similarity threshold ({plan.similarity_threshold})."
+        )
+
+
+def _refuse_experts(plan: MergePlan) -> None:
+    """Raise PlanError for experts of a mixture, which PEFT's LoRA layers do not reach."""
+    found = [decision.name for decision in plan.selected if is_expert(decision.module)]
+    if found:
+        raise PlanError(
+            f"The plan merges {len(found)} matrices of experts, '{found[0]}' first, which "
+            f"transformers holds in stacks that LoRA layers cannot change. Plan with "
+            f"exclude='[.]experts', or write the merged model instead."
         )
 
 

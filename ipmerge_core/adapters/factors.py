@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ipmerge_core.merging.parts import Chosen, low_rank_changes, on_one_base, rounding_noise
 from ipmerge_core.methods.ip_merging import ip_updates
-from ipmerge_core.models.checkpoint import split_address
+from ipmerge_core.models.addresses import split_address
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.spectral.similarity import Update
@@ -70,7 +70,7 @@ def update_of(
         with torch.no_grad():
             noise, low_rank = rounding_noise(weights), low_rank_changes(weights)
             found = list(ip_updates(*inputs, **parameters, noise=noise, low_rank=low_rank))
-        rows = split_address(matrix.mllm)[1] or range(height)
+        rows = split_address(matrix.mllm).rows or range(height)
         updates.append(in_rows(sum_of(found), rows, height))
     return sum_of(updates)
 

@@ -29,6 +29,7 @@ from ipmerge_core.analysis.partial import SUFFIX, Journal, PendingMatrix, journa
 from ipmerge_core.analysis.records import VERSION, Analysis, LayerRecord, Source, Sources, Totals
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
+from ipmerge_core.models.matrix_kinds import MODULES
 from ipmerge_core.models.opening import open_model
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
 from ipmerge_core.runtime.atomic import writing
@@ -137,7 +138,9 @@ def source_of(model: Checkpoint) -> Source:
 def _identity(pair: ModelPair, options: Options) -> str:
     """Return the SHA-256 of everything that determines the records: weights, options, engine."""
     fingerprints = [[model.fingerprint, model.content] for _, model in pair.roles()]
-    content = json.dumps([VERSION, __version__, options, fingerprints])
+    # Matrices beyond those that packs have always had; without any, the identity is as before.
+    more = [matrix.name for matrix in pair.matrices if matrix.module not in MODULES]
+    content = json.dumps([VERSION, __version__, options, fingerprints, *([more] if more else [])])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

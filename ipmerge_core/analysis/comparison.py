@@ -19,6 +19,7 @@ from ipmerge_core.analysis.records import LayerRecord, UpdateNorms
 from ipmerge_core.analysis.singular_values import LEADING, Overlap, SingularValues, Spectra
 from ipmerge_core.errors import PlanError
 from ipmerge_core.models.low_rank import Factors
+from ipmerge_core.models.matrix_kinds import is_expert
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral import spectrum
@@ -157,7 +158,9 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> Iterator[LayerRecord]:
     """Yield the record of each expert for one matrix; `LayerRecord` documents every number."""
-    base = _base_values(matrix, weights, options)  # first, so that its memory is free again
+    in_mixture = is_expert(matrix.module)  # a pack has tens of thousands: no spectra
+    # First, so that its memory is free again.
+    base = None if in_mixture else _base_values(matrix, weights, options)
     spacing = spectrum.spacing_sums(weights.base)  # of a base that the models usually share
     own = spacing if weights.root is weights.base else spectrum.spacing_sums(weights.root)
     known, *others = weights.factors
@@ -171,7 +174,7 @@ def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> It
         norms = _update_norms(mllm, found, earlier)
         earlier.append(found)
         record = _record(matrix, expert, mllm, math, norms, norms2)
-        yield replace(record, spectra=_spectra(mllm, math, base))
+        yield record if in_mixture else replace(record, spectra=_spectra(mllm, math, base))
 
 
 def _norm2(weight: Tensor) -> float:

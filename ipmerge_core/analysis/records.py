@@ -175,11 +175,11 @@ class LayerRecord:
     1), "rescale_only" (rho dM) and "select_only" (dM). `principal` is the mean cosine of the
     principal angles between the leading k right directions of both, for k = "1", "4", "16", "64".
     `index` (from 1) are the ranks of the sampled singular values and angles, with six digits;
-    `spectra` contains all singular values, None in packs before version 3. `noise_floor` and
-    `math_noise_floor` are the singular values of dV and dM that rounding of the stored dtypes can
-    cause; `mllm_directions` and `math_directions` are the numbers of existing directions above it
-    (`spectrum.existing`). Only these contribute to similarities, nuclear norms, ranks and updates,
-    unless the analysis used all. None in packs of version 1.
+    `spectra` contains all singular values, None for experts of mixtures and in packs before
+    version 3. `noise_floor` and `math_noise_floor` are the singular values of dV and dM that
+    rounding of the stored dtypes can cause; `mllm_directions` and `math_directions` are the numbers
+    of existing directions above it (`spectrum.existing`). Only these contribute to similarities,
+    nuclear norms, ranks and updates, unless the analysis used all. None in packs of version 1.
     """
 
     __pydantic_config__ = CLOSED

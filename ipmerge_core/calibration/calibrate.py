@@ -258,10 +258,11 @@ class _Share:
 
 
 def _targets(pair: ModelPair, settings: CalibrationSettings) -> list[Target]:
+    observed = [matrix for matrix in pair.matrices if matrix.module in _READS]
     if settings.kind == "fisher":
-        return [Target(matrix, (matrix.name,), matrix.shape) for matrix in pair.matrices]
+        return [Target(matrix, (matrix.name,), matrix.shape) for matrix in observed]
     shared: dict[tuple[int, str], list[MatrixMatch]] = {}
-    for matrix in pair.matrices:
+    for matrix in observed:
         shared.setdefault((matrix.layer, _READS[matrix.module]), []).append(matrix)
     targets = []
     for (_, module), matrices in shared.items():

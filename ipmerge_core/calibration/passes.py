@@ -215,7 +215,7 @@ def find_module(loaded: LoadedModel, checkpoint: Checkpoint, stored: str) -> tor
     """
     import torch
 
-    if "[" not in stored:
+    if "[" not in stored and "layers." in stored:
         end = stored[stored.rindex("layers.") :].removesuffix(".weight")
         weight = checkpoint.read_matrix(stored)
         for name, module in loaded.model.named_modules():

@@ -31,6 +31,7 @@ from ipmerge_core.merging.manifest import attempt_of, manifest_of
 from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.merging.parts import (
     EXTRAS,
+    Chosen,
     Part,
     Work,
     chosen_matrices,
@@ -87,10 +88,11 @@ Documents: TypeAlias = Callable[[], dict[str, str]]
 
 
 class Piece(NamedTuple):
-    """A part that was read: bytes to copy, or inputs to merge."""
+    """A part that was read: bytes to copy, and the inputs of the matrices to merge in them."""
 
     part: Part
-    content: bytearray | MatrixWeights
+    stored: bytearray
+    weights: tuple[MatrixWeights, ...] = ()
 
 
 __all__ = [
@@ -213,7 +215,7 @@ class _Run:
         at_once = 1 if self.device.type == "cpu" else self._workers  # a GPU waits for the disk
         budget = at_once * max([pace.ahead, *(held(self.pair, part) for part in cut)])
         readers = max(pace.threads, at_once)
-        yield from self._first_pass(idle=not any(part.matrix for part in cut))
+        yield from self._first_pass(idle=not any(part.merged for part in cut))
         for spec in specs:
             if spec.name in self.writer.done:
                 yield count.step(spec, "resumed")
@@ -285,11 +287,15 @@ class _Run:
             yield Load(held(self.pair, part), partial(self._read, part))
 
     def _read(self, part: Part) -> Piece:
-        if part.matrix is not None:
-            check = not self.method.propagates_non_finite  # otherwise detected in the result
-            return Piece(part, self.pair.read(part.matrix, part.experts, check=check))
+        check = not self.method.propagates_non_finite  # otherwise detected in the result
+        weights = tuple(
+            self.pair.read(matrix, experts, check=check) for matrix, experts in part.merged
+        )
+        if part.is_filled and weights:
+            return Piece(part, bytearray(part.stop - part.start), weights)
         # Not checked: buffers such as attention masks contain infinities.
-        return Piece(part, self.pair.mllm.read_bytes(part.spec.name, part.start, part.stop))
+        data = self.pair.mllm.read_bytes(part.spec.name, part.start, part.stop)
+        return Piece(part, data, weights)
 
     @property
     def _local(self) -> bool:
@@ -318,67 +324,64 @@ class _Run:
         return max(1, streams(self.device, max(sizes, default=0)))
 
     def _merged(self, piece: Piece) -> tuple[Part, bytearray | Reporting]:
-        part, content = piece
-        if isinstance(content, bytearray):
-            return part, content
+        if not piece.weights:
+            return piece.part, piece.stored
         if self._reports:
-            return part, partial(self._stored, part, content)
+            return piece.part, partial(self._stored, piece)
         with stream(self.device):
-            return part, self._stored(part, content)
+            return piece.part, self._stored(piece)
 
-    def _stored(
-        self, part: Part, weights: MatrixWeights, report: Report | None = None
-    ) -> bytearray:
-        """Merge a matrix and cast it once to its stored dtype; raise an error on overflow."""
-        merged = self._merging(part, weights, report)
-        data = bytearray(part.stop - part.start)
-        values, target = merged.detach().reshape(-1), as_tensor(data, part.spec.dtype)
-        if values.device.type == "cpu":
-            for block in blocks(values):
-                target[block] = values[block]
-        else:
-            target.copy_(
-                values.to(target.dtype)
-            )  # cast on the device, so that fewer bytes are copied
+    def _stored(self, piece: Piece, report: Report | None = None) -> bytearray:
+        """Merge matrices and cast them once to their stored dtype; raise an error on overflow."""
+        part, data, _ = piece
+        target = as_tensor(data, part.spec.dtype)
+        for chosen, weights in zip(part.merged, piece.weights, strict=True):
+            merged = self._merging(chosen, weights, report).detach()
+            place = part.place_in(target, chosen[0])
+            values = merged.reshape(place.shape)
+            if values.device.type == "cpu" and place.ndim == 1:
+                for block in blocks(values):
+                    place[block] = values[block]
+            else:  # cast on the device, so that fewer bytes are copied
+                place.copy_(values.to(place.dtype))
         if count_non_finite(target):
-            assert part.matrix is not None
-            self.pair.refuse_non_finite(part.matrix, part.experts)
+            for matrix, experts in part.merged:
+                self.pair.refuse_non_finite(matrix, experts)
             raise CheckpointError(
                 f"The merged '{part.spec.name}' of '{self.pair.mllm.id}' has infinite or NaN "
                 f"values in {part.spec.dtype}. Use smaller gains."
             )
         return data
 
-    def _merging(self, part: Part, weights: MatrixWeights, report: Report | None) -> Tensor:
+    def _merging(self, chosen: Chosen, weights: MatrixWeights, report: Report | None) -> Tensor:
         """Merge a matrix on the device, or on the CPU if the device runs out of memory."""
-        assert part.matrix is not None
         try:
-            return self._merging_on(self.device, part, weights, report)
+            return self._merging_on(self.device, chosen, weights, report)
         except torch.OutOfMemoryError:
-            warn_of_cpu(self.device, part.matrix.name, part.matrix.shape)
-        return self._merging_on(torch.device("cpu"), part, weights, report)
+            warn_of_cpu(self.device, chosen[0].name, chosen[0].shape)
+        return self._merging_on(torch.device("cpu"), chosen, weights, report)
 
     def _merging_on(
-        self, device: torch.device, part: Part, weights: MatrixWeights, report: Report | None
+        self, device: torch.device, chosen: Chosen, weights: MatrixWeights, report: Report | None
     ) -> Tensor:
         """Call the method on one matrix with its statistic, noise and measurements."""
-        assert part.matrix is not None
+        matrix, experts = chosen
         supplied: dict[str, Any] = {}
         if self.statistic is not None:
             supplied["statistic"] = self.statistic
-        if self.measurements is not None and part.matrix.module not in EXTRAS:
-            supplied |= self.measurements.inputs(part.matrix.name, part.experts, device)
+        if self.measurements is not None and matrix.module not in EXTRAS:
+            supplied |= self.measurements.inputs(matrix.name, experts, device)
         anchor, weights = method_anchor(self.method, self.plan.anchor), weights.to(device)
-        if "noise" in self.method.inputs and part.matrix.module not in EXTRAS:
+        if "noise" in self.method.inputs and matrix.module not in EXTRAS:
             supplied["noise"] = rounding_noise(weights, anchor)
-        if "low_rank" in self.method.inputs and part.matrix.module not in EXTRAS:
+        if "low_rank" in self.method.inputs and matrix.module not in EXTRAS:
             supplied["low_rank"] = low_rank_changes(weights, anchor)
-        if report is not None and part.matrix.module not in EXTRAS:
+        if report is not None and matrix.module not in EXTRAS:
             supplied["report"] = report
         models = on_one_base(weights, device, anchor)
-        parameters = self.plan.parameters_for(part.matrix.layer)
-        merged = merging_of(self.method, part.matrix, models, **parameters, **supplied)
-        return scale_change(merged, models[1], self.plan.change_scale(part.matrix.layer))
+        parameters = self.plan.parameters_for(matrix.layer)
+        merged = merging_of(self.method, matrix, models, **parameters, **supplied)
+        return scale_change(merged, models[1], self.plan.change_scale(matrix.layer))
 
     def _write(
         self, part: Part, data: bytearray, count: StepCount, action: Action

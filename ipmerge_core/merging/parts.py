@@ -18,7 +18,8 @@ from torch import Tensor
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS, MergeMethod
 from ipmerge_core.methods.blocks import blockwise
-from ipmerge_core.models.checkpoint import TensorSpec, split_address
+from ipmerge_core.models.addresses import split_address
+from ipmerge_core.models.checkpoint import DTYPES, TensorSpec, arranged, part_of
 from ipmerge_core.models.pairing import (
     BIAS,
     NORM,
@@ -39,13 +40,32 @@ EXTRAS = ("norm", "bias", ROWS)  # modules other than decoder matrices
 
 
 class Part(NamedTuple):
-    """Bytes [start, stop) of one tensor's data, and their matrix if they are merged."""
+    """Bytes [start, stop) of one tensor's data, and the matrices in them that are merged.
+
+    There are several where columns of one stored matrix are matrices of the decoder.
+    """
 
     spec: TensorSpec
     start: int
     stop: int
-    matrix: MatrixMatch | None = None
-    experts: tuple[int, ...] = ()
+    merged: tuple[Chosen, ...] = ()
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the merged matrices are all of the bytes."""
+        merged = sum(matrix.shape[0] * matrix.shape[1] for matrix, _ in self.merged)
+        return merged * DTYPES[self.spec.dtype].itemsize == self.stop - self.start
+
+    def place_in(self, data: Tensor, matrix: MatrixMatch) -> Tensor:
+        """View the elements of a merged matrix in those of the part.
+
+        Shapes: data (n,), the elements of the part; the result is that of the matrix, or (n,).
+        """
+        if len(self.merged) == 1 and self.is_filled and not split_address(matrix.mllm).transposed:
+            return data
+        spec = part_of(self.spec, matrix.mllm)
+        assert spec is not None, "it has been matched"
+        return arranged(data, spec)
 
 
 def on_one_base(
@@ -109,7 +129,7 @@ def chosen(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
     every = tuple(range(len(pair.math)))
     return [
         *chosen_matrices(plan, pair),
-        *((m, every) for m in _extras(plan, pair) if plan.allows(split_address(m.name)[0])),
+        *((m, every) for m in _extras(plan, pair) if plan.allows(split_address(m.name).name)),
     ]
 
 
@@ -159,7 +179,7 @@ def merging_of(
     if matrix.module != ROWS:
         return method(*models, tensor_name=matrix.name, **keywords)
     base, mllm, experts = models
-    stored, rows = split_address(matrix.name)
+    stored, rows = split_address(matrix.name).name, split_address(matrix.name).rows
     assert rows is not None
     return torch.cat(
         [
@@ -198,7 +218,7 @@ def work_of(plan: MergePlan, pair: ModelPair) -> Work:
     """Group the merged matrices by the MLLM's stored tensor; a fused one contains several."""
     work: Work = {}
     for matrix, experts in chosen(plan, pair):
-        work.setdefault(split_address(matrix.mllm)[0], []).append((matrix, experts))
+        work.setdefault(split_address(matrix.mllm).name, []).append((matrix, experts))
     return work
 
 
@@ -207,19 +227,36 @@ def parts(spec: TensorSpec, merged: list[Chosen], most: int, *, local: bool = Fa
 
     With a `local` method the matrices are also split into rows of about that size.
     """
-    row = spec.nbytes // spec.shape[0] if merged else 1
+    spans: dict[tuple[int, int], list[Chosen]] = {}
+    for matrix, experts in merged:
+        part = spec if matrix.mllm == spec.name else part_of(spec, matrix.mllm)
+        assert part is not None, "it has been matched"
+        span = part.start - spec.start, part.stop - spec.start
+        spans.setdefault(span, []).append((matrix, experts))
     parts: list[Part] = []
     position = 0
-    found = [(split_address(m.mllm)[1] or range(spec.shape[0]), m, e) for m, e in merged]
-    for rows, matrix, experts in sorted(found, key=lambda entry: entry[0].start):
-        parts += _copies(spec, position, rows.start * row, most)
-        whole = not local or matrix.shape[0] != len(rows)
-        for piece in [matrix] if whole else in_rows(matrix, len(rows) * row, most):
-            start = max(position, rows.start * row)
-            position = start + (len(rows) if whole else piece.shape[0]) * row
-            parts.append(Part(spec, start, position, piece, experts))
+    for (start, stop), members in sorted(spans.items()):
+        parts += _copies(spec, position, start, most)
+        position = stop
+        matrix, experts = members[0]
+        if not local or not _has_rows(spec, matrix, stop - start):
+            parts.append(Part(spec, start, stop, tuple(members)))
+            continue
+        row = (stop - start) // matrix.shape[0]
+        at = start
+        for piece in in_rows(matrix, stop - start, most):
+            end = at + piece.shape[0] * row
+            parts.append(Part(spec, at, end, ((piece, experts),)))
+            at = end
     parts += _copies(spec, position, spec.nbytes, most)
     return parts or [Part(spec, 0, 0)]  # a tensor without elements
+
+
+def _has_rows(spec: TensorSpec, matrix: MatrixMatch, nbytes: int) -> bool:
+    """Return whether the rows of a matrix are stored one after another; a vector has none."""
+    if len(spec.shape) < 2 or split_address(matrix.mllm).transposed:
+        return False
+    return matrix.shape[0] * matrix.shape[1] * DTYPES[spec.dtype].itemsize == nbytes
 
 
 def in_rows(matrix: MatrixMatch, nbytes: int, most: int) -> Iterator[MatrixMatch]:
@@ -235,9 +272,7 @@ def rows_of(matrix: MatrixMatch, first: int, last: int) -> MatrixMatch:
     """Return the rows [first, last) of a matrix, which may itself be part of a stored one."""
 
     def rows(name: str) -> str:
-        stored, own = split_address(name)
-        above = own.start if own else 0
-        return f"{stored}[{above + first}:{above + last}]"
+        return str(split_address(name).within(first, last))
 
     return replace(
         matrix,
@@ -255,9 +290,9 @@ def _copies(spec: TensorSpec, start: int, stop: int, most: int) -> list[Part]:
 
 def held(pair: ModelPair, part: Part) -> int:
     """Return the bytes that a part needs while it is read."""
-    if part.matrix is None:
+    if not part.merged:
         return part.stop - part.start
-    return held_by(pair, part.matrix, part.experts)
+    return sum(held_by(pair, matrix, experts) for matrix, experts in part.merged)
 
 
 def held_by(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> int:

@@ -21,12 +21,12 @@ from torch import Tensor
 from ipmerge_core.errors import CheckpointError
 from ipmerge_core.models.adapter_config import MERGE_FIRST, AdapterConfig
 from ipmerge_core.models.adapter_names import Lora, changes_of
+from ipmerge_core.models.addresses import split_address
 from ipmerge_core.models.checkpoint import (
     DTYPES,
     Checkpoint,
     Remark,
     TensorSpec,
-    split_address,
     tensor_bytes,
 )
 from ipmerge_core.models.files import SUBFOLDERS, Files, Stamp, is_hub_id
@@ -115,12 +115,12 @@ class AdaptedCheckpoint(Checkpoint):
     def read_size(self, name: str) -> int:
         """Return the size in bytes of what `read` returns: changed matrices are in fp32."""
         spec = self.spec(name)
-        change = self._changes.get(split_address(name)[0])
+        change = self._changes.get(split_address(name).name)
         return spec.nbytes if change is None else spec.numel * max(4, DTYPES[spec.dtype].itemsize)
 
     def factors(self, name: str, base: Checkpoint) -> Factors | None:
         """Return the factors of a matrix that the adapter changes by s B A only; else None."""
-        stored, rows = split_address(name)
+        stored, _, _, rows = split_address(name)
         change = self._changes.get(stored)
         if change is None or change.lora is None or change.saved or change.lora.magnitude:
             return None
@@ -130,7 +130,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         """Read one tensor on the CPU; a changed matrix in fp32, or fp64 if the base is in fp64."""
-        stored, rows = split_address(name)
+        stored, _, _, rows = split_address(name)
         change = self._changes.get(stored)
         if change is None:
             return self.base.read(name)
@@ -161,7 +161,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) of a tensor; changed ones are rounded to its dtype."""
-        stored, rows = split_address(name)
+        stored, _, _, rows = split_address(name)
         if stored not in self._changes:
             return self.base.read_bytes(name, start, stop)
         spec = self.spec(name)

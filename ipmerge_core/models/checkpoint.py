@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
+from ipmerge_core.models.addresses import split_address
 from ipmerge_core.models.dequantised import DequantisedFiles, dequantised
 from ipmerge_core.models.files import Files, Stamp, find_files
 from ipmerge_core.models.headers import DTYPES, FLOAT_DTYPES, TensorSpec, read_header
@@ -34,14 +34,14 @@ __all__ = [
     "Checkpoint",
     "Remark",
     "TensorSpec",
+    "arranged",
     "as_tensor",
     "count_non_finite",
-    "split_address",
+    "part_of",
     "tensor_bytes",
 ]
 
 _FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
-_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
 _BLOCKS, _BLOCK = 16, 512  # of every tensor that `content` covers, and their size in bytes
 
 
@@ -201,23 +201,22 @@ class Checkpoint:
         return digest.hexdigest()
 
     def spec(self, name: str) -> TensorSpec:
-        """Return the header entry of a tensor, or of rows of a tensor: `name[start:stop]`.
+        """Return the header entry of a tensor, or of a part of one by its address.
 
-        Rows are contiguous on disk, so that a part of a fused matrix is read like a separate
-        tensor. Raises: MissingTensorError.
+        A part is contiguous on disk, so that it is read like a separate tensor. Rows of a
+        transposed matrix are not: `start` and `stop` are then those of the whole matrix, and
+        `shape` is that of the rows. Raises: MissingTensorError.
         """
         if name in self.tensors:
             return self.tensors[name]
-        stored, rows = split_address(name)
-        whole = self.tensors.get(stored)
-        if rows is None or whole is None or rows.stop > whole.shape[0]:
+        address = split_address(name)
+        whole = self.tensors.get(address.name)
+        part = None if whole is None else part_of(whole, name)
+        if part is None:
             raise MissingTensorError(
                 f"'{self.id}' has no tensor '{name}' (it has {len(self.tensors)} tensors)."
             )
-        row = whole.nbytes // whole.shape[0]
-        start, stop = whole.start + rows.start * row, whole.start + rows.stop * row
-        shape = (rows.stop - rows.start, *whole.shape[1:])
-        return TensorSpec(name, whole.dtype, shape, whole.shard, start, stop)
+        return part
 
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Read the bytes [start, stop) of a tensor in its stored dtype."""
@@ -236,7 +235,7 @@ class Checkpoint:
         spec = self.spec(name)
         data = torch.empty(spec.nbytes, dtype=torch.uint8)  # a bytearray would be zeroed first
         self.files.read_into(data.numpy().data, spec.shard, spec.start)
-        return data.view(DTYPES[spec.dtype]).reshape(spec.shape)
+        return arranged(data.view(DTYPES[spec.dtype]), spec)
 
     def read_matrix(self, name: str, *, check: bool = True) -> Tensor:
         """Read a floating-point tensor. Raises: CheckpointError for NaN or infinity."""
@@ -266,18 +265,42 @@ def _spread(spec: TensorSpec) -> list[int]:
     return sorted({spec.start + n * last // (_BLOCKS - 1) for n in range(_BLOCKS)})
 
 
-def split_address(address: str) -> tuple[str, range | None]:
-    """Split `name[start:stop]` into the name of a stored tensor and rows; None means all rows.
+def part_of(whole: TensorSpec, name: str) -> TensorSpec | None:
+    """Return the header entry of the part of a tensor with that address; None if it has none."""
+    address = split_address(name)
+    start, stop, shape = whole.start, whole.stop, whole.shape
+    if address.number is not None:
+        if len(shape) < 2 or address.number >= shape[0]:
+            return None
+        size = whole.nbytes // shape[0]
+        start += address.number * size
+        stop, shape = start + size, shape[1:]
+    if address.transposed:
+        if len(shape) != 2:
+            return None
+        shape = shape[::-1]
+    if address.rows is not None:
+        if not shape or address.rows.stop > shape[0]:
+            return None
+        if not address.transposed:
+            row = (stop - start) // shape[0]
+            start, stop = start + address.rows.start * row, start + address.rows.stop * row
+        shape = (len(address.rows), *shape[1:])
+    return TensorSpec(name, whole.dtype, shape, whole.shard, start, stop)
 
-    >>> split_address("model.layers.0.self_attn.qkv_proj.weight[64:96]")
-    ('model.layers.0.self_attn.qkv_proj.weight', range(64, 96))
-    >>> split_address("lm_head.weight")
-    ('lm_head.weight', None)
+
+def arranged(stored: Tensor, spec: TensorSpec) -> Tensor:
+    """View the stored elements of a tensor or a part as `spec.shape`.
+
+    Shapes: stored (n,), the elements between `spec.start` and `spec.stop`. The result shares their
+    memory, also if it is a part of a transposed matrix.
     """
-    found = _ROWS.fullmatch(address)
-    if found is None:
-        return address, None
-    return found["name"], range(int(found["start"]), int(found["stop"]))
+    address = split_address(spec.name)
+    if not address.transposed:
+        return stored.reshape(spec.shape)
+    turned = stored.reshape(spec.shape[1], -1).T
+    rows = address.rows or range(turned.shape[0])
+    return turned[rows.start : rows.stop]
 
 
 def as_tensor(data: bytearray, dtype: str) -> Tensor:

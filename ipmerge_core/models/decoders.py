@@ -1,9 +1,9 @@
 """Locate the language decoder of a checkpoint from tensor names and shapes.
 
 In: a `Checkpoint`. Out: `Decoder`s: tensors by (text layer, name inside the layer), independent of
-the prefix, with fused projections split by rows and non-text layers listed separately. Does not
-depend on the model family. Unsupported layers are rejected by name: hybrid layers, projections
-other than q, k, v, o, gate, up and down.
+the prefix and in one common layout (see `layouts`), with non-text layers listed separately. Does
+not depend on the model family: every 2-D weight of a layer is a matrix, whatever its name. Rejected
+by name: encoder-decoders, and feed-forward layers without gate projections.
 """
 
 from __future__ import annotations
@@ -11,35 +11,32 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from pydantic import Field
+from ipmerge_core.errors import PairingError
+from ipmerge_core.models.addresses import split_address
+from ipmerge_core.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorSpec
+from ipmerge_core.models.layouts import in_common_layout
+from ipmerge_core.models.matrix_kinds import is_projection, is_router, module_of
 
-from ipmerge_core.errors import PairingError, ShapeError
-from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec
-from ipmerge_core.runtime.input_files import InvalidContentError, Schema
-
-MODULES = ("q", "k", "v", "o", "gate", "up", "down")
-MATRICES = {
-    **{f"self_attn.{module}_proj.weight": module for module in MODULES[:4]},
-    **{f"mlp.{module}_proj.weight": module for module in MODULES[4:]},
-}
-MOE = "mixture of experts: experts and router are kept, attention is merged"
 CROSS_ATTENTION = "cross-attention layer: no counterpart in the text model"
 BUFFER = "buffer: computed, not trained"
+PREDICTION = "prediction of later tokens: no layer of the decoder"
 NORMS, BIASES, EMBEDDINGS, HEAD = "norms", "biases", "embeddings", "output head"
-MIXTURE = "experts of the mixture"
+ROUTERS, OTHERS = "routers", "other tensors of the layers"
 
 # Names are untrusted: a match ends at the first layer number, whose length is bounded.
-_LAYER = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
-_MOE = re.compile(
-    r"(mlp\.(experts|gate|router|shared_experts?|shared_expert_gate)\.|block_sparse_moe\.).+"
+_LAYER = re.compile(
+    r"(?P<prefix>.*?)(?P<list>layers|blocks)\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL
 )
+_NOT_GATED = re.compile(
+    r"(mlp\.)?(fc1|fc2|c_fc|c_proj|dense_h_to_4h|dense_4h_to_h)\.weight"
+    r"|(self_attn|attention)\.query_key_value\.weight"
+)
+_PREDICTS = "eh_proj.weight"  # joins embedding and hidden state in a layer after the last one
 _BUFFER = re.compile(r"self_attn\.(rotary_emb\.\w+|masked_bias)")
-
-
-Size = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -55,30 +52,21 @@ class Decoder:
     tensors: Mapping[tuple[int, str], TensorSpec]
     apart: Mapping[str, str]
 
-    @property
+    @cached_property
     def matrices(self) -> dict[tuple[int, str], TensorSpec]:
-        """The seven kinds of matrices by (text layer, module)."""
-        return {
-            (layer, MATRICES[rest]): spec
-            for (layer, rest), spec in self.tensors.items()
-            if rest in MATRICES
-        }
+        """The matrices: 2-D float weights, by (text layer, name in the common layout)."""
+        return {key: spec for key, spec in self.tensors.items() if _is_matrix(key[1], spec)}
 
     def other_tensors(self, model: Checkpoint) -> dict[tuple[str, int, str], str]:
         """Return the other tensors of the language model by (kind, text layer, name in the layer).
 
-        These are norms and biases, experts and router of a mixture, embeddings and output head.
+        These are norms, biases and other vectors, routers, embeddings and output head.
         """
         found = {
-            (BIASES if rest.endswith(".bias") else NORMS, layer, rest): spec.name
+            (_kind_of(rest), layer, rest): spec.name
             for (layer, rest), spec in self.tensors.items()
-            if rest not in MATRICES
+            if (layer, rest) not in self.matrices or is_router(module_of(rest))
         }
-        for name, reason in self.apart.items():
-            place = _LAYER.fullmatch(name)
-            if reason == MOE and place is not None:
-                layer = self.layers.index(int(place["layer"]))
-                found[MIXTURE, layer, place["rest"]] = name
         for kind, name in ((NORMS, "norm.weight"), (EMBEDDINGS, "embed_tokens.weight")):
             if self.prefix + name in model.tensors:
                 found[kind, len(self.layers), name] = self.prefix + name
@@ -86,6 +74,15 @@ class Decoder:
         if head is not None:
             found[HEAD, len(self.layers), "lm_head.weight"] = head
         return {key: name for key, name in found.items() if any(model.spec(name).shape[:1])}
+
+
+def _kind_of(rest: str) -> str:
+    """Return the kind of a tensor of a layer that is no matrix of the usual kinds."""
+    if is_router(module_of(rest)):
+        return ROUTERS
+    if rest.endswith(".bias"):
+        return BIASES
+    return NORMS if "norm" in rest else OTHERS
 
 
 def output_head(model: Checkpoint) -> str | None:
@@ -116,28 +113,38 @@ def inner_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def find_decoders(role: str, model: Checkpoint) -> list[Decoder]:
-    """List the groups of layers that contain matrices of the seven kinds, largest first.
+    """List the groups of layers that contain matrices, those with projections and many first.
 
     Raises: PairingError if there is none; the message names what was found instead.
     """
-    groups: dict[str, dict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
+    groups: dict[tuple[str, str], dict[int, dict[str, TensorSpec]]]
+    groups = defaultdict(lambda: defaultdict(dict))
     for spec in model.tensors.values():
         found = _LAYER.fullmatch(spec.name)
         if found:
-            groups[found["prefix"]][int(found["layer"])][found["rest"]] = spec
-    split = {
-        prefix: {number: _split_fused(model, layer) for number, layer in layers.items()}
-        for prefix, layers in groups.items()
-    }
-    named = {
-        prefix: layers
-        for prefix, layers in split.items()
-        if any(rest in MATRICES for layer in layers.values() for rest in layer)
-    }
-    if not named:
+            groups[found["prefix"], found["list"]][int(found["layer"])][found["rest"]] = spec
+    config = text_config(model)
+    decoders = [
+        _decoder(
+            prefix,
+            {number: in_common_layout(model, config, layer) for number, layer in layers.items()},
+        )
+        for (prefix, _), layers in groups.items()
+    ]
+    usable = [decoder for decoder in decoders if decoder.matrices]
+    if not usable:
         raise _no_decoder(role, model, groups)
-    largest = sorted(named, key=lambda prefix: -sum(map(len, named[prefix].values())))
-    return [_decoder(prefix, named[prefix]) for prefix in largest]
+    return sorted(usable, key=_by_likelihood)
+
+
+def _by_likelihood(decoder: Decoder) -> tuple[bool, int]:
+    """Return a sort key that puts the language model first."""
+    modules = {module_of(rest) for _, rest in decoder.matrices}
+    return not any(map(is_projection, modules)), -len(decoder.tensors)
+
+
+def _is_matrix(rest: str, spec: TensorSpec) -> bool:
+    return len(spec.shape) == 2 and rest.endswith(".weight") and spec.dtype in FLOAT_DTYPES
 
 
 def refuse_unsupported(model: Checkpoint, decoder: Decoder) -> None:
@@ -146,18 +153,29 @@ def refuse_unsupported(model: Checkpoint, decoder: Decoder) -> None:
     if numbers != list(range(len(numbers))):
         missing = min(set(range(numbers[-1])) - set(numbers))
         raise PairingError(
-            f"'{model.id}' has layers up to {numbers[-1]} under '{decoder.prefix}layers.' but no "
-            f"layer {missing}. Is a shard missing?"
+            f"'{model.id}' has layers up to {numbers[-1]} under '{decoder.prefix}' but no layer "
+            f"{missing}. Is a shard missing?"
         )
     for (layer, rest), spec in decoder.tensors.items():
-        if len(spec.shape) > 1 and rest not in MATRICES:
+        if rest.startswith("encoder_attn.") or model.config.get("is_encoder_decoder") is True:
             raise PairingError(
-                f"'{spec.name}' of '{model.id}' {spec.shape} in layer {layer} is none of the "
-                f"projections q, k, v, o, gate, up, down. This architecture is not supported."
+                f"'{model.id}' is an encoder-decoder model ('{spec.name}'). Merges need a language "
+                f"model that is a decoder only, such as Llama or Qwen."
+            )
+        if _NOT_GATED.fullmatch(rest):
+            raise PairingError(
+                f"'{spec.name}' of '{model.id}' {spec.shape} in layer {layer} belongs to a layout "
+                f"without the projections gate, up and down (as in OPT, Phi-2, StarCoder2 and "
+                f"Persimmon). This layout is not supported."
             )
 
 
-def _no_decoder(role: str, model: Checkpoint, groups: Mapping[str, Any]) -> PairingError:
+def is_in_layer(name: str) -> bool:
+    """Return whether a tensor belongs to a numbered layer of some part of the model."""
+    return _LAYER.fullmatch(name) is not None
+
+
+def _no_decoder(role: str, model: Checkpoint, groups: Mapping[Any, Any]) -> PairingError:
     found = (
         spec.name
         for layers in groups.values()
@@ -187,72 +205,20 @@ def _decoder(prefix: str, layers: Mapping[int, Mapping[str, TensorSpec]]) -> Dec
     apart: dict[str, str] = {}
     for ordinal, number in enumerate(text):
         for rest, spec in layers[number].items():
-            reason = MOE if _MOE.fullmatch(rest) else BUFFER if _BUFFER.fullmatch(rest) else None
-            if reason is None:
-                tensors[ordinal, rest] = spec
+            if _BUFFER.fullmatch(rest):
+                apart[spec.name] = BUFFER
             else:
-                apart[spec.name] = reason
+                tensors[ordinal, rest] = spec
     for number in set(layers) - set(text):
-        apart |= dict.fromkeys((spec.name for spec in layers[number].values()), CROSS_ATTENTION)
+        reason = PREDICTION if _PREDICTS in layers[number] else CROSS_ATTENTION
+        names = (split_address(spec.name).name for spec in layers[number].values())
+        apart |= dict.fromkeys(names, reason)
     return Decoder(prefix, tuple(text), tensors, apart)
 
 
 def _is_text_layer(layer: Mapping[str, TensorSpec]) -> bool:
-    """Return True unless cross-attention replaces self-attention in the layer."""
+    """Return True unless cross-attention replaces self-attention, or later tokens are predicted."""
+    if _PREDICTS in layer:
+        return False
     crossed = any(rest.startswith("cross_attn.") for rest in layer)
     return not crossed or any(rest.startswith("self_attn.") for rest in layer)
-
-
-def _split_fused(model: Checkpoint, layer: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Replace `qkv_proj` and `gate_up_proj` by the addresses of their stacked rows."""
-    split: dict[str, TensorSpec] = {}
-    for rest, spec in layer.items():
-        place, _, kind = rest.rpartition(".")
-        if place == "self_attn.qkv_proj" and kind in ("weight", "bias"):
-            sizes = dict(zip("qkv", _qkv_rows(model, spec), strict=True))
-        elif place == "mlp.gate_up_proj" and kind in ("weight", "bias"):
-            sizes = dict.fromkeys(("gate", "up"), spec.shape[0] // 2)
-        else:
-            split[rest] = spec
-            continue
-        start = 0
-        for name, size in sizes.items():
-            address = f"{spec.name}[{start}:{start + size}]"
-            split[f"{place.partition('.')[0]}.{name}_proj.{kind}"] = model.spec(address)
-            start += size
-    return split
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """The fields of a config that determine the rows of q, k and v."""
-
-    num_attention_heads: Size
-    hidden_size: Size
-    head_dim: Size | None
-    num_key_value_heads: Size | None
-
-
-_HEADS = Schema[_Heads](_Heads)
-
-
-def _qkv_rows(model: Checkpoint, spec: TensorSpec) -> list[int]:
-    """Compute the rows of q, k and v in a fused projection from the number of heads."""
-    model_config = text_config(model)
-    names = [each.name for each in fields(_Heads)]
-    try:
-        config = _HEADS.validate({key: model_config.get(key) for key in names})
-    except InvalidContentError as error:
-        raise PairingError(
-            f"'{spec.name}' of '{model.id}' is a fused q, k and v projection, which cannot be "
-            f"split by its config: {error}."
-        ) from error
-    heads = config.num_attention_heads
-    head = config.head_dim or config.hidden_size // heads
-    keys = (config.num_key_value_heads or heads) * head
-    if heads * head + 2 * keys != spec.shape[0]:
-        raise ShapeError(
-            f"'{spec.name}' of '{model.id}' has {spec.shape[0]} rows; {heads} query heads and "
-            f"{keys // head} key/value heads of {head} require {heads * head + 2 * keys}."
-        )
-    return [heads * head, keys, keys]

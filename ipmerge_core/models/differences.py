@@ -17,7 +17,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ipmerge_core.models.checkpoint import Checkpoint, count_non_finite, split_address
+from ipmerge_core.models.addresses import split_address
+from ipmerge_core.models.checkpoint import Checkpoint, count_non_finite
 from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK
 from ipmerge_core.models.task_vectors import NOTHING, TaskVectorProducts
 
@@ -91,10 +92,9 @@ Cut: TypeAlias = Callable[[Checkpoint, Checkpoint, Part], Iterable[range]]
 def sample_differences(
     model: Checkpoint, root: Checkpoint, matrices: Sequence[Part]
 ) -> Differences:
-    """Compare a few rows of each kind of matrix in the first, the middle and the last layer."""
-    last = max(part.layer for part in matrices)
-    outer = [part for part in matrices if part.layer in {0, last // 2, last}]
-    return Differences(tuple(_sampled(model, root, outer)))
+    """Compare a few rows of each kind of matrix in its first, its middle and its last layer."""
+    outer = _outer(matrices)
+    return Differences(tuple(_sampled(model, root, [part for part in matrices if part in outer])))
 
 
 def find_differences(
@@ -137,7 +137,7 @@ def task_vector_products(
     rounding. Memory is bounded by the block size.
     """
     (mllm, root, ours), (math, base, theirs) = pairs
-    last = max(part.layer for part in ours)
+    outer = _outer(ours)
     cut: Cut = _pieces if exact else _first_rows
 
     def measure(places: tuple[Part, Part]) -> TaskVectorProducts:
@@ -153,9 +153,7 @@ def task_vector_products(
         return found
 
     chosen = [
-        (own, other)
-        for own, other in zip(ours, theirs, strict=True)
-        if exact or own.layer in {0, last // 2, last}
+        (own, other) for own, other in zip(ours, theirs, strict=True) if exact or own in outer
     ]
     remote = any(model.files.remote for model in (mllm, root, math, base))
     total = NOTHING
@@ -163,6 +161,23 @@ def task_vector_products(
         for found in pool.map(measure, chosen):
             total = total.plus(found)
     return total
+
+
+def _outer(matrices: Sequence[Part]) -> set[Part]:
+    """Return the matrices of each kind in its first, middle and last layer.
+
+    Of a mixture, the first and the middle of the experts.
+    """
+    kinds: dict[str, dict[int, list[Part]]] = {}
+    for part in matrices:
+        kinds.setdefault(part.kind, {}).setdefault(part.layer, []).append(part)
+    chosen: set[Part] = set()
+    for layers in kinds.values():
+        numbers = sorted(layers)
+        for number in (numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]):
+            parts = layers[number]
+            chosen |= {parts[0], parts[len(parts) // 2]}
+    return chosen
 
 
 def _change(model: Checkpoint, root: Checkpoint, part: Part, rows: range) -> Tensor:
@@ -244,9 +259,7 @@ def _common_rows(model: Checkpoint, root: Checkpoint, part: Part) -> int:
 
 def _address(name: str, rows: range) -> str:
     """Return the address of some rows of a tensor, or of rows of an address."""
-    stored, within = split_address(name)
-    start = within.start if within else 0
-    return f"{stored}[{start + rows.start}:{start + rows.stop}]"
+    return str(split_address(name).within(rows.start, rows.stop))
 
 
 def _are_same_files(model: Checkpoint, root: Checkpoint) -> bool:

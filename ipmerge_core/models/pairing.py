@@ -3,13 +3,13 @@
 In: an MLLM, one or several math LLMs, their common base (or one base per role). Out: a `ModelPair`
 with one `MatrixMatch` per decoder matrix, a reason for every tensor of the MLLM that is kept, and
 the findings of the sibling check. Names differ between layouts, so each model's decoder is the one
-whose tensors and shapes equal the base's. A decoder tensor without a counterpart raises an error
-that names it. Only the sibling check reads weights, and only a few rows.
+whose tensors and shapes equal the base's. A matrix of the base without a counterpart raises an
+error that names it; other tensors without one are kept. Only the sibling check reads weights, and
+only a few rows.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,24 +19,27 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ipmerge_core.errors import PairingError, RunError, ShapeError
+from ipmerge_core.errors import PairingError, RunError
+from ipmerge_core.models.addresses import split_address
 from ipmerge_core.models.checkpoint import (
     FLOAT_DTYPES,
     Checkpoint,
     TensorSpec,
     as_tensor,
     count_non_finite,
-    split_address,
 )
+from ipmerge_core.models.coverage import Kept, Matched, describe_kept, describe_matrices, listed
 from ipmerge_core.models.decoders import (
-    MODULES,
     Decoder,
     find_decoders,
+    is_in_layer,
     refuse_unsupported,
     text_config,
 )
 from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace, Stamp
 from ipmerge_core.models.low_rank import Factors
+from ipmerge_core.models.matching import MLLM, align, without_counterpart
+from ipmerge_core.models.matrix_kinds import MODULES, expert_of, is_router, module_of, module_order
 from ipmerge_core.models.opening import Source, named_base, open_model
 from ipmerge_core.models.quantised import refuse_quantised
 from ipmerge_core.models.siblings import Finding, Member, check_siblings
@@ -55,6 +58,8 @@ __all__ = [
 ]
 
 TO_FORCE = "Use force=True (--force on the command line) to merge anyway."
+UNMATCHED = "no counterpart: not in every model with one shape"
+NO_MATRIX = "no matrix: only matrices are merged"
 VOCABULARY = "vocabulary: rows correspond to the MLLM's tokens"
 OUTSIDE = "outside the language model"
 BIAS = "bias: only matrices are merged"
@@ -113,9 +118,9 @@ class ModelPair:
         root = find_decoders("base", base)[0]
         refuse_unsupported(base, root)
         _refuse_other_layout(mllm)
-        self._decoder = _align("mllm", mllm, base, root)
-        own = root if base_mllm is base else _align("mllm's base", base_mllm, base, root)
-        experts = [_align("math model", expert, base, root) for expert in self.math]
+        self._decoder = align(MLLM, mllm, base, root)
+        own = root if base_mllm is base else align("mllm's base", base_mllm, base, root)
+        experts = [align("math model", expert, base, root) for expert in self.math]
         self.sides: tuple[tuple[Checkpoint, Decoder], ...] = (
             (base, root),
             (mllm, self._decoder),
@@ -131,7 +136,7 @@ class ModelPair:
         found = [
             (layer, [decoder.tensors[layer, rest] for _, decoder in self.sides])
             for (layer, rest), spec in root.tensors.items()
-            if len(spec.shape) == 1 and spec.dtype in FLOAT_DTYPES
+            if _is_norm_or_bias(rest, spec) and (layer, rest) not in self._unmatched
         ]
         last = [f"{decoder.prefix}norm.weight" for _, decoder in self.sides]
         stored = [
@@ -143,11 +148,27 @@ class ModelPair:
         return tuple(_vector(layer, specs) for layer, specs in found)
 
     @cached_property
+    def _unmatched(self) -> dict[tuple[int, str], tuple[str, str]]:
+        """See `matching.without_counterpart`."""
+        return without_counterpart(self.sides)
+
+    @cached_property
+    def _between(self) -> frozenset[str]:
+        """The tensors of the MLLM's language model that belong to no layer, as in the base."""
+        root = self.sides[0][1].prefix
+        own = (n for n in self.base.tensors if n.startswith(root) and not is_in_layer(n))
+        return frozenset(self._decoder.prefix + name.removeprefix(root) for name in own)
+
+    @cached_property
     def kept(self) -> dict[str, str]:
         """The tensors of the MLLM that merging matrices leaves unchanged, each with the reason."""
-        matched = {split_address(matrix.mllm)[0] for matrix in self.matrices}
+        matched = {split_address(matrix.mllm).name for matrix in self.matrices}
+        decoder = self._decoder
+        inside = {split_address(spec.name).name: key for key, spec in decoder.tensors.items()}
         return {
-            name: _reason_to_keep(spec, self._decoder)
+            name: UNMATCHED
+            if inside.get(name) in self._unmatched
+            else _reason_to_keep(spec, decoder, inside.get(name), name in self._between)
             for name, spec in self.mllm.tensors.items()
             if name not in matched
         }
@@ -167,8 +188,11 @@ class ModelPair:
         or refusal, with the numbers and a remedy. A pair with a refusal can only be merged with
         force.
         """
-        places = [(matrix.module, matrix.layer) for matrix in self.matrices]
-        return [self._tensor_finding(), *check_siblings(list(self._members()), places, exact=exact)]
+        places = [(matrix.module, matrix.layer) for matrix in self._compared]
+        return [
+            *self._tensor_findings(),
+            *check_siblings(list(self._members()), places, exact=exact),
+        ]
 
     def require_common_base(self, hint: str = "", *, force: bool = False) -> list[Finding]:
         """Run the sibling check and return its findings.
@@ -223,7 +247,7 @@ class ModelPair:
         names += [(self.base_mllm, matrix.base_mllm)]
         names += [(self.math[k], matrix.math[k]) for k in experts]
         for model, name in names:
-            stored, _ = split_address(name)
+            stored = split_address(name).name
             dtype = model.spec(stored).dtype
             bad = sum(
                 count_non_finite(as_tensor(piece, dtype)) for piece in model.iter_bytes(stored)
@@ -258,41 +282,68 @@ class ModelPair:
 
     def roles(self) -> Iterator[tuple[str, Checkpoint]]:
         """Yield the models by role: mllm, base, math (or math 1, ...), base of the mllm."""
-        for member in self._members():
-            yield member.role, member.model
+        yield MLLM, self.mllm
+        yield "base", self.base
+        if self.base_mllm is not self.base:
+            yield "base of the mllm", self.base_mllm
+        for k, expert in enumerate(self.math):
+            yield ("math" if len(self.math) == 1 else f"math {k + 1}"), expert
+
+    @property
+    def _compared(self) -> list[MatrixMatch]:
+        """The matrices that a fine-tune changes: routers are compared with the other tensors."""
+        return [matrix for matrix in self.matrices if not is_router(matrix.module)]
 
     def _members(self) -> Iterator[Member]:
+        compared = self._compared
+        names = [
+            [matrix.mllm for matrix in compared],
+            [matrix.name for matrix in compared],
+            [matrix.base_mllm for matrix in compared],
+            *([matrix.math[k] for matrix in compared] for k in range(len(self.math))),
+        ]
         own_base = self.base_mllm is not self.base
-        root = "base of the mllm" if own_base else "base"
-        others = [decoder.other_tensors(model) for model, decoder in self.sides]
-        yield Member("mllm", self.mllm, [m.mllm for m in self.matrices], root, others[1])
-        yield Member("base", self.base, [m.name for m in self.matrices], None, others[0])
-        if own_base:
-            names = [m.base_mllm for m in self.matrices]
-            yield Member("base of the mllm", self.base_mllm, names, None, others[2])
-        for k, expert in enumerate(self.math):
-            role = "math" if len(self.math) == 1 else f"math {k + 1}"
-            yield Member(role, expert, [m.math[k] for m in self.matrices], "base", others[3 + k])
+        if not own_base:
+            del names[2]
+        others = {model: decoder.other_tensors(model) for model, decoder in self.sides}
+        roots = {MLLM: "base of the mllm" if own_base else "base"}
+        for (role, model), own in zip(self.roles(), names, strict=True):
+            root = "base" if role.startswith("math") else roots.get(role)
+            yield Member(role, model, own, root, others[model])
 
-    def _tensor_finding(self) -> Finding:
+    def _tensor_findings(self) -> Iterator[Finding]:
         """Summarize which tensors of the MLLM match, and why the others are kept."""
-        reasons = Counter(reason.partition(":")[0] for reason in self.kept.values())
-        kept = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        message = (
-            f"{len(self.matrices)} decoder matrices of {len(self._decoder.layers)} layers match by "
-            f"name and shape. Kept: {kept or 'nothing'}."
-        )
-        experts = [name for name, reason in self.kept.items() if reason.startswith("mixture")]
-        if not experts:
-            return Finding("ok", "shapes", message)
-        share = sum(self.mllm.spec(name).numel for name in experts) / self.mllm.numel
-        return Finding(
-            "warning",
+        sizes = {name: self.mllm.spec(name).numel for name in self.kept}
+        outside = sum(sizes[name] for name, reason in self.kept.items() if reason == OUTSIDE)
+        parameters = self.mllm.numel - outside
+        prefix, tensors = self._decoder.prefix, self._decoder.tensors
+        names = {split_address(spec.name).name: key for key, spec in tensors.items()}
+        kept = [
+            Kept(
+                "" if reason in (UNMATCHED, NO_MATRIX) else reason.partition(":")[0],
+                module_of(names[name][1] if name in names else name.removeprefix(prefix)),
+                sizes[name],
+            )
+            for name, reason in self.kept.items()
+        ]
+        matched = [Matched(m.module, m.shape[0] * m.shape[1]) for m in self.matrices]
+        yield Finding(
+            "ok",
             "shapes",
-            message,
-            f"The experts of this mixture are {share:.0%} of its parameters and are kept: only "
-            f"attention is merged.",
+            f"{len(self.matrices)} decoder matrices of {len(self._decoder.layers)} layers match by "
+            f"name and shape: of the language model, {describe_matrices(matched, parameters)}. "
+            f"Kept: {describe_kept(kept, parameters)}.",
         )
+        if self._unmatched:
+            kinds = list(dict.fromkeys(module_of(rest) for _, rest in self._unmatched))
+            (layer, rest), (has, lacks) = next(iter(self._unmatched.items()))
+            yield Finding(
+                "warning",
+                "counterparts",
+                f"Not in every model with one shape, and not merged: {listed(kinds)}. '{rest}' of "
+                f"layer {layer} of '{has}' has no counterpart in '{lacks}'.",
+                "Check that the models share one base.",
+            )
 
 
 def open_pair(
@@ -339,67 +390,38 @@ def _refuse_other_layout(mllm: Checkpoint) -> None:
             )
 
 
-def _align(role: str, model: Checkpoint, base: Checkpoint, wanted: Decoder) -> Decoder:
-    """Return the model's decoder that matches the base's tensor by tensor."""
-    fits = [(_fit(decoder, wanted), decoder) for decoder in find_decoders(role, model)]
-    best, decoder = max(fits, key=lambda fit: fit[0])
-    twins = [other.prefix for fit, other in fits if fit == best]
-    if len(twins) > 1 and best[0]:
-        raise PairingError(
-            f"The {role} '{model.id}' has {len(twins)} decoders that match the base '{base.id}' "
-            f"equally well, under {', '.join(repr(twin) for twin in twins)}: the choice is "
-            f"ambiguous."
-        )
-    layers, expected = len(decoder.layers), len(wanted.layers)
-    if layers != expected:
-        raise PairingError(
-            f"The {role} '{model.id}' has {layers} decoder layers and the base '{base.id}' has "
-            f"{expected}. Both must share one base."
-        )
-    refuse_unsupported(model, decoder)
-    holes = sorted(wanted.tensors.keys() ^ decoder.tensors.keys())
-    if holes:
-        layer, rest = holes[0]
-        has, lacks = (base, model) if holes[0] in wanted.tensors else (model, base)
-        raise PairingError(
-            f"Layer {layer} of '{has.id}' has '{rest}' but '{lacks.id}' does not. Every tensor of "
-            f"the decoder needs a counterpart: do both share one base?"
-        )
-    for key, spec in wanted.tensors.items():
-        if decoder.tensors[key].shape != spec.shape:
-            raise ShapeError(
-                f"'{decoder.tensors[key].name}' has shape {decoder.tensors[key].shape} in the "
-                f"{role} '{model.id}' but {spec.shape} in the base '{base.id}'. Task vectors need "
-                f"equal shapes: are both fine-tuned from the same base?"
-            )
-    return decoder
-
-
-def _fit(decoder: Decoder, wanted: Decoder) -> tuple[int, int]:
-    """Count the tensors that match in name and shape, and those that match in name."""
-    shared = [key for key in wanted.tensors if key in decoder.tensors]
-    equal = [key for key in shared if decoder.tensors[key].shape == wanted.tensors[key].shape]
-    return len(equal), len(shared)
-
-
 def _match(
     base: Decoder, mllm: Decoder, root: Decoder, experts: Sequence[Decoder]
 ) -> tuple[MatrixMatch, ...]:
     matrices = base.matrices
     others = [decoder.matrices for decoder in (mllm, root, *experts)]
-    order = sorted(matrices, key=lambda key: (key[0], MODULES.index(key[1])))
     return tuple(
         MatrixMatch(
             name=matrices[key].name,
             layer=key[0],
-            module=key[1],
+            module=module_of(key[1]),
             shape=(matrices[key].shape[0], matrices[key].shape[1]),
             mllm=others[0][key].name,
             base_mllm=others[1][key].name,
             math=tuple(expert[key].name for expert in others[2:]),
         )
-        for key in order
+        for key in sorted(matrices, key=_place)
+        if all(key in other and other[key].shape == matrices[key].shape for other in others)
     )
+
+
+def _place(key: tuple[int, str]) -> tuple[int, tuple[int, str, int, str], int]:
+    """Return the sort key of a matrix: its layer, its module, and its expert."""
+    layer, rest = key
+    expert = expert_of(rest)
+    return layer, module_order(module_of(rest)), expert[1] if expert else 0
+
+
+def _is_norm_or_bias(rest: str, spec: TensorSpec) -> bool:
+    """Return whether a tensor of a layer is a vector that is added or scales a normed input."""
+    if len(spec.shape) != 1 or spec.dtype not in FLOAT_DTYPES or is_router(module_of(rest)):
+        return False
+    return rest.endswith(".bias") or "norm" in rest
 
 
 def _vector(layer: int, specs: Sequence[TensorSpec]) -> MatrixMatch:
@@ -409,13 +431,16 @@ def _vector(layer: int, specs: Sequence[TensorSpec]) -> MatrixMatch:
     return MatrixMatch(base, layer, module, shape, mllm, own, tuple(math))
 
 
-def _reason_to_keep(spec: TensorSpec, decoder: Decoder) -> str:
-    if "embed_tokens" in spec.name or "lm_head" in spec.name:
+def _reason_to_keep(
+    spec: TensorSpec, decoder: Decoder, key: tuple[int, str] | None, between: bool
+) -> str:
+    """Return why a tensor is kept. `key` is its place in a layer; `between`, that it has none."""
+    if key is None and ("embed_tokens" in spec.name or "lm_head" in spec.name):
         return VOCABULARY
     if spec.name in decoder.apart:
         return decoder.apart[spec.name]
-    if not spec.name.startswith(f"{decoder.prefix}layers.") and spec.name != (
-        f"{decoder.prefix}norm.weight"
-    ):
+    if key is None and not between:
         return OUTSIDE
-    return BIAS if spec.name.endswith(".bias") else NORM
+    if spec.name.endswith(".bias"):
+        return BIAS
+    return NORM if len(spec.shape) == 1 and "norm" in spec.name else NO_MATRIX

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from ipmerge_core.errors import CheckpointError
+from ipmerge_core.models.addresses import split_address
 from ipmerge_core.models.catalogue import likely_base
-from ipmerge_core.models.checkpoint import Checkpoint, split_address
-from ipmerge_core.models.decoders import BIASES, EMBEDDINGS, HEAD, NORMS
+from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.decoders import BIASES, EMBEDDINGS, HEAD, NORMS, ROUTERS
 from ipmerge_core.models.differences import (
     Differences,
     Measured,
@@ -24,6 +25,7 @@ from ipmerge_core.models.differences import (
     task_vector_products,
 )
 from ipmerge_core.models.forward_settings import forward_differences
+from ipmerge_core.models.matrix_kinds import MODULES
 from ipmerge_core.models.task_vectors import UNEQUAL
 from ipmerge_core.models.weight_files import ADAPTER_CONFIG
 from ipmerge_core.runtime.input_files import one_line
@@ -254,7 +256,7 @@ def _compare_task_vectors(
 
 def _matrices(member: Member, root: Member, places: Sequence[tuple[str, int]]) -> list[Part]:
     return [
-        Part(f"{module}_proj", layer, name, base)
+        Part(f"{module}_proj" if module in MODULES else module, layer, name, base)
         for (module, layer), name, base in zip(places, member.names, root.names, strict=True)
     ]
 
@@ -340,7 +342,8 @@ def _judge_equal(member: Member, root: Member, found: Differences, subject: str)
 
 def _way_to_merge(kinds: Sequence[str]) -> str:
     """Return the plan options that include tensors of these kinds."""
-    options = ["norms=merge"] * bool({NORMS, BIASES} & set(kinds))
+    options = ["modules=all-and-router"] * (ROUTERS in kinds)
+    options += ["norms=merge"] * bool({NORMS, BIASES} & set(kinds))
     options += ["embeddings=merge-shared"] * bool({EMBEDDINGS, HEAD} & set(kinds))
     return f"Plan with {' and '.join(options)} to merge them." if options else ""
 

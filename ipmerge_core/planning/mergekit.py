@@ -48,7 +48,18 @@ def export_recipe(plan: MergePlan) -> str:
 
 
 def _check_expressible(plan: MergePlan) -> None:
-    kept = [decision.name for decision in plan.decisions if not decision.experts]
+    named = [d.name for d in plan.selected if MATRICES not in d.name or "[" in d.name]
+    if named:
+        raise PlanError(
+            f"The plan merges '{named[0]}'; a recipe is restricted to names with '{MATRICES}'. "
+            f"Export a plan with modules=projections, of models that store each matrix separately."
+        )
+    if plan.options.modules != "projections":
+        raise PlanError(
+            f"The plan has modules={plan.options.modules}; a recipe is restricted to names with "
+            f"'{MATRICES}'. Export a plan with modules=projections."
+        )
+    kept = [d.name for d in plan.decisions if not d.experts and MATRICES in d.name]
     if kept:
         raise PlanError(
             f"The plan keeps {len(kept)} matrices, '{kept[0]}' first; a recipe merges all of them. "

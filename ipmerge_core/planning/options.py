@@ -22,9 +22,15 @@ from ipmerge_core.spectral.kinds import Anchor
 Override = Literal["merge", "keep"]
 Norms = Literal["keep", "merge"]
 Embeddings = Literal["keep", "merge-shared"]
+Modules = Literal["projections", "all", "all-and-router"]
 Kind = Literal["pattern", "factors", "choice", "rules"]
 _MOST_FACTORS = 1000
 
+MODULE_CHOICES = {
+    "projections": "q, k, v, o, gate, up and down, also of experts",
+    "all": "every matrix of a layer except routers",
+    "all-and-router": "every matrix of a layer",
+}
 ANCHORS = {
     "inject": "add the experts' task vectors to the MLLM",
     "two_base": "task vectors relative to each model's own base",
@@ -61,6 +67,9 @@ class PlanOptions:
     """The options of a plan, checked when they are made.
 
     Attributes:
+        modules: the matrices of a layer that are merged: "projections" (q, k, v, o, gate, up and
+            down, also of experts), "all" (also others, such as those of linear attention), or
+            "all-and-router" (also the routers of mixtures of experts).
         include: regular expression; only matrices with a matching name are merged.
         exclude: regular expression; matrices with a matching name are kept.
         overrides: per matrix name "merge" or "keep"; takes precedence over all other options.
@@ -79,6 +88,16 @@ class PlanOptions:
     Raises: PlanError for a value that is out of range or of another kind.
     """
 
+    modules: Modules = field(
+        default="projections",
+        metadata=_asked(
+            "choice",
+            "Modules",
+            "matrices of a layer to merge: projections (q, k, v, o, gate, up, down, also of "
+            "experts), all, or all and the routers of mixtures",
+            MODULE_CHOICES,
+        ),
+    )
     include: str | None = field(
         default=None,
         metadata=_asked(

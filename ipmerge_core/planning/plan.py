@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,9 +22,10 @@ from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals
 from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.declarations import AffineUpdate, ParameterValue
-from ipmerge_core.models.pairing import TO_FORCE, MatrixMatch, ModelPair, open_pair
+from ipmerge_core.models.pairing import TO_FORCE, ModelPair, open_pair
 from ipmerge_core.models.shared_tokens import SharedTokens, shared_tokens
 from ipmerge_core.planning.calibrated import Calibrated
+from ipmerge_core.planning.decisions import decide, take_all
 from ipmerge_core.planning.options import OPTIONS, Override, PlanOptions
 from ipmerge_core.planning.preview import (
     Decision,
@@ -106,6 +106,8 @@ class MergePlan:
         ]
         if options.norms != "keep" or self.tokens:
             content.append([options.norms, self.tokens, options.include, options.exclude])
+        if options.modules != "projections":
+            content.append(["modules", options.modules])
         if self.anchor != "two_base":
             content.append(self.anchor)
         if self.statistic:
@@ -153,7 +155,8 @@ class MergePlan:
 
     def allows(self, name: str) -> bool:
         """Whether an additional tensor, by the base's name, is included and not excluded."""
-        return Scope.of(replace(self.options, overrides={})).allows(name, True)
+        options = replace(self.options, overrides={})
+        return Scope.of(options, find_method(self.method)).allows(name, True)
 
     def preview(self) -> Preview:
         """Compute how the merge will change the model, without reading weights.
@@ -303,13 +306,13 @@ def make_plan(
     check_choice(similarity_threshold, similarity)
     check_used(chosen, similarity_threshold, similarity, own)
     _check_source(chosen, source)
-    scope = Scope.of(options)
+    scope = Scope.of(options, chosen)
     threshold = similarity_threshold if chosen.needs_analysis else None
     if isinstance(source, Analysis):
-        decisions = _decide(source, similarity, threshold, scope)
+        decisions = decide(source, similarity, threshold, scope)
         sources, totals, records = source.sources, source.totals, _without_spectra(source.records)
     else:
-        decisions = _take_all(source.matrices, len(source.math), scope)
+        decisions = take_all(source.matrices, len(source.math), scope)
         (sources, totals), records = describe(source), ()
     _check_overrides(options.overrides, decisions)
     check_extras(chosen, options)
@@ -408,38 +411,6 @@ def _check_overrides(overrides: Mapping[str, str], decisions: Iterable[Decision]
             f"An override names '{unknown[0]}', which is not a decoder matrix of this pair. "
             f"Use the base's names, such as 'model.layers.0.self_attn.q_proj.weight'."
         )
-
-
-def _decide(
-    analysis: Analysis, similarity: str, threshold: float | None, scope: Scope
-) -> list[Decision]:
-    """Select experts with similarity >= S_alpha for each matrix inside the scope."""
-    decisions: dict[str, Decision] = {}
-    for record in analysis.records:
-        reaches = threshold is None or record.similarity[similarity] >= threshold
-        before = decisions.get(record.name)
-        experts = before.experts if before else ()
-        decisions[record.name] = Decision(
-            name=record.name,
-            layer=record.layer,
-            module=record.module,
-            numel=math.prod(record.shape),
-            experts=(*experts, record.expert) if scope.allows(record.name, reaches) else experts,
-        )
-    return list(decisions.values())
-
-
-def _take_all(matrices: Iterable[MatrixMatch], n_experts: int, scope: Scope) -> list[Decision]:
-    return [
-        Decision(
-            name=matrix.name,
-            layer=matrix.layer,
-            module=matrix.module,
-            numel=math.prod(matrix.shape),
-            experts=tuple(range(n_experts)) if scope.allows(matrix.name, True) else (),
-        )
-        for matrix in matrices
-    ]
 
 
 def _without_spectra(records: Iterable[LayerRecord]) -> tuple[LayerRecord, ...]:

@@ -13,7 +13,8 @@ import numpy as np
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
-from ipmerge_core.planning.options import PlanOptions
+from ipmerge_core.models.matrix_kinds import MODULES, is_projection, is_router
+from ipmerge_core.planning.options import Modules, PlanOptions
 from ipmerge_core.runtime.patterns import Pattern, compile_pattern
 from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
@@ -21,16 +22,26 @@ SELECTION = {"similarity_threshold": 0.4, "similarity": "first"}  # defaults of 
 
 
 class Scope(NamedTuple):
-    """Selects tensors by name: an override, or included and not excluded."""
+    """Selects tensors by name: an override, or of a module in scope, included and not excluded."""
 
+    modules: Modules | None
     overrides: Mapping[str, str]
     include: Pattern | None
     exclude: Pattern | None
 
     @classmethod
-    def of(cls, options: PlanOptions) -> Scope:
-        """Make the scope of a plan's options."""
-        return cls(options.overrides, _compile(options.include), _compile(options.exclude))
+    def of(cls, options: PlanOptions, method: MergeMethod) -> Scope:
+        """Make the scope of a plan's options; without modules for a method that needs data."""
+        modules = options.modules if method.data is None else None
+        return cls(modules, options.overrides, _compile(options.include), _compile(options.exclude))
+
+    def covers(self, module: str) -> bool:
+        """Return whether matrices of a module are merged unless something else keeps them."""
+        if self.modules is None:
+            return module in MODULES  # what a calibration measures
+        if self.modules == "projections":
+            return is_projection(module)
+        return self.modules == "all-and-router" or not is_router(module)
 
     def allows(self, name: str, wanted: bool) -> bool:
         """Return whether a tensor is merged; `wanted` is the default decision."""
@@ -46,7 +57,12 @@ def _compile(pattern: str | None) -> Pattern | None:
 
 
 def check_extras(method: MergeMethod, options: PlanOptions) -> None:
-    """Check that the method can merge the requested extras. Raises: PlanError."""
+    """Check that the method can merge the requested modules and extras. Raises: PlanError."""
+    if method.data is not None and options.modules != "projections":
+        raise PlanError(
+            f"{method.label} requires calibration data, which are measured for q, k, v, o, gate, "
+            f"up and down only. Use modules=projections, or a method without calibration."
+        )
     asked = ["norms and biases"] if options.norms != "keep" else []
     asked += ["embeddings"] if options.embeddings != "keep" else []
     if asked and method.matrixwise and method.vectors is None:

@@ -39,7 +39,8 @@ export function across(from, to, layer) {
  * @param {Cell} cell
  */
 export function partnerOf(from, to, cell) {
-  return cellAt(to.index, across(from.index, to.index, cell.layer), cell.module);
+  const first = cellAt(to.index, across(from.index, to.index, cell.layer), cell.module);
+  return first?.members[cell.members.indexOf(cell)];
 }
 
 /**

@@ -4,12 +4,11 @@
 // Wide pages lay layers out as columns, in bands when there are many; narrow pages turn the grid.
 
 import { node, parts, setText, shape } from "./dom.js";
-import { fixed } from "./format.js";
-import { cellAt, emptyIndex, merges, shownSimilarity } from "./preview.js";
-import { QUANTITIES, shownValue } from "./quantities.js";
+import { cellAt, countMerging, emptyIndex } from "./preview.js";
+import { medianValue, QUANTITIES, similarityWords } from "./quantities.js";
 import { readableOn, rgb } from "./scales.js";
 import { isChosen } from "./targets.js";
-import { title } from "./words.js";
+import { shortModule, title } from "./words.js";
 
 /** @import { Cell, Index, LayerTarget, ModuleTarget, Override } from "./types.d.ts" */
 /** @import { Preview, Quantity, QuantityView, Target, View } from "./types.d.ts" */
@@ -79,6 +78,7 @@ export class Grid {
     if (narrow) this.#buildTurned(table);
     else this.#buildBands(table);
     this.holder.dataset.turned = String(narrow);
+    this.holder.dataset.heads = index.modules.some((module) => shortModule(module).length > 6) ? "wide" : "usual";
     this.holder.dataset.values = String(!narrow && (this.holder.clientWidth - 50) / this.columns > 42);
     this.#stop = [1, 1];
     this.moveTo(1, 1, false);
@@ -174,9 +174,10 @@ export class Grid {
     return (line) => {
       const cell = cellAt(this.#index, layer, module);
       if (cell) return this.#filledBox(cell, line);
-      const box = node("td", { role: "gridcell", "aria-label": `Layer ${layer}, ${module}, not analysed` },
-        node("span", { class: "lm-missing" }, "?"));
-      this.#holes.set(`${layer}.${module}`, { box, line, at: line.length });
+      const isExpected = this.#index.expected.has(`${layer}.${module}`);
+      const box = node("td", { role: "gridcell", "aria-label": isExpected ? `Layer ${layer}, ${module}, not analysed` : `Layer ${layer} has no ${module}` },
+        isExpected ? node("span", { class: "lm-missing" }, "?") : null);
+      if (isExpected) this.#holes.set(`${layer}.${module}`, { box, line, at: line.length });
       line.push(null);
       return box;
     };
@@ -189,7 +190,7 @@ export class Grid {
   #filledBox(cell, line) {
     const button = node("button", { type: "button", class: "c", tabindex: "-1" }, node("span", { class: "v" }));
     targets.set(button, { kind: "cell", cell });
-    this.buttons[cell.position] = button;
+    for (const each of cell.members) this.buttons[each.position] = button;
     line.push(button);
     return node("td", { role: "gridcell" }, button);
   }
@@ -201,8 +202,9 @@ export class Grid {
    */
   fillHoles(cells) {
     for (const cell of cells) {
-      const hole = this.#holes.get(`${cell.layer}.${cell.module}`);
-      if (!hole) continue;
+      const hole = this.#holes.get(`${cell.layer}.${cell.module}`), [first] = cell.members;
+      if (first !== cell) this.buttons[cell.position] = this.buttons[first.position];
+      if (!hole || first !== cell) continue;
       /** @type {Line} */
       const made = [];
       hole.box.replaceWith(this.#filledBox(cell, made));
@@ -220,8 +222,8 @@ export class Grid {
    */
   colour(view, [low, high], quantity = QUANTITIES[0]) {
     this.#quantity = quantity;
-    for (const cell of this.#index.cells) {
-      const value = shownValue(view, cell, quantity), t = value === null ? null : (value - low) / (high - low);
+    for (const cell of this.#index.at.values()) {
+      const value = medianValue(view, cell, quantity), t = value === null ? null : (value - low) / (high - low);
       const button = this.buttons[cell.position];
       button.style.setProperty("--c", t === null ? "transparent" : rgb(t));
       button.style.setProperty("--t", t === null ? "inherit" : readableOn(t));
@@ -249,14 +251,14 @@ export class Grid {
    */
   paint(view, result) {
     const { overrides } = view.plan;
-    for (const cell of this.#index.cells) {
-      const { dataset } = this.buttons[cell.position];
-      const on = merges(view, result, cell) ? "1" : "0", pin = overrides[cell.name] || "";
-      if (dataset.on === on && dataset.pin === pin) continue;
-      dataset.on = on;
-      dataset.pin = pin;
-      this.buttons[cell.position].setAttribute("aria-label",
-        `${title(cell)}, similarity ${fixed(shownSimilarity(view, cell), 2)}, ${this.#otherWords(view, cell)}${stateWords(on === "1", overrides[cell.name])}`);
+    for (const cell of this.#index.at.values()) {
+      const { dataset } = this.buttons[cell.position], { merging, total, on } = countMerging(view, result, cell);
+      const rule = overrides[cell.name], pin = cell.members.every(({ name }) => overrides[name] === rule) && rule || "";
+      const seen = `${merging}/${total}`;
+      if (dataset.on === on && dataset.pin === pin && dataset.seen === seen) continue;
+      Object.assign(dataset, { on, pin, seen });
+      this.buttons[cell.position].setAttribute("aria-label", `${title(cell)}, ${similarityWords(view, cell)}, ${
+        this.#otherWords(view, cell)}${total > 1 ? `${merging} of ${total} merge` : stateWords(on === "1", rule)}`);
     }
   }
 
@@ -268,7 +270,7 @@ export class Grid {
    */
   #otherWords(view, cell) {
     const { key, label, words } = this.#quantity;
-    return key === "similarity" ? "" : `${label} ${words(shownValue(view, cell, this.#quantity))}, `;
+    return key === "similarity" ? "" : `${label} ${words(medianValue(view, cell, this.#quantity))}, `;
   }
 
   /**
@@ -279,8 +281,8 @@ export class Grid {
    * @param {Pick<Preview, "masks">} result
    */
   paintGhost(view, result) {
-    for (const cell of this.#index.cells) {
-      const { dataset } = this.buttons[cell.position], was = merges(view, result, cell) ? "1" : "0";
+    for (const cell of this.#index.at.values()) {
+      const { dataset } = this.buttons[cell.position], was = countMerging(view, result, cell).on;
       if (dataset.was !== was) dataset.was = was;
     }
   }
@@ -429,9 +431,9 @@ function barsDrawing(viewBox) {
  * @param {Line} line
  */
 function headButton(target, line) {
-  const isLayer = target.kind === "layer", text = isLayer ? String(target.layer) : target.module;
-  const button = node("button", { type: "button", class: "lm-head", tabindex: "-1",
-    "aria-label": isLayer ? `All of layer ${text}` : `All ${text} matrices` }, text);
+  const isLayer = target.kind === "layer", text = isLayer ? String(target.layer) : shortModule(target.module);
+  const button = node("button", { type: "button", class: "lm-head", tabindex: "-1", title: isLayer ? null : target.module,
+    "aria-label": isLayer ? `All of layer ${text}` : `All ${target.module} matrices` }, text);
   targets.set(button, target);
   line.push(button);
   return button;

@@ -7,6 +7,8 @@
 /** @import { Angles, Cell, Flip, Index, LayerRecord, Pack, Place, Plan, Preview } from "./types.d.ts" */
 /** @import { Sums, Variant, View } from "./types.d.ts" */
 
+// As `is_projection` in Python: what a plan selects by similarity unless it is told otherwise.
+const PROJECTION = /^(?!(?:.*\.)?router\b)(?:q|k|v|o|gate|up|down|(?:.+\.)?(?:[qkvo]|gate|up|down|gate_up)_proj)$/;
 const MODULE_ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 
 /** @type {Pack} */
@@ -34,6 +36,7 @@ export function indexPack(pack) {
   const found = new Set(places.map((place) => place.module));
   const layers = [...new Set(places.map((place) => place.layer))].sort((a, b) => a - b);
   const index = {
+    expected: new Set(places.map(({ layer, module }) => `${layer}.${module}`)),
     pack, layers, modules: [...MODULE_ORDER.filter((m) => found.delete(m)), ...found],
     cells: [], byName: new Map(), at: new Map(), layerWeight2: new Map(layers.map((layer) => [layer, 0])),
     weight2: 0, mllm2: 0, numel: 0, nExperts: 0,
@@ -43,7 +46,7 @@ export function indexPack(pack) {
 }
 
 /**
- * The matrix of a layer and a module.
+ * The matrix of a layer and a module; of several, the first.
  *
  * @param {Index} index
  * @param {number} layer
@@ -78,10 +81,14 @@ function cellOf(index, { name, layer, module, shape }) {
   if (known) return known;
   const position = index.cells.length;
   /** @type {Cell} */
-  const cell = { name, layer, module, shape, numel: shape[0] * shape[1], experts: [], position };
+  const cell = { name, layer, module, shape, numel: shape[0] * shape[1], experts: [], position,
+    usual: PROJECTION.test(module), members: [] };
+  const first = index.at.get(`${layer}.${module}`);
+  if (first) cell.members = first.members;
+  else index.at.set(`${layer}.${module}`, cell);
+  cell.members.push(cell);
   index.cells.push(cell);
   index.byName.set(name, cell);
-  index.at.set(`${layer}.${module}`, cell);
   return cell;
 }
 
@@ -99,7 +106,8 @@ function countCell(index, cell) {
 }
 
 /**
- * The rule: an expert merges into a matrix iff its similarity reaches S_alpha, unless overridden.
+ * The rule: an expert merges into a projection iff its similarity reaches S_alpha, unless
+ * overridden; other matrices merge only by hand.
  *
  * @param {Cell} cell
  * @param {number} expert
@@ -108,7 +116,7 @@ function countCell(index, cell) {
 function selects(cell, expert, plan) {
   const override = plan.overrides[cell.name];
   if (override) return override === "merge";
-  return cell.experts[expert].similarity[plan.similarity] >= plan.s;
+  return cell.usual && cell.experts[expert].similarity[plan.similarity] >= plan.s;
 }
 
 /**
@@ -248,7 +256,7 @@ export function cellChange(cell, experts, plan) {
  */
 export function flipValues(index, plan) {
   return index.cells
-    .filter((cell) => !plan.overrides[cell.name])
+    .filter((cell) => cell.usual && !plan.overrides[cell.name])
     .flatMap((cell) => cell.experts.map((record) => (
       { cell, expert: record.expert, value: record.similarity[plan.similarity] })))
     .sort((a, b) => b.value - a.value);
@@ -275,6 +283,18 @@ export function shownSimilarity({ plan, expert }, cell) {
 export function merges({ expert }, result, cell) {
   const mask = result.masks[cell.position];
   return expert >= 0 ? mask.includes(expert) : mask.length > 0;
+}
+
+/**
+ * How many matrices of a place merge; the place itself counts as merging if most of them do.
+ *
+ * @param {Pick<View, "expert">} view
+ * @param {Pick<Preview, "masks">} result
+ * @param {Cell} cell
+ */
+export function countMerging(view, result, { members }) {
+  const merging = members.filter((each) => merges(view, result, each)).length;
+  return { merging, total: members.length, on: 2 * merging > members.length ? "1" : "0" };
 }
 
 /**

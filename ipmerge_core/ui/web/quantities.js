@@ -3,8 +3,9 @@
 
 import { fixed } from "./format.js";
 import { cellChange, expertInView, root, shownSimilarity } from "./preview.js";
+import { quantile } from "./scales.js";
 
-/** @import { Cell, LayerRecord, Plan, Quantity, QuantityKey, QuantityView, Ranks } from "./types.d.ts" */
+/** @import { Cell, LayerRecord, Plan, Quantity, QuantityKey, QuantityView, Ranks, View } from "./types.d.ts" */
 
 /**
  * @param {QuantityKey} key
@@ -71,6 +72,32 @@ export function shownValue(view, cell, shown) {
   if (shown.key === "similarity") return shownSimilarity(view, cell);
   const value = shown.of(cell.experts[expertInView(view, cell)], cell, view.plan);
   return value !== null && value !== undefined && Number.isFinite(value) ? value : null;
+}
+
+/**
+ * The median of what the matrices of one place show; null where the pack has none.
+ *
+ * @param {QuantityView} view
+ * @param {Cell} cell
+ * @param {Quantity} shown
+ */
+export function medianValue(view, cell, shown) {
+  const values = cell.members.flatMap((each) => shownValue(view, each, shown) ?? []).sort((a, b) => a - b);
+  return values.length ? quantile(values, 0.5) : null;
+}
+
+/**
+ * The similarity that a place shows: of several matrices, the median and the range.
+ *
+ * @param {View} view
+ * @param {Cell} cell
+ * @param {number} [digits]
+ */
+export function similarityWords(view, cell, digits = 2) {
+  const values = cell.members.map((each) => shownSimilarity(view, each)).sort((a, b) => a - b);
+  const middle = fixed(quantile(values, 0.5), digits);
+  if (values.length === 1) return `similarity ${middle}`;
+  return `median similarity ${middle} (${fixed(values[0], digits)} to ${fixed(values[values.length - 1], digits)})`;
 }
 
 /**

@@ -24,7 +24,7 @@ export function coversLayer(target, layer) {
  */
 export function cellsOf(index, target) {
   if (!target) return [];
-  if (target.kind === "cell") return [target.cell];
+  if (target.kind === "cell") return target.cell.members;
   return index.cells.filter((cell) => (
     target.kind === "module" ? cell.module === target.module : coversLayer(target, cell.layer)));
 }

@@ -197,8 +197,12 @@ export interface QuantityView extends View {
 
 // --- what the page computes ---
 
-/** A matrix with one record per expert. */
+/** A matrix with one record per math model. */
 export interface Cell {
+  /** The matrices of its layer and module, itself included: several for the experts of a mixture. */
+  members: Cell[];
+  /** Whether a plan may select it by similarity: projections only. */
+  usual: boolean;
   name: string;
   layer: number;
   module: string;
@@ -213,6 +217,8 @@ export interface Index {
   layers: number[];
   modules: string[];
   cells: Cell[];
+  /** Places where a matrix is expected, as "layer.module"; others stay empty. */
+  expected: Set<string>;
   byName: Map<string, Cell>;
   at: Map<string, Cell>;
   layerWeight2: Map<number, number>;

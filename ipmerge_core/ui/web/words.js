@@ -55,6 +55,15 @@ export function title(cell) {
 }
 
 /**
+ * A module in few letters: its path without the block that all layers have.
+ *
+ * @param {string} module
+ */
+export function shortModule(module) {
+  return module.replace(/^(?:mlp|self_attn)\./, "").replace(/\b([qkvo]|gate|up|down)_proj$/, "$1");
+}
+
+/**
  * The last part of a path or a hub id.
  *
  * @param {string | undefined} id

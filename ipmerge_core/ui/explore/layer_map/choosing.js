@@ -59,7 +59,7 @@ export function pin(map, cell) {
  * @returns {Cell[]}
  */
 export function chosenCells({ target, pinned }) {
-  const cells = [target?.kind === "cell" ? target.cell : null, pinned];
+  const cells = [target?.kind === "cell" && target.cell.members.length === 1 ? target.cell : null, pinned];
   return cells.flatMap((cell, i) => (cell && cells.indexOf(cell) === i ? [cell] : []));
 }
 

@@ -32,7 +32,7 @@ export class DetailPanel {
     const { dom, state: { target } } = this.map;
     this.#live = new LiveTexts();
     if (!target) dom.detail.replaceChildren(...this.#nothingChosen());
-    else if (target.kind === "cell") dom.detail.replaceChildren(...this.#cell(target.cell));
+    else if (target.kind === "cell" && target.cell.members.length === 1) dom.detail.replaceChildren(...this.#cell(target.cell));
     else dom.detail.replaceChildren(...this.#group(target));
   }
 
@@ -134,7 +134,7 @@ export class DetailPanel {
     return node("table", { class: "lm-numbers" }, cells.length > 1 ? headRow(names) : null, node("tbody", {}, ...rows));
   }
 
-  /** @param {Exclude<Target, { kind: "cell" }>} target */
+  /** @param {Target} target */
   #group(target) {
     const { state } = this.map, cells = cellsOf(state.index, target);
     const heading = node("div", { class: "lm-detail-head" }, node("h2", {}, groupName(target)));
@@ -168,7 +168,9 @@ export class DetailPanel {
    * @param {Cell} cell
    */
   #cellRow(target, cell) {
-    return this.#row(target.kind === "layer" ? cell.module : `layer ${cell.layer}`,
+    const number = cell.members.length > 1 ? ` ${cell.members.indexOf(cell)}` : "";
+    const names = { layer: `${cell.module}${number}`, cell: `expert${number}`, module: `layer ${cell.layer}${number && ` · expert${number}`}`, range: "" };
+    return this.#row(names[target.kind],
       () => fixed(shownSimilarity(this.map.state, cell)),
       ({ masks }) => {
         const experts = masks[cell.position];
@@ -191,8 +193,9 @@ function headRow(names) {
   return node("thead", {}, node("tr", {}, node("td"), ...names.map((name) => node("th", { scope: "col" }, name))));
 }
 
-/** @param {Exclude<Target, { kind: "cell" }>} target */
+/** @param {Target} target */
 function groupName(target) {
+  if (target.kind === "cell") return `Layer ${target.cell.layer} · ${target.cell.module}`;
   if (target.kind === "layer") return `Layer ${target.layer}`;
   return target.kind === "module" ? `All ${target.module} matrices` : `Layers ${target.from} to ${target.to}`;
 }

@@ -100,7 +100,7 @@ function targetText(target) {
  * @returns {Target | null}
  */
 function readTarget(index, text) {
-  const found = /^(?:(\d{1,6})(?:\.([\w-]+)|-(\d{1,6}))?|([a-z]\w*))$/.exec(text);
+  const found = /^(?:(\d{1,6})(?:\.([\w.-]+)|-(\d{1,6}))?|([a-z][\w.]*))$/.exec(text);
   if (!found) return null;
   const [, first, module, last, name] = found, from = Number(first), to = Number(last);
   if (name) return index.modules.includes(name) ? { kind: "module", module: name } : null;

@@ -6,9 +6,9 @@ import { shape } from "../../web/dom.js";
 import { fixed, percent } from "../../web/format.js";
 import { BAND } from "../../web/grid.js";
 import { cellAt, merges } from "../../web/preview.js";
-import { shownValue } from "../../web/quantities.js";
+import { medianValue } from "../../web/quantities.js";
 import { readableOn, rgb } from "../../web/scales.js";
-import { MEASURE_LABELS, planWords, shortId } from "../../web/words.js";
+import { MEASURE_LABELS, planWords, shortId, shortModule } from "../../web/words.js";
 
 /** @import { Attributes, Cell, Pack, Source } from "../../web/types.d.ts" */
 /** @import { State } from "./types.d.ts" */
@@ -76,7 +76,7 @@ function layerColumn(state, { columns, size, rowHeight, bandHeight, foot }, laye
   const cells = index.modules.flatMap((module, j) => {
     const cell = cellAt(index, layer, module), y = y0 + 22 + j * (rowHeight + GAP);
     if (!cell) return [];
-    const value = shownValue(state, cell, quantity);
+    const value = medianValue(state, cell, quantity);
     return pictureCell(state, cell, { x, y, width: size, height: rowHeight }, value, value === null ? null : (value - low) / (high - low));
   });
   const bar = Math.min(1, result.layer_change[layer] / barTop) * 44;
@@ -97,7 +97,7 @@ function rowNames({ index, barTop }, y0, { columns, size, rowHeight, foot }) {
   const small = { "text-anchor": "end", "font-size": 11, fill: GREY };
   return [
     ...index.modules.map((module, j) => (
-      text(LEFT - 10, y0 + 22 + j * (rowHeight + GAP) + rowHeight / 2 + 4, module, { "text-anchor": "end", fill: GREY }))),
+      text(LEFT - 10, y0 + 22 + j * (rowHeight + GAP) + rowHeight / 2 + 4, shortModule(module), { "text-anchor": "end", fill: GREY }))),
     shape("line", { x1: LEFT, x2: LEFT + columns * (size + GAP), y1: y0 + foot, y2: y0 + foot, stroke: RULE }),
     text(LEFT - 10, y0 + foot - 2, "change", small),
     text(LEFT - 10, y0 + foot - 36, percent(barTop), small),

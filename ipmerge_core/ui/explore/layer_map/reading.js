@@ -3,7 +3,8 @@
 
 import { setText } from "../../web/dom.js";
 import { fixed, percent } from "../../web/format.js";
-import { cellChange, expertInView, merges, shownSimilarity } from "../../web/preview.js";
+import { cellChange, countMerging, expertInView, merges, shownSimilarity } from "../../web/preview.js";
+import { similarityWords } from "../../web/quantities.js";
 import { cellsOf } from "../../web/targets.js";
 import { title } from "../../web/words.js";
 
@@ -35,7 +36,12 @@ export function paintReading({ dom, state }) {
 function targetWords(state, target) {
   const { index, result, plan } = state;
   if (target.kind === "cell") {
-    const { cell } = target, change = cellChange(cell, [expertInView(state, cell)], plan);
+    const { cell } = target;
+    if (cell.members.length > 1) {
+      const { merging, total } = countMerging(state, result, cell);
+      return `${title(cell)}: ${total} experts, ${similarityWords(state, cell)}, ${merging} merge`;
+    }
+    const change = cellChange(cell, [expertInView(state, cell)], plan);
     return `${title(cell)}: similarity ${fixed(shownSimilarity(state, cell))}, ${merges(state, result, cell) ? "merges" : "kept"}, ` +
       `change if merged ${percent(change)}`;
   }

@@ -34,7 +34,7 @@ export function cellOfPanel(panel) {
 /** @param {LayerMap} map */
 export function buildSpectra(map) {
   const { spectra } = map.dom, { layout, target, pinned } = map.state;
-  const cell = target?.kind === "cell" ? target.cell : null;
+  const cell = target?.kind === "cell" && target.cell.members.length === 1 ? target.cell : null;
   const records = [cell, pinned !== cell ? pinned : null].flatMap((each) => sampled(map, each));
   const [record] = records;
   spectra.hidden = layout === "simple" || record === undefined || record.name !== cell?.name;

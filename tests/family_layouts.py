@@ -106,7 +106,7 @@ FAMILIES = {
             "decoder_sparse_step": 1,
         },
         own_text={"rope_parameters": MROPE},
-        note="experts and router kept; only attention is merged",
+        note="every expert is a matrix; router kept",
     ),
     "Idefics2": Family(
         "Idefics2Config", "MistralConfig", EYES, ("modules",), own_text={"model_type": "mistral"},
