@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from families import CLIP, EYES, MROPE, QWEN_EYES, SIGLIP
+from family_layouts import CLIP, EYES, MROPE, QWEN_EYES, SIGLIP
 
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_IDS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from chat_families import CHAT_FAMILIES, WITHOUT_PILLOW, ChatFamily
-from families import TEXT
+from family_layouts import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ipmerge_core.inference.processor_process import ProcessorServer

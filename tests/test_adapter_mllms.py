@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build
+from family_layouts import FAMILIES, build
 from peft_adapters import edit_config
 from safetensors.torch import load_file, save_file
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEXT_CONFIG, Trio, Weights, as_mllm, fine_tuned, text_weights, write_model
-from families import FAMILIES, build, set_config
+from family_layouts import FAMILIES, build, set_config
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core
