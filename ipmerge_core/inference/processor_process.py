@@ -337,7 +337,7 @@ class ProcessorServer:
                 return -signal.SIGKILL
 
     def _release_abandoned(self) -> None:
-        """Request the exit codes that nobody waits for; the system keeps a process until then."""
+        """Request the exit codes of abandoned processes; the system keeps each until then."""
         while self.abandoned:
             parent, pid = self.abandoned.popleft()
             if self._child is not None and self._child.pid == parent:
