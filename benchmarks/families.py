@@ -29,7 +29,7 @@ from ipmerge_core.models.matrix_kinds import is_expert
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"
 START, STOP = "<!-- made by benchmarks/families.py -->", "<!-- end of the table -->"
-HEAD = ("family", "text model", "opens", "merges right", "loads", "LoRA loads", "chats")
+HEAD = ("family", "text model", "opens, matrices", "merges right", "loads", "LoRA loads", "chats")
 TOLERANCE = 2e-6
 _LAST = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FUSED = ("gate_up_proj", "qkv_proj", "input_linear", "output_linear", "w1", "w2", "w3")
@@ -137,7 +137,7 @@ def row_of(name: str, family: Family, folder: Path) -> list[str]:
     try:
         folders = build(family, folder)
     except (*_UNBUILT, StrictDataclassError) as error:
-        return [name, text, cause(error), *[""] * 4]
+        return [name, text, cause(error).replace("**no**", "not built"), *[""] * 4]
     out = folder / "out"
     opens = tried(lambda: opened(folders))
     if opens.startswith("**no**"):

@@ -158,6 +158,7 @@ HYBRIDS = {
     "qwen3_omni_moe_thinker": Family(
         "Qwen3OmniMoeThinkerConfig", "Qwen3MoeConfig", QWEN_EYES,
         {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 1}, {"rope_parameters": MROPE},
+        {"audio_config": {**EARS, "downsample_hidden_size": 16}},
         model="Qwen3OmniMoeThinkerForConditionalGeneration",
     ),
     "granite_hybrid": Family(
