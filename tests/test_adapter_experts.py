@@ -19,7 +19,7 @@ from ipmerge_core.merging.merge import reopen
 from ipmerge_core.models.opening import open_model
 from ipmerge_core.planning.plan import make_plan
 from ipmerge_core.planning.relocation import relocate
-from ipmerge_core.ui.analyse.models_form import AnalysisRequest, Checked, check_request
+from ipmerge_core.ui.analyse.models_form import Checked, check_request, read_request
 
 METHODS = ("ip_merging", "task_arithmetic", "tsv", "iso_c", "iso_cts", "knots_ties", "ties")
 
@@ -175,15 +175,17 @@ def test_without_a_base_an_adapter_has_to_name_it(trio: Trio) -> None:
         ipm.open_pair(trio.mllm, trio.math)
 
 
+@pytest.mark.parametrize("base", ["given", ""])
 def test_the_app_checks_and_analyses_an_adapter(
-    models: tuple[Trio, Made, Path], tmp_path: Path
+    base: str, models: tuple[Trio, Made, Path], tmp_path: Path
 ) -> None:
     trio, made, _ = models
-    asked = AnalysisRequest(str(trio.mllm), (str(made.folder),), str(trio.base))
+    asked = read_request(str(trio.mllm), str(made.folder), base and str(trio.base), "", False, 0)
     *_, found = check_request(asked, hub_only=False, device="cpu")
     assert isinstance(found, Checked)
     assert found.ready
     assert found.pinned is not None
+    assert found.pinned.base == str(trio.base)
     messages = [f.message for f in found.findings if f.subject == "math: adapter"]
     assert "adapter of rank 2 on 6 matrices of 'base'" in messages[0]
     pack = tmp_path / "pack.json.gz"

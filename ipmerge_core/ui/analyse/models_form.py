@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ipmerge_core.models.pairing import Finding, ModelPair
 
 MOST_EXPERTS = 8
+BASE = "base"  # its role in messages
 LONGEST_ADDRESS = 300  # characters of a folder or hub id
 
 
@@ -53,7 +54,7 @@ class AnalysisRequest(NamedTuple):
     def addresses(self) -> Iterator[tuple[str, str]]:
         """Yield the role and the address of each model."""
         yield "vision-language model", self.mllm
-        yield "base", self.base
+        yield BASE, self.base
         if self.base_mllm:
             yield "base of the vision-language model", self.base_mllm
         for number, expert in enumerate(self.math):
@@ -94,6 +95,8 @@ def read_request(
 ) -> AnalysisRequest:
     r"""Read the form: one math model per line, or separated by commas. Raises: PlanError.
 
+    The base may be omitted for a check, which takes the one that an adapter names.
+
     >>> read_request(" a/v ", "b/m\nc/m", "d/b", "d/b", False, 0).math
     ('b/m', 'c/m')
     """
@@ -112,11 +115,12 @@ def read_request(
             int(rank or 0) or None,
             TEMPERATURE if temperature is None else temperature,
             directions,
-        )
+        ),
+        needs_base=False,
     )
 
 
-def validate_request(request: AnalysisRequest) -> AnalysisRequest:
+def validate_request(request: AnalysisRequest, *, needs_base: bool = True) -> AnalysisRequest:
     """Return the request if it is complete. Raises: PlanError."""
     if not all(isinstance(address, str) for _, address in request.addresses()):
         raise PlanError("The name of a model is not a string; expected a hub id.")
@@ -124,7 +128,10 @@ def validate_request(request: AnalysisRequest) -> AnalysisRequest:
         raise PlanError(f"The rank is {str(request.rank)[:40]!r}; expected an integer or null.")
     if not isinstance(request.temperature, int | float) or isinstance(request.temperature, bool):
         raise PlanError(f"The temperature is {str(request.temperature)[:40]!r}; expected a number.")
-    missing = [role for role, address in request.addresses() if not address]
+    optional = () if needs_base else (BASE,)
+    missing = [
+        role for role, address in request.addresses() if not address and role not in optional
+    ]
     if missing or not request.math:
         words = [*missing, *([] if request.math else ["math model"])]
         raise PlanError(f"Missing: {', '.join(words)}.")
@@ -183,8 +190,11 @@ def _open_all(request: AnalysisRequest, hub_only: bool) -> Generator[str, None, 
     addresses = list(request.addresses())
     for number, (role, address) in enumerate(addresses, 1):
         yield f"Reading headers, {number} of {len(addresses)}: {role} {address}"
-        from ipmerge_core.models.opening import open_model
+        from ipmerge_core.models.opening import named_base, open_model
 
+        if not address:
+            models.append(named_base(request.math, hub_only=hub_only))
+            continue
         base = models[1] if len(models) > 1 else None  # of an adapter
         models.append(open_model(address, base=base, hub_only=hub_only))
     return models

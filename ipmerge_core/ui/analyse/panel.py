@@ -379,7 +379,7 @@ def _fields(*, hosted: bool) -> list[Any]:
         )
         base = gr.Textbox(
             label="Base",
-            info="Their common language model",
+            info="Their common language model; may be empty with a LoRA adapter",
             elem_id="analyse-base",
         )
         own = gr.Textbox(
