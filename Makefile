@@ -37,7 +37,8 @@ retry = --reruns 1 --rerun-show-tracebacks
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: lint-python
-	@$(PY) -c 'import importlib.util as u, sys; sys.exit("torchvision is installed and has no CPU build that works here. Remove it: $(PY) -m pip uninstall torchvision") if u.find_spec("torchvision") else None'
+	@$(PY) -c 'import sys; from ipmerge_core.runtime.imports import find_torchvision; failure = find_torchvision().failure; \
+	sys.exit(f"torchvision is installed for another torch and cannot be imported ({failure}). Remove it: $(PY) -m pip uninstall torchvision" if failure else None)'
 	@if $(MAKE) --no-print-directory node_modules/.made; then $(MAKE) --no-print-directory lint-javascript; \
 	else echo "WARNING: npm could not install its tools, so the JavaScript is neither linted nor type checked."; fi
 	@IPMERGE_CHROMIUM="$$($(PY) tests/chromium.py)" && export IPMERGE_CHROMIUM && \

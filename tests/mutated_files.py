@@ -254,6 +254,31 @@ def open_models(place: Path, chance: random.Random) -> list[list[str]]:
     return [["check", *named(place)] if chance.random() < 0.3 else made]
 
 
+def with_adapter(place: Path) -> None:
+    """An expert that is an adapter with every kind of option."""
+    models(place, dtype=torch.bfloat16)
+    (place / "out").mkdir()
+    shutil.rmtree(place / "math")
+    (place / "math").mkdir()
+    generator = torch.Generator().manual_seed(3)
+    tensors = {"base_model.model.lm_head.weight": torch.ones(20, 16)}
+    for layer in range(2):
+        for module, rows in (("q_proj", 16), ("v_proj", 8)):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = 0.1 * torch.randn(2, 16, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(rows, 2, generator=generator)
+    save_file(tensors, place / "math" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": "base", "revision": None, "r": 1,
+        "lora_alpha": 2.0, "rank_pattern": {r".*\.(q|v)_proj": 2}, "alpha_pattern": {"v_proj": 1},
+        "use_rslora": True, "use_dora": False, "fan_in_fan_out": False, "bias": "none",
+        "init_lora_weights": True, "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": r".*mlp.*", "modules_to_save": ["lm_head"], "lora_dropout": 0.1,
+        "layers_to_transform": [0, 1], "layers_pattern": "layers", "lora_bias": False,
+    }  # fmt: skip
+    (place / "math" / "adapter_config.json").write_text(json.dumps(config))
+
+
 def with_tokenizers(place: Path) -> None:
     models(place)
     (place / "out").mkdir()
@@ -346,6 +371,7 @@ CASES = [
     Case("index", sharded, ("*/*.index.json",), open_models),
     Case("header", sharded, ("*/*.safetensors",), open_models),
     Case("config", sharded, ("*/config.json",), open_models),
+    Case("adapter", with_adapter, ("math/*.json", "math/*.safetensors"), open_models),
     Case("tokenizer", with_tokenizers, ("*/tokenizer.json",), share_tokens),
     Case("job", job, ("jobs/*/*.json",), function=list_jobs),
     Case("recorded answers", recorded, ("recorded.json",), function=show_recorded),

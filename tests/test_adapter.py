@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 import ipmerge_core as ipm
 from ipmerge_core.adapters import export as adapter
 from ipmerge_core.adapters.export import export_adapter, iter_adapter
-from ipmerge_core.adapters.factors import in_rows, module_name, reduce_rank, sum_of
+from ipmerge_core.adapters.factors import in_rows, reduce_rank, sum_of
 from ipmerge_core.cli import main
 from ipmerge_core.errors import CheckpointError, PlanError
 from ipmerge_core.merging.merge import reopen
@@ -288,22 +287,6 @@ def test_peft_combines_two_adapters_saves_and_loads_the_result(tmp_path, how):
         expected, found, plain = both(**text).logits, again(**text).logits, model()(**text).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert (expected - plain).abs().max() > 1e-5
-
-
-def test_modules_have_the_names_of_transformers_in_memory():
-    def name(tensor: str, **config: object) -> str:
-        return module_name(tensor, SimpleNamespace(config=config))
-
-    inside = "layers.3.self_attn.q_proj"
-    in_decoder = f"model.language_model.{inside}"
-    assert name(f"language_model.model.{inside}.weight") == in_decoder
-    assert name(f"model.language_model.{inside}.weight", vision_config={}) == in_decoder
-    assert name(f"model.{inside}.weight", vision_config={}) == in_decoder  # Qwen2-VL
-    assert name(f"model.{inside}.weight") == f"model.{inside}"  # a text model
-    assert (
-        name(f"model.text_model.{inside}.weight", vision_config={}) == f"model.text_model.{inside}"
-    )
-    assert name("lm_head.weight") == "lm_head"
 
 
 # --- truncation ---

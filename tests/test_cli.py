@@ -138,6 +138,27 @@ def test_a_dry_run_writes_nothing(pack: str, tmp_path: Path, capsys: Output) -> 
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_plan_that_selects_nothing_says_so_before_anything_is_written(
+    pack: str, tmp_path: Path, capsys: Output
+) -> None:
+    path = str(tmp_path / "p.json")
+    words = (
+        "WARNING: No matrix reaches the similarity threshold 1.0: the merged model would be "
+        "identical to the vision-language model."
+    )
+    assert cli.main(["plan", pack, "--similarity-threshold", "1", "-o", path]) == 0
+    assert words in capsys.readouterr().out
+    for more in (["--dry-run"], []):
+        assert cli.main(["merge", path, "-o", str(tmp_path / "out"), "--json", *more]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.startswith(words)
+        json.loads(captured.out)
+    only_norms = ["--include", "nothing", "--norms", "merge"]
+    assert cli.main(["plan", pack, "--method", "linear", *only_norms, "-o", path]) == 0
+    words = "The patterns select no matrix: only the decoder's norms and biases in scope would"
+    assert words in capsys.readouterr().out
+
+
 def test_progress_goes_to_stderr_and_can_be_silenced(
     pack: str, tmp_path: Path, capsys: Output
 ) -> None:

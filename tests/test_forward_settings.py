@@ -196,3 +196,18 @@ def test_the_labels_are_of_settings_that_are_compared():
     assert set(siblings._LABELS) > siblings._MUST_AGREE
     config = {**TEXT_CONFIG, **dict.fromkeys(siblings._LABELS, 77)}
     assert forward_differences(model(config), model({**config, "rms_norm_eps": 1}))
+
+
+def test_the_language_model_of_an_omni_model_is_inside_its_thinker() -> None:
+    thinker = {
+        "model_type": "qwen2_5_omni_thinker",
+        "text_config": {**QWEN, "rope_theta": 5e5},
+        "audio_config": {"model_type": "qwen2_5_omni_audio_encoder", "hidden_act": "gelu"},
+    }
+    omni = {
+        "model_type": "qwen2_5_omni",
+        "thinker_config": thinker,
+        "talker_config": {"model_type": "qwen2_5_omni_talker", "rope_theta": 1.0},
+    }
+    assert differences(omni, {**QWEN, "rope_theta": 5e5}) == {}
+    assert differences(omni, {**QWEN, "rope_theta": 1e6}) == {"rope_theta": (5e5, 1e6)}

@@ -384,7 +384,7 @@ def test_a_processor_that_needs_torchvision_says_so(monkeypatch):
         raise ImportError("FancyImageProcessor requires the torchvision library\nbut it is missing")
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fail)
-    with pytest.raises(ModelLoadError, match="Install torchvision"):
+    with pytest.raises(ModelLoadError, match="requires torchvision, which"):
         ModelProcessor(DEMO / "mllm", takes_images=True)
 
 

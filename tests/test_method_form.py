@@ -18,8 +18,9 @@ from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.merging.merge import estimate_merge
 from ipmerge_core.methods import METHODS
 from ipmerge_core.planning.description import describe_change
-from ipmerge_core.planning.options import ANCHORS, PlanOptions, compile_pattern
+from ipmerge_core.planning.options import ANCHORS, PlanOptions
 from ipmerge_core.runtime.jobs import JobStatus
+from ipmerge_core.runtime.patterns import compile_pattern
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.format import progress_html
 from ipmerge_core.ui.formula import formula_html

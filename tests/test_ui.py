@@ -11,6 +11,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
@@ -206,6 +207,8 @@ def test_answer_pair_streams_and_ends_with_both_answers(client):
     answer = job.outputs()[-1] if job.result(timeout=120) and job.outputs() else job.result()
     assert {side["state"] for side in answer.values()} == {"finished"}
     assert answer["base"]["text"].strip()
+    used = {side["image_processor"] for side in answer.values()}
+    assert used < {"CLIPImageProcessorPil (pil)", "CLIPImageProcessor (torchvision)"}
 
 
 @pytest.mark.parametrize(
@@ -399,6 +402,12 @@ def test_every_answer_says_what_gave_it():
     ]
     assert "Left: mllm, unmerged. Right: by-ties · TIES · plan 1a2b. Pair: first pair." in (
         view(turns[:1]).source
+    )
+    assert "Image processor" not in view(turns).source
+    sides = {"left": turns[0].left, "right": turns[0].right}
+    resized = {name: replace(side, image_processor="A (pil)") for name, side in sides.items()}
+    assert (
+        "Pair: first pair. Image processor: A (pil)." in view([replace(turns[0], **resized)]).source
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from ipmerge_core.errors import CheckpointError, MissingTensorError, ModelLoadEr
 from ipmerge_core.inference.loading import load_model
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.siblings import Finding
+from ipmerge_core.models.writer import files_to_copy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 RIGHT, OTHER = fine_tuned(text_weights(), 1), fine_tuned(text_weights(), 5)
@@ -387,6 +389,54 @@ def test_a_folder_with_a_gguf_file_alone_is_told_what_to_use(tmp_path: Path) -> 
     (tmp_path / "model-Q4_K_M.gguf").touch()
     with pytest.raises(CheckpointError, match=r"no config.json.*is a GGUF file.*converted from"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-Q4_K_M.gguf"])
+def test_a_file_is_told_to_be_given_as_its_folder(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    words = (
+        rf"{file}' is a file\. .*: give '{tmp_path}' if it is one\. .* such as GGUF, are not read"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint.open(tmp_path / file)
+
+
+@pytest.mark.parametrize("place", ["run/checkpoint-{}", "models--a--b/snapshots/{}"])
+def test_the_parent_of_models_names_the_last_written(place: str, tmp_path: Path) -> None:
+    for step in (1000, 500):
+        model = write_model(tmp_path / place.format(step), text_weights(), CONFIG)
+        os.utime(model, (step, step))
+    parent = tmp_path / place.partition("/")[0]
+    with pytest.raises(CheckpointError, match=r"It contains 2 model folders: .*'.*/(ch.*-)?1000'"):
+        Checkpoint.open(parent)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_consolidated_weights_alone_name_the_layout_to_use(
+    has_config: bool, tmp_path: Path
+) -> None:
+    single(tmp_path, name="consolidated.safetensors")
+    (tmp_path / ("config.json" if has_config else "params.json")).write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"'consolidated\.safetensors'.* in the transformers layout"
+    ):
+        Checkpoint.open(tmp_path)
+
+
+def test_the_state_of_a_training_run_is_not_part_of_a_model(folder: Path, tmp_path: Path) -> None:
+    names = [
+        "trainer_state.json", "trainer_log.jsonl", "optimizer.pt", "optimizer.bin", "scheduler.pt",
+        "rng_state.pth", "rng_state_0.pth", "training_args.bin", "latest", "scaler.pt",
+        "random_states_0.pkl",
+    ]  # fmt: skip
+    for name in names:
+        (folder / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="has no safetensors weights"):  # and no pickles
+        Checkpoint.open(folder)
+    single(folder)
+    copied = files_to_copy(Checkpoint.open(folder))
+    assert "config.json" in copied
+    assert not set(copied) & set(names)
 
 
 def test_two_shards_with_one_tensor_are_still_refused_by_both_names(folder: Path) -> None:

@@ -9,15 +9,15 @@ import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from ipmerge_core.adapters.factors import module_name
 from ipmerge_core.errors import IPMergeError, first_line
 from ipmerge_core.inference.prompts import ChatFormat, Message, render_chat
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.checkpoint import split_address
 from ipmerge_core.models.decoders import find_decoders
 from ipmerge_core.models.files import as_hub_id
-from ipmerge_core.planning.options import PlanOptions, compile_pattern
+from ipmerge_core.planning.options import PlanOptions
 from ipmerge_core.runtime.input_files import FileKind, Schema
+from ipmerge_core.runtime.patterns import compile_pattern
 from ipmerge_core.tasks.answers import stated_result
 from ipmerge_core.ui.analyse.models_form import read_request
 from ipmerge_core.ui.pairs import find_partial
@@ -91,7 +91,6 @@ DOORS: dict[str, Callable[[str], object]] = {
     "prompt": _prompt,
     "result of an answer": stated_result,
     "tensor name, decoder": _anyway(_decoders_of),
-    "tensor name, module": lambda text: module_name(text, SimpleNamespace(config={})),  # type: ignore[arg-type]
     "tensor name, rows": split_address,
     "hub id": _anyway(as_hub_id),
     "pack id": lambda text: find_partial(f"packs-{text}"),

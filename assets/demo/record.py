@@ -128,11 +128,12 @@ def main() -> None:
     for old in (out / "examples").glob("*.png"):
         old.unlink()
     chosen = plans(out, arguments.lambda_, arguments.math_weight)
+    resized_by = ModelProcessor(out / "mllm", takes_images=True).image_processor
     rows = pick(collect(out, chosen, arguments.seed))
     content = {
         "recorded": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} {platform.machine()} cores, one thread, "
-        f"torch {torch.__version__}",
+        f"torch {torch.__version__}, {resized_by}",
         "trio": f"assets/demo, problems of seed {DRAWS['recorded'][1]}, greedy decoding",
         "plan": f"IP-Merging, gamma_norm=max, lambda {arguments.lambda_:g}, all matrices "
         f"(plan {chosen['merged'].hash})",

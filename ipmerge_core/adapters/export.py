@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ipmerge_core.adapters.factors import (
-    module_name,
     of_one_rank,
     reduce_rank,
     update_of,
     with_lambda,
 )
 from ipmerge_core.errors import PlanError
+from ipmerge_core.inference.module_names import module_names
 from ipmerge_core.merging.merge import reopen
 from ipmerge_core.merging.model_card import front_matter, settings_table
 from ipmerge_core.merging.parts import work_of
@@ -110,6 +110,7 @@ def iter_adapter(
         PlanError: the method's change is not of low rank, no matrix is selected, or the device is
             not available.
         CheckpointError: `out` is not empty, or a source cannot be used.
+        ModelLoadError: transformers cannot build the MLLM, to find the modules of the adapter.
         PairingError: a source differs from the one the plan was made for, or is written during
             the run, or the sibling check refuses the models.
         RunError: the output cannot be written.
@@ -121,13 +122,14 @@ def iter_adapter(
     before = pair.stamps()
     pair.require_common_base(TO_FORCE, force=force)
     work = work_of(plan, pair)
+    modules = module_names(pair.mllm, work)
     unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     steps: list[AdapterStep] = []
     for index, (tensor, matrices) in enumerate(work.items(), 1):
         update = update_of(unit, pair, tensor, matrices, where)
         kept = reduce_rank(update, tolerance, max_rank)
-        module = module_name(tensor, pair.mllm)
+        module = modules[tensor]
         step = AdapterStep(tensor, module, kept.rank, kept.needed, kept.residual, index, len(work))
         if kept.rank:
             factors[f"base_model.model.{module}"] = kept.A.cpu(), kept.B.cpu()

@@ -7,7 +7,6 @@ P = rho dM V diag(gamma^2) V^T is numerically of low rank because gamma is squar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ipmerge_core.merging.parts import Chosen, on_one_base, rounding_noise
+from ipmerge_core.merging.parts import Chosen, low_rank_changes, on_one_base, rounding_noise
 from ipmerge_core.methods.ip_merging import ip_updates
-from ipmerge_core.models.checkpoint import Checkpoint, split_address
+from ipmerge_core.models.checkpoint import split_address
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.spectral.similarity import Update
+from ipmerge_core.spectral.spectrum import svd_of_product
 
 
 class LowRank(NamedTuple):
@@ -68,7 +68,8 @@ def update_of(
         parameters: dict[str, Any] = plan.parameters_for(matrix.layer)
         del parameters["ablation"]  # the projection is never left out here
         with torch.no_grad():
-            found = list(ip_updates(*inputs, **parameters, noise=rounding_noise(weights)))
+            noise, low_rank = rounding_noise(weights), low_rank_changes(weights)
+            found = list(ip_updates(*inputs, **parameters, noise=noise, low_rank=low_rank))
         rows = split_address(matrix.mllm)[1] or range(height)
         updates.append(in_rows(sum_of(found), rows, height))
     return sum_of(updates)
@@ -97,17 +98,17 @@ def reduce_rank(update: Update, tolerance: float, max_rank: int) -> LowRank:
             sum_{i>r} s_i^2 <= tolerance^2 sum s_i^2. The factors share the weight:
             B = U sqrt(s), A = sqrt(s) V^T.
     """
-    Q_l, R_l = torch.linalg.qr(update.gain * update.left.double())
-    Q_r, R_r = torch.linalg.qr(update.right.double().T)
-    U, s, Vh = torch.linalg.svd(R_l @ R_r.T)
+    found = svd_of_product(update.gain * update.left, update.right, dtype=torch.float64)
+    assert found.U is not None, "svd without U"
+    U, s, Vh = found.U, found.S, found.Vh
     tail = s.square().flip(0).cumsum(0).flip(0)  # tail[r] is what r directions leave out
     whole = float(tail[0]) if len(tail) else 0.0
     needed = int((tail > tolerance**2 * whole).sum())
     rank = min(needed, max_rank)
     left_out = float(tail[rank]) if rank < len(tail) else 0.0
     root = s[:rank].sqrt()
-    B = ((Q_l @ U[:, :rank]) * root).float().contiguous()
-    A = (root[:, None] * (Vh[:rank] @ Q_r.T)).float().contiguous()
+    B = (U[:, :rank] * root).float().contiguous()
+    A = (root[:, None] * Vh[:rank]).float().contiguous()
     return LowRank(A, B, needed, (left_out / whole) ** 0.5 if whole else 0.0)
 
 
@@ -123,18 +124,3 @@ def of_one_rank(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tenso
         tensors[f"{module}.lora_A.weight"] = pad(A, (0, 0, 0, missing)).contiguous()
         tensors[f"{module}.lora_B.weight"] = pad(B, (0, missing)).contiguous()
     return tensors
-
-
-def module_name(tensor: str, mllm: Checkpoint) -> str:
-    """Name the module that transformers gives a stored matrix to, from the root of the model.
-
-    Files keep the names of the transformers version that wrote them; in memory the decoder of a
-    multimodal model lies under `model.language_model` (or, in Idefics, `model.text_model`).
-    """
-    name = tensor.removesuffix(".weight")
-    found = re.fullmatch(r"(?P<prefix>.*?)(?P<rest>layers\.[0-9]{1,6}\..*)", name, re.DOTALL)
-    if found is None or "text_model." in found["prefix"]:
-        return name
-    if "language_model." in found["prefix"] or "vision_config" in mllm.config:
-        return f"model.language_model.{found['rest']}"
-    return name

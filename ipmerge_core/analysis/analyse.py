@@ -29,6 +29,7 @@ from ipmerge_core.analysis.partial import SUFFIX, Journal, PendingMatrix, journa
 from ipmerge_core.analysis.records import VERSION, Analysis, LayerRecord, Source, Sources, Totals
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
+from ipmerge_core.models.opening import open_model
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights, ModelPair, open_pair
 from ipmerge_core.runtime.atomic import writing
 from ipmerge_core.runtime.devices import free_memory, resolve_device, stream, streams, warn_of_cpu
@@ -237,9 +238,10 @@ def iter_pack(
     out = output_file(out, suffix=SUFFIX)  # a fault before any model is opened
     if out.exists():
         raise RunError(f"'{out}' already exists. Choose another name for the pack.")
-    opened = partial(Checkpoint.open, hub_only=hub_only)
-    own = opened(base_mllm) if base_mllm else None
-    pair = open_pair(opened(mllm), [opened(name) for name in math], opened(base), base_mllm=own)
+    opened = partial(open_model, hub_only=hub_only)
+    own, root = opened(base_mllm) if base_mllm else None, opened(base)
+    experts = [opened(name, base=root) for name in math]
+    pair = open_pair(opened(mllm), experts, root, base_mllm=own)
     pair.require_common_base()
     yield from iter_pack_of(pair, out, options, device=device)
 
@@ -335,7 +337,8 @@ def working_set(pair: ModelPair, matrix: MatrixMatch, options: Options) -> int:
 
 
 def _stored_bytes(pair: ModelPair, matrix: MatrixMatch) -> int:
-    return pair.mllm.spec(matrix.mllm).nbytes * (2 + len(pair.math))
+    experts = sum(model.read_size(name) for model, name in zip(pair.math, matrix.math, strict=True))
+    return 2 * pair.mllm.read_size(matrix.mllm) + experts
 
 
 def _analyse_on(

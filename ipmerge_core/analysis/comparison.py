@@ -18,10 +18,12 @@ from torch import Tensor
 from ipmerge_core.analysis.records import LayerRecord, UpdateNorms
 from ipmerge_core.analysis.singular_values import LEADING, Overlap, SingularValues, Spectra
 from ipmerge_core.errors import PlanError
+from ipmerge_core.models.low_rank import Factors
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral import spectrum
 from ipmerge_core.spectral.kinds import TEMPERATURE
+from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.weight_values import weight_values
 
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
@@ -59,6 +61,11 @@ class Options(NamedTuple):
             raise PlanError(f"directions is {self.directions!r}; expected existing or all.")
         return self
 
+    @property
+    def triplets(self) -> int | None:
+        """How many leading triplets are computed; None for all."""
+        return self.rank or (_QUICK_RANK if self.quick else None)
+
     def decompose(self, change: Tensor, name: str, floor: float) -> spectrum.Spectrum:
         """Decompose one task vector accurately enough to decide which directions exceed `floor`.
 
@@ -67,7 +74,7 @@ class Options(NamedTuple):
         return spectrum.svd(
             change,
             method="randomized" if self.quick else "auto",
-            rank=self.rank or (_QUICK_RANK if self.quick else None),
+            rank=self.triplets,
             vectors="right",
             key=(0, name),
             tolerance=_QUICK_TOLERANCE if self.quick else None,
@@ -100,11 +107,31 @@ class _Side(NamedTuple):
 
 
 def _side(
-    tuned: Tensor, base: Tensor, base_spacing: tuple[Tensor, Tensor], options: Options, name: str
+    tuned: Tensor,
+    base: Tensor,
+    base_spacing: tuple[Tensor, Tensor],
+    factors: Factors | None,
+    options: Options,
+    name: str,
 ) -> _Side:
+    if factors is not None and options.directions == "existing":
+        return _side_of_factors(LowRank.of(*factors), options)
     change = spectrum.task_vector(tuned, base)
     noise = spectrum.noise_floor_of(spectrum.spacing_sums(tuned), base_spacing)
     found = options.decompose(change, name, spectrum.EXISTS * noise)
+    return _measured(change, found, noise, options)
+
+
+def _side_of_factors(known: LowRank, options: Options) -> _Side:
+    """Decompose a task vector of known rank; the values beyond its rank are exactly zero."""
+    change = known.matrix()
+    found = known.spectrum(rank=options.triplets, vectors="right")
+    side = _measured(change, found, known.noise, options)
+    count = min(options.triplets or min(change.shape), *change.shape)
+    return side._replace(sigma=torch.nn.functional.pad(found.S, (0, count - len(found.S))))
+
+
+def _measured(change: Tensor, found: spectrum.Spectrum, noise: float, options: Options) -> _Side:
     existing = found.above(spectrum.EXISTS * noise)
     decomposed = existing if options.directions == "existing" else found
     return _Side(
@@ -133,11 +160,13 @@ def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> It
     base = _base_values(matrix, weights, options)  # first, so that its memory is free again
     spacing = spectrum.spacing_sums(weights.base)  # of a base that the models usually share
     own = spacing if weights.root is weights.base else spectrum.spacing_sums(weights.root)
-    mllm = _side(weights.mllm, weights.root, own, options, f"{matrix.name}|mllm")
+    known, *others = weights.factors
+    mllm = _side(weights.mllm, weights.root, own, known, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
     earlier: list[_Expert] = []
-    for expert, tuned in enumerate(weights.math):
-        math = _side(tuned, weights.base, spacing, options, f"{matrix.name}|math {expert}")
+    for expert, (tuned, factors) in enumerate(zip(weights.math, others, strict=True)):
+        key = f"{matrix.name}|math {expert}"
+        math = _side(tuned, weights.base, spacing, factors, options, key)
         found = _expert(mllm, math, options)
         norms = _update_norms(mllm, found, earlier)
         earlier.append(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -131,6 +132,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Write a plan and print its preview."""
+    from ipmerge_core.planning.description import describe_empty
     from ipmerge_core.planning.plan import make_plan
 
     source: Analysis | ModelPair
@@ -144,6 +146,7 @@ def plan(options: argparse.Namespace) -> int:
         made = _measured(made, options)
     made.save(options.target)
     text = f"Wrote {options.output}: plan {made.hash}, {plan_sentence(made)}"
+    text += f" WARNING: {empty}" if (empty := describe_empty(made)) else ""
     return print_result(
         options, {"plan": options.output, "hash": made.hash, **preview_of(made)}, text
     )
@@ -177,11 +180,14 @@ def merge(options: argparse.Namespace) -> int:
     """Execute a plan, or with --dry-run print an estimate."""
     from ipmerge_core.merging.merge import estimate_merge, iter_merge, require_common_base
     from ipmerge_core.merging.provenance import is_finished, read_manifest
+    from ipmerge_core.planning.description import describe_empty
     from ipmerge_core.runtime.devices import describe_device
     from ipmerge_core.runtime.pipeline import keep_freed_memory
 
     keep_freed_memory()
     plan = read_plan(options)
+    if empty := describe_empty(plan):
+        print(f"WARNING: {empty}", file=sys.stderr)
     if options.dry_run:
         require_common_base(plan, force=options.force)
         need = estimate_merge(plan, options.target, device=options.device)

@@ -153,9 +153,9 @@ def _add_plan(parser: argparse.ArgumentParser, *, own_base: bool = True) -> None
 
 def _add_models(parser: argparse.ArgumentParser, moved: str = "", *, own_base: bool = True) -> None:
     roles = (
-        ("--mllm", "folder or hub id of the multimodal model"),
-        ("--math", "expert model; can be repeated"),
-        ("--base", "text model that all were fine-tuned from"),
+        ("--mllm", "folder or hub id of the multimodal model, or of a LoRA adapter of one"),
+        ("--math", "expert model or LoRA adapter; can be repeated"),
+        ("--base", "text model that all were fine-tuned from; default: the one an adapter names"),
         ("--base-mllm", "base of the MLLM, if it differs"),
     )
     for name, words in roles if own_base else roles[:-1]:

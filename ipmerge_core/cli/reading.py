@@ -26,7 +26,7 @@ def open_models(options: argparse.Namespace) -> ModelPair:
     """Open the models given by the options."""
     from ipmerge_core.models.pairing import open_pair
 
-    if not (options.mllm and options.math and options.base):
+    if not (options.mllm and options.math):
         raise PlanError("Specify the models: --mllm A --math B --base Z (--math can be repeated).")
     return open_pair(options.mllm, options.math, options.base, base_mllm=options.base_mllm)
 

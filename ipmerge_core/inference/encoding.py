@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import ModelLoadError, explained, first_line
+from ipmerge_core.inference.processor_loading import load_processor, name_image_processor
 from ipmerge_core.inference.prompts import (
     ChatFormat,
     Message,
@@ -23,6 +24,7 @@ from ipmerge_core.inference.prompts import (
     split_verbatim,
     without_begin,
 )
+from ipmerge_core.runtime.imports import find_torchvision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,13 +48,17 @@ class ModelProcessor:
     """
 
     def __init__(self, folder: str | Path, *, takes_images: bool) -> None:
-        from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+        find_torchvision()
+        from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.takes_images = Path(folder).name, takes_images
         options = {"local_files_only": True, "trust_remote_code": False}
-        kind, what = (AutoProcessor, "processor") if takes_images else (AutoTokenizer, "tokenizer")
+        what = "processor" if takes_images else "tokenizer"
         with explained(partial(explain_loading, str(folder), what)):
-            self.processor = kind.from_pretrained(str(folder), **options)
+            if takes_images:
+                self.processor = load_processor(folder)
+            else:
+                self.processor = AutoTokenizer.from_pretrained(str(folder), **options)
             self.config = AutoConfig.from_pretrained(str(folder), **options)
             self._refuse_empty()
 
@@ -81,6 +87,11 @@ class ModelProcessor:
         tokenizer = self.tokenizer
         return SpecialIds(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
+    @property
+    def image_processor(self) -> str | None:
+        """The class of the image processor and its library; None for a tokenizer."""
+        return name_image_processor(self.processor)
+
     def encode(self, messages: Sequence[Message]) -> dict[str, Any]:
         """Render a conversation with the chat template and encode it: a batch of one.
 
@@ -88,7 +99,7 @@ class ModelProcessor:
         """
         prompt = render_chat(self.chat_format, messages)
         images = [message.image for message in messages if message.image is not None]
-        with explained(self._refused):
+        with explained(self._refused if images or not self.takes_images else self._needs_image):
             for mark in prompt.verbatim:
                 self._add_mark(mark)
             inputs = self._encode(prompt.text, images)
@@ -125,6 +136,12 @@ class ModelProcessor:
         return ModelLoadError(
             f"The processor of '{self.name}' cannot encode the question ({first_line(error)}). "
             f"Are its processor and tokenizer files those of this model?"
+        )
+
+    def _needs_image(self, error: Exception) -> ModelLoadError:
+        return ModelLoadError(
+            f"The processor of '{self.name}' cannot encode a question without an image "
+            f"({first_line(error)}). Attach an image."
         )
 
     def _encode(self, text: str, images: Sequence[Any]) -> dict[str, Any]:
@@ -192,9 +209,7 @@ class ModelProcessor:
 
 def explain_loading(source: str, what: str, error: Exception) -> ModelLoadError:
     """Describe an error of transformers while it loads a part of the model in `source`."""
-    if "torchvision" in str(error):
-        remedy = "Install torchvision, which this model's image processor requires."
-    elif isinstance(error, ImportError):
+    if isinstance(error, ImportError):
         remedy = "Install the missing library."
     else:
         remedy = "Is the folder complete, and does this version of transformers support the model?"

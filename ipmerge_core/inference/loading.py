@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import ModelLoadError, explained
 from ipmerge_core.inference.encoding import SpecialIds, explain_loading
+from ipmerge_core.inference.processor_loading import processes_images
 from ipmerge_core.inference.processor_process import RemoteProcessor, default_server
-from ipmerge_core.runtime.imports import IMPORTING
+from ipmerge_core.runtime.imports import IMPORTING, find_torchvision
 
 if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
 
 
-_COUNTS_LAYERS = re.compile(r"layers$|^depth$|^n_layer$")
+_COUNTS_LAYERS = re.compile(r"(?<!max_window_)layers$|^depth$|^n_layer$")
 _MOST_LARGER = 3  # than the files; tied weights are stored once
 
 
@@ -79,6 +80,7 @@ class ModelCache:
 def import_libraries() -> None:
     """Import the libraries for running a model, which takes seconds the first time."""
     default_server().start()  # imports them too, at the same time
+    find_torchvision()
     with IMPORTING:
         from transformers import (  # noqa: F401 (imported for its side effect)
             AutoModelForCausalLM,
@@ -111,16 +113,18 @@ def load_model(
     from ipmerge_core.runtime.devices import resolve_device
 
     device = resolve_device(device, fp64=False)
+    find_torchvision()
     folder = Path(folder).expanduser()
     checkpoint = Checkpoint.open(folder)
     _refuse_code(checkpoint)
+    _refuse_type(checkpoint)
     _refuse_adapter(checkpoint)
-    _refuse_layers(checkpoint)
+    refuse_layers(checkpoint)
     takes_images = _takes_images(checkpoint)
     processor = RemoteProcessor(folder, takes_images=takes_images)
     with ThreadPoolExecutor(1) as threads:
         reading = threads.submit(processor.load, stops)
-        model = _load_weights(checkpoint, takes_images)
+        model = _load_weights(checkpoint)
         special_ids = reading.result()
     model.generation_config = _generation_config(checkpoint, special_ids)
     return LoadedModel(
@@ -150,7 +154,26 @@ def _refuse_code(checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_layers(checkpoint: Checkpoint) -> None:
+def _refuse_type(checkpoint: Checkpoint) -> None:
+    """Refuse a known model type that generates text from neither text nor text and images."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = str(checkpoint.config.get("model_type"))
+    known = model_type in CONFIG_MAPPING_NAMES
+    if (
+        known
+        and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and not _has_images(model_type)
+    ):
+        raise ModelLoadError(
+            f"'{checkpoint.id}' cannot chat: transformers has no class for its type "
+            f"'{model_type}' that answers text, or text with images (audio and omni models have "
+            f"other inputs). Analysing and merging it do not require that."
+        )
+
+
+def refuse_layers(checkpoint: Checkpoint) -> None:
     """Refuse a config with more layers than tensors, which would be built one by one."""
     most, parts = len(checkpoint.tensors), [checkpoint.config]
     for part in parts:
@@ -191,32 +214,41 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
 
 
 def _takes_images(checkpoint: Checkpoint) -> bool:
+    """Whether a model has a class for images and text, or a processor for images."""
+    model_type = str(checkpoint.config.get("model_type"))
+    return _has_images(model_type) or processes_images(model_type)
+
+
+def _has_images(model_type: str) -> bool:
+    """Whether transformers has a class for images and text for a model type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    model_type = str(checkpoint.config.get("model_type"))
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: ANN401
+def _load_weights(checkpoint: Checkpoint) -> Any:  # noqa: ANN401
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         GenerationConfig,
     )
 
-    kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    has_images = _has_images(str(checkpoint.config.get("model_type")))
+    kind = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     with explained(partial(explain_loading, checkpoint.id, "model")):
         _refuse_size(checkpoint, kind)
-        model, notes = kind.from_pretrained(
-            checkpoint.id,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            generation_config=GenerationConfig(),  # otherwise read from the folder
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they raise an error below
-        )
+        how = {
+            "dtype": "auto",
+            "local_files_only": True,
+            "use_safetensors": True,
+            "generation_config": GenerationConfig(),  # otherwise read from the folder
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # they raise an error below
+        }
+        if checkpoint.dequantised:
+            model, notes = _from_floats(checkpoint, kind, **how)
+        else:
+            model, notes = kind.from_pretrained(checkpoint.id, trust_remote_code=False, **how)
     for what, sentence in (
         ("missing_keys", "lacks the weight"),
         ("unexpected_keys", "has an unexpected weight:"),
@@ -231,6 +263,19 @@ def _load_weights(checkpoint: Checkpoint, takes_images: bool) -> Any:  # noqa: A
                 f"would be wrong. Do config.json and the weights belong to the same model?"
             )
     return model
+
+
+def _from_floats(checkpoint: Checkpoint, kind: Any, **how: Any) -> Any:  # noqa: ANN401
+    """Load fp8 weights as the floats that are merged, on any device.
+
+    Transformers itself would run them in fp8 on some GPUs, and needs further libraries for others.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**checkpoint.config)
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    model_class = kind._model_mapping[type(config)]
+    return model_class.from_pretrained(None, config=config, state_dict=weights, **how)
 
 
 def _generation_config(checkpoint: Checkpoint, tokenizer: SpecialIds) -> Any:  # noqa: ANN401

@@ -59,7 +59,8 @@ class Limits(NamedTuple):
 class RemoteProcessor:
     """The tokenizer or processor of the model in `folder`, in a process of its own.
 
-    Requests are executed one at a time. `stops` are events that cancel a request.
+    Requests are executed one at a time. `stops` are events that cancel a request. After the first,
+    `image_processor` is the class that resizes images and its library; None for a text model.
 
     All methods raise:
         ModelLoadError: the files cannot be used, or exceed a limit.
@@ -80,6 +81,7 @@ class RemoteProcessor:
         self._server, self._limits = server or default_server(), limits or Limits()
         self._lock = threading.Lock()
         self._process: _Process | None = None
+        self.image_processor: str | None = None
 
     def load(self, stops: Sequence[threading.Event] = ()) -> SpecialIds:
         """Load the files and return the ids of the special tokens."""
@@ -160,10 +162,21 @@ class RemoteProcessor:
                 "takes_images": self.takes_images,
             }
             reply, _ = self._exchange(self._process, request, stops, self._limits.loading)
-            self._process.special_ids = SpecialIds(**reply)
+            self._process.special_ids = SpecialIds(**reply["special_ids"])
+            self._keep_image_processor(reply["image_processor"])
         ids = self._process.special_ids
         assert ids is not None
         return self._process, ids
+
+    def _keep_image_processor(self, found: str | None) -> None:
+        """Refuse another class than before: the answers of a conversation share one."""
+        if self.image_processor not in (None, found):
+            self.close()
+            raise ModelLoadError(
+                f"The image processor of '{self.folder.name}' was {self.image_processor} and is "
+                f"now {found}: torchvision was installed or removed. Start the app again."
+            )
+        self.image_processor = found
 
     def _exchange(
         self,

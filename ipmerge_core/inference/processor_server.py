@@ -23,6 +23,7 @@ from typing import Any
 from ipmerge_core.errors import IPMergeError, ModelLoadError
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.wire import pack_inputs, receive, send, unpack_messages
+from ipmerge_core.runtime.imports import find_torchvision
 
 IDLE_SECONDS = 600.0  # after which a process without requests ends
 _ENDING_SECONDS = 5.0  # for the system to release the memory of a process
@@ -69,7 +70,8 @@ def serve(connection: Connection) -> None:
         try:
             if request["call"] == "load":
                 model = ModelProcessor(request["folder"], takes_images=request["takes_images"])
-                reply, blob = dict(model.special_ids._asdict()), b""
+                ids = dict(model.special_ids._asdict())
+                reply, blob = {"special_ids": ids, "image_processor": model.image_processor}, b""
             else:
                 assert model is not None, "no model was loaded"
                 reply, blob = _answer(model, request, data)
@@ -106,6 +108,8 @@ def _answer(
 def _import_libraries() -> None:
     """Import what every model needs, so that forked processes share it."""
     import torch
+
+    find_torchvision()
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer  # noqa: F401 (side effect)
 
     torch.set_num_threads(1)

@@ -55,6 +55,7 @@ def manifest_of(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan": {**facts_of(plan), "statistic": statistic},
         "sources": asdict(plan.sources),
+        "computed": remarks_of(pair),
         "calibration": _measured(measurements),
         "check": {
             "forced": any(finding.level == "refusal" for finding in findings),
@@ -79,6 +80,11 @@ def manifest_of(
         },
         "files": dict(files),
     }
+
+
+def remarks_of(pair: ModelPair) -> dict[str, str]:
+    """Describe the models whose values are computed while reading, such as adapters, by role."""
+    return {role: model.remark.message for role, model in pair.roles() if model.remark is not None}
 
 
 def attempt_of(device: str, processes: int, resumed: int) -> dict[str, Any]:

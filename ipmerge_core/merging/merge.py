@@ -35,6 +35,7 @@ from ipmerge_core.merging.parts import (
     Work,
     chosen_matrices,
     held,
+    low_rank_changes,
     merging_of,
     on_one_base,
     parts,
@@ -287,11 +288,8 @@ class _Run:
         if part.matrix is not None:
             check = not self.method.propagates_non_finite  # otherwise detected in the result
             return Piece(part, self.pair.read(part.matrix, part.experts, check=check))
-        spec, mllm = part.spec, self.pair.mllm
         # Not checked: buffers such as attention masks contain infinities.
-        return Piece(
-            part, mllm.files.read(spec.shard, spec.start + part.start, spec.start + part.stop)
-        )
+        return Piece(part, self.pair.mllm.read_bytes(part.spec.name, part.start, part.stop))
 
     @property
     def _local(self) -> bool:
@@ -373,6 +371,8 @@ class _Run:
         anchor, weights = method_anchor(self.method, self.plan.anchor), weights.to(device)
         if "noise" in self.method.inputs and part.matrix.module not in EXTRAS:
             supplied["noise"] = rounding_noise(weights, anchor)
+        if "low_rank" in self.method.inputs and part.matrix.module not in EXTRAS:
+            supplied["low_rank"] = low_rank_changes(weights, anchor)
         if report is not None and part.matrix.module not in EXTRAS:
             supplied["report"] = report
         models = on_one_base(weights, device, anchor)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import PlanError
+from ipmerge_core.merging.manifest import remarks_of
 from ipmerge_core.merging.parts import count_extras
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.files import is_hub_id
@@ -39,6 +40,8 @@ def write_card(
     )
     extras = plan.extras if pair is None else count_extras(plan, pair)
     forced = [finding for finding in findings if finding.level == "refusal"]
+    computed = {} if pair is None else remarks_of(pair)
+    notes = [f"- {role}: {_cell(message)}" for role, message in computed.items()]
     lines = [
         "# A merged vision-language model",
         "",
@@ -50,6 +53,7 @@ def write_card(
         "| role | model | revision or fingerprint |",
         "|---|---|---|",
         *(_row(role, source) for role, source in _roles(plan)),
+        *(["", *notes] if notes else []),
         "",
         f"{describe_selection(plan)} were merged{''.join(f', and {what}' for what in extras)}; "
         f"every other tensor, the tokenizer and the processor are byte-identical to the MLLM's.",

@@ -30,6 +30,7 @@ from ipmerge_core.models.pairing import (
 from ipmerge_core.models.shared_tokens import ROWS, shared_rows, shared_tokens
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.spectral.kinds import Anchor
+from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.spectrum import noise_floor
 
 Chosen: TypeAlias = tuple[MatrixMatch, tuple[int, ...]]  # a matrix and its experts
@@ -56,7 +57,7 @@ def on_one_base(
             inject:   on W_v, W_e' = (W_e - W0) + W_v;  interp: on W_v, as they are
     On W_v the MLLM's task vector is 0. Methods are independent of the anchor.
     """
-    base, root, mllm, experts = weights.to(device)
+    base, root, mllm, experts, _ = weights.to(device)
     if anchor == "interp":
         return mllm, mllm, list(experts)
     if anchor == "inject":
@@ -72,11 +73,32 @@ def rounding_noise(weights: MatrixWeights, anchor: Anchor = "two_base") -> tuple
 
     Computed from the stored dtypes before weights are shifted, as shifted weights are in fp32.
     """
-    base, root, mllm, experts = weights
+    base, root, mllm, experts, _ = weights
+    known = low_rank_changes(weights, anchor)
     own = {"two_base": root, "root": base}.get(anchor)
-    vision = noise_floor(mllm, own) if own is not None else 0.0  # zero on W_v
     origin = mllm if anchor == "interp" else base
-    return (vision, *(noise_floor(expert, origin) for expert in experts))
+    tuned = ((mllm, own), *((expert, origin) for expert in experts))
+    return tuple(
+        change.noise if change is not None else _noise_of(model, start)
+        for change, (model, start) in zip(known, tuned, strict=True)
+    )
+
+
+def _noise_of(model: Tensor, start: Tensor | None) -> float:
+    return 0.0 if start is None else noise_floor(model, start)  # the MLLM's is zero on W_v
+
+
+def low_rank_changes(
+    weights: MatrixWeights, anchor: Anchor = "two_base"
+) -> tuple[LowRank | None, ...]:
+    """Return the task vectors of `on_one_base` that are known to be of low rank, the MLLM's first.
+
+    A change keeps its factors as long as it is relative to the base that they were trained on.
+    """
+    vision, *others = weights.factors
+    own = anchor == "two_base" or (anchor == "root" and weights.root is weights.base)
+    kept = [vision if own else None, *(None if anchor == "interp" else each for each in others)]
+    return tuple(None if factors is None else LowRank.of(*factors) for factors in kept)
 
 
 def chosen(plan: MergePlan, pair: ModelPair) -> list[Chosen]:
@@ -239,16 +261,16 @@ def held(pair: ModelPair, part: Part) -> int:
 
 
 def held_by(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> int:
-    """Return the bytes of the inputs of one matrix in the stored dtypes."""
+    """Return the bytes of the inputs of one matrix as they are read."""
     return sum(input_sizes(pair, matrix, experts))
 
 
 def input_sizes(pair: ModelPair, matrix: MatrixMatch, experts: Sequence[int]) -> list[int]:
     """Return the bytes of one matrix in the MLLM, its own base if different, base, experts."""
-    own = 0 if pair.base_mllm is pair.base else pair.base_mllm.spec(matrix.base_mllm).nbytes
+    own = 0 if pair.base_mllm is pair.base else pair.base_mllm.read_size(matrix.base_mllm)
     return [
-        pair.mllm.spec(matrix.mllm).nbytes,
+        pair.mllm.read_size(matrix.mllm),
         own,
-        pair.base.spec(matrix.name).nbytes,
-        sum(pair.math[k].spec(matrix.math[k]).nbytes for k in experts),
+        pair.base.read_size(matrix.name),
+        sum(pair.math[k].read_size(matrix.math[k]) for k in experts),
     ]

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from torch import Tensor
 
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
-from ipmerge_core.methods.registry import Experts, Gain, Noise, Range, merge_method
+from ipmerge_core.methods.registry import Changes, Experts, Gain, Noise, Range, merge_method
+from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.similarity import (
     Update,
     corresponding_angles,
@@ -126,6 +127,7 @@ def ip_merging(
     ablation: Ablation = "none",
     directions: Directions = "existing",
     noise: Noise = None,
+    low_rank: Changes = None,
 ) -> Matrix:
     """Add every expert's rescaled task vector, projected onto the MLLM's leading directions.
 
@@ -153,7 +155,7 @@ def ip_merging(
             merged = merged + lambda_ * task_vector(expert, base)
         return merged
     if ablation == "rescale_only":
-        for found in _compared(base, mllm, experts, rank, directions, noise):
+        for found in _compared(base, mllm, experts, rank, directions, noise, low_rank):
             M = found.change if found.kept is None else truncated(found.change, found.kept)
             merged = merged + lambda_ * (found.rho * M)
         return merged
@@ -169,6 +171,7 @@ def ip_merging(
         rank=rank,
         directions=directions,
         noise=noise,
+        low_rank=low_rank,
     )
     for update in updates:
         merged = merged + update.matrix()
@@ -188,9 +191,10 @@ def ip_updates(
     rank: int | None,
     directions: str,
     noise: Sequence[float] | None = None,
+    low_rank: Sequence[LowRank | None] | None = None,
 ) -> Iterator[Update]:
     """Yield the update lambda P_k of every expert as factors; see `ip_merging`."""
-    for found in _compared(base, mllm, experts, rank, directions, noise):
+    for found in _compared(base, mllm, experts, rank, directions, noise, low_rank):
         angles = corresponding_angles(found.vision, found.expert)
         gamma = (
             top_k_importance(angles, top_k)
@@ -221,18 +225,22 @@ def _compared(
     rank: int | None,
     directions: str,
     noise: Sequence[float] | None,
+    low_rank: Sequence[LowRank | None] | None,
 ) -> Iterator[_Compared]:
     """Decompose the task vector of the MLLM once, and that of each expert."""
     floors = noise or [noise_floor(model, base) for model in (mllm, *experts)]
+    known = low_rank or [None] * (1 + len(experts))
 
-    def decomposed(change: Tensor, floor: float) -> Spectrum:
+    def decomposed(change: Tensor, floor: float, factors: LowRank | None) -> Spectrum:
         if directions == "all":
             return svd(change, rank=rank, vectors="right")
+        if factors is not None:
+            return factors.existing(rank=rank, vectors="right", noise=floor)
         return existing(change, floor, rank=rank, vectors="right")
 
-    vision = decomposed(task_vector(mllm, base), floors[0])
-    for expert, floor in zip(experts, floors[1:], strict=True):
+    vision = decomposed(task_vector(mllm, base), floors[0], known[0])
+    for expert, floor, factors in zip(experts, floors[1:], known[1:], strict=True):
         change = task_vector(expert, base)
-        own = decomposed(change, floor)
+        own = decomposed(change, floor, factors)
         kept = own if rank is not None and rank < min(change.shape) else None
         yield _Compared(change, vision, own, nuclear_ratio(vision, own), kept)

@@ -7,7 +7,8 @@ all generated from `METHODS`, so that a method is described once, in its signatu
 Some keywords are not form fields: the driver supplies them. Their annotation is `Supplied`:
 `tensor_name` (it keys the randomness, and a layer swap reads the layer from it), `statistic` (a
 number of the whole model, see `Statistic`), `noise` (the size of the files' rounding errors in each
-task vector; by default estimated from the matrices), `report` (called with the progress of a slow
+task vector; by default estimated from the matrices), `low_rank` (the task vectors that are known as
+factors, which are then decomposed as such), `report` (called with the progress of a slow
 method), and calibration data such as `mllm_gram`. Every method accepts `tensor_name`, whether
 it uses it or not; the others are valid only if `inputs` lists them.
 """
@@ -40,6 +41,7 @@ from ipmerge_core.methods.declarations import (
     Statistic,
 )
 from ipmerge_core.spectral.kinds import Anchor
+from ipmerge_core.spectral.low_rank import LowRank
 
 Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
 
@@ -105,6 +107,10 @@ WholeModel: TypeAlias = Annotated[
 Noise: TypeAlias = Annotated[
     Sequence[float] | None,
     Supplied("norm of the rounding noise in each task vector, the MLLM's first"),
+]
+Changes: TypeAlias = Annotated[
+    Sequence[LowRank | None] | None,
+    Supplied("task vectors that are known to be of low rank, the MLLM's first; None for others"),
 ]
 
 Report: TypeAlias = Annotated[

@@ -19,6 +19,7 @@ from ipmerge_core.methods.blocks import result_dtype, task_vector_of
 from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base, as_list
 from ipmerge_core.methods.registry import (
+    Changes,
     Coefficient,
     Density,
     Experts,
@@ -36,6 +37,7 @@ from ipmerge_core.methods.sign_election import (
     majority_sign,
     trimmed_,
 )
+from ipmerge_core.spectral.low_rank import LowRank, sum_of
 from ipmerge_core.spectral.spectrum import EXISTS, Spectrum, as_float, existing, noise_floor, svd
 from ipmerge_core.spectral.svd_algorithms import RESOLUTION
 
@@ -52,16 +54,32 @@ Cutoff: TypeAlias = Annotated[
 
 
 class Change(NamedTuple):
-    """A weighted task vector a dW, and the norm of its rounding noise."""
+    """A weighted task vector a dW, the norm of its rounding noise, and its factors if known."""
 
     vector: Tensor
     noise: float
+    low_rank: LowRank | None = None
 
     @property
     def arithmetic_noise(self) -> float:
         """The rounding noise, or that of arithmetic on a vector of this norm, if larger."""
         size = float(torch.linalg.matrix_norm(self.vector, dtype=torch.float64))
         return max(self.noise, RESOLUTION / EXISTS * size)
+
+    def existing(
+        self, *, method: str = "auto", rank: int | None = None, dtype: torch.dtype | None = None
+    ) -> Spectrum:
+        """Decompose the vector, from its factors if known, and keep the existing directions."""
+        if self.low_rank is None:
+            return existing(self.vector, self.noise, method=method, rank=rank, dtype=dtype)
+        return self.low_rank.existing(rank=rank, dtype=dtype or self.vector.dtype, noise=self.noise)
+
+    def without(self, directions: Float[Tensor, "m c"]) -> Change:
+        """Return (I - U U^T) a dW in fp64 for orthonormal columns U, with its arithmetic noise."""
+        vector, factors = self.vector.double(), self.low_rank
+        rest = vector - directions @ (directions.T @ vector)
+        known = None if factors is None else factors.without(directions)
+        return Change(rest, self.arithmetic_noise, known)
 
 
 def changes_of(
@@ -70,15 +88,21 @@ def changes_of(
     experts: Sequence[Tensor],
     weights: Sequence[float],
     noise: Sequence[float] | None = None,
+    low_rank: Sequence[LowRank | None] | None = None,
 ) -> list[Change]:
     """Return the non-zero weighted task vectors in the result's precision."""
     dtype = result_dtype(base, mllm, *experts)
     models = [mllm, *experts]
     floors = noise or [noise_floor(model, base) for model in models]
     vectors = [task_vector_of(model, base).to(dtype) for model in models]
+    known = low_rank or [None] * len(models)
     return [
-        Change(vector if weight == 1 else weight * vector, abs(weight) * floor)
-        for vector, weight, floor in zip(vectors, weights, floors, strict=True)
+        Change(
+            vector if weight == 1 else weight * vector,
+            abs(weight) * floor,
+            factors and factors.scaled(weight),
+        )
+        for vector, weight, floor, factors in zip(vectors, weights, floors, known, strict=True)
         if weight and bool(vector.any())
     ]
 
@@ -96,11 +120,12 @@ def _start(
     mllm_weight: float,
     math_weight: float,
     noise: Sequence[float] | None,
+    low_rank: Sequence[LowRank | None] | None,
 ) -> tuple[Tensor, Tensor, list[Change]]:
     experts = as_list(math)
     weights = [mllm_weight] + [math_weight] * len(experts)
     dtype = result_dtype(base, mllm, *experts)
-    changes = changes_of(base, mllm, experts, weights, noise)
+    changes = changes_of(base, mllm, experts, weights, noise, low_rank)
     return as_float(base).to(dtype), as_float(mllm).to(dtype), changes
 
 
@@ -174,6 +199,7 @@ def tsv(
     math_weight: Coefficient = 1.0,
     scale: Gain = 1.0,
     noise: Noise = None,
+    low_rank: Changes = None,
 ) -> Matrix:
     """Keep the top singular directions of every task vector and orthogonalise them.
 
@@ -187,14 +213,14 @@ def tsv(
             polar factor of directions shared by two models is not unique; here both get the
             common direction.
     """
-    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise)
+    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
     vectors = [change.vector for change in changes]
     if len(vectors) < 2:
         return add_to_base(W0, W_v, vectors[0] if vectors else torch.zeros_like(W0), scale)
     k = min(W0.shape) // len(vectors)
     if k == 0:
         return add_to_base(W0, W_v, torch.stack(vectors).mean(0), scale)
-    spectra = [existing(c.vector, c.noise, method="gram", rank=k) for c in changes]
+    spectra = [change.existing(method="gram", rank=k) for change in changes]
     found = [spectrum for spectrum in spectra if len(spectrum.S)]
     delta = torch.zeros_like(W0)
     if found:
@@ -223,6 +249,7 @@ def iso_c(
     math_weight: Coefficient = 1.0,
     scale: Gain = 1.0,
     noise: Noise = None,
+    low_rank: Changes = None,
 ) -> Matrix:
     """Sum the task vectors and equalise the singular values of the sum.
 
@@ -231,10 +258,10 @@ def iso_c(
     Shapes: all (m, n).
     Source: Isotropic merging, arXiv 2502.04959, where a_i = 1 and s is tuned.
     """
-    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise)
+    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
     delta = torch.zeros_like(W0)
     if changes:
-        found = existing(*_sum(changes))
+        found = _sum(changes).existing()
         if len(found.S):
             delta = found.S.mean() * _left(found) @ found.Vh
     return add_to_base(W0, W_v, delta, scale)
@@ -259,6 +286,7 @@ def iso_cts(
     math_weight: Coefficient = 1.0,
     scale: Gain = 1.0,
     noise: Noise = None,
+    low_rank: Changes = None,
 ) -> Matrix:
     """Combine common directions of the sum with task-specific ones and equalise their strength.
 
@@ -270,17 +298,14 @@ def iso_cts(
             `iso_c`. Decomposed in fp64, since the task-specific residual is small.
     Source: Isotropic merging in common and task-specific subspaces, arXiv 2502.04959.
     """
-    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise)
+    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
     if not changes:
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
     r, tasks = min(W0.shape), len(changes)
     own = round((r - int(r * common_fraction)) / tasks)
-    common = existing(*_sum(changes), dtype=torch.float64).leading(r - own * tasks)
-    U_c, parts = _left(common), []
-    for change in changes if own else ():
-        vector = change.vector.double()
-        rest = vector - U_c @ (U_c.T @ vector)
-        parts.append(existing(rest, change.arithmetic_noise, dtype=torch.float64).leading(own))
+    common = _sum(changes).existing(dtype=torch.float64).leading(r - own * tasks)
+    rests = [change.without(_left(common)) for change in changes if own]
+    parts = [rest.existing(dtype=torch.float64).leading(own) for rest in rests]
     parts.append(common)
     strengths = torch.cat([part.S for part in parts])
     if not len(strengths):
@@ -297,9 +322,11 @@ def _sum(changes: Sequence[Change]) -> Change:
             n^2 = (sum_i n_i^2 + (sum_i n_i)^2) / 2.
     """
     noise = [change.noise for change in changes]
+    known = [change.low_rank for change in changes if change.low_rank is not None]
     return Change(
         torch.stack([change.vector for change in changes]).sum(0),
         hypot(sum(noise), *noise) / 2**0.5,
+        sum_of(known) if len(known) == len(changes) else None,
     )
 
 
@@ -339,7 +366,7 @@ def knots_ties(
             code trims like trim "official". The cutoff is relative here (1e-5 absolute in the
             authors' code), so that small changes are kept.
     """
-    W0, W_v, changes = _start(base, mllm, math, 1.0, 1.0, None)
+    W0, W_v, changes = _start(base, mllm, math, 1.0, 1.0, None, None)
     if not changes:
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
     models = [task_vector_of(matrix, base).to(W0) for matrix in (mllm, *as_list(math))]

@@ -2,9 +2,9 @@
 
 In: a folder or a hub id (`org/name` or `org/name@revision`). Out: a `TensorSpec` per tensor without
 reading any weights, and the bytes or values of one tensor on request, by positioned reads, so that
-memory never holds more than the requested data. Format: safetensors (an 8-byte length, a JSON
-header, the data). Headers are untrusted: sizes, offsets, overlaps and names are validated before
-use. `weight_files.py` selects the weight files; `writer.py` writes checkpoints.
+memory never holds more than the requested data. `headers.py` validates the headers,
+`weight_files.py` selects the weight files, `dequantised.py` reads fp8 weights as floats, and
+`writer.py` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -13,86 +13,61 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, MissingTensorError
-from ipmerge_core.models.files import Files, find_files
-from ipmerge_core.models.weight_files import find_weights, read_json
-from ipmerge_core.runtime.input_files import (
-    MEGABYTE,
-    Count,
-    InvalidContentError,
-    Name,
-    Schema,
-    parse_json,
-)
+from ipmerge_core.models.dequantised import DequantisedFiles, dequantised
+from ipmerge_core.models.files import Files, Stamp, find_files
+from ipmerge_core.models.headers import DTYPES, FLOAT_DTYPES, TensorSpec, read_header
+from ipmerge_core.models.low_rank import Factors
+from ipmerge_core.models.quantised import refuse_unsupported_dtypes
+from ipmerge_core.models.weight_files import CONFIG, WeightFiles, find_weights, read_json
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+__all__ = [
+    "DTYPES",
+    "FLOAT_DTYPES",
+    "Checkpoint",
+    "Remark",
+    "TensorSpec",
+    "as_tensor",
+    "count_non_finite",
+    "split_address",
+    "tensor_bytes",
+]
+
 _FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
 _BLOCKS, _BLOCK = 16, 512  # of every tensor that `content` covers, and their size in bytes
-_HEADER_LIMIT = 16 * MEGABYTE  # more than 100 000 tensors
-_MOST_DIMENSIONS = 16
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Header entry of one tensor. `start` and `stop` are byte offsets in the shard file."""
+class Remark(NamedTuple):
+    """A note on how a model's values are computed; with a remedy, it is a warning."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: str
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the stored data in bytes."""
-        return self.stop - self.start
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
+    subject: str
+    message: str
+    remedy: str = ""
 
 
 class Checkpoint:
-    """One model: its config, its files, and a `TensorSpec` per tensor, in file order."""
+    """One model: its config, its files, and a `TensorSpec` per tensor, in file order.
 
-    def __init__(self, files: Files) -> None:
+    Values are read only by `read`, `read_bytes` and `iter_bytes`, so that a subclass can compute
+    them. With `weights` only these files are opened, and no config.
+    """
+
+    def __init__(self, files: Files, weights: WeightFiles | None = None) -> None:
         self.files = files
-        self.config = read_json(files, "config.json")
-        self.weights = find_weights(files, self.config)
+        self.config = read_json(files, CONFIG) if weights is None else {}
+        self.weights = weights or find_weights(files, self.config)
         self.shards = list(self.weights.shards)
         self.tensors: dict[str, TensorSpec] = {}
         for shard in self.shards:
-            for spec in _read_header(files, shard):
+            for spec in read_header(files, shard):
                 if spec.name in self.tensors:
                     raise CorruptShardError(
                         f"'{spec.name}' is in both '{self.tensors[spec.name].shard}' and "
@@ -101,20 +76,31 @@ class Checkpoint:
                 self.tensors[spec.name] = spec
         self.weights.check_index(self.id, {name: spec.shard for name, spec in self.tensors.items()})
         self._refuse_partitioned()
+        refuse_unsupported_dtypes(self.id, self.config, self.tensors)
 
     @classmethod
     def open(cls, source: str | Path, *, hub_only: bool = False) -> Checkpoint:
         """Open a model folder or a hub id by its headers, without reading weights.
+
+        Weights in fp8 with scales are read as floats of the config's dtype, see `dequantised`.
 
         Args:
             source: a folder, or `org/name`, or `org/name@revision`.
             hub_only: accept only hub ids, for untrusted input.
 
         Raises:
-            CheckpointError: the model does not exist or has no safetensors weights.
+            CheckpointError: the model does not exist, has no safetensors weights, or they are of
+                an unsupported dtype, or fp8 with scales that do not fit.
             CorruptShardError: a header is inconsistent with its file.
         """
-        return cls(find_files(source, hub_only=hub_only))
+        return cls.of(find_files(source, hub_only=hub_only))
+
+    @classmethod
+    def of(cls, files: Files) -> Checkpoint:
+        """Open a model by its files; see `open`."""
+        stored = cls(files)
+        floats = dequantised(stored.files, stored.config, stored.weights, stored.tensors)
+        return stored if floats is None else cls(floats)
 
     def _refuse_partitioned(self) -> None:
         """Refuse the placeholders that DeepSpeed ZeRO-3 saves instead of partitioned weights."""
@@ -135,6 +121,28 @@ class Checkpoint:
     def id(self) -> str:
         """The folder or hub id of the model."""
         return self.files.id
+
+    @property
+    def dequantised(self) -> DequantisedFiles | None:
+        """The files that read fp8 weights as floats; None if all weights are read as stored."""
+        return self.files if isinstance(self.files, DequantisedFiles) else None
+
+    @property
+    def remark(self) -> Remark | None:
+        """How the values of this model are computed, if they are not those of its files."""
+        return Remark("fp8", self.dequantised.describe()) if self.dequantised else None
+
+    def factors(self, name: str, base: Checkpoint) -> Factors | None:
+        """Return the change of a matrix relative to `base` as factors; None if unknown."""
+        return None
+
+    def read_size(self, name: str) -> int:
+        """Return the size in bytes of what `read` returns."""
+        return self.spec(name).nbytes
+
+    def stamps(self) -> dict[tuple[str, str], Stamp | None]:
+        """Return the stamps of the files that determine the weights, by model and name."""
+        return {(self.id, shard): self.files.stamp(shard) for shard in self.shards}
 
     @property
     def nbytes(self) -> int:
@@ -211,16 +219,17 @@ class Checkpoint:
         shape = (rows.stop - rows.start, *whole.shape[1:])
         return TensorSpec(name, whole.dtype, shape, whole.shard, start, stop)
 
-    def read_bytes(self, name: str) -> bytearray:
-        """Read the stored bytes of a tensor."""
+    def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Read the bytes [start, stop) of a tensor in its stored dtype."""
         spec = self.spec(name)
-        return self.files.read(spec.shard, spec.start, spec.stop)
+        last = spec.stop if stop is None else spec.start + stop
+        return self.files.read(spec.shard, spec.start + start, last)
 
     def iter_bytes(self, name: str, step: int = 1 << 20) -> Iterator[bytearray]:
-        """Read the stored bytes of a tensor in pieces."""
-        spec = self.spec(name)
-        for start in range(spec.start, spec.stop, step):
-            yield self.files.read(spec.shard, start, min(start + step, spec.stop))
+        """Read the bytes of a tensor in pieces."""
+        nbytes = self.spec(name).nbytes
+        for start in range(0, nbytes, step):
+            yield self.read_bytes(name, start, min(start + step, nbytes))
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype, on the CPU."""
@@ -293,68 +302,3 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data: bytes = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return data
-
-
-def _read_header(files: Files, shard: str) -> list[TensorSpec]:
-    """Parse the header of a shard and validate it against the file, in data order."""
-    size = files.size(shard)
-    fault = _Fault(files.id, shard)
-    if size < 8:
-        raise fault(f"it has {size} bytes, too few for a header")
-    length = int.from_bytes(files.read(shard, 0, 8), "little")
-    if length > min(_HEADER_LIMIT, size - 8):
-        raise fault(
-            f"its header claims {length} bytes in a file of {size}; the maximum is {_HEADER_LIMIT}"
-        )
-    try:
-        content = parse_json(files.read(shard, 8, 8 + length), _HEADER_LIMIT)
-        if isinstance(content, dict):
-            content.pop("__metadata__", None)
-        header = _HEADER.validate(content)
-    except InvalidContentError as error:
-        raise fault(f"its header cannot be read ({error})") from error
-    specs = [_read_entry(fault, shard, 8 + length, name, header[name]) for name in header]
-    specs.sort(key=lambda spec: (spec.start, spec.stop))
-    position = 8 + length
-    for spec in specs:
-        if spec.start != position:
-            raise fault(f"the data of '{spec.name}' overlaps another tensor or leaves a gap")
-        position = spec.stop
-    if position != size:
-        raise fault(f"its tensors end at byte {position} of {size}")
-    return specs
-
-
-class _Fault:
-    """Creates a CorruptShardError that names the file and the remedy."""
-
-    def __init__(self, model: str, shard: str) -> None:
-        self.model, self.shard = model, shard
-
-    def __call__(self, what: str) -> CorruptShardError:
-        return CorruptShardError(
-            f"'{self.shard}' of '{self.model}' is damaged or incomplete: {what}. Download it again."
-        )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """The header's entry of one tensor."""
-
-    dtype: Name
-    shape: Annotated[list[Count], Field(max_length=_MOST_DIMENSIONS)]
-    data_offsets: tuple[Count, Count]
-
-
-_HEADER = Schema[dict[Name, _Entry]](dict[Name, _Entry])
-
-
-def _read_entry(fault: _Fault, shard: str, data: int, name: str, entry: _Entry) -> TensorSpec:
-    dtype, shape, (start, stop) = entry.dtype, entry.shape, entry.data_offsets
-    if dtype not in DTYPES:
-        raise fault(f"'{name}' has the unknown dtype {dtype!r}")
-    spec = TensorSpec(name, dtype, tuple(shape), shard, data + start, data + stop)
-    expected = spec.numel * DTYPES[dtype].itemsize
-    if spec.nbytes != expected:
-        raise fault(f"'{name}' has {spec.nbytes} bytes; its shape and dtype require {expected}")
-    return spec

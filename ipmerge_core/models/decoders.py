@@ -2,8 +2,8 @@
 
 In: a `Checkpoint`. Out: `Decoder`s: tensors by (text layer, name inside the layer), independent of
 the prefix, with fused projections split by rows and non-text layers listed separately. Does not
-depend on the model family. Unsupported layers are rejected by name: quantised storage, hybrid
-layers, projections other than q, k, v, o, gate, up and down.
+depend on the model family. Unsupported layers are rejected by name: hybrid layers, projections
+other than q, k, v, o, gate, up and down.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ipmerge_core.errors import PairingError, ShapeError
-from ipmerge_core.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorSpec
+from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec
 from ipmerge_core.runtime.input_files import InvalidContentError, Schema
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -37,9 +37,6 @@ _MOE = re.compile(
     r"(mlp\.(experts|gate|router|shared_experts?|shared_expert_gate)\.|block_sparse_moe\.).+"
 )
 _BUFFER = re.compile(r"self_attn\.(rotary_emb\.\w+|masked_bias)")
-_QUANTISED = re.compile(
-    r".*\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|scales|SCB|absmax|quant_map)"
-)
 
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]
@@ -113,7 +110,9 @@ def text_config(model: Checkpoint) -> dict[str, Any]:
 def inner_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the config of the language model inside that of a multimodal model, if any."""
     inner = (config.get(key) for key in ("text_config", "llm_config", "language_config"))
-    return next((part for part in inner if isinstance(part, dict)), None)
+    found = next((part for part in inner if isinstance(part, dict)), None)
+    thinker = config.get("thinker_config")  # the language model of omni models has its own towers
+    return inner_config(thinker) if found is None and isinstance(thinker, dict) else found
 
 
 def find_decoders(role: str, model: Checkpoint) -> list[Decoder]:
@@ -151,7 +150,6 @@ def refuse_unsupported(model: Checkpoint, decoder: Decoder) -> None:
             f"layer {missing}. Is a shard missing?"
         )
     for (layer, rest), spec in decoder.tensors.items():
-        _refuse_quantised(model, spec, rest)
         if len(spec.shape) > 1 and rest not in MATRICES:
             raise PairingError(
                 f"'{spec.name}' of '{model.id}' {spec.shape} in layer {layer} is none of the "
@@ -160,9 +158,6 @@ def refuse_unsupported(model: Checkpoint, decoder: Decoder) -> None:
 
 
 def _no_decoder(role: str, model: Checkpoint, groups: Mapping[str, Any]) -> PairingError:
-    quantised = next((name for name in model.tensors if _QUANTISED.fullmatch(name)), None)
-    if quantised is not None:
-        return _quantised_error(model, quantised)
     found = (
         spec.name
         for layers in groups.values()
@@ -176,19 +171,6 @@ def _no_decoder(role: str, model: Checkpoint, groups: Mapping[str, Any]) -> Pair
         f"The {role} '{model.id}' has no decoder matrices named like "
         f"'...layers.0.self_attn.q_proj.weight'.{hint} Expected a Llama-like decoder in the "
         f"transformers layout."
-    )
-
-
-def _refuse_quantised(model: Checkpoint, spec: TensorSpec, rest: str) -> None:
-    if _QUANTISED.fullmatch(rest) or (rest in MATRICES and spec.dtype not in FLOAT_DTYPES):
-        raise _quantised_error(model, spec.name)
-
-
-def _quantised_error(model: Checkpoint, name: str) -> PairingError:
-    return PairingError(
-        f"'{name}' of '{model.id}' is quantised ({model.spec(name).dtype}). Differences of "
-        f"quantised weights are mostly rounding errors: use the original float weights (F32, F16, "
-        f"BF16)."
     )
 
 

@@ -274,6 +274,11 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
     folder = expand_path(source)
     if folder.is_dir():
         return LocalFiles(folder)
+    if folder.is_file():
+        raise CheckpointError(
+            f"'{folder}' is a file. Expected a folder with config.json and safetensors files: give "
+            f"'{folder.parent}' if it is one. Models in a single file, such as GGUF, are not read."
+        )
     if isinstance(source, str) and is_hub_id(source) and not folder.exists():
         return open_hub(source)
     raise CheckpointError(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ipmerge_core.errors import CheckpointError, explained, first_line
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.decoders import inner_config
-from ipmerge_core.runtime.imports import IMPORTING
+from ipmerge_core.runtime.imports import IMPORTING, find_torchvision
 
 NOT_SET = "not set"
 # Keys that do not change what a text model computes from its weights.
@@ -114,6 +114,7 @@ def _written(model: Checkpoint) -> Settings:
 def _with_defaults(model: Checkpoint, written: Settings) -> Settings:
     """Complete the settings with transformers' defaults, if it knows the model's type."""
     with IMPORTING:
+        find_torchvision()
         from transformers import AutoConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

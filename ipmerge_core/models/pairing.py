@@ -36,10 +36,12 @@ from ipmerge_core.models.decoders import (
     text_config,
 )
 from ipmerge_core.models.files import FROM_DISK, OVER_NETWORK, Pace, Stamp
+from ipmerge_core.models.low_rank import Factors
+from ipmerge_core.models.opening import Source, named_base, open_model
+from ipmerge_core.models.quantised import refuse_quantised
 from ipmerge_core.models.siblings import Finding, Member, check_siblings
 from ipmerge_core.models.writer import files_to_copy
 
-Source = str | Path | Checkpoint
 Stamps: TypeAlias = dict[tuple[str, str], Stamp | None]  # by the model's id and the file's name
 
 __all__ = [
@@ -79,20 +81,24 @@ class MatrixMatch:
 class MatrixWeights(NamedTuple):
     """One matrix of every participating model, in the stored dtypes.
 
-    `root` is the MLLM's own base: the same tensor as `base` if both share one base.
+    `root` is the MLLM's own base: the same tensor as `base` if both share one base. `factors` are
+    those of the changes that are known to be of low rank: of the MLLM relative to `root`, then of
+    every expert relative to `base`; None for the others.
     """
 
     base: Tensor
     root: Tensor
     mllm: Tensor
     math: tuple[Tensor, ...]
+    factors: tuple[Factors | None, ...]
 
     def to(self, device: str | torch.device) -> MatrixWeights:
         """Return a copy on another device."""
         base = self.base.to(device)
         root = base if self.root is self.base else self.root.to(device)
         experts = tuple(expert.to(device) for expert in self.math)
-        return MatrixWeights(base, root, self.mllm.to(device), experts)
+        factors = tuple(found and found.to(device) for found in self.factors)
+        return MatrixWeights(base, root, self.mllm.to(device), experts, factors)
 
 
 class ModelPair:
@@ -102,8 +108,11 @@ class ModelPair:
         self, mllm: Checkpoint, math: Sequence[Checkpoint], base: Checkpoint, base_mllm: Checkpoint
     ) -> None:
         self.mllm, self.math, self.base, self.base_mllm = mllm, tuple(math), base, base_mllm
+        for model in dict.fromkeys((mllm, *self.math, base, base_mllm)):
+            refuse_quantised(model.id, model.config, model.tensors)
         root = find_decoders("base", base)[0]
         refuse_unsupported(base, root)
+        _refuse_other_layout(mllm)
         self._decoder = _align("mllm", mllm, base, root)
         own = root if base_mllm is base else _align("mllm's base", base_mllm, base, root)
         experts = [_align("math model", expert, base, root) for expert in self.math]
@@ -193,6 +202,10 @@ class ModelPair:
             root=base if shared else read(self.base_mllm, matrix.base_mllm),
             mllm=read(self.mllm, matrix.mllm),
             math=tuple(read(self.math[k], matrix.math[k]) for k in chosen),
+            factors=(
+                self.mllm.factors(matrix.mllm, self.base_mllm),
+                *(self.math[k].factors(matrix.math[k], self.base) for k in chosen),
+            ),
         )
 
     @property
@@ -219,12 +232,11 @@ class ModelPair:
 
     def stamps(self) -> Stamps:
         """Return the stamps of the models' files, to find changes with `check_unchanged`."""
-        models = dict.fromkeys(model for _, model in self.roles())
-        return {
-            (model.id, name): model.files.stamp(name)
-            for model in models
-            for name in (*model.shards, *files_to_copy(model))
-        }
+        found: Stamps = {}
+        for model in dict.fromkeys(model for _, model in self.roles()):
+            found |= model.stamps()
+            found |= {(model.id, name): model.files.stamp(name) for name in files_to_copy(model)}
+        return found
 
     def check_unchanged(self, before: Stamps) -> None:
         """Check that no file of the models has been written, added or removed since `before`.
@@ -235,7 +247,7 @@ class ModelPair:
         """
         now = self.stamps()
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        shards = {(model.id, shard) for _, model in self.roles() for shard in model.shards}
+        shards = {key for _, model in self.roles() for key in model.stamps()}
         for key in sorted(changed, key=lambda key: key not in shards):
             kind = PairingError if key in shards else RunError
             raise kind(
@@ -286,16 +298,18 @@ class ModelPair:
 def open_pair(
     mllm: Source,
     math: Source | Sequence[Source],
-    base: Source,
+    base: Source | None = None,
     *,
     base_mllm: Source | None = None,
 ) -> ModelPair:
     """Open the models by their headers and match their decoder matrices, without reading weights.
 
     Args:
-        mllm: the multimodal model: a folder, a hub id `org/name[@revision]`, or a Checkpoint.
-        math: the expert, or a list of experts.
-        base: the text model that the experts (and the MLLM) were fine-tuned from.
+        mllm: the multimodal model: a folder, a hub id `org/name[@revision]`, or a Checkpoint. A
+            LoRA adapter is applied to the base that it names.
+        math: the expert, or a list of experts; LoRA adapters are applied to `base`.
+        base: the text model that the experts (and the MLLM) were fine-tuned from. By default the
+            one that the first adapter among the experts names.
         base_mllm: the text model that the MLLM was built on, if it differs from `base`.
 
     Raises:
@@ -305,17 +319,24 @@ def open_pair(
     experts = [math] if isinstance(math, str | Path | Checkpoint) else list(math)
     if not experts:
         raise PairingError("No math model given; expected at least one expert.")
-    root = _open(base)
+    root = open_model(base) if base is not None else named_base(experts)
     return ModelPair(
-        _open(mllm),
-        [_open(expert) for expert in experts],
+        open_model(mllm),
+        [open_model(expert, base=root) for expert in experts],
         root,
-        root if base_mllm is None else _open(base_mllm),
+        root if base_mllm is None else open_model(base_mllm),
     )
 
 
-def _open(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+def _refuse_other_layout(mllm: Checkpoint) -> None:
+    """Refuse an MLLM with tensors that the files of its layout do not have."""
+    for spec in mllm.tensors.values():
+        if spec.shard not in mllm.shards:
+            raise PairingError(
+                f"'{spec.name}' of the mllm '{mllm.id}' has the shape {spec.shape}, with which its "
+                f"base does not store it; a merged model keeps the layout of its files. Merge the "
+                f"adapter into its base with PEFT first (merge_and_unload)."
+            )
 
 
 def _align(role: str, model: Checkpoint, base: Checkpoint, wanted: Decoder) -> Decoder:

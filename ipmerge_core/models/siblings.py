@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from ipmerge_core.errors import CheckpointError
 from ipmerge_core.models.catalogue import likely_base
-from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.checkpoint import Checkpoint, split_address
 from ipmerge_core.models.decoders import BIASES, EMBEDDINGS, HEAD, NORMS
 from ipmerge_core.models.differences import (
     Differences,
@@ -90,9 +90,16 @@ def check_siblings(
 
 
 def _check_files(members: Sequence[Member]) -> Iterator[Finding]:
-    """Report other files in the folder that could be mistaken for the model's weights."""
+    """Report computed values, and other files that could be mistaken for the model's weights."""
     for member in members:
         model, weights = member.model, member.model.weights
+        if (remark := model.remark) is not None:
+            yield Finding(
+                "warning" if remark.remedy else "ok",
+                f"{member.role}: {remark.subject}",
+                remark.message,
+                remark.remedy,
+            )
         if weights.unused:
             first, *more = weights.unused
             read = weights.index or weights.shards[0]
@@ -157,6 +164,13 @@ def _difference(subject: str, key: str, ours: object, theirs: object) -> Finding
             f"{one_line(ours)} rows, {one_line(theirs)} in the base: the MLLM's embeddings are "
             f"kept.",
         )
+    if key == "tie_word_embeddings":
+        return Finding(
+            "ok",
+            subject,
+            f"{one_line(ours)}, {one_line(theirs)} in the base: the MLLM's embeddings and output "
+            f"head are kept by default.",
+        )
     return Finding(
         "refusal" if key in _MUST_AGREE else "warning",
         subject,
@@ -167,20 +181,27 @@ def _difference(subject: str, key: str, ours: object, theirs: object) -> Finding
 
 def _check_dtypes(members: Sequence[Member]) -> Iterator[Finding]:
     found = {
-        member.role: sorted({member.model.spec(name).dtype for name in member.names})
+        member.role: sorted({_stored_dtype(member.model, name) for name in member.names})
         for member in members
     }
     text = ", ".join(f"{role} {'/'.join(dtypes)}" for role, dtypes in found.items())
     if len({tuple(dtypes) for dtypes in found.values()}) == 1:
         dtypes = next(iter(found.values()))
         yield Finding("ok", "dtype", f"All decoders are stored as {'/'.join(dtypes)}.")
-    else:
-        yield Finding(
-            "warning",
-            "dtype",
-            f"The decoders are stored in different dtypes: {text}.",
-            "Task vectors then include the rounding of the coarser dtype; see the noise floor.",
-        )
+        return
+    fp8 = any(member.model.dequantised for member in members)  # its rounding has a finding
+    yield Finding(
+        "warning",
+        "dtype",
+        f"The decoders are stored in different dtypes: {text}.",
+        "Task vectors then include the rounding of the coarser dtype"
+        f"{'.' if fp8 else '; see the noise floor.'}",
+    )
+
+
+def _stored_dtype(model: Checkpoint, name: str) -> str:
+    files = model.dequantised
+    return files.stored_dtype(split_address(name)[0]) if files else model.spec(name).dtype
 
 
 def _check_distances(

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 
 from ipmerge_core.errors import CheckpointError, MissingTensorError
-from ipmerge_core.models.files import Files
+from ipmerge_core.models.files import Files, LocalFiles
 from ipmerge_core.runtime.input_files import (
     MEGABYTE,
     InvalidContentError,
@@ -27,6 +27,7 @@ from ipmerge_core.runtime.input_files import (
     parse_json,
 )
 
+CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -39,7 +40,13 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(
     r"model(-\d+-of-\d+)?\.[^.]+\.safetensors|model\.safetensors\.index\.[^.]+\.json"
 )
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OTHER_LAYOUTS = ("adapter_model", "consolidated")  # PEFT adapters; Mistral's additional copy
+# The state of a training run, which belongs to no model.
+_TRAINING_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states)[^/]*"
+    r"\.(bin|pt|pth|pkl)|trainer_state\.json|trainer_log\.jsonl|latest"
+)
 _NAMED_BY_CONFIG = "transformers_weights"  # a key of config.json
 _LARGEST_JSON = 64 * MEGABYTE  # of a config or an index: 100 bytes per tensor
 T = TypeVar("T")
@@ -84,10 +91,14 @@ class WeightFiles:
         """Return whether a file of this name is copied unchanged into a merged model.
 
         Weights are written tensor by tensor. Other weight files, their indexes and adapters are
-        not copied, since they could be loaded instead of or on top of the merged weights.
+        not copied, since they could be loaded instead of or on top of the merged weights, nor is
+        the state of a training run.
         """
         return name == self.index or not (
-            name.endswith(_FORMATS) or _AN_INDEX.search(name) or name == ADAPTER_CONFIG
+            name.endswith(_FORMATS)
+            or _AN_INDEX.search(name)
+            or _TRAINING_STATE.fullmatch(name)
+            or name == ADAPTER_CONFIG
         )
 
     def check_index(self, model: str, placed: Mapping[str, str]) -> None:
@@ -133,12 +144,39 @@ def find_weights(files: Files, config: Mapping[str, Any]) -> WeightFiles:
     )
 
 
+def is_adapter(names: Sequence[str]) -> bool:
+    """Whether a folder holds a PEFT adapter and no full weights."""
+    full = (
+        name
+        for name in names
+        if name.endswith(_SAFETENSORS) or name in (INDEX, *_PICKLED)
+        if not name.startswith(_OTHER_LAYOUTS)
+    )
+    return ADAPTER_CONFIG in names and not any(full)
+
+
+def adapter_weights(files: Files) -> WeightFiles:
+    """Select the weight file of an adapter. Raises: CheckpointError if it has none."""
+    names = files.names()
+    if ADAPTER_WEIGHTS in names:
+        return WeightFiles((ADAPTER_WEIGHTS,))
+    pickled = next((name for name in names if name.endswith(_PICKLES)), None)
+    if pickled is not None:
+        raise CheckpointError(
+            f"The adapter '{files.id}' has its weights only as pickle ('{pickled}'), which can "
+            f"execute code. If you trust it, load it with PEFT and save it with save_pretrained."
+        )
+    raise CheckpointError(
+        f"The adapter '{files.id}' has no '{ADAPTER_WEIGHTS}'. Was the download complete?"
+    )
+
+
 def read_json(files: Files, name: str) -> dict[str, Any]:
     """Read a JSON object from a model folder. Raises: CheckpointError."""
     if name not in files.names():
         raise CheckpointError(
             f"'{files.id}' has no {name}. Expected a model folder in the transformers layout."
-            f"{_gguf_hint(files.names())}"
+            f"{_hint(files.names()) or _models_inside(files)}"
         )
     return _parsed(files, name, _OBJECT, foreign=True)
 
@@ -219,7 +257,9 @@ def _why_none(files: Files, names: Sequence[str], found: Sequence[str], pickled:
     """Explain why none of the files can be used as the weights, and how to fix it."""
     variants = [name for name in names if _AN_INDEX.search(name) and _VARIANT.fullmatch(name)]
     layouts = [name for name in names if name.startswith(_OTHER_LAYOUTS[1])]
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [
+        name for name in names if name.endswith(_PICKLES) and not _TRAINING_STATE.fullmatch(name)
+    ]
     if found and pickled is not None:
         return (
             f"'{files.id}' contains '{pickled}' and '{found[0]}', and transformers loads the "
@@ -248,17 +288,46 @@ def _why_none(files: Files, names: Sequence[str], found: Sequence[str], pickled:
             f"'{files.id}' has its weights only in a layout other than that of transformers "
             f"('{layouts[0]}'). Use the model in the transformers layout ({WEIGHTS} or {INDEX})."
         )
-    return f"'{files.id}' has no safetensors weights ({WEIGHTS} or {INDEX}).{_gguf_hint(names)}"
+    return f"'{files.id}' has no safetensors weights ({WEIGHTS} or {INDEX}).{_hint(names)}"
 
 
-def _gguf_hint(names: Sequence[str]) -> str:
-    found = next((name for name in names if name.endswith(".gguf")), None)
-    if found is None:
+def _hint(names: Sequence[str]) -> str:
+    """Name weights in a layout that is not read, and what to use instead."""
+    if is_adapter(names):
+        return (
+            " It is a PEFT adapter: where full weights are required, merge it into its base first "
+            "(merge_and_unload)."
+        )
+    gguf = next((name for name in names if name.endswith(".gguf")), None)
+    if gguf is not None:
+        return (
+            f" '{gguf}' is a GGUF file, which is usually quantised: use the safetensors weights "
+            f"that it was converted from."
+        )
+    own = next((name for name in names if name.startswith(_OTHER_LAYOUTS[1])), None)
+    if own is None:
         return ""
     return (
-        f" '{found}' is a GGUF file, which is usually quantised: use the safetensors weights "
-        f"that it was converted from."
+        f" '{own}' is in Mistral's own layout: use the release in the transformers layout "
+        f"(config.json with {WEIGHTS} or {INDEX})."
     )
+
+
+def _models_inside(files: Files) -> str:
+    """Name a model in a subfolder, such as those of a training run or of the hub cache."""
+    if not isinstance(files, LocalFiles):
+        return ""
+    found = [
+        path.parent
+        for depth in ("*", "snapshots/*")
+        for name in (CONFIG, ADAPTER_CONFIG)
+        for path in files.folder.glob(f"{depth}/{name}")
+    ]
+    if not found:
+        return ""
+    newest = max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    count = f"{len(found)} model folder{'s' * (len(found) > 1)}"
+    return f" It contains {count}: give one of them, such as the last written, '{newest}'."
 
 
 def _is_bare(name: str) -> bool:

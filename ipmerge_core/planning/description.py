@@ -87,6 +87,21 @@ def describe_selection(plan: MergePlan) -> str:
     return f"{merged} ({each})"
 
 
+def describe_empty(plan: MergePlan) -> str:
+    """Describe why a plan selects no matrix, and what its merge would write; "" if it selects some.
+
+    A valid plan may do so, but it is rarely intended.
+    """
+    if plan.selected:
+        return ""
+    cause = "The patterns select no matrix"
+    if plan.similarity_threshold is not None:
+        cause = f"No matrix reaches the similarity threshold {plan.similarity_threshold!r}"
+    if plan.extras:
+        return f"{cause}: only {' and '.join(plan.extras)} would be merged."
+    return f"{cause}: the merged model would be identical to the vision-language model."
+
+
 def arguments_of(plan: MergePlan) -> dict[str, Any]:
     """Return the arguments of `make_plan` that give this plan for the same models.
 

@@ -13,19 +13,16 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
-
-import re2
+from typing import Any, Literal, NamedTuple
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.runtime.patterns import compile_pattern
 from ipmerge_core.spectral.kinds import Anchor
 
 Override = Literal["merge", "keep"]
 Norms = Literal["keep", "merge"]
 Embeddings = Literal["keep", "merge-shared"]
 Kind = Literal["pattern", "factors", "choice", "rules"]
-_LONGEST_PATTERN = 1000  # characters
 _MOST_FACTORS = 1000
 
 ANCHORS = {
@@ -201,31 +198,6 @@ def shown(value: float | int | bool | str | None) -> str:
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     return value if isinstance(value, str) else str(value).lower()
-
-
-class Pattern(Protocol):
-    """A compiled regular expression."""
-
-    def search(self, text: str) -> object | None:
-        """Return the first match in a text, or None."""
-
-
-@lru_cache(maxsize=64)
-def compile_pattern(pattern: str) -> Pattern:
-    """Compile a regular expression that searches any text in linear time (RE2's syntax).
-
-    Raises: ValueError for one that is invalid, too long, or needs look-around or backreferences.
-    """
-    if len(pattern) > _LONGEST_PATTERN:
-        raise ValueError(f"it has {len(pattern)} characters; the maximum is {_LONGEST_PATTERN}")
-    settings = re2.Options()
-    settings.log_errors = False
-    try:
-        compiled: Pattern = re2.compile(pattern, options=settings)
-    except re2.error as error:
-        reason = error.args[0]
-        raise ValueError(reason.decode() if isinstance(reason, bytes) else reason) from error
-    return compiled
 
 
 def _read_pattern(option: Option, value: Any) -> str | None:  # noqa: ANN401 (whatever was given)

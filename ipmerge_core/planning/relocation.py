@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ipmerge_core.analysis.analyse import source_of
 from ipmerge_core.analysis.records import Source, Sources
 from ipmerge_core.errors import PairingError, PlanError
-from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.models.opening import open_model
 
 
 def relocate(
@@ -44,21 +44,22 @@ def relocate(
     if base_mllm is not None and sources.base_mllm is None:
         raise PlanError("The plan has one base for all models. Omit --base-mllm.")
     own, experts = sources.base_mllm, math or [None] * len(sources.math)
+    root = _moved("base", sources.base, base)
     return Sources(
         mllm=_moved("mllm", sources.mllm, mllm),
-        base=_moved("base", sources.base, base),
+        base=root,
         base_mllm=_moved("base of the mllm", own, base_mllm) if own else None,
         math=tuple(
-            _moved("math", source, place)
+            _moved("math", source, place, root.location)
             for source, place in zip(sources.math, experts, strict=True)
         ),
     )
 
 
-def _moved(role: str, source: Source, place: str | None) -> Source:
+def _moved(role: str, source: Source, place: str | None, base: str | None = None) -> Source:
     if place is None:
         return source
-    found = source_of(Checkpoint.open(place))
+    found = source_of(open_model(place, base=base))
     if found.fingerprint == source.fingerprint:
         return found
     if (found.revision is None) != (source.revision is None):

@@ -13,7 +13,8 @@ import numpy as np
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
-from ipmerge_core.planning.options import Pattern, PlanOptions, compile_pattern
+from ipmerge_core.planning.options import PlanOptions
+from ipmerge_core.runtime.patterns import Pattern, compile_pattern
 from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
 SELECTION = {"similarity_threshold": 0.4, "similarity": "first"}  # defaults of the selection

@@ -154,6 +154,28 @@ def svd(
     return _signed(_run(run, work), rank, matrix.device, dtype, left=left)
 
 
+def svd_of_product(
+    left: Float[Tensor, "m r"],
+    right: Float[Tensor, "r n"],
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    vectors: str = "both",
+) -> Spectrum:
+    """Compute the SVD of left @ right, with min(m, n, r) triplets; signs and order as `svd`.
+
+    Takes r x r work instead of min(m, n) x min(m, n). Raises: as `svd`.
+    """
+    for factor in (left, right):
+        if factor.numel():
+            check_finite(factor)
+    where = left.device if has_fp64(left.device) else torch.device("cpu")
+    with svd_algorithms.full_precision:
+        found = svd_algorithms.product(left.to(where), right.to(where))
+    count = len(found.values) if rank is None else min(rank, len(found.values))
+    return _signed(found, count, left.device, dtype, left=vectors == "both")
+
+
 def _signed(
     found: svd_algorithms.Factors,
     rank: int,

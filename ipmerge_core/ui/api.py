@@ -372,7 +372,8 @@ def _checked_sides(backend: Backend, pack: str, keys: dict[str, str]) -> dict[st
 
 
 def _side_json(side: Side) -> Json:
-    return {"state": side.state, "text": side.text, "note": side.note, "source": side.source}
+    names = ("state", "text", "note", "source", "image_processor")
+    return {name: getattr(side, name) for name in names}
 
 
 def _decoded(image: str) -> io.BytesIO:

@@ -403,11 +403,11 @@ def _is_merge_of(folder: Path, plan: MergePlan) -> bool:
         return False
     if made.files is None or plan.sources.mllm.revision is not None:
         return True  # an older manifest, or files that cannot change
-    from ipmerge_core.models.checkpoint import Checkpoint
+    from ipmerge_core.models.opening import open_model
     from ipmerge_core.models.writer import files_to_copy
 
     try:
-        mllm = Checkpoint.open(plan.sources.mllm.location)
+        mllm = open_model(plan.sources.mllm.location)
         names = files_to_copy(mllm)
         now = {name: hashlib.sha256(mllm.files.read(name)).hexdigest() for name in names}
         return dict(made.files) == now

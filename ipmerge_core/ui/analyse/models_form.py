@@ -179,13 +179,14 @@ def _check(request: AnalysisRequest, hub_only: bool, device: str) -> Iterator[st
 
 def _open_all(request: AnalysisRequest, hub_only: bool) -> Generator[str, None, list[Checkpoint]]:
     """Open every model and report progress; return them in the order of their addresses."""
-    models = []
+    models: list[Checkpoint] = []
     addresses = list(request.addresses())
     for number, (role, address) in enumerate(addresses, 1):
         yield f"Reading headers, {number} of {len(addresses)}: {role} {address}"
-        from ipmerge_core.models.checkpoint import Checkpoint
+        from ipmerge_core.models.opening import open_model
 
-        models.append(Checkpoint.open(address, hub_only=hub_only))
+        base = models[1] if len(models) > 1 else None  # of an adapter
+        models.append(open_model(address, base=base, hub_only=hub_only))
     return models
 
 

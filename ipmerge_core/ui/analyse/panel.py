@@ -372,7 +372,7 @@ def _fields(*, hosted: bool) -> list[Any]:
         mllm = gr.Textbox(label="Vision-language model", info=address, elem_id="analyse-mllm")
         math = gr.Textbox(
             label="Math models",
-            info="One per line, fine-tuned from the base",
+            info="One per line, fine-tuned from the base; also LoRA adapters",
             lines=2,
             max_lines=4,
             elem_id="analyse-math",

@@ -48,6 +48,7 @@ class Side:
     text: str = ""
     note: str = ""  # progress, or the reason of a failure
     seconds: float = 0.0
+    image_processor: str = ""  # its class and library, for a question with an image
 
     @property
     def is_over(self) -> bool:
@@ -226,6 +227,8 @@ def _fill(
 def _answer(loaded: LoadedModel, side: Side, question: Question, stop: threading.Event) -> None:
     from ipmerge_core.inference.generation import stream_answer
 
+    if question.image is not None:
+        side.image_processor = loaded.processor.image_processor or ""
     started = time.perf_counter()
     for piece in stream_answer(loaded, question.text, question.image, question.settings, stop):
         side.state, side.note = "answering", ""

@@ -171,4 +171,7 @@ def _source(turn: Turn) -> str:
             f'<span class="chip recorded">Recorded {as_html(turn.recorded)}</span> '
             f"<span>{asked} No model was run; Send asks the models selected above.</span>"
         )
+    resized = {side.image_processor for side in (turn.left, turn.right)} - {""}
+    if resized:
+        asked += f" Image processor: {as_html(', '.join(sorted(resized)))}."
     return f'<span class="chip live">Live</span> <span>{asked}</span>'

@@ -399,24 +399,20 @@ def _plan_warnings(plan: MergePlan) -> list[Finding]:
     """Warn about plans that are valid but probably not intended."""
     from ipmerge_core.calibration.store import Measurements
     from ipmerge_core.models.pairing import Finding
+    from ipmerge_core.planning.description import describe_empty
 
-    equals = "the merged model would be identical to the vision-language model."
-    if not plan.selected and plan.similarity_threshold is not None:
-        message = f"No matrix reaches the similarity threshold {plan.similarity_threshold!r}"
-        return [Finding("warning", "plan", f"{message}: {equals}", "Lower Sα in Explore.")]
     if not plan.selected:
-        return [
-            Finding(
-                "warning",
-                "plan",
-                f"The patterns select no matrix: {equals}",
-                "Change the patterns.",
-            )
-        ]
+        reached = plan.similarity_threshold is None
+        remedy = "Change the patterns." if reached else "Lower Sα in Explore."
+        return [Finding("warning", "plan", describe_empty(plan), remedy)]
     found = []
     if _change(plan) == 0 and not plan.extras:
         remedy = "Check the merge weights and the layers that are kept."
-        found.append(Finding("warning", "plan", f"With these parameters, {equals}", remedy))
+        message = (
+            "With these parameters, the merged model would be identical to the vision-language "
+            "model."
+        )
+        found.append(Finding("warning", "plan", message, remedy))
     if plan.calibration is not None:
         measured = Measurements.open(plan.calibration.folder)
         inputs = max(record.shape[1] for record in plan.records)
