@@ -200,7 +200,9 @@ def tried(run: Callable[[], str | None]) -> str:
 def cause(error: Exception) -> str:
     """Return why something failed, in one cell of a table."""
     words = " ".join(str(error).split()).replace("|", "/")
-    words = re.sub(r"'[^' ]*/(\w+)'", r"'\1'", words)  # folders differ from run to run
+    # Folders differ from run to run.
+    words = re.sub(rf"{re.escape(tempfile.gettempdir())}[\w/]*/", "", words)
+    words = re.sub(r"'[^' ]*/(\w+)'", r"'\1'", words)
     short = words[:_LONGEST] + "..." * (len(words) > _LONGEST)
     return f"**no**: {type(error).__name__}: {short}"
 
