@@ -90,7 +90,7 @@ def grow(trio: Trio, name: str, steps: int) -> str:
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        (("", "", "", "", False, 0), "vision-language model, base, math model"),
+        (("", "", "", "", False, 0), "Missing: vision-language model, math model"),
         (("a/v", " , \n", "b/b", "", False, 0), "Missing: math model"),
         (("a/v", "m\n" * 9, "b/b", "", False, 0), "Got 9 math models; expected at most 8"),
         (("a/v", "b/m", "x" * 301, "", False, 0), "name of the base has 301 characters"),
