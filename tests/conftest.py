@@ -55,6 +55,14 @@ TEXT_CONFIG = {
 Weights = dict[str, torch.Tensor]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that uses a browser, whose driver leaves an event loop in its thread."""
+    for item in items:
+        if "playwright_driver" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Check shapes in the tests marked `shapes` and in the fixtures that they set up."""

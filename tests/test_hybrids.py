@@ -146,7 +146,7 @@ def test_a_transposed_stack_is_written_as_it_was_read(
     ipm.merge(plan, tmp_path / "out")
     merged, chosen = Checkpoint.open(tmp_path / "out"), {d.name for d in plan.selected}
     for matrix in pair.matrices:
-        base, _, own, (math,) = pair.read(matrix)
+        base, _, own, (math,), _ = pair.read(matrix)
         expected = own.float() + 0.5 * (math - base)
         expected = expected.to(dtype) if matrix.name in chosen else own
         torch.testing.assert_close(merged.read(matrix.mllm), expected, rtol=0, atol=1e-7)
