@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
 from ipmerge_core.errors import PairingError
+from ipmerge_core.models.adapter_names import StoredNames
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.opening import open_model
 from ipmerge_core.planning.plan import make_plan
@@ -29,7 +30,12 @@ PLACES = [
 ]
 
 
-def adapted(folder: Path, out: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+TEXT_ONLY = r".*(language_model|text_model)\.layers.*\.(q_proj|v_proj)"
+
+
+def adapted(
+    folder: Path, out: Path, dtype: torch.dtype, targets: str | list[str] = TEXT_ONLY
+) -> dict[str, torch.Tensor]:
     """Save an adapter of a multimodal model, and return what PEFT merges, by names in memory."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText
@@ -37,9 +43,7 @@ def adapted(folder: Path, out: Path, dtype: torch.dtype) -> dict[str, torch.Tens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        config = LoraConfig(
-            r=2, target_modules=r".*(language_model|text_model)\.layers.*\.(q_proj|v_proj)"
-        )
+        config = LoraConfig(r=2, target_modules=targets)
         peft_model = get_peft_model(model, config)
         generator = torch.Generator().manual_seed(4)
         with torch.no_grad():
@@ -49,6 +53,21 @@ def adapted(folder: Path, out: Path, dtype: torch.dtype) -> dict[str, torch.Tens
         peft_model.save_pretrained(out)
         merged = peft_model.merge_and_unload()
     return {name: value.detach().float() for name, value in merged.state_dict().items()}
+
+
+def test_modules_of_the_vision_tower_are_found_too(tmp_path: Path) -> None:
+    """As a plain list of names selects them; files have `vision_model`, memory has not."""
+    mllm = Path(__file__).parents[1] / "assets" / "demo" / "mllm"
+    merged = adapted(mllm, tmp_path / "adapter", torch.float32, ["q_proj", "v_proj"])
+    edit_config(tmp_path / "adapter", base_model_name_or_path=str(mllm))
+    model = open_model(tmp_path / "adapter")
+    names = StoredNames(model)
+    wanted = {n: w for n, w in merged.items() if n.endswith(("q_proj.weight", "v_proj.weight"))}
+    assert any("vision" in name for name in wanted)
+    for name, weight in wanted.items():
+        stored = names.find(name)
+        assert stored is not None, name
+        torch.testing.assert_close(model.read(stored), weight, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("family", "layout"), PLACES, ids="-".join)

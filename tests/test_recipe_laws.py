@@ -18,6 +18,7 @@ import yaml
 from conftest import Trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft_adapters import make_adapter
 
 import ipmerge_core as ipm
 from ipmerge_core.cli import main
@@ -223,3 +224,17 @@ def test_the_command_line_describes_what_a_merge_does_otherwise(
     printed = capsys.readouterr()
     assert "The recipe computes in bfloat16; the merge computes in float32." in printed.err
     assert "keeps the dtype of every tensor" in printed.err
+
+
+def test_a_recipe_of_two_experts_is_read_back(trio: Trio) -> None:
+    """Models with equal parameters are written out: aliases are refused when a recipe is read."""
+    pair = ipm.open_pair(trio.mllm, [trio.math, trio.math_2], trio.base)
+    text = export_recipe(ipm.make_plan(pair, "ties"))
+    assert len(import_recipe(text).math) == 2
+
+
+def test_a_recipe_of_an_adapter_is_refused(trio: Trio, tmp_path: Path) -> None:
+    make_adapter(trio.base, tmp_path / "adapter")
+    pair = ipm.open_pair(trio.mllm, tmp_path / "adapter", trio.base)
+    with pytest.raises(PlanError, match="adapter' is a LoRA adapter"):
+        export_recipe(ipm.make_plan(pair, "ties"))

@@ -24,7 +24,9 @@ _FACTOR = re.compile(
     r"lora_embedding_B)|(?P<magnitude>lora_magnitude_vector(?:\.weight)?))",
     re.DOTALL,
 )
-_TOWERS = frozenset(("model", "language_model"))  # parts of a prefix that layouts add or omit
+# Parts of names that layouts add or omit: outside a tower, and inside the vision tower.
+_TOWERS = frozenset(("model", "language_model"))
+_INSIDE = frozenset(("vision_model", "text_model"))
 _HEAD = "lm_head.weight"
 # Model types with the weights of `Conv1D` modules, which are stored transposed; PEFT ignores
 # fan_in_fan_out for all others.
@@ -61,18 +63,24 @@ class StoredNames:
         self._names = base.tensors.keys()
         self._plain: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for name in self._names:
-            self._plain[_plain(name)].append(name)
+            for plain in _plain_forms(name):
+                self._plain[plain].append(name)
 
     def find(self, name: str) -> str | None:
         """Return the stored name; None if there is none, or several could be meant."""
         if name in self._names:
             return name
-        found = self._plain.get(_plain(name), [])
-        return found[0] if len(found) == 1 else None
+        for plain in _plain_forms(name):
+            if len(found := self._plain.get(plain, [])) == 1:
+                return found[0]
+        return None
 
 
-def _plain(name: str) -> tuple[str, ...]:
-    return tuple(part for part in name.split(".") if part not in _TOWERS)
+def _plain_forms(name: str) -> tuple[tuple[str, ...], ...]:
+    """Return a name without the parts that differ between layouts; the closest form first."""
+    outside = tuple(part for part in name.split(".") if part not in _TOWERS)
+    inside = tuple(part for part in outside if part not in _INSIDE)
+    return (outside,) if inside == outside else (outside, inside)
 
 
 def changes_of(adapter: Checkpoint, config: AdapterConfig, base: Checkpoint) -> dict[str, Change]:
@@ -169,10 +177,10 @@ class _Match:
             )
         if not {A.dtype, B.dtype} <= FLOAT_DTYPES or weight.dtype not in FLOAT_DTYPES:
             wrong = next(s for s in (weight, A, B) if s.dtype not in FLOAT_DTYPES)
+            owner = self.base if wrong is weight else self.adapter
             raise CheckpointError(
-                f"'{wrong.name}' is stored as {wrong.dtype}, that is, quantised; an adapter is "
-                f"applied to float weights (F32, F16, BF16). Use the float model that "
-                f"'{self.base.id}' was made from as base."
+                f"'{wrong.name}' of '{owner.id}' is stored as {wrong.dtype}, that is, quantised; "
+                f"expected floats (F32, F16, BF16). Use the float version of '{owner.id}'."
             )
         by_rows = not self._is_transposed(parts["A"])
         change = (B.shape[0], A.shape[1]) if by_rows else (A.shape[1], B.shape[0])

@@ -65,7 +65,8 @@ def _base_of(files: Files, config: AdapterConfig, *, hub_only: bool) -> Checkpoi
     if name is None:
         raise CheckpointError(
             f"'{ADAPTER_CONFIG}' of '{files.id}' names no base (base_model_name_or_path): add the "
-            f"folder or hub id of the model that the adapter was trained on."
+            f"folder or hub id of the model that the adapter was trained on; for a math model it "
+            f"can also be given as the base."
         )
     on_hub = files.revision is not None
     if on_hub and not is_hub_id(name):

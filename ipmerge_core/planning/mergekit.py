@@ -10,6 +10,7 @@ support multimodal models; a recipe can be run if the MLLM's tensors have the na
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -17,6 +18,7 @@ import yaml
 from ipmerge_core.analysis.records import Source
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
+from ipmerge_core.models.weight_files import is_adapter
 from ipmerge_core.planning.plan import MergePlan
 
 MATRICES = "_proj.weight"  # part of the name of every decoder matrix and of no other tensor
@@ -42,9 +44,16 @@ def export_recipe(plan: MergePlan) -> str:
             f"{', '.join(WRITERS)}."
         )
     _check_expressible(plan)
-    text: str = yaml.safe_dump(WRITERS[plan.method](plan), sort_keys=False)
+    text: str = yaml.dump(WRITERS[plan.method](plan), Dumper=_Dumper, sort_keys=False)
     notes = "" if MATRICES in text else _UNLIMITED
     return notes + (_RANDOM if "seed" in plan.parameters else "") + text
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc] (without types)
+    """Writes equal parts out instead of as aliases, which `mergekit_import` does not read."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def _check_expressible(plan: MergePlan) -> None:
@@ -52,7 +61,7 @@ def _check_expressible(plan: MergePlan) -> None:
     if named:
         raise PlanError(
             f"The plan merges '{named[0]}'; a recipe is restricted to names with '{MATRICES}'. "
-            f"Export a plan with modules=projections, of models that store each matrix separately."
+            f"Merge these models with IPMerge instead."
         )
     if plan.options.modules != "projections":
         raise PlanError(
@@ -95,8 +104,16 @@ def _check_expressible(plan: MergePlan) -> None:
 def _reference(source: Source) -> str:
     """Return a model as mergekit writes it: a path or a hub id, pinned by `@revision`.
 
-    Raises: PlanError for a path with a character that mergekit reads as a revision or an adapter.
+    Raises: PlanError for an adapter in a folder, and for a path with a character that mergekit
+        reads as a revision or an adapter.
     """
+    folder = Path(source.id)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if source.revision is None and is_adapter(names):
+        raise PlanError(
+            f"'{source.id}' is a LoRA adapter, and a recipe needs a whole model: merge it into its "
+            f"base first (merge_and_unload)."
+        )
     if source.revision is None and set(source.id) & set("@+"):
         raise PlanError(
             f"mergekit cannot read the path '{source.id}': it reads '@' as a revision and '+' as "
