@@ -49,7 +49,7 @@ def export_recipe(plan: MergePlan) -> str:
     return notes + (_RANDOM if "seed" in plan.parameters else "") + text
 
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc] (without types)
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
     """Writes equal parts out instead of as aliases, which `mergekit_import` does not read."""
 
     def ignore_aliases(self, data: object) -> bool:
