@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 import pytest
+from event_loops import finished, in_loop
 from gradio.blocks import BlockFunction
 from gradio.state_holder import SessionState
 
 from ipmerge_core.ui.app import build_app
 from ipmerge_core.ui.backend import Backend
 
-# Gradio leaves event loops open.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 MAP_EVENTS = ("commit", "cellselect", "packselect")  # they have data of their own
 CHOICES = (gr.Dropdown, gr.Radio, gr.CheckboxGroup, gr.File, gr.MultimodalTextbox)
 
@@ -26,7 +24,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gr.Blocks]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPMERGE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("SPACE_ID", raising=False)
-        yield build_app(Backend())
+        yield in_loop(lambda: build_app(Backend()))
 
 
 def functions(app: gr.Blocks) -> list[tuple[BlockFunction, int]]:
@@ -57,7 +55,7 @@ def call(app: gr.Blocks, each: BlockFunction, place: int, value: object) -> Base
     page: dict[str, Any] = {"request": request, "state": SessionState(app)}
     event = gr.EventData(None, {})
     try:
-        asyncio.run(app.process_api(each, inputs, event_data=event, **page))
+        finished(app.process_api(each, inputs, event_data=event, **page))
     except Exception as error:  # noqa: BLE001 (the test judges it)
         return error
     return None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import TypeVar
 
 import gradio as gr
 import httpx
 import pytest
+from event_loops import finished, in_loop
 from gradio.context import LocalContext
 from gradio.data_classes import PredictBodyInternal
 from gradio.state_holder import SessionState
@@ -25,23 +24,6 @@ from ipmerge_core.ui.serving import (
     SharedPage,
     current_visitor,
 )
-
-T = TypeVar("T")
-
-
-def finished(work: Coroutine[object, object, T]) -> T:
-    """Run a coroutine in a thread, so that the main thread's event loop stays as it is."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
-
-
-def in_loop(make: Callable[[], T]) -> T:
-    """Call a function where an event loop runs; elsewhere Gradio makes one and leaves it open."""
-
-    async def call() -> T:
-        return make()
-
-    return finished(call())
 
 
 class Site:
