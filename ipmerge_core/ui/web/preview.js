@@ -7,7 +7,7 @@
 /** @import { Angles, Cell, Flip, Index, LayerRecord, Pack, Place, Plan, Preview } from "./types.d.ts" */
 /** @import { Sums, Variant, View } from "./types.d.ts" */
 
-// As `is_projection` in Python: what a plan selects by similarity unless it is told otherwise.
+// As `is_projection` in Python: what a plan selects by similarity by default.
 const PROJECTION = /^(?!(?:.*\.)?router\b)(?:q|k|v|o|gate|up|down|(?:.+\.)?(?:[qkvo]|gate|up|down|gate_up)_proj)$/;
 const MODULE_ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 
