@@ -422,7 +422,7 @@ def test_a_layer_that_the_model_never_calls_is_an_error(
     demo: Demo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ipmerge_core.adapters.hooks.FactorHooks._hook", lambda *_: None
+        "ipmerge_core.adapters.hooks.FactorHooks.watch", lambda *_: None
     )  # as if a layer used its weight without a call
     live = LiveModel(demo.loaded)
     live.add_factors(demo.factors, demo.pair)

@@ -119,6 +119,12 @@ COMMANDS: dict[str, dict[str, str]] = {
     "chat": dict.fromkeys(
         ("model", "compare", "image", "prompt", "max_new_tokens", "device"), "answer"
     ),
+    "record": {
+        **{name: place for name, place in MERGING.items() if name != "force"},
+        "prompts": "examples",
+        "max_new_tokens": "max_new_tokens",
+        "updates": "no second decomposition",
+    },
     "app": {"host": "address", "port": "address", "device": "default device of all runs"},
 }
 REQUEST = {

@@ -137,6 +137,17 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     _add_device(parser, fp64=False)
 
 
+def _record(parser: argparse.ArgumentParser) -> None:
+    _add_plan(parser)
+    parser.add_argument(
+        "--prompts", required=True, metavar="JSONL", help="questions, images and reference answers"
+    )
+    _add_output(parser, "FILE", "output file, such as NAME.records.json next to NAME.pack.json.gz")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    _add_updates(parser, _KEPT)
+    _add_device(parser)
+
+
 def _app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
     parser.add_argument("--port", type=int, help="port; by default the first free one from 7860")
@@ -287,5 +298,6 @@ COMMANDS = (
     (commands.merge, "execute a merge plan", _merge),
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
+    (commands.record, "record the replies of a model and of a plan to prompts", _record),
     (commands.app, "start the web app", _app),
 )

@@ -19,7 +19,6 @@ from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.inference.prompts import Message, check_conversation, check_question
 from ipmerge_core.inference.rows import RowTokens, generate_rows
 from ipmerge_core.inference.sampling import LARGEST_SEED, MOST_NEW_TOKENS, GenerationSettings
-from ipmerge_core.inference.shared_weights import Remembered
 from ipmerge_core.inference.streaming import Job, RowState, Stream, stream_jobs
 
 if TYPE_CHECKING:
@@ -101,6 +100,8 @@ def run_in_turns(
 
     `install` prepares the model for these rows before every turn, `remove` undoes it after.
     """
+    from ipmerge_core.inference.shared_weights import Remembered
+
     remembered = Remembered(loaded.model)
 
     def leave() -> None:
