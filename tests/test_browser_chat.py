@@ -226,6 +226,7 @@ def test_a_visitor_who_leaves_stops_the_models(url, home, new_page, page):
         leaving.close()
         ask(page, "Say: it is my turn")  # one question at a time: the other one has ended
         expect(answers(page, "#chat-b").last).to_contain_text("it is my turn", timeout=60_000)
+        expect(page.locator("#chats")).not_to_contain_text("word5")
 
 
 # --- live plans and columns --------------------------------------------------------------------

@@ -16,9 +16,16 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.inference.sampling import GenerationSettings
 from ipmerge_core.ui.chat import turns as turns_module
 from ipmerge_core.ui.chat.answers import Side
-from ipmerge_core.ui.chat.asking import MOST_IMAGES, Typed, find_reference, read_prompt
+from ipmerge_core.ui.chat.asking import (
+    MOST_IMAGES,
+    Typed,
+    find_reference,
+    make_question,
+    read_prompt,
+)
 from ipmerge_core.ui.chat.blind import BOTH_BAD, TIE, preferred, shuffled, tally_html, voted
 from ipmerge_core.ui.chat.blind import votes_csv as csv_of
+from ipmerge_core.ui.chat.column_choice import Held
 from ipmerge_core.ui.chat.differences import difference_html, find_difference
 from ipmerge_core.ui.chat.export import KINDS, export
 from ipmerge_core.ui.chat.messages import messages, view
@@ -36,8 +43,10 @@ from ipmerge_core.ui.chat.turns import (
     turn_of_example,
 )
 from ipmerge_core.ui.chat.verdicts import difference_marks, first_difference
+from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.safe_text import show_text
 
+PACK = "pack"
 EVIL = "<script>alert(1)</script>"
 
 
@@ -68,6 +77,26 @@ def test_a_column_is_sent_its_own_answers_for_its_pair_only():
     assert sent(1, HistoryRule()) == ["b"]
     assert sent(1, HistoryRule(recorded=True)) == ["b", of_pair.answers[1].text]
     assert sent(0, HistoryRule(earlier=False, recorded=True)) == []
+
+
+def test_a_question_carries_the_system_prompt_and_each_column_its_own_history():
+    image = str(recorded_examples()[0].image)
+    record = turn_of_example(recorded_examples()[0])
+    before = replace(turn("one", "two", question="first?", images=(image,)), pack_id=PACK)
+    held = Held(ChosenMerge(PACK, by="explore"), {})
+    how = read_settings(0, 8, 0, 0, "Be brief.", SENT, False)
+    asked = make_question(Typed("second?", (image, image)), held, how, [record, before])
+    first, second = asked.messages()
+    roles = ["system", "user", "assistant", "user"]
+    assert [message.role for message in first] == [message.role for message in second] == roles
+    assert [message.text for message in first] == ["Be brief.", "first?", "one", "second?"]
+    assert second[2].text == "two"
+    assert [len(message.images) for message in first] == [0, 1, 0, 2]
+    alone = make_question(Typed("q", ()), held, how._replace(system=""), [])
+    first, second = alone.messages()
+    assert first is second, "equal conversations are encoded once"
+    with pytest.raises(RunError, match="'gone.png' is no longer there"):
+        make_question(Typed("q", ("/nowhere/gone.png",)), held, how, [])
 
 
 def test_settings_are_read_and_refused_with_a_sentence():
