@@ -223,8 +223,9 @@ def test_a_visitor_who_leaves_stops_the_models(url, home, new_page, page):
     with held(home):
         ask(leaving, "Say: " + " ".join(f"word{number}" for number in range(400)))
         expect(answers(leaving, "#chat-a").last).to_contain_text("word5", timeout=LOADING)
+        ask(page, "Say: it is my turn")  # one question at a time
+        expect(page.locator("#answers-status")).to_contain_text("the question of another visitor")
         leaving.close()
-        ask(page, "Say: it is my turn")  # one question at a time: the other one has ended
         expect(answers(page, "#chat-b").last).to_contain_text("it is my turn", timeout=60_000)
         expect(page.locator("#chats")).not_to_contain_text("word5")
 
