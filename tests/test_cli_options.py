@@ -181,6 +181,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "resume": ["--no-resume"],
         "tolerance": ["--tolerance", "0.1"],
         "max_rank": ["--max-rank", "3"],
+        "updates": ["--updates", str(files["folder"] / "updates")],
         "model": ["C"],
         "compare": ["--compare", "C"],
         "image": ["--image", str(files["folder"] / "picture.png")],

@@ -69,7 +69,14 @@ SHOWN_ONLY = dict.fromkeys(("json", "quiet", "help"), "output on the terminal")
 
 COMMANDS: dict[str, dict[str, str]] = {
     "check": {**MODELS, "strict": "exit code", "exact": "weights compared by the check"},
-    "analyse": {**MODELS, **ANALYSIS, "device": "run", "output": "pack", "force": "sibling check"},
+    "analyse": {
+        **MODELS,
+        **ANALYSIS,
+        "device": "run",
+        "output": "pack",
+        "force": "sibling check",
+        "updates": "folder of updates",
+    },
     "calibrate": {
         **MODELS,
         **{name: f"manifest.calibration.settings.{name}" for name in ("kind", "estimator", "wide")},
@@ -97,11 +104,17 @@ COMMANDS: dict[str, dict[str, str]] = {
         **{name: place for name, place in PLANNED.items() if name != "base_mllm"},
         "output": "recipe",
     },
-    "merge": {**MERGING, "resume": "manifest.attempts", "dry_run": "estimate"},
+    "merge": {
+        **MERGING,
+        "resume": "manifest.attempts",
+        "dry_run": "estimate",
+        "updates": "no second decomposition",
+    },
     "adapter": {
         **MERGING,
         "tolerance": "report.tolerance",
         "max_rank": "report.max_rank",
+        "updates": "no second decomposition",
     },
     "chat": dict.fromkeys(
         ("model", "compare", "image", "prompt", "max_new_tokens", "device"), "answer"

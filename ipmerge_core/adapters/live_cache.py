@@ -2,7 +2,7 @@
 
 In: a cache of loaded models, and plans or folders of merges. Out: live models and their columns.
 The factors of a pair and variant are prepared at the first question that needs them; every later
-plan of that variant is a column at once. Columns of tensors are kept until newer ones need their place.
+plan of that variant is a column at once. Columns of tensors stay until newer ones need their place.
 """
 
 from __future__ import annotations

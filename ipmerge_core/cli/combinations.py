@@ -121,6 +121,6 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule(("device",), _when("dry_run", "with --dry-run: the estimate does not depend on it")),
     ),
     "merge": (
-        Rule(("resume",), _when("dry_run", "with --dry-run, which merges nothing")),
+        Rule(("resume", "updates"), _when("dry_run", "with --dry-run, which merges nothing")),
     ),
 }  # fmt: skip

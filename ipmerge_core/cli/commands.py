@@ -62,7 +62,10 @@ def analyse(options: argparse.Namespace) -> int:
         pair.require_common_base("Use --force to analyse anyway.")
     how = Options(options.rank, options.temperature, options.quick, options.directions).check()
     with Progress(options) as progress:
-        for step in iter_pack_of(pair, options.target, how, device=options.device):
+        steps = iter_pack_of(
+            pair, options.target, how, device=options.device, updates=options.updates
+        )
+        for step in steps:
             what = f"{step.number}/{step.total} {step.matrix}"
             progress.show("analysing", step.cost_done, step.cost_total, what)
     analysis = Analysis.load(options.target)
@@ -203,6 +206,7 @@ def merge(options: argparse.Namespace) -> int:
     verb = "Already complete" if resume and is_finished(plan, options.target) else "Wrote"
     with Progress(options) as progress:
         how = {"device": options.device, "resume": resume, "force": options.force}
+        how["updates"] = _updates_of(options, plan)
         for step in iter_merge(plan, options.target, **how):
             doing = "measuring" if step.action == "measured" else "merging"
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
@@ -214,12 +218,24 @@ def merge(options: argparse.Namespace) -> int:
     return print_result(options, result, text)
 
 
+def _updates_of(options: argparse.Namespace, plan: MergePlan) -> str | None:
+    """Return the folder of kept updates. Raises: PlanError for a plan that has none."""
+    folder: str | None = options.updates
+    if folder and (plan.method != "ip_merging" or plan.parameters["ablation"] != "none"):
+        raise PlanError(
+            f"--updates has no effect with the method of plan {plan.hash} ({plan.method}): only "
+            f"IP-Merging with projection has updates. Omit it."
+        )
+    return folder
+
+
 def adapter(options: argparse.Namespace) -> int:
     """Export an IP-Merging plan as a LoRA adapter."""
     from ipmerge_core.adapters.export import REPORT, iter_adapter
 
     plan = read_plan(options)
     how = {"tolerance": options.tolerance, "max_rank": options.max_rank, "force": options.force}
+    how["updates"] = options.updates
     with Progress(options) as progress:
         for step in iter_adapter(plan, options.target, device=options.device, **how):
             what = f"{step.index}/{step.total} rank {step.rank} {step.tensor}"

@@ -13,6 +13,8 @@ from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
 from ipmerge_core.version import __version__
 
+_KEPT = "use the updates kept there by an analysis instead of decomposing again"
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Create the parser; the namespace has the command's function as `run`.
@@ -76,6 +78,7 @@ def _analyse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="approximate results from the leading directions"
     )
+    _add_updates(parser, "keep the updates of IP-Merging there for later merges and chats")
     _add_force(parser)
 
 
@@ -110,6 +113,7 @@ def _merge(parser: argparse.ArgumentParser) -> None:
         help="resume an unfinished run of the same plan (default)",
     )
     _add_flag(parser, "--dry-run", "print an estimate and exit")
+    _add_updates(parser, _KEPT)
     _add_force(parser)
     _add_device(parser)
 
@@ -119,6 +123,7 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "FOLDER", "output folder of the adapter")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="maximum relative residual")
     parser.add_argument("--max-rank", type=int, default=64, help="maximum rank per matrix")
+    _add_updates(parser, _KEPT)
     _add_force(parser)
     _add_device(parser)
 
@@ -166,6 +171,10 @@ def _add_models(parser: argparse.ArgumentParser, moved: str = "", *, own_base: b
 def _add_flag(parser: argparse.ArgumentParser, name: str, words: str) -> None:
     """Add a switch that is None if it is not given."""
     parser.add_argument(name, action="store_true", default=None, help=words)
+
+
+def _add_updates(parser: argparse.ArgumentParser, words: str) -> None:
+    parser.add_argument("--updates", metavar="FOLDER", help=words)
 
 
 def _add_force(parser: argparse.ArgumentParser) -> None:
