@@ -161,6 +161,7 @@ def _wire_column(backend: Backend, parts: Parts, requests: ActiveRequests, posit
     def retry(request: gr.Request, accepted: bool, *values: Any) -> Iterator[Updates]:  # noqa: ANN401
         now = Inputs.read(values)
         if accepted or not now.turns:
+            yield {parts.status: gr.skip()}  # a generator without values would clear all outputs
             return
         last, before = now.turns[-1], now.turns[:-1]
         number = last.column_at(position)
