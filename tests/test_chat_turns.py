@@ -107,8 +107,8 @@ def test_settings_are_read_and_refused_with_a_sentence():
     assert read_settings(*values[:5], SENT, False).history == HistoryRule()
     for rule in (NOT_SENT, None, "x"):
         assert not read_settings(*values[:5], rule, None).history.earlier
-    with pytest.raises(RunError, match="system prompt has 4001 characters"):
-        read_settings(*values[:4], "x" * 4001, SENT, False)
+    with pytest.raises(RunError, match="system prompt has 16001 characters"):
+        read_settings(*values[:4], "x" * 16_001, SENT, False)
     with pytest.raises(RunError, match="number of new tokens is 0"):
         read_settings(0, None, None, None, None, None, None)
 

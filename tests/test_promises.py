@@ -158,6 +158,14 @@ ENDPOINTS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("left_key", "right_key"), "access"),
     },
 }
+ENDPOINTS["answer"] = {
+    "pack": REQUEST["pack"],
+    **dict.fromkeys(
+        ("question", "columns", "images", "history", "system", "temperature", "max_new_tokens"),
+        "answer",
+    ),
+    **dict.fromkeys(("max_thinking_tokens", "seed"), "answer"),
+}
 COMPONENTS = {
     "pair": "manifest.sources",
     "analyse-known": "fills in the form",

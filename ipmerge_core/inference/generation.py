@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import ModelLoadError, RunError
+from ipmerge_core.errors import ModelLoadError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, load_model
-from ipmerge_core.inference.prompts import Message, check_question
+from ipmerge_core.inference.prompts import Message, check_conversation, check_question
 from ipmerge_core.inference.rows import RowTokens, generate_rows
 from ipmerge_core.inference.sampling import LARGEST_SEED, MOST_NEW_TOKENS, GenerationSettings
 from ipmerge_core.inference.shared_weights import Remembered
@@ -177,11 +177,9 @@ def encode_messages(
 ) -> dict[str, Any]:
     """Render a conversation with the model's chat template and tokenize it: a batch of one.
 
-    Raises: as `encode_prompt`; RunError if the last message is not the user's.
+    Raises: as `encode_prompt` and `check_conversation`.
     """
-    if not messages or messages[-1].role != "user":
-        raise RunError("The conversation does not end with a question. Ask one.")
-    check_question(messages[-1].text)
+    check_conversation(messages)
     if not loaded.takes_images and any(message.images for message in messages):
         raise ModelLoadError(
             f"'{loaded.folder.name}' is a text model and does not support images. Ask without an "

@@ -152,7 +152,7 @@ def find_column(
     return Found(column, label, plan.hash)
 
 
-def answer_columns(
+def answer_question(
     backend: Backend,
     asked: Question,
     request: ActiveRequest | None = None,

@@ -20,7 +20,7 @@ from ipmerge_core.ui.chat.active_requests import ActiveRequests
 from ipmerge_core.ui.chat.answers import (
     Question,
     Side,
-    answer_columns,
+    answer_question,
 )
 from ipmerge_core.ui.chat.asking import Typed, make_question, new_turn, read_prompt
 from ipmerge_core.ui.chat.column_choice import ColumnChoice, wire_choice
@@ -213,7 +213,7 @@ def _run(
     try:
         first = replace(run.turn, answers=_waiting(run.turn, only)) if only else run.turn
         yield {**sent, **changes.since(parts.updates([*run.before, first], n_columns))}
-        stream = answer_columns(backend, run.asked, request, before=kept, only=only)
+        stream = answer_question(backend, run.asked, request, before=kept, only=only)
         with closing(stream):
             for sides in stream:
                 turns = [*run.before, replace(run.turn, answers=sides)]
