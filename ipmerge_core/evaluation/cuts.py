@@ -182,9 +182,9 @@ def cut_tensors(
     Args:
         cut: the module of a block, and what replaces it.
         matrices: the matrices of the model.
-        model: the model as stored, without a merge.
+        model: the model as stored.
         pair: the models of the merge, for replacements by their weights.
-        merged: tensors of the model that a merge has changed, by stored name.
+        merged: tensors that a merge in memory has changed, by stored name.
 
     Raises: PlanError if the replacement needs the models of a merge and there are none.
     """
@@ -201,7 +201,7 @@ def cut_tensors(
         data = (model.read(name) if changed is None else changed.detach().cpu()).clone()
         for matrix in members:
             place = place_of(data, matrix.address, model)
-            place.copy_(_replacement(cut.value, matrix, place, model, pair))
+            place.copy_(_replacement(cut.value, matrix, place, pair))
         yield name, data
 
 
@@ -221,7 +221,7 @@ def place_of(data: Tensor, address: str, model: Checkpoint) -> Tensor:
 
 
 def _replacement(
-    value: CutValue, matrix: CutMatrix, place: Tensor, model: Checkpoint, pair: ModelPair | None
+    value: CutValue, matrix: CutMatrix, place: Tensor, pair: ModelPair | None
 ) -> Tensor:
     if pair is None or value in ("constant", "zero"):
         filled = 1 / place.shape[0] if value == "constant" else 0.0
@@ -229,6 +229,6 @@ def _replacement(
     read: Mapping[str, Callable[[], Tensor]] = {
         "base": lambda: pair.base.read_matrix(matrix.base),
         "math": lambda: pair.math[0].read_matrix(matrix.math),
-        "update": lambda: model.read_matrix(matrix.address),
+        "update": lambda: pair.mllm.read_matrix(matrix.address),
     }
     return read[value]()
