@@ -17,6 +17,7 @@ from ipmerge_core.errors import ModelLoadError, explained, first_line
 from ipmerge_core.inference.processor_loading import load_processor, name_image_processor
 from ipmerge_core.inference.prompts import (
     ChatFormat,
+    Layouts,
     Message,
     chat_template,
     control_tokens,
@@ -52,6 +53,7 @@ class ModelProcessor:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.takes_images = Path(folder).name, takes_images
+        self._layouts: Layouts = {}
         options = {"local_files_only": True, "trust_remote_code": False}
         what = "processor" if takes_images else "tokenizer"
         with explained(partial(explain_loading, str(folder), what)):
@@ -97,7 +99,7 @@ class ModelProcessor:
 
         Raises: ModelLoadError if the template or the processor cannot be used.
         """
-        prompt = render_chat(self.chat_format, messages)
+        prompt = render_chat(self.chat_format, messages, self._layouts)
         images = [message.image for message in messages if message.image is not None]
         with explained(self._refused if images or not self.takes_images else self._needs_image):
             for mark in prompt.verbatim:
