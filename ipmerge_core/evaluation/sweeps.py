@@ -21,6 +21,7 @@ from ipmerge_core.evaluation.points import Axis, Point, ablation_points, sweep_p
 from ipmerge_core.evaluation.report import Report
 from ipmerge_core.evaluation.result_files import ResultFile
 from ipmerge_core.methods.declarations import ParameterValue
+from ipmerge_core.planning.description import arguments_of
 from ipmerge_core.tasks.registry import find_tasks
 
 if TYPE_CHECKING:
@@ -107,10 +108,9 @@ def iter_ablation(
     stops: Sequence[threading.Event] = (),
     **fixed: Any,  # noqa: ANN401 (arguments of make_plan)
 ) -> Steps:
-    """Evaluate the ablation of an IP-Merging plan; arguments and errors as for `iter_sweep`.
+    """Evaluate the ablation of an IP-Merging plan; `seeds` are those of its permuted controls.
 
-    Args:
-        seeds: one permuted control each, see `ablation_points`.
+    The other arguments, the result and the errors are those of `iter_sweep`.
     """
     points = ablation_points(analysis, seeds, **fixed)
     run = _Run(analysis, points, tasks, settings, store, force, stops)
@@ -166,19 +166,6 @@ def _described(point: Point, fixed: Mapping[str, Any]) -> SweptPoint:
         relative_change=_change_of(plan),
         arguments=arguments_of(plan) if point.permuted is None else {},
     )
-
-
-def arguments_of(plan: MergePlan) -> dict[str, Any]:
-    """Return what makes a plan again from its analysis: method, selection and other values."""
-    content = {"method": plan.method, **plan.parameters}
-    if plan.similarity_threshold is not None:
-        content |= {
-            "similarity_threshold": plan.similarity_threshold,
-            "similarity": plan.similarity,
-        }
-    if plan.options.overrides:
-        content["overrides"] = dict(plan.options.overrides)
-    return content
 
 
 def _change_of(plan: MergePlan) -> float | None:

@@ -35,7 +35,7 @@ class Message(NamedTuple):
 
     role: Literal["system", "user", "assistant"]
     text: str
-    image: Image | None = None
+    images: tuple[Image, ...] = ()
 
 
 class Prompt(NamedTuple):
@@ -208,7 +208,7 @@ class _Attempt:
             yield from _TEXT_FIRST
             return
         yield from _PARTS_FIRST
-        if any(message.image for message in messages):
+        if any(message.images for message in messages):
             yield from (_Layout("all", False), _Layout("user", False))
 
     def _works(self, messages: Sequence[Message], layout: _Layout) -> bool:
@@ -224,13 +224,13 @@ class _Attempt:
             return False
         if not _contains_in_order(prompt, [probe.text for probe in probes]):
             return False
-        images = sum(message.image is not None for message in messages)
+        images = sum(len(message.images) for message in messages)
         token = self.chat.image_token
         if not images or not layout.image_parts:
             return True
         if token is not None:
             return prompt.count(token) == images
-        return prompt != self.render([probe._replace(image=None) for probe in probes], layout)
+        return prompt != self.render([probe._replace(images=()) for probe in probes], layout)
 
 
 def _marker(number: int, *, as_list: bool) -> str:
@@ -258,10 +258,10 @@ def _is_list(message: Message, layout: _Layout) -> bool:
 
 def _as_dict(message: Message, layout: _Layout, image_text: str) -> dict[str, Any]:
     text, parts = message.text, []
-    if message.image is not None and layout.image_parts and _is_list(message, layout):
-        parts = [{"type": "image"}]
-    elif message.image is not None:
-        text = image_text + text
+    if layout.image_parts and _is_list(message, layout):
+        parts = [{"type": "image"} for _ in message.images]
+    else:
+        text = image_text * len(message.images) + text
     if not _is_list(message, layout):
         return {"role": message.role, "content": text}
     return {"role": message.role, "content": [*parts, {"type": "text", "text": text}]}
@@ -279,8 +279,8 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
         if message.role == "system":
             pieces.append(message.text)
             continue
-        image = "" if message.image is None else chat.image_text
-        pieces.append(f"{message.role.upper()}: {image}{message.text}")
+        images = chat.image_text * len(message.images)
+        pieces.append(f"{message.role.upper()}: {images}{message.text}")
     return " ".join([*pieces, "ASSISTANT:"])
 
 
