@@ -94,7 +94,7 @@ class _Layout(NamedTuple):
 
 
 # The layout of conversations with these roles and images.
-Layouts: TypeAlias = dict[tuple[tuple[str, bool], ...], _Layout]
+Layouts: TypeAlias = dict[tuple[tuple[str, int], ...], _Layout]
 
 _PARTS_FIRST = [_Layout("all", True), _Layout("user", True), _Layout("none", False)]
 _TEXT_FIRST = [_Layout("none", False), _Layout("user", False), _Layout("all", False)]
@@ -135,7 +135,7 @@ def render_chat(
         return Prompt(_plain_prompt(chat, messages), verbatim)
     attempt = _Attempt(chat, template)
     known = {} if layouts is None else layouts
-    shape = tuple((message.role, message.image is not None) for message in messages)
+    shape = tuple((message.role, len(message.images)) for message in messages)
     layout = known[shape] if shape in known else attempt.find_layout(messages)
     if layout is not None:
         known[shape] = layout
