@@ -96,11 +96,12 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise PlanError(f"--set {assignment}: expected NAME=VALUE, such as math_weight=0.5.")
-        chosen[name] = _parse_value(text, kinds.get(name, "float"))
+        chosen[name] = parse_value(text, kinds.get(name, "float"))
     return chosen
 
 
-def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
+def parse_value(text: str, kind: str) -> float | int | bool | str | None:
+    """Convert the text of a parameter by its kind; what is no number stays as it is."""
     if text.lower() in ("true", "false"):  # also for choices that used to be boolean
         return text.lower() == "true"
     if kind == "choice":
