@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ipmerge_core.cli.printing import Progress, print_result
 from ipmerge_core.cli.reading import (
-    parse_value,
     read_method_options,
     read_pack,
     read_plan,
     read_plan_options,
 )
 from ipmerge_core.errors import PlanError
+from ipmerge_core.planning.options import read_value
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.paths import output_file, resolve_path
 
@@ -108,7 +108,7 @@ def _axes(options: argparse.Namespace) -> list[Axis]:
         parameter = "lambda_" if name == "lambda" else name.replace("-", "_")
         texts = [text.strip() for text in values.split(",") if text.strip()]
         kind = kinds.get(parameter, "float")
-        axes.append(Axis(parameter, tuple(parse_value(text, kind) for text in texts)))
+        axes.append(Axis(parameter, tuple(read_value(text, kind) for text in texts)))
     if not axes:
         raise PlanError("Specify what to vary, --parameter and --values, or --ablation.")
     return axes

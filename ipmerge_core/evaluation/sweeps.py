@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from ipmerge_core.analysis.records import Analysis, Sources
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.evaluation.evaluate import EvaluationSettings, EvaluationStep, iter_evaluation
-from ipmerge_core.evaluation.points import Axis, Point, ablation_points, sweep_points
+from ipmerge_core.evaluation.points import (
+    UNMERGED,
+    Axis,
+    Point,
+    ablation_points,
+    sweep_points,
+)
 from ipmerge_core.evaluation.report import Report
 from ipmerge_core.evaluation.result_files import ResultFile
+from ipmerge_core.evaluation.subjects import subject_of_folder
+from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.methods.declarations import ParameterValue
 from ipmerge_core.planning.description import arguments_of
 from ipmerge_core.tasks.registry import find_tasks
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     from ipmerge_core.tasks.items import Task
 
 Steps = Generator[EvaluationStep, None, "Sweep | None"]
+Kind = Literal["sweep", "ablation", "models"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,14 @@ class SweptPoint:
 
 @dataclass(frozen=True)
 class Sweep(ResultFile):
-    """The result of a sweep or an ablation; its points are the subjects of the report, in order."""
+    """The result of a sweep, an ablation, or a comparison of the merges of one pair.
+
+    Its points are the subjects of the report, in order.
+    """
 
     FORMAT = "ipmerge-sweep"
 
-    kind: Literal["sweep", "ablation"]
+    kind: Kind
     name: str
     sources: Sources
     axes: tuple[Axis, ...]
@@ -94,7 +106,7 @@ def iter_sweep(
     """
     points = sweep_points(analysis, axes, **fixed)
     run = _Run(analysis, points, tasks, settings, store, force, stops)
-    return (yield from run.steps("sweep", tuple(axes), fixed))
+    return (yield from run.steps("sweep", tuple(axes)))
 
 
 def iter_ablation(
@@ -114,7 +126,39 @@ def iter_ablation(
     """
     points = ablation_points(analysis, seeds, **fixed)
     run = _Run(analysis, points, tasks, settings, store, force, stops)
-    return (yield from run.steps("ablation", (), fixed))
+    return (yield from run.steps("ablation", ()))
+
+
+def iter_models(
+    analysis: Analysis,
+    plans: Mapping[str, MergePlan],
+    folders: Mapping[str, str | Path],
+    tasks: Sequence[Task],
+    settings: EvaluationSettings | None = None,
+    store: ReplyStore | None = None,
+    *,
+    force: bool = False,
+    stops: Sequence[threading.Event] = (),
+) -> Steps:
+    """Evaluate the unmerged model, plans in memory, and finished merges of one pair.
+
+    Args:
+        analysis: the pair.
+        plans: plans of the pair by name.
+        folders: model folders by name.
+        tasks: the tasks; perception guards are not added here.
+        settings: limits and the device.
+        store: where replies are stored; by default in the home folder.
+        force: evaluate even if the sibling check refuses the models.
+        stops: events that cancel.
+
+    Returns: the result; None in processes of other ranks than 0.
+
+    Raises: as `iter_evaluation`; CheckpointError for a folder that is not a model.
+    """
+    points = [Point(UNMERGED), *(Point(name, plan) for name, plan in plans.items())]
+    run = _Run(analysis, points, tasks, settings, store, force, stops)
+    return (yield from run.steps("models", (), folders))
 
 
 @dataclass(frozen=True)
@@ -130,27 +174,26 @@ class _Run:
     stops: Sequence[threading.Event]
 
     def steps(
-        self,
-        kind: Literal["sweep", "ablation"],
-        axes: tuple[Axis, ...],
-        fixed: Mapping[str, Any],
+        self, kind: Kind, axes: tuple[Axis, ...], folders: Mapping[str, str | Path] | None = None
     ) -> Steps:
-        """Evaluate all points and describe them."""
+        """Evaluate all points and folders, and describe them."""
         from ipmerge_core.evaluation.merged_models import MergedModels
 
-        sources = self.analysis.sources
+        sources, folders = self.analysis.sources, folders or {}
         with MergedModels(sources, force=self.force, stops=self.stops) as models:
             subjects = [models.subject(point) for point in self.points]
+            subjects += [subject_of_folder(path, name) for name, path in folders.items()]
             report = yield from iter_evaluation(
                 subjects, self.tasks, self.settings, self.store, stops=self.stops
             )
         if report is None:
             return None
-        found = tuple(_described(point, fixed) for point in self.points)
-        return Sweep(kind, self.analysis.name, sources, axes, found, report)
+        found = [_described(point) for point in self.points]
+        found += [_described_folder(name, Path(path)) for name, path in folders.items()]
+        return Sweep(kind, self.analysis.name, sources, axes, tuple(found), report)
 
 
-def _described(point: Point, fixed: Mapping[str, Any]) -> SweptPoint:
+def _described(point: Point) -> SweptPoint:
     """Return a point without its records."""
     plan = point.plan
     if plan is None:
@@ -166,6 +209,14 @@ def _described(point: Point, fixed: Mapping[str, Any]) -> SweptPoint:
         relative_change=_change_of(plan),
         arguments=arguments_of(plan) if point.permuted is None else {},
     )
+
+
+def _described_folder(name: str, folder: Path) -> SweptPoint:
+    """Describe a finished merge by its manifest; its matrices are not listed."""
+    made = read_provenance(folder)
+    if made is None:
+        return SweptPoint(name)
+    return SweptPoint(name, plan=made.plan, digest=made.digest, method=made.method)
 
 
 def _change_of(plan: MergePlan) -> float | None:
@@ -209,5 +260,38 @@ def iter_sweep_to(
     else:
         varied = [Axis(str(axis["parameter"]), tuple(axis["values"])) for axis in axes]
         result = yield from iter_sweep(analysis, varied, found, settings, **(fixed or {}))
+    if result is not None:
+        result.save(Path(out))
+
+
+def iter_models_to(
+    pack: str,
+    out: str,
+    tasks: Sequence[str],
+    *,
+    plan: MergePlan | None = None,
+    plan_name: str = "merged",
+    folders: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    **limits: Any,  # noqa: ANN401 (fields of EvaluationSettings)
+) -> Generator[EvaluationStep]:
+    """Evaluate the models of a pair and write the result; a run of the app.
+
+    Args:
+        pack: file of the analysis.
+        out: file of the result, written at the end.
+        tasks: names of tasks; perception guards are added.
+        plan: a plan to evaluate in memory.
+        plan_name: how it is shown.
+        folders: finished merges by name.
+        device: a torch device name.
+        **limits: limit, seed, max_new_tokens, batch_size.
+
+    Raises: as `iter_models`.
+    """
+    settings = EvaluationSettings(device=device, **limits)
+    plans = {} if plan is None else {plan_name: plan}
+    found = find_tasks(tasks)
+    result = yield from iter_models(Analysis.load(pack), plans, folders or {}, found, settings)
     if result is not None:
         result.save(Path(out))

@@ -31,7 +31,7 @@ export class Evaluation {
       twins: part(element, ".lm-twins"), status: part(element, ".lm-status"),
     };
     /** @type {State} */
-    const first = { content: null, point: -1, taken: -1, task: "", filter: "", width: 0 };
+    const first = { content: null, point: -1, taken: -1, listed: -1, task: "", filter: "", width: 0 };
     this.store = createStore(first);
   }
 
@@ -52,7 +52,7 @@ export class Evaluation {
     const isSame = content !== null && content?.id === this.state.content?.id;
     this.element.hidden = !content?.id;
     if (!content?.id) return;
-    this.set({ content, ...(isSame ? {} : { point: firstPoint(content), taken: -1, task: "", filter: "" }) });
+    this.set({ content, ...(isSame ? {} : { point: firstPoint(content), taken: -1, listed: -1, task: "", filter: "" }) });
     setText(this.dom.title, content.title);
     setText(this.dom.made, content.facts.map(([name, words]) => `${name} ${words}`).join(" · "));
     this.dom.notes.replaceChildren(...content.notes.map((words) => node("li", {}, words)));
@@ -99,7 +99,7 @@ export class Evaluation {
     const { content, point: i } = this.state, point = content?.points[i];
     if (!content || !point?.takes) return;
     const onMap = point.choice && takeOnMap(content.pack, point.choice, `Plan of the evaluation: ${point.label}.`);
-    if (!onMap) this.host.trigger("take", { id: content.id, point: i });
+    if (!onMap) this.host.trigger("take", { id: content.id, pack: content.pack, point: i });
     this.set({ taken: i });
     this.paint();
     setText(this.dom.status, `${point.label} is the chosen plan${point.plan ? `, plan ${point.plan}` : ""}.`);
@@ -109,10 +109,32 @@ export class Evaluation {
   untake() {
     const { content, taken } = this.state, point = content?.points[taken];
     if (!content || !point) return;
-    if (!(point.choice && undoOnMap(content.pack))) this.host.trigger("take", { id: content.id, point: -1 });
+    if (!(point.choice && undoOnMap(content.pack))) this.host.trigger("take", { id: content.id, pack: content.pack, point: -1 });
     this.set({ taken: -1 });
     this.paint();
     setText(this.dom.status, "The merge that was chosen before is chosen again.");
+  }
+
+  /** List the items that the merge in view changes; the server knows them. */
+  async listItems() {
+    const { content, point } = this.state;
+    if (!content || !this.host.server?.result_items) return;
+    setText(this.dom.status, "Reading the items …");
+    const { flips, flipped, reason } = await this.host.server.result_items(content.id, content.pack, point);
+    if (this.state.content?.id !== content.id) return;
+    this.set({ content: { ...content, flips, flipped }, listed: point, filter: "" });
+    this.paint();
+    setText(this.dom.status, reason || `${flipped} items differ between ${content.points[0].label} and ${content.points[point].label}.`);
+  }
+
+  /**
+   * Open an item in the chat, with both answers.
+   *
+   * @param {string} flip
+   */
+  openItem(flip) {
+    const { content, listed } = this.state;
+    if (content) this.host.trigger("opened", { id: content.id, pack: content.pack, flip, point: listed });
   }
 
   /** @param {Content} content */
@@ -206,7 +228,7 @@ function press(results, button) {
     if (content.kind === "sweep") results.take();
   } else if (task) results.set({ task });
   else if (filter !== undefined) results.set({ filter });
-  else if (flip !== undefined) results.host.trigger("opened", { id: content.id, flip: content.flips[Number(flip)].item });
+  else if (flip !== undefined) results.openItem(content.flips[Number(flip)].item);
   else save(results, content, act);
   if (task || filter !== undefined) results.paint();
 }
@@ -219,10 +241,11 @@ function press(results, button) {
 async function save(results, content, act) {
   const stem = `ipmerge-${content.kind}`;
   if (act === "take") results.take();
+  else if (act === "items") results.listItems();
   else if (act === "untake") results.untake();
   else if (act === "csv") saveText(`${stem}.csv`, csvText(resultRows(content)), "text/csv");
   else if (act === "json" || act === "html") {
-    const text = await results.host.server?.result_file?.(content.id, act);
+    const text = await results.host.server?.result_file?.(content.id, content.pack, act);
     if (text) saveText(`${stem}.${act}`, text, act === "json" ? "application/json" : "text/html");
   }
 }

@@ -1,7 +1,7 @@
 // @ts-check
 // The point in view: its scores, its tests and which matrices merge, as a small picture.
 
-import { node, shape } from "../web/dom.js";
+import { actionButton, node, shape } from "../web/dom.js";
 import { percent } from "../web/format.js";
 import { gainWords, orderedTasks, scoreWords, testWords } from "./scores.js";
 
@@ -25,7 +25,7 @@ export function pointPanel(content, { point: i, taken }) {
     node("div", { class: "ev-point-words" },
       node("h3", {}, point.label, ...(point.plan ? [node("code", {}, ` plan ${point.plan}`)] : [])),
       node("p", {}, planWords(content, point)), node("ul", {}, ...lines)),
-    ...takeButton(point, i === taken),
+    node("span", { class: "ev-take" }, ...takeButtons(point, i === taken), ...itemsButton(i)),
   ];
 }
 
@@ -43,12 +43,15 @@ function planWords({ layers, modules }, point) {
  * @param {Point} point
  * @param {boolean} isTaken
  */
-function takeButton(point, isTaken) {
+function takeButtons(point, isTaken) {
   if (!point.takes) return [];
   const name = isTaken ? "Plan is chosen" : "Use this plan";
-  return [node("span", { class: "ev-take" },
-    node("button", { type: "button", class: "lm-quiet", "data-act": "take", "aria-pressed": String(isTaken) }, name),
-    ...(isTaken ? [node("button", { type: "button", class: "lm-quiet", "data-act": "untake" }, "Undo")] : []))];
+  return [actionButton("take", name, { "aria-pressed": String(isTaken) }), ...(isTaken ? [actionButton("untake", "Undo")] : [])];
+}
+
+/** @param {number} i The first point is the one that others are compared with. */
+function itemsButton(i) {
+  return i > 0 ? [actionButton("items", "List items that differ")] : [];
 }
 
 /**

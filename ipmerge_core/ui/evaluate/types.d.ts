@@ -97,6 +97,8 @@ export interface State {
   /** The point in view, and the one whose plan is chosen. */
   point: number;
   taken: number;
+  /** The point whose changed items are listed. */
+  listed: number;
   /** The task whose numbers the heat map shows, and the filter of the list of items. */
   task: string;
   filter: string;

@@ -1,6 +1,8 @@
 // What the modules of the page share, as TypeScript sees it; nothing of this reaches the browser.
 // A pack is described in full by ipmerge_core's records; here are the parts that the page reads.
 
+import type { Flip } from "../evaluate/types.d.ts";
+
 export type Measure = "first" | "max" | "weighted";
 export type Variant = "sum" | "max" | "rescale_only" | "select_only";
 export type Override = "merge" | "keep";
@@ -297,7 +299,8 @@ export interface Store<State> {
 export interface Server {
   report_file?(packId: string, plan: Plan, link: string): Promise<string>;
   grown?(packId: string, known: number): Promise<News>;
-  result_file?(id: string, kind: string): Promise<string>;
+  result_file?(id: string, pack: string, kind: string): Promise<string>;
+  result_items?(id: string, pack: string, point: number): Promise<{ flips: Flip[]; flipped: number; reason?: string }>;
 }
 
 /** What Gradio (or the HTML report) gives to a component that is mounted. */
