@@ -261,7 +261,8 @@ def test_a_merge_that_is_chosen_later_is_asked_by_some_column(backend, make_run)
         (BASE, PLAN): (BASE, PLAN),
         (PLAN, BASE, RECORD): (PLAN, BASE, RECORD),
         (BASE, RECORD): (BASE, PLAN),
-        (BASE, run.id, RECORD): (BASE, run.id, PLAN),
+        (BASE, RECORD, run.id): (BASE, PLAN, run.id),
+        (BASE, run.id): (BASE, PLAN),
     }.items():
         held = {PACK: Selection(columns, CHOSEN)}
         assert selected(CHOSEN, held) == columns

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from ipmerge_core.adapters.factor_set import FactorSet
@@ -40,6 +40,10 @@ class Column:
     factors: FactorSet | None = None
     weights: SwappedWeights | None = None
     nbytes: int = 0
+
+    def named(self, name: str) -> Column:
+        """Return the same column under another name."""
+        return replace(self, name=name)
 
     def scaled(self, gain: float, name: str = "") -> Column:
         """Return the column with all gains multiplied: lambda times `gain`.

@@ -9,7 +9,7 @@ analysis may have left them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,7 +141,7 @@ def _updates(
     matrices: Sequence[MatrixMatch],
     store: UpdateStore | None,
     device: torch.device,
-) -> Iterator[tuple[Sequence[Update], str]]:
+) -> Generator[tuple[Sequence[Update], str]]:
     """Yield the exact updates of each matrix in order, found on disk or computed."""
     experts = tuple(range(len(pair.math)))
     kept = [store is not None and store.holds(m.name) for m in matrices]

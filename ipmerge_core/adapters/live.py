@@ -276,10 +276,12 @@ class LiveModel:
         run_in_turns(self.loaded, ready, rows, *functions)
         unused = set(added.modules) - added.used
         if unused and rows[0].ids:
-            raise ModelLoadError(
+            error = ModelLoadError(
                 f"'{self.loaded.folder.name}' does not call its layer '{min(unused)}', so that the "
                 f"merge had no effect there. Merge into a folder instead."
             )
+            for member in members:
+                member.stream.error = error
 
     def _refuse_other(self, fingerprint: str, name: str) -> None:
         if fingerprint != self.loaded.fingerprint:

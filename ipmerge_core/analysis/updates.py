@@ -45,7 +45,7 @@ class Variant(NamedTuple):
     @classmethod
     def of(cls, parameters: Mapping[str, Any], anchor: Anchor = "two_base") -> Variant:
         """Take the variant from the parameters of a plan."""
-        return cls(*(parameters[name] for name in cls._fields[:-1]), anchor)
+        return cls(**{name: parameters[name] for name in cls._fields[:-1]}, anchor=anchor)
 
 
 class KeptSize(NamedTuple):

@@ -81,6 +81,11 @@ class ModelCache:
             self._models.move_to_end(key)
             return self._models[key]
 
+    def loaded(self) -> tuple[LoadedModel, ...]:
+        """Return the models in memory."""
+        with self._lock:
+            return tuple(self._models.values())
+
 
 def import_libraries() -> None:
     """Import the libraries for running a model, which takes seconds the first time."""

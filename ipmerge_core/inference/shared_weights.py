@@ -115,7 +115,7 @@ class SwappedWeights:
 
 def _parameter(loaded: LoadedModel, name: str) -> nn.Parameter:
     try:
-        found = loaded.model.get_parameter(name)
+        found: nn.Parameter = loaded.model.get_parameter(name)
     except AttributeError as error:
         raise PlanError(
             f"The merged '{name}' is not a weight of the loaded '{loaded.folder.name}'. Is the "

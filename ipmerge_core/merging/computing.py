@@ -7,7 +7,7 @@ the merge that writes a folder (`merge.py`) and by the one that keeps its tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -113,7 +113,7 @@ class PartMerger:
         at_once = 1 if self.device.type == "cpu" else self.workers  # a GPU waits for the disk
         return at_once * max([pace.ahead, *(held(self.pair, part) for part in cut)])
 
-    def results(self, cut: list[Part]) -> Iterator[tuple[Part, bytearray | Reporting]]:
+    def results(self, cut: list[Part]) -> Generator[tuple[Part, bytearray | Reporting]]:
         """Yield the merged bytes of every part in order; reads ahead.
 
         A method that reports progress gives a function instead, to be called with a report.

@@ -32,6 +32,8 @@ from ipmerge_core.ui.plan_choice import analysis_of
 from ipmerge_core.ui.serving import current_visitor
 
 if TYPE_CHECKING:
+    from ipmerge_core.adapters.live import LiveModel
+    from ipmerge_core.adapters.live_cache import LiveCache
     from ipmerge_core.calibration.calibrate import CalibrationCost
     from ipmerge_core.inference.loading import LoadedModel, ModelCache
     from ipmerge_core.planning.plan import MergePlan
@@ -65,6 +67,7 @@ class Backend:
     worker: WarmWorker | None = None  # runs the next job of the store
     report: Callable[[str], object] = lambda _: None  # takes a line for the log
     _models: Any = None
+    _live: Any = None
     _warming: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _preview_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -83,6 +86,29 @@ class Backend:
             if self._models is None:
                 self._models = ModelCache(most_models=3)
             return self._models  # type: ignore[no-any-return]
+
+    @property
+    def live(self) -> LiveCache:
+        """The live models and their columns: the base and its merges on one copy of the weights."""
+        from ipmerge_core.adapters.live_cache import LiveCache
+
+        models = self.models
+        with self._lock:
+            if self._live is None:
+                self._live = LiveCache(models, self.updates_folder)
+            return self._live  # type: ignore[no-any-return]
+
+    def live_model(self, pack_id: str, stops: Sequence[threading.Event] = ()) -> LiveModel:
+        """Return the live model of a pair's vision-language model, on the device of this app.
+
+        Raises: as `base_folder` and `load_model`.
+        """
+        return self.live.model(self.base_folder(pack_id), self.device_for(fp64=False), stops)
+
+    @property
+    def updates_folder(self) -> Path:
+        """The folder in which updates of IP-Merging are kept."""
+        return home_folder() / "updates"
 
     def import_libraries(self) -> None:
         """Import torch and transformers in one thread: their imports are not thread-safe.

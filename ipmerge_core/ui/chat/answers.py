@@ -1,21 +1,23 @@
 """Answer one question with the models of all columns, each of which can be stopped and retried.
 
 In: the chosen merge, the model of each column, a question, its images and earlier messages. Out: a
-generator of one `Side` per column, about ten times a second. An error affects only its own column.
+generator of one `Side` per column, about ten times a second. All columns are answered from one copy
+of the weights; an error affects only its own column.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.ui.backend import Backend, Progress
+from ipmerge_core.ui.chat.active_requests import ActiveRequest
 from ipmerge_core.ui.chat.columns import BASE, PLAN, column_names, merge_of, name_asked
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import public_text, sentence_of
@@ -25,9 +27,11 @@ from ipmerge_core.ui.plan_choice import analysis_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ipmerge_core.inference.generation import GenerationSettings
-    from ipmerge_core.inference.loading import LoadedModel
+    from ipmerge_core.adapters.columns import Column, Row
+    from ipmerge_core.adapters.live import LiveModel
     from ipmerge_core.inference.prompts import Message
+    from ipmerge_core.inference.sampling import GenerationSettings
+    from ipmerge_core.inference.streaming import RowState
 
 YIELD_EVERY = 0.1  # seconds
 STOP_TIMEOUT = 10.0  # seconds to wait for a stopped model
@@ -46,9 +50,11 @@ class Side:
     note: str = ""  # progress, or the reason of a failure
     seconds: float = 0.0
     tokens: int = 0
-    cut_off: bool = False  # whether it ended at the limit of new tokens
+    speed: float = 0.0  # tokens per second after the first one
+    cut_off: bool = False  # whether it ended at a limit of tokens
     plan: str = ""  # the short digest of its plan
     image_processor: str = ""  # its class and library, for a question with an image
+    ids: tuple[int, ...] = ()  # the tokens, those of the thinking part included
 
     @property
     def is_over(self) -> bool:
@@ -58,6 +64,15 @@ class Side:
     def stopped(self, note: str = "") -> Side:
         """Return the side after Stop was pressed."""
         return replace(self) if self.is_over else replace(self, state="stopped", note=note)
+
+    def read(self, row: RowState) -> None:
+        """Take over the state of a row of the model."""
+        thinks = row.state == "thinking"
+        self.text, self.thinking = row.reply.answer, row.reply.thinking
+        self.seconds, self.tokens, self.ids = row.seconds, len(row.ids), row.ids
+        self.speed, self.cut_off = row.tokens_per_second, row.is_cut
+        self.note = public_text(row.note) if row.note else self.note if not row.ids else ""
+        self.state = "answering" if thinks else row.state  # type: ignore[assignment]
 
 
 class Question(NamedTuple):
@@ -80,89 +95,26 @@ class Question(NamedTuple):
         """The pair."""
         return self.chosen.pack_id
 
+    def messages(self) -> list[list[Message]]:
+        """Return the conversation of every column; equal ones are one list, encoded once."""
+        from ipmerge_core.inference.prompts import Message
 
-class Answerer(NamedTuple):
-    """A model that can answer, with its folder, label and the digest of its plan."""
+        asked = Message("user", self.text, self.images)
+        known: dict[tuple[tuple[str, str], ...], list[Message]] = {}
+        found = []
+        for column in range(len(self.columns)):
+            before = self.before[column] if self.before else ()
+            key = tuple((message.role, message.text) for message in before)
+            found.append(known.setdefault(key, [*before, asked]))
+        return found
 
-    folder: Path
+
+class Found(NamedTuple):
+    """A column that can answer, with its label and the digest of its plan."""
+
+    column: Column
     label: str
     plan: str = ""
-
-
-@dataclass
-class ActiveRequest:
-    """A question that is being answered: its stops by column, and the columns to ask again."""
-
-    n_columns: int
-    stop_all: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        """Start without stops and retries."""
-        self.stops = [threading.Event() for _ in range(self.n_columns)]
-        self._retries: list[int] = []
-        self._lock = threading.Lock()
-        self.is_open = True
-
-    def retry(self, column: int) -> bool:
-        """Ask a column again within this request; False if the request is over."""
-        with self._lock:
-            if self.is_open and not self.stop_all.is_set():
-                self._retries.append(column)
-            return self.is_open
-
-    def take_retries(self) -> list[int]:
-        """Return the columns to ask again, once."""
-        with self._lock:
-            found, self._retries = self._retries, []
-            return found
-
-    def close(self, *, finished: bool = True) -> bool:
-        """Accept no more retries; with `finished` only if none is left. Returns whether closed."""
-        with self._lock:
-            if finished and self._retries:
-                return False
-            self.is_open = False
-            return True
-
-    def is_stopped(self, column: int) -> bool:
-        """Whether a column must stop."""
-        return self.stop_all.is_set() or self.stops[column].is_set()
-
-
-@dataclass
-class ActiveRequests:
-    """Keeps at most one active request per session."""
-
-    def __post_init__(self) -> None:
-        """Start without requests."""
-        self._active: dict[str, ActiveRequest] = {}
-
-    def start(self, session: str, n_columns: int = 2) -> ActiveRequest:
-        """Stop the active request of a session and return a new one."""
-        self.stop(session)
-        self._active[session] = ActiveRequest(n_columns)
-        return self._active[session]
-
-    def stop(self, session: str, column: int | None = None) -> None:
-        """Stop one column of a session's request, or all of it."""
-        found = self._active.get(session)
-        if found is None:
-            return
-        if column is None:
-            self._active.pop(session).stop_all.set()
-        elif column < found.n_columns:
-            found.stops[column].set()
-
-    def retry(self, session: str, column: int) -> bool:
-        """Ask a column again if a request of the session is active; return whether it is."""
-        found = self._active.get(session)
-        return found is not None and column < found.n_columns and found.retry(column)
-
-    def end(self, session: str, request: ActiveRequest) -> None:
-        """Forget a request that is over."""
-        request.close(finished=False)
-        if self._active.get(session) is request:
-            del self._active[session]
 
 
 def new_sides(columns: Sequence[str]) -> tuple[Side, ...]:
@@ -170,23 +122,34 @@ def new_sides(columns: Sequence[str]) -> tuple[Side, ...]:
     return tuple(Side(name) for name in column_names(columns))
 
 
-def find_answerer(backend: Backend, asked: Question, who: str, progress: Progress) -> Answerer:
-    """Find the model of a column; a plan of a small model is merged if that has not been done yet.
+def find_column(
+    backend: Backend,
+    live: LiveModel,
+    asked: Question,
+    who: str,
+    progress: Progress,
+    stops: Sequence[threading.Event] = (),
+) -> Found:
+    """Find the model of a column; what it needs is computed if that has not been done yet.
 
     Raises: IPMergeError if the model does not exist or does not belong to the pair.
     """
+    pack_id = asked.pack_id
     if who == BASE:
-        label = describe_unmerged(analysis_of(asked.pack_id).sources.mllm.id)
-        return Answerer(backend.base_folder(asked.pack_id), label)
+        label = describe_unmerged(analysis_of(pack_id).sources.mllm.id)
+        return Found(live.base(label), label)
     chosen = merge_of(asked.chosen, who)
     if chosen is None or chosen.merge is not None:
         run = chosen.run if chosen else who
-        merge = find_merge(backend, asked.pack_id, run, asked.keys)
-        return Answerer(merge.folder, merge.label, merge.made.plan)
+        merge = find_merge(backend, pack_id, run, asked.keys)
+        column = backend.live.folder_column(live, merge.folder, merge.label, progress, stops)
+        return Found(column, merge.label, merge.made.plan)
     progress("making the plan")
     plan = chosen.make_plan()
     label = name_of(chosen, plan.hash)
-    return Answerer(backend.merged_folder(plan, progress), label, plan.hash)
+    device = backend.device_for()
+    column = backend.live.column(live, plan, label, progress, stops, device=device)
+    return Found(column, label, plan.hash)
 
 
 def answer_columns(
@@ -202,11 +165,15 @@ def answer_columns(
     Yields copies of all sides until they are over. Closing the generator or stopping the request
     stops the models at their next token. A column whose retry is requested is asked again.
     """
-    answers = _Answers(backend, asked, request or ActiveRequest(len(asked.columns)), before)
+    answers = Answers(backend, asked, request or ActiveRequest(len(asked.columns)), before)
+    answers.start(list(range(len(asked.columns)) if only is None else only))
+    yield from stream_sides(answers)
+
+
+def stream_sides(answers: Answers) -> Generator[tuple[Side, ...], None, None]:
+    """Yield copies of the sides until they are over; closing the generator stops the models."""
     deadline = time.monotonic() + LONGEST_TURN
     try:
-        for column in range(len(asked.columns)) if only is None else only:
-            answers.start(column)
         while not answers.are_over:
             yield answers.snapshot()
             time.sleep(YIELD_EVERY)
@@ -218,15 +185,15 @@ def answer_columns(
         answers.close()
 
 
-class _Answers:
-    """The sides of one question and the threads that fill them."""
+class Answers:
+    """The sides of one question and the threads that fill them, one per group of columns."""
 
     def __init__(
         self, backend: Backend, asked: Question, request: ActiveRequest, before: Sequence[Side]
     ) -> None:
         self.backend, self.asked, self.request = backend, asked, request
         self.sides = list(before) or list(new_sides(asked.columns))
-        self.locks: dict[str, threading.Lock] = {}  # a model answers one question at a time
+        self.messages = asked.messages()
         self.threads: list[threading.Thread] = []
 
     @property
@@ -236,15 +203,20 @@ class _Answers:
             return self.request.close(finished=False)
         for column in self.request.take_retries():
             if self.sides[column].is_over:
-                self.start(column)
+                self.start([column])
         return all(side.is_over for side in self.sides) and self.request.close()
 
-    def start(self, column: int) -> None:
-        """Ask a column in a thread of its own."""
-        name = column_names(self.asked.columns)[column]
-        self.sides[column] = side = Side(name)
-        self.request.stops[column] = stop = _Either(self.request.stop_all)
-        thread = threading.Thread(target=self._fill, args=(side, column, stop), daemon=True)
+    def start(self, columns: Sequence[int]) -> None:
+        """Ask some columns in a thread, in one batch where their models allow it."""
+        names = column_names(self.asked.columns)
+        for column in columns:
+            self.sides[column] = Side(names[column])
+            self.request.stops[column] = threading.Event()
+        self.run(partial(self._fill, tuple(columns)))
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do a part of the work in a thread."""
+        thread = threading.Thread(target=work, daemon=True)
         self.threads.append(thread)
         thread.start()
 
@@ -259,58 +231,70 @@ class _Answers:
         for thread in self.threads:
             thread.join(STOP_TIMEOUT)
 
-    def _fill(self, side: Side, column: int, stop: threading.Event) -> None:
-        """Fill one side. An error is shown on this side and does not affect the others."""
+    def _fill(self, columns: tuple[int, ...]) -> None:
+        """Fill the sides of some columns."""
+        sides = {column: self.sides[column] for column in columns}
+        for column, side in sides.items():
+            side.source = name_asked(self.asked.chosen, self.asked.columns[column])
+
+        def progress(words: str) -> None:
+            for side in sides.values():
+                side.note = words
+            if self.request.stop_all.is_set():
+                raise RunCancelled("Stopped while the model was loading.")
+
+        def answer() -> None:
+            progress("importing libraries")
+            self.backend.import_libraries()
+            progress("loading weights")
+            live = self.backend.live_model(self.asked.pack_id, [self.request.stop_all])
+            rows = {column: row for column in columns if (row := self._row(live, column))}
+            for column in rows:
+                sides[column].note = "reading the question"
+            for states in live.stream(list(rows.values()), [self.request.stop_all]):
+                for column, state in zip(rows, states, strict=True):
+                    sides[column].read(state)
+
+        guarded(answer, list(sides.values()))
+
+    def _row(self, live: LiveModel, column: int) -> Row | None:
+        """Return the row of a column; None if its model cannot be found, which its side states."""
+        from ipmerge_core.adapters.columns import Row
+
+        side, stop = self.sides[column], self.request.stops[column]
+        stops = [stop, self.request.stop_all]
+        found: list[Row] = []
 
         def progress(words: str) -> None:
             side.note = words
-            if stop.is_set():
-                raise RunCancelled("Stopped while the model was loading.")
+            if any(event.is_set() for event in stops):
+                raise RunCancelled("Stopped while the model was prepared.")
 
-        who = self.asked.columns[column]
-        side.source = name_asked(self.asked.chosen, who)
-        try:
-            progress("importing libraries")
-            self.backend.import_libraries()
-            found = find_answerer(self.backend, self.asked, who, progress)
-            side.source, side.plan = found.label, found.plan
-            progress("loading weights")
-            loaded = self.backend.load(found.folder, [stop])
-            progress("waiting for another column, which uses the same model")
-            with self.locks.setdefault(str(loaded.folder), threading.Lock()):
-                progress("generating")
-                _answer(loaded, side, self.asked, stop)
-        except RunCancelled:
-            side.note, side.state = "", "stopped"
-        except IPMergeError as error:
-            side.note, side.state = sentence_of(error), "failed"
-        except Exception as error:  # noqa: BLE001 (a bug in one column must not affect the others)
-            side.note = public_text(f"Unexpected {type(error).__name__}: {error}")
-            side.state = "failed"
+        def find() -> None:
+            who, asked = self.asked.columns[column], self.asked
+            model = find_column(self.backend, live, asked, who, progress, stops)
+            side.source, side.plan = model.label, model.plan
+            if asked.images:
+                side.image_processor = live.loaded.processor.image_processor or ""
+            found.append(Row(model.column, self.messages[column], asked.settings, [stop]))
+
+        guarded(find, [side])
+        return found[0] if found else None
 
 
-class _Either(threading.Event):
-    """An event that is also set by another one."""
+def guarded(work: Callable[[], None], sides: Sequence[Side]) -> None:
+    """Do a part of the work; an error is shown on its sides that are not over."""
+    try:
+        work()
+    except RunCancelled:
+        _end(sides, "stopped", "")
+    except IPMergeError as error:
+        _end(sides, "failed", sentence_of(error))
+    except Exception as error:  # noqa: BLE001 (a bug in one column must not affect the others)
+        _end(sides, "failed", public_text(f"Unexpected {type(error).__name__}: {error}"))
 
-    def __init__(self, other: threading.Event) -> None:
-        super().__init__()
-        self._other = other
 
-    def is_set(self) -> bool:
-        """Whether either of both is set."""
-        return super().is_set() or self._other.is_set()
-
-
-def _answer(loaded: LoadedModel, side: Side, asked: Question, stop: threading.Event) -> None:
-    from ipmerge_core.inference.generation import stream_answer
-
-    image = asked.images[-1] if asked.images else None
-    if image is not None:
-        side.image_processor = loaded.processor.image_processor or ""
-    started = time.perf_counter()
-    for piece in stream_answer(loaded, asked.text, image, asked.settings, stop):
-        side.state, side.note = "answering", ""
-        side.text += piece
-        side.seconds = time.perf_counter() - started
-    side.note = ""
-    side.state = "stopped" if stop.is_set() else "finished"
+def _end(sides: Sequence[Side], state: Literal["stopped", "failed"], note: str) -> None:
+    for side in sides:
+        if not side.is_over:
+            side.note, side.state = note, state

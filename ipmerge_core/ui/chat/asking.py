@@ -119,4 +119,4 @@ def _before(turns: Turns, column: int, pack_id: str, settings: ChatSettings) -> 
 
 def _user_message(text: str, images: Sequence[str]) -> Message:
     opened = [read_image(path) for path in images if Path(path).is_file()]
-    return Message("user", text, opened[-1] if opened else None)
+    return Message("user", text, tuple(opened))

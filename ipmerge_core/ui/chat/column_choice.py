@@ -159,6 +159,13 @@ class TryFinished(NamedTuple):
         }
 
 
+class ChoiceEvents(NamedTuple):
+    """The events after which columns were added or removed, and after which any is another one."""
+
+    resized: list[Dependency]
+    changed: list[Dependency]
+
+
 def first_choices(chosen: ChosenMerge, number: int) -> dict[str, Any]:
     """Return the choices and the value of a dropdown when the page is opened."""
     columns = default_columns(chosen)
@@ -168,11 +175,8 @@ def first_choices(chosen: ChosenMerge, number: int) -> dict[str, Any]:
 
 def wire_choice(
     backend: Backend, choice: ColumnChoice, pair: gr.Dropdown, tab: gr.Tab
-) -> list[Dependency]:
-    """Store the choice per pair, and update the choices when they may have changed.
-
-    Returns the events after which columns were added or removed.
-    """
+) -> ChoiceEvents:
+    """Store the choice per pair, and update the choices when they may have changed."""
 
     def keep(chosen: ChosenMerge, selections: Selections, *models: str | None) -> Selections:
         held = Held(chosen, selections)
@@ -189,9 +193,10 @@ def wire_choice(
         return choice.updates(backend, Held(*values))
 
     models = [column.model for column in choice.columns]
-    for model in models:
-        inputs = [choice.chosen, choice.selections, *models]
-        model.input(keep, inputs, choice.selections, queue=False, **QUIET)
+    inputs = [choice.chosen, choice.selections, *models]
+    changed = [
+        model.input(keep, inputs, choice.selections, queue=False, **QUIET) for model in models
+    ]
     resized = [
         button.click(
             partial(resize, more=more),
@@ -206,7 +211,8 @@ def wire_choice(
         kept = event.then(None, None, choice.kept, js=KEPT_PLANS, queue=False, **QUIET)
         listed = kept.then(show, choice.asked, choice.shown, queue=False, **QUIET)
         listed.then(chosen_line, choice.chosen, choice.line, **QUIET)
-    return resized
+        changed.append(listed)
+    return ChoiceEvents(resized, [*changed, *resized])
 
 
 def wire_try_it(taking: TryFinished, button: gr.Button) -> Dependency:

@@ -69,14 +69,17 @@ def default_columns(chosen: ChosenMerge) -> tuple[str, ...]:
 def selected(chosen: ChosenMerge, selections: Selections) -> tuple[str, ...]:
     """Return the selected columns; a merge that was chosen since is one of them.
 
-    If no column asks the chosen merge, the last one does so from the next choice on.
+    If no column asks the chosen merge, the one of the recorded plan does so from the next choice
+    on, or else the last one.
     """
     mine = selections.get(chosen.pack_id)
     if mine is None:
         return default_columns(chosen)
     if mine.chosen == chosen or PLAN in mine.columns:
         return mine.columns
-    return (*mine.columns[:-1], PLAN)
+    columns = list(mine.columns)
+    columns[columns.index(RECORD) if RECORD in columns else -1] = PLAN
+    return tuple(columns)
 
 
 def with_column(chosen: ChosenMerge, columns: tuple[str, ...]) -> tuple[str, ...]:

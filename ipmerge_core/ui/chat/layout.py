@@ -74,6 +74,8 @@ class Parts(NamedTuple):
     settings: SettingFields
     tools: Tools
     examples: Examples
+    cost: gr.HTML  # what the columns need before they answer
+    agree: gr.Checkbox  # to a large cost
     take: gr.Button  # chooses the plan of the recorded example on show
     source: gr.HTML
     status: gr.HTML
@@ -89,9 +91,7 @@ class Parts(NamedTuple):
     def outputs(self) -> list[Any]:
         """What `updates` fills."""
         columns = [
-            component
-            for column in self.choice.columns
-            for component in (column.chat, column.verdict, column.stop, column.retry, column.copy)
+            component for column in self.choice.columns for component in (column.model, *column[2:])
         ]
         vote = [self.vote.box, self.vote.tally, self.vote.csv, *self.vote.letters]
         single = [self.turns, self.take, self.source, self.status, self.tabs, self.difference]
@@ -122,11 +122,13 @@ class Parts(NamedTuple):
 
     def _column_updates(self, shown: View, last: Turn | None) -> Updates:
         found: Updates = {}
+        hidden = last is not None and last.is_hidden
         for position, column in enumerate(self.choice.columns[: len(shown.chats)]):
             side = last.at(position) if last else None
             is_live = side is not None and last is not None and not last.recorded
             found |= {
-                column.chat: shown.chats[position],
+                column.model: gr.update(visible=not hidden),
+                column.chat: gr.update(value=shown.chats[position], show_label=hidden),
                 column.verdict: shown.verdicts[position],
                 column.stop: gr.update(interactive=side is not None and not side.is_over),
                 column.retry: gr.update(interactive=is_live and side is not None and side.is_over),
@@ -158,8 +160,10 @@ def lay_out(chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState) -> P
     examples = Examples(content_of(found))
     prompt = _prompt(first[0] if first else None)
     tools = _tools()
-    settings = lay_out_settings()
+    settings = lay_out_settings(chosen.value.pack_id)
     line = gr.HTML("", elem_id="try-chosen", elem_classes="chosen-line")
+    cost = gr.HTML("", elem_id="chat-cost")
+    agree = gr.Checkbox(False, label="Load these columns", visible=False, elem_id="chat-agree")
     shown = view(first, FEWEST_COLUMNS)
     take, source, status = _answers_line(shown)
     tabs = gr.HTML(shown.tabs, elem_id="column-tabs")
@@ -173,14 +177,13 @@ def lay_out(chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState) -> P
     vote = _vote()
     difference = gr.HTML("", elem_id="difference")
     strip = Strip()
-    kept, outbox = (
-        gr.Textbox("", visible="hidden", elem_id=name) for name in ("kept-plans", "chat-outbox")
-    )
+    kept = gr.Textbox("", visible="hidden", elem_id="kept-plans")
+    outbox = gr.Textbox("", visible="hidden", elem_id="chat-outbox")
     choice = ColumnChoice(columns, add, remove, gr.State({}), chosen, line, runs, last, kept)
     states = (gr.State(first), gr.State([]), gr.State(None), gr.State(False))
     return Parts(
-        choice, *states, prompt, settings, tools, examples, take, source, status, tabs, vote,
-        sweep, strip, compare, difference, outbox,
+        choice, *states, prompt, settings, tools, examples, cost, agree, take, source, status,
+        tabs, vote, sweep, strip, compare, difference, outbox,
     )  # fmt: skip
 
 

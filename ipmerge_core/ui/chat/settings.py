@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.prompts import LONGEST_QUESTION
+from ipmerge_core.inference.sampling import (
+    MOST_NEW_TOKENS,
+    MOST_THINKING_TOKENS,
+    GenerationSettings,
+)
+from ipmerge_core.ui.chat.recorded import DEMO_PAIR
 from ipmerge_core.ui.chat.turns import HistoryRule
 
-LONGEST_ANSWER = 2048  # tokens
 SENT, SENT_RECORDED, NOT_SENT = "Sent", "Sent, recorded ones too", "Not sent"
 RULES = {SENT: HistoryRule(), SENT_RECORDED: HistoryRule(recorded=True)}
 KEYS = (
@@ -39,6 +43,7 @@ class SettingFields(NamedTuple):
 
     temperature: gr.Slider
     longest: gr.Slider
+    thinking: gr.Slider
     seed: gr.Number
     system: gr.Textbox
     earlier: gr.Radio
@@ -51,8 +56,16 @@ class SettingFields(NamedTuple):
         return list(self[:-1])
 
 
-def lay_out_settings() -> SettingFields:
-    """Lay out the settings in an accordion."""
+def usual_rule(pack_id: str) -> str:
+    """Return whether earlier turns of a pair are sent unless a visitor selects otherwise.
+
+    The demo models were trained on single questions.
+    """
+    return NOT_SENT if pack_id == DEMO_PAIR else SENT
+
+
+def lay_out_settings(pack_id: str) -> SettingFields:
+    """Lay out the settings in an accordion, for a pair."""
     with gr.Accordion("Settings", open=False, elem_id="chat-settings"):
         with gr.Row():
             temperature = gr.Slider(
@@ -60,8 +73,12 @@ def lay_out_settings() -> SettingFields:
                 elem_id="chat-temperature",
             )  # fmt: skip
             longest = gr.Slider(
-                1, LONGEST_ANSWER, value=128, step=1, label="Maximum new tokens",
+                1, MOST_NEW_TOKENS, value=128, step=1, label="Maximum new tokens",
                 info="Of an answer", elem_id="chat-longest",
+            )  # fmt: skip
+            thinking = gr.Slider(
+                0, MOST_THINKING_TOKENS, value=1024, step=16, label="Maximum thinking tokens",
+                info="Of thinking models, before the answer", elem_id="chat-thinking",
             )  # fmt: skip
             seed = gr.Number(
                 0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1,
@@ -74,8 +91,8 @@ def lay_out_settings() -> SettingFields:
         )  # fmt: skip
         with gr.Row():
             earlier = gr.Radio(
-                [SENT, SENT_RECORDED, NOT_SENT], value=SENT, label="Earlier turns",
-                info="A column reads its own earlier answers for this pair", elem_id="chat-earlier",
+                [SENT, SENT_RECORDED, NOT_SENT], value=usual_rule(pack_id), label="Earlier turns",
+                info="To each column, its own. Demo models read one question", elem_id="chat-earlier",
             )  # fmt: skip
             blind = gr.Checkbox(
                 False, label="Blind mode", info="Hide names and shuffle answers until you vote",
@@ -86,19 +103,22 @@ def lay_out_settings() -> SettingFields:
                 elem_id="chat-scrolling",
             )  # fmt: skip
         gr.Markdown(KEYS, elem_classes="caption")
-    return SettingFields(temperature, longest, seed, system, earlier, blind, scrolling)
+    return SettingFields(temperature, longest, thinking, seed, system, earlier, blind, scrolling)
 
 
 def read_settings(
     temperature: float | None,
     longest: float | None,
+    thinking: float | None,
     seed: float | None,
     system: str | None,
     earlier: str | None,
     blind: bool | None,
 ) -> ChatSettings:
     """Check the settings; an empty number is 0. Raises: RunError for a value out of range."""
-    generation = GenerationSettings(float(temperature or 0), int(longest or 0), int(seed or 0))
+    generation = GenerationSettings(
+        float(temperature or 0), int(longest or 0), int(seed or 0), int(thinking or 0)
+    )
     system = (system or "").strip()
     if len(system) > LONGEST_QUESTION:
         raise RunError(

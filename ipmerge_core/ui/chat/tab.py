@@ -16,17 +16,21 @@ import gradio as gr
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.chat.active_requests import ActiveRequests
 from ipmerge_core.ui.chat.answers import (
-    ActiveRequests,
     Question,
     Side,
     answer_columns,
 )
 from ipmerge_core.ui.chat.asking import Typed, make_question, new_turn, read_prompt
-from ipmerge_core.ui.chat.column_choice import ColumnChoice, Held, wire_choice
+from ipmerge_core.ui.chat.column_choice import ColumnChoice, wire_choice
+from ipmerge_core.ui.chat.costs import check_consent, column_costs, wire_costs
+from ipmerge_core.ui.chat.differences import wire_difference
+from ipmerge_core.ui.chat.inputs import MODELS, Inputs, inputs_of, session_of
 from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, lay_out
 from ipmerge_core.ui.chat.recorded import Reference
 from ipmerge_core.ui.chat.settings import read_settings
+from ipmerge_core.ui.chat.sweeping import wire_strip
 from ipmerge_core.ui.chat.tools import (
     FillPrompt,
     wire_columns_view,
@@ -46,8 +50,6 @@ if TYPE_CHECKING:
     from gradio.events import Dependency
 
 Json = dict[str, Any]
-N_SETTINGS = 6  # inputs of `read_settings`
-MODELS: dict[str, Any] = {**QUIET, "concurrency_id": "models", "concurrency_limit": 1}
 
 
 class TryTab(NamedTuple):
@@ -77,59 +79,43 @@ def try_tab(
     that the browser remembers, see `column_choice`.
     """
     parts = lay_out(shown.chosen, runs, last)
-    resized = wire_choice(backend, parts.choice, pair, tab)
-    _wire_questions(backend, parts)
-    wire_columns_view(parts, resized)
+    events = wire_choice(backend, parts.choice, pair, tab)
+    wire_costs(backend, parts, events.changed)
+    requests = ActiveRequests()
+    _wire_questions(backend, parts, requests)
+    wire_difference(backend, parts)
+    wire_columns_view(parts, events.resized)
     wire_examples(parts)
     wire_random(parts)
     wire_history(parts)
     wire_exports(parts)
     wire_vote(parts)
-    chose = wire_records(backend, parts, pair, shown)
-    return TryTab(parts.choice, [chose], FillPrompt(parts))
-
-
-class Inputs(NamedTuple):
-    """The values of `_inputs`: what a handler that asks reads."""
-
-    turns: list[Turn]
-    past: list[Any]
-    given: Reference | None
-    held: Held
-    settings: tuple[Any, ...]
-
-    @classmethod
-    def read(cls, values: Sequence[Any]) -> Inputs:
-        """Read the values in the order of `_inputs`."""
-        turns, past, given, *rest = values
-        return cls(turns, past, given, Held(*rest[:-N_SETTINGS]), tuple(rest[-N_SETTINGS:]))
-
-
-def _inputs(parts: Parts) -> list[Any]:
-    return [
-        parts.turns, parts.past, parts.given, *parts.choice.asked, *parts.settings.inputs,
-    ]  # fmt: skip
+    chose = [
+        wire_records(backend, parts, pair, shown),
+        wire_strip(backend, parts, shown, requests),
+    ]
+    return TryTab(parts.choice, chose, FillPrompt(parts))
 
 
 # --- questions -------------------------------------------------------------------------------
 
 
-def _wire_questions(backend: Backend, parts: Parts) -> None:
+def _wire_questions(backend: Backend, parts: Parts, requests: ActiveRequests) -> None:
     """Wire Send, Ask again, Stop and Retry."""
-    requests = ActiveRequests()
 
-    def check(typed: dict[str, Any], *values: Any) -> None:  # noqa: ANN401
+    def check(typed: Json, agreed: bool, *values: Any) -> None:  # noqa: ANN401
         now = Inputs.read(values)
         read = read_prompt(typed)
         make_question(read, now.held, read_settings(*now.settings), now.turns)
         check_room(now.turns, read.text)
+        check_consent(column_costs(backend, now.held), agreed=agreed)
 
     def ask(request: gr.Request, typed: Json, *values: Any) -> Iterator[Updates]:  # noqa: ANN401
         now, read = Inputs.read(values), read_prompt(typed)
         started = _start(now, read, now.turns, now.given)
         sent = {parts.past: pushed(now.past, typed, now.turns), parts.prompt: EMPTY_PROMPT}
         yield from _run(
-            backend, parts, _Run(requests, _session(request), *started, now.turns), sent
+            backend, parts, _Run(requests, session_of(request), *started, now.turns), sent
         )
 
     def ask_again(request: gr.Request, typed: Json, *values: Any) -> Iterator[Updates]:  # noqa: ANN401
@@ -137,18 +123,21 @@ def _wire_questions(backend: Backend, parts: Parts) -> None:
         last, before = now.turns[-1], now.turns[:-1]
         again = _start(now, Typed(last.question, last.images), before, last.reference)
         sent = {parts.past: pushed(now.past, typed, now.turns)}
-        yield from _run(backend, parts, _Run(requests, _session(request), *again, before), sent)
+        yield from _run(backend, parts, _Run(requests, session_of(request), *again, before), sent)
 
-    def check_again(turns: list[Turn]) -> None:
-        if not turns:
+    def check_again(agreed: bool, *values: Any) -> None:  # noqa: ANN401
+        now = Inputs.read(values)
+        if not now.turns:
             raise RunError("There is no question yet. Type a question first.")
+        check_consent(column_costs(backend, now.held), agreed=agreed)
 
-    asks = [parts.prompt, *_inputs(parts)]
+    asks = [parts.prompt, *inputs_of(parts)]
     # Checks have no outputs, so that an error keeps the question and the answers on the page.
-    parts.prompt.submit(show_errors(check), asks, None, **QUIET).success(
+    agreed = [parts.agree, *inputs_of(parts)]
+    parts.prompt.submit(show_errors(check), [parts.prompt, *agreed], None, **QUIET).success(
         show_errors(ask), asks, [parts.past, parts.prompt, *parts.outputs], **MODELS
     )
-    parts.tools.again.click(show_errors(check_again), parts.turns, None, **QUIET).success(
+    parts.tools.again.click(show_errors(check_again), agreed, None, **QUIET).success(
         show_errors(ask_again), asks, [parts.past, *parts.outputs], **MODELS
     )
     parts.tools.stop.click(_stopper(requests), None, None, queue=False, **QUIET)
@@ -162,10 +151,10 @@ def _wire_column(backend: Backend, parts: Parts, requests: ActiveRequests, posit
 
     def stop(request: gr.Request, turns: list[Turn]) -> None:
         if turns:
-            requests.stop(_session(request), turns[-1].column_at(position))
+            requests.stop(session_of(request), turns[-1].column_at(position))
 
     def join(request: gr.Request, turns: list[Turn]) -> bool:
-        return bool(turns) and requests.retry(_session(request), turns[-1].column_at(position))
+        return bool(turns) and requests.retry(session_of(request), turns[-1].column_at(position))
 
     def retry(request: gr.Request, accepted: bool, *values: Any) -> Iterator[Updates]:  # noqa: ANN401
         now = Inputs.read(values)
@@ -177,10 +166,10 @@ def _wire_column(backend: Backend, parts: Parts, requests: ActiveRequests, posit
         if number >= len(asked.columns):
             raise RunError("This column was removed. Add it again, or press Ask again.")
         columns = asked.columns[: len(last.answers)]  # one may have been added since
-        run = _Run(requests, _session(request), last, asked._replace(columns=columns), before)
+        run = _Run(requests, session_of(request), last, asked._replace(columns=columns), before)
         yield from _run(backend, parts, run, {}, only=[number])
 
-    asked = [parts.accepted, *_inputs(parts)]
+    asked = [parts.accepted, *inputs_of(parts)]
     column.stop.click(stop, parts.turns, None, queue=False, **QUIET)
     column.retry.click(join, parts.turns, parts.accepted, queue=False, **QUIET).success(
         show_errors(retry), asked, parts.outputs, **MODELS
@@ -252,10 +241,6 @@ class _Changes:
 
 def _stopper(requests: ActiveRequests) -> Callable[[gr.Request], None]:
     def stop(request: gr.Request) -> None:
-        requests.stop(_session(request))
+        requests.stop(session_of(request))
 
     return stop
-
-
-def _session(request: gr.Request) -> str:
-    return str(request.session_hash)

@@ -25,6 +25,7 @@ from ipmerge_core.ui.chat.examples import content_of, picked
 from ipmerge_core.ui.chat.export import KINDS, export
 from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, prompt_value
 from ipmerge_core.ui.chat.recorded import Example, Reference, recorded_examples
+from ipmerge_core.ui.chat.settings import usual_rule
 from ipmerge_core.ui.chat.turns import Past, Turn, pushed, turn_of_example, without_records
 from ipmerge_core.ui.chosen_merge import chosen_line
 from ipmerge_core.ui.errors import QUIET, show_errors
@@ -234,6 +235,7 @@ def wire_records(backend: Backend, parts: Parts, pair: gr.Dropdown, shown: PairV
         kept = without_records(turns, pack_id)
         return {
             parts.examples: content_of(examples_for(pack_id)),
+            parts.settings.earlier: usual_rule(pack_id),
             **parts.updates(kept, len(held.columns)),
         }
 
@@ -246,7 +248,7 @@ def wire_records(backend: Backend, parts: Parts, pair: gr.Dropdown, shown: PairV
     after_commits(pair.change, pair).then(
         drop,
         [parts.turns, *choice.asked],
-        [parts.examples, *parts.outputs],
+        [parts.examples, parts.settings.earlier, *parts.outputs],
         queue=False,
         **QUIET,
     )

@@ -34,25 +34,26 @@ def verdict(turn: Turn, position: int) -> str:
 def _judged(turn: Turn, side: Side) -> list[str]:
     if side.state != "finished":
         return []
-    extracted = stated_result(side.text)
-    words = f"<span>answer {as_html(extracted[:LONGEST_SHOWN])}</span>" if extracted else ""
-    if turn.reference is None:
-        return [words] if words else []
-    right = is_right(turn.reference, side.text)
+    reference = turn.reference
+    extracted = stated_result(side.text) if reference is None or reference.is_math else None
+    words = [f"<span>answer {as_html(extracted[:LONGEST_SHOWN])}</span>"] if extracted else []
+    if reference is None:
+        return words
+    right = is_right(reference, side.text)
     sign, word, kind = ("✓", "correct", "right") if right else ("✕", "wrong", "wrong")
-    expected = f"<span>expected {as_html(turn.reference.answer)}</span>"
-    return [f'<span class="chip {kind}">{sign} {word}</span>', words, expected]
+    expected = f"<span>expected {as_html(reference.answer)}</span>"
+    return [f'<span class="chip {kind}">{sign} {word}</span>', *words, expected]
 
 
 def facts(side: Side) -> list[str]:
     """Return the length, the speed and the duration of an answer, as far as they are known.
 
-    >>> facts(Side("Base", tokens=30, seconds=2.0, cut_off=True))
+    >>> facts(Side("Base", tokens=30, seconds=2.0, speed=15.0, cut_off=True))
     ['30 tokens', '15 tokens/s', '2.0 s', 'cut off at the limit']
     """
     found = [f"{side.tokens} token{'s' if side.tokens != 1 else ''}"] if side.tokens else []
-    if side.tokens and side.seconds:
-        found.append(f"{side.tokens / side.seconds:.3g} tokens/s")
+    if side.speed:
+        found.append(f"{side.speed:.3g} tokens/s")
     if side.seconds:
         found.append(f"{side.seconds:.1f} s")
     return [*found, *(["cut off at the limit"] if side.cut_off else [])]

@@ -15,7 +15,6 @@ import gradio as gr
 from ipmerge_core.tasks.answers import is_right, stated_result
 from ipmerge_core.ui.chat.answers import Side
 from ipmerge_core.ui.chat.recorded import Reference
-from ipmerge_core.ui.chat.verdicts import facts
 from ipmerge_core.ui.plan_choice import LARGEST_LAMBDA
 from ipmerge_core.ui.safe_text import clean_text
 from ipmerge_core.ui.web.component import Component
@@ -67,7 +66,9 @@ def _cell(gain: float, side: Side, reference: Reference | None, is_chosen: bool)
         "text": clean_text(side.text)[:LONGEST_TEXT],
         "answer": stated_result(side.text) or "",
         "verdict": verdict,
-        "facts": ", ".join(facts(side)),
+        "facts": f"{side.tokens} tokens{', cut off' if side.cut_off else ''}"
+        if side.tokens
+        else "",
         "note": side.note,
         "chosen": is_chosen,
     }
