@@ -176,6 +176,11 @@ def _knockout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", metavar="0,4,8", help="only these layers; all by default")
     parser.add_argument("--stride", type=int, default=1, help="every N-th layer")
     parser.add_argument("--csv", metavar="FILE", help="also write the rows as CSV")
+    parser.add_argument(
+        "--map",
+        metavar="FILE",
+        help="also write the changes alone, as NAME.knockout.json of a pack",
+    )
     _add_tasks(parser)
     _add_force(parser)
     _add_output(parser, "FILE", "output file, such as knockout.json")

@@ -55,13 +55,17 @@ def sweep(options: argparse.Namespace) -> int:
 
 def knockout(options: argparse.Namespace) -> int:
     """Replace one module of one block at a time and evaluate, resuming from stored replies."""
-    csv_file = output_file(options.csv) if options.csv else None
+    csv_file, map_file = (
+        output_file(path) if path else None for path in (options.csv, options.map)
+    )
     found = _shown(options, "knocking out", _knockout_steps(options))
     if found is None:
         return 0
     found.save(options.target)
     if csv_file is not None:
         write_whole(csv_file, found.to_csv())
+    if map_file is not None:
+        found.summary().save(map_file)
     text = "\n".join([*_knockout_lines(found), f"Wrote {options.output}."])
     return print_result(options, found.to_dict(), text)
 

@@ -81,6 +81,17 @@ class Knockout(ResultFile):
                     found = _rows_of(report, uncut, name, task.name)
                     yield from ({"model": model, **_described(cut), **row} for row in found)
 
+    def summary(self) -> KnockoutMap:
+        """Return the changes of the scores alone, which the layer map draws."""
+        changes: dict[str, dict[str, float]] = {}
+        for row in self.rows():
+            if row["part"] in ("math", "perception") and row["n"]:
+                place = f"{row['layer']}.{row['module']}"
+                changes.setdefault(f"{row['model']} {row['part']}", {})[place] = round(
+                    row["accuracy_change"], 6
+                )
+        return KnockoutMap(self.name, self.plan, changes)
+
     def to_csv(self) -> str:
         """Return the rows as CSV."""
         rows = list(self.rows())
@@ -89,6 +100,17 @@ class Knockout(ResultFile):
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
+
+
+@dataclass(frozen=True)
+class KnockoutMap(ResultFile):
+    """The change of the score of every model and group of items, by "layer.module"."""
+
+    FORMAT = "ipmerge-knockout-map"
+
+    name: str
+    plan: str
+    changes: dict[str, dict[str, float]]
 
 
 def _described(cut: CutFacts) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def report(content: Mapping[str, Any]) -> str:
         "STYLE": f"#ipmerge {{{sheets}}}",
         "TEMPLATE": (HERE / "template.html").read_text(encoding="utf-8"),
         "FACTS": f'<dl class="facts">{cells}</dl>',
-        "CONTENT": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
+        "CONTENT": json.dumps({**content, "facts": []}, allow_nan=False).replace("<", "\\u003c"),
         "SCRIPT": component_script(MODULE),
     }
     page = (layer_map.HERE / "report.html").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ import { knockoutMaps } from "./knockout.js";
 import { pointPanel } from "./point_panel.js";
 import { bestPoints, cutRows, gainWords, isSignificant, orderedTasks, pWords, resultRows, scoreWords, share, skillRows } from "./scores.js";
 import { sweepPlot } from "./sweep_plot.js";
+import { publish } from "./measured.js";
 import { takeOnMap, undoOnMap } from "./taking.js";
 
 /** @import { Host } from "../web/types.d.ts" */
@@ -31,7 +32,7 @@ export class Evaluation {
       twins: part(element, ".lm-twins"), status: part(element, ".lm-status"),
     };
     /** @type {State} */
-    const first = { content: null, point: -1, taken: -1, listed: -1, task: "", filter: "", width: 0 };
+    const first = { content: null, point: -1, taken: -1, listed: -1, task: "", filter: "", width: 0, served: Boolean(host.server?.result_file) };
     this.store = createStore(first);
   }
 
@@ -57,12 +58,13 @@ export class Evaluation {
     setText(this.dom.made, content.facts.map(([name, words]) => `${name} ${words}`).join(" · "));
     this.dom.notes.replaceChildren(...content.notes.map((words) => node("li", {}, words)));
     this.#buildTables(content);
+    if (this.state.served) publish(content);
     this.layOut();
   }
 
   /** Everything that depends on the width. */
   layOut() {
-    const width = this.dom.plot.clientWidth;
+    const width = this.dom.root.clientWidth;
     if (width) this.set({ width });
     this.paint();
   }
@@ -97,7 +99,7 @@ export class Evaluation {
   /** Choose the merge of the point in view, in Explore where it can be set there. */
   take() {
     const { content, point: i } = this.state, point = content?.points[i];
-    if (!content || !point?.takes) return;
+    if (!content || !point?.takes || !this.state.served) return;
     const onMap = point.choice && takeOnMap(content.pack, point.choice, `Plan of the evaluation: ${point.label}.`);
     if (!onMap) this.host.trigger("take", { id: content.id, pack: content.pack, point: i });
     this.set({ taken: i });
@@ -286,7 +288,7 @@ export function mount(host) {
   results.open();
   host.watch("value", () => results.open());
   new ResizeObserver(() => {
-    const width = results.dom.plot.clientWidth;
+    const width = results.dom.root.clientWidth;
     if (width && width !== results.state.width) results.layOut();
   }).observe(results.dom.root);
 }

@@ -3,7 +3,7 @@
 
 import { node } from "../web/dom.js";
 import { readableOn, rgb } from "../web/scales.js";
-import { orderedTasks, pointWords, points as percentOf, share, valueWords } from "./scores.js";
+import { orderedTasks, pointWords, percentPoints, share, valueWords } from "./scores.js";
 import { sweptPoints } from "./sweep_plot.js";
 
 /** @import { Content, State } from "./types.d.ts" */
@@ -37,8 +37,8 @@ function cell(content, state, task, values) {
   if (!point || !score?.n) return node("td", {}, "–");
   const i = content.points.indexOf(point), t = share(score);
   const button = node("button", { type: "button", class: "ev-cell", "data-point": i, tabindex: i === state.point ? 0 : -1,
-    "aria-pressed": String(i === state.taken), "aria-label": pointWords(content, point) }, percentOf(t),
-  node("small", {}, `${percentOf(score.low)}–${percentOf(score.high)}`));
+    "aria-pressed": String(i === state.taken), "aria-label": pointWords(content, point) }, percentPoints(t),
+  node("small", {}, `${percentPoints(score.low)}–${percentPoints(score.high)}`));
   button.style.background = rgb(t);
   button.style.color = readableOn(t);
   return node("td", {}, button);

@@ -13,7 +13,7 @@ const SQUARE = 7;
  * @param {Content} content
  * @param {State} state
  */
-export function pointPanel(content, { point: i, taken }) {
+export function pointPanel(content, { point: i, taken, served }) {
   const point = content.points[i];
   if (!point) return [node("p", { class: "lm-source" }, "Select a point to show its numbers.")];
   const lines = orderedTasks(content.tasks).map(({ name, label }) => {
@@ -25,7 +25,7 @@ export function pointPanel(content, { point: i, taken }) {
     node("div", { class: "ev-point-words" },
       node("h3", {}, point.label, ...(point.plan ? [node("code", {}, ` plan ${point.plan}`)] : [])),
       node("p", {}, planWords(content, point)), node("ul", {}, ...lines)),
-    node("span", { class: "ev-take" }, ...takeButtons(point, i === taken), ...itemsButton(i)),
+    ...(served ? [node("span", { class: "ev-take" }, ...takeButtons(point, i === taken), ...itemsButton(i))] : []),
   ];
 }
 

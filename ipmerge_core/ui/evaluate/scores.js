@@ -17,7 +17,7 @@ export function share({ right, n }) {
  *
  * @param {number} value
  */
-export function points(value) {
+export function percentPoints(value) {
   return (100 * value).toFixed(1);
 }
 
@@ -28,7 +28,7 @@ export function points(value) {
  */
 export function scoreWords(score) {
   if (!score?.n) return "–";
-  return `${points(share(score))} % (${points(score.low)}–${points(score.high)}), n ${score.n}${score.n < SMALL ? ", small sample" : ""}`;
+  return `${percentPoints(share(score))} % (${percentPoints(score.low)}–${percentPoints(score.high)}), n ${score.n}${score.n < SMALL ? ", small sample" : ""}`;
 }
 
 /**

@@ -78,12 +78,30 @@ def start_evaluation(
     owner: str = "",
     keys: Mapping[str, str] | None = None,
 ) -> Started:
-    """Start an evaluation of the chosen merge.
+    """Start an evaluation of the chosen merge; see `start_evaluation_of`."""
+    plan = chosen.make_plan()
+    name = name_of(chosen, plan.hash)
+    return start_evaluation_of(backend, chosen.pack_id, plan, name, asked, owner=owner, keys=keys)
+
+
+def start_evaluation_of(
+    backend: Backend,
+    pack_id: str,
+    plan: MergePlan,
+    name: str,
+    asked: Asked,
+    *,
+    owner: str = "",
+    keys: Mapping[str, str] | None = None,
+) -> Started:
+    """Start an evaluation of a plan.
 
     Args:
         backend: the app's runs and models.
-        chosen: the pair and the merge: compared with the unmerged model, or the plan that a sweep
-            varies, an ablation takes apart, and a knock-out cuts.
+        pack_id: the pair.
+        plan: compared with the unmerged model, varied by a sweep, taken apart by an ablation, or
+            cut by a knock-out.
+        name: the name of the plan, for the list of runs.
         asked: what to evaluate.
         owner: the visitor's secret, see `JobStore.start`.
         keys: keys of the visitor's merges.
@@ -93,30 +111,28 @@ def start_evaluation(
     if asked.kind not in KINDS:
         raise RunError(f"Unknown kind '{asked.kind[:40]}'. Available: {', '.join(KINDS)}.")
     tasks = _checked_tasks(backend, asked)
-    plan = chosen.make_plan()
+    target, arguments = _work(backend, pack_id, plan, asked, keys or {})
     out = results_folder() / f"{asked.kind}-{secrets.token_hex(8)}.json"
-    common: dict[str, Any] = {
-        "out": str(out),
-        "tasks": tasks,
-        "device": backend.device_for(asked.device, fp64=False),
-        "limit": asked.limit,
-        "seed": asked.seed,
-    }
-    target, arguments = _work(backend, chosen, plan, asked, keys or {})
-    about = {
-        "kind": "evaluation",
-        "pack": chosen.pack_id,
-        "pair": find_pack(chosen.pack_id).label,
-        "method": f"{asked.kind}: {name_of(chosen, plan.hash)}"[:200],
-        "samples": ", ".join(tasks),
-    }
     results_folder().mkdir(parents=True, exist_ok=True)
     return backend.store.start(
         target,
-        {**arguments, **common},
+        {
+            **arguments,
+            "out": str(out),
+            "tasks": tasks,
+            "device": backend.device_for(asked.device, fp64=False),
+            "limit": asked.limit,
+            "seed": asked.seed,
+        },
         title=f"Evaluate {_TITLES[asked.kind]} on {', '.join(tasks)}",
         owner=owner,
-        about=about,
+        about={
+            "kind": "evaluation",
+            "pack": pack_id,
+            "pair": find_pack(pack_id).label,
+            "method": f"{asked.kind}: {name}"[:200],
+            "samples": ", ".join(tasks),
+        },
         visitor=current_visitor(),
     )
 
@@ -151,7 +167,7 @@ def _checked_tasks(backend: Backend, asked: Asked) -> list[str]:
 
 def _work(
     backend: Backend,
-    chosen: ChosenMerge,
+    pack_id: str,
     plan: MergePlan,
     asked: Asked,
     keys: Mapping[str, str],
@@ -161,9 +177,9 @@ def _work(
     from ipmerge_core.evaluation.points import ablation_points, sweep_points
     from ipmerge_core.planning.description import arguments_of
 
-    pack = str(find_pack(chosen.pack_id).path)
+    pack = str(find_pack(pack_id).path)
     if asked.kind == "models":
-        folders = _folders(backend, chosen, asked, keys)
+        folders = _folders(backend, pack_id, asked, keys)
         named = {"plan": plan, "plan_name": f"chosen merge, plan {plan.hash}"}
         return sweeps.iter_models_to, {"pack": pack, "folders": folders, **named}
     if asked.kind == "knockout":
@@ -174,7 +190,7 @@ def _work(
         }
         knockout.read_choice(choice)
         return knockout.iter_knockout_to, {"plan": plan, "choice": choice}
-    fixed, analysis = arguments_of(plan), analysis_of(chosen.pack_id)
+    fixed, analysis = arguments_of(plan), analysis_of(pack_id)
     if asked.kind == "ablation":
         ablation_points(analysis, **fixed)
         return sweeps.iter_sweep_to, {"pack": pack, "fixed": fixed, "ablation": True}
@@ -187,12 +203,12 @@ def _work(
 
 
 def _folders(
-    backend: Backend, chosen: ChosenMerge, asked: Asked, keys: Mapping[str, str]
+    backend: Backend, pack_id: str, asked: Asked, keys: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the folders of finished merges by their labels. Raises: RunError."""
     found = {}
     for merge in asked.merges:
-        known = find_merge(backend, chosen.pack_id, str(merge), dict(keys))
+        known = find_merge(backend, pack_id, str(merge), dict(keys))
         found[known.label] = str(known.folder)
     return found
 

@@ -103,6 +103,8 @@ export interface State {
   task: string;
   filter: string;
   width: number;
+  /** Whether a server answers; the HTML report has none. */
+  served: boolean;
 }
 
 /** A place on a plot: a share of its width for each value of an axis. */

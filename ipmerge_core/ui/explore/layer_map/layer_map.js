@@ -2,13 +2,14 @@
 // The layer map, the component. Runs once per mount; the HTML report mounts it as Gradio does. Nothing
 // here talks to the server except trigger("commit"), trigger("cellselect"), trigger("packselect").
 
-import { recall } from "../../web/memory.js";
+import { MEASURED_EVENT, recall } from "../../web/memory.js";
 import { listenToTables } from "../../web/tables.js";
 import { listenToBrush } from "./brush.js";
 import { listen } from "./events.js";
 import { listenToPlots } from "./inputs.js";
 import { rememberLink, spokenPart } from "./link.js";
 import { LayerMap } from "./map.js";
+import { measureAgain } from "./measuring.js";
 import { takePlan } from "./moves.js";
 import { complain, open, problemWords } from "./opening.js";
 import { layOut } from "./painting.js";
@@ -30,6 +31,7 @@ export function mount(host) {
   listenToBrush(map);
   listen(map);
   listenToPlots(map);
+  window.addEventListener(MEASURED_EVENT, () => measureAgain(map));
   Object.assign(host.element, { ipmerge: handle(map) });
   open(map);
   host.watch("value", () => open(map));
