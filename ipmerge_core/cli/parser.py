@@ -179,7 +179,7 @@ def _knockout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--map",
         metavar="FILE",
-        help="also write the changes alone, as NAME.knockout.json of a pack",
+        help="also write the changes alone, such as NAME.knockout.json",
     )
     _add_tasks(parser)
     _add_force(parser)

@@ -64,6 +64,10 @@ class ActiveRequests:
         self._active[session] = ActiveRequest(n_columns)
         return self._active[session]
 
+    def ahead(self, session: str) -> int:
+        """Return how many questions of other sessions are being answered."""
+        return sum(other != session for other in list(self._active))
+
     def stop(self, session: str, column: int | None = None) -> None:
         """Stop one column of a session's request, or all of it."""
         found = self._active.get(session)

@@ -176,7 +176,7 @@ def stream_sides(answers: Answers) -> Generator[tuple[Side, ...], None, None]:
     try:
         while not answers.are_over:
             yield answers.snapshot()
-            time.sleep(YIELD_EVERY)
+            answers.wait(YIELD_EVERY)
             if time.monotonic() > deadline:
                 break
         words = "" if answers.are_over else f"the limit of {LONGEST_TURN / 60:.0f} minutes"
@@ -195,6 +195,7 @@ class Answers:
         self.sides = list(before) or list(new_sides(asked.columns))
         self.messages = asked.messages()
         self.threads: list[threading.Thread] = []
+        self._news = threading.Event()  # set when a side begins or ends
 
     @property
     def are_over(self) -> bool:
@@ -219,6 +220,19 @@ class Answers:
         thread = threading.Thread(target=work, daemon=True)
         self.threads.append(thread)
         thread.start()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, but not beyond the first token or the end of a side."""
+        self._news.wait(seconds)
+        self._news.clear()
+
+    def read(self, sides: Sequence[Side], states: Sequence[RowState]) -> None:
+        """Take over the states of rows."""
+        for side, state in zip(sides, states, strict=True):
+            before = side.state
+            side.read(state)
+            if side.state != before:
+                self._news.set()
 
     def snapshot(self) -> tuple[Side, ...]:
         """Return copies of all sides."""
@@ -252,8 +266,7 @@ class Answers:
             for column in rows:
                 sides[column].note = "reading the question"
             for states in live.stream(list(rows.values()), [self.request.stop_all]):
-                for column, state in zip(rows, states, strict=True):
-                    sides[column].read(state)
+                self.read([sides[column] for column in rows], states)
 
         guarded(answer, list(sides.values()))
 

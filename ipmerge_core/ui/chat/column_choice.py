@@ -115,7 +115,7 @@ class Held(NamedTuple):
     selections: Selections
     runs: object = None
     last: object = None
-    kept: str = ""
+    kept: str | None = ""
 
     @property
     def keys(self) -> Keys:

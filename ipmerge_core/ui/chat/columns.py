@@ -100,14 +100,14 @@ def own_choices(chosen: ChosenMerge) -> Choices:
     return [*found, *([(_label(recorded), RECORD)] if recorded else [])]
 
 
-def kept_choices(pack_id: str, kept: str) -> Choices:
+def kept_choices(pack_id: str, kept: str | None) -> Choices:
     """List the plans of a pair that a browser keeps; what is not a plan of it is skipped.
 
     `kept` is untrusted: a JSON list of plans in the format of the layer map.
     """
     found: dict[str, str] = {}
     with contextlib.suppress(PlanError, ValueError, RecursionError):
-        plans = json.loads(kept[:LONGEST_KEPT] or "[]")
+        plans = json.loads((kept or "")[:LONGEST_KEPT] or "[]")
         pack = load_pack(pack_id)
         for number, values in enumerate(plans[:MOST_KEPT] if isinstance(plans, list) else [], 1):
             with contextlib.suppress(PlanError):

@@ -47,6 +47,8 @@ def wire_difference(backend: Backend, parts: Parts) -> None:
                 "Token probabilities need two live answers. Ask a question, and wait until both "
                 "columns have finished."
             )
+        if last.is_hidden:
+            raise RunError("The names of these answers are hidden. Vote first.")
         found = find_difference(last)
         return _table(backend, now, last, found)
 

@@ -127,6 +127,8 @@ def _source(turn: Turn) -> str:
     words = "Names hidden, answers shuffled." if turn.is_hidden else _named(turn)
     if resized := {side.image_processor for side in turn.answers} - {""}:
         words += f" Image processor: {as_html(', '.join(sorted(resized)))}."
+    if any(side.tokens for side in turn.answers):
+        words += " All columns share one copy of the weights; no merged model was written."
     return f'<span class="chip live">Live</span> <span>{words}</span>'
 
 

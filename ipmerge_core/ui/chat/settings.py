@@ -92,7 +92,8 @@ def lay_out_settings(pack_id: str) -> SettingFields:
         with gr.Row():
             earlier = gr.Radio(
                 [SENT, SENT_RECORDED, NOT_SENT], value=usual_rule(pack_id), label="Earlier turns",
-                info="To each column, its own. Demo models read one question", elem_id="chat-earlier",
+                info="A column reads its own. Demo models know one question",
+                elem_id="chat-earlier",
             )  # fmt: skip
             blind = gr.Checkbox(
                 False, label="Blind mode", info="Hide names and shuffle answers until you vote",

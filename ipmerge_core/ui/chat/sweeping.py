@@ -149,5 +149,4 @@ class _StripAnswers(Answers):
         column = find_column(self.backend, live, asked, PLAN, progress, stops).column
         (messages,) = self.messages
         for states in live.strip(column, GAINS, messages, asked.settings, stops):
-            for side, state in zip(self.sides, states, strict=True):
-                side.read(state)
+            self.read(self.sides, states)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from gradio.events import Dependency
 
 Json = dict[str, Any]
+WAITS = "Waiting: the question of another visitor is being answered."
 
 
 class TryTab(NamedTuple):
@@ -134,12 +135,13 @@ def _wire_questions(backend: Backend, parts: Parts, requests: ActiveRequests) ->
     asks = [parts.prompt, *inputs_of(parts)]
     # Checks have no outputs, so that an error keeps the question and the answers on the page.
     agreed = [parts.agree, *inputs_of(parts)]
-    parts.prompt.submit(show_errors(check), [parts.prompt, *agreed], None, **QUIET).success(
-        show_errors(ask), asks, [parts.past, parts.prompt, *parts.outputs], **MODELS
-    )
-    parts.tools.again.click(show_errors(check_again), agreed, None, **QUIET).success(
-        show_errors(ask_again), asks, [parts.past, *parts.outputs], **MODELS
-    )
+    checked = parts.prompt.submit(show_errors(check), [parts.prompt, *agreed], None, **QUIET)
+    filled = [parts.past, parts.prompt, *parts.outputs]
+    checked.success(show_errors(ask), asks, filled, **MODELS)
+    again = parts.tools.again.click(show_errors(check_again), agreed, None, **QUIET)
+    again.success(show_errors(ask_again), asks, [parts.past, *parts.outputs], **MODELS)
+    for event in (checked, again):
+        event.success(_waiter(requests), None, parts.status, queue=False, **QUIET)
     parts.tools.stop.click(_stopper(requests), None, None, queue=False, **QUIET)
     for position in range(len(parts.choice.columns)):
         _wire_column(backend, parts, requests, position)
@@ -237,6 +239,15 @@ class _Changes:
         found = {c: v for c, v in updates.items() if self._shown.get(c, missing) != v}
         self._shown.update(found)
         return found or {self._always: updates[self._always]}
+
+
+def _waiter(requests: ActiveRequests) -> Callable[[gr.Request], Any]:
+    """Return a handler that states that a question waits for those of other visitors."""
+
+    def wait(request: gr.Request) -> Any:  # noqa: ANN401
+        return WAITS if requests.ahead(session_of(request)) else gr.skip()
+
+    return wait
 
 
 def _stopper(requests: ActiveRequests) -> Callable[[gr.Request], None]:

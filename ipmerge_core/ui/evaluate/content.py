@@ -126,9 +126,24 @@ def recipe_of_point(point: SweptPoint) -> Recipe | None:
     if not point.arguments:
         return None
     try:
-        return recipe_of({**point.arguments, "parameters": point.arguments})
+        recipe = recipe_of({**point.arguments, "parameters": point.arguments})
+        usual = _usual_anchor(point)
     except PlanError:
         return None
+    options = dict(recipe.method.options)
+    if options.get("anchor") == usual:  # a plan names its anchor even if none was chosen
+        del options["anchor"]
+    return Recipe(recipe.plan, recipe.method._replace(options=options))
+
+
+def _usual_anchor(point: SweptPoint) -> str:
+    """Return the anchor of a point's method if none is chosen. Raises: PlanError."""
+    from ipmerge_core.methods import find_method
+    from ipmerge_core.planning.scope import choose_anchor
+
+    method = find_method(point.method)
+    usual = {parameter.name: parameter.default for parameter in method.parameters}
+    return choose_anchor(method, None, {**usual, **point.arguments})
 
 
 # --- parts of the content --------------------------------------------------------------------

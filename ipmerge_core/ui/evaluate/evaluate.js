@@ -76,10 +76,23 @@ export class Evaluation {
     const plot = content.kind === "knockout" ? knockoutMaps(content)
       : isSweep && state.width ? (content.axes.length > 1 ? heatPlot : sweepPlot)(content, state) : null;
     this.dom.plot.replaceChildren(...(plot ? [plot] : []));
-    this.dom.point.replaceChildren(...(content.points.length ? pointPanel(content, state) : []));
-    this.dom.tables.replaceChildren(...(content.kind === "models" || content.kind === "ablation" ? [scoreTable(content, state)] : []));
+    this.dom.tables.replaceChildren(...(content.kind === "models" || content.kind === "ablation" ? [scoreTable(content)] : []));
     this.dom.flips.replaceChildren(...flipList(content, state));
     refreshTables(this.element);
+    this.mark();
+  }
+
+  /** Mark the point in view and the one that is taken; the plot stays, so that a press is one. */
+  mark() {
+    const { state } = this, { content, point, taken } = state;
+    if (!content) return;
+    this.dom.point.replaceChildren(...(content.points.length ? pointPanel(content, state) : []));
+    for (const each of this.element.querySelectorAll("[data-point]")) {
+      const i = Number(each.getAttribute("data-point")), isShown = i === point;
+      each.classList.toggle("ev-is-shown", isShown);
+      each.setAttribute("aria-pressed", String(i === taken));
+      if (content.kind === "sweep") each.setAttribute("tabindex", isShown ? "0" : "-1");
+    }
   }
 
   /**
@@ -89,9 +102,9 @@ export class Evaluation {
    * @param {boolean} [focus]
    */
   show(point, focus = false) {
-    if (point === this.state.point && !focus) return;
+    if (point === this.state.point) return;
     this.set({ point });
-    this.paint();
+    this.mark();
     const button = this.element.querySelector(`[data-point="${point}"]`);
     if (focus && (button instanceof HTMLElement || button instanceof SVGElement)) button.focus();
   }
@@ -103,7 +116,7 @@ export class Evaluation {
     const onMap = point.choice && takeOnMap(content.pack, point.choice, `Plan of the evaluation: ${point.label}.`);
     if (!onMap) this.host.trigger("take", { id: content.id, pack: content.pack, point: i });
     this.set({ taken: i });
-    this.paint();
+    this.mark();
     setText(this.dom.status, `${point.label} is the chosen plan${point.plan ? `, plan ${point.plan}` : ""}.`);
   }
 
@@ -113,7 +126,7 @@ export class Evaluation {
     if (!content || !point) return;
     if (!(point.choice && undoOnMap(content.pack))) this.host.trigger("take", { id: content.id, pack: content.pack, point: -1 });
     this.set({ taken: -1 });
-    this.paint();
+    this.mark();
     setText(this.dom.status, "The merge that was chosen before is chosen again.");
   }
 
@@ -170,13 +183,12 @@ function firstPoint(content) {
  * The models of a comparison or an ablation: a row for each, with score, interval, difference and test.
  *
  * @param {Content} content
- * @param {State} state
  */
-function scoreTable(content, state) {
+function scoreTable(content) {
   const tasks = orderedTasks(content.tasks), best = new Map(tasks.map(({ name }) => [name, bestPoints(content, name)]));
   const heads = ["Model", "Matrices", "Change", ...tasks.map(({ label }) => label)];
-  const rows = content.points.map((point, i) => node("tr", { class: i === state.point ? "ev-row-shown" : null },
-    node("th", { scope: "row" }, node("button", { type: "button", class: "lm-quiet ev-row", "data-point": i, "aria-pressed": String(i === state.taken) }, point.label)),
+  const rows = content.points.map((point, i) => node("tr", {},
+    node("th", { scope: "row" }, node("button", { type: "button", class: "lm-quiet ev-row", "data-point": i }, point.label)),
     node("td", {}, point.plan ? String(point.matrices) : "–"), node("td", {}, point.change === null ? "–" : percent(point.change)),
     ...tasks.map(({ name }) => scoreCell(point.scores[name], Boolean(best.get(name)?.includes(i)), i > 0))));
   return node("div", { class: "ev-scroll", tabindex: 0, role: "region", "aria-label": "Scores" },
@@ -209,7 +221,7 @@ function listen(results) {
   for (const kind of ["pointerover", "focusin"]) {
     element.addEventListener(kind, (event) => {
       const column = event.target instanceof Element ? event.target.closest(".ev-column, .ev-cell") : null;
-      if (column) results.show(Number(column.getAttribute("data-point")), kind === "focusin");
+      if (column) results.show(Number(column.getAttribute("data-point")));
     });
   }
   element.addEventListener("keydown", (event) => {

@@ -18,7 +18,7 @@ export function heatPlot(content, state) {
   const head = node("tr", {}, node("th", { scope: "col" }, `${first.label} \\ ${second.label}`),
     ...second.values.map((value) => node("th", { scope: "col" }, valueWords(value))));
   const rows = first.values.map((value) => node("tr", {}, node("th", { scope: "row" }, valueWords(value)),
-    ...second.values.map((other) => cell(content, state, task.name, [value, other]))));
+    ...second.values.map((other) => cell(content, task.name, [value, other]))));
   return node("figure", { class: "lm-figure lm-figure-wide" },
     node("figcaption", {}, `${content.title}: ${task.label}, share of right answers in %, n ${task.n}`, taskPicker(content, task.name)),
     node("div", { class: "ev-scroll", tabindex: 0, role: "region", "aria-label": `${content.title}, table` },
@@ -27,17 +27,16 @@ export function heatPlot(content, state) {
 
 /**
  * @param {Content} content
- * @param {State} state
  * @param {string} task
  * @param {[unknown, unknown]} values
  */
-function cell(content, state, task, values) {
+function cell(content, task, values) {
   const point = sweptPoints(content).find((each) => each.values.every((value, k) => value === values[k]));
   const score = point?.scores[task];
   if (!point || !score?.n) return node("td", {}, "–");
-  const i = content.points.indexOf(point), t = share(score);
-  const button = node("button", { type: "button", class: "ev-cell", "data-point": i, tabindex: i === state.point ? 0 : -1,
-    "aria-pressed": String(i === state.taken), "aria-label": pointWords(content, point) }, percentPoints(t),
+  const t = share(score);
+  const button = node("button", { type: "button", class: "ev-cell", "data-point": content.points.indexOf(point),
+    "aria-label": pointWords(content, point) }, percentPoints(t),
   node("small", {}, `${percentPoints(score.low)}–${percentPoints(score.high)}`));
   button.style.background = rgb(t);
   button.style.color = readableOn(t);

@@ -27,7 +27,7 @@ export function sweepPlot(content, state) {
     ...strip(content, swept, x, width),
     ...shownTicks(scale, inner - 16).map(({ at, text }) => label(LEFT + 8 + at * (inner - 16), height - FOOT + 16, text)),
     label(LEFT + inner / 2, height - 4, content.axes[0].label, "ev-axis"),
-    ...swept.map((point, i) => column(content, state, point, { x: x(i), width: columnWidth(scale, i, inner), height })));
+    ...swept.map((point, i) => column(content, point, { x: x(i), width: columnWidth(scale, i, inner), height })));
   return node("figure", { class: "lm-figure lm-figure-wide" }, legend(content), svg);
 }
 
@@ -162,17 +162,15 @@ function columnWidth({ at }, i, inner) {
  * A point's button: it can be focused, shows its numbers, and its plan can be taken.
  *
  * @param {Content} content
- * @param {State} state
  * @param {Point} point
  * @param {{ x: number, width: number, height: number }} place
  */
-function column(content, { point: shown, taken }, point, { x, width, height }) {
-  const i = content.points.indexOf(point), isTaken = i === taken;
-  return shape("g", { class: "ev-column", role: "button", tabindex: i === shown ? 0 : -1, "data-point": i,
-    "aria-pressed": String(isTaken), "aria-label": `${pointWords(content, point)}${point.takes ? "" : "; cannot be taken"}` },
+function column(content, point, { x, width, height }) {
+  return shape("g", { class: "ev-column", role: "button", "data-point": content.points.indexOf(point),
+    "aria-label": `${pointWords(content, point)}${point.takes ? "" : "; cannot be taken"}` },
   shape("rect", { x: x - width / 2, width, y: TOP - 6, height: height - TOP - FOOT + 24, class: "ev-hit" }),
-  ...(isTaken ? [shape("path", { d: `M${x - 6} ${TOP - 8}h12l-6 8Z`, class: "ev-taken" })] : []),
-  ...(i === shown ? [shape("line", { x1: x, x2: x, y1: TOP, y2: TOP + HEIGHT, class: "ev-shown" })] : []));
+  shape("path", { d: `M${x - 6} ${TOP - 8}h12l-6 8Z`, class: "ev-taken" }),
+  shape("line", { x1: x, x2: x, y1: TOP, y2: TOP + HEIGHT, class: "ev-shown" }));
 }
 
 /** @param {Content} content */

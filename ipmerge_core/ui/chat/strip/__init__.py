@@ -66,12 +66,20 @@ def _cell(gain: float, side: Side, reference: Reference | None, is_chosen: bool)
         "text": clean_text(side.text)[:LONGEST_TEXT],
         "answer": stated_result(side.text) or "",
         "verdict": verdict,
-        "facts": f"{side.tokens} tokens{', cut off' if side.cut_off else ''}"
-        if side.tokens
-        else "",
+        "facts": ", ".join(_facts(side)),
         "note": side.note,
         "chosen": is_chosen,
     }
+
+
+def _facts(side: Side) -> list[str]:
+    counted = [f"{side.tokens} tokens"] if side.tokens else []
+    return [*counted, *(["cut off"] if side.cut_off else [])]
+
+
+def _facts(side: Side) -> list[str]:
+    counted = [f"{side.tokens} tokens"] if side.tokens else []
+    return [*counted, *(["cut off"] if side.cut_off else [])]
 
 
 def taken_gain(event: gr.EventData) -> float | None:
