@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ipmerge_core.cli.combinations import METHOD, MODELS, flag_of, is_given
 from ipmerge_core.errors import PlanError
-from ipmerge_core.planning.options import PlanOptions
+from ipmerge_core.planning.options import PlanOptions, read_value
 from ipmerge_core.runtime.paths import input_file
 
 if TYPE_CHECKING:
@@ -96,21 +96,8 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise PlanError(f"--set {assignment}: expected NAME=VALUE, such as math_weight=0.5.")
-        chosen[name] = _parse_value(text, kinds.get(name, "float"))
+        chosen[name] = read_value(text, kinds.get(name, "float"))
     return chosen
-
-
-def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
-    if text.lower() in ("true", "false"):  # also for choices that used to be boolean
-        return text.lower() == "true"
-    if kind == "choice":
-        return text
-    if text.lower() == "none":
-        return None
-    try:
-        return int(text) if kind == "int" else float(text)
-    except ValueError:
-        return text  # the method's validation reports the parameter and valid values
 
 
 def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:

@@ -9,7 +9,7 @@ tokenize; called in the process that `processor_server.py` runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
 
@@ -94,6 +94,9 @@ class _Layout(NamedTuple):
     image_parts: bool  # images are list parts; otherwise placeholders in the text
 
 
+# The layout of conversations with these roles and images.
+Layouts: TypeAlias = dict[tuple[tuple[str, int], ...], _Layout]
+
 _PARTS_FIRST = [_Layout("all", True), _Layout("user", True), _Layout("none", False)]
 _TEXT_FIRST = [_Layout("none", False), _Layout("user", False), _Layout("all", False)]
 
@@ -129,8 +132,13 @@ def check_conversation(messages: Sequence[Message]) -> None:
         )
 
 
-def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
+def render_chat(
+    chat: ChatFormat, messages: Sequence[Message], layouts: Layouts | None = None
+) -> Prompt:
     """Render a conversation up to the start of the model's answer.
+
+    `layouts` keeps the layouts of conversations of one model, which are found by rendering probes
+    and depend only on the roles and on which messages have images.
 
     A message is marked from the first control token in its text on (see `Prompt`), so that neither
     the template nor the processor finds one. A system message that the template rejects or drops
@@ -143,7 +151,11 @@ def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
     if template is None:
         return Prompt(_plain_prompt(chat, messages), verbatim)
     attempt = _Attempt(chat, template)
-    layout = attempt.find_layout(messages)
+    known = {} if layouts is None else layouts
+    shape = tuple((message.role, len(message.images)) for message in messages)
+    layout = known[shape] if shape in known else attempt.find_layout(messages)
+    if layout is not None:
+        known[shape] = layout
     if layout is None and len(messages) > 1 and messages[0].role == "system":
         messages = _fold_system(messages)
         layout = attempt.find_layout(messages)

@@ -34,6 +34,7 @@ from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET, public_text
+from ipmerge_core.ui.evaluate.tab import evaluate_tab
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
 from ipmerge_core.ui.merge.permalink import Permalink
@@ -117,7 +118,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
             arrived = wire_panel(app, backend, panel, pair, view, tabs, poll)
             # The analysis of the chosen pair may have finished.
             parts.merging.gate.check_after(arrived.success)
-            remembered = (parts.job, analysis, parts.calibration)
+            remembered = (parts.job, analysis, parts.calibration, parts.evaluation)
             frame = Frame(runs, pair, view, parts.taking, parts.merging.method, *remembered)
             parts.link.write_after(wire_run_list(backend, frame, poll))
         add_endpoints(backend)
@@ -135,12 +136,13 @@ class _Parts(NamedTuple):
     link: Permalink
     job: gr.BrowserState
     calibration: gr.BrowserState
+    evaluation: gr.BrowserState
 
 
 def _add_tabs(
     app: gr.Blocks, backend: Backend, pair: gr.Dropdown, chosen: gr.State, poll: RunPoll
 ) -> _Parts:
-    job, calibration = remembered_run("job"), remembered_run("calibration")
+    job, calibration, evaluation = map(remembered_run, ("job", "calibration", "evaluation"))
     runs, link = remembered_merges(), Permalink(chosen)
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
@@ -161,14 +163,25 @@ def _add_tabs(
         merging.started.success(with_run, [runs, job], runs, queue=False, **QUIET)
         taking = TryFinished(backend, trying.choice, tabs)
         taken = wire_try_it(taking, merging.try_it)
+        with gr.Tab("Evaluate", id="evaluate", elem_id="tab-evaluate") as evaluating:
+            evaluated = evaluate_tab(
+                backend,
+                pair,
+                chosen,
+                trying.fill.parts,
+                tabs,
+                poll=poll,
+                memory=evaluation,
+                tab=evaluating,
+            )
         with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
             compare_tab(pair, chosen, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(chosen, cite, explore.opened)
     link.read(app)
-    for event in (explore.opened, taken, *trying.chose):
+    for event in (explore.opened, taken, *trying.chose, *evaluated.chose):
         link.write_after(event)
-    return _Parts(explore, merging, taking, link, job, calibration)
+    return _Parts(explore, merging, taking, link, job, calibration, evaluation)
 
 
 def page_script() -> str:

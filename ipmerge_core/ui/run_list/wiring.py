@@ -35,7 +35,7 @@ from ipmerge_core.ui.run_list.rows import (
     keys_held,
     visible_runs,
 )
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, POKE, RunPoll, Updates
+from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, POKE, RunPoll, Updates
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -55,11 +55,12 @@ class Frame(NamedTuple):
     job: gr.BrowserState  # the runs on show in the tabs
     analysis: gr.BrowserState
     calibration: gr.BrowserState
+    evaluation: gr.BrowserState
 
     @property
     def memories(self) -> list[Any]:
         """Where a browser remembers keys of runs: inputs of a handler, read by `_keys`."""
-        return [self.taking.choice.runs, self.job, self.analysis, self.calibration]
+        return [self.taking.choice.runs, self.job, self.analysis, self.calibration, self.evaluation]
 
     def open_pair(self, backend: Backend, pack_id: str, now: ChosenMerge) -> Updates:
         """Return the updates that select a pair and show it, if it is not on show already."""
@@ -201,6 +202,8 @@ def _show(backend: Backend, frame: Frame, run: Run, now: ChosenMerge, method: st
     if run.kind == ANALYSIS:
         found = frame.open_pair(backend, id_of(run.out), now)
         return {**found, frame.analysis: remembered, frame.taking.tabs: gr.Tabs(selected="explore")}
+    if run.kind == EVALUATION:
+        return {frame.evaluation: remembered, frame.taking.tabs: gr.Tabs(selected="evaluate")}
     found = {frame.taking.tabs: gr.Tabs(selected="merge")}
     if run.kind != CALIBRATION:
         return {**found, frame.job: remembered}

@@ -1,6 +1,8 @@
 // What the modules of the page share, as TypeScript sees it; nothing of this reaches the browser.
 // A pack is described in full by ipmerge_core's records; here are the parts that the page reads.
 
+import type { Flip } from "../evaluate/types.d.ts";
+
 export type Measure = "first" | "max" | "weighted";
 export type Variant = "sum" | "max" | "rescale_only" | "select_only";
 export type Override = "merge" | "keep";
@@ -74,6 +76,8 @@ export interface LayerRecord {
   mllm_sigma: number[];
   math_sigma: number[];
   angles: number[];
+  /** Measured, not part of an analysis: see `KnockoutMap`. */
+  knockout?: Record<string, number>;
   /** Of packs from version 3 on. */
   spectra?: { mllm: StoredValues; math: StoredValues; base: StoredValues | null; overlap: Overlap } | null;
 }
@@ -119,6 +123,8 @@ export interface Content {
   home?: string;
   /** The query of the permalink that a report opens with. */
   link?: string;
+  /** A knock-out of the pair that is part of the app. */
+  knockout?: KnockoutMap | null;
   /** The name of the plan in the comparison. */
   label?: string;
   pack: Pack;
@@ -167,6 +173,17 @@ export interface KeptPlan extends Preset {
   plan: Plan;
 }
 
+/** A plan that has been evaluated, with its scores. */
+export interface Measured {
+  plan: RawPlan;
+  hash: string;
+  created: string;
+  scores: { label: string; group: string; share: number; low: number; high: number; n: number }[];
+}
+
+/** By model and group of items, the change of the score without a module, by layer and module. */
+export type KnockoutMap = Record<string, Record<string, number>>;
+
 /** The content of a link about a pair. */
 export interface LinkContent {
   pack: string | null;
@@ -181,6 +198,7 @@ export interface LinkContent {
 /** The numbers that the map can show of a matrix. */
 export type QuantityKey =
   | "similarity" | "change" | "cosine" | "norm_ratio" | "mllm_change" | "math_change" | "gap"
+  | "knockout_before_math" | "knockout_before_perception" | "knockout_after_math" | "knockout_after_perception"
   | "mllm_effective" | "math_effective" | "mllm_stable" | "math_stable" | "mllm_energy" | "math_energy";
 
 export interface Quantity {
@@ -297,6 +315,8 @@ export interface Store<State> {
 export interface Server {
   report_file?(packId: string, plan: Plan, link: string): Promise<string>;
   grown?(packId: string, known: number): Promise<News>;
+  result_file?(id: string, pack: string, kind: string): Promise<string>;
+  result_items?(id: string, pack: string, point: number): Promise<{ flips: Flip[]; flipped: number; reason?: string }>;
 }
 
 /** What Gradio (or the HTML report) gives to a component that is mounted. */

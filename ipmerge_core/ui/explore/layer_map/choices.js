@@ -5,7 +5,7 @@
 import { node, part, parts, setText } from "../../web/dom.js";
 import { keptPlans } from "../../web/memory.js";
 import { cleanPlan, DEFAULT_PLAN, MEASURES, samePlan, VARIANTS } from "../../web/plan.js";
-import { QUANTITIES } from "../../web/quantities.js";
+import { quantitiesOf } from "../../web/quantities.js";
 import { LAMBDA_STEPS, LAMBDA_TICKS, lambdaPosition } from "../../web/scales.js";
 import { expertName, MEASURE_LABELS, VARIANT_LABELS } from "../../web/words.js";
 import { buildTicks } from "./dials.js";
@@ -29,7 +29,7 @@ export function buildPicks(map) {
   const { dom: { pick }, state: { index, pack } } = map;
   buildPresets(map);
   pick.similarity.replaceChildren(...options(MEASURES.map((value) => [value, MEASURE_LABELS[value]])));
-  pick.quantity.replaceChildren(...options(QUANTITIES.map(({ key, label }) => [key, label])));
+  pick.quantity.replaceChildren(...options(quantitiesOf(pack.records).map(({ key, label }) => [key, label])));
   pick.variant.replaceChildren(...options(VARIANTS.map((value) => [value, VARIANT_LABELS[value]])));
   pick.expert.replaceChildren(...options([["-1", "all, highest"],
     ...Array.from({ length: index.nExperts }, (_, k) => /** @type {[string, string]} */ ([String(k), expertName(pack, k)]))]));

@@ -10,6 +10,7 @@ import { colourDomain, lambdaPosition, niceTop } from "../../web/scales.js";
 import { coversLayer } from "../../web/targets.js";
 import { thresholdText } from "../../web/thresholds.js";
 import { paintChoices } from "./choices.js";
+import { buildLanes } from "./measured_lanes.js";
 import { paintReading } from "./reading.js";
 import { lowestCosine } from "./curve.js";
 import { paintDrift, paintSense, paintSentence } from "./sentence.js";
@@ -158,6 +159,7 @@ export function rescale(map) {
   map.set({ barTop, curveLow: lowestCosine(index, plan) });
   map.grid.nameBarsTop(percent(barTop));
   map.curve.build();
+  buildLanes(map);
 }
 
 /**
