@@ -8,6 +8,7 @@ from typing import Any
 
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
+from ipmerge_core.cli.evaluating import evaluate, optional_file
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
@@ -129,6 +130,39 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="image file")
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    _add_device(parser, fp64=False)
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="model or adapter folder; the first is compared"
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="TASK",
+        action="append",
+        required=True,
+        help="tasks, comma-separated: demo, demo:math, mathvista, mathverse, mmmu, jsonl:FILE, ...",
+    )
+    parser.add_argument("--base", metavar="MODEL", help="base of adapters; default: as they name")
+    parser.add_argument("--limit", type=int, help="items per task (demo: per skill)")
+    parser.add_argument("--seed", type=int, default=0, help="selects the items (0 by default)")
+    parser.add_argument("--max-new-tokens", type=int, help="token limit; default: the task's")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts per batch")
+    parser.add_argument(
+        "--store", metavar="FOLDER", help="folder of stored replies; default: in the home folder"
+    )
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use stored replies of the same model content (default)",
+    )
+    parser.add_argument(
+        "--no-guard", action="store_true", help="leave out the perception guard of math tasks"
+    )
+    parser.add_argument("-o", "--output", metavar="REPORT", help="output file, such as report.json")
+    parser.set_defaults(door=optional_file)
     _add_device(parser, fp64=False)
 
 
@@ -278,5 +312,6 @@ COMMANDS = (
     (commands.merge, "execute a merge plan", _merge),
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
+    (evaluate, "score models on tasks, with intervals and paired tests", _evaluate),
     (commands.app, "start the web app", _app),
 )

@@ -131,8 +131,8 @@ def needed_items(
     from scipy.stats import norm
 
     psi = max(discordance, difference)
-    reach = norm.ppf(1 - alpha / 2) * math.sqrt(psi)
-    reach += norm.ppf(power) * math.sqrt(max(psi - difference**2, 0.0))
+    reach = float(norm.ppf(1 - alpha / 2)) * math.sqrt(psi)
+    reach += float(norm.ppf(power)) * math.sqrt(max(psi - difference**2, 0.0))
     return math.ceil(reach**2 / difference**2)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Inputs: TypeAlias = Mapping[str, Any]  # what a processor returns
@@ -50,17 +49,17 @@ def join(prompts: Sequence[Inputs], padding: int) -> dict[str, Any] | None:
     import torch
 
     first = prompts[0]
-    if len(prompts) == 1:
-        return dict(first)
-    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    if any(prompt.keys() != first.keys() for prompt in prompts):
+        return None
+    shapes = [prompt["input_ids"].shape for prompt in prompts]
+    longest = max(shape[1] for shape in shapes)
     joined: dict[str, Any] = {}
     for name in first:
-        values = [prompt.get(name) for prompt in prompts]
-        shapes = [prompt["input_ids"].shape for prompt in prompts]
-        if not all(isinstance(value, torch.Tensor) for value in values):
-            if not all(isinstance(value, list) for value in values):
-                return None
+        values: list[Any] = [prompt[name] for prompt in prompts]
+        if all(isinstance(value, list) for value in values):
             joined[name] = [part for value in values for part in value]
+        elif not all(isinstance(value, torch.Tensor) for value in values):
+            return None
         elif all(value.shape == shape for value, shape in zip(values, shapes, strict=True)):
             fill = padding if name == "input_ids" else 0
             joined[name] = torch.cat([_padded(value, longest, fill) for value in values])
@@ -68,8 +67,6 @@ def join(prompts: Sequence[Inputs], padding: int) -> dict[str, Any] | None:
             joined[name] = torch.cat(values)
         else:
             return None
-    if any(prompt.keys() != first.keys() for prompt in prompts):
-        return None
     return joined
 
 
@@ -203,7 +200,7 @@ def _kept(
             found[name] = value if value is None else value[:, keep] if rows_last else value[keep]
         elif not isinstance(value, torch.Tensor):
             found[name] = value
-    for module in (model, getattr(model, "model", None)):
+    for module in (model, getattr(model, "model", model)):
         deltas = getattr(module, "rope_deltas", None)  # of positions in several dimensions
         if isinstance(deltas, torch.Tensor) and len(deltas) == len(input_ids):
             module.rope_deltas = deltas[keep]
