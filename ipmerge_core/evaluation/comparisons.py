@@ -121,7 +121,7 @@ def needed_items(
     Raises: RunError unless 0 < difference <= 1, 0 <= discordance <= 1.
 
     >>> needed_items(0.2)
-    3922
+    3923
     """
     if not (0 < difference <= 1 and 0 <= discordance <= 1 and 0 < alpha < 1 and 0 < power < 1):
         raise RunError(

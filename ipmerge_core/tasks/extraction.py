@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TypeVar
 
 from ipmerge_core.tasks.numerals import Quantity, quantities, simplified
 from ipmerge_core.tasks.reply_text import boxed, plain, stated, visible
@@ -20,8 +19,8 @@ _LEADING = re.compile(
     r"(?:(?i:option|choice)\s+)?(?:\((?P<a>[A-Za-z])\)|\[(?P<b>[A-Za-z])\]|(?P<c>[A-Z])(?![A-Za-z0-9_']))"
 )
 _NAMED = re.compile(
-    r"(?i:\b(?:so|hence|thus|therefore|option|choice|choose|pick|select|is|it's|be|go with|conclude))"
-    r",?\s+"
+    r"(?i:\b(?:so|hence|thus|therefore|option|choice|choose|pick|select|is|it's|be|go with|"
+    r"conclude)),?\s+"
     rf"{_LETTER}(?![A-Za-z0-9_'])"
 )
 _CORRECT = re.compile(
