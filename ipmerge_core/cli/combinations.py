@@ -83,6 +83,15 @@ def _unless_scaled(options: argparse.Namespace) -> str:
     return f"with {method.label}, whose parameters are {', '.join(names) or 'none'}"
 
 
+def _unless_lmms_eval(options: argparse.Namespace) -> str:
+    return "" if options.harness == "lmms-eval" else "without --harness lmms-eval"
+
+
+def _when_written(options: argparse.Namespace) -> str:
+    written = options.harness == "vlmevalkit"
+    return "with --harness vlmevalkit, which writes a configuration only" if written else ""
+
+
 def _check_rules(options: argparse.Namespace) -> None:
     """Check that no value is given twice. Raises: PlanError."""
     forced = Counter(
@@ -119,6 +128,15 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule(("estimator",), _unless_kind("fisher")),
         Rule(("wide", "image_tokens"), _unless_kind("gram")),
         Rule(("device",), _when("dry_run", "with --dry-run: the estimate does not depend on it")),
+    ),
+    "evaluate": (
+        Rule(("harness_model",), _unless("harness", "without --harness")),
+        Rule(("harness_python", "harness_include"), _unless_lmms_eval),
+        Rule(
+            ("seed", "max_new_tokens", "resume", "no_guard"),
+            _when("harness", "with --harness, which has its own settings"),
+        ),
+        Rule(("limit", "batch_size", "store", "device"), _when_written),
     ),
     "merge": (
         Rule(("resume",), _when("dry_run", "with --dry-run, which merges nothing")),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipmerge_core.cli.printing import Progress, print_result
 from ipmerge_core.errors import PlanError
+from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.paths import resolve_path
 
 if TYPE_CHECKING:
@@ -22,19 +24,21 @@ _WIDEST = 24  # characters of a name in a table
 
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate models on tasks, resuming from stored replies."""
-    from ipmerge_core.evaluation.evaluate import EvaluationSettings, iter_evaluation
+    from ipmerge_core.evaluation.evaluate import BATCH_SIZE, EvaluationSettings, iter_evaluation
     from ipmerge_core.evaluation.replies import ReplyStore
     from ipmerge_core.methods.declarations import drained, relayed
     from ipmerge_core.tasks.registry import find_tasks
 
+    if options.harness:
+        return run_harness(options)
     tasks = find_tasks(options.tasks, guards=not options.no_guard)
     settings = EvaluationSettings(
         limit=options.limit,
-        seed=options.seed,
+        seed=options.seed or 0,
         max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
+        batch_size=BATCH_SIZE if options.batch_size is None else options.batch_size,
         device=options.device,
-        resume=options.resume,
+        resume=options.resume is not False,
     )
     subjects = read_subjects(options)
     with Progress(options) as progress:
@@ -58,6 +62,51 @@ def evaluate(options: argparse.Namespace) -> int:
     text = "\n".join(report_lines(report))
     text += f"\nWrote {options.output}." if options.output else ""
     return print_result(options, report.to_dict(), text)
+
+
+def run_harness(options: argparse.Namespace) -> int:
+    """Run lmms-eval on each model, or write a configuration for VLMEvalKit."""
+    from ipmerge_core.evaluation import harness
+    from ipmerge_core.models.opening import open_model
+    from ipmerge_core.runtime.host import home_folder
+
+    tasks = tuple(
+        name.strip() for each in options.tasks for name in each.split(",") if name.strip()
+    )
+    paths = [resolve_path(model) for model in options.models]
+    if options.harness == harness.VLMEVALKIT:
+        if options.target is None:
+            raise PlanError("Specify the configuration file with -o, such as -o config.json.")
+        types = [str(open_model(p, base=options.base).config.get("model_type")) for p in paths]
+        models = [(p.name, p, kind) for p, kind in zip(paths, types, strict=True)]
+        config = harness.kit_config(models, tasks, options.harness_model or "")
+        write_whole(options.target, json.dumps(config, indent=1))
+        text = f"Wrote {options.output}. Run it with: python run.py --config {options.output}"
+        return print_result(options, config, text)
+    if not options.harness_python:
+        raise PlanError("Specify the Python of the environment with lmms-eval: --harness-python.")
+    store = Path(options.store) if options.store else home_folder() / "evaluations"
+    content: dict[str, object] = {}
+    lines: list[str] = []
+    for path, model in zip(paths, options.models, strict=True):
+        run = harness.HarnessRun(
+            model=path,
+            tasks=tasks,
+            python=options.harness_python,
+            output=store / harness.LMMS_EVAL / path.name,
+            name=options.harness_model or "",
+            base=options.base or "",
+            limit=options.limit,
+            batch_size=options.batch_size or 1,
+            device=options.device,
+            include=options.harness_include or "",
+        )
+        scores = harness.run_lmms_eval(run)
+        content[model] = harness.as_values(scores)
+        lines += [f"{model}:", *harness.score_lines(scores)]
+    if options.target is not None:
+        write_whole(options.target, json.dumps(content, indent=1))
+    return print_result(options, content, "\n".join(lines))
 
 
 def read_subjects(options: argparse.Namespace) -> list[Subject]:

@@ -146,21 +146,26 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", metavar="MODEL", help="base of adapters; default: as they name")
     parser.add_argument("--limit", type=int, help="items per task (demo: per skill)")
-    parser.add_argument("--seed", type=int, default=0, help="selects the items (0 by default)")
+    parser.add_argument("--seed", type=int, help="selects the items (0 by default)")
     parser.add_argument("--max-new-tokens", type=int, help="token limit; default: the task's")
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts per batch")
+    parser.add_argument("--batch-size", type=int, help="prompts per batch (64 by default)")
     parser.add_argument(
         "--store", metavar="FOLDER", help="folder of stored replies; default: in the home folder"
     )
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="use stored replies of the same model content (default)",
     )
+    _add_flag(parser, "--no-guard", "leave out the perception guard of math tasks")
     parser.add_argument(
-        "--no-guard", action="store_true", help="leave out the perception guard of math tasks"
+        "--harness",
+        choices=("lmms-eval", "vlmevalkit"),
+        help="run lmms-eval, or write a configuration for VLMEvalKit; tasks are those of it",
     )
+    parser.add_argument("--harness-python", metavar="PYTHON", help="Python with lmms-eval")
+    parser.add_argument("--harness-model", metavar="NAME", help="its class for this model")
+    parser.add_argument("--harness-include", metavar="FOLDER", help="folder with further tasks")
     parser.add_argument("-o", "--output", metavar="REPORT", help="output file, such as report.json")
     parser.set_defaults(door=optional_file)
     _add_device(parser, fp64=False)
