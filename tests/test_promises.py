@@ -106,6 +106,20 @@ COMMANDS: dict[str, dict[str, str]] = {
     "chat": dict.fromkeys(
         ("model", "compare", "image", "prompt", "max_new_tokens", "device"), "answer"
     ),
+    "evaluate": {
+        "models": "report.subjects",
+        "base": "report.subjects",
+        "tasks": "report.tasks",
+        **dict.fromkeys(("limit", "seed", "max_new_tokens", "batch_size"), "report.settings"),
+        "device": "report.settings",
+        "store": "folder of the replies",
+        "resume": "replies answered again",
+        "no_guard": "report.tasks",
+        "output": "report",
+        **dict.fromkeys(
+            ("harness", "harness_python", "harness_model", "harness_include"), "harness command"
+        ),
+    },
     "app": {"host": "address", "port": "address", "device": "default device of all runs"},
 }
 REQUEST = {

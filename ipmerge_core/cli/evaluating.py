@@ -27,11 +27,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from ipmerge_core.evaluation.evaluate import BATCH_SIZE, EvaluationSettings, iter_evaluation
     from ipmerge_core.evaluation.replies import ReplyStore
     from ipmerge_core.methods.declarations import drained, relayed
-    from ipmerge_core.tasks.registry import find_tasks
+    from ipmerge_core.tasks.registry import find_tasks, missing_guards
 
     if options.harness:
         return run_harness(options)
     tasks = find_tasks(options.tasks, guards=not options.no_guard)
+    if options.no_guard and not missing_guards(tasks):
+        raise PlanError("--no-guard has no effect: these tasks lack no perception guard. Omit it.")
     settings = EvaluationSettings(
         limit=options.limit,
         seed=options.seed or 0,
@@ -64,6 +66,19 @@ def evaluate(options: argparse.Namespace) -> int:
     return print_result(options, report.to_dict(), text)
 
 
+def read_paths(options: argparse.Namespace) -> list[Path]:
+    """Return the folders of the models. Raises: PlanError."""
+    from ipmerge_core.models.files import find_files
+    from ipmerge_core.models.weight_files import is_adapter
+
+    paths = [resolve_path(model) for model in options.models]
+    if len(set(paths)) < len(paths):
+        raise PlanError("A model is given twice. Specify each once.")
+    if options.base and not any(is_adapter(find_files(path).names()) for path in paths):
+        raise PlanError("--base has no effect: none of the models is an adapter. Omit it.")
+    return paths
+
+
 def run_harness(options: argparse.Namespace) -> int:
     """Run lmms-eval on each model, or write a configuration for VLMEvalKit."""
     from ipmerge_core.evaluation import harness
@@ -73,7 +88,7 @@ def run_harness(options: argparse.Namespace) -> int:
     tasks = tuple(
         name.strip() for each in options.tasks for name in each.split(",") if name.strip()
     )
-    paths = [resolve_path(model) for model in options.models]
+    paths = read_paths(options)
     if options.harness == harness.VLMEVALKIT:
         if options.target is None:
             raise PlanError("Specify the configuration file with -o, such as -o config.json.")
@@ -116,9 +131,7 @@ def read_subjects(options: argparse.Namespace) -> list[Subject]:
     """
     from ipmerge_core.evaluation.subjects import subject_of_folder
 
-    paths = [resolve_path(model) for model in options.models]
-    if len(set(paths)) < len(paths):
-        raise PlanError("A model is given twice. Specify each once.")
+    paths = read_paths(options)
     names = [path.name for path in paths]
     return [
         subject_of_folder(path, name if names.count(name) == 1 else model, base=options.base)

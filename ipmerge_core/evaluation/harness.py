@@ -102,7 +102,7 @@ class HarnessRun:
     batch_size: int = 1
     device: str = "cpu"
     include: str = ""
-    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
 
     def check(self) -> None:
         """Check what would fail hours later: names, the interpreter, keys of judges.
@@ -140,8 +140,8 @@ class HarnessRun:
         arguments = {"pretrained": str(self.model), "device_map": self.device}
         if "," in str(self.model):
             raise RunError(
-                f"The path '{str(self.model)[:200]}' contains a comma, which separates the model arguments of "
-                f"{LMMS_EVAL}. Rename the folder."
+                f"The path '{str(self.model)[:200]}' contains a comma, which separates the model "
+                f"arguments of {LMMS_EVAL}. Rename the folder."
             )
         command = [
             self.python, "-m", "lmms_eval",
