@@ -65,6 +65,7 @@ def test_the_interval_covers_the_difference_as_often_as_it_states() -> None:
 
 
 def test_the_number_of_items_reaches_its_power() -> None:
+    """The formula is that of the asymptotic test; the exact one has a little less power."""
     rng = np.random.default_rng(1)
     psi, difference = 0.3, 0.1
     n = needed_items(psi, difference)
@@ -73,7 +74,7 @@ def test_the_number_of_items_reaches_its_power() -> None:
         differing = rng.binomial(n, psi)
         fixed = rng.binomial(differing, (psi + difference) / (2 * psi))
         found += paired_test(*outcomes(0, differing - fixed, fixed, 0)).p_value <= 0.05
-    assert 0.74 <= found / 300 <= 0.86
+    assert 0.7 <= found / 300 <= 0.86
 
 
 def test_the_number_of_items_grows_with_the_discordance() -> None:

@@ -117,7 +117,8 @@ def needed_items(
 
     Math:   n = (z_(1-alpha/2) sqrt(psi) + z_power sqrt(psi - d^2))^2 / d^2, psi the share of items
             on which the models differ, at least d.
-    Source: Connor, Biometrics 43 (1987) 207.
+    Source: Connor, Biometrics 43 (1987) 207, for the asymptotic test; the exact one needs a few
+        percent more.
     Raises: RunError unless 0 < difference <= 1, 0 <= discordance <= 1.
 
     >>> needed_items(0.2)

@@ -1,8 +1,9 @@
 """Catalogue of known models, pairs, presets and scenarios, with their sources.
 
 In: `catalogue.json` in this folder. Out: known models, pairs, presets and the tasks of scenarios as
-plain values, and the likely base of a model. Every entry names its source; an unverified licence is None, and a preset
-records whether it comes from a paper, its public code, or this project. No network, no torch.
+plain values, and the likely base of a model. Every entry names its source; an unverified licence is
+None, and a preset records whether it comes from a paper, its public code, or this project. No
+network, no torch.
 """
 
 from __future__ import annotations
