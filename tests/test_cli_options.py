@@ -18,13 +18,14 @@ from ipmerge_core import cli
 from ipmerge_core.analysis.records import read_pack
 from ipmerge_core.cli.combinations import RULES, is_given
 from ipmerge_core.cli.parser import make_parser
+from ipmerge_core.evaluation.report import Report
 from ipmerge_core.planning.choice_file import FORMAT, VERSION
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 COMMON = {"help", "quiet", "json"}  # how a result is shown: tests/test_cli.py, and below
 CONDITIONAL = {"strict", "force"}  # they act where the check has a warning or a refusal
 # Options whose effect needs models that can run, or tokenizers: tested where those are.
-TESTED_ELSEWHERE = {("plan", "calibration"), ("plan", "embeddings")}
+TESTED_ELSEWHERE = {("plan", "calibration"), ("plan", "embeddings"), ("evaluate", "base")}
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -93,6 +94,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
     """The ways to call a command that differ in what they use."""
     models, pack = files["models"], files["pack.json.gz"]
     alien = [*models, f"--base={files['alien']}"]
+    mllm = str(files["trio"].mllm)
     found: dict[str, dict[str, list[str]]] = {
         "check": {
             "models": models,
@@ -129,8 +131,17 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         },
         "chat": {"one": ["A", "--prompt", "q"], "two": ["A", "--compare", "B", "--prompt", "q"]},
         "record": {"plan": [files["ip.json"], "--prompts", str(files["prompts.jsonl"])]},
+        "evaluate": {
+            "models": [mllm, "--tasks", "demo"],
+            "math": [mllm, "--tasks", "demo:math"],
+            "lmms-eval": [mllm, "--tasks", "mmmu_val", "--harness", "lmms-eval",
+                          "--harness-python", "python"],
+            "no harness": [mllm, "--tasks", "MMStar", "--harness-model", "LLaVA_Next"],
+            "vlmevalkit": [mllm, "--tasks", "MMStar", "--harness", "vlmevalkit",
+                           "--harness-model", "LLaVA_Next"],
+        },
         "app": {"app": []},
-    }
+    }  # fmt: skip
     return found[command]
 
 
@@ -193,6 +204,16 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "prompt": ["--prompt", "another"],
         "max_new_tokens": ["--max-new-tokens", "3"],
         "prompts": ["--prompts", str(files["more.jsonl"])],
+        "models": [str(moved.math_2)],
+        "tasks": ["--tasks", "demo:shape"],
+        "seed": ["--seed", "5"],
+        "batch_size": ["--batch-size", "3"],
+        "store": ["--store", str(files["folder"] / "store")],
+        "no_guard": ["--no-guard"],
+        "harness": ["--harness", "vlmevalkit"],
+        "harness_python": ["--harness-python", "other"],
+        "harness_model": ["--harness-model", "Other"],
+        "harness_include": ["--harness-include", str(files["folder"])],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         **(others if command == "check" else {}),
@@ -210,8 +231,22 @@ WORK = {
     "ipmerge_core.adapters.export.iter_adapter": "adapter",
     "ipmerge_core.inference.generation.answer": "chat",
     "ipmerge_core.evaluation.recording.iter_recording": "record",
+    "ipmerge_core.evaluation.evaluate.iter_evaluation": "evaluate",
+    "ipmerge_core.evaluation.harness.run_lmms_eval": "evaluate",
     "ipmerge_core.ui.app.launch": "app",
 }
+
+
+def finished(place: str) -> object:
+    """What the work of `evaluate` returns, which it writes to --output."""
+    if place.endswith("run_lmms_eval"):
+        return []
+
+    def evaluated() -> Generator[None, None, Report]:
+        return Report("", {}, {}, {}, (), (), (), {})
+        yield
+
+    return evaluated()
 
 
 def described(value: object) -> object:
@@ -237,13 +272,17 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         for place, owner in WORK.items():
             if owner == command:
 
-                def work(*arguments: object, _place: str = place, **options: object) -> None:
+                def work(*arguments: object, _place: str = place, **options: object) -> object:
                     shown = [_place, *map(described, arguments)]
                     named = {name: described(value) for name, value in options.items()}
                     asked = json.dumps([shown, named], sort_keys=True, default=str)
+                    if command == "evaluate":
+                        print(asked)
+                        return finished(_place)
                     if command != "chat":  # whose two models are asked one after the other
                         raise Captured(asked)
                     print(asked)
+                    return None
 
                 monkeypatch.setattr(place, work)
         monkeypatch.setattr(

@@ -125,6 +125,20 @@ COMMANDS: dict[str, dict[str, str]] = {
         "max_new_tokens": "max_new_tokens",
         "updates": "no second decomposition",
     },
+    "evaluate": {
+        "models": "report.subjects",
+        "base": "report.subjects",
+        "tasks": "report.tasks",
+        **dict.fromkeys(("limit", "seed", "max_new_tokens", "batch_size"), "report.settings"),
+        "device": "report.settings",
+        "store": "folder of the replies",
+        "resume": "replies answered again",
+        "no_guard": "report.tasks",
+        "output": "report",
+        **dict.fromkeys(
+            ("harness", "harness_python", "harness_model", "harness_include"), "harness command"
+        ),
+    },
     "app": {"host": "address", "port": "address", "device": "default device of all runs"},
 }
 REQUEST = {

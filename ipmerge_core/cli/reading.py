@@ -16,8 +16,11 @@ from ipmerge_core.runtime.paths import input_file
 
 if TYPE_CHECKING:
     from ipmerge_core.analysis.records import Analysis
+    from ipmerge_core.evaluation.evaluate import EvaluationSettings
+    from ipmerge_core.evaluation.replies import ReplyStore
     from ipmerge_core.models.pairing import ModelPair
     from ipmerge_core.planning.plan import MergePlan
+    from ipmerge_core.tasks.items import Task
 
 _Made = TypeVar("_Made", "MergePlan", "Analysis")
 
@@ -125,3 +128,37 @@ def read_plan_options(options: argparse.Namespace) -> PlanOptions:
     rules = {name: rule for rule in ("merge", "keep") for name in vars(options)[f"force_{rule}"]}
     given = {name: vars(options)[name] for name in vars(options) if is_given(options, name)}
     return PlanOptions.read({**given, "overrides": rules})
+
+
+def read_tasks(options: argparse.Namespace) -> list[Task]:
+    """Return the tasks of an evaluation, with the perception guards of math tasks.
+
+    Raises: PlanError if --no-guard has no effect.
+    """
+    from ipmerge_core.tasks.registry import find_tasks, missing_guards
+
+    tasks = find_tasks(options.tasks, guards=not options.no_guard)
+    if options.no_guard and not missing_guards(tasks):
+        raise PlanError("--no-guard has no effect: these tasks lack no perception guard. Omit it.")
+    return tasks
+
+
+def read_evaluation_settings(options: argparse.Namespace) -> EvaluationSettings:
+    """Return which items are answered, and how."""
+    from ipmerge_core.evaluation.evaluate import BATCH_SIZE, EvaluationSettings
+
+    return EvaluationSettings(
+        limit=options.limit,
+        seed=options.seed or 0,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=BATCH_SIZE if options.batch_size is None else options.batch_size,
+        device=options.device,
+        resume=options.resume is not False,
+    )
+
+
+def read_store(options: argparse.Namespace) -> ReplyStore:
+    """Return the store of replies."""
+    from ipmerge_core.evaluation.replies import ReplyStore
+
+    return ReplyStore(options.store)

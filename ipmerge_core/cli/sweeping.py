@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ipmerge_core.cli.printing import Progress, print_result
 from ipmerge_core.cli.reading import (
+    read_evaluation_settings,
     read_method_options,
     read_pack,
     read_plan,
     read_plan_options,
+    read_store,
+    read_tasks,
 )
 from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.options import read_value
@@ -19,12 +22,11 @@ from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.paths import output_file, resolve_path
 
 if TYPE_CHECKING:
-    from ipmerge_core.evaluation.evaluate import EvaluationSettings, EvaluationStep
+    from ipmerge_core.evaluation.evaluate import EvaluationStep
     from ipmerge_core.evaluation.knockout import CutChoice, Knockout, Steps
     from ipmerge_core.evaluation.points import Axis
     from ipmerge_core.evaluation.report import Report
     from ipmerge_core.evaluation.sweeps import Sweep
-    from ipmerge_core.tasks.items import Task
 
 _Found = TypeVar("_Found")
 MOST_CONTROLS = 100
@@ -34,11 +36,12 @@ def sweep(options: argparse.Namespace) -> int:
     """Evaluate the plans of a sweep or of an ablation, resuming from stored replies."""
     from ipmerge_core.evaluation.sweeps import iter_ablation, iter_sweep
 
-    analysis, tasks, settings = read_pack(options), _tasks(options), _settings(options)
+    analysis, tasks = read_pack(options), read_tasks(options)
+    settings = read_evaluation_settings(options)
     how: dict[str, Any] = {
         **read_method_options(options),
         "options": read_plan_options(options),
-        "store": _store(options),
+        "store": read_store(options),
         "force": options.force,
     }
     if options.ablation:
@@ -74,8 +77,9 @@ def _knockout_steps(options: argparse.Namespace) -> Steps:
     """Open the model, or the plan whose unmerged and merged models are compared."""
     from ipmerge_core.evaluation.knockout import iter_knockout, iter_model_knockout
 
-    tasks, choice, settings = _tasks(options), _choice(options), _settings(options)
-    store = _store(options)
+    tasks, choice = read_tasks(options), _choice(options)
+    settings = read_evaluation_settings(options)
+    store = read_store(options)
     if resolve_path(options.model).is_dir():
         return iter_model_knockout(options.model, tasks, choice, settings, store)
     plan = read_plan(argparse.Namespace(**{**vars(options), "plan": options.model}))
@@ -131,31 +135,6 @@ def _integers(text: str, flag: str) -> Iterator[int]:
             yield int(part)
         except ValueError:
             raise PlanError(f"{flag} is '{text[:80]}'; expected integers, such as 0,4,8.") from None
-
-
-def _tasks(options: argparse.Namespace) -> list[Task]:
-    from ipmerge_core.tasks.registry import find_tasks
-
-    return find_tasks(options.tasks, guards=not options.no_guard)
-
-
-def _settings(options: argparse.Namespace) -> EvaluationSettings:
-    from ipmerge_core.evaluation.evaluate import EvaluationSettings
-
-    return EvaluationSettings(
-        limit=options.limit,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        device=options.device,
-        resume=options.resume,
-    )
-
-
-def _store(options: argparse.Namespace) -> Any:  # noqa: ANN401 (a ReplyStore, imported late)
-    from ipmerge_core.evaluation.replies import ReplyStore
-
-    return ReplyStore(options.store)
 
 
 def _shown(
