@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ipmerge_core.cli import commands
+from ipmerge_core.cli import commands, search_commands
 from ipmerge_core.cli.combinations import METHOD
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
@@ -130,6 +130,11 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
     _add_device(parser, fp64=False)
+
+
+def _replay(parser: argparse.ArgumentParser) -> None:
+    search_commands.add_replay(parser)
+    _add_output(parser, "FOLDER", "output folder of the report")
 
 
 def _app(parser: argparse.ArgumentParser) -> None:
@@ -278,5 +283,6 @@ COMMANDS = (
     (commands.merge, "execute a merge plan", _merge),
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
+    (search_commands.replay, "compare optimizers on a table of past results", _replay),
     (commands.app, "start the web app", _app),
 )
