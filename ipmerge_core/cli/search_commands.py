@@ -13,8 +13,8 @@ OPTIMIZER_NAMES = ("grid", "random", "sobol", "cma-es", "gp-bo", "pattern", "pow
 
 def replay(options: argparse.Namespace) -> int:
     """Compare optimizers on a table of past results and write a report."""
-    from ipmerge_core.search.replay import iter_replays, read_tables
     from ipmerge_core.plots.replay_report import describe, write_report
+    from ipmerge_core.search.replay import iter_replays, read_tables
     from ipmerge_core.search.summary import ranking, standings
 
     tables = read_tables(input_file(options.table, "table"))

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.plots import search as figures
+from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.search.optimizers import OPTIMIZERS
 from ipmerge_core.search.summary import (
     as_csv,
