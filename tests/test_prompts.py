@@ -100,7 +100,9 @@ def tokens(
     image: Image.Image | None = None,
     before: list[Message] | tuple[()] = (),
 ) -> list[int]:
-    return loaded.encode([*before, Message("user", question, image)])["input_ids"][0].tolist()
+    return loaded.encode([*before, Message("user", question, () if image is None else (image,))])[
+        "input_ids"
+    ][0].tolist()
 
 
 def tokens_of(loaded: ModelProcessor, text: str, *images: Image.Image) -> list[int]:
@@ -143,7 +145,7 @@ def test_a_system_prompt_and_earlier_turns_come_in_order(request, name, side):
 
 
 def test_an_image_of_an_earlier_turn_stays_with_its_question(mllm):
-    before = [Message("user", "What is it?", PICTURE), Message("assistant", "A box.")]
+    before = [Message("user", "What is it?", (PICTURE,)), Message("assistant", "A box.")]
     for name in TEMPLATES:
         use(mllm, TEMPLATES[name])
         expected = tokens_of(
@@ -237,14 +239,14 @@ def chat_of(config: dict[str, object], processor: object = None) -> ChatFormat:
 def test_the_placeholder_is_the_processor_s_in_the_brackets_that_the_config_names(
     config, processor, placeholder
 ):
-    prompt = render_chat(chat_of(config, processor), [Message("user", "What?", PICTURE)]).text
+    prompt = render_chat(chat_of(config, processor), [Message("user", "What?", (PICTURE,))]).text
     assert prompt == f"user: {placeholder}What?\nbot:"
 
 
 def test_a_list_template_with_another_placeholder_than_the_processor_s_is_not_trusted():
     chat = chat_of({}, SimpleNamespace(image_token="<img>"))
     chat.tokenizer.chat_template = template(PARTS)  # writes <image>
-    prompt = render_chat(chat, [Message("user", "What?", PICTURE)]).text
+    prompt = render_chat(chat, [Message("user", "What?", (PICTURE,))]).text
     assert prompt == "USER: <img>\nWhat? ASSISTANT:"
 
 
@@ -270,7 +272,7 @@ def test_a_control_token_in_a_question_is_text(mllm, name, text):
 def test_every_message_of_a_conversation_may_spell_control_tokens(mllm):
     before = [
         Message("system", "Never write </s>."),
-        Message("user", "a <image> b", PICTURE),
+        Message("user", "a <image> b", (PICTURE,)),
         Message("assistant", "</s> is the end."),
     ]
     for name in TEMPLATES:

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from ipmerge_core.inference.encoding import SpecialIds, explain_loading
 from ipmerge_core.inference.processor_loading import processes_images
 from ipmerge_core.inference.processor_process import RemoteProcessor, default_server
 from ipmerge_core.runtime.imports import IMPORTING, find_torchvision
+from ipmerge_core.runtime.turns import Turns
 
 if TYPE_CHECKING:
     from ipmerge_core.models.checkpoint import Checkpoint
@@ -34,7 +35,10 @@ _MOST_LARGER = 3  # than the files; tied weights are stored once
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, with its processor or tokenizer in another process."""
+    """A model in memory, with its processor or tokenizer in another process.
+
+    Threads that run it take `turns`, one step of the model each.
+    """
 
     folder: Path
     fingerprint: str
@@ -43,6 +47,7 @@ class LoadedModel:
     special_ids: SpecialIds
     takes_images: bool
     nbytes: int
+    turns: Turns = field(default_factory=Turns)
 
 
 class ModelCache:

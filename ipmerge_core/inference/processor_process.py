@@ -30,7 +30,15 @@ import psutil
 from ipmerge_core.errors import ModelLoadError, RunCancelled, RunError
 from ipmerge_core.inference.encoding import SpecialIds
 from ipmerge_core.inference.prompts import Message
-from ipmerge_core.inference.wire import pack_messages, receive, send, unpack_inputs
+from ipmerge_core.inference.thinking import ThinkingTokens
+from ipmerge_core.inference.wire import (
+    pack_conversations,
+    pack_messages,
+    receive,
+    send,
+    unpack_inputs,
+    unpack_many,
+)
 
 MOST_PROMPT_TOKENS = 32_768
 _LONGEST_TOKEN = 1000  # characters, on average over a text
@@ -40,6 +48,7 @@ _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SUBJECTS = {  # what may exceed a limit, by request
     "load": "The tokenizer or processor",
     "encode": "The chat template or processor",
+    "encode_rows": "The chat template or processor",
 }
 _MODULE = "ipmerge_core.inference.processor_server"
 
@@ -60,7 +69,8 @@ class RemoteProcessor:
     """The tokenizer or processor of the model in `folder`, in a process of its own.
 
     Requests are executed one at a time. `stops` are events that cancel a request. After the first,
-    `image_processor` is the class that resizes images and its library; None for a text model.
+    `image_processor` is the class that resizes images and its library, None for a text model, and
+    `thinking` are the tokens that mark a thinking part.
 
     All methods raise:
         ModelLoadError: the files cannot be used, or exceed a limit.
@@ -82,6 +92,7 @@ class RemoteProcessor:
         self._lock = threading.Lock()
         self._process: _Process | None = None
         self.image_processor: str | None = None
+        self.thinking = ThinkingTokens()
 
     def load(self, stops: Sequence[threading.Event] = ()) -> SpecialIds:
         """Load the files and return the ids of the special tokens."""
@@ -95,14 +106,34 @@ class RemoteProcessor:
         plain, pixels = pack_messages(messages)
         reply, blob = self._ask({"call": "encode", "messages": plain}, stops, pixels)
         inputs = unpack_inputs(reply["plain"], blob)
-        count = inputs["input_ids"].shape[1]
-        if count > MOST_PROMPT_TOKENS:
-            raise ModelLoadError(
-                f"The prompt of '{self.folder.name}' has {count} tokens; the maximum is "
-                f"{MOST_PROMPT_TOKENS}. Use a shorter question or a smaller image, and check the "
-                f"chat template of the model."
-            )
+        if too_long := self._too_long(inputs):
+            raise too_long
         return inputs
+
+    def encode_rows(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        stops: Sequence[threading.Event] = (),
+    ) -> list[dict[str, Any] | ModelLoadError]:
+        """Encode conversations as `encode` does, each to its inputs or to its own error."""
+        plain, pixels = pack_conversations(conversations)
+        request = {"call": "encode_rows", "conversations": plain}
+        reply, blob = self._ask(request, stops, pixels)
+        return [
+            ModelLoadError(error) if error is not None else self._too_long(inputs) or inputs
+            for inputs, error in zip(unpack_many(reply["rows"], blob), reply["errors"], strict=True)
+        ]
+
+    def _too_long(self, inputs: Mapping[str, Any]) -> ModelLoadError | None:
+        """Return the error for a prompt of too many tokens."""
+        count = inputs["input_ids"].shape[1]
+        if count <= MOST_PROMPT_TOKENS:
+            return None
+        return ModelLoadError(
+            f"The prompt of '{self.folder.name}' has {count} tokens; the maximum is "
+            f"{MOST_PROMPT_TOKENS}. Use a shorter question or a smaller image, and check the "
+            f"chat template of the model."
+        )
 
     def encode_text(self, text: str, stops: Sequence[threading.Event] = ()) -> list[int]:
         """Encode a text without special tokens, also where it spells one."""
@@ -120,10 +151,21 @@ class RemoteProcessor:
         """Decode tokens to text."""
         ids = [ids] if isinstance(ids, int) else [int(number) for number in ids]
         request = {"call": "decode", "ids": ids, "skip_special_tokens": skip_special_tokens}
-        text = str(self._ask(request, stops)[0]["text"])
-        if len(text) > _LONGEST_TOKEN * (1 + len(ids)):
+        return self._checked(str(self._ask(request, stops)[0]["text"]), len(ids))
+
+    def decode_rows(
+        self, rows: Sequence[Sequence[int]], stops: Sequence[threading.Event] = ()
+    ) -> list[str]:
+        """Decode the tokens of several replies to text, without special tokens."""
+        request = {"call": "decode_rows", "rows": [list(map(int, ids)) for ids in rows]}
+        texts = self._ask(request, stops)[0]["texts"]
+        return [self._checked(str(t), len(ids)) for t, ids in zip(texts, rows, strict=True)]
+
+    def _checked(self, text: str, count: int) -> str:
+        """Return a decoded text. Raises: ModelLoadError if it is too long for its tokens."""
+        if len(text) > _LONGEST_TOKEN * (1 + count):
             raise ModelLoadError(
-                f"The tokenizer of '{self.folder.name}' decodes {len(ids)} tokens to {len(text)} "
+                f"The tokenizer of '{self.folder.name}' decodes {count} tokens to {len(text)} "
                 f"characters. Is tokenizer.json that of this model?"
             )
         return text
@@ -164,6 +206,7 @@ class RemoteProcessor:
             reply, _ = self._exchange(self._process, request, stops, self._limits.loading)
             self._process.special_ids = SpecialIds(**reply["special_ids"])
             self._keep_image_processor(reply["image_processor"])
+            self.thinking = ThinkingTokens.of(reply["thinking"])
         ids = self._process.special_ids
         assert ids is not None
         return self._process, ids

@@ -9,7 +9,7 @@ tokenize; called in the process that `processor_server.py` runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
 
@@ -35,7 +35,7 @@ class Message(NamedTuple):
 
     role: Literal["system", "user", "assistant"]
     text: str
-    image: Image | None = None
+    images: tuple[Image, ...] = ()
 
 
 class Prompt(NamedTuple):
@@ -93,6 +93,9 @@ class _Layout(NamedTuple):
     image_parts: bool  # images are list parts; otherwise placeholders in the text
 
 
+# The layout of conversations with these roles and images.
+Layouts: TypeAlias = dict[tuple[tuple[str, int], ...], _Layout]
+
 _PARTS_FIRST = [_Layout("all", True), _Layout("user", True), _Layout("none", False)]
 _TEXT_FIRST = [_Layout("none", False), _Layout("user", False), _Layout("all", False)]
 
@@ -112,8 +115,13 @@ def check_question(question: str) -> str:
     return question
 
 
-def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
+def render_chat(
+    chat: ChatFormat, messages: Sequence[Message], layouts: Layouts | None = None
+) -> Prompt:
     """Render a conversation up to the start of the model's answer.
+
+    `layouts` keeps the layouts of conversations of one model, which are found by rendering probes
+    and depend only on the roles and on which messages have images.
 
     A message is marked from the first control token in its text on (see `Prompt`), so that neither
     the template nor the processor finds one. A system message that the template rejects or drops
@@ -126,7 +134,11 @@ def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
     if template is None:
         return Prompt(_plain_prompt(chat, messages), verbatim)
     attempt = _Attempt(chat, template)
-    layout = attempt.find_layout(messages)
+    known = {} if layouts is None else layouts
+    shape = tuple((message.role, len(message.images)) for message in messages)
+    layout = known[shape] if shape in known else attempt.find_layout(messages)
+    if layout is not None:
+        known[shape] = layout
     if layout is None and len(messages) > 1 and messages[0].role == "system":
         messages = _fold_system(messages)
         layout = attempt.find_layout(messages)
@@ -196,7 +208,7 @@ class _Attempt:
             yield from _TEXT_FIRST
             return
         yield from _PARTS_FIRST
-        if any(message.image for message in messages):
+        if any(message.images for message in messages):
             yield from (_Layout("all", False), _Layout("user", False))
 
     def _works(self, messages: Sequence[Message], layout: _Layout) -> bool:
@@ -212,13 +224,13 @@ class _Attempt:
             return False
         if not _contains_in_order(prompt, [probe.text for probe in probes]):
             return False
-        images = sum(message.image is not None for message in messages)
+        images = sum(len(message.images) for message in messages)
         token = self.chat.image_token
         if not images or not layout.image_parts:
             return True
         if token is not None:
             return prompt.count(token) == images
-        return prompt != self.render([probe._replace(image=None) for probe in probes], layout)
+        return prompt != self.render([probe._replace(images=()) for probe in probes], layout)
 
 
 def _marker(number: int, *, as_list: bool) -> str:
@@ -246,10 +258,10 @@ def _is_list(message: Message, layout: _Layout) -> bool:
 
 def _as_dict(message: Message, layout: _Layout, image_text: str) -> dict[str, Any]:
     text, parts = message.text, []
-    if message.image is not None and layout.image_parts and _is_list(message, layout):
-        parts = [{"type": "image"}]
-    elif message.image is not None:
-        text = image_text + text
+    if layout.image_parts and _is_list(message, layout):
+        parts = [{"type": "image"} for _ in message.images]
+    else:
+        text = image_text * len(message.images) + text
     if not _is_list(message, layout):
         return {"role": message.role, "content": text}
     return {"role": message.role, "content": [*parts, {"type": "text", "text": text}]}
@@ -267,8 +279,8 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
         if message.role == "system":
             pieces.append(message.text)
             continue
-        image = "" if message.image is None else chat.image_text
-        pieces.append(f"{message.role.upper()}: {image}{message.text}")
+        images = chat.image_text * len(message.images)
+        pieces.append(f"{message.role.upper()}: {images}{message.text}")
     return " ".join([*pieces, "ASSISTANT:"])
 
 

@@ -297,6 +297,7 @@ export interface Store<State> {
 export interface Server {
   report_file?(packId: string, plan: Plan, link: string): Promise<string>;
   grown?(packId: string, known: number): Promise<News>;
+  result_file?(id: string, kind: string): Promise<string>;
 }
 
 /** What Gradio (or the HTML report) gives to a component that is mounted. */

@@ -9,10 +9,12 @@ import { listen } from "./events.js";
 import { listenToPlots } from "./inputs.js";
 import { rememberLink, spokenPart } from "./link.js";
 import { LayerMap } from "./map.js";
+import { takePlan } from "./moves.js";
 import { complain, open, problemWords } from "./opening.js";
 import { layOut } from "./painting.js";
+import { undo } from "./session.js";
 
-/** @import { Host } from "../../web/types.d.ts" */
+/** @import { Host, RawPlan } from "../../web/types.d.ts" */
 /** @import { State } from "./types.d.ts" */
 
 /** @param {Host} host */
@@ -88,6 +90,12 @@ function handle(map) {
     /** @param {string} problems Of that part of the link. */
     complain: (problems) => complain(map, map.dom.notice.hidden ? problemWords([problems]) : `Also: ${problems}.`),
     isPainted: () => !map.painter.isWaiting,
+    /**
+     * @param {RawPlan} plan Of another tab, applied as a step that can be undone.
+     * @param {string} words Announced before the sentence.
+     */
+    take: (plan, words) => takePlan(map, plan, words),
+    undo: () => undo(map),
     timings: map.painter.timings,
   }, Object.fromEntries(fields));
 }
