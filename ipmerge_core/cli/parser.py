@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ipmerge_core.cli import commands, search_commands
+from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
+from ipmerge_core.cli.searching import add_replay, add_search, replay, search
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
@@ -132,8 +133,19 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     _add_device(parser, fp64=False)
 
 
+def _search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", help="pack of an analysis")
+    _add_models(parser, ", if it has moved since the analysis")
+    add_search(parser)
+    _add_method(parser, measure=False)
+    _add_tasks(parser)
+    _add_force(parser)
+    _add_output(parser, "FOLDER", "folder of the study, which is continued if it exists")
+    _add_device(parser, fp64=False)
+
+
 def _replay(parser: argparse.ArgumentParser) -> None:
-    search_commands.add_replay(parser)
+    add_replay(parser)
     _add_output(parser, "FOLDER", "output folder of the report")
 
 
@@ -283,6 +295,7 @@ COMMANDS = (
     (commands.merge, "execute a merge plan", _merge),
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
-    (search_commands.replay, "compare optimizers on a table of past results", _replay),
+    (search, "search the coefficients of a method by merges in memory", _search),
+    (replay, "compare optimizers on a table of past results", _replay),
     (commands.app, "start the web app", _app),
 )

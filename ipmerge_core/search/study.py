@@ -54,9 +54,9 @@ class Measured(NamedTuple):
 class Objective(Protocol):
     """Measures the parameters of one point.
 
-    `report` is called with every intermediate mean and its number of items; when it returns true,
-    the point is given up, and the result has the fact "pruned". Raises: IPMergeError if the point
-    cannot be measured.
+    `report` is called with every intermediate mean and the effort it took, in units of the first;
+    when it returns true, the point is given up, and the result has the fact "pruned". Raises:
+    IPMergeError if the point cannot be measured.
     """
 
     def __call__(
@@ -228,10 +228,10 @@ class Trials:
     def _measured(self, trial: Trial) -> Evaluation:
         from optuna.trial import TrialState
 
-        def report(value: float, items: int) -> bool:
+        def report(value: float, effort: int) -> bool:
             if self.stop.is_set():
                 raise RunCancelled(STOPPED)
-            trial.report(value, items)
+            trial.report(value, effort)
             return bool(trial.should_prune())
 
         try:

@@ -193,15 +193,14 @@ def best_of(evaluations: Iterable[Evaluation]) -> Evaluation | None:
 def pareto_front(evaluations: Iterable[Evaluation], objectives: Sequence[str]) -> list[Evaluation]:
     """Return the evaluations that no other one beats in all objectives, by the first descending.
 
-    Scores are the fact "scores" of an evaluation; those given up early are left out.
+    Scores are the fact "scores" of an evaluation; those given up early are left out, and of equal
+    ones all but the first.
     """
-    complete = [each for each in evaluations if each.state == COMPLETE and "scores" in each.facts]
-    points = [tuple(each.facts["scores"][name] for name in objectives) for each in complete]
-    front = [
-        each
-        for each, point in zip(complete, points, strict=True)
-        if not any(_beats(other, point) for other in points)
-    ]
+    points: dict[tuple[float, ...], Evaluation] = {}
+    for each in evaluations:
+        if each.state == COMPLETE and "scores" in each.facts:
+            points.setdefault(tuple(each.facts["scores"][name] for name in objectives), each)
+    front = [e for point, e in points.items() if not any(_beats(other, point) for other in points)]
     return sorted(front, key=lambda each: -float(each.facts["scores"][objectives[0]]))
 
 
