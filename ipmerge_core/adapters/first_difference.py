@@ -19,7 +19,8 @@ from ipmerge_core.inference.generation import encode_messages, on_device
 from ipmerge_core.inference.streaming import decode_reply, failed_generation
 
 if TYPE_CHECKING:
-    from ipmerge_core.adapters.live import LiveModel, Row
+    from ipmerge_core.adapters.columns import Row
+    from ipmerge_core.adapters.live import LiveModel
     from ipmerge_core.inference.loading import LoadedModel
 
 

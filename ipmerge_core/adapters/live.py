@@ -12,115 +12,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ipmerge_core.adapters.columns import Column, Row, why_not_factors
 from ipmerge_core.adapters.factor_set import FactorSet
 from ipmerge_core.adapters.first_difference import TokenChoice, next_choices
+from ipmerge_core.adapters.hooks import Additions, FactorHooks
 from ipmerge_core.errors import IPMergeError, ModelLoadError, PlanError
 from ipmerge_core.inference.batching import combine_inputs
 from ipmerge_core.inference.generation import encode_messages, on_device, run_in_turns
 from ipmerge_core.inference.loading import LoadedModel
-from ipmerge_core.inference.module_names import module_names
 from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.rows import RowTokens
 from ipmerge_core.inference.sampling import GenerationSettings
 from ipmerge_core.inference.shared_weights import SwappedWeights, weights_in_memory
 from ipmerge_core.inference.streaming import Job, RowState, Stream, stream_jobs
-from ipmerge_core.models.addresses import split_address
 from ipmerge_core.models.checkpoint import Checkpoint
-from ipmerge_core.models.matrix_kinds import is_expert
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
 
 
-@dataclass(frozen=True, eq=False)
-class Column:
-    """One model on the shared weights.
-
-    Attributes:
-        name: what the caller calls it.
-        kind: "base" for the unchanged model, "factors" for gains on factors, "tensors" for tensors
-            of its own.
-        gains: the gain on the factors of each matrix and expert.
-        factors: the set that the gains belong to.
-        weights: the tensors of its own.
-        nbytes: memory in addition to the model and to factors that other columns share.
-    """
-
-    name: str
-    kind: Literal["base", "factors", "tensors"]
-    gains: Mapping[tuple[str, int], float]
-    factors: FactorSet | None = None
-    weights: SwappedWeights | None = None
-    nbytes: int = 0
-
-    def scaled(self, gain: float, name: str = "") -> Column:
-        """Return the column with all gains multiplied: lambda times `gain`.
-
-        Raises: PlanError for a column of tensors, whose change is not kept apart.
-        """
-        if self.kind == "tensors":
-            raise PlanError(
-                f"'{self.name}' is not a column of factors, so that its lambda cannot be scaled. "
-                f"Use a plan of IP-Merging with projection."
-            )
-        gains = {key: gain * value for key, value in self.gains.items()}
-        return Column(name or f"{self.name} x {gain:g}", self.kind, gains, self.factors)
-
-
-class Row(NamedTuple):
-    """A conversation to continue with one column; `stops` are events that end this row only."""
+class _Member(NamedTuple):
+    """One row of a batch, with its own inputs."""
 
     column: Column
-    messages: Sequence[Message]
-    settings: GenerationSettings = GenerationSettings()
-    stops: Sequence[threading.Event] = ()
-
-
-class _Entry(NamedTuple):
-    """Where the factors of one matrix and expert are among the directions of a module."""
-
-    key: tuple[str, int]
-    start: int
-    stop: int
-
-
-@dataclass
-class _Stack:
-    """The factors of a set on one module, next to each other: dW = B diag(gains) A.
-
-    Shapes: A (q, n), B (m, q); q is the sum of the ranks of all its matrices and experts.
-    """
-
-    A: Tensor
-    B: Tensor
-    entries: list[_Entry]
-
-    def gains(self, columns: Sequence[Column]) -> Tensor | None:
-        """Return the gain of every row on every direction, (rows, q); None if all are zero."""
-        found = self.A.new_zeros(len(columns), len(self.A))
-        for row, column in enumerate(columns):
-            for key, start, stop in self.entries:
-                found[row, start:stop] = column.gains.get(key, 0.0)
-        return found if bool(found.any()) else None
-
-
-class _Active(NamedTuple):
-    """What a hook adds to the output of its module: dy = ((x A^T) gains) B^T."""
-
-    stack: _Stack
-    gains: Tensor
-
-
-class _Installed(NamedTuple):
-    """What the hooks of a batch add, by module, and the modules that have run since."""
-
-    modules: Mapping[str, list[_Active]] = {}
-    used: set[str] = set()  # noqa: RUF012 (the empty one is never written)
+    stream: Stream
+    inputs: Mapping[str, Any]
 
 
 class LiveModel:
@@ -132,9 +53,8 @@ class LiveModel:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
-        self._stacks: dict[tuple[str, float, int], dict[str, _Stack]] = {}
-        self._installed = _Installed()
-        self._hooks: dict[str, Any] = {}
+        self._hooks = FactorHooks(loaded.model)
+        self._batches = True  # until the model has failed to run a batch
         self._lock = threading.Lock()
 
     # --- columns ---
@@ -145,7 +65,7 @@ class LiveModel:
 
     def holds(self, factors: FactorSet) -> bool:
         """Return whether the factors are on the device already."""
-        return _key(factors) in self._stacks
+        return self._hooks.holds(factors)
 
     def add_factors(self, factors: FactorSet, pair: ModelPair) -> int:
         """Put the factors of a pair next to the model; returns the bytes they take there.
@@ -158,18 +78,12 @@ class LiveModel:
         """
         self._refuse_other(pair.mllm.fingerprint, pair.mllm.id)
         with self._lock:
-            if _key(factors) not in self._stacks:
-                stacks = self._stacks_of(factors, pair)
-                for module in stacks:
-                    self._hook(module)
-                self._stacks[_key(factors)] = stacks
-            stacks = self._stacks[_key(factors)]
-        return sum(stack.A.nbytes + stack.B.nbytes for stack in stacks.values())
+            return self._hooks.add(factors, pair)
 
     def drop_factors(self, factors: FactorSet) -> None:
         """Release the memory of a set of factors; its columns can no longer answer."""
         with self._lock:
-            self._stacks.pop(_key(factors), None)
+            self._hooks.drop(factors)
 
     def plan_column(self, name: str, plan: MergePlan, factors: FactorSet) -> Column:
         """Return the column of an IP-Merging plan, which only selects and scales factors.
@@ -282,7 +196,7 @@ class LiveModel:
         found: list[tuple[list[int], dict[str, Any]]] = []
         for numbers in places.values():
             given = [inputs for n in numbers if (inputs := encoded[n]) is not None]
-            batch = combine_inputs(given, pad)
+            batch = combine_inputs(given, pad) if self._batches or len(given) == 1 else None
             if batch is not None:
                 found.append((numbers, batch))
             else:
@@ -294,18 +208,18 @@ class LiveModel:
 
         Raises: PlanError for a column whose factors were dropped.
         """
-        return self._functions(columns[0].weights, _Installed(self._active_for(columns), set()))
+        return self._functions(columns[0].weights, self._hooks.additions(columns))
 
     def _functions(
-        self, weights: SwappedWeights | None, installed: _Installed
+        self, weights: SwappedWeights | None, added: Additions
     ) -> tuple[Callable[[], None], Callable[[], None]]:
         def install() -> None:
-            self._installed = installed
+            self._hooks.installed = added
             if weights is not None:
                 weights.install()
 
         def remove() -> None:
-            self._installed = _Installed()
+            self._hooks.installed = Additions()
             if weights is not None:
                 weights.remove()
 
@@ -325,100 +239,47 @@ class LiveModel:
     ) -> list[Job]:
         jobs = []
         for numbers, inputs in self.groups(rows, encoded):
-            columns = [rows[n].column for n in numbers]
-            own = [streams[n] for n in numbers]
-            for stream in own:
-                stream.is_batched = len(own) > 1
-            jobs.append(Job(self._answering(columns, own, inputs), own, self.loaded.folder.name))
+            members = [_Member(rows[n].column, streams[n], encoded[n] or {}) for n in numbers]
+            own = [member.stream for member in members]
+            jobs.append(Job(partial(self._answer, members, inputs), own, self.loaded.folder.name))
         return jobs
 
-    def _answering(
-        self, columns: Sequence[Column], streams: Sequence[Stream], inputs: Mapping[str, Any]
-    ) -> Callable[[], None]:
-        def run() -> None:
-            installed = _Installed(self._active_for(columns), set())
-            functions = self._functions(columns[0].weights, installed)
-            ready = on_device(inputs, self.loaded.model.device)
-            run_in_turns(self.loaded, ready, [s.tokens for s in streams], *functions)
-            unused = set(installed.modules) - installed.used
-            if unused and streams[0].tokens.ids:
-                raise ModelLoadError(
-                    f"'{self.loaded.folder.name}' does not call its layer '{min(unused)}', "
-                    f"so that the merge had no effect there. Merge into a folder instead."
-                )
+    def _answer(self, members: Sequence[_Member], inputs: Mapping[str, Any]) -> None:
+        """Answer a batch; where the model cannot run it as one, each row by itself.
 
-        return run
+        Not every family batches its images. Rows that have begun are never started again.
+        """
+        try:
+            self._answer_batch(members, inputs)
+        except (IPMergeError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            if len(members) == 1 or any(member.stream.tokens.ids for member in members):
+                raise
+            self._batches = False
+            name = self.loaded.folder.name
+            jobs = [
+                Job(partial(self._answer_batch, [member], member.inputs), [member.stream], name)
+                for member in members
+            ]
+            for thread in [job.start() for job in jobs]:
+                thread.join()
 
-    def _active_for(self, columns: Sequence[Column]) -> dict[str, list[_Active]]:
-        active: dict[str, list[_Active]] = {}
-        for factors in {id(c.factors): c.factors for c in columns if c.factors}.values():
-            if not self.holds(factors):
-                raise PlanError("The factors of a column were released. Prepare the plan again.")
-            own = [c if c.factors is factors else self.base() for c in columns]
-            for module, stack in self._stacks[_key(factors)].items():
-                gains = stack.gains(own)
-                if gains is not None:
-                    active.setdefault(module, []).append(_Active(stack, gains))
-        return active
-
-    def _stacks_of(self, factors: FactorSet, pair: ModelPair) -> dict[str, _Stack]:
-        stored: dict[str, list[tuple[tuple[str, int], range | None]]] = {}
-        for matrix in pair.matrices:
-            address = split_address(matrix.mllm)
-            for expert in range(len(pair.math)):
-                if (matrix.name, expert) in factors.factors:
-                    key = (matrix.name, expert)
-                    stored.setdefault(address.name, []).append((key, address.rows))
-        modules = module_names(pair.mllm, stored)
-        return {
-            modules[name]: self._stack(factors, pair.mllm.spec(name).shape[0], members, name)
-            for name, members in stored.items()
-        }
-
-    def _stack(
-        self,
-        factors: FactorSet,
-        height: int,
-        members: Sequence[tuple[tuple[str, int], range | None]],
-        name: str,
-    ) -> _Stack:
-        like = next(p for p in self.loaded.model.parameters() if p.is_floating_point())
-        As, Bs, entries, start = [], [], [], 0
-        for key, rows in members:
-            low = factors.factors[key]
-            B = low.B.new_zeros(height, low.rank)
-            where = rows or range(height)
-            if B[where.start : where.stop].shape != low.B.shape:
-                raise PlanError(
-                    f"The factors of '{key[0]}' do not fit '{name}'. Prepare them again."
-                )
-            B[where.start : where.stop] = low.B
-            As.append(low.A)
-            Bs.append(B)
-            entries.append(_Entry(key, start, start + low.rank))
-            start += low.rank
-        A, B = torch.cat(As), torch.cat(Bs, dim=1)
-        return _Stack(A.to(like.device, like.dtype), B.to(like.device, like.dtype), entries)
-
-    def _hook(self, name: str) -> None:
-        if name not in self._hooks:
-            module = self.loaded.model.get_submodule(name)
-            self._hooks[name] = module.register_forward_hook(self._adding(name))
-
-    def _adding(self, name: str) -> Callable[..., Tensor | None]:
-        def add(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            active = self._installed.modules.get(name)
-            if not active:
-                return None
-            self._installed.used.add(name)
-            (x,) = inputs
-            for stack, gains in active:
-                A, B, own = (each.to(x.device) for each in (stack.A, stack.B, gains))
-                through = (x.to(A.dtype) @ A.T) * _per_token(own, x)
-                output = output + (through @ B.T).to(output.dtype)
-            return output
-
-        return add
+    def _answer_batch(self, members: Sequence[_Member], inputs: Mapping[str, Any]) -> None:
+        columns = [member.column for member in members]
+        for member in members:
+            member.stream.is_batched = len(members) > 1
+        added = self._hooks.additions(columns)
+        functions = self._functions(columns[0].weights, added)
+        ready = on_device(inputs, self.loaded.model.device)
+        rows = [member.stream.tokens for member in members]
+        run_in_turns(self.loaded, ready, rows, *functions)
+        unused = set(added.modules) - added.used
+        if unused and rows[0].ids:
+            raise ModelLoadError(
+                f"'{self.loaded.folder.name}' does not call its layer '{min(unused)}', so that the "
+                f"merge had no effect there. Merge into a folder instead."
+            )
 
     def _refuse_other(self, fingerprint: str, name: str) -> None:
         if fingerprint != self.loaded.fingerprint:
@@ -426,37 +287,3 @@ class LiveModel:
                 f"The plan is one of '{name}', whose weights are not those of the loaded "
                 f"'{self.loaded.folder.name}'. Load that model, or make the plan from this one."
             )
-
-
-def why_not_factors(plan: MergePlan) -> str:
-    """Explain why a plan cannot be a column of factors; "" if it can."""
-    if plan.method != "ip_merging" or plan.parameters["ablation"] != "none":
-        return f"The change of plan {plan.hash} ({plan.method}) has full rank: it has no factors."
-    if plan.extras:
-        return f"Plan {plan.hash} also merges {', '.join(plan.extras)}, which have no factors."
-    experts = [d.name for d in plan.selected if is_expert(d.module)]
-    if experts:
-        return (
-            f"Plan {plan.hash} merges {len(experts)} matrices of experts, which transformers holds "
-            f"in stacks without factors."
-        )
-    return ""
-
-
-def _per_token(gains: Tensor, x: Tensor) -> Tensor:
-    """Return the gains in the shape of x A^T: one row of the batch has one line of gains."""
-    rows, width = gains.shape
-    if x.ndim > 2 and x.shape[0] == rows:
-        return gains.view(rows, *(1 for _ in x.shape[1:-1]), width)
-    if x.ndim == 2 and x.shape[0] % rows == 0:  # tokens of all rows, one row after another
-        return gains.repeat_interleave(x.shape[0] // rows, dim=0)
-    if rows == 1:
-        return gains[0]
-    raise ModelLoadError(
-        f"This model mixes the rows of a batch (an input of shape {tuple(x.shape)} for {rows} "
-        f"rows), so that they cannot have different gains."
-    )
-
-
-def _key(factors: FactorSet) -> tuple[str, float, int]:
-    return factors.fingerprint, factors.tolerance, factors.max_rank

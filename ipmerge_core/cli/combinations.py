@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from ipmerge_core.errors import PlanError
@@ -47,7 +48,7 @@ def check_combination(options: argparse.Namespace) -> None:
         given = next((name for name in rule.names if is_given(options, name)), None)
         if given and (reason := rule.reason(options)):
             raise PlanError(f"{flag_of(given)} has no effect {reason}. Omit it.")
-    if options.run.__name__ == "plan":
+    if options.run.__name__ in ("plan", "sweep"):
         _check_rules(options)
 
 
@@ -81,6 +82,11 @@ def _unless_scaled(options: argparse.Namespace) -> str:
     if "lambda_" in names:
         return ""
     return f"with {method.label}, whose parameters are {', '.join(names) or 'none'}"
+
+
+def _when_folder(options: argparse.Namespace) -> str:
+    folder = Path(options.model).expanduser().is_dir()
+    return "with a model folder, which is evaluated as it is" if folder else ""
 
 
 def _check_rules(options: argparse.Namespace) -> None:
@@ -119,6 +125,19 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule(("estimator",), _unless_kind("fisher")),
         Rule(("wide", "image_tokens"), _unless_kind("gram")),
         Rule(("device",), _when("dry_run", "with --dry-run: the estimate does not depend on it")),
+    ),
+    "sweep": (
+        Rule(
+            ("parameter", "values", "parameter2", "values2"),
+            _when("ablation", "with --ablation, which has points of its own"),
+        ),
+        Rule(("controls",), _unless("ablation", "without --ablation")),
+        Rule(("parameter2", "values2"), _unless("parameter", "without --parameter and --values")),
+        Rule(("similarity_threshold", "similarity"), _unless_selecting),
+        Rule(("lambda_",), _unless_scaled),
+    ),
+    "knockout": (
+        Rule(("pack", *MODELS), _when_folder),
     ),
     "merge": (
         Rule(("resume",), _when("dry_run", "with --dry-run, which merges nothing")),

@@ -9,6 +9,7 @@ from typing import Any
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
 from ipmerge_core.cli.searching import add_replay, add_search, replay, search
+from ipmerge_core.cli.sweeping import knockout, sweep
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
@@ -149,6 +150,82 @@ def _replay(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "FOLDER", "output folder of the report")
 
 
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", help="pack of an analysis")
+    _add_models(parser, ", if it has moved since the analysis")
+    for number in ("", "2"):
+        words = "second parameter" if number else "parameter"
+        parser.add_argument(
+            f"--parameter{number}",
+            metavar="NAME",
+            help=f"{words} to vary: similarity_threshold, lambda, or one of the method",
+        )
+        parser.add_argument(f"--values{number}", metavar="A,B,C", help=f"values of the {words}")
+    _add_flag(parser, "--ablation", "leave out parts of the method's formula and of its layers")
+    parser.add_argument(
+        "--controls", type=int, metavar="N", help="controls with permuted weights (3 by default)"
+    )
+    _add_method(parser, measure=False)
+    _add_tasks(parser)
+    _add_force(parser)
+    _add_output(parser, "FILE", "output file, such as sweep.json")
+    _add_device(parser, fp64=False)
+
+
+def _knockout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="model folder, or plan.json for the unmerged and the merged model"
+    )
+    parser.add_argument(
+        "--pack", metavar="FILE", help="pack of an app's plan, if it is not one of the app's"
+    )
+    _add_models(parser, ", if it has moved since the plan was made")
+    parser.add_argument(
+        "--replace-by",
+        choices=("constant", "zero", "base", "math", "update"),
+        default="constant",
+        help="1/N (default), zero, the weights of the base or of the math model, or update: those "
+        "of the unmerged model",
+    )
+    parser.add_argument(
+        "--modules", default="attention,mlp", help="attention, mlp, or single ones such as q,down"
+    )
+    parser.add_argument("--layers", metavar="0,4,8", help="only these layers; all by default")
+    parser.add_argument("--stride", type=int, default=1, help="every N-th layer")
+    parser.add_argument("--csv", metavar="FILE", help="also write the rows as CSV")
+    _add_tasks(parser)
+    _add_force(parser)
+    _add_output(parser, "FILE", "output file, such as knockout.json")
+    _add_device(parser, fp64=False)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the tasks of an evaluation, which items are used, and where replies are stored."""
+    parser.add_argument(
+        "--tasks",
+        metavar="TASK",
+        action="append",
+        required=True,
+        help="tasks, comma-separated: demo, demo:math, mathvista, mathverse, mmmu, jsonl:FILE, ...",
+    )
+    parser.add_argument("--limit", type=int, help="items per task (demo: per skill)")
+    parser.add_argument("--seed", type=int, default=0, help="selects the items (0 by default)")
+    parser.add_argument("--max-new-tokens", type=int, help="token limit; default: the task's")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts per batch")
+    parser.add_argument(
+        "--store", metavar="FOLDER", help="folder of stored replies; default: in the home folder"
+    )
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use stored replies of the same model content (default)",
+    )
+    parser.add_argument(
+        "--no-guard", action="store_true", help="leave out the perception guard of math tasks"
+    )
+
+
 def _app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
     parser.add_argument("--port", type=int, help="port; by default the first free one from 7860")
@@ -234,7 +311,7 @@ _FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan'
 }
 
 
-def _add_method(parser: argparse.ArgumentParser) -> None:
+def _add_method(parser: argparse.ArgumentParser, *, measure: bool = True) -> None:
     parser.add_argument("--method", help=f"name of the merge method ({METHOD} by default)")
     parser.add_argument(
         "--similarity-threshold",
@@ -252,11 +329,12 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="FOLDER", help="output of calibrate, for methods that need data"
     )
-    _add_flag(
-        parser,
-        "--measure",
-        "run the method's first pass over the weights now and store its result in the plan",
-    )
+    if measure:
+        _add_flag(
+            parser,
+            "--measure",
+            "run the method's first pass over the weights now and store its result in the plan",
+        )
     for option in OPTIONS.values():
         _add_option(parser, option)
 
@@ -297,5 +375,7 @@ COMMANDS = (
     (commands.chat, "ask one model, or two for comparison", _chat),
     (search, "search the coefficients of a method by merges in memory", _search),
     (replay, "compare optimizers on a table of past results", _replay),
+    (sweep, "score the plans of a sweep or an ablation, without writing a model", _sweep),
+    (knockout, "score a model with one module of one layer replaced at a time", _knockout),
     (commands.app, "start the web app", _app),
 )

@@ -16,8 +16,11 @@ from ipmerge_core.runtime.paths import input_file
 
 if TYPE_CHECKING:
     from ipmerge_core.analysis.records import Analysis
+    from ipmerge_core.evaluation.evaluate import EvaluationSettings
+    from ipmerge_core.evaluation.replies import ReplyStore
     from ipmerge_core.models.pairing import ModelPair
     from ipmerge_core.planning.plan import MergePlan
+    from ipmerge_core.tasks.items import Task
 
 _Made = TypeVar("_Made", "MergePlan", "Analysis")
 
@@ -96,11 +99,12 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise PlanError(f"--set {assignment}: expected NAME=VALUE, such as math_weight=0.5.")
-        chosen[name] = _parse_value(text, kinds.get(name, "float"))
+        chosen[name] = parse_value(text, kinds.get(name, "float"))
     return chosen
 
 
-def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
+def parse_value(text: str, kind: str) -> float | int | bool | str | None:
+    """Convert the text of a parameter by its kind; what is no number stays as it is."""
     if text.lower() in ("true", "false"):  # also for choices that used to be boolean
         return text.lower() == "true"
     if kind == "choice":
@@ -138,3 +142,31 @@ def read_plan_options(options: argparse.Namespace) -> PlanOptions:
     rules = {name: rule for rule in ("merge", "keep") for name in vars(options)[f"force_{rule}"]}
     given = {name: vars(options)[name] for name in vars(options) if is_given(options, name)}
     return PlanOptions.read({**given, "overrides": rules})
+
+
+def read_tasks(options: argparse.Namespace) -> list[Task]:
+    """Return the tasks of an evaluation, with the perception guards of math tasks."""
+    from ipmerge_core.tasks.registry import find_tasks
+
+    return find_tasks(options.tasks, guards=not options.no_guard)
+
+
+def read_evaluation_settings(options: argparse.Namespace) -> EvaluationSettings:
+    """Return which items are answered, and how."""
+    from ipmerge_core.evaluation.evaluate import EvaluationSettings
+
+    return EvaluationSettings(
+        limit=options.limit,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        device=options.device,
+        resume=options.resume,
+    )
+
+
+def read_store(options: argparse.Namespace) -> ReplyStore:
+    """Return the store of replies."""
+    from ipmerge_core.evaluation.replies import ReplyStore
+
+    return ReplyStore(options.store)

@@ -92,9 +92,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="searched parameter, NAME=LOW:HIGH or NAME=V1,V2,...; can be repeated",
     )
-    parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="gp-bo", help="gp-bo by default"
-    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="gp-bo", help="gp-bo by default")
     parser.add_argument("--budget", type=int, help="evaluations, known ones included (40)")
     parser.add_argument("--items", type=int, help="end after this many answered items")
     parser.add_argument("--minutes", type=float, help="end this run after a time")

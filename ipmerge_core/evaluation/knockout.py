@@ -25,7 +25,7 @@ from ipmerge_core.evaluation.report import WHOLE, Report
 from ipmerge_core.evaluation.result_files import ResultFile
 from ipmerge_core.methods.declarations import relayed
 from ipmerge_core.planning.plan import MergePlan
-from ipmerge_core.runtime.input_files import InvalidContentError, Schema
+from ipmerge_core.runtime.input_files import CLOSED, InvalidContentError, Schema
 from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.tasks.registry import find_tasks
 
@@ -131,6 +131,8 @@ class CutChoice:
         layers: only these layers; None for all.
         stride: every `stride`-th of the layers.
     """
+
+    __pydantic_config__ = CLOSED
 
     value: CutValue = "constant"
     modules: tuple[str, ...] = BLOCKS

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Inputs: TypeAlias = Mapping[str, Any]  # what a processor returns

@@ -100,7 +100,9 @@ def _unseen_rows(result: SearchResult) -> Iterator[dict[str, object]]:
 
 def describe(result: SearchResult, output: str = "") -> str:
     """Summarize a search in a few lines: the best plan, its error, and its unseen scores."""
-    counts = {state: sum(e.state == state for e in result.evaluations) for state in (PRUNED, FAILED)}
+    counts = {
+        state: sum(e.state == state for e in result.evaluations) for state in (PRUNED, FAILED)
+    }
     line = f"{len(result.evaluations)} evaluations of {result.method}"
     line += f", {counts[PRUNED]} given up early" if counts[PRUNED] else ""
     line += f", {counts[FAILED]} failed" if counts[FAILED] else ""

@@ -27,7 +27,8 @@ from ipmerge_core.runtime.paths import expand_path
 from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
+from ipmerge_core.ui.chat.answers import Question, Side, answer_columns
+from ipmerge_core.ui.chat.columns import BASE, PLAN
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import public_text, show_errors
 from ipmerge_core.ui.finished_merges import find_merge
@@ -256,11 +257,11 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         settings = GenerationSettings(temperature, max_new_tokens, seed)
-        picture = open_image(_decoded(image)) if image else None
+        pictures = (open_image(_decoded(image)),) if image else ()
         keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
         chosen = ChosenMerge(pack, choice, by="explore")
-        asked = Question(chosen, question, picture, settings, left, right, keys)
-        for first, second in answer_both(backend, asked):
+        asked = Question(chosen, question, pictures, settings, (left, right), keys)
+        for first, second in answer_columns(backend, asked):
             yield {"base": _side_json(first), "merged": _side_json(second)}
 
     return [answer_pair]

@@ -22,13 +22,13 @@ from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
 from ipmerge_core.ui.api import AppBlocks, add_endpoints
 from ipmerge_core.ui.backend import MODULES, Backend
-from ipmerge_core.ui.chat.recorded import unreadable_examples
-from ipmerge_core.ui.chat.side_choice import (
+from ipmerge_core.ui.chat.column_choice import (
     TryFinished,
     remembered_merges,
     wire_try_it,
     with_run,
 )
+from ipmerge_core.ui.chat.recorded import unreadable_examples
 from ipmerge_core.ui.chat.tab import try_tab
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.tab import cite_tab
@@ -64,7 +64,7 @@ QUEUE = 1000  # waiting calls of all kinds
 WAITING = {"models": 32}  # waiting calls of the kinds that take long
 SCRIPT = Path(__file__).with_name("page.js")
 STORAGE = SCRIPT.parent / "web" / "storage.js"
-STYLE = ROOT / "assets" / "style.css"
+STYLES = (ROOT / "assets" / "style.css", SCRIPT.parent / "chat" / "style.css")
 
 
 def left_out() -> str:
@@ -159,7 +159,7 @@ def _add_tabs(
                 tab=merge,
             )
         merging.started.success(with_run, [runs, job], runs, queue=False, **QUIET)
-        taking = TryFinished(backend, trying.sides, tabs)
+        taking = TryFinished(backend, trying.choice, tabs)
         taken = wire_try_it(taking, merging.try_it)
         with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
             compare_tab(pair, chosen, comparing, explore.opened)
@@ -201,7 +201,7 @@ def launch(
         prevent_thread_lock=not block,
         quiet=quiet,
         theme=theme(),
-        css_paths=[STYLE],
+        css_paths=[*STYLES],
         js=page_script(),
         head=f"<script>{STORAGE.read_text('utf-8')}</script>",
         footer_links=["api", "settings"],

@@ -39,12 +39,14 @@ from ipmerge_core.ui.safe_text import as_html
 if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
-Origin = Literal["start", "explore", "record", "merge", "folder"]
+Origin = Literal["start", "explore", "kept", "record", "merge", "default", "folder"]
 PLACES: Mapping[Origin, str] = {
     "start": "plan in Explore",
     "explore": "plan in Explore",
+    "kept": "plan kept in Explore",
     "record": "plan of the recorded answers",
     "merge": "method in Merge",
+    "default": "other method",
 }
 METHOD_KEY, VALUE_KEY, OPTION_KEY = "method", "p.", "o."  # of the permalink
 LONGEST_VALUE = 200  # characters of a value in a link

@@ -1,25 +1,22 @@
-"""Answer one question with two models at the same time, with one Stop for both.
+"""Answer one question with the models of all columns, each of which can be stopped and retried.
 
-In: the chosen merge, the model of each side, a question and perhaps an image. Out: a generator of
-two `Side`s, about ten times a second. A side is the unmerged vision-language model, the chosen
-merge, the plan of the recorded answers, or a finished merge. Each runs in its own thread, and an
-error affects only its own side.
+In: the chosen merge, the model of each column, a question, its images and earlier messages. Out: a
+generator of one `Side` per column, about ten times a second. An error affects only its own column.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.ui.backend import Backend, Progress
-from ipmerge_core.ui.chat.recorded import recorded_choice
+from ipmerge_core.ui.chat.columns import BASE, PLAN, column_names, merge_of, name_asked
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import public_text, sentence_of
 from ipmerge_core.ui.finished_merges import Keys, describe_unmerged, find_merge
@@ -30,24 +27,27 @@ if TYPE_CHECKING:
 
     from ipmerge_core.inference.generation import GenerationSettings
     from ipmerge_core.inference.loading import LoadedModel
+    from ipmerge_core.inference.prompts import Message
 
-# A side is one of these or the run of a finished merge.
-BASE, PLAN, RECORD = "base", "plan", "record"
-UNMERGED = "Vision-language model, unmerged"
 YIELD_EVERY = 0.1  # seconds
 STOP_TIMEOUT = 10.0  # seconds to wait for a stopped model
+LONGEST_TURN = 1800.0  # seconds; a generation that does not end is stopped
 
 
 @dataclass
 class Side:
-    """One of the two answers so far."""
+    """The answer of one column so far."""
 
     name: str
     source: str = ""  # label of the model; empty until it is found
     state: Literal["waiting", "answering", "finished", "stopped", "failed"] = "waiting"
     text: str = ""
+    thinking: str = ""  # what a thinking model writes before its answer
     note: str = ""  # progress, or the reason of a failure
     seconds: float = 0.0
+    tokens: int = 0
+    cut_off: bool = False  # whether it ended at the limit of new tokens
+    plan: str = ""  # the short digest of its plan
     image_processor: str = ""  # its class and library, for a question with an image
 
     @property
@@ -55,24 +55,25 @@ class Side:
         """Whether the answer is complete, stopped or failed."""
         return self.state in ("finished", "stopped", "failed")
 
-    def stopped(self) -> Side:
+    def stopped(self, note: str = "") -> Side:
         """Return the side after Stop was pressed."""
-        return replace(self) if self.is_over else replace(self, state="stopped", note="")
+        return replace(self) if self.is_over else replace(self, state="stopped", note=note)
 
 
 class Question(NamedTuple):
     """A question and the models to ask.
 
-    `left` and `right` are BASE, PLAN (the chosen merge), RECORD, or a run or folder.
+    `columns` are the values of the columns, see `columns`. `before` are the earlier messages of
+    each column, beginning with the system prompt; empty if there are none.
     """
 
     chosen: ChosenMerge
     text: str
-    image: Image | None
+    images: tuple[Image, ...]
     settings: GenerationSettings
-    left: str = BASE
-    right: str = PLAN
+    columns: tuple[str, ...] = (BASE, PLAN)
     keys: Keys = MappingProxyType({})
+    before: tuple[tuple[Message, ...], ...] = ()
 
     @property
     def pack_id(self) -> str:
@@ -81,10 +82,51 @@ class Question(NamedTuple):
 
 
 class Answerer(NamedTuple):
-    """A model that can answer, with its folder and label."""
+    """A model that can answer, with its folder, label and the digest of its plan."""
 
     folder: Path
     label: str
+    plan: str = ""
+
+
+@dataclass
+class ActiveRequest:
+    """A question that is being answered: its stops by column, and the columns to ask again."""
+
+    n_columns: int
+    stop_all: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        """Start without stops and retries."""
+        self.stops = [threading.Event() for _ in range(self.n_columns)]
+        self._retries: list[int] = []
+        self._lock = threading.Lock()
+        self.is_open = True
+
+    def retry(self, column: int) -> bool:
+        """Ask a column again within this request; False if the request is over."""
+        with self._lock:
+            if self.is_open and not self.stop_all.is_set():
+                self._retries.append(column)
+            return self.is_open
+
+    def take_retries(self) -> list[int]:
+        """Return the columns to ask again, once."""
+        with self._lock:
+            found, self._retries = self._retries, []
+            return found
+
+    def close(self, *, finished: bool = True) -> bool:
+        """Accept no more retries; with `finished` only if none is left. Returns whether closed."""
+        with self._lock:
+            if finished and self._retries:
+                return False
+            self.is_open = False
+            return True
+
+    def is_stopped(self, column: int) -> bool:
+        """Whether a column must stop."""
+        return self.stop_all.is_set() or self.stops[column].is_set()
 
 
 @dataclass
@@ -93,144 +135,180 @@ class ActiveRequests:
 
     def __post_init__(self) -> None:
         """Start without requests."""
-        self._stops: dict[str, threading.Event] = {}
+        self._active: dict[str, ActiveRequest] = {}
 
-    def start(self, session: str) -> threading.Event:
-        """Stop the active request of a session; return the event that stops the new one."""
+    def start(self, session: str, n_columns: int = 2) -> ActiveRequest:
+        """Stop the active request of a session and return a new one."""
         self.stop(session)
-        self._stops[session] = threading.Event()
-        return self._stops[session]
+        self._active[session] = ActiveRequest(n_columns)
+        return self._active[session]
 
-    def stop(self, session: str) -> None:
-        """Stop the active request of a session."""
-        if session in self._stops:
-            self._stops.pop(session).set()
+    def stop(self, session: str, column: int | None = None) -> None:
+        """Stop one column of a session's request, or all of it."""
+        found = self._active.get(session)
+        if found is None:
+            return
+        if column is None:
+            self._active.pop(session).stop_all.set()
+        elif column < found.n_columns:
+            found.stops[column].set()
+
+    def retry(self, session: str, column: int) -> bool:
+        """Ask a column again if a request of the session is active; return whether it is."""
+        found = self._active.get(session)
+        return found is not None and column < found.n_columns and found.retry(column)
+
+    def end(self, session: str, request: ActiveRequest) -> None:
+        """Forget a request that is over."""
+        request.close(finished=False)
+        if self._active.get(session) is request:
+            del self._active[session]
 
 
-def new_sides(left: str, right: str) -> tuple[Side, Side]:
-    """Return two waiting sides with different names.
-
-    >>> [side.name for side in new_sides(BASE, PLAN)], [s.name for s in new_sides(PLAN, PLAN)]
-    (['Base', 'Merged'], ['Left', 'Right'])
-    """
-    names = ["Base" if who == BASE else "Merged" for who in (left, right)]
-    first, second = ("Left", "Right") if names[0] == names[1] else names
-    return Side(first), Side(second)
+def new_sides(columns: Sequence[str]) -> tuple[Side, ...]:
+    """Return one waiting side per column, with different names."""
+    return tuple(Side(name) for name in column_names(columns))
 
 
 def find_answerer(backend: Backend, asked: Question, who: str, progress: Progress) -> Answerer:
-    """Find the model of a side; a plan of a small model is merged if it has not been merged yet.
+    """Find the model of a column; a plan of a small model is merged if that has not been done yet.
 
     Raises: IPMergeError if the model does not exist or does not belong to the pair.
     """
     if who == BASE:
         label = describe_unmerged(analysis_of(asked.pack_id).sources.mllm.id)
         return Answerer(backend.base_folder(asked.pack_id), label)
-    chosen = _merge_of(asked, who)
+    chosen = merge_of(asked.chosen, who)
     if chosen is None or chosen.merge is not None:
         run = chosen.run if chosen else who
         merge = find_merge(backend, asked.pack_id, run, asked.keys)
-        return Answerer(merge.folder, merge.label)
+        return Answerer(merge.folder, merge.label, merge.made.plan)
     progress("making the plan")
     plan = chosen.make_plan()
     label = name_of(chosen, plan.hash)
-    return Answerer(backend.merged_folder(plan, progress), label)
+    return Answerer(backend.merged_folder(plan, progress), label, plan.hash)
 
 
-def _merge_of(asked: Question, who: str) -> ChosenMerge | None:
-    """Return the merge of a side that is no finished one; None for a run."""
-    if who == PLAN:
-        return asked.chosen
-    recorded = recorded_choice(asked.pack_id) if who == RECORD else None
-    return ChosenMerge(asked.pack_id, recorded, by="record") if recorded else None
+def answer_columns(
+    backend: Backend,
+    asked: Question,
+    request: ActiveRequest | None = None,
+    *,
+    before: Sequence[Side] = (),
+    only: Sequence[int] | None = None,
+) -> Generator[tuple[Side, ...], None, None]:
+    """Answer with the models of all columns, or of `only` some where `before` are the others.
 
-
-def name_asked(asked: Question, who: str) -> str:
-    """Name the model of a side before it is found."""
-    if who == BASE:
-        with contextlib.suppress(IPMergeError):
-            return describe_unmerged(analysis_of(asked.pack_id).sources.mllm.id)
-        return UNMERGED
-    chosen = _merge_of(asked, who)
-    return name_of(chosen) if chosen else who
-
-
-def answer_both(
-    backend: Backend, question: Question, stop: threading.Event | None = None
-) -> Iterator[tuple[Side, Side]]:
-    """Answer with the models of both sides at the same time.
-
-    Yields copies of both sides until both are over. Setting `stop` or closing the generator stops
-    both models at their next token.
+    Yields copies of all sides until they are over. Closing the generator or stopping the request
+    stops the models at their next token. A column whose retry is requested is asked again.
     """
-    left, right = new_sides(question.left, question.right)
-    stop = stop or threading.Event()
-    turns: dict[str, threading.Lock] = {}
-    threads = [
-        threading.Thread(
-            target=_fill, args=(backend, side, who, question, stop, turns), daemon=True
-        )
-        for side, who in ((left, question.left), (right, question.right))
-    ]
-    for thread in threads:
-        thread.start()
+    answers = _Answers(backend, asked, request or ActiveRequest(len(asked.columns)), before)
+    deadline = time.monotonic() + LONGEST_TURN
     try:
-        while not ((left.is_over and right.is_over) or stop.is_set()):
-            yield replace(left), replace(right)
+        for column in range(len(asked.columns)) if only is None else only:
+            answers.start(column)
+        while not answers.are_over:
+            yield answers.snapshot()
             time.sleep(YIELD_EVERY)
-        yield left.stopped(), right.stopped()
+            if time.monotonic() > deadline:
+                break
+        words = "" if answers.are_over else f"the limit of {LONGEST_TURN / 60:.0f} minutes"
+        yield tuple(side.stopped(words) for side in answers.snapshot())
     finally:
-        stop.set()
-        for thread in threads:
+        answers.close()
+
+
+class _Answers:
+    """The sides of one question and the threads that fill them."""
+
+    def __init__(
+        self, backend: Backend, asked: Question, request: ActiveRequest, before: Sequence[Side]
+    ) -> None:
+        self.backend, self.asked, self.request = backend, asked, request
+        self.sides = list(before) or list(new_sides(asked.columns))
+        self.locks: dict[str, threading.Lock] = {}  # a model answers one question at a time
+        self.threads: list[threading.Thread] = []
+
+    @property
+    def are_over(self) -> bool:
+        """Whether all sides are over and no retry is requested; retries are started."""
+        if self.request.stop_all.is_set():
+            return self.request.close(finished=False)
+        for column in self.request.take_retries():
+            if self.sides[column].is_over:
+                self.start(column)
+        return all(side.is_over for side in self.sides) and self.request.close()
+
+    def start(self, column: int) -> None:
+        """Ask a column in a thread of its own."""
+        name = column_names(self.asked.columns)[column]
+        self.sides[column] = side = Side(name)
+        self.request.stops[column] = stop = _Either(self.request.stop_all)
+        thread = threading.Thread(target=self._fill, args=(side, column, stop), daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def snapshot(self) -> tuple[Side, ...]:
+        """Return copies of all sides."""
+        return tuple(map(replace, self.sides))
+
+    def close(self) -> None:
+        """Stop all models and wait for their threads."""
+        self.request.close(finished=False)
+        self.request.stop_all.set()
+        for thread in self.threads:
             thread.join(STOP_TIMEOUT)
 
+    def _fill(self, side: Side, column: int, stop: threading.Event) -> None:
+        """Fill one side. An error is shown on this side and does not affect the others."""
 
-def _fill(
-    backend: Backend,
-    side: Side,
-    who: str,
-    question: Question,
-    stop: threading.Event,
-    turns: dict[str, threading.Lock],
-) -> None:
-    """Fill one side. An error is shown on this side and does not affect the other.
+        def progress(words: str) -> None:
+            side.note = words
+            if stop.is_set():
+                raise RunCancelled("Stopped while the model was loading.")
 
-    Sides with the same model share a lock in `turns`: a model answers one question at a time.
-    """
-
-    def progress(words: str) -> None:
-        side.note = words
-        if stop.is_set():
-            raise RunCancelled("Stopped while the model was loading.")
-
-    side.source = name_asked(question, who)
-    try:
-        progress("importing libraries")
-        backend.import_libraries()
-        found = find_answerer(backend, question, who, progress)
-        side.source = found.label
-        progress("loading weights")
-        loaded = backend.load(found.folder, [stop])
-        progress("waiting for the other side, which uses the same model")
-        with turns.setdefault(str(loaded.folder), threading.Lock()):
-            progress("generating")
-            _answer(loaded, side, question, stop)
-    except RunCancelled:
-        side.note, side.state = "", "stopped"
-    except IPMergeError as error:
-        side.note, side.state = sentence_of(error), "failed"
-    except Exception as error:  # noqa: BLE001 (a bug on one side must not take the other along)
-        side.note = public_text(f"Unexpected {type(error).__name__}: {error}")
-        side.state = "failed"
+        who = self.asked.columns[column]
+        side.source = name_asked(self.asked.chosen, who)
+        try:
+            progress("importing libraries")
+            self.backend.import_libraries()
+            found = find_answerer(self.backend, self.asked, who, progress)
+            side.source, side.plan = found.label, found.plan
+            progress("loading weights")
+            loaded = self.backend.load(found.folder, [stop])
+            progress("waiting for another column, which uses the same model")
+            with self.locks.setdefault(str(loaded.folder), threading.Lock()):
+                progress("generating")
+                _answer(loaded, side, self.asked, stop)
+        except RunCancelled:
+            side.note, side.state = "", "stopped"
+        except IPMergeError as error:
+            side.note, side.state = sentence_of(error), "failed"
+        except Exception as error:  # noqa: BLE001 (a bug in one column must not affect the others)
+            side.note = public_text(f"Unexpected {type(error).__name__}: {error}")
+            side.state = "failed"
 
 
-def _answer(loaded: LoadedModel, side: Side, question: Question, stop: threading.Event) -> None:
+class _Either(threading.Event):
+    """An event that is also set by another one."""
+
+    def __init__(self, other: threading.Event) -> None:
+        super().__init__()
+        self._other = other
+
+    def is_set(self) -> bool:
+        """Whether either of both is set."""
+        return super().is_set() or self._other.is_set()
+
+
+def _answer(loaded: LoadedModel, side: Side, asked: Question, stop: threading.Event) -> None:
     from ipmerge_core.inference.generation import stream_answer
 
-    if question.image is not None:
+    image = asked.images[-1] if asked.images else None
+    if image is not None:
         side.image_processor = loaded.processor.image_processor or ""
     started = time.perf_counter()
-    for piece in stream_answer(loaded, question.text, question.image, question.settings, stop):
+    for piece in stream_answer(loaded, asked.text, image, asked.settings, stop):
         side.state, side.note = "answering", ""
         side.text += piece
         side.seconds = time.perf_counter() - started
