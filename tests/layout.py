@@ -35,6 +35,7 @@ ORDER = [
     {"merging"},
     {"adapters"},
     {"evaluation"},
+    {"search"},
     {"plots"},
     {"ipmerge_core"},  # the facade itself, as `import ipmerge_core`
     {"ui"},

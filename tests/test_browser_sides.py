@@ -183,9 +183,7 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
     choose_pair(page, "own: second pair")
     form = "Method in Merge · TIES, math_weight 1"  # stays chosen
     expect(right).to_have_value(form)
-    expect(page.locator("#chat-a [data-testid=bot]")).to_have_count(
-        0
-    )  # the record is of another
+    expect(page.locator("#chat-a [data-testid=bot]")).to_have_count(0)  # the record is of another
     right.click()
     expect(page.get_by_role("option", name="to-be-lost")).to_have_count(0)
     page.keyboard.press("Escape")

@@ -9,6 +9,7 @@ from typing import Any
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
 from ipmerge_core.cli.evaluating import evaluate, optional_file
+from ipmerge_core.cli.searching import add_replay, add_search, replay, search
 from ipmerge_core.cli.sweeping import knockout, sweep
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
@@ -148,6 +149,22 @@ def _record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
     _add_updates(parser, _KEPT)
     _add_device(parser)
+
+
+def _search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", help="pack of an analysis")
+    _add_models(parser, ", if it has moved since the analysis")
+    add_search(parser)
+    _add_method(parser, measure=False)
+    _add_tasks(parser)
+    _add_force(parser)
+    _add_output(parser, "FOLDER", "folder of the study, which is continued if it exists")
+    _add_device(parser, fp64=False)
+
+
+def _replay(parser: argparse.ArgumentParser) -> None:
+    add_replay(parser)
+    _add_output(parser, "FOLDER", "output folder of the report")
 
 
 def _sweep(parser: argparse.ArgumentParser) -> None:
@@ -399,6 +416,8 @@ COMMANDS = (
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
     (commands.record, "record the replies of a model and of a plan to prompts", _record),
+    (search, "search the coefficients of a method by merges in memory", _search),
+    (replay, "compare optimizers on a table of past results", _replay),
     (sweep, "score the plans of a sweep or an ablation, without writing a model", _sweep),
     (knockout, "score a model with one module of one layer replaced at a time", _knockout),
     (evaluate, "score models on tasks, with intervals and paired tests", _evaluate),

@@ -102,8 +102,9 @@ def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  
 class Progress:
     """A progress bar on stderr: percent by cost rather than by count, and the time left.
 
-    The first line names the device, and the number of threads if it was not specified. Files
-    and pipes get one line every five seconds. Closed at the end of its `with` block.
+    For commands that compute on a device the first line names it, and the number of threads if it
+    was not specified. Files and pipes get one line every five seconds. Closed at the end of its
+    `with` block.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -136,7 +137,7 @@ class Progress:
         """
         if self.options.quiet:
             return
-        if self.bar is None:
+        if self.bar is None and "device" in self.options:
             print(_place(self.options), file=sys.stderr)
         if self.bar is None or self.bar.desc != verb:
             self._close()

@@ -14,7 +14,7 @@ import gradio as gr
 from gradio.events import Dependency
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.plots import spectra_figure, spectra_info
+from ipmerge_core.plots.spectra import spectra_figure, spectra_info
 from ipmerge_core.runtime.host import space_id
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import QUIET, show_errors
