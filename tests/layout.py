@@ -34,6 +34,7 @@ ORDER = [
     {"planning"},
     {"merging"},
     {"adapters"},
+    {"finetuning"},
     {"evaluation"},
     {"plots"},
     {"ipmerge_core"},  # the facade itself, as `import ipmerge_core`

@@ -22,6 +22,7 @@ REMEDY = (
     "without a template the prompt is 'USER: ... ASSISTANT:'."
 )
 _MARK = "\uf8f0{}\uf8f1"  # private use characters, which templates pass through unchanged
+_NEXT_ANSWER = " ASSISTANT:"  # of a model without a template
 # Attributes of processors and tokenizers that contain a placeholder for an image or other input.
 _PLACEHOLDERS = ("image_token", "boi_token", "eoi_token", "video_token", "audio_token")
 _BRACKETS = (
@@ -112,8 +113,12 @@ def check_question(question: str) -> str:
     return question
 
 
-def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
+def render_chat(
+    chat: ChatFormat, messages: Sequence[Message], *, generation_prompt: bool = True
+) -> Prompt:
     """Render a conversation up to the start of the model's answer.
+
+    Without `generation_prompt` it ends with its last message, as in training.
 
     A message is marked from the first control token in its text on (see `Prompt`), so that neither
     the template nor the processor finds one. A system message that the template rejects or drops
@@ -124,8 +129,9 @@ def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
     template = chat_template(chat)
     messages, verbatim = _marked(messages, control_tokens(chat, template or ""))
     if template is None:
-        return Prompt(_plain_prompt(chat, messages), verbatim)
-    attempt = _Attempt(chat, template)
+        text = _plain_prompt(chat, messages)
+        return Prompt(text if generation_prompt else text.removesuffix(_NEXT_ANSWER), verbatim)
+    attempt = _Attempt(chat, template, generation_prompt=generation_prompt)
     layout = attempt.find_layout(messages)
     if layout is None and len(messages) > 1 and messages[0].role == "system":
         messages = _fold_system(messages)
@@ -168,9 +174,9 @@ def chat_template(chat: ChatFormat) -> str | None:
 class _Attempt:
     """Renders conversations with one template and stores its first error."""
 
-    def __init__(self, chat: ChatFormat, template: str) -> None:
+    def __init__(self, chat: ChatFormat, template: str, *, generation_prompt: bool) -> None:
         self.chat = chat
-        self.template = template
+        self.template, self.generation_prompt = template, generation_prompt
         self.failure = self._error("omits the text or the image of a message from the prompt")
         self._has_failed = False
 
@@ -184,7 +190,10 @@ class _Attempt:
         written = [_as_dict(message, layout, self.chat.image_text) for message in messages]
         with explained(lambda error: self._error(f"cannot be rendered ({first_line(error)})")):
             prompt: str = self.chat.tokenizer.apply_chat_template(
-                written, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                written,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=self.generation_prompt,
             )
         return prompt
 
@@ -269,7 +278,7 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
             continue
         image = "" if message.image is None else chat.image_text
         pieces.append(f"{message.role.upper()}: {image}{message.text}")
-    return " ".join([*pieces, "ASSISTANT:"])
+    return " ".join(pieces) + _NEXT_ANSWER
 
 
 def control_tokens(chat: ChatFormat, template: str = "") -> list[str]:
