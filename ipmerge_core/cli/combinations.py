@@ -120,6 +120,20 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule(("wide", "image_tokens"), _unless_kind("gram")),
         Rule(("device",), _when("dry_run", "with --dry-run: the estimate does not depend on it")),
     ),
+    "drift": (
+        Rule(("resume", "keep_checkpoints"), _when("dry_run", "with --dry-run")),
+        Rule(("show_examples",), _unless("dry_run", "without --dry-run")),
+        Rule(
+            ("strength", "module_strength", "per_micro_batch"),
+            lambda options: "with --rule none" if options.rule == "none" else "",
+        ),
+        Rule(
+            ("normalize_prior",),
+            lambda options: "" if options.rule == "absolute" else f"with --rule {options.rule}",
+        ),
+        Rule(("base",), _unless("baseline", "without --baseline")),
+        Rule(("baseline",), _when("dry_run", "with --dry-run")),
+    ),
     "merge": (
         Rule(("resume",), _when("dry_run", "with --dry-run, which merges nothing")),
     ),

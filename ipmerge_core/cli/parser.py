@@ -8,6 +8,7 @@ from typing import Any
 
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
+from ipmerge_core.cli.finetuning import add_drift_options, drift
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
@@ -129,6 +130,12 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="image file")
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    _add_device(parser, fp64=False)
+
+
+def _drift(parser: argparse.ArgumentParser) -> None:
+    add_drift_options(parser)
+    _add_output(parser, "FOLDER", "output folder of the model")
     _add_device(parser, fp64=False)
 
 
@@ -278,5 +285,6 @@ COMMANDS = (
     (commands.merge, "execute a merge plan", _merge),
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
+    (drift, "fine-tune the MLLM with a reasoning prior in its gradient (DRIFT)", _drift),
     (commands.app, "start the web app", _app),
 )

@@ -188,10 +188,11 @@ def _extended(inputs: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
     more = ids.shape[1] - old.shape[1]
     found = dict[str, Any]()
     for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.shape == old.shape:
-            fill = 1 if name == "attention_mask" else 0
-            value = torch.cat([value, value.new_full((1, more), fill)], dim=1)
-        found[name] = value
+        by_token = isinstance(value, torch.Tensor) and value.shape == old.shape
+        fill = 1 if name == "attention_mask" else 0
+        found[name] = (
+            torch.cat([value, value.new_full((1, more), fill)], dim=1) if by_token else value
+        )
     found["input_ids"] = ids.to(old.dtype)
     return found
 

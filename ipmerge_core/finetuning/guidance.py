@@ -84,9 +84,9 @@ def find_guided(
         if not guided or tuple(guided.part(guided.parameter).shape) != entry.shape:
             has = f"the shape {tuple(parameter.shape)}" if parameter is not None else "no parameter"
             raise PairingError(
-                f"'{entry.mllm}' {entry.shape} of '{prior.match.mllm.id}' has {has} in memory under "
-                f"'{name}'. DRIFT supports decoders whose matrices are separate or fused by rows; "
-                f"of a mixture of experts, select other modules."
+                f"'{entry.mllm}' {entry.shape} of '{prior.match.mllm.id}' has {has} in memory "
+                f"under '{name}'. DRIFT supports decoders whose matrices are separate or fused by "
+                f"rows; of a mixture of experts, select other modules."
             )
         found.append(guided)
     assert len(found) == len(prior.match.entries), "every entry has a parameter"
@@ -131,7 +131,8 @@ class GradientGuide:
             return hook
 
         for parameter, parts in by_parameter.items():
-            self._handles.append(parameter.register_hook(hook_of(parts)))
+            handle = parameter.register_hook(hook_of(parts))  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
 
     def release(self) -> None:
         """Remove the hooks of `act_on_each_backward`."""

@@ -26,7 +26,7 @@ class PriorStep(NamedTuple):
     """One parameter whose prior was computed."""
 
     name: str
-    index: int
+    number: int
     total: int
 
 

@@ -300,7 +300,7 @@ class _Run:
             self.match, how.prior.placement, self.device, normalize=how.prior.normalize
         )
         for step in prior.iter_compute():
-            yield DriftStep("prior", step.index, step.total, step.name)
+            yield DriftStep("prior", step.number, step.total, step.name)
         if not self.force:
             prior.refuse_unrelated()
         guided = find_guided(
@@ -321,7 +321,7 @@ class _Run:
         def log(step: int, total: int, logs: Mapping[str, float]) -> None:
             action = "evaluated" if "eval_loss" in logs else "trained" if "loss" in logs else ""
             if action:
-                figures = {name: _number(logs.get(name)) for name in _FIGURES}
+                figures: dict[str, Any] = {name: _number(logs.get(name)) for name in _FIGURES}
                 report(DriftStep(action, step, total, **figures))
 
         self.trainer = make_trainer(
