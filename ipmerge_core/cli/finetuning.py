@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ def drift(options: argparse.Namespace) -> int:
             for step in baselines.iter_baselines(pair, options.target, names, options.device):
                 written[step.baseline] = step.out
                 progress.show("merging", step.done, step.total, step.baseline)
+    if int(os.environ.get("RANK", "0")):
+        return 0  # the first process prints the result
     result = {"model": options.output, "steps": last.done, "baselines": written}
     result |= {name: value for name, value in last._asdict().items() if name in _SHOWN}
     text = f"Wrote {options.output} after {last.done} steps: {_figures(last)}."

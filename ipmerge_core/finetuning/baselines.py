@@ -1,7 +1,8 @@
 """The merges that the paper compares DRIFT with, with its parameters and its code's definitions.
 
 In: a matched pair with a base. Out: a model folder per baseline, written by the merge engine. As in
-the authors' code (VLM_Merging), norms and biases are merged too. Plain fine-tuning, the other baseline, is a run with the rule "none".
+the authors' code (VLM_Merging), norms and biases are merged too. Plain fine-tuning, the other
+baseline, is a run with the rule "none".
 """
 
 from __future__ import annotations

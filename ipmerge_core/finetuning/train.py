@@ -10,13 +10,13 @@ closing it stops training after the current step, with a checkpoint. Under `torc
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ from ipmerge_core.finetuning.trainer import (
     make_trainer,
     refuse_partitioning,
     resolve_precision,
+    without_progress_bars,
 )
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.loading import load_weights
@@ -53,6 +54,7 @@ from ipmerge_core.runtime.devices import resolve_device
 from ipmerge_core.runtime.input_files import FileKind
 from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.runtime.pipeline import with_reports
+from ipmerge_core.runtime.processes import Ranks
 
 TRAINING = ".training"  # suffix of the folder of an unfinished run
 _RUN = "run.json"
@@ -185,13 +187,14 @@ def iter_drift(
     memory = estimate_memory(match, request.settings, device)
     if not force:
         memory.refuse_too_large()
-    run = _Run(request, match, device, force=force)
-    run.open_folder(resume=resume)
-    yield from run.prepare()
-    stopped = yield from _reported(run.train)
-    if stopped:
-        return
-    yield from run.write(memory, keep_checkpoints=keep_checkpoints)
+    with Ranks() as ranks:
+        run = _Run(request, match, ranks.device(device), ranks.rank, force=force)
+        newest = ranks.led(lambda: run.open_folder(resume=resume))
+    with without_progress_bars():
+        yield from run.prepare()
+        stopped = yield from _reported(partial(run.train, newest))
+        if not stopped:
+            yield from run.write(memory, keep_checkpoints=keep_checkpoints)
 
 
 def iter_drift_of(
@@ -237,12 +240,11 @@ class _Run:
     """A run in this process."""
 
     def __init__(
-        self, request: DriftRequest, match: PriorMatch, device: str, *, force: bool
+        self, request: DriftRequest, match: PriorMatch, device: str, rank: int, *, force: bool
     ) -> None:
         self.request, self.match, self.device, self.force = request, match, device, force
-        self.settings, self.folder = request.settings, request.folder
+        self.settings, self.folder, self.rank = request.settings, request.folder, rank
         self.started = time.monotonic()
-        self.leads = int(os.environ.get("RANK", "0")) == 0
         self.trainer: Any = None
         sources = {"mllm": match.mllm.fingerprint, "math": match.expert.fingerprint}
         if match.expert_base is not None:
@@ -256,21 +258,17 @@ class _Run:
         content = f"{request.data} {len(self.data.rows.conversations)}"
         self.digest = self.settings.digest({**sources, "data": content})
 
-    def open_folder(self, *, resume: bool) -> None:
-        """Find an unfinished run of the same work, or start over."""
+    def open_folder(self, *, resume: bool) -> str | None:
+        """Find an unfinished run of the same work and its newest checkpoint, or start over."""
         record = self.folder / _RUN
-        if not self.leads:
-            return
         if record.is_file() and resume:
-            found = str(_RECORD.content(record).get("digest"))
-            if found != self.digest:
+            if str(_RECORD.content(record).get("digest")) != self.digest:
                 raise RunError(
                     f"'{self.folder}' contains an unfinished run with other models, data or "
                     f"settings. Finish it with those, start over with --no-resume, or choose "
                     f"another output folder."
                 )
-            self._remove_incomplete()
-            return
+            return self._newest()
         if self.folder.exists():
             if not record.is_file() and any(self.folder.iterdir()):
                 raise RunError(
@@ -282,11 +280,17 @@ class _Run:
             self.folder.mkdir(parents=True)
         content = {"digest": self.digest, "settings": self.settings.as_json()}
         write_whole(record, json.dumps(content) + "\n")
+        return None
 
-    def _remove_incomplete(self) -> None:
+    def _newest(self) -> str | None:
+        """Return the newest complete checkpoint; those of killed processes are removed."""
+        found: list[str] = []
         for folder in self.folder.glob("checkpoint-*"):
-            if not (folder / COMPLETE).is_file():
+            if (folder / COMPLETE).is_file():
+                found.append(str(folder))
+            else:
                 shutil.rmtree(folder)
+        return max(found, key=_number_of, default=None)
 
     def prepare(self) -> Iterator[DriftStep]:
         """Load the model, compute the prior, encode the data."""
@@ -315,8 +319,10 @@ class _Run:
         rule = None if how.prior.rule == "none" else how.prior.rule
         self.guide = GradientGuide(guided, prior, rule)
 
-    def train(self, report: Callable[[DriftStep], None], stop: Event) -> bool:
-        """Train to the end; return whether it was stopped before it."""
+    def train(
+        self, checkpoint: str | None, report: Callable[[DriftStep], None], stop: Event
+    ) -> bool:
+        """Train from a checkpoint to the end; return whether it was stopped before it."""
 
         def log(step: int, total: int, logs: Mapping[str, float]) -> None:
             action = "evaluated" if "eval_loss" in logs else "trained" if "loss" in logs else ""
@@ -336,19 +342,16 @@ class _Run:
         if self.settings.prior.per_micro_batch:
             self.guide.act_on_each_backward()
         try:
-            self.trainer.train(resume_from_checkpoint=self._newest())
+            self.trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             self.guide.release()
+            if self.trainer.args.world_size > 1:
+                self.trainer.accelerator.end_training()
         return stop.is_set()
-
-    def _newest(self) -> str | None:
-        """Return the newest complete checkpoint."""
-        found = [f.parent for f in self.folder.glob(f"checkpoint-*/{COMPLETE}")]
-        return max((str(f) for f in found), key=_number_of, default=None)
 
     def write(self, memory: MemoryEstimate, *, keep_checkpoints: bool) -> Iterator[DriftStep]:
         """Write the model folder and remove the checkpoints, on the first process."""
-        if not self.leads:
+        if self.rank:
             return
         state = self.trainer.state
         prior = self.guide.prior

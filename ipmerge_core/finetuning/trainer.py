@@ -54,6 +54,20 @@ def refuse_partitioning(environment: Mapping[str, str] = os.environ) -> None:
             )
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers, next to those of a run."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def resolve_precision(precision: Precision, device: str) -> Precision:
     """Return the precision on a device; "auto" is fp32 on a CPU and bf16-mixed elsewhere.
 
@@ -108,11 +122,22 @@ def training_arguments(how: TrainingSettings, folder: Path, device: str, *, eval
         remove_unused_columns=False,
         disable_tqdm=True,
         prediction_loss_only=True,
+        ddp_find_unused_parameters=how.trained == "all",  # the language model uses all of its own
         **every,
     )
-    assert arguments.device is not None  # sets up the devices, so that the next line is kept
+    _refuse_other_device(device, arguments.device)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need several processes
     return arguments
+
+
+def _refuse_other_device(wanted: str, found: torch.device) -> None:
+    """Refuse a device that the Trainer does not use: it takes the first that is visible."""
+    kind, _, index = wanted.partition(":")
+    if found.type != kind or (index and int(index) != (found.index or 0)):
+        raise RunError(
+            f"The Trainer uses '{found}' where '{wanted}' is requested. Select a GPU with "
+            f"CUDA_VISIBLE_DEVICES={index or 0} and --device {kind}."
+        )
 
 
 def make_trainer(
