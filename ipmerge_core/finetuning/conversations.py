@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ipmerge_core.calibration.samples import COLUMNS, DATASETS, DEMO, DEMO_TASKS, is_demo
 from ipmerge_core.errors import RunError
@@ -31,8 +31,9 @@ _EXPECTED = "Expected a jsonl file, datasets:NAME[:CONFIG]:SPLIT, or demo."
 NO_IMAGE, NO_ANSWER = "no image", "no answer"
 MISSING_IMAGE, NO_QUESTION = "the image file is missing", "no question"
 SEVERAL_IMAGES, BAD_ROLES = "several images", "roles do not alternate"
-_ROLES = {
-    **dict.fromkeys(("system",), "system"),
+Role: TypeAlias = Literal["system", "user", "assistant"]
+_ROLES: dict[str, Role] = {
+    "system": "system",
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
 }
@@ -41,7 +42,7 @@ _ROLES = {
 class Turn(NamedTuple):
     """One message without its image."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     text: str
 
 
@@ -154,22 +155,25 @@ def _turns(row: Mapping[str, Any]) -> Iterator[Turn]:
     if isinstance(listed, list):
         for message in listed:
             known = message if isinstance(message, Mapping) else {}
-            role = _ROLES.get(str(known.get("role", known.get("from", ""))))
-            if role is None:
+            found = _ROLES.get(str(known.get("role", known.get("from", ""))))
+            if found is None:
                 return
-            yield Turn(role, _text(known.get("content", known.get("value", ""))))  # type: ignore[arg-type]
+            yield _turn(found, known.get("content", known.get("value", "")))
         return
-    for kind, role in (("question", "user"), ("answer", "assistant")):
+    roles: tuple[tuple[str, Role], ...] = (("question", "user"), ("answer", "assistant"))
+    for kind, role in roles:
         value = next((row[name] for name in COLUMNS[kind] if name in row), "")
-        yield Turn(role, _text(value))  # type: ignore[arg-type]
+        yield _turn(role, value)
 
 
-def _text(content: object) -> str:
-    """Return the text of a message, which is a string or a list of parts, without placeholders."""
+def _turn(role: Role, content: object) -> Turn:
+    """Return a turn from a string or a list of parts; a question without image placeholders."""
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, Mapping)]
         content = "".join(str(part.get("text", "")) for part in parts)
-    return content.replace(_PLACEHOLDER, "").strip() if isinstance(content, str) else ""
+    text = content if isinstance(content, str) else ""
+    text = text.replace(_PLACEHOLDER, "") if role == "user" else text
+    return Turn(role, text.strip())
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
