@@ -79,14 +79,14 @@ def iter_write(
     """
     keep_freed_memory()
     done, total = 0, source.nbytes
-    with CheckpointWriter(source, out, run, resume=False) as writer:
+    with CheckpointWriter(source, out, run, resume=True) as writer:
         for spec in in_file_order(source):
             name = stored.get(spec.name)
-            if name is None:
+            if spec.name in writer.done:
+                pass  # by an earlier process, from the same checkpoint
+            elif name is None:
                 for offset, piece in _pieces(source, spec.name):
                     writer.write_piece(spec.name, offset, piece)
-                if not spec.nbytes:
-                    writer.write_piece(spec.name, 0, b"")
             else:
                 values = model.get_parameter(name).detach().to("cpu", DTYPES[spec.dtype])
                 _refuse_non_finite(spec.name, values)
@@ -98,8 +98,9 @@ def iter_write(
 
 
 def _pieces(source: Checkpoint, name: str) -> Iterator[tuple[int, bytearray]]:
+    """Yield the bytes of a tensor with their offsets; of an empty one, an empty piece."""
     offset = 0
-    for piece in source.iter_bytes(name):
+    for piece in source.iter_bytes(name) if source.spec(name).nbytes else [bytearray()]:
         yield offset, piece
         offset += len(piece)
 

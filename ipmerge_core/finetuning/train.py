@@ -13,12 +13,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Semaphore
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +41,7 @@ from ipmerge_core.finetuning.trainer import (
     resolve_precision,
     without_progress_bars,
 )
+from ipmerge_core.finetuning.vocabulary import add_tokens, missing_tokens, write_with_tokens
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.loading import load_weights
 from ipmerge_core.inference.module_names import parameter_names
@@ -58,6 +58,7 @@ from ipmerge_core.runtime.processes import Ranks
 
 TRAINING = ".training"  # suffix of the folder of an unfinished run
 _RUN = "run.json"
+_START = "start"  # the model with added tokens
 _RECORD = FileKind("the record of a training run", "Delete its folder and start again.", RunError)
 
 
@@ -190,6 +191,7 @@ def iter_drift(
     with Ranks() as ranks:
         run = _Run(request, match, ranks.device(device), ranks.rank, force=force)
         newest = ranks.led(lambda: run.open_folder(resume=resume))
+        run.start_from(ranks.led(run.extend_vocabulary))
     with without_progress_bars():
         yield from run.prepare()
         stopped = yield from _reported(partial(run.train, newest))
@@ -216,23 +218,32 @@ def iter_drift_of(
 def _reported(
     work: Callable[[Callable[[DriftStep], None], Event], bool],
 ) -> Generator[DriftStep, None, bool]:
-    """Run `work(report, stop)` in a thread and yield what it reports; closing sets `stop`."""
-    stop = Event()
+    """Run `work(report, stop)` in a thread and yield what it reports; closing sets `stop`.
+
+    The thread waits in `report` until the next step is requested, so that it is never ahead.
+    """
+    stop, taken = Event(), Semaphore(0)
 
     def run(report: Callable[[DriftStep], None]) -> bool:
-        def tolerant(step: DriftStep) -> None:
-            try:
+        def wait_after(step: DriftStep) -> None:
+            if not stop.is_set():
                 report(step)
-            except CancelledError:  # closed: training ends with a checkpoint
-                stop.set()
+                taken.acquire()
 
-        return work(tolerant, stop)
+        return work(wait_after, stop)
 
     steps = with_reports(run)
     try:
-        return (yield from steps)
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                return bool(end.value)
+            yield step
+            taken.release()
     finally:
         stop.set()
+        taken.release()
         steps.close()
 
 
@@ -249,13 +260,8 @@ class _Run:
         sources = {"mllm": match.mllm.fingerprint, "math": match.expert.fingerprint}
         if match.expert_base is not None:
             sources["math_base"] = match.expert_base.fingerprint
-        self.data = Datasets(
-            load_conversations(request.data, request.limit),
-            _encoder(request, match.mllm),
-            self.settings.training.held_out,
-            self.settings.training.seed,
-        )
-        content = f"{request.data} {len(self.data.rows.conversations)}"
+        self.rows = load_conversations(request.data, request.limit)
+        content = f"{request.data} {len(self.rows.conversations)}"
         self.digest = self.settings.digest({**sources, "data": content})
 
     def open_folder(self, *, resume: bool) -> str | None:
@@ -291,6 +297,23 @@ class _Run:
             else:
                 shutil.rmtree(folder)
         return max(found, key=_number_of, default=None)
+
+    def extend_vocabulary(self) -> str | None:
+        """Write a model with the new tokens next to the checkpoints; None if there are none."""
+        tokens, mllm = self.settings.training.tokens, self.match.mllm
+        new = missing_tokens(ModelProcessor(mllm.id, takes_images=True), tokens) if tokens else []
+        start = self.folder / _START
+        if new and not start.exists():
+            write_with_tokens(mllm, self.match.prefix, new, start)
+        return str(start) if new else None
+
+    def start_from(self, mllm: str | None) -> None:
+        """Train another model folder instead of the requested one, if there is one."""
+        if mllm is not None:
+            self.match = replace(self.request, mllm=mllm).match()
+        how = self.settings.training
+        encoder = _encoder(self.request, self.match.mllm)
+        self.data = Datasets(self.rows, encoder, how.held_out, how.seed)
 
     def prepare(self) -> Iterator[DriftStep]:
         """Load the model, compute the prior, encode the data."""
@@ -386,6 +409,8 @@ class _Run:
 def _encoder(request: DriftRequest, mllm: Checkpoint) -> Encoder:
     how = request.settings.training
     processor = ModelProcessor(mllm.id, takes_images=True)
+    if new := missing_tokens(processor, how.tokens):  # of a dry run
+        add_tokens(processor, new)
     return Encoder(processor, how.longest, how.most_pixels, how.tokens)
 
 

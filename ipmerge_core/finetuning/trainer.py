@@ -68,6 +68,17 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _refuse_partitioned(trainer: Any) -> None:  # noqa: ANN401
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        refuse_partitioning(dict.fromkeys(_PARTITIONING, "true"))
+
+
+def _loss_scale(accelerator: Any) -> float:  # noqa: ANN401
+    """Return the factor of the loss, which only fp16 training has."""
+    scaler = accelerator.scaler
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
 def resolve_precision(precision: Precision, device: str) -> Precision:
     """Return the precision on a device; "auto" is fp32 on a CPU and bf16-mixed elsewhere.
 
@@ -172,6 +183,20 @@ def make_trainer(
     return trainer
 
 
+def refuse_incomplete(model: torch.nn.Module, loaded: Any) -> None:  # noqa: ANN401
+    """Raise RunError if a checkpoint did not have every weight of a model; tied ones count once."""
+    weights = model.state_dict()
+    found = {weights[n].data_ptr() for n in weights if n not in set(loaded.missing_keys)}
+    missing = [n for n in loaded.missing_keys if weights[n].data_ptr() not in found]
+    wrong = [*missing, *loaded.unexpected_keys]
+    if wrong:
+        raise RunError(
+            f"The checkpoint does not fit the model: {len(missing)} weights are missing and "
+            f"{len(loaded.unexpected_keys)} unexpected, such as '{wrong[0]}'. It is damaged or of "
+            f"another version of transformers; start over with --no-resume."
+        )
+
+
 def _reporting(hooks: TrainerHooks) -> Any:  # noqa: ANN401
     """Return a callback that reports logs and stops after a step, with a checkpoint."""
     from transformers import TrainerCallback
@@ -181,11 +206,14 @@ def _reporting(hooks: TrainerHooks) -> Any:  # noqa: ANN401
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Logs, **_: Any) -> None:  # noqa: ANN401
             hooks.log(state.global_step, state.max_steps, logs)
+            self._stop(args, control)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ANN401
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+            self._stop(args, control)
+
+        def _stop(self, args: Any, control: Any) -> None:  # noqa: ANN401
             if _agreed(hooks.must_stop(), args):
                 control.should_training_stop = control.should_save = True
-            return control
 
     return Reporting()
 
@@ -199,18 +227,32 @@ def _agreed(stop: bool, arguments: Any) -> bool:  # noqa: ANN401
     return bool(flag > 0)
 
 
+def _refuse_non_finite(loss: torch.Tensor, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise RunError(
+            f"The loss is {float(loss)} in step {step}. The last checkpoint is kept; train with a "
+            f"lower learning rate or a smaller strength."
+        )
+
+
 @contextmanager
-def _stream_errors(folder: Path) -> Iterator[None]:
-    """Convert the error with which torch.save reports a full disk."""
+def _completed(folder: Path, *, first: bool) -> Iterator[None]:
+    """Mark a checkpoint as complete at the end; a full disk becomes a RunError.
+
+    `first` is whether this process is the one that writes the mark.
+    """
     try:
-        yield
-    except RuntimeError as error:
+        with writing(folder, _KEPT):
+            yield
+    except RuntimeError as error:  # with which torch.save reports a full disk
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise RunError(
             f"Cannot write the checkpoint '{folder}' ({first_line(error)}). Free some space, then "
             f"run the same command again; {_KEPT}."
         ) from error
+    if first and folder.is_dir():
+        write_whole(folder / COMPLETE, "{}\n", _KEPT)
 
 
 def _guided_trainer() -> Any:  # noqa: ANN401
@@ -223,18 +265,13 @@ def _guided_trainer() -> Any:  # noqa: ANN401
         def __init__(self, guide: GradientGuide, on_each_backward: bool, **how: Any) -> None:  # noqa: ANN401
             super().__init__(**how)
             self.guide, self.on_each_backward = guide, on_each_backward
-            guide.loss_scale = self._loss_scale
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                refuse_partitioning(dict.fromkeys(_PARTITIONING, "true"))
+            guide.loss_scale = partial(_loss_scale, self.accelerator)
+            _refuse_partitioned(self)
 
         def training_step(self, *arguments: Any, **how: Any) -> torch.Tensor:  # noqa: ANN401
             """Compute the gradients of a micro-batch, and tilt them after the last of a step."""
             loss: torch.Tensor = super().training_step(*arguments, **how)
-            if not torch.isfinite(loss):
-                raise RunError(
-                    f"The loss is {float(loss)} in step {self.state.global_step + 1}. The last "
-                    f"checkpoint is kept; train with a lower learning rate or a smaller strength."
-                )
+            _refuse_non_finite(loss, self.state.global_step + 1)
             if not self.on_each_backward and self.accelerator.sync_gradients:
                 self.guide.act()
             return loss
@@ -249,13 +286,22 @@ def _guided_trainer() -> Any:  # noqa: ANN401
 
         def _save_checkpoint(self, *arguments: Any, **how: Any) -> None:  # noqa: ANN401
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            with writing(folder, _KEPT), _stream_errors(folder):
+            with _completed(folder, first=self.args.should_save):
                 super()._save_checkpoint(*arguments, **how)
-            if self.args.should_save and folder.is_dir():
-                write_whole(folder / COMPLETE, "{}\n", _KEPT)
 
-        def _loss_scale(self) -> float:
-            scaler = self.accelerator.scaler
-            return 1.0 if scaler is None else float(scaler.get_scale())
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
+            """Save the weights by their names in memory, which is what the Trainer loads.
+
+            By default a vision-language model is saved by the names of the hub, and the Trainer
+            then loads none of its weights when it resumes, without an error.
+            """
+            if self.args.should_save:
+                folder = self.args.output_dir if output_dir is None else output_dir
+                self.model.save_pretrained(
+                    folder, state_dict=state_dict, save_original_format=False
+                )
+
+        def _issue_warnings_after_load(self, load_result: Any) -> None:  # noqa: ANN401
+            refuse_incomplete(self.model, load_result)
 
     return GuidedTrainer
