@@ -34,6 +34,7 @@ ORDER = [
     {"planning"},
     {"merging"},
     {"adapters"},
+    {"finetuning"},
     {"evaluation"},
     {"search"},
     {"plots"},

@@ -129,6 +129,15 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "own base": [files["own.json"]],
             "app": [files["choice.json"]],
         },
+        "drift": {
+            form: [*models[:2], "--data", "demo", *more]
+            for form, more in (
+                ("adaptive", []),
+                ("absolute", ["--rule", "absolute"]),
+                ("fine-tuning", ["--rule", "none"]),
+                ("dry", ["--dry-run"]),
+            )
+        },
         "chat": {"one": ["A", "--prompt", "q"], "two": ["A", "--compare", "B", "--prompt", "q"]},
         "record": {"plan": [files["ip.json"], "--prompts", str(files["prompts.jsonl"])]},
         "evaluate": {
@@ -216,7 +225,50 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "harness_include": ["--harness-include", str(files["folder"])],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
+        "data": ["--data", "demo:mul"],
+        "math_base": ["--math-base", str(moved.base)],
+        "rule": ["--rule", "grad_norm"],
+        "strength": ["--strength", "2"],
+        "skip_first_layers": ["--skip-first-layers", "1"],
+        "last_layer": ["--last-layer", "1"],
+        "biases": ["--no-biases"],
+        "module_strength": ["--module-strength", "mlp=0.5"],
+        "per_micro_batch": ["--per-micro-batch"],
+        "normalize_prior": ["--normalize-prior"],
+        "prior_on": ["--prior-on", "files"],
+        "learning_rate": ["--learning-rate", "0.5"],
+        "epochs": ["--epochs", "7"],
+        "max_steps": ["--max-steps", "7"],
+        "batch_size": ["--batch-size", "7"],
+        "accumulation": ["--accumulation", "7"],
+        "warmup": ["--warmup", "0.5"],
+        "weight_decay": ["--weight-decay", "0.5"],
+        "max_grad_norm": ["--max-grad-norm", "7"],
+        "seed": ["--seed", "7"],
+        "longest": ["--longest", "70"],
+        "most_pixels": ["--most-pixels", "700"],
+        "held_out": ["--held-out", "0.2"],
+        "patience": ["--patience", "2", "--held-out", "0.2"],
+        "save_every": ["--save-every", "7"],
+        "log_every": ["--log-every", "7"],
+        "precision": ["--precision", "bf16"],
+        "trained": ["--trained", "all"],
+        "schedule": ["--schedule", "linear"],
+        "gradient_checkpointing": ["--gradient-checkpointing"],
+        "add_token": ["--add-token", "<think>"],
+        "report_to": ["--report-to", "trackio"],
+        "baseline": ["--baseline", "dare-ties", "--base", str(moved.base)],
+        "keep_checkpoints": ["--keep-checkpoints"],
+        "show_examples": ["--show-examples", "1"],
         **(others if command == "check" else {}),
+        **(
+            {
+                "modules": ["--modules", "attn"],
+                "base": ["--base", str(moved.base), "--baseline", "ties"],
+            }
+            if command == "drift"
+            else {}
+        ),
         # a second expert, as a copy of the first is refused
         **({"math": others["math"]} if command == "analyse" else {}),
     }
@@ -229,6 +281,9 @@ WORK = {
     "ipmerge_core.merging.merge.iter_merge": "merge",
     "ipmerge_core.merging.merge.estimate_merge": "merge",
     "ipmerge_core.adapters.export.iter_adapter": "adapter",
+    "ipmerge_core.finetuning.baselines.check_baselines": "drift",
+    "ipmerge_core.finetuning.train.iter_drift": "drift",
+    "ipmerge_core.finetuning.train.check_drift": "drift",
     "ipmerge_core.inference.generation.answer": "chat",
     "ipmerge_core.evaluation.recording.iter_recording": "record",
     "ipmerge_core.evaluation.evaluate.iter_evaluation": "evaluate",

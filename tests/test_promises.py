@@ -31,6 +31,7 @@ from ipmerge_core.calibration.passes import CalibrationSettings
 from ipmerge_core.calibration.store import Measured, Measurements
 from ipmerge_core.cli import main
 from ipmerge_core.cli.parser import make_parser
+from ipmerge_core.finetuning.settings import TrainingSettings
 from ipmerge_core.methods import METHODS, Parameter
 from ipmerge_core.planning import plan as planning
 from ipmerge_core.planning.description import arguments_of, facts_of, settings_of
@@ -67,6 +68,9 @@ PLAN_FIELDS = {
 ANALYSIS = {name: f"plan.analysed.{name}" for name in Options._fields}
 SHOWN_ONLY = dict.fromkeys(("json", "quiet", "help"), "output on the terminal")
 
+DRIFT_TRAINING = [
+    field.name for field in fields(TrainingSettings) if field.name != "tokens"
+]  # fmt: skip
 COMMANDS: dict[str, dict[str, str]] = {
     "check": {**MODELS, "strict": "exit code", "exact": "weights compared by the check"},
     "analyse": {
@@ -138,6 +142,34 @@ COMMANDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("harness", "harness_python", "harness_model", "harness_include"), "harness command"
         ),
+    },
+    "drift": {
+        **{name: f"manifest.sources.{name}" for name in ("mllm", "math")},
+        "math_base": "manifest.prior.hierarchical",
+        "data": "manifest.data",
+        "limit": "manifest.data",
+        **{
+            name: f"manifest.settings.prior.{name}"
+            for name in ("rule", "strength", "per_micro_batch")
+        },
+        "normalize_prior": "manifest.settings.prior.normalize",
+        "prior_on": "manifest.settings.prior.placement",
+        "modules": "manifest.settings.prior.scope.modules",
+        "skip_first_layers": "manifest.settings.prior.scope.first_layer",
+        "last_layer": "manifest.settings.prior.scope.last_layer",
+        "biases": "manifest.settings.prior.scope.biases",
+        "module_strength": "manifest.settings.prior.scope.strengths",
+        **{name: f"manifest.settings.training.{name}" for name in DRIFT_TRAINING},
+        "add_token": "manifest.settings.training.tokens",
+        "baseline": "folders of merges",
+        "base": "folders of merges",
+        "output": "folder",
+        "device": "manifest.device",
+        "resume": "curves",
+        "keep_checkpoints": "folder of checkpoints",
+        "dry_run": "check",
+        "show_examples": "check",
+        "force": "check",
     },
     "app": {"host": "address", "port": "address", "device": "default device of all runs"},
 }

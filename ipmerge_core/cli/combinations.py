@@ -157,6 +157,20 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         ),
         Rule(("limit", "batch_size", "store", "device"), _when_written),
     ),
+    "drift": (
+        Rule(("resume", "keep_checkpoints"), _when("dry_run", "with --dry-run")),
+        Rule(("show_examples",), _unless("dry_run", "without --dry-run")),
+        Rule(
+            ("strength", "module_strength", "per_micro_batch"),
+            lambda options: "with --rule none" if options.rule == "none" else "",
+        ),
+        Rule(
+            ("normalize_prior",),
+            lambda options: "" if options.rule == "absolute" else f"with --rule {options.rule}",
+        ),
+        Rule(("base",), _unless("baseline", "without --baseline")),
+        Rule(("baseline",), _when("dry_run", "with --dry-run")),
+    ),
     "merge": (
         Rule(("resume", "updates"), _when("dry_run", "with --dry-run, which merges nothing")),
     ),

@@ -9,6 +9,7 @@ from typing import Any
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
 from ipmerge_core.cli.evaluating import evaluate, optional_file
+from ipmerge_core.cli.finetuning import add_drift_options, drift
 from ipmerge_core.cli.searching import add_replay, add_search, replay, search
 from ipmerge_core.cli.sweeping import knockout, sweep
 from ipmerge_core.planning.options import OPTIONS, Option
@@ -264,6 +265,12 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     _add_flag(parser, "--no-guard", "leave out the perception guard of math tasks")
 
 
+def _drift(parser: argparse.ArgumentParser) -> None:
+    add_drift_options(parser)
+    _add_output(parser, "FOLDER", "output folder of the model")
+    _add_device(parser, fp64=False)
+
+
 def _app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
     parser.add_argument("--port", type=int, help="port; by default the first free one from 7860")
@@ -421,5 +428,6 @@ COMMANDS = (
     (sweep, "score the plans of a sweep or an ablation, without writing a model", _sweep),
     (knockout, "score a model with one module of one layer replaced at a time", _knockout),
     (evaluate, "score models on tasks, with intervals and paired tests", _evaluate),
+    (drift, "fine-tune the MLLM with a reasoning prior in its gradient (DRIFT)", _drift),
     (commands.app, "start the web app", _app),
 )

@@ -23,6 +23,7 @@ REMEDY = (
     "without a template the prompt is 'USER: ... ASSISTANT:'."
 )
 _MARK = "\uf8f0{}\uf8f1"  # private use characters, which templates pass through unchanged
+_NEXT_ANSWER = " ASSISTANT:"  # of a model without a template
 # Attributes of processors and tokenizers that contain a placeholder for an image or other input.
 _PLACEHOLDERS = ("image_token", "boi_token", "eoi_token", "video_token", "audio_token")
 _BRACKETS = (
@@ -133,12 +134,17 @@ def check_conversation(messages: Sequence[Message]) -> None:
 
 
 def render_chat(
-    chat: ChatFormat, messages: Sequence[Message], layouts: Layouts | None = None
+    chat: ChatFormat,
+    messages: Sequence[Message],
+    layouts: Layouts | None = None,
+    *,
+    generation_prompt: bool = True,
 ) -> Prompt:
     """Render a conversation up to the start of the model's answer.
 
-    `layouts` keeps the layouts of conversations of one model, which are found by rendering probes
-    and depend only on the roles and on which messages have images.
+    Without `generation_prompt` it ends with its last message, as in training. `layouts` keeps the
+    layouts of conversations of one model, which are found by rendering probes and depend only on
+    the roles and on which messages have images.
 
     A message is marked from the first control token in its text on (see `Prompt`), so that neither
     the template nor the processor finds one. A system message that the template rejects or drops
@@ -149,8 +155,9 @@ def render_chat(
     template = chat_template(chat)
     messages, verbatim = _marked(messages, control_tokens(chat, template or ""))
     if template is None:
-        return Prompt(_plain_prompt(chat, messages), verbatim)
-    attempt = _Attempt(chat, template)
+        text = _plain_prompt(chat, messages)
+        return Prompt(text if generation_prompt else text.removesuffix(_NEXT_ANSWER), verbatim)
+    attempt = _Attempt(chat, template, generation_prompt=generation_prompt)
     known = {} if layouts is None else layouts
     shape = tuple((message.role, len(message.images)) for message in messages)
     layout = known[shape] if shape in known else attempt.find_layout(messages)
@@ -197,9 +204,9 @@ def chat_template(chat: ChatFormat) -> str | None:
 class _Attempt:
     """Renders conversations with one template and stores its first error."""
 
-    def __init__(self, chat: ChatFormat, template: str) -> None:
+    def __init__(self, chat: ChatFormat, template: str, *, generation_prompt: bool) -> None:
         self.chat = chat
-        self.template = template
+        self.template, self.generation_prompt = template, generation_prompt
         self.failure = self._error("omits the text or the image of a message from the prompt")
         self._has_failed = False
 
@@ -213,7 +220,10 @@ class _Attempt:
         written = [_as_dict(message, layout, self.chat.image_text) for message in messages]
         with explained(lambda error: self._error(f"cannot be rendered ({first_line(error)})")):
             prompt: str = self.chat.tokenizer.apply_chat_template(
-                written, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                written,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=self.generation_prompt,
             )
         return prompt
 
@@ -298,7 +308,7 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
             continue
         images = chat.image_text * len(message.images)
         pieces.append(f"{message.role.upper()}: {images}{message.text}")
-    return " ".join([*pieces, "ASSISTANT:"])
+    return " ".join(pieces) + _NEXT_ANSWER
 
 
 def control_tokens(chat: ChatFormat, template: str = "") -> list[str]:
