@@ -20,6 +20,10 @@ from ipmerge_core.runtime.input_files import CLOSED, Count, InvalidContentError,
 from ipmerge_core.spectral.kinds import Anchor
 
 _QUICK = "the analysis was a quick one of the leading directions only"
+_NOT_MEASURED = (
+    "the analysis does not contain this update of every matrix: an older version made it, or "
+    "some are experts of a mixture. Analyse the pair again for a preview"
+)
 _UNKNOWN = "the plan does not record its analysis options; make it again for an exact preview"
 
 
@@ -181,10 +185,19 @@ def _matrix_products(
         crossed = sum(share[other] * norms.cross[other] for other in experts if other < expert)
         products.xx += own * own * norms.norm2 + 2 * own * crossed
         noise += update.expert_noise * own * own * norms.norm2
+    if update.budget:
+        factor = _budget_factor(update.budget, products)
+        products.vx *= factor
+        products.xx *= factor * factor
     products.vu = a * products.vv + b * products.vx
     products.ux = a * products.vx + b * products.xx
     products.uu = a * products.vu + b * products.ux + noise
     return products
+
+
+def _budget_factor(budget: float, products: _Products) -> float:
+    """Return budget ||W_mllm|| / ||X||; 0 if X is zero."""
+    return budget * math.sqrt(products.weight / products.xx) if products.xx > 0 else 0.0
 
 
 def known_statistic(
@@ -239,8 +252,10 @@ def known_update(
         "squared_norms": (records[0].mllm_norm2, *(record.math_norm2 for record in records)),
     }
     update = method.affine({**parameters, **facts}) if method.affine else None
-    if update is None or update.direction not in records[0].updates:
-        raise _unknown(method, method.unknown)
+    if update is None:
+        raise _unknown(method, method.reason_unknown(parameters))
+    if update.direction not in records[0].updates:
+        raise _unknown(method, _NOT_MEASURED)
     # The analysis has no inner products for task vectors relative to other bases.
     elsewhere = own_base and anchor in ("root", "interp")
     moved = None if elsewhere else update.from_anchor(anchor, len(records))

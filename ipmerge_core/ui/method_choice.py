@@ -66,7 +66,7 @@ def chosen_plan(
     from ipmerge_core.planning.plan import make_plan
 
     found, calibration = find_method(method.name), None
-    if found.data is not None:
+    if found.data_for(method.values) is not None:
         if not method.calibration:
             raise PlanError(
                 f"{found.label} needs a calibration of these models. Select a finished one above, "
