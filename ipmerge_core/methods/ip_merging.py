@@ -97,12 +97,14 @@ Budget = Annotated[
         before=0.0,
     ),
 ]
-BudgetOf = Annotated[
-    Literal["weights", "outputs"],
+OutputBudget = Annotated[
+    float,
     Range(
-        help="what the budget is a relative change of: the weights, or the outputs on the MLLM's "
-        "inputs, by calibration",
-        before="weights",
+        low=0,
+        high=1,
+        help="the same for the outputs on the MLLM's inputs, which needs a calibration",
+        usual=(0.0, 0.1),
+        before=0.0,
     ),
 ]
 Directions = Annotated[
@@ -163,8 +165,8 @@ def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
 
 def _unknown(parameters: Mapping[str, Any]) -> str:
     """Return why a preview cannot be exact; empty if it can."""
-    if parameters["budget"] and parameters["budget_of"] == "outputs":
-        return "a budget of the outputs depends on the calibration"
+    if parameters["output_budget"]:
+        return "the budget of the outputs depends on the calibration"
     direction = _direction(parameters)
     if direction in BY_INPUTS:
         return "the filter depends on the calibration"
@@ -181,8 +183,17 @@ def _unknown(parameters: Mapping[str, Any]) -> str:
 def _needed_data(parameters: Mapping[str, Any]) -> Literal["gram"] | None:
     """Return the calibration that the parameters need."""
     filters = parameters["ablation"] == "none" and parameters["projector"] in BY_INPUTS
-    outputs = parameters["budget"] > 0 and parameters["budget_of"] == "outputs"
-    return "gram" if filters or outputs else None
+    return "gram" if filters or parameters["output_budget"] else None
+
+
+def _check(parameters: Mapping[str, Any]) -> None:
+    """Refuse two budgets. Raises: PlanError."""
+    if parameters["budget"] and parameters["output_budget"]:
+        raise PlanError(
+            f"budget is {parameters['budget']:g} and output_budget "
+            f"{parameters['output_budget']:g}; a matrix is rescaled to one of them. Set the other "
+            f"to 0."
+        )
 
 
 @merge_method(
@@ -195,6 +206,7 @@ def _needed_data(parameters: Mapping[str, Any]) -> Literal["gram"] | None:
     affine=_affine,
     unknown=_unknown,
     needed_data=_needed_data,
+    check=_check,
     from_analysis=("temperature", "rank", "directions"),
     matrixwise=True,
 )
@@ -211,7 +223,7 @@ def ip_merging(
     energy: Energy = 0.5,
     beta: Beta = 1.0,
     budget: Budget = 0.0,
-    budget_of: BudgetOf = "weights",
+    output_budget: OutputBudget = 0.0,
     rank: Rank = None,
     ablation: Ablation = "none",
     directions: Directions = "existing",
@@ -241,7 +253,8 @@ def ip_merging(
             diag(w) V^T), w_i = (S_V,i / S_V,1) (1 - agreement_i) (`protection`); `"off_inputs"` and
             `"input_filter"` reduce dM on the MLLM's inputs, weighted by `beta` (`protection`).
             `budget` > 0 rescales the sum of the P_k so that it changes the matrix by
-            lambda * budget * ||W_v||, or its outputs by lambda * budget * ||W_v X||.
+            lambda * budget * ||W_v||; `output_budget` so that it changes the outputs on the MLLM's
+            inputs X by lambda * output_budget * ||W_v X||.
             Where dV is zero, complement and protect leave out nothing; so do the filters where the
             MLLM's Gram matrix is zero. An update of zero stays zero with a budget.
     Raises: PlanError for a filter, or a budget of outputs, without Gram matrices.
@@ -253,18 +266,18 @@ def ip_merging(
     asked = Projection(
         temperature, gamma_norm, projector, top_k, energy, beta, rank, ablation, directions
     )
-    by_outputs = budget > 0 and budget_of == "outputs"
+    by_outputs = output_budget > 0
     grams: list[Tensor] = []
     if asked.filters or by_outputs:
-        label = f"IP-Merging with {projector if asked.filters else 'a budget of the outputs'}"
+        label = f"IP-Merging with {projector if asked.filters else 'an output_budget'}"
         shapes = [(mllm.shape[1],) * 2, (mllm.shape[1],)]
         count = len(models.experts)
         grams = checked(label, "Gram matrix", shapes, mllm_gram, math_gram, count)
     merged, updates, gain = as_float(mllm), updates_of(models, asked, grams), lambda_
-    if budget:
+    if limit := budget or output_budget:
         known = [matrix_of(update) for update in updates]
         change = torch.stack(known).sum(0)
-        gain *= budget_factor(budget, change, merged, grams[0] if by_outputs else None)
+        gain *= budget_factor(limit, change, merged, grams[0] if by_outputs else None)
         updates = iter(known)
     for update in updates:
         merged = merged + matrix_of(update, gain)
@@ -278,7 +291,7 @@ def ip_updates(
     *,
     lambda_: float,
     budget: float = 0.0,
-    budget_of: str = "weights",
+    output_budget: float = 0.0,
     noise: Sequence[float] | None = None,
     low_rank: Sequence[LowRank | None] | None = None,
     **projection: Any,  # noqa: ANN401
@@ -295,10 +308,10 @@ def ip_updates(
             f"or most of it. Write the merged model instead of an adapter, or use projector "
             f"softmax or top_k."
         )
-    if budget and budget_of == "outputs":
+    if output_budget:
         raise PlanError(
-            "An adapter cannot be computed from a budget of the outputs, which needs calibration "
-            "data. Use budget_of weights, or write the merged model instead."
+            "An adapter cannot be computed with an output_budget, which needs calibration data. "
+            "Use a budget, or write the merged model instead."
         )
     models = Models(base, mllm, experts, noise, low_rank)
     found = (update for update in updates_of(models, asked) if isinstance(update, Update))
