@@ -206,6 +206,7 @@ def _check(parameters: Mapping[str, Any]) -> None:
     affine=_affine,
     unknown=_unknown,
     needed_data=_needed_data,
+    decides_data=("projector", "output_budget"),
     check=_check,
     from_analysis=("temperature", "rank", "directions"),
     matrixwise=True,

@@ -190,6 +190,7 @@ class MergeMethod:
         statistic: a first pass over the whole model.
         data: the calibration that the method requires with any parameters.
         needed_data: returns the calibration that some of its parameters require, or None.
+        decides_data: the parameters that this depends on.
         inputs: the keywords that a driver supplies.
         matrixwise: whether whole matrices are decomposed or iterated on, which does not apply to
             vectors; all other methods perform a few operations per element. NaN and infinity in an
@@ -221,6 +222,7 @@ class MergeMethod:
     statistic: Statistic | None = None
     data: DataKind | None = None
     needed_data: Callable[[Mapping[str, Any]], DataKind | None] = lambda parameters: None
+    decides_data: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     matrixwise: bool = False
     local: bool = False
