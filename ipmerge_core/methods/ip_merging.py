@@ -28,7 +28,7 @@ from ipmerge_core.methods.projections import (
     updates_of,
 )
 from ipmerge_core.methods.registry import Changes, Experts, Gain, Noise, Range, merge_method
-from ipmerge_core.spectral.kinds import ENERGY_SHARES, complement_at
+from ipmerge_core.spectral.kinds import ENERGY, ENERGY_SHARES, complement_at
 from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.spectral.spectrum import as_float
@@ -72,7 +72,7 @@ Energy = Annotated[
         high=1,
         help="share of the energy of the MLLM's task vector whose directions are left out; "
         "previews are exact at multiples of 0.05",
-        before=0.5,
+        before=ENERGY,
         only_with=(("projector", ("complement",)), _PROJECTS),
     ),
 ]
@@ -221,7 +221,7 @@ def ip_merging(
     gamma_norm: GammaNorm = "sum",
     projector: Projector = "softmax",
     top_k: TopK = 64,
-    energy: Energy = 0.5,
+    energy: Energy = ENERGY,
     beta: Beta = 1.0,
     budget: Budget = 0.0,
     output_budget: OutputBudget = 0.0,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ipmerge_core.spectral.kinds import ENERGY
 from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.protection import (
     energy_rank,
@@ -50,7 +51,7 @@ class Projection(NamedTuple):
     gamma_norm: str
     projector: str
     top_k: int
-    energy: float = 0.5
+    energy: float = ENERGY
     beta: float = 1.0
     rank: int | None = None
     ablation: str = "none"

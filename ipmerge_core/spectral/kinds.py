@@ -9,6 +9,7 @@ Anchor: TypeAlias = Literal["two_base", "root", "inject", "interp"]
 SIMILARITIES = ("first", "max", "weighted")  # defined in `similarity.similarity_of`
 TEMPERATURE = 32.0  # the public snapshot's constant; with 1 the update all but vanishes
 ENERGY_SHARES = tuple(step / 20 for step in range(1, 21))  # at which complements are previewed
+ENERGY = 0.8  # share that a complement leaves out by default, ours
 WANTED_ENERGY = 0.9  # share of the expert's energy whose directions `protect` lets pass
 
 
