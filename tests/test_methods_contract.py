@@ -80,9 +80,10 @@ def merge(name, base, mllm, math, **parameters):
     def information():
         return torch.rand(rows, columns, generator=generator).to(mllm.device)
 
-    if method.data == "gram":
+    kind = method.data_for(parameters)
+    if kind == "gram":
         parameters |= {"mllm_gram": gram(), "math_gram": [gram() for _ in range(experts)]}
-    if method.data == "fisher":
+    if kind == "fisher":
         data = [information() for _ in range(experts)]
         parameters |= {"mllm_fisher": information(), "math_fisher": data}
     return method(base, mllm, math, tensor_name=NAME, **parameters)

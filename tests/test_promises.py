@@ -409,7 +409,7 @@ def calibrations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def data_of(case: Case, calibrations: Mapping[str, str]) -> dict[str, str]:
-    kind = METHODS[case.method].data
+    kind = METHODS[case.method].data_for({**case.needs, case.name: case.value})
     return {"calibration": calibrations[kind]} if kind else {}
 
 

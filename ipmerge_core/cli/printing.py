@@ -59,14 +59,16 @@ def preview_of(plan: MergePlan) -> dict[str, Any]:
 
 def plan_sentence(plan: MergePlan) -> str:
     """Summarize a plan in one sentence."""
-    from ipmerge_core.planning.description import describe_change, describe_selection
+    from ipmerge_core.planning.description import advice_on, describe_change, describe_selection
 
     extras = "; ".join(plan.extras)
     extras = f" Also merged, not included in these figures: {extras}." if extras else ""
     change = describe_change(plan)
     if "relative_change" not in preview_of(plan):
         return f"{describe_selection(plan)} are merged.{extras} {change}"
-    return f"{describe_selection(plan)} are merged; {change}{_analysis_values(plan)}.{extras}"
+    advice = f" {found}" if (found := advice_on(plan)) else ""
+    values = _analysis_values(plan)
+    return f"{describe_selection(plan)} are merged; {change}{values}.{extras}{advice}"
 
 
 def _analysis_values(plan: MergePlan) -> str:

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from ipmerge_core.calibration.samples import COLUMNS, DATASETS, DEMO, DEMO_TASKS, is_demo
+from ipmerge_core.calibration.samples import DEMO, is_demo
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.runtime.input_files import MEGABYTE, InvalidContentError, parse_json
 from ipmerge_core.runtime.paths import input_file
 from ipmerge_core.tasks.demo import MATH_TASKS, Task, problems
+from ipmerge_core.tasks.demo_items import PARTS
+from ipmerge_core.tasks.rows import COLUMNS, DATASETS, DatasetName
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +83,7 @@ def load_conversations(source: str | Path, limit: int | None = None) -> Rows:
 
     Args:
         source: a path, "datasets:NAME:SPLIT", "demo" (math problems with their chain of thought) or
-            "demo:TASKS" with tasks of `DEMO_TASKS`.
+            "demo:TASKS" with tasks of `PARTS`.
         limit: number of rows; by default all, for the demo 512.
 
     Raises: RunError if the source cannot be read, contains an invalid line, or no usable row.
@@ -226,10 +228,9 @@ def _dataset(name: str, limit: int | None) -> Iterator[Mapping[str, Any]]:
             "Reading a dataset requires the datasets library, which is not installed. Install it "
             "with `pip install datasets`, or write the conversations to a jsonl file."
         ) from error
-    path, *rest = name.split(":")
-    config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
+    place = DatasetName.parse(name)
     try:
-        rows = load_dataset(path, config, split=split, streaming=True)
+        rows = load_dataset(place.path, place.config, split=place.split, streaming=True)
         yield from rows if limit is None else rows.take(limit)
     except (OSError, ValueError, KeyError) as error:
         raise RunError(
@@ -240,14 +241,14 @@ def _dataset(name: str, limit: int | None) -> Iterator[Mapping[str, Any]]:
 def _demo(source: str, limit: int) -> Iterator[Conversation]:
     """Generate training problems, alternating between tasks, answered by their chain of thought."""
     names = [] if source == DEMO else source.removeprefix(f"{DEMO}:").split(",")
-    unknown = next((name for name in names if name.strip() not in DEMO_TASKS), None)
+    unknown = next((name for name in names if name.strip() not in PARTS), None)
     if unknown is not None:
         raise RunError(
-            f"Unknown demo task '{unknown}' in '{source}'. Available: {', '.join(DEMO_TASKS)}."
+            f"Unknown demo task '{unknown}' in '{source}'. Available: {', '.join(PARTS)}."
         )
     chosen: tuple[Task, ...] = MATH_TASKS
     if names:
-        chosen = tuple(dict.fromkeys(t for name in names for t in DEMO_TASKS[name.strip()]))
+        chosen = tuple(dict.fromkeys(t for name in names for t in PARTS[name.strip()]))
     each = -(-limit // len(chosen))
     turns = zip(*(problems(task, each, seed=4, split="train") for task in chosen), strict=True)
     for problem in [problem for turn in turns for problem in turn][:limit]:

@@ -112,7 +112,7 @@ class Encoder:
     def _messages(self, turns: Sequence[Turn], image: Any) -> list[Message]:  # noqa: ANN401
         first = next(number for number, turn in enumerate(turns) if turn.role == "user")
         return [
-            Message(turn.role, turn.text, image if number == first else None)
+            Message(turn.role, turn.text, (image,) if image is not None and number == first else ())
             for number, turn in enumerate(turns)
         ]
 

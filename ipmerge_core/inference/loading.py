@@ -188,9 +188,11 @@ def load_weights(checkpoint: Checkpoint) -> Any:  # noqa: ANN401
 
     Raises: ModelLoadError as `load_model`.
     """
+    from ipmerge_core.inference.placement import placement
+
     find_torchvision()
     refuse_unsupported(checkpoint)
-    return _load_weights(checkpoint)
+    return _load_weights(checkpoint, placement(checkpoint, "cpu", "stored"))
 
 
 def refuse_unsupported(checkpoint: Checkpoint) -> None:

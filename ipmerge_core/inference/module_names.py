@@ -59,7 +59,7 @@ def parameter_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:  # no
         model: a model of transformers.
         tensors: the names of all tensors in its files, as the renaming of one depends on others.
     """
-    return _renamed(model, model.state_dict(), tensors)
+    return renamed_tensors(model, model.state_dict(), tensors)
 
 
 def _refuse_misfit(mllm: Checkpoint, tensor: str, name: str, weight: Tensor | None) -> None:

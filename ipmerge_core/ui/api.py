@@ -42,6 +42,7 @@ from ipmerge_core.ui.method_choice import (
     FIELDS,
     MethodChoice,
     chosen_plan,
+    data_kind,
 )
 from ipmerge_core.ui.pairs import list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
@@ -471,7 +472,11 @@ def _calibration_folder(backend: Backend, pack: str, asked: PlanRequest) -> str:
     """
     if not asked.calibration:
         return ""
-    folders = backend.finished_calibrations(pack, asked.method)
+    explored = asked.method == EXPLORED_METHOD
+    kind = data_kind(MethodChoice(EXPLORED if explored else asked.method, asked.parameters))
+    if kind is None:
+        raise PlanError("These parameters need no calibration. Omit it.")
+    folders = backend.finished_calibrations(pack, kind)
     for folder in folders:
         if folder.name == asked.calibration:
             return str(folder)

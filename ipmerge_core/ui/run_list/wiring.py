@@ -22,8 +22,8 @@ from ipmerge_core.ui.errors import QUIET, sentence_of, show_errors
 from ipmerge_core.ui.explore.partial_packs import pair_choices
 from ipmerge_core.ui.explore.tab import PairView, open_pair
 from ipmerge_core.ui.finished_merges import pair_of_merge
-from ipmerge_core.ui.merge.calibration_form import data_method
 from ipmerge_core.ui.merge.method_form import list_methods
+from ipmerge_core.ui.method_choice import MethodChoice, data_kind
 from ipmerge_core.ui.pairs import id_of, list_packs
 from ipmerge_core.ui.run_list.component import RunList
 from ipmerge_core.ui.run_list.deletion import delete_run
@@ -211,7 +211,7 @@ def _show(backend: Backend, frame: Frame, run: Run, now: ChosenMerge, method: st
     if pack_id in [entry.id for entry in list_packs()]:
         found |= frame.open_pair(backend, pack_id, now)
     kind = run.status.arguments.get("kind")
-    if getattr(data_method(method), "data", None) != kind:
+    if data_kind(MethodChoice(method)) != kind:
         found[frame.method] = gr.update(**list_methods(), value=_METHODS_OF[str(kind)])
     return {**found, frame.calibration: remembered}
 

@@ -2,7 +2,8 @@
 // What the layer map can show of a matrix: its similarity, or another number of its record.
 
 import { fixed } from "./format.js";
-import { cellChange, expertInView, root, shownSimilarity } from "./preview.js";
+import { shareOf, USUAL_SHARE } from "./plan.js";
+import { cellChange, expertInView, root, shareInside, shownSimilarity } from "./preview.js";
 import { quantile } from "./scales.js";
 
 /** @import { Cell, KnockoutMap, LayerRecord, Plan, Quantity, QuantityKey, QuantityView, Ranks, View } from "./types.d.ts" */
@@ -41,6 +42,8 @@ export const QUANTITIES = [
     mllm_norm2 > 0 && math_norm2 > 0 ? inner / Math.sqrt(mllm_norm2 * math_norm2) : null)),
   quantity("norm_ratio", "norm ratio, math / MLLM", "‖ΔW_math‖ / ‖ΔW_mllm‖", (value) => fixed(value, 2),
     ({ mllm_norm2, math_norm2 }) => (mllm_norm2 > 0 ? Math.sqrt(math_norm2 / mllm_norm2) : null)),
+  quantity("inside", "math change inside MLLM directions", "of ‖ΔW_math‖², in the MLLM's leading directions", percent,
+    (record, _, plan) => shareInside(record, shareOf(plan.variant) ?? USUAL_SHARE)),
   quantity("mllm_change", "relative change, MLLM", "‖ΔW_mllm‖ / ‖W₀‖", percent, (r) => root(r.mllm_norm2, r.base_norm2)),
   quantity("math_change", "relative change, math", "‖ΔW_math‖ / ‖W₀‖", percent, (r) => root(r.math_norm2, r.base_norm2)),
   quantity("gap", "gap (σ₁ − σ₂) / σ₁, MLLM", "of the task vector", percent, ({ gap }) => gap),

@@ -4,7 +4,10 @@
 import type { Flip } from "../evaluate/types.d.ts";
 
 export type Measure = "first" | "max" | "weighted";
-export type Variant = "sum" | "max" | "rescale_only" | "select_only";
+/** dM without the MLLM's leading directions, by the percent of the energy that they hold. */
+export type Complement = `complement_${number}`;
+export type OldVariant = "sum" | "max" | "rescale_only" | "select_only";
+export type Variant = OldVariant | "protect" | Complement;
 export type Override = "merge" | "keep";
 
 // --- what Python sends ---
@@ -65,7 +68,10 @@ export interface LayerRecord {
   mllm_norm2: number;
   math_norm2: number;
   inner: number;
-  updates: Record<Variant, UpdateProducts>;
+  /** All packs have the first four; from version 4 of packs on also the others, but not for experts of mixtures. */
+  updates: Record<OldVariant, UpdateProducts> & Partial<Record<Variant, UpdateProducts>>;
+  /** How many directions each complement leaves out. */
+  left_out?: number[];
   chance?: Partial<Record<Measure, number>> | null;
   noise_floor?: number | null;
   mllm_ranks?: Ranks | null;
@@ -150,6 +156,8 @@ export interface Plan {
   readonly similarity: Measure;
   readonly variant: Variant;
   readonly overrides: Readonly<Record<string, Override>>;
+  /** The relative change of every matrix at lambda 1; 0 for the update's own size. */
+  readonly budget: number;
 }
 
 /** A plan from a link, from storage or from Python, before `cleanPlan` has looked at it. */
@@ -199,7 +207,7 @@ export interface LinkContent {
 export type QuantityKey =
   | "similarity" | "change" | "cosine" | "norm_ratio" | "mllm_change" | "math_change" | "gap"
   | "knockout_before_math" | "knockout_before_perception" | "knockout_after_math" | "knockout_after_perception"
-  | "mllm_effective" | "math_effective" | "mllm_stable" | "math_stable" | "mllm_energy" | "math_energy";
+  | "inside" | "mllm_effective" | "math_effective" | "mllm_stable" | "math_stable" | "mllm_energy" | "math_energy";
 
 export interface Quantity {
   key: QuantityKey;
@@ -266,6 +274,10 @@ export interface Preview extends Angles {
   parameters_touched: number;
   bytes_rewritten: number;
   relative_change: number;
+  /** ||U|| / ||sum dM|| of the merged matrices, their median; null if nothing merges. */
+  update_share: number | null;
+  /** The experts' own relative change of the merged matrices. */
+  expert_change: number;
   layer_change: Record<number, number>;
 }
 

@@ -8,6 +8,7 @@ import { shownSimilarity } from "../../web/preview.js";
 import { above, atMost } from "../../web/thresholds.js";
 import { expertName, title } from "../../web/words.js";
 import { buildPresets, entriesOf, keptHere, paintPreset, planOf } from "./choices.js";
+import { budgetFor } from "./sentence.js";
 import { commit, setPlan, startDrag } from "./session.js";
 import { announce } from "./status.js";
 
@@ -94,6 +95,16 @@ export function setOverride(map, cells, value) {
     else delete overrides[cell.name];
   }
   setPlan(map, { overrides });
+  commit(map);
+}
+
+/**
+ * Give every matrix the relative change that the advice names, at lambda 1.
+ *
+ * @param {LayerMap} map
+ */
+export function takeBudget(map) {
+  setPlan(map, { budget: budgetFor(map.state.result), lambda: 1 });
   commit(map);
 }
 
