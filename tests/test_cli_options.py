@@ -76,6 +76,10 @@ def files(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         known[name] = str(folder / name)
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main([*arguments, "--quiet", "-o", known[name]]) == 0
+    for name, method in (("table.csv", "linear"), ("other.csv", "ties")):
+        known[name] = str(folder / name)
+        rows = "".join(f"{method},{x},{x * x}\n" for x in (0, 0.5, 1))
+        (folder / name).write_text(f"method,x,score\n{rows}")
     (folder / "picture.png").write_bytes(b"x")
     line = '{"question": "1 + 1", "answer": "2", "image": "picture.png"}\n'
     for name, lines in (("prompts.jsonl", line), ("more.jsonl", 2 * line)):
@@ -149,6 +153,12 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "vlmevalkit": [mllm, "--tasks", "MMStar", "--harness", "vlmevalkit",
                            "--harness-model", "LLaVA_Next"],
         },
+        "search": {
+            "demo": [pack, "--tasks", "demo"],
+            "math": [pack, "--tasks", "demo:math"],
+            "own base": [files["own.json.gz"], "--tasks", "demo"],
+        },
+        "replay": {"table": [files["table.csv"]]},
         "app": {"app": []},
     }  # fmt: skip
     return found[command]
@@ -184,7 +194,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "wide": ["--wide", "diagonal"],
         "image_tokens": ["--no-image-tokens"],
         "dry_run": ["--dry-run"],
-        "pack": [files["other.json.gz" if command == "plan" else "pack.json.gz"]],
+        "pack": [files["other.json.gz" if command in ("plan", "search") else "pack.json.gz"]],
         "method": ["--method", "dare_linear"],
         "similarity_threshold": ["--similarity-threshold", "0.9"],
         "similarity": ["--similarity", "max"],
@@ -225,6 +235,19 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "harness_include": ["--harness-include", str(files["folder"])],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
+        "range": ["--range", "lambda=0:3"],
+        "optimizer": ["--optimizer", "random"],
+        "budget": ["--budget", "7"],
+        "items": ["--items", "70"],
+        "minutes": ["--minutes", "3"],
+        "maximise": ["--maximise", "math"],
+        "validation": ["--validation", "0.3"],
+        "racing": ["--racing"],
+        "search_seed": ["--search-seed", "4"],
+        "storage": ["--storage", "sqlite://"],
+        "worker": ["--worker", "3"],
+        "table": [files["other.csv"]],
+        "seeds": ["--seeds", "3"],
         "data": ["--data", "demo:mul"],
         "math_base": ["--math-base", str(moved.base)],
         "rule": ["--rule", "grad_norm"],
@@ -286,6 +309,8 @@ WORK = {
     "ipmerge_core.evaluation.recording.iter_recording": "record",
     "ipmerge_core.evaluation.evaluate.iter_evaluation": "evaluate",
     "ipmerge_core.evaluation.harness.run_lmms_eval": "evaluate",
+    "ipmerge_core.search.coefficients.iter_search": "search",
+    "ipmerge_core.search.replay.iter_replays": "replay",
     "ipmerge_core.ui.app.launch": "app",
 }
 

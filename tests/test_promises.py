@@ -171,6 +171,30 @@ COMMANDS: dict[str, dict[str, str]] = {
         "show_examples": "check",
         "force": "check",
     },
+    "search": {
+        **MODELS,
+        **PLAN_FIELDS,
+        **dict.fromkeys(("set", "force_merge", "force_keep"), "every plan of the search"),
+        "pack": "search.sources",
+        **dict.fromkeys(("range", "optimizer", "validation"), "search"),
+        **dict.fromkeys(("budget", "items", "minutes", "racing", "search_seed"), "evaluations"),
+        "maximise": "search.groups",
+        **dict.fromkeys(("storage", "worker"), "study"),
+        "tasks": "search.report.tasks",
+        "no_guard": "search.report.tasks",
+        **dict.fromkeys(
+            ("limit", "seed", "max_new_tokens", "batch_size", "device"), "search.report.settings"
+        ),
+        "store": "folder of the replies",
+        "resume": "replies answered again",
+        "force": "sibling check",
+        "output": "folder of the study",
+    },
+    "replay": {
+        "table": "tables.csv",
+        **dict.fromkeys(("optimizer", "seeds", "budget"), "curves.csv"),
+        "output": "folder of the report",
+    },
     "app": {"host": "address", "port": "address", "device": "default device of all runs"},
 }
 REQUEST = {

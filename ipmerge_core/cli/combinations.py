@@ -48,7 +48,7 @@ def check_combination(options: argparse.Namespace) -> None:
         given = next((name for name in rule.names if is_given(options, name)), None)
         if given and (reason := rule.reason(options)):
             raise PlanError(f"{flag_of(given)} has no effect {reason}. Omit it.")
-    if options.run.__name__ in ("plan", "sweep"):
+    if options.run.__name__ in ("plan", "sweep", "search"):
         _check_rules(options)
 
 
@@ -142,6 +142,10 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         ),
         Rule(("controls",), _unless("ablation", "without --ablation")),
         Rule(("parameter2", "values2"), _unless("parameter", "without --parameter and --values")),
+        Rule(("similarity_threshold", "similarity"), _unless_selecting),
+        Rule(("lambda_",), _unless_scaled),
+    ),
+    "search": (
         Rule(("similarity_threshold", "similarity"), _unless_selecting),
         Rule(("lambda_",), _unless_scaled),
     ),
