@@ -95,8 +95,8 @@ class _Layout(NamedTuple):
     image_parts: bool  # images are list parts; otherwise placeholders in the text
 
 
-# The layout of conversations with these roles and images.
-Layouts: TypeAlias = dict[tuple[tuple[str, int], ...], _Layout]
+# The layout of conversations, by the template and the role and number of images of each message.
+Layouts: TypeAlias = dict[tuple[str, tuple[tuple[str, int], ...]], _Layout]
 
 _PARTS_FIRST = [_Layout("all", True), _Layout("user", True), _Layout("none", False)]
 _TEXT_FIRST = [_Layout("none", False), _Layout("user", False), _Layout("all", False)]
@@ -144,7 +144,7 @@ def render_chat(
 
     Without `generation_prompt` it ends with its last message, as in training. `layouts` keeps the
     layouts of conversations of one model, which are found by rendering probes and depend only on
-    the roles and on which messages have images.
+    the template, the roles and the numbers of images.
 
     A message is marked from the first control token in its text on (see `Prompt`), so that neither
     the template nor the processor finds one. A system message that the template rejects or drops
@@ -159,7 +159,7 @@ def render_chat(
         return Prompt(text if generation_prompt else text.removesuffix(_NEXT_ANSWER), verbatim)
     attempt = _Attempt(chat, template, generation_prompt=generation_prompt)
     known = {} if layouts is None else layouts
-    shape = tuple((message.role, len(message.images)) for message in messages)
+    shape = template, tuple((message.role, len(message.images)) for message in messages)
     layout = known[shape] if shape in known else attempt.find_layout(messages)
     if layout is not None:
         known[shape] = layout
