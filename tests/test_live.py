@@ -27,6 +27,7 @@ from ipmerge_core.inference.generation import encode_messages, stream_states
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.sampling import GenerationSettings
+from ipmerge_core.inference.shared_weights import SwappedWeights, swapped, weights_in_memory
 from ipmerge_core.inference.streaming import RowState
 from ipmerge_core.merging.in_memory import changed_tensors, iter_merged_tensors
 from ipmerge_core.methods.declarations import drained
@@ -243,6 +244,33 @@ def test_a_stopped_row_leaves_without_disturbing_the_others(demo: Demo) -> None:
     whole = alone(demo.loaded, messages, settings)
     assert 0 < len(states[0].ids) < len(whole)
     assert whole[: len(states[0].ids)] == states[0].ids
+
+
+def test_a_row_stopped_while_it_waits_leaves_the_others_waiting(demo: Demo) -> None:
+    stop, messages = threading.Event(), questions(1)[0]
+    rows = [Row(demo.live.base(), messages, SHORT, [stop]), Row(demo.live.base(), messages, SHORT)]
+    with demo.loaded.turns.taken():  # another conversation has the model
+        stream = demo.live.stream(rows)
+        states = next(stream)
+        stop.set()
+        assert [state.state for state in states] == ["waiting", "waiting"]
+    found = last(stream)
+    assert [state.state for state in found] == ["stopped", "finished"]
+    assert found[1].ids == alone(demo.loaded, messages, SHORT)
+
+
+def test_a_model_with_other_weights_for_a_while(demo: Demo) -> None:
+    messages = questions(1)[0]
+    plan = demo.full_rank
+    weights = SwappedWeights(demo.loaded, weights_in_memory(demo.pair.mllm, tensors_of(plan)))
+    before = alone(demo.loaded, messages, SHORT)
+    with swapped(demo.loaded, weights) as merged:
+        assert alone(merged, messages, SHORT) == alone(demo.merged(plan), messages, SHORT)
+        stop = threading.Event()
+        stop.set()
+        with pytest.raises(RunCancelled), swapped(demo.loaded, weights, [stop]):
+            pass
+    assert alone(demo.loaded, messages, SHORT) == before
 
 
 def test_a_visitor_who_leaves_stops_the_model(demo: Demo) -> None:

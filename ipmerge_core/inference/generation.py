@@ -113,8 +113,7 @@ def run_in_turns(
         install()
         remembered.restore()
 
-    stops = [event for row in rows[:1] for event in row.stops]
-    with loaded.turns.taken(stops) as mine:
+    with loaded.turns.taken(_common_stops(rows)) as mine:
         if not mine:
             return
         enter()
@@ -123,6 +122,12 @@ def run_in_turns(
             generate_rows(loaded.model, inputs, rows, loaded.processor.thinking, between)
         finally:
             leave()
+
+
+def _common_stops(rows: Sequence[RowTokens]) -> list[threading.Event]:
+    """Return the events that stop every row; one of a single row must not stop the others."""
+    first, *others = (list(row.stops) for row in rows)
+    return [event for event in first if all(event in stops for stops in others)]
 
 
 def answer(
