@@ -1,12 +1,12 @@
 """Print the figures of the live chat: factors, memory, time to the first token, gains in one batch.
 
-    python benchmarks/bench_chat.py [--only residual batch merge families memory gpu] [--items 900]
+    python benchmarks/bench_chat.py [--only residual bf16 batch memory merge gpu] [--items 900]
 
 In: the demo trio, and random models made here. Out: the bytes and ranks of the factors with the
 share of equal replies on the evaluation items; the time from a change of lambda to the first token;
 eight gains in one batch against one reply; memory of the base with a merge; a merge with kept
-updates against its analysis; the share of exact rows per family; and, with a CUDA GPU, milliseconds
-per token of models of 7e9 parameters. Latency in a page is printed by `bench_chat_page.py`.
+updates against its analysis; and, with a CUDA GPU, milliseconds
+per token of models of 7e9 parameters.
 """
 
 from __future__ import annotations
@@ -127,6 +127,31 @@ def print_residual(demo: Demo, items: int) -> None:
         for name, size in shapes.items()
     ]
     print(table(head, body), "\n")
+
+
+def print_bf16(demo: Demo, items: int) -> None:
+    """Equal replies of the live merge and of the merged folder, both loaded in bf16."""
+    asked = evaluation_problems(TASKS, PER_TASK["validation"], "validation", 0)[:items]
+    live = LiveModel(load_model(DEMO / "mllm", precision="bf16"))
+    factors: FactorSet = drained(iter_factor_set(demo.plan, demo.pair, tolerance=1e-3))
+    live.add_factors(factors, demo.pair)
+    found = replies(live, live.plan_column("plan", demo.plan, factors), asked)
+    with tempfile.TemporaryDirectory() as folder:
+        ipm.merge(demo.plan, Path(folder) / "merged")
+        merged = LiveModel(load_model(Path(folder) / "merged", precision="bf16"))
+        folders = replies(merged, merged.base(), asked)
+    exact = replies(demo.live, demo.live.plan_column("plan", demo.plan, demo.factors(1e-3)), asked)
+    rows = [
+        ["live in bf16", "merged folder in bf16", share_equal(found, folders)],
+        ["live in bf16", "live in fp32", share_equal(found, exact)],
+        ["merged folder in bf16", "live in fp32", share_equal(folders, exact)],
+    ]
+    print(table(["replies", "compared with", "equal"], rows), "\n")
+
+
+def share_equal(a: Sequence[str], b: Sequence[str]) -> str:
+    """Count equal replies."""
+    return f"{sum(x == y for x, y in zip(a, b, strict=True))} of {len(a)}"
 
 
 def question() -> list[Message]:
@@ -268,7 +293,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 def main() -> None:
     """Parse the arguments and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parts = ("residual", "batch", "memory", "merge", "gpu")
+    parts = ("residual", "bf16", "batch", "memory", "merge", "gpu")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--items", type=int, default=900, help="evaluation items of the demo")
     arguments = parser.parse_args()
@@ -278,6 +303,8 @@ def main() -> None:
     demo = Demo()
     if "residual" in arguments.only:
         print_residual(demo, arguments.items)
+    if "bf16" in arguments.only:
+        print_bf16(demo, arguments.items)
     if "batch" in arguments.only:
         print_batch(demo)
     if "memory" in arguments.only:

@@ -222,6 +222,8 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "image": ["--image", str(files["folder"] / "picture.png")],
         "prompt": ["--prompt", "another"],
         "max_new_tokens": ["--max-new-tokens", "3"],
+        "max_thinking_tokens": ["--max-thinking-tokens", "7"],
+        "precision": ["--precision", "bf16"],
         "prompts": ["--prompts", str(files["more.jsonl"])],
         "models": [str(moved.math_2)],
         "tasks": ["--tasks", "demo:shape"],
@@ -507,7 +509,7 @@ def test_the_app_speaks_json(
     monkeypatch.setattr("ipmerge_core.cli.commands.Event.wait", lambda _: None)
     assert cli.main(["app", "--json", "--port", "7999"]) == 0
     assert json.loads(capsys.readouterr().out)["address"] == "http://127.0.0.1:7999/"
-    assert served == {"block": False, "device": "auto", "quiet": True}
+    assert served == {"block": False, "device": "auto", "precision": "auto", "quiet": True}
 
 
 @pytest.mark.parametrize("error", [OSError("Cannot find empty port"), OverflowError("port")])

@@ -27,6 +27,7 @@ from ipmerge_core.inference.generation import encode_messages, stream_states
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.sampling import GenerationSettings
+from ipmerge_core.inference.shared_weights import SwappedWeights, swapped, weights_in_memory
 from ipmerge_core.inference.streaming import RowState
 from ipmerge_core.merging.in_memory import changed_tensors, iter_merged_tensors
 from ipmerge_core.methods.declarations import drained
@@ -245,6 +246,33 @@ def test_a_stopped_row_leaves_without_disturbing_the_others(demo: Demo) -> None:
     assert whole[: len(states[0].ids)] == states[0].ids
 
 
+def test_a_row_stopped_while_it_waits_leaves_the_others_waiting(demo: Demo) -> None:
+    stop, messages = threading.Event(), questions(1)[0]
+    rows = [Row(demo.live.base(), messages, SHORT, [stop]), Row(demo.live.base(), messages, SHORT)]
+    with demo.loaded.turns.taken():  # another conversation has the model
+        stream = demo.live.stream(rows)
+        states = next(stream)
+        stop.set()
+        assert [state.state for state in states] == ["waiting", "waiting"]
+    found = last(stream)
+    assert [state.state for state in found] == ["stopped", "finished"]
+    assert found[1].ids == alone(demo.loaded, messages, SHORT)
+
+
+def test_a_model_with_other_weights_for_a_while(demo: Demo) -> None:
+    messages = questions(1)[0]
+    plan = demo.full_rank
+    weights = SwappedWeights(demo.loaded, weights_in_memory(demo.pair.mllm, tensors_of(plan)))
+    before = alone(demo.loaded, messages, SHORT)
+    with swapped(demo.loaded, weights) as merged:
+        assert alone(merged, messages, SHORT) == alone(demo.merged(plan), messages, SHORT)
+        stop = threading.Event()
+        stop.set()
+        with pytest.raises(RunCancelled), swapped(demo.loaded, weights, [stop]):
+            pass
+    assert alone(demo.loaded, messages, SHORT) == before
+
+
 def test_a_visitor_who_leaves_stops_the_model(demo: Demo) -> None:
     before = threading.active_count()
     settings = GenerationSettings(5.0, 400, seed=1)
@@ -299,6 +327,39 @@ def test_a_column_that_fails_in_the_model_fails_alone(
     found = last(demo.live.stream(rows))
     assert [state.state for state in found] == ["finished", "failed"]
     assert "no such kernel" in found[1].note
+
+
+def test_rows_that_do_not_fit_together_are_answered_one_by_one(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, sizes = demo.loaded.model.generate, []
+
+    def small(**inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**inputs)
+
+    monkeypatch.setattr(demo.loaded.model, "generate", small)
+    messages = questions(1)[0]
+    rows = [Row(c, messages, SHORT) for c in (demo.live.base(), demo.column(demo.plan))]
+    found = last(demo.live.stream(rows))
+    assert sizes == [2, 1, 1]
+    assert [state.is_batched for state in found] == [False, False]
+    monkeypatch.undo()
+    assert [s.ids for s in found] == [s.ids for s in last(demo.live.stream(rows))]
+
+
+def test_a_row_that_does_not_fit_alone_says_what_helps(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(demo.loaded.model, "generate", full)
+    (state,) = last(demo.live.stream([Row(demo.live.base(), questions(1)[0], SHORT)]))
+    assert "ran out of memory" in state.note
+    assert "8 or 4 bit" in state.note
 
 
 def test_a_state_tells_tokens_speed_and_what_ended_it(demo: Demo) -> None:

@@ -121,12 +121,24 @@ COMMANDS: dict[str, dict[str, str]] = {
         "updates": "no second decomposition",
     },
     "chat": dict.fromkeys(
-        ("model", "compare", "image", "prompt", "max_new_tokens", "device"), "answer"
+        (
+            "model",
+            "compare",
+            "image",
+            "prompt",
+            "max_new_tokens",
+            "max_thinking_tokens",
+            "device",
+            "precision",
+        ),
+        "answer",
     ),
     "record": {
         **{name: place for name, place in MERGING.items() if name != "force"},
         "prompts": "examples",
         "max_new_tokens": "max_new_tokens",
+        "max_thinking_tokens": "examples",
+        "precision": "dtype",
         "updates": "no second decomposition",
     },
     "evaluate": {
@@ -195,7 +207,12 @@ COMMANDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("optimizer", "seeds", "budget"), "curves.csv"),
         "output": "folder of the report",
     },
-    "app": {"host": "address", "port": "address", "device": "default device of all runs"},
+    "app": {
+        "host": "address",
+        "port": "address",
+        "device": "default device of all runs",
+        "precision": "of the models in memory",
+    },
 }
 REQUEST = {
     "pack": "manifest.sources",

@@ -261,7 +261,8 @@ def chat(options: argparse.Namespace) -> int:
             f"with --compare, or omit it."
         )
     image = input_file(options.image, "image") if options.image else None
-    how = {"max_new_tokens": options.max_new_tokens, "device": options.device}
+    names = ("max_new_tokens", "max_thinking_tokens", "device", "precision")
+    how = {name: vars(options)[name] for name in names}
     answers = {model: answer(model, options.prompt, image, **how) for model in models}
     text = "\n\n".join(f"{model}:\n{reply}" for model, reply in answers.items())
     return print_result(options, answers, text)
@@ -273,8 +274,11 @@ def record(options: argparse.Namespace) -> int:
     from ipmerge_core.inference.sampling import GenerationSettings
 
     plan, prompts = read_plan(options), read_prompts(options.prompts)
-    settings = GenerationSettings(max_new_tokens=options.max_new_tokens)
-    how = {"device": options.device, "updates": _updates_of(options, plan)}
+    settings = GenerationSettings(
+        max_new_tokens=options.max_new_tokens, max_thinking_tokens=options.max_thinking_tokens
+    )
+    how = {name: vars(options)[name] for name in ("device", "precision")}
+    how["updates"] = _updates_of(options, plan)
     with Progress(options) as progress:
         for step in iter_recording(plan, prompts, options.target, settings=settings, **how):
             progress.show("recording", step.number, step.total, step.what)
@@ -297,7 +301,12 @@ def app(options: argparse.Namespace) -> int:
     silent = options.json or options.quiet
     try:
         served = launch(
-            options.host, options.port, block=not options.json, device=device, quiet=silent
+            options.host,
+            options.port,
+            block=not options.json,
+            device=device,
+            precision=options.precision,
+            quiet=silent,
         )
     except (OSError, OverflowError) as error:  # the port is in use, or there is no such address
         raise RunError(

@@ -12,6 +12,7 @@ from ipmerge_core.cli.evaluating import evaluate, optional_file
 from ipmerge_core.cli.finetuning import add_drift_options, drift
 from ipmerge_core.cli.searching import add_replay, add_search, replay, search
 from ipmerge_core.cli.sweeping import knockout, sweep
+from ipmerge_core.inference.precisions import PRECISIONS
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
@@ -137,8 +138,25 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", metavar="MODEL", help="folder of a second model")
     parser.add_argument("--image", help="image file")
     parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    _add_lengths(parser)
+    _add_precision(parser)
     _add_device(parser, fp64=False)
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    parser.add_argument(
+        "--max-thinking-tokens", type=int, default=1024, help="limit of a model that thinks first"
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the model in memory; auto: the most exact that fits",
+    )
 
 
 def _record(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +165,8 @@ def _record(parser: argparse.ArgumentParser) -> None:
         "--prompts", required=True, metavar="JSONL", help="questions, images and reference answers"
     )
     _add_output(parser, "FILE", "output file, such as NAME.records.json next to NAME.pack.json.gz")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    _add_lengths(parser)
+    _add_precision(parser)
     _add_updates(parser, _KEPT)
     _add_device(parser)
 
@@ -274,6 +293,7 @@ def _drift(parser: argparse.ArgumentParser) -> None:
 def _app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
     parser.add_argument("--port", type=int, help="port; by default the first free one from 7860")
+    _add_precision(parser)
     parser.add_argument(
         "--device",
         default="auto",

@@ -25,6 +25,7 @@ from ipmerge_core.adapters.live_cache import LiveCache
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import ModelCache
+from ipmerge_core.inference.precisions import Precision
 from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.sampling import GenerationSettings
 from ipmerge_core.methods import find_method
@@ -115,6 +116,7 @@ def iter_recording(
     *,
     settings: GenerationSettings | None = None,
     device: str = "cpu",
+    precision: Precision = "auto",
     updates: str | Path | None = None,
 ) -> Iterator[RecordStep]:
     """Answer every prompt with the MLLM and with the merge, and write the file `out`.
@@ -131,7 +133,7 @@ def iter_recording(
     folder = Path(source.id) if source.revision is None else local_copy(source.id, source.revision)
     cache = LiveCache(ModelCache(1), None if updates is None else Path(updates))
     yield RecordStep(0, len(prompts), "loading the model")
-    live = cache.model(folder, device)
+    live = cache.model(folder, device, precision=precision)
     yield RecordStep(0, len(prompts), "preparing the merge")
     column = cache.column(live, plan, "merged", device=device)
     examples: list[dict[str, Any]] = []

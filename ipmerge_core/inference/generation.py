@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ipmerge_core.errors import ModelLoadError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, load_model
+from ipmerge_core.inference.precisions import Precision
 from ipmerge_core.inference.prompts import Message, check_conversation, check_question
 from ipmerge_core.inference.rows import RowTokens, generate_rows
 from ipmerge_core.inference.sampling import LARGEST_SEED, MOST_NEW_TOKENS, GenerationSettings
@@ -112,8 +113,7 @@ def run_in_turns(
         install()
         remembered.restore()
 
-    stops = [event for row in rows[:1] for event in row.stops]
-    with loaded.turns.taken(stops) as mine:
+    with loaded.turns.taken(_common_stops(rows)) as mine:
         if not mine:
             return
         enter()
@@ -124,6 +124,12 @@ def run_in_turns(
             leave()
 
 
+def _common_stops(rows: Sequence[RowTokens]) -> list[threading.Event]:
+    """Return the events that stop every row; one of a single row must not stop the others."""
+    first, *others = (list(row.stops) for row in rows)
+    return [event for event in first if all(event in stops for stops in others)]
+
+
 def answer(
     model: str | Path | LoadedModel,
     question: str,
@@ -132,16 +138,20 @@ def answer(
     temperature: float = 0.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    max_thinking_tokens: int = 1024,
     device: str = "cpu",
+    precision: Precision = "auto",
 ) -> str:
     """Return the complete answer; models and images can be given as paths.
 
-    `device` is the device of a model that is given as a path.
+    `device` and `precision` are those of a model that is given as a path, see `load_model`.
 
     Raises: as `load_model`, `open_image` and `stream_answer`.
     """
-    settings = GenerationSettings(temperature, max_new_tokens, seed)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, device)
+    settings = GenerationSettings(temperature, max_new_tokens, seed, max_thinking_tokens)
+    loaded = model
+    if not isinstance(loaded, LoadedModel):
+        loaded = load_model(loaded, device, precision=precision)
     picture = open_image(image) if isinstance(image, str | Path) else image
     return "".join(stream_answer(loaded, question, picture, settings)).strip()
 
