@@ -76,6 +76,10 @@ def files(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main([*arguments, "--quiet", "-o", known[name]]) == 0
     (folder / "picture.png").write_bytes(b"x")
+    line = '{"question": "1 + 1", "answer": "2", "image": "picture.png"}\n'
+    for name, lines in (("prompts.jsonl", line), ("more.jsonl", 2 * line)):
+        known[name] = str(folder / name)
+        (folder / name).write_text(lines)
     pack = read_pack(folder / "pack.json.gz")[0]
     pair = {"id": "of-another-machine", **{k: pack[k] for k in ("name", "created", "parameters")}}
     choice = {"format": FORMAT, "version": VERSION, "pair": pair}
@@ -124,6 +128,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "app": [files["choice.json"]],
         },
         "chat": {"one": ["A", "--prompt", "q"], "two": ["A", "--compare", "B", "--prompt", "q"]},
+        "record": {"plan": [files["ip.json"], "--prompts", str(files["prompts.jsonl"])]},
         "app": {"app": []},
     }
     return found[command]
@@ -187,6 +192,9 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "image": ["--image", str(files["folder"] / "picture.png")],
         "prompt": ["--prompt", "another"],
         "max_new_tokens": ["--max-new-tokens", "3"],
+        "max_thinking_tokens": ["--max-thinking-tokens", "7"],
+        "precision": ["--precision", "bf16"],
+        "prompts": ["--prompts", str(files["more.jsonl"])],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         **(others if command == "check" else {}),
@@ -203,6 +211,7 @@ WORK = {
     "ipmerge_core.merging.merge.estimate_merge": "merge",
     "ipmerge_core.adapters.export.iter_adapter": "adapter",
     "ipmerge_core.inference.generation.answer": "chat",
+    "ipmerge_core.evaluation.recording.iter_recording": "record",
     "ipmerge_core.ui.app.launch": "app",
 }
 
@@ -383,7 +392,7 @@ def test_the_app_speaks_json(
     monkeypatch.setattr("ipmerge_core.cli.commands.Event.wait", lambda _: None)
     assert cli.main(["app", "--json", "--port", "7999"]) == 0
     assert json.loads(capsys.readouterr().out)["address"] == "http://127.0.0.1:7999/"
-    assert served == {"block": False, "device": "auto", "quiet": True}
+    assert served == {"block": False, "device": "auto", "precision": "auto", "quiet": True}
 
 
 @pytest.mark.parametrize("error", [OSError("Cannot find empty port"), OverflowError("port")])

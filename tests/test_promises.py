@@ -117,9 +117,32 @@ COMMANDS: dict[str, dict[str, str]] = {
         "updates": "no second decomposition",
     },
     "chat": dict.fromkeys(
-        ("model", "compare", "image", "prompt", "max_new_tokens", "device"), "answer"
+        (
+            "model",
+            "compare",
+            "image",
+            "prompt",
+            "max_new_tokens",
+            "max_thinking_tokens",
+            "device",
+            "precision",
+        ),
+        "answer",
     ),
-    "app": {"host": "address", "port": "address", "device": "default device of all runs"},
+    "record": {
+        **{name: place for name, place in MERGING.items() if name != "force"},
+        "prompts": "examples",
+        "max_new_tokens": "max_new_tokens",
+        "max_thinking_tokens": "examples",
+        "precision": "dtype",
+        "updates": "no second decomposition",
+    },
+    "app": {
+        "host": "address",
+        "port": "address",
+        "device": "default device of all runs",
+        "precision": "of the models in memory",
+    },
 }
 REQUEST = {
     "pack": "manifest.sources",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -260,10 +261,32 @@ def chat(options: argparse.Namespace) -> int:
             f"with --compare, or omit it."
         )
     image = input_file(options.image, "image") if options.image else None
-    how = {"max_new_tokens": options.max_new_tokens, "device": options.device}
+    names = ("max_new_tokens", "max_thinking_tokens", "device", "precision")
+    how = {name: vars(options)[name] for name in names}
     answers = {model: answer(model, options.prompt, image, **how) for model in models}
     text = "\n\n".join(f"{model}:\n{reply}" for model, reply in answers.items())
     return print_result(options, answers, text)
+
+
+def record(options: argparse.Namespace) -> int:
+    """Record the replies of a model and of a merge of it to a set of prompts."""
+    from ipmerge_core.evaluation.recording import iter_recording, read_prompts
+    from ipmerge_core.inference.sampling import GenerationSettings
+
+    plan, prompts = read_plan(options), read_prompts(options.prompts)
+    settings = GenerationSettings(
+        max_new_tokens=options.max_new_tokens, max_thinking_tokens=options.max_thinking_tokens
+    )
+    how = {name: vars(options)[name] for name in ("device", "precision")}
+    how["updates"] = _updates_of(options, plan)
+    with Progress(options) as progress:
+        for step in iter_recording(plan, prompts, options.target, settings=settings, **how):
+            progress.show("recording", step.number, step.total, step.what)
+    content = json.loads(options.target.read_text(encoding="utf-8"))
+    counts = Counter(example["verdict"] for example in content["examples"])
+    said = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    text = f"Wrote {options.output}: {len(prompts)} prompts with plan {plan.hash} ({said})."
+    return print_result(options, {"records": options.output, "verdicts": dict(counts)}, text)
 
 
 def app(options: argparse.Namespace) -> int:
@@ -278,7 +301,12 @@ def app(options: argparse.Namespace) -> int:
     silent = options.json or options.quiet
     try:
         served = launch(
-            options.host, options.port, block=not options.json, device=device, quiet=silent
+            options.host,
+            options.port,
+            block=not options.json,
+            device=device,
+            precision=options.precision,
+            quiet=silent,
         )
     except (OSError, OverflowError) as error:  # the port is in use, or there is no such address
         raise RunError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
+from ipmerge_core.inference.precisions import PRECISIONS
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
@@ -133,13 +134,43 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", metavar="MODEL", help="folder of a second model")
     parser.add_argument("--image", help="image file")
     parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    _add_lengths(parser)
+    _add_precision(parser)
     _add_device(parser, fp64=False)
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    parser.add_argument(
+        "--max-thinking-tokens", type=int, default=1024, help="limit of a model that thinks first"
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the model in memory; auto: the most exact that fits",
+    )
+
+
+def _record(parser: argparse.ArgumentParser) -> None:
+    _add_plan(parser)
+    parser.add_argument(
+        "--prompts", required=True, metavar="JSONL", help="questions, images and reference answers"
+    )
+    _add_output(parser, "FILE", "output file, such as NAME.records.json next to NAME.pack.json.gz")
+    _add_lengths(parser)
+    _add_precision(parser)
+    _add_updates(parser, _KEPT)
+    _add_device(parser)
 
 
 def _app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
     parser.add_argument("--port", type=int, help="port; by default the first free one from 7860")
+    _add_precision(parser)
     parser.add_argument(
         "--device",
         default="auto",
@@ -287,5 +318,6 @@ COMMANDS = (
     (commands.merge, "execute a merge plan", _merge),
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
+    (commands.record, "record the replies of a model and of a plan to prompts", _record),
     (commands.app, "start the web app", _app),
 )

@@ -26,8 +26,8 @@ from ipmerge_core.runtime.imports import IMPORTING, find_torchvision
 from ipmerge_core.runtime.turns import Turns
 
 if TYPE_CHECKING:
-    from ipmerge_core.inference.memory import Precision
     from ipmerge_core.inference.placement import Placement
+    from ipmerge_core.inference.precisions import Precision
     from ipmerge_core.models.checkpoint import Checkpoint
 
 Progress = Callable[[float], object]

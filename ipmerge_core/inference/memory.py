@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
 
 from ipmerge_core.errors import ModelLoadError, PlanError
+from ipmerge_core.inference.precisions import PRECISIONS, QUANTISED, Precision
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.runtime.devices import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Precision = Literal["auto", "stored", "bf16", "fp16", "8bit", "4bit"]
-PRECISIONS: Sequence[Precision] = get_args(Precision)
-QUANTISED: Sequence[Precision] = ("8bit", "4bit")
 _BYTES = {"bf16": 2.0, "fp16": 2.0, "8bit": 1.0, "4bit": 0.5625}  # NF4: 4 bits and its scales
 _ROOM = 1.15  # of the weights: activations and the cache of a chat
 _SMALL = 1 << 30  # bytes that are always there for them

@@ -14,13 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ipmerge_core.inference.memory import (
-    QUANTISED,
-    Precision,
-    choose_precision,
-    free_on,
-    loading_options,
-)
+from ipmerge_core.inference.memory import choose_precision, free_on, loading_options
+from ipmerge_core.inference.precisions import QUANTISED, Precision
 from ipmerge_core.models.checkpoint import Checkpoint
 
 _DTYPES: dict[str, Any] = {"stored": "auto", "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -33,7 +33,7 @@ def is_zero_gpu() -> bool:
 
 
 def call_seconds(tokens: int, batches: int, *, prepares: bool = False) -> int:
-    """Return the duration to ask for: all columns together, for the longest reply.
+    """Return the duration to request: all columns together, for the longest reply.
 
     Args:
         tokens: the most tokens of a reply, its thinking part included.

@@ -36,7 +36,7 @@ class AskedColumn(NamedTuple):
 
 
 class ColumnAnswer(NamedTuple):
-    """What one column has said so far; `note` is progress, or the reason of a failure."""
+    """The reply of one column so far; `note` is progress, or the reason of a failure."""
 
     label: str
     state: str
