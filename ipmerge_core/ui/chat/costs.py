@@ -1,4 +1,4 @@
-"""State what the selected columns need before they can answer, and ask for consent if it is large.
+"""State what the selected columns need before they can answer, and require consent if it is large.
 
 In: the selected columns. Out: a line with memory and time of every column that has tensors of its
 own: other methods, ablations and finished merges. Columns of IP-Merging share the model's weights

@@ -32,7 +32,7 @@ from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, lay_out
 from ipmerge_core.ui.chat.recorded import Reference
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chat.sweeping import wire_strip
-from ipmerge_core.ui.chat.tools import (
+from ipmerge_core.ui.chat.turn_actions import (
     FillPrompt,
     wire_columns_view,
     wire_examples,
