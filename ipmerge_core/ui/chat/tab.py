@@ -21,6 +21,7 @@ from ipmerge_core.ui.chat.answers import (
     Question,
     Side,
     answer_question,
+    serve_lent,
 )
 from ipmerge_core.ui.chat.asking import Typed, make_question, new_turn, read_prompt
 from ipmerge_core.ui.chat.column_choice import ColumnChoice, wire_choice
@@ -31,7 +32,7 @@ from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, lay_out
 from ipmerge_core.ui.chat.recorded import Reference
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chat.sweeping import wire_strip
-from ipmerge_core.ui.chat.tools import (
+from ipmerge_core.ui.chat.turn_actions import (
     FillPrompt,
     wire_columns_view,
     wire_examples,
@@ -79,6 +80,7 @@ def try_tab(
     `shown` shows the pair in Explore and holds the chosen merge; `runs` and `last` are the merges
     that the browser remembers, see `column_choice`.
     """
+    serve_lent(backend)
     parts = lay_out(shown.chosen, runs, last)
     events = wire_choice(backend, parts.choice, pair, tab)
     wire_costs(backend, parts, events.changed)
