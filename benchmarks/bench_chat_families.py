@@ -134,7 +134,7 @@ def compared(folder: Path, absent: ProcessorServer, image: Image.Image) -> list[
     found: list[dict[str, Any]] = []
     for server in (absent, default_server()):
         processor = RemoteProcessor(folder, takes_images=True, server=server)
-        found.append(processor.encode([Message("user", QUESTION, image)]))
+        found.append(processor.encode([Message("user", QUESTION, (image,))]))
         processor.close()
     left, right = found
     shapes = all(left[key].shape == right[key].shape for key in left)

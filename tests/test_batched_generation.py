@@ -26,7 +26,6 @@ TOKENS = 6
 
 
 def encoded(loaded: LoadedModel, questions: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """Encode with the message type of today, whose images may become several."""
     messages = [[_message(text, image)] for text, image in questions]
     found = encode_rows(loaded.processor, messages)
     assert all(isinstance(each, dict) for each in found), found
@@ -34,9 +33,7 @@ def encoded(loaded: LoadedModel, questions: list[tuple[str, Any]]) -> list[dict[
 
 
 def _message(text: str, image: Any) -> Message:
-    several = "images" in Message._fields
-    pictures = ((image,) if image is not None else ()) if several else image
-    return Message("user", text, pictures)
+    return Message("user", text, (image,))
 
 
 def alone(loaded: LoadedModel, prompt: dict[str, Any]) -> list[int]:

@@ -37,7 +37,7 @@ SAMPLE = [
     ("InternVL", torch.bfloat16),
 ]
 NOISE, WHITE = Image.effect_noise((90, 60), 80), Image.new("RGB", (90, 60), "white")
-ASKED = [Message("user", "What is it?", NOISE)]
+ASKED = [Message("user", "What is it?", (NOISE,))]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_family_with_a_video_part_answers_with_an_image_without_torchvision(
     assert next(loaded.model.parameters()).dtype == dtype
     logits = []
     for image in (NOISE, WHITE):
-        inputs = processor.encode([Message("user", "What is it?", image)])
+        inputs = processor.encode([Message("user", "What is it?", (image,))])
         with torch.inference_mode():
             logits.append(loaded.model(**inputs).logits[0, -1])
     assert not torch.equal(*logits)

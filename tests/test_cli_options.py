@@ -77,6 +77,10 @@ def files(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main([*arguments, "--quiet", "-o", known[name]]) == 0
     (folder / "picture.png").write_bytes(b"x")
+    line = '{"question": "1 + 1", "answer": "2", "image": "picture.png"}\n'
+    for name, lines in (("prompts.jsonl", line), ("more.jsonl", 2 * line)):
+        known[name] = str(folder / name)
+        (folder / name).write_text(lines)
     pack = read_pack(folder / "pack.json.gz")[0]
     pair = {"id": "of-another-machine", **{k: pack[k] for k in ("name", "created", "parameters")}}
     choice = {"format": FORMAT, "version": VERSION, "pair": pair}
@@ -135,6 +139,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "vlmevalkit": [mllm, "--tasks", "MMStar", "--harness", "vlmevalkit",
                            "--harness-model", "LLaVA_Next"],
         },
+        "record": {"plan": [files["ip.json"], "--prompts", str(files["prompts.jsonl"])]},
         "app": {"app": []},
     }  # fmt: skip
     return found[command]
@@ -192,6 +197,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "resume": ["--no-resume"],
         "tolerance": ["--tolerance", "0.1"],
         "max_rank": ["--max-rank", "3"],
+        "updates": ["--updates", str(files["folder"] / "updates")],
         "model": ["C"],
         "compare": ["--compare", "C"],
         "image": ["--image", str(files["folder"] / "picture.png")],
@@ -207,6 +213,9 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "harness_python": ["--harness-python", "other"],
         "harness_model": ["--harness-model", "Other"],
         "harness_include": ["--harness-include", str(files["folder"])],
+        "max_thinking_tokens": ["--max-thinking-tokens", "7"],
+        "precision": ["--precision", "bf16"],
+        "prompts": ["--prompts", str(files["more.jsonl"])],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         **(others if command == "check" else {}),
@@ -225,6 +234,7 @@ WORK = {
     "ipmerge_core.inference.generation.answer": "chat",
     "ipmerge_core.evaluation.evaluate.iter_evaluation": "evaluate",
     "ipmerge_core.evaluation.harness.run_lmms_eval": "evaluate",
+    "ipmerge_core.evaluation.recording.iter_recording": "record",
     "ipmerge_core.ui.app.launch": "app",
 }
 
@@ -421,7 +431,7 @@ def test_the_app_speaks_json(
     monkeypatch.setattr("ipmerge_core.cli.commands.Event.wait", lambda _: None)
     assert cli.main(["app", "--json", "--port", "7999"]) == 0
     assert json.loads(capsys.readouterr().out)["address"] == "http://127.0.0.1:7999/"
-    assert served == {"block": False, "device": "auto", "quiet": True}
+    assert served == {"block": False, "device": "auto", "precision": "auto", "quiet": True}
 
 
 @pytest.mark.parametrize("error", [OSError("Cannot find empty port"), OverflowError("port")])

@@ -11,6 +11,7 @@ import random
 import shutil
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,13 +28,13 @@ from ipmerge_core.evaluation.batched_answers import answer_all
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.generation import (
     GenerationSettings,
-    _Sampler,
     answer,
     encode_prompt,
     stream_answer,
 )
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, ModelCache, load_model
+from ipmerge_core.inference.sampling import Sampler
 from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.tasks.demo import problems
 
@@ -101,7 +102,10 @@ def test_models_and_pictures_may_be_given_by_path(tmp_path):
 
 def test_the_pieces_of_a_stream_make_the_whole_answer(mllm):
     problem = problems("sides", 1, seed=1)[0]
-    pieces = list(stream_answer(mllm, problem.question, problem.image))
+    slow = mllm.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))  # longer than a tick
+    with contextlib.closing(stream_answer(mllm, problem.question, problem.image)) as stream:
+        pieces = list(stream)
+    slow.remove()
     assert len(pieces) > 1
     assert "".join(pieces).strip() == answer(mllm, problem.question, problem.image)
 
@@ -242,8 +246,8 @@ def test_any_temperature_above_zero_gives_finite_scores():
     scores = torch.linspace(-80, 80, 1000)[None]
     greedy = int(scores.argmax())
     for temperature in (5e-324, 1e-39, 1e-30, 1e-3, 5.0):
-        sampler = _Sampler(GenerationSettings(temperature=temperature, seed=2**63 - 1))
-        found = sampler(None, scores)
+        sampler = Sampler(GenerationSettings(temperature=temperature, seed=2**63 - 1))
+        found = sampler(scores)
         assert bool(found.isfinite().all())
         assert temperature > 0.001 or int(found.argmax()) == greedy
 

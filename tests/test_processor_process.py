@@ -58,7 +58,10 @@ def test_it_encodes_and_decodes_as_in_this_process(name):
     there = RemoteProcessor(DEMO / name, takes_images=takes_images)
     assert there.load() == here.special_ids
     image = Image.effect_noise((90, 40), 60) if takes_images else None
-    messages = [Message("system", "Be brief, \ud800 </s>."), Message("user", "Is it?", image)]
+    messages = [
+        Message("system", "Be brief, \ud800 </s>."),
+        Message("user", "Is it?", () if image is None else (image,)),
+    ]
     messages = [messages[0]._replace(text="Be brief, </s>."), messages[1]]
     expected, found = here.encode(messages), there.encode(messages)
     assert found.keys() == expected.keys()

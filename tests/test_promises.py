@@ -69,7 +69,14 @@ SHOWN_ONLY = dict.fromkeys(("json", "quiet", "help"), "output on the terminal")
 
 COMMANDS: dict[str, dict[str, str]] = {
     "check": {**MODELS, "strict": "exit code", "exact": "weights compared by the check"},
-    "analyse": {**MODELS, **ANALYSIS, "device": "run", "output": "pack", "force": "sibling check"},
+    "analyse": {
+        **MODELS,
+        **ANALYSIS,
+        "device": "run",
+        "output": "pack",
+        "force": "sibling check",
+        "updates": "folder of updates",
+    },
     "calibrate": {
         **MODELS,
         **{name: f"manifest.calibration.settings.{name}" for name in ("kind", "estimator", "wide")},
@@ -97,14 +104,30 @@ COMMANDS: dict[str, dict[str, str]] = {
         **{name: place for name, place in PLANNED.items() if name != "base_mllm"},
         "output": "recipe",
     },
-    "merge": {**MERGING, "resume": "manifest.attempts", "dry_run": "estimate"},
+    "merge": {
+        **MERGING,
+        "resume": "manifest.attempts",
+        "dry_run": "estimate",
+        "updates": "no second decomposition",
+    },
     "adapter": {
         **MERGING,
         "tolerance": "report.tolerance",
         "max_rank": "report.max_rank",
+        "updates": "no second decomposition",
     },
     "chat": dict.fromkeys(
-        ("model", "compare", "image", "prompt", "max_new_tokens", "device"), "answer"
+        (
+            "model",
+            "compare",
+            "image",
+            "prompt",
+            "max_new_tokens",
+            "max_thinking_tokens",
+            "device",
+            "precision",
+        ),
+        "answer",
     ),
     "evaluate": {
         "models": "report.subjects",
@@ -120,7 +143,20 @@ COMMANDS: dict[str, dict[str, str]] = {
             ("harness", "harness_python", "harness_model", "harness_include"), "harness command"
         ),
     },
-    "app": {"host": "address", "port": "address", "device": "default device of all runs"},
+    "record": {
+        **{name: place for name, place in MERGING.items() if name != "force"},
+        "prompts": "examples",
+        "max_new_tokens": "max_new_tokens",
+        "max_thinking_tokens": "examples",
+        "precision": "dtype",
+        "updates": "no second decomposition",
+    },
+    "app": {
+        "host": "address",
+        "port": "address",
+        "device": "default device of all runs",
+        "precision": "of the models in memory",
+    },
 }
 REQUEST = {
     "pack": "manifest.sources",
@@ -158,6 +194,14 @@ ENDPOINTS: dict[str, dict[str, str]] = {
         ),
         **dict.fromkeys(("left_key", "right_key"), "access"),
     },
+}
+ENDPOINTS["answer"] = {
+    "pack": REQUEST["pack"],
+    **dict.fromkeys(
+        ("question", "columns", "images", "history", "system", "temperature", "max_new_tokens"),
+        "answer",
+    ),
+    **dict.fromkeys(("max_thinking_tokens", "seed"), "answer"),
 }
 COMPONENTS = {
     "pair": "manifest.sources",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,10 +24,11 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
-from ipmerge_core.analysis.comparison import Options, compare
+from ipmerge_core.analysis.comparison import GAMMA_NORMS, Options, compare
 from ipmerge_core.analysis.partial import SUFFIX, Journal, PendingMatrix, journal_of
 from ipmerge_core.analysis.records import VERSION, Analysis, LayerRecord, Source, Sources, Totals
-from ipmerge_core.errors import PairingError, RunError
+from ipmerge_core.analysis.updates import UpdateStore, Variant
+from ipmerge_core.errors import PairingError, PlanError, RunError
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint
 from ipmerge_core.models.matrix_kinds import MODULES
 from ipmerge_core.models.opening import open_model
@@ -37,7 +38,10 @@ from ipmerge_core.runtime.devices import free_memory, resolve_device, stream, st
 from ipmerge_core.runtime.paths import expand_path, output_file, output_folder
 from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
 from ipmerge_core.spectral.kinds import TEMPERATURE
+from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.version import __version__
+
+_CHEAP = 1_000_000_000  # bytes of an MLLM whose updates are kept without being requested
 
 
 def analyse(
@@ -164,18 +168,21 @@ def iter_analysis(
     *,
     device: str = "cpu",
     journal: str | Path | None = None,
+    updates: str | Path | None = None,
 ) -> Iterator[LayerRecord]:
     """Yield one LayerRecord per matrix and expert, in order; `len(pair.matrices)` x experts.
 
     Reads the next matrices while others are decomposed. Results are appended to `journal`, a file
-    of JSON lines; if it contains records of the same weights and options, they are reused. Errors
-    as for `analyse`.
+    of JSON lines; if it contains records of the same weights and options, they are reused. The
+    updates of IP-Merging are kept in the folder `updates`, see `analysis.updates`. Errors as for
+    `analyse`; PlanError if updates cannot be kept with these options.
     """
     options, device = (options or Options()).check(), resolve_device(device)
+    stores = _stores(updates, pair, options, device)
     done = _open_journal(Path(journal), pair, options) if journal is not None else None
     found = done.records if done else {}
     waiting = [matrix for matrix in pair.matrices if matrix.name not in found]
-    with closing(_analyse_each(pair, waiting, device, options)) as fresh:
+    with closing(_analyse_each(pair, waiting, device, options, stores)) as fresh:
         for matrix in pair.matrices:
             if matrix.name in found:
                 yield from found[matrix.name]
@@ -184,6 +191,26 @@ def iter_analysis(
             if done:
                 done.append(records)
             yield from records
+
+
+def _stores(
+    folder: str | Path | None, pair: ModelPair, options: Options, device: str
+) -> dict[str, UpdateStore]:
+    """Open the folders of kept updates by `gamma_norm`; none if they are not wanted.
+
+    Raises: PlanError for an analysis of leading directions.
+    """
+    if folder is None:
+        return {}
+    if options.triplets is not None:
+        raise PlanError(
+            "An analysis of leading directions (a rank, or quick) does not compute the updates of "
+            "a merge, so that it cannot keep them. Analyse all directions, or do not keep updates."
+        )
+    variant = Variant(options.temperature, "sum", "softmax", 64, None, options.directions)
+    variants = {norm: variant._replace(gamma_norm=norm) for norm in GAMMA_NORMS}
+    where = output_folder(folder)
+    return {norm: UpdateStore(where, pair, found, device) for norm, found in variants.items()}
 
 
 def _open_journal(path: Path, pair: ModelPair, options: Options) -> Journal:
@@ -228,8 +255,11 @@ def iter_pack(
     directions: Literal["existing", "all"] = "existing",
     device: str = "cpu",
     hub_only: bool = False,
+    updates: str | Path | None = None,
 ) -> Iterator[AnalysisStep]:
     """Open models by name and analyse them into the new pack `out`, see `iter_pack_of`.
+
+    Updates are kept only where that is cheap: of all directions, and for an MLLM of at most 1 GB.
 
     Raises:
         PairingError: the sibling check refuses the models, or a task vector is zero.
@@ -246,17 +276,25 @@ def iter_pack(
     experts = [opened(name, base=root) for name in math]
     pair = open_pair(opened(mllm), experts, root, base_mllm=own)
     pair.require_common_base()
-    yield from iter_pack_of(pair, out, options, device=device)
+    is_cheap = options.triplets is None and pair.mllm.nbytes <= _CHEAP
+    kept = updates if is_cheap else None
+    yield from iter_pack_of(pair, out, options, device=device, updates=kept)
 
 
 def iter_pack_of(
-    pair: ModelPair, out: Path, options: Options, *, device: str = "cpu"
+    pair: ModelPair,
+    out: Path,
+    options: Options,
+    *,
+    device: str = "cpu",
+    updates: str | Path | None = None,
 ) -> Iterator[AnalysisStep]:
     """Analyse a pair into the pack `out`, step by step; resume an interrupted run.
 
-    Records are kept in a journal (see `journal_of`) until the pack is complete. Raises: as
-    `analyse`; RunError if the pack cannot be written; PairingError if a model's weights are written
-    during the run.
+    Records are kept in a journal (see `journal_of`) until the pack is complete. With a folder for
+    `updates`, those of IP-Merging are kept there (see `analysis.updates`). Raises: as `analyse`;
+    RunError if the pack cannot be written; PairingError if a model's weights are written during the
+    run; PlanError if updates cannot be kept with these options.
     """
     device = resolve_device(device)  # a fault before any file
     out = output_file(out, suffix=SUFFIX)
@@ -267,7 +305,8 @@ def iter_pack_of(
     step = AnalysisStep(len(journal.records), len(costs), "", before, before, sum(costs))
     yield step
     records: list[LayerRecord] = []
-    for record in iter_analysis(pair, options, device=device, journal=journal.path):
+    analysed = iter_analysis(pair, options, device=device, journal=journal.path, updates=updates)
+    for record in analysed:
         records.append(record)
         number = len(records) // len(pair.math)
         if record.expert == len(pair.math) - 1 and number > step.number:
@@ -287,7 +326,11 @@ def iter_pack_of(
 
 
 def _analyse_each(
-    pair: ModelPair, matrices: Sequence[MatrixMatch], device: str, options: Options
+    pair: ModelPair,
+    matrices: Sequence[MatrixMatch],
+    device: str,
+    options: Options,
+    stores: Mapping[str, UpdateStore],
 ) -> Generator[list[LayerRecord]]:
     """Yield the records of each matrix in order, with concurrent decompositions and reads."""
     workers = _workers(device, max((working_set(pair, m, options) for m in matrices), default=0))
@@ -298,7 +341,7 @@ def _analyse_each(
     ahead = (1 + workers) * max((load.nbytes for load in loads), default=0)
 
     def compared(read: tuple[MatrixMatch, MatrixWeights]) -> list[LayerRecord]:
-        return _analyse_on(device, *read, options)
+        return _analyse_on(device, *read, options, stores)
 
     with (
         closing(read_ahead(loads, ahead, max(workers, pair.pace.threads))) as weights,
@@ -345,13 +388,25 @@ def _stored_bytes(pair: ModelPair, matrix: MatrixMatch) -> int:
 
 
 def _analyse_on(
-    device: str, matrix: MatrixMatch, weights: MatrixWeights, options: Options
+    device: str,
+    matrix: MatrixMatch,
+    weights: MatrixWeights,
+    options: Options,
+    stores: Mapping[str, UpdateStore],
 ) -> list[LayerRecord]:
-    """Analyse one matrix on the device, or on the CPU if the device runs out of memory."""
+    """Analyse one matrix on the device, or on the CPU if the device runs out of memory.
+
+    Updates are those of the device, so that only those computed on it are kept.
+    """
+
+    def leave(updates: Mapping[str, Sequence[Update]]) -> None:
+        for gamma_norm, store in stores.items():
+            store.write(matrix.name, updates[gamma_norm])
+
     with torch.inference_mode():
         try:
             with stream(device):
-                return list(compare(matrix, weights.to(device), options))
+                return list(compare(matrix, weights.to(device), options, leave if stores else None))
         except torch.OutOfMemoryError:
             warn_of_cpu(device, matrix.name, matrix.shape)
         return list(compare(matrix, weights.to("cpu"), options))

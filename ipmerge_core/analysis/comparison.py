@@ -7,7 +7,7 @@ not formed: their norms and inner products are sums over the MLLM's directions. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import inf
 from typing import Literal, NamedTuple
@@ -25,6 +25,7 @@ from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral import spectrum
 from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.spectral.low_rank import LowRank
+from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.spectral.weight_values import weight_values
 
 GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
@@ -156,8 +157,17 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum(dtype=torch.float64))
 
 
-def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> Iterator[LayerRecord]:
-    """Yield the record of each expert for one matrix; `LayerRecord` documents every number."""
+def compare(
+    matrix: MatrixMatch,
+    weights: MatrixWeights,
+    options: Options,
+    leave: Callable[[dict[str, list[Update]]], object] | None = None,
+) -> Iterator[LayerRecord]:
+    """Yield the record of each expert for one matrix; `LayerRecord` documents every number.
+
+    `leave` takes the updates of all experts by `gamma_norm`, where they are those that a merge
+    computes (see `_as_merged`).
+    """
     in_mixture = is_expert(matrix.module)  # a pack has tens of thousands: no spectra
     # First, so that its memory is free again.
     base = None if in_mixture else _base_values(matrix, weights, options)
@@ -167,14 +177,38 @@ def compare(matrix: MatrixMatch, weights: MatrixWeights, options: Options) -> It
     mllm = _side(weights.mllm, weights.root, own, known, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
     earlier: list[_Expert] = []
+    updates: dict[str, list[Update]] = {norm: [] for norm in GAMMA_NORMS}
+    leaves = leave is not None and _as_merged(weights, options)
     for expert, (tuned, factors) in enumerate(zip(weights.math, others, strict=True)):
         key = f"{matrix.name}|math {expert}"
         math = _side(tuned, weights.base, spacing, factors, options, key)
         found = _expert(mllm, math, options)
         norms = _update_norms(mllm, found, earlier)
         earlier.append(found)
+        for norm in GAMMA_NORMS if leaves else ():
+            updates[norm].append(_update(mllm, math, options, norm))
         record = _record(matrix, expert, mllm, math, norms, norms2)
         yield record if in_mixture else replace(record, spectra=_spectra(mllm, math, base))
+    if leave is not None and leaves:
+        leave(updates)
+
+
+def _as_merged(weights: MatrixWeights, options: Options) -> bool:
+    """Return whether a merge computes exactly the same updates.
+
+    Not with an own base of the MLLM, to which a merge moves the experts; not for adapters, whose
+    change is known as factors here; and not from leading directions, found with other random
+    numbers.
+    """
+    own_base = weights.root is not weights.base
+    return not own_base and not any(weights.factors) and options.triplets is None
+
+
+def _update(mllm: _Side, math: _Side, options: Options, gamma_norm: str) -> Update:
+    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
+    gamma = sim.importance(angles, options.temperature, gamma_norm)
+    rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
+    return sim.update_factors(math.task_vector, mllm.spectrum, gamma, rho)
 
 
 def _norm2(weight: Tensor) -> float:

@@ -254,12 +254,7 @@ def _message(item: Item) -> Message:
     """Return the message of an item. Raises: RunError if a picture cannot be opened."""
     if not item.question.strip():
         raise RunError("The question is empty.")
-    if len(item.pictures) > 1:
-        raise RunError(
-            f"The item has {len(item.pictures)} pictures; one is supported. It is not evaluated."
-        )
-    image = _opened(item.pictures[0]) if item.pictures else None
-    return Message("user", item.question.strip(), image)
+    return Message("user", item.question.strip(), tuple(map(_opened, item.pictures)))
 
 
 def _opened(picture: Picture) -> Image:

@@ -25,6 +25,7 @@ from ipmerge_core.inference.prompts import (
     split_verbatim,
     without_begin,
 )
+from ipmerge_core.inference.thinking import MARKERS
 from ipmerge_core.runtime.imports import find_torchvision
 
 if TYPE_CHECKING:
@@ -90,6 +91,17 @@ class ModelProcessor:
         return SpecialIds(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
     @property
+    def thinking_ids(self) -> dict[str, int]:
+        """The ids of the markers of a thinking part that are tokens, by their text."""
+        known = {text for marker in MARKERS for text in marker}
+        ids = {text: self.tokenizer.convert_tokens_to_ids(text) for text in sorted(known)}
+        return {
+            text: number
+            for text, number in ids.items()
+            if number is not None and self.tokenizer.convert_ids_to_tokens(number) == text
+        }
+
+    @property
     def image_processor(self) -> str | None:
         """The class of the image processor and its library; None for a tokenizer."""
         return name_image_processor(self.processor)
@@ -100,8 +112,8 @@ class ModelProcessor:
         Raises: ModelLoadError if the template or the processor cannot be used.
         """
         prompt = render_chat(self.chat_format, messages, self._layouts)
-        images = [message.image for message in messages if message.image is not None]
-        with explained(self._refused if images or not self.takes_images else self._needs_image):
+        images = [image for message in messages for image in message.images]
+        with explained(partial(self._refused_images, len(images))):
             for mark in prompt.verbatim:
                 self._add_mark(mark)
             inputs = self._encode(prompt.text, images)
@@ -140,10 +152,17 @@ class ModelProcessor:
             f"Are its processor and tokenizer files those of this model?"
         )
 
-    def _needs_image(self, error: Exception) -> ModelLoadError:
+    def _refused_images(self, count: int, error: Exception) -> ModelLoadError:
+        """Describe an error of the processor by the number of images that it was given."""
+        if count == 1 or not self.takes_images:
+            return self._refused(error)
+        what, remedy = f"{count} images", "Ask with one image: not every model takes several."
+        if not count:
+            what, remedy = "out an image", "Attach an image."
+        space = " " if count else ""
         return ModelLoadError(
-            f"The processor of '{self.name}' cannot encode a question without an image "
-            f"({first_line(error)}). Attach an image."
+            f"The processor of '{self.name}' cannot encode a question with{space}{what} "
+            f"({first_line(error)}). {remedy}"
         )
 
     def _encode(self, text: str, images: Sequence[Any]) -> dict[str, Any]:

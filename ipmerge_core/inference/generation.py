@@ -8,54 +8,36 @@ and independent of other threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from queue import Empty
 from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
+from ipmerge_core.errors import ModelLoadError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, load_model
-from ipmerge_core.inference.prompts import Message, check_question
+from ipmerge_core.inference.precisions import Precision
+from ipmerge_core.inference.prompts import Message, check_conversation, check_question
+from ipmerge_core.inference.rows import RowTokens, generate_rows
+from ipmerge_core.inference.sampling import LARGEST_SEED, MOST_NEW_TOKENS, GenerationSettings
+from ipmerge_core.inference.streaming import Job, RowState, Stream, stream_jobs
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 
-MOST_NEW_TOKENS = 2048
-LARGEST_SEED = 2**63 - 1
-
-
-_QUEUE_SECONDS = 0.1  # interval at which a waiting reader checks whether the writer is alive
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Generation settings. Temperature 0 selects the most likely token."""
-
-    temperature: float = 0.0
-    max_new_tokens: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Validate the values. Raises: RunError."""
-        if not 0 <= self.temperature <= 5:  # also rejects NaN
-            raise RunError(
-                f"The temperature is {self.temperature}; expected a number from 0 (greedy "
-                f"decoding) to 5."
-            )
-        if not 1 <= self.max_new_tokens <= MOST_NEW_TOKENS:
-            raise RunError(
-                f"The number of new tokens is {self.max_new_tokens}; expected an integer from "
-                f"1 to {MOST_NEW_TOKENS}."
-            )
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise RunError(
-                f"The seed is {self.seed}; expected an integer from 0 to {LARGEST_SEED}."
-            )
+__all__ = [
+    "LARGEST_SEED",
+    "MOST_NEW_TOKENS",
+    "GenerationSettings",
+    "answer",
+    "encode_messages",
+    "encode_prompt",
+    "on_device",
+    "stream_answer",
+    "stream_states",
+]
 
 
 def stream_answer(
@@ -65,7 +47,7 @@ def stream_answer(
     settings: GenerationSettings | None = None,
     cancelled: threading.Event | None = None,
 ) -> Iterator[str]:
-    """Stream the answer to a question.
+    """Stream the answer to a question, without the thinking part of a model that has one.
 
     Closing the generator, or setting `cancelled`, stops the model at its next token. Each call has
     its own random generator, so that concurrent answers do not affect each other.
@@ -75,25 +57,77 @@ def stream_answer(
         ModelLoadError: the model does not support this input.
         RunCancelled: `cancelled` was set before the first token.
     """
-    settings = settings or GenerationSettings()
+    stops = [cancelled] if cancelled else []
+    inputs = encode_prompt(loaded, question, image, stops=stops)
+    shown = ""
+    for state in stream_states(loaded, inputs, settings or GenerationSettings(), stops):
+        if state.state == "failed":
+            raise ModelLoadError(state.note)
+        if len(state.text) > len(shown):
+            yield state.text[len(shown) :]
+            shown = state.text
+
+
+def stream_states(
+    loaded: LoadedModel,
+    inputs: Mapping[str, Any],
+    settings: GenerationSettings,
+    stops: Sequence[threading.Event] = (),
+) -> Iterator[RowState]:
+    """Stream the reply to an encoded prompt of one conversation, see `RowState`."""
     closed = threading.Event()
-    stops = [closed, *([cancelled] if cancelled else [])]
-    inputs = on_device(encode_prompt(loaded, question, image, stops=stops), loaded.model.device)
-    streamer = _new_streamer(loaded, stops)
+    marks = loaded.processor.thinking
+    opened = marks.opens(inputs["input_ids"][0].tolist())
+    stream = Stream(RowTokens(settings, [closed, *stops], opened))
+    ready = on_device(inputs, loaded.model.device)
 
-    def stopped(error: Exception) -> ModelLoadError:
-        return ModelLoadError(
-            f"'{loaded.folder.name}' failed while generating ({first_line(error)}). "
-            f"A shorter question or smaller image may help."
-        )
+    def run() -> None:
+        rows = [stream.tokens]
+        run_in_turns(loaded, ready, rows, lambda: None, lambda: None)
 
-    with ThreadPoolExecutor(1) as threads, explained(stopped):
+    job = Job(run, [stream], loaded.folder.name)
+    for states in stream_jobs([job], [stream], loaded.processor, marks, closed):
+        yield states[0]
+
+
+def run_in_turns(
+    loaded: LoadedModel,
+    inputs: Mapping[str, Any],
+    rows: Sequence[RowTokens],
+    install: Callable[[], object],
+    remove: Callable[[], object],
+) -> None:
+    """Generate the replies of one batch, letting other threads run the model between two steps.
+
+    `install` prepares the model for these rows before every turn, `remove` undoes it after.
+    """
+    from ipmerge_core.inference.shared_weights import Remembered
+
+    remembered = Remembered(loaded.model)
+
+    def leave() -> None:
+        remembered.save()
+        remove()
+
+    def enter() -> None:
+        install()
+        remembered.restore()
+
+    with loaded.turns.taken(_common_stops(rows)) as mine:
+        if not mine:
+            return
+        enter()
         try:
-            run = threads.submit(_generate, loaded, inputs, settings, streamer, stops)
-            yield from _pieces(streamer, run)
-            run.result()
+            between = partial(loaded.turns.switch, leave, enter)
+            generate_rows(loaded.model, inputs, rows, loaded.processor.thinking, between)
         finally:
-            closed.set()
+            leave()
+
+
+def _common_stops(rows: Sequence[RowTokens]) -> list[threading.Event]:
+    """Return the events that stop every row; one of a single row must not stop the others."""
+    first, *others = (list(row.stops) for row in rows)
+    return [event for event in first if all(event in stops for stops in others)]
 
 
 def answer(
@@ -104,16 +138,20 @@ def answer(
     temperature: float = 0.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    max_thinking_tokens: int = 1024,
     device: str = "cpu",
+    precision: Precision = "auto",
 ) -> str:
     """Return the complete answer; models and images can be given as paths.
 
-    `device` is the device of a model that is given as a path.
+    `device` and `precision` are those of a model that is given as a path, see `load_model`.
 
     Raises: as `load_model`, `open_image` and `stream_answer`.
     """
-    settings = GenerationSettings(temperature, max_new_tokens, seed)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, device)
+    settings = GenerationSettings(temperature, max_new_tokens, seed, max_thinking_tokens)
+    loaded = model
+    if not isinstance(loaded, LoadedModel):
+        loaded = load_model(loaded, device, precision=precision)
     picture = open_image(image) if isinstance(image, str | Path) else image
     return "".join(stream_answer(loaded, question, picture, settings)).strip()
 
@@ -139,8 +177,21 @@ def encode_prompt(
         ModelLoadError: an image for a text model, or the model's chat template or processor
             cannot be used.
     """
-    messages = [*before, Message("user", check_question(question), image)]
-    if not loaded.takes_images and any(message.image is not None for message in messages):
+    images = () if image is None else (image,)
+    return encode_messages(
+        loaded, [*before, Message("user", check_question(question), images)], stops
+    )
+
+
+def encode_messages(
+    loaded: LoadedModel, messages: Sequence[Message], stops: Sequence[threading.Event] = ()
+) -> dict[str, Any]:
+    """Render a conversation with the model's chat template and tokenize it: a batch of one.
+
+    Raises: as `encode_prompt` and `check_conversation`.
+    """
+    check_conversation(messages)
+    if not loaded.takes_images and any(message.images for message in messages):
         raise ModelLoadError(
             f"'{loaded.folder.name}' is a text model and does not support images. Ask without an "
             f"image, or choose a vision-language model."
@@ -169,75 +220,3 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     return {
         name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()
     }
-
-
-def _new_streamer(loaded: LoadedModel, stops: Sequence[threading.Event]) -> Any:  # noqa: ANN401
-    from transformers import TextIteratorStreamer
-
-    return TextIteratorStreamer(
-        loaded.processor,  # it has the `decode` of a tokenizer
-        skip_prompt=True,
-        timeout=_QUEUE_SECONDS,
-        skip_special_tokens=True,
-        stops=stops,
-    )
-
-
-def _pieces(streamer: Any, run: Future[None]) -> Iterator[str]:  # noqa: ANN401
-    """Yield text from the streamer until it ends or the generating thread fails."""
-    while True:
-        try:
-            yield next(streamer)
-        except StopIteration:
-            return
-        except Empty:
-            if run.done():
-                return
-
-
-def _generate(
-    loaded: LoadedModel,
-    inputs: Any,  # noqa: ANN401
-    settings: GenerationSettings,
-    streamer: Any,  # noqa: ANN401
-    stops: list[threading.Event],
-) -> None:
-    """Run the model and pass its tokens to the streamer; called in a separate thread."""
-    import torch
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
-    def stop(ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-        stopped = any(event.is_set() for event in stops)
-        return torch.full((ids.shape[0],), stopped, device=ids.device)
-
-    noise = [_Sampler(settings)] if settings.temperature else []
-    with torch.inference_mode():
-        loaded.model.generate(
-            **inputs,
-            do_sample=False,  # _Sampler adds the sampling noise
-            max_new_tokens=settings.max_new_tokens,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([stop]),
-            logits_processor=LogitsProcessorList(noise),
-        )
-
-
-class _Sampler:
-    """Exact sampling at a temperature with its own seeded random stream.
-
-    Math:   argmax_i (logit_i + T g_i), g_i = -log(-log u_i), draws i with probability
-            softmax(logits / T)_i (the Gumbel-max trick, times T, which is finite for every T).
-    """
-
-    def __init__(self, settings: GenerationSettings) -> None:
-        import torch
-
-        self.temperature = settings.temperature
-        self.random = torch.Generator().manual_seed(settings.seed)
-
-    def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        uniform = torch.rand(scores.shape, generator=self.random, dtype=torch.float64)
-        gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
-        return scores.float() + (self.temperature * gumbel).to(scores.device, torch.float32)

@@ -43,9 +43,9 @@ def module_names(mllm: Checkpoint, tensors: Iterable[str]) -> dict[str, str]:
         return {tensor: tensor.removesuffix(".weight") for tensor in tensors}
     refuse_layers(mllm)
     with explained(partial(explain_loading, mllm.id, "model")):
-        model = _on_meta(mllm)
+        model = model_on_meta(mllm)
     weights = model.state_dict()
-    renamed = _renamed(model, weights, mllm.tensors)
+    renamed = renamed_tensors(model, weights, mllm.tensors)
     names = {tensor: renamed[tensor] for tensor in tensors}
     for tensor, name in names.items():
         _refuse_misfit(mllm, tensor, name, weights.get(name))
@@ -67,7 +67,7 @@ def _refuse_misfit(mllm: Checkpoint, tensor: str, name: str, weight: Tensor | No
         )
 
 
-def _on_meta(mllm: Checkpoint) -> Any:  # noqa: ANN401
+def model_on_meta(mllm: Checkpoint) -> Any:  # noqa: ANN401
     """Build the model of a config without memory for its weights."""
     with IMPORTING:
         from transformers import (
@@ -84,7 +84,7 @@ def _on_meta(mllm: Checkpoint) -> Any:  # noqa: ANN401
         return (fitting or kinds)[0].from_config(config, attn_implementation="eager")
 
 
-def _renamed(
+def renamed_tensors(
     model: Any,  # noqa: ANN401
     weights: Mapping[str, Any],
     tensors: Iterable[str],

@@ -31,12 +31,8 @@ from ipmerge_core.errors import ModelLoadError, RunCancelled, RunError
 from ipmerge_core.inference.encoding import SpecialIds
 from ipmerge_core.inference.processor_checks import checked_text, prompt_error
 from ipmerge_core.inference.prompts import Message
-from ipmerge_core.inference.wire import (
-    pack_messages,
-    receive,
-    send,
-    unpack_inputs,
-)
+from ipmerge_core.inference.thinking import ThinkingTokens
+from ipmerge_core.inference.wire import pack_messages, receive, send, unpack_inputs
 
 _POLL_SECONDS = 0.05
 _START_SECONDS = 300.0  # for the libraries, on a machine that is busy
@@ -65,7 +61,8 @@ class RemoteProcessor:
     """The tokenizer or processor of the model in `folder`, in a process of its own.
 
     Requests are executed one at a time. `stops` are events that cancel a request. After the first,
-    `image_processor` is the class that resizes images and its library; None for a text model.
+    `image_processor` is the class that resizes images and its library, None for a text model, and
+    `thinking` are the tokens that mark a thinking part.
 
     All methods raise:
         ModelLoadError: the files cannot be used, or exceed a limit.
@@ -87,6 +84,7 @@ class RemoteProcessor:
         self._lock = threading.Lock()
         self._process: _Process | None = None
         self.image_processor: str | None = None
+        self.thinking = ThinkingTokens()
 
     def load(self, stops: Sequence[threading.Event] = ()) -> SpecialIds:
         """Load the files and return the ids of the special tokens."""
@@ -159,6 +157,7 @@ class RemoteProcessor:
             reply, _ = self._exchange(self._process, request, stops, self._limits.loading)
             self._process.special_ids = SpecialIds(**reply["special_ids"])
             self._keep_image_processor(reply["image_processor"])
+            self.thinking = ThinkingTokens.of(reply["thinking"])
         ids = self._process.special_ids
         assert ids is not None
         return self._process, ids

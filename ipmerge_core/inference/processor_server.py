@@ -78,7 +78,12 @@ def serve(connection: Connection) -> None:
             if request["call"] == "load":
                 model = ModelProcessor(request["folder"], takes_images=request["takes_images"])
                 ids = dict(model.special_ids._asdict())
-                reply, blob = {"special_ids": ids, "image_processor": model.image_processor}, b""
+                reply = {
+                    "special_ids": ids,
+                    "image_processor": model.image_processor,
+                    "thinking": model.thinking_ids,
+                }
+                blob = b""
             else:
                 assert model is not None, "no model was loaded"
                 reply, blob = _answer(model, request, data)

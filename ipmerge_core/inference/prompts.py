@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST_QUESTION = 4000  # characters
+LONGEST_MESSAGE = 16_000  # of an earlier message or a system prompt
 REMEDY = (
     "Fix chat_template.jinja, or chat_template in tokenizer_config.json, in the model folder; "
     "without a template the prompt is 'USER: ... ASSISTANT:'."
@@ -35,7 +36,7 @@ class Message(NamedTuple):
 
     role: Literal["system", "user", "assistant"]
     text: str
-    image: Image | None = None
+    images: tuple[Image, ...] = ()
 
 
 class Prompt(NamedTuple):
@@ -94,7 +95,7 @@ class _Layout(NamedTuple):
 
 
 # The layout of conversations with these roles and images.
-Layouts: TypeAlias = dict[tuple[tuple[str, bool], ...], _Layout]
+Layouts: TypeAlias = dict[tuple[tuple[str, int], ...], _Layout]
 
 _PARTS_FIRST = [_Layout("all", True), _Layout("user", True), _Layout("none", False)]
 _TEXT_FIRST = [_Layout("none", False), _Layout("user", False), _Layout("all", False)]
@@ -113,6 +114,22 @@ def check_question(question: str) -> str:
     if not question:
         raise RunError("The question is empty. Enter one; an image alone is not sufficient.")
     return question
+
+
+def check_conversation(messages: Sequence[Message]) -> None:
+    """Check that a conversation ends with a question, and the length of its messages.
+
+    Raises: RunError.
+    """
+    if not messages or messages[-1].role != "user":
+        raise RunError("The conversation does not end with a question. Ask one.")
+    check_question(messages[-1].text)
+    longest = max((len(message.text) for message in messages), default=0)
+    if longest > LONGEST_MESSAGE:
+        raise RunError(
+            f"A message of the conversation has {longest} characters; the maximum is "
+            f"{LONGEST_MESSAGE}. Start a new conversation, or shorten the system prompt."
+        )
 
 
 def render_chat(
@@ -135,7 +152,7 @@ def render_chat(
         return Prompt(_plain_prompt(chat, messages), verbatim)
     attempt = _Attempt(chat, template)
     known = {} if layouts is None else layouts
-    shape = tuple((message.role, message.image is not None) for message in messages)
+    shape = tuple((message.role, len(message.images)) for message in messages)
     layout = known[shape] if shape in known else attempt.find_layout(messages)
     if layout is not None:
         known[shape] = layout
@@ -208,7 +225,7 @@ class _Attempt:
             yield from _TEXT_FIRST
             return
         yield from _PARTS_FIRST
-        if any(message.image for message in messages):
+        if any(message.images for message in messages):
             yield from (_Layout("all", False), _Layout("user", False))
 
     def _works(self, messages: Sequence[Message], layout: _Layout) -> bool:
@@ -224,13 +241,13 @@ class _Attempt:
             return False
         if not _contains_in_order(prompt, [probe.text for probe in probes]):
             return False
-        images = sum(message.image is not None for message in messages)
+        images = sum(len(message.images) for message in messages)
         token = self.chat.image_token
         if not images or not layout.image_parts:
             return True
         if token is not None:
             return prompt.count(token) == images
-        return prompt != self.render([probe._replace(image=None) for probe in probes], layout)
+        return prompt != self.render([probe._replace(images=()) for probe in probes], layout)
 
 
 def _marker(number: int, *, as_list: bool) -> str:
@@ -258,10 +275,10 @@ def _is_list(message: Message, layout: _Layout) -> bool:
 
 def _as_dict(message: Message, layout: _Layout, image_text: str) -> dict[str, Any]:
     text, parts = message.text, []
-    if message.image is not None and layout.image_parts and _is_list(message, layout):
-        parts = [{"type": "image"}]
-    elif message.image is not None:
-        text = image_text + text
+    if layout.image_parts and _is_list(message, layout):
+        parts = [{"type": "image"} for _ in message.images]
+    else:
+        text = image_text * len(message.images) + text
     if not _is_list(message, layout):
         return {"role": message.role, "content": text}
     return {"role": message.role, "content": [*parts, {"type": "text", "text": text}]}
@@ -279,8 +296,8 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
         if message.role == "system":
             pieces.append(message.text)
             continue
-        image = "" if message.image is None else chat.image_text
-        pieces.append(f"{message.role.upper()}: {image}{message.text}")
+        images = chat.image_text * len(message.images)
+        pieces.append(f"{message.role.upper()}: {images}{message.text}")
     return " ".join([*pieces, "ASSISTANT:"])
 
 

@@ -37,10 +37,9 @@ def pack_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], by
     """Convert messages to JSON values and the pixels of their images (RGB, in order)."""
     plain: list[dict[str, Any]] = []
     pixels: list[bytes] = []
-    for role, text, image in messages:
-        if image is not None:
-            pixels.append(image.convert("RGB").tobytes())
-        plain.append({"role": role, "text": text, "size": image and image.size})
+    for role, text, images in messages:
+        pixels += [image.convert("RGB").tobytes() for image in images]
+        plain.append({"role": role, "text": text, "sizes": [image.size for image in images]})
     return plain, b"".join(pixels)
 
 
@@ -50,13 +49,12 @@ def unpack_messages(plain: Sequence[Mapping[str, Any]], pixels: bytes) -> list[M
 
     messages, start = [], 0
     for each in plain:
-        image = None
-        if each["size"] is not None:
-            width, height = each["size"]
+        images = []
+        for width, height in each["sizes"]:
             stop = start + 3 * width * height
-            image = Image.frombytes("RGB", (width, height), pixels[start:stop])
+            images.append(Image.frombytes("RGB", (width, height), pixels[start:stop]))
             start = stop
-        messages.append(Message(each["role"], each["text"], image))
+        messages.append(Message(each["role"], each["text"], tuple(images)))
     return messages
 
 

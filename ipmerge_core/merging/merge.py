@@ -15,33 +15,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
-from ipmerge_core.analysis.analyse import working_set
-from ipmerge_core.analysis.comparison import Options
-from ipmerge_core.calibration.store import Measurements
-from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError, RunError
+from ipmerge_core.errors import IPMergeError, PairingError, RunError
+from ipmerge_core.merging.computing import PartMerger, find_updates
 from ipmerge_core.merging.estimates import Estimate, check_space, estimate_merge, merging_cost
 from ipmerge_core.merging.manifest import attempt_of, manifest_of
 from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.merging.parts import (
-    EXTRAS,
-    Chosen,
     Part,
     Work,
-    chosen_matrices,
-    held,
-    low_rank_changes,
-    merging_of,
-    on_one_base,
     parts,
-    rounding_noise,
-    scale_change,
     work_of,
 )
 from ipmerge_core.merging.provenance import is_finished, read_manifest
@@ -53,12 +41,10 @@ from ipmerge_core.merging.steps import (
     steps_of_finished,
 )
 from ipmerge_core.merging.whole_model import is_due, run_first_pass
-from ipmerge_core.methods import MergeMethod, find_method
-from ipmerge_core.methods.blocks import blocks
 from ipmerge_core.methods.declarations import relayed
-from ipmerge_core.models.checkpoint import TensorSpec, as_tensor, count_non_finite
+from ipmerge_core.models.checkpoint import TensorSpec
 from ipmerge_core.models.files import FROM_DISK
-from ipmerge_core.models.pairing import TO_FORCE, Finding, MatrixWeights, ModelPair
+from ipmerge_core.models.pairing import TO_FORCE, Finding, ModelPair
 from ipmerge_core.models.writer import (
     MANIFEST,
     CheckpointWriter,
@@ -67,32 +53,17 @@ from ipmerge_core.models.writer import (
     tidy_finished,
 )
 from ipmerge_core.planning.plan import MergePlan, reopen, require_common_base
-from ipmerge_core.planning.scope import method_anchor
-from ipmerge_core.runtime.devices import resolve_device, stream, streams, warn_of_cpu
+from ipmerge_core.runtime.devices import resolve_device
 from ipmerge_core.runtime.input_files import Number, Schema
 from ipmerge_core.runtime.pipeline import (
-    Load,
     WriteBehind,
-    compute_ahead,
-    read_ahead,
     with_reports,
 )
 from ipmerge_core.runtime.processes import Ranks, share_out
 
-_MOST_WORKERS = 8  # more are limited by the reading thread
 _AUDITORS = 4  # threads that read the result back; more are limited by memory bandwidth
 
-Report: TypeAlias = Callable[[float], object]
-Reporting: TypeAlias = Callable[[Report], bytearray]  # merges a matrix that takes long
 Documents: TypeAlias = Callable[[], dict[str, str]]
-
-
-class Piece(NamedTuple):
-    """A part that was read: bytes to copy, and the inputs of the matrices to merge in them."""
-
-    part: Part
-    stored: bytearray
-    weights: tuple[MatrixWeights, ...] = ()
 
 
 __all__ = [
@@ -114,9 +85,10 @@ def merge(
     device: str = "cpu",
     resume: bool = True,
     force: bool = False,
+    updates: str | Path | None = None,
 ) -> dict[str, Any]:
     """Execute a plan and return the manifest; see `iter_merge`."""
-    for _ in iter_merge(plan, out, device=device, resume=resume, force=force):
+    for _ in iter_merge(plan, out, device=device, resume=resume, force=force, updates=updates):
         pass
     return read_manifest(out)
 
@@ -128,6 +100,7 @@ def iter_merge(
     device: str = "cpu",
     resume: bool = True,
     force: bool = False,
+    updates: str | Path | None = None,
 ) -> Iterator[MergeStep]:
     """Write the merged model of `plan` to the new folder `out`, yielding after each tensor.
 
@@ -143,6 +116,9 @@ def iter_merge(
         device: a torch device name, or "auto".
         resume: continue an unfinished run of the same plan; a finished one is not repeated.
         force: merge even if the sibling check refuses the models; the manifest lists its findings.
+        updates: a folder of kept updates of IP-Merging (see `analysis.updates`). Those of the same
+            models, variant and device type are used instead of decomposing again; the merged bytes
+            are the same. Ignored by other methods.
 
     Raises:
         CheckpointError: `out` is not empty, or a source cannot be used.
@@ -153,7 +129,6 @@ def iter_merge(
             read completely, or another process of this run failed.
     """
     device = resolve_device(device)
-    method = find_method(plan.method)
     measurements = plan.calibration.open() if plan.calibration else None
     if resume and is_finished(plan, out):
         tidy_finished(out)
@@ -171,7 +146,9 @@ def iter_merge(
         if ranks.rank:
             stack.enter_context(writer)
         target = torch.device(ranks.device(device))
-        run = _Run(plan, pair, method, writer, ranks, target, measurements)
+        kept = find_updates(plan, pair, updates, target)
+        merger = PartMerger(plan, pair, target, measurements, ranks.cores, kept)
+        run = _Run(plan, pair, merger, writer, ranks)
         if not ranks.rank:
             run.note_attempt()
         failure: IPMergeError | None = None
@@ -192,12 +169,9 @@ class _Run:
 
     plan: MergePlan
     pair: ModelPair
-    method: MergeMethod
+    merger: PartMerger
     writer: CheckpointWriter
     ranks: Ranks
-    device: torch.device
-    measurements: Measurements | None
-    statistic: tuple[float, ...] | None = None
     attempts: list[dict[str, Any]] = field(default_factory=list)  # of this run, the newest last
 
     def steps(self) -> Iterator[MergeStep]:
@@ -210,19 +184,15 @@ class _Run:
         cut = [
             part
             for spec in todo
-            for part in parts(spec, work.get(spec.name, []), pace.piece, local=self._local)
+            for part in parts(spec, work.get(spec.name, []), pace.piece, local=self.merger.is_local)
         ]
-        at_once = 1 if self.device.type == "cpu" else self._workers  # a GPU waits for the disk
-        budget = at_once * max([pace.ahead, *(held(self.pair, part) for part in cut)])
-        readers = max(pace.threads, at_once)
         yield from self._first_pass(idle=not any(part.merged for part in cut))
         for spec in specs:
             if spec.name in self.writer.done:
                 yield count.step(spec, "resumed")
         with (
             WriteBehind[MergeStep | None](FROM_DISK.ahead) as behind,
-            closing(read_ahead(self._loads(cut), budget, readers)) as pieces,
-            closing(compute_ahead(self._merged, pieces, self._workers)) as results,
+            closing(self.merger.results(cut)) as results,
         ):
             for part, result in results:
                 if isinstance(result, bytearray):
@@ -239,7 +209,7 @@ class _Run:
 
     def note_attempt(self) -> None:
         """Add this process to the notes of the run, so that a resume elsewhere leaves a trace."""
-        attempt = attempt_of(str(self.device), self.ranks.size, len(self.writer.done))
+        attempt = attempt_of(str(self.merger.device), self.ranks.size, len(self.writer.done))
         self.attempts = [*(self.writer.noted("attempts", _ATTEMPTS) or []), attempt]
         self.writer.note("attempts", self.attempts)
 
@@ -282,107 +252,6 @@ class _Run:
             mine += [s for s, owner in zip(group, owners, strict=True) if owner == self.ranks.rank]
         return sorted(mine, key=lambda spec: (spec.shard, spec.start, spec.stop))
 
-    def _loads(self, cut: Sequence[Part]) -> Iterator[Load[Piece]]:
-        for part in cut:
-            yield Load(held(self.pair, part), partial(self._read, part))
-
-    def _read(self, part: Part) -> Piece:
-        check = not self.method.propagates_non_finite  # otherwise detected in the result
-        weights = tuple(
-            self.pair.read(matrix, experts, check=check) for matrix, experts in part.merged
-        )
-        if part.is_filled and weights:
-            return Piece(part, bytearray(part.stop - part.start), weights)
-        # Not checked: buffers such as attention masks contain infinities.
-        data = self.pair.mllm.read_bytes(part.spec.name, part.start, part.stop)
-        return Piece(part, data, weights)
-
-    @property
-    def _local(self) -> bool:
-        return self.method.is_local(self.plan.parameters)
-
-    @property
-    def _reports(self) -> bool:
-        return "report" in self.method.inputs
-
-    @cached_property
-    def _workers(self) -> int:
-        """Number of matrices to merge concurrently, by default the number of cores.
-
-        One if matrices are decomposed, which needs memory and is multithreaded, or if a method is
-        so cheap that reading and writing use the other cores. On a GPU limited by its memory, and
-        one for a method that reports progress.
-        """
-        if self.device.type == "cpu":
-            one = self.method.matrixwise or self._local
-            return 1 if one else min(_MOST_WORKERS, self.ranks.cores)
-        if self._reports:
-            return 1
-        sizes = [
-            working_set(self.pair, m, Options()) for m, _ in chosen_matrices(self.plan, self.pair)
-        ]
-        return max(1, streams(self.device, max(sizes, default=0)))
-
-    def _merged(self, piece: Piece) -> tuple[Part, bytearray | Reporting]:
-        if not piece.weights:
-            return piece.part, piece.stored
-        if self._reports:
-            return piece.part, partial(self._stored, piece)
-        with stream(self.device):
-            return piece.part, self._stored(piece)
-
-    def _stored(self, piece: Piece, report: Report | None = None) -> bytearray:
-        """Merge matrices and cast them once to their stored dtype; raise an error on overflow."""
-        part, data, _ = piece
-        target = as_tensor(data, part.spec.dtype)
-        for chosen, weights in zip(part.merged, piece.weights, strict=True):
-            merged = self._merging(chosen, weights, report).detach()
-            place = part.place_in(target, chosen[0])
-            values = merged.reshape(place.shape)
-            if values.device.type == "cpu" and place.ndim == 1:
-                for block in blocks(values):
-                    place[block] = values[block]
-            else:  # cast on the device, so that fewer bytes are copied
-                place.copy_(values.to(place.dtype))
-        if count_non_finite(target):
-            for matrix, experts in part.merged:
-                self.pair.refuse_non_finite(matrix, experts)
-            raise CheckpointError(
-                f"The merged '{part.spec.name}' of '{self.pair.mllm.id}' has infinite or NaN "
-                f"values in {part.spec.dtype}. Use smaller gains."
-            )
-        return data
-
-    def _merging(self, chosen: Chosen, weights: MatrixWeights, report: Report | None) -> Tensor:
-        """Merge a matrix on the device, or on the CPU if the device runs out of memory."""
-        try:
-            return self._merging_on(self.device, chosen, weights, report)
-        except torch.OutOfMemoryError:
-            warn_of_cpu(self.device, chosen[0].name, chosen[0].shape)
-        return self._merging_on(torch.device("cpu"), chosen, weights, report)
-
-    def _merging_on(
-        self, device: torch.device, chosen: Chosen, weights: MatrixWeights, report: Report | None
-    ) -> Tensor:
-        """Call the method on one matrix with its statistic, noise and measurements."""
-        matrix, experts = chosen
-        supplied: dict[str, Any] = {}
-        if self.statistic is not None:
-            supplied["statistic"] = self.statistic
-        if self.measurements is not None and matrix.module not in EXTRAS:
-            supplied |= self.measurements.inputs(matrix.name, experts, device)
-        anchor, weights = method_anchor(self.method, self.plan.anchor), weights.to(device)
-        if "noise" in self.method.inputs and matrix.module not in EXTRAS:
-            supplied["noise"] = rounding_noise(weights, anchor)
-        if "low_rank" in self.method.inputs and matrix.module not in EXTRAS:
-            supplied["low_rank"] = low_rank_changes(weights, anchor)
-        if report is not None and matrix.module not in EXTRAS:
-            supplied["report"] = report
-        models = on_one_base(weights, device, anchor)
-        parameters = self.plan.parameters_for(matrix.layer)
-        merged = merging_of(self.method, matrix, models, **parameters, **supplied)
-        return scale_change(merged, models[1], self.plan.change_scale(matrix.layer))
-
     def _write(
         self, part: Part, data: bytearray, count: StepCount, action: Action
     ) -> MergeStep | None:
@@ -394,22 +263,18 @@ class _Run:
 
         Every process computes it, except those that have nothing to merge.
         """
-        self.statistic = self.plan.statistic
-        if self.measurements is not None and self.method.needs_statistic(self.plan.parameters):
-            assert self.method.statistic is not None, "the method has no statistic"
-            numbers = self.method.statistic.calibrated(self.plan.parameters)
-            self.statistic = self.measurements.statistic(numbers)
+        self.merger.statistic = self.merger.known_statistic()
         if not is_due(self.plan):
             return
         leads = self.ranks.rank == 0  # rank 0 writes the manifest
         noted = self.ranks.led(lambda: self.writer.noted("statistic", _STATISTIC))
         if noted is not None:
-            self.statistic = noted
+            self.merger.statistic = noted
         elif leads or not idle:
-            steps = run_first_pass(self.plan, self.pair, self.device, self._workers)
-            self.statistic = yield from relayed(steps, measured_step)
+            steps = run_first_pass(self.plan, self.pair, self.merger.device, self.merger.workers)
+            self.merger.statistic = yield from relayed(steps, measured_step)
             if leads:
-                self.writer.note("statistic", self.statistic)
+                self.writer.note("statistic", self.merger.statistic)
 
 
 _STATISTIC = Schema[tuple[Number, ...]](tuple[Number, ...])
@@ -423,9 +288,9 @@ def _documents(run: _Run, findings: Sequence[Finding], seconds: float) -> dict[s
         run.writer.hashes,
         files=run.writer.copied,
         findings=findings,
-        measurements=run.measurements,
+        measurements=run.merger.measurements,
         attempts=run.attempts,
-        statistic=run.statistic,
+        statistic=run.merger.statistic,
         seconds=seconds,
     )
     card = write_card(run.plan, run.pair, findings)
