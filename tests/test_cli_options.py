@@ -274,7 +274,6 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "patience": ["--patience", "2", "--held-out", "0.2"],
         "save_every": ["--save-every", "7"],
         "log_every": ["--log-every", "7"],
-        "precision": ["--precision", "bf16"],
         "trained": ["--trained", "all"],
         "schedule": ["--schedule", "linear"],
         "gradient_checkpointing": ["--gradient-checkpointing"],

@@ -1,4 +1,4 @@
-"""Answer the items of a task with one model, in batches, and say what could not be answered.
+"""Answer the items of a task with one model, in batches, and describe what was not answered.
 
 In: a `LoadedModel` and items. Out: a stream of `Answers`: replies, and the reasons for items that
 have none (a picture that cannot be opened, a prompt that is too long). Encoded prompts and image
@@ -22,6 +22,7 @@ from ipmerge_core.inference.batched_generation import batches_exactly, generate_
 from ipmerge_core.inference.generation import _refuse_unknown_tokens, on_device
 from ipmerge_core.inference.image_features import FeatureCache, kept_features
 from ipmerge_core.inference.images import open_image
+from ipmerge_core.inference.processor_rows import decode_rows, encode_rows
 from ipmerge_core.inference.prompts import Message
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Answerer:
                     raise
                 return None
         seconds = (time.perf_counter() - started) / len(keys)
-        texts = self.loaded.processor.decode_rows(rows, self.stops)
+        texts = decode_rows(self.loaded.processor, rows, self.stops)
         ends = model.generation_config.eos_token_id or []
         return [
             Reply(key, text.strip(), len(ids), _is_cut(ids, ends, self.max_new_tokens), seconds)
@@ -225,7 +226,7 @@ class Answerer:
         for start in range(0, len(new), _PER_REQUEST):
             self._check()
             part = new[start : start + _PER_REQUEST]
-            found = self.loaded.processor.encode_rows([each for _, each in part], self.stops)
+            found = encode_rows(self.loaded.processor, [each for _, each in part], self.stops)
             for (key, _), prompt in zip(part, found, strict=True):
                 try:
                     if isinstance(prompt, ModelLoadError):
@@ -253,8 +254,7 @@ def _message(item: Item) -> Message:
     """Return the message of an item. Raises: RunError if a picture cannot be opened."""
     if not item.question.strip():
         raise RunError("The question is empty.")
-    images = tuple(_opened(picture) for picture in item.pictures)
-    return Message("user", item.question.strip(), images)
+    return Message("user", item.question.strip(), tuple(map(_opened, item.pictures)))
 
 
 def _opened(picture: Picture) -> Image:

@@ -53,6 +53,7 @@ _RESULTS = FileKind(
 )  # fmt: skip
 _LONGEST_LINE = 64 * MEGABYTE
 _TAIL = 3000  # characters of the output that an error may need
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _TASK = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 
 
@@ -194,17 +195,23 @@ def run_lmms_eval(run: HarnessRun) -> list[HarnessScore]:
         )
     found = list(read_results(run.output))
     if not found:
-        raise RunError(f"{LMMS_EVAL} wrote no results to '{run.output}'.")
+        raise RunError(
+            f"{LMMS_EVAL} wrote no results to '{run.output}': {_reason(run.output)} Its output is "
+            f"in '{run.output / 'lmms-eval.log'}'."
+        )
     return found
 
 
 def _reason(output: Path) -> str:
-    """Return the last line of the harness's output that is not empty."""
+    """Return the last error in the harness's output, or its last line."""
     with (output / "lmms-eval.log").open("rb") as log:
         size = log.seek(0, os.SEEK_END)
         log.seek(max(0, size - _TAIL))
         lines = log.read().decode("utf-8", "replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
+    said = [_COLOUR.sub("", line).strip() for line in lines]
+    errors = [line for line in said if "error" in line.lower()]
+    last = next(iter(errors[-1:] or [line for line in said[::-1] if line]), "no output")
+    return last[-300:].rstrip(".") + "."
 
 
 def read_results(output: Path) -> Iterator[HarnessScore]:

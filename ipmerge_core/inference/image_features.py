@@ -8,6 +8,7 @@ nothing is kept, and nothing changes.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -82,14 +83,16 @@ class _Features:
 
     def __init__(self, original: Callable[..., Any], cache: FeatureCache, tower: str) -> None:
         self.original, self.cache, self.tower = original, cache, tower
+        self.__signature__ = inspect.signature(original)  # which transformers reads
         self.supported = True
 
-    def __call__(self, pixel_values: Tensor, **how: Any) -> Any:  # noqa: ANN401
+    def __call__(self, pixel_values: Tensor, *more: Any, **how: Any) -> Any:  # noqa: ANN401
         """Return the features of images, computing only those that are not kept."""
         import torch
 
-        if not self.supported or any(isinstance(value, torch.Tensor) for value in how.values()):
-            return self.original(pixel_values=pixel_values, **how)  # such as sizes of images
+        tensors = any(isinstance(value, torch.Tensor) for value in how.values())
+        if not self.supported or more or tensors:  # such as sizes of images
+            return self.original(pixel_values, *more, **how)
         settings = repr(sorted((name, str(value)) for name, value in how.items()))
         keys = [
             (self.tower + settings, xxh3_128(row.cpu().numpy().tobytes()).hexdigest())

@@ -98,7 +98,7 @@ def _without_echo(text: str, choices: Sequence[str]) -> str:
 
 
 def _key(text: str) -> str:
-    """Return letters and digits only, for comparing texts."""
+    """Return the word characters only, for comparing texts."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 

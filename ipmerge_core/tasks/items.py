@@ -89,7 +89,7 @@ class Item:
         answers: acceptable references; a reply that matches one of them is right.
         kind: how a reply is compared with them.
         pictures: the pictures of the message, in order.
-        choices: the texts of the choices A, B, C, ...; the references of a choice are letters.
+        choices: the texts of the choices A, B, C, ...; the reference of a choice is its letter.
         skill: the part of the task that it belongs to, such as "add" or "Geometry".
         group: whether it measures mathematics, perception, or something else.
         precision: decimals of a numeric reference, if the task defines them.

@@ -58,7 +58,7 @@ def mmmu_task(part: str = "", source: str = "") -> Task:
         label=f"MMMU {SPLIT}",
         group="other",
         source=f"data set {name}",
-        prompt="question, options and a request for the letter, or for a word or phrase",
+        prompt="pictures, question, options, request for the letter or for a word or phrase",
         max_new_tokens=_TOKENS,
         load=functools.partial(_load, name),
         unofficial="The official scorer guesses a letter where it finds none; here it is wrong.",

@@ -2,7 +2,7 @@
 
 In: a decoded reply of any model. Out: the reply without thinking parts and markup, and the text
 that it marks as its answer: in a box, after "the answer is", or the like in other languages. All
-searches take linear time. Interprets neither letters nor numbers.
+searches take linear time. Interprets neither choices nor numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _MARKER = re.compile(
 _SENTENCE_END = re.compile(r"[.!?。！？](?=\s|$)|[。！？]|\n")
 _REFUSAL = re.compile(
     r"\b(?:i (?:do not|don't|cannot|can't|could not|couldn't|am unable|am not able|am not sure)"
-    r"|cannot (?:be )?(?:determined?|see|tell)|unable to|not (?:sure|enough information)|maybe)\b",
+    r"|cannot (?:be )?(?:determined?|see)|unable to|not (?:sure|enough information)|maybe)\b",
     re.IGNORECASE,
 )
 
