@@ -18,13 +18,16 @@ from ipmerge_core import cli
 from ipmerge_core.analysis.records import read_pack
 from ipmerge_core.cli.combinations import RULES, is_given
 from ipmerge_core.cli.parser import make_parser
+from ipmerge_core.evaluation.knockout import Knockout
+from ipmerge_core.evaluation.report import Report
+from ipmerge_core.evaluation.sweeps import Sweep
 from ipmerge_core.planning.choice_file import FORMAT, VERSION
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 COMMON = {"help", "quiet", "json"}  # how a result is shown: tests/test_cli.py, and below
 CONDITIONAL = {"strict", "force"}  # they act where the check has a warning or a refusal
 # Options whose effect needs models that can run, or tokenizers: tested where those are.
-TESTED_ELSEWHERE = {("plan", "calibration"), ("plan", "embeddings")}
+TESTED_ELSEWHERE = {("plan", "calibration"), ("plan", "embeddings"), ("evaluate", "base")}
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -89,6 +92,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
     """The ways to call a command that differ in what they use."""
     models, pack = files["models"], files["pack.json.gz"]
     alien = [*models, f"--base={files['alien']}"]
+    mllm = str(files["trio"].mllm)
     found: dict[str, dict[str, list[str]]] = {
         "check": {
             "models": models,
@@ -124,8 +128,30 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "app": [files["choice.json"]],
         },
         "chat": {"one": ["A", "--prompt", "q"], "two": ["A", "--compare", "B", "--prompt", "q"]},
+        "evaluate": {
+            "models": [mllm, "--tasks", "demo"],
+            "math": [mllm, "--tasks", "demo:math"],
+            "lmms-eval": [mllm, "--tasks", "mmmu_val", "--harness", "lmms-eval",
+                          "--harness-python", "python"],
+            "no harness": [mllm, "--tasks", "MMStar", "--harness-model", "LLaVA_Next"],
+            "vlmevalkit": [mllm, "--tasks", "MMStar", "--harness", "vlmevalkit",
+                           "--harness-model", "LLaVA_Next"],
+        },
+        "sweep": {
+            "one": [pack, "--parameter", "lambda", "--values", "1,2", "--tasks", "demo:math"],
+            "two": [pack, "--parameter", "lambda", "--values", "1,2", "--parameter2",
+                    "similarity-threshold", "--values2", "0.1,0.2", "--tasks", "demo:math"],
+            "ablation": [pack, "--ablation", "--tasks", "demo:math"],
+            "own base": [files["own.json.gz"], "--ablation", "--tasks", "demo:math"],
+            "nothing": [pack, "--tasks", "demo:math"],
+        },
+        "knockout": {
+            "plan": [files["ip.json"], "--tasks", "demo:math"],
+            "app": [files["choice.json"], "--tasks", "demo:math"],
+            "folder": [mllm, "--tasks", "demo:math"],
+        },
         "app": {"app": []},
-    }
+    }  # fmt: skip
     return found[command]
 
 
@@ -159,7 +185,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "wide": ["--wide", "diagonal"],
         "image_tokens": ["--no-image-tokens"],
         "dry_run": ["--dry-run"],
-        "pack": [files["other.json.gz" if command == "plan" else "pack.json.gz"]],
+        "pack": [files["other.json.gz" if command in ("plan", "sweep") else "pack.json.gz"]],
         "method": ["--method", "dare_linear"],
         "similarity_threshold": ["--similarity-threshold", "0.9"],
         "similarity": ["--similarity", "max"],
@@ -186,11 +212,34 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "image": ["--image", str(files["folder"] / "picture.png")],
         "prompt": ["--prompt", "another"],
         "max_new_tokens": ["--max-new-tokens", "3"],
+        "models": [str(moved.math_2)],
+        "tasks": ["--tasks", "demo:shape"],
+        "seed": ["--seed", "5"],
+        "batch_size": ["--batch-size", "3"],
+        "store": ["--store", str(files["folder"] / "store")],
+        "no_guard": ["--no-guard"],
+        "harness": ["--harness", "vlmevalkit"],
+        "harness_python": ["--harness-python", "other"],
+        "harness_model": ["--harness-model", "Other"],
+        "harness_include": ["--harness-include", str(files["folder"])],
+        "parameter": ["--parameter", "temperature"],
+        "values": ["--values", "3,4"],
+        "parameter2": ["--parameter2", "temperature", "--values2", "3"],
+        "values2": ["--values2", "0.3"],
+        "ablation": ["--ablation"],
+        "controls": ["--controls", "1"],
+        "replace_by": ["--replace-by", "zero"],
+        "layers": ["--layers", "0,1"],
+        "stride": ["--stride", "2"],
+        "csv": ["--csv", str(files["folder"] / "rows.csv")],
+        "map": ["--map", str(files["folder"] / "map.json")],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         **(others if command == "check" else {}),
         # a second expert, as a copy of the first is refused
         **({"math": others["math"]} if command == "analyse" else {}),
+        **({"modules": ["--modules", "q"], "model": [files["graded.json"]]}
+           if command == "knockout" else {}),
     }
 
 
@@ -202,8 +251,30 @@ WORK = {
     "ipmerge_core.merging.merge.estimate_merge": "merge",
     "ipmerge_core.adapters.export.iter_adapter": "adapter",
     "ipmerge_core.inference.generation.answer": "chat",
+    "ipmerge_core.evaluation.evaluate.iter_evaluation": "evaluate",
+    "ipmerge_core.evaluation.harness.run_lmms_eval": "evaluate",
+    "ipmerge_core.evaluation.sweeps.iter_sweep": "sweep",
+    "ipmerge_core.evaluation.sweeps.iter_ablation": "sweep",
+    "ipmerge_core.evaluation.knockout.iter_knockout": "knockout",
+    "ipmerge_core.evaluation.knockout.iter_model_knockout": "knockout",
     "ipmerge_core.ui.app.launch": "app",
 }
+RETURNS = ("evaluate", "sweep", "knockout")  # their work gives a result, which they write
+
+
+def finished(place: str) -> object:
+    """What the work of evaluations returns, which they write to --output."""
+    if place.endswith("run_lmms_eval"):
+        return []
+    report = Report("", {}, {}, {}, (), (), (), {})
+
+    def evaluated() -> Generator[None, None, object]:
+        if "sweeps" in place:
+            return Sweep("sweep", "", None, (), (), report)
+        return Knockout("", "", "", (), {}) if "knockout" in place else report
+        yield
+
+    return evaluated()
 
 
 def described(value: object) -> object:
@@ -229,13 +300,17 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         for place, owner in WORK.items():
             if owner == command:
 
-                def work(*arguments: object, _place: str = place, **options: object) -> None:
+                def work(*arguments: object, _place: str = place, **options: object) -> object:
                     shown = [_place, *map(described, arguments)]
                     named = {name: described(value) for name, value in options.items()}
                     asked = json.dumps([shown, named], sort_keys=True, default=str)
+                    if command in RETURNS:
+                        print(asked)
+                        return finished(_place)
                     if command != "chat":  # whose two models are asked one after the other
                         raise Captured(asked)
                     print(asked)
+                    return None
 
                 monkeypatch.setattr(place, work)
         monkeypatch.setattr(

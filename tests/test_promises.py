@@ -67,6 +67,14 @@ PLAN_FIELDS = {
 ANALYSIS = {name: f"plan.analysed.{name}" for name in Options._fields}
 SHOWN_ONLY = dict.fromkeys(("json", "quiet", "help"), "output on the terminal")
 
+EVALUATED = {
+    "tasks": "report.tasks",
+    **dict.fromkeys(("limit", "seed", "max_new_tokens", "batch_size", "device"), "report.settings"),
+    "store": "folder of the replies",
+    "resume": "replies answered again",
+    "no_guard": "report.tasks",
+}
+
 COMMANDS: dict[str, dict[str, str]] = {
     "check": {**MODELS, "strict": "exit code", "exact": "weights compared by the check"},
     "analyse": {**MODELS, **ANALYSIS, "device": "run", "output": "pack", "force": "sibling check"},
@@ -106,6 +114,44 @@ COMMANDS: dict[str, dict[str, str]] = {
     "chat": dict.fromkeys(
         ("model", "compare", "image", "prompt", "max_new_tokens", "device"), "answer"
     ),
+    "evaluate": {
+        "models": "report.subjects",
+        "base": "report.subjects",
+        "tasks": "report.tasks",
+        **dict.fromkeys(("limit", "seed", "max_new_tokens", "batch_size"), "report.settings"),
+        "device": "report.settings",
+        "store": "folder of the replies",
+        "resume": "replies answered again",
+        "no_guard": "report.tasks",
+        "output": "report",
+        **dict.fromkeys(
+            ("harness", "harness_python", "harness_model", "harness_include"), "harness command"
+        ),
+    },
+    "sweep": {
+        **MODELS,
+        **{name: f"points: {place}" for name, place in PLAN_FIELDS.items()},
+        "pack": "sweep.sources",
+        "set": "points: plan.parameters",
+        "force_merge": "points: plan.overrides",
+        "force_keep": "points: plan.overrides",
+        **dict.fromkeys(("parameter", "values", "parameter2", "values2"), "sweep.axes"),
+        **dict.fromkeys(("ablation", "controls"), "sweep.points"),
+        **EVALUATED,
+        "force": "sibling check",
+        "output": "sweep",
+    },
+    "knockout": {
+        **MODELS,
+        "pack": "report.subjects",
+        "model": "report.subjects",
+        **dict.fromkeys(("replace_by", "modules", "layers", "stride"), "knockout.cuts"),
+        **EVALUATED,
+        "force": "sibling check",
+        "csv": "rows",
+        "map": "changes",
+        "output": "knockout",
+    },
     "app": {"host": "address", "port": "address", "device": "default device of all runs"},
 }
 REQUEST = {
@@ -135,6 +181,16 @@ ENDPOINTS: dict[str, dict[str, str]] = {
     "job_status": {"job_id": "run"},
     "job_cancel": JOB,
     "job_resume": JOB,
+    "evaluate_start": {
+        **REQUEST,
+        **dict.fromkeys(("tasks", "limit", "seed", "device"), "report.settings"),
+        "kind": "driver of the run",
+        **dict.fromkeys(("parameter", "values", "parameter2", "values2"), "sweep.axes"),
+        **dict.fromkeys(("replace_by", "modules", "stride"), "knockout.cuts"),
+        "merges": "report.subjects",
+        "keys": "access",
+    },
+    "evaluation_result": {"job_id": "run", "key": "access"},
     "answer_pair": {
         **{name: REQUEST[name] for name in ("pack", "variant", "overrides")},
         **{name: REQUEST[name] for name in ("similarity_threshold", "lambda_", "similarity")},
@@ -168,6 +224,18 @@ COMPONENTS = {
     "samples-math": "manifest.calibration.models",
     "samples-limit": "manifest.calibration.models",
     "compare-pair": "display",
+    "evaluate-kind": "driver of the run",
+    **dict.fromkeys(
+        ("evaluate-tasks", "evaluate-limit", "evaluate-seed", "evaluate-device"), "report.settings"
+    ),
+    "evaluate-merges": "report.subjects",
+    **{
+        f"evaluate-{name}{number}": "sweep.axes"
+        for name in ("parameter", "values")
+        for number in ("", "2")
+    },
+    **dict.fromkeys(("evaluate-replace", "evaluate-stride"), "knockout.cuts"),
+    "evaluation-history": "display",
 }
 UNNAMED = {"Temperature", "Maximum new tokens", "Seed"}  # of the chat's answers
 IN_THE_MAP = {"option-overrides"}  # set per matrix in the map of Explore, as `PlanChoice`
@@ -194,7 +262,10 @@ def test_every_option_of_the_command_line_has_a_row() -> None:
 
 
 def endpoints(backend: Backend) -> dict[str, Callable[..., Any]]:
-    made = (make(backend) for make in (api._packs, api._plans, api._runs, api._answers))
+    made = (
+        make(backend)
+        for make in (api._packs, api._plans, api._runs, api._evaluations, api._answers)
+    )
     return {endpoint.__name__: endpoint for group in made for endpoint in group}
 
 

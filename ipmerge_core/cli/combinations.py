@@ -89,6 +89,15 @@ def _when_folder(options: argparse.Namespace) -> str:
     return "with a model folder, which is evaluated as it is" if folder else ""
 
 
+def _unless_lmms_eval(options: argparse.Namespace) -> str:
+    return "" if options.harness == "lmms-eval" else "without --harness lmms-eval"
+
+
+def _when_written(options: argparse.Namespace) -> str:
+    written = options.harness == "vlmevalkit"
+    return "with --harness vlmevalkit, which writes a configuration only" if written else ""
+
+
 def _check_rules(options: argparse.Namespace) -> None:
     """Check that no value is given twice. Raises: PlanError."""
     forced = Counter(
@@ -138,6 +147,15 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     ),
     "knockout": (
         Rule(("pack", *MODELS), _when_folder),
+    ),
+    "evaluate": (
+        Rule(("harness_model",), _unless("harness", "without --harness")),
+        Rule(("harness_python", "harness_include"), _unless_lmms_eval),
+        Rule(
+            ("seed", "max_new_tokens", "resume", "no_guard"),
+            _when("harness", "with --harness, which has its own settings"),
+        ),
+        Rule(("limit", "batch_size", "store", "device"), _when_written),
     ),
     "merge": (
         Rule(("resume",), _when("dry_run", "with --dry-run, which merges nothing")),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
+from ipmerge_core.cli.evaluating import evaluate, optional_file
 from ipmerge_core.cli.sweeping import knockout, sweep
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
@@ -133,6 +134,25 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     _add_device(parser, fp64=False)
 
 
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="model or adapter folder; the first is compared"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="base of adapters; default: as they name")
+    _add_tasks(parser)
+    parser.add_argument(
+        "--harness",
+        choices=("lmms-eval", "vlmevalkit"),
+        help="run lmms-eval, or write a configuration for VLMEvalKit; tasks are those of it",
+    )
+    parser.add_argument("--harness-python", metavar="PYTHON", help="Python with lmms-eval")
+    parser.add_argument("--harness-model", metavar="NAME", help="its class for this model")
+    parser.add_argument("--harness-include", metavar="FOLDER", help="folder with further tasks")
+    parser.add_argument("-o", "--output", metavar="REPORT", help="output file, such as report.json")
+    parser.set_defaults(door=optional_file)
+    _add_device(parser, fp64=False)
+
+
 def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pack", help="pack of an analysis")
     _add_models(parser, ", if it has moved since the analysis")
@@ -197,21 +217,18 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         help="tasks, comma-separated: demo, demo:math, mathvista, mathverse, mmmu, jsonl:FILE, ...",
     )
     parser.add_argument("--limit", type=int, help="items per task (demo: per skill)")
-    parser.add_argument("--seed", type=int, default=0, help="selects the items (0 by default)")
+    parser.add_argument("--seed", type=int, help="selects the items (0 by default)")
     parser.add_argument("--max-new-tokens", type=int, help="token limit; default: the task's")
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts per batch")
+    parser.add_argument("--batch-size", type=int, help="prompts per batch (64 by default)")
     parser.add_argument(
         "--store", metavar="FOLDER", help="folder of stored replies; default: in the home folder"
     )
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="use stored replies of the same model content (default)",
     )
-    parser.add_argument(
-        "--no-guard", action="store_true", help="leave out the perception guard of math tasks"
-    )
+    _add_flag(parser, "--no-guard", "leave out the perception guard of math tasks")
 
 
 def _app(parser: argparse.ArgumentParser) -> None:
@@ -361,6 +378,7 @@ COMMANDS = (
     (commands.merge, "execute a merge plan", _merge),
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
+    (evaluate, "score models on tasks, with intervals and paired tests", _evaluate),
     (sweep, "score the plans of a sweep or an ablation, without writing a model", _sweep),
     (knockout, "score a model with one module of one layer replaced at a time", _knockout),
     (commands.app, "start the web app", _app),

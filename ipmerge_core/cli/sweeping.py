@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ipmerge_core.cli.evaluating import aligned, read_settings, read_tasks
 from ipmerge_core.cli.printing import Progress, print_result
 from ipmerge_core.cli.reading import (
     read_method_options,
@@ -19,12 +20,11 @@ from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.paths import output_file, resolve_path
 
 if TYPE_CHECKING:
-    from ipmerge_core.evaluation.evaluate import EvaluationSettings, EvaluationStep
+    from ipmerge_core.evaluation.evaluate import EvaluationStep
     from ipmerge_core.evaluation.knockout import CutChoice, Knockout, Steps
     from ipmerge_core.evaluation.points import Axis
     from ipmerge_core.evaluation.report import Report
     from ipmerge_core.evaluation.sweeps import Sweep
-    from ipmerge_core.tasks.items import Task
 
 _Found = TypeVar("_Found")
 MOST_CONTROLS = 100
@@ -34,7 +34,7 @@ def sweep(options: argparse.Namespace) -> int:
     """Evaluate the plans of a sweep or of an ablation, resuming from stored replies."""
     from ipmerge_core.evaluation.sweeps import iter_ablation, iter_sweep
 
-    analysis, tasks, settings = read_pack(options), _tasks(options), _settings(options)
+    analysis, tasks, settings = read_pack(options), read_tasks(options), read_settings(options)
     how: dict[str, Any] = {
         **read_method_options(options),
         "options": read_plan_options(options),
@@ -66,7 +66,8 @@ def knockout(options: argparse.Namespace) -> int:
         write_whole(csv_file, found.to_csv())
     if map_file is not None:
         found.summary().save(map_file)
-    text = "\n".join([*_knockout_lines(found), f"Wrote {options.output}."])
+    written = ", ".join(filter(None, (options.output, options.csv, options.map)))
+    text = "\n".join([*_knockout_lines(found), f"Wrote {written}."])
     return print_result(options, found.to_dict(), text)
 
 
@@ -74,7 +75,7 @@ def _knockout_steps(options: argparse.Namespace) -> Steps:
     """Open the model, or the plan whose unmerged and merged models are compared."""
     from ipmerge_core.evaluation.knockout import iter_knockout, iter_model_knockout
 
-    tasks, choice, settings = _tasks(options), _choice(options), _settings(options)
+    tasks, choice, settings = read_tasks(options), _choice(options), read_settings(options)
     store = _store(options)
     if resolve_path(options.model).is_dir():
         return iter_model_knockout(options.model, tasks, choice, settings, store)
@@ -133,25 +134,6 @@ def _integers(text: str, flag: str) -> Iterator[int]:
             raise PlanError(f"{flag} is '{text[:80]}'; expected integers, such as 0,4,8.") from None
 
 
-def _tasks(options: argparse.Namespace) -> list[Task]:
-    from ipmerge_core.tasks.registry import find_tasks
-
-    return find_tasks(options.tasks, guards=not options.no_guard)
-
-
-def _settings(options: argparse.Namespace) -> EvaluationSettings:
-    from ipmerge_core.evaluation.evaluate import EvaluationSettings
-
-    return EvaluationSettings(
-        limit=options.limit,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        device=options.device,
-        resume=options.resume,
-    )
-
-
 def _store(options: argparse.Namespace) -> Any:  # noqa: ANN401 (a ReplyStore, imported late)
     from ipmerge_core.evaluation.replies import ReplyStore
 
@@ -187,7 +169,7 @@ def _sweep_lines(found: Sweep) -> Iterator[str]:
         cells = [point.label, str(len(point.selected)) if point.plan else "", size]
         scores = (_score(report, point.label, task, part) for _, task, part in _columns(report))
         rows.append([*cells, *scores])
-    yield from _aligned(rows)
+    yield from aligned(rows)
     yield "Scores in % with 95 % intervals; p: paired test against the unmerged model, Holm."
     yield from _limits(report)
 
@@ -202,7 +184,7 @@ def _knockout_lines(found: Knockout) -> Iterator[str]:
         for label, subject in zip(["uncut", *names], [uncut, *others], strict=True):
             scores = (_score(report, subject, task, part) for _, task, part in _columns(report))
             rows.append([label, *scores])
-        yield from _aligned(rows)
+        yield from aligned(rows)
         yield from _limits(report)
     yield "Scores in % with 95 % intervals; p: paired test against the uncut model, Holm."
 
@@ -238,11 +220,3 @@ def _limits(report: Report) -> Iterator[str]:
     if sizes:
         yield f"Small sample: {min(sizes)} items; intervals are wide."
     yield from report.notes
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        yield "  ".join(cells).rstrip()

@@ -42,19 +42,6 @@ class Answers(NamedTuple):
     faults: dict[str, str]
 
 
-@dataclass
-class Caches:
-    """What several models share: encoded prompts, image features, and how they are answered.
-
-    Pass one object to the evaluations of a sweep. `ways` describes by model how its prompts are
-    answered: in batches, or one at a time because batching would change its scores.
-    """
-
-    features: FeatureCache = field(default_factory=FeatureCache)
-    prompts: PromptCache = field(default_factory=lambda: PromptCache())
-    ways: dict[str, str] = field(default_factory=dict)
-
-
 class PromptCache:
     """An LRU cache of encoded prompts of bounded size, by processor and item."""
 
@@ -77,6 +64,19 @@ class PromptCache:
             self.nbytes -= _nbytes(self._kept.popitem(last=False)[1])
         self._kept[key] = prompt
         self.nbytes += size
+
+
+@dataclass
+class Caches:
+    """What several models share: encoded prompts, image features, and how they are answered.
+
+    Pass one object to the evaluations of a sweep. `ways` describes by model how its prompts are
+    answered: in batches, or one at a time because batching would change its scores.
+    """
+
+    features: FeatureCache = field(default_factory=FeatureCache)
+    prompts: PromptCache = field(default_factory=PromptCache)
+    ways: dict[str, str] = field(default_factory=dict)
 
 
 BATCHED = "in batches"

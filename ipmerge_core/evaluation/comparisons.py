@@ -117,11 +117,12 @@ def needed_items(
 
     Math:   n = (z_(1-alpha/2) sqrt(psi) + z_power sqrt(psi - d^2))^2 / d^2, psi the share of items
             on which the models differ, at least d.
-    Source: Connor, Biometrics 43 (1987) 207.
+    Source: Connor, Biometrics 43 (1987) 207, for the asymptotic test; the exact one needs a few
+        percent more.
     Raises: RunError unless 0 < difference <= 1, 0 <= discordance <= 1.
 
     >>> needed_items(0.2)
-    3922
+    3923
     """
     if not (0 < difference <= 1 and 0 <= discordance <= 1 and 0 < alpha < 1 and 0 < power < 1):
         raise RunError(
@@ -131,8 +132,8 @@ def needed_items(
     from scipy.stats import norm
 
     psi = max(discordance, difference)
-    reach = norm.ppf(1 - alpha / 2) * math.sqrt(psi)
-    reach += norm.ppf(power) * math.sqrt(max(psi - difference**2, 0.0))
+    reach = float(norm.ppf(1 - alpha / 2)) * math.sqrt(psi)
+    reach += float(norm.ppf(power)) * math.sqrt(max(psi - difference**2, 0.0))
     return math.ceil(reach**2 / difference**2)
 
 

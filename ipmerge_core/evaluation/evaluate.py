@@ -326,7 +326,6 @@ def _report(
             parts = parts_of(items, rows)
             results.append(TaskResult(subject.name, work.task.name, parts, length, how))
     tasks = {work.task.name: list(work.items.values()) for work in run.work}
-    lacking = missing_guards([work.task for work in run.work])
     return Report(
         created=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         settings={**asdict(settings), "device": run.device, "processes": run.ranks.size},
@@ -336,11 +335,23 @@ def _report(
         results=tuple(results),
         comparisons=compare_all(tasks, replies),
         replies=replies,
-        notes=tuple(
-            f"The perception guard '{guard}' was left out: a gain in math may have cost perception."
-            for guard in lacking
-        ),
+        notes=tuple(_guard_notes(run.work)),
     )
+
+
+def _guard_notes(work: Sequence[_Work]) -> Iterator[str]:
+    """Yield what a score of mathematics lacks: its perception guard."""
+    for guard in missing_guards([each.task for each in work]):
+        yield (
+            f"The perception guard '{guard}' was left out: a gain in math may have cost perception."
+        )
+    groups = {item.group for each in work for item in each.items.values()}
+    if (
+        "math" in groups
+        and "perception" not in groups
+        and all(w.task.group != "math" for w in work)
+    ):
+        yield "No item of this evaluation measures perception, which a gain in math may have cost."
 
 
 def _joined(shares: Sequence[_Answered]) -> dict[str, Reply]:

@@ -64,6 +64,10 @@ class ReplyStore:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = home_folder() / "evaluations" if folder is None else Path(folder)
 
+    def __repr__(self) -> str:
+        """Return the folder."""
+        return f"ReplyStore({str(self.folder)!r})"
+
     def journal(self, subject: str, task: str, settings: dict[str, Any]) -> Journal:
         """Return the journal of a model's replies: `subject` is the key of its content.
 

@@ -1,4 +1,4 @@
-"""The result of an evaluation: scores with intervals, paired tests, and every reply with its verdict.
+"""The result of an evaluation: scores with intervals, paired tests, and the verdict of each reply.
 
 In: the items of tasks and the replies of models. Out: a `Report` of plain values, which is written
 and read as JSON. Scores are computed from judged replies only: an item without a reply is missing,
@@ -105,8 +105,11 @@ class TaskResult:
     length: Length
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def part(self, name: str) -> PartScore | None:
-        """Return the score of a part by name; None if the task has no such items."""
+    def part(self, name: str = WHOLE) -> PartScore | None:
+        """Return the score of a part by name; None if the task has no such part.
+
+        The groups of a task are parts only if it has several; otherwise `WHOLE` is its only group.
+        """
         return next((part for part in self.parts if part.part == name), None)
 
 
@@ -238,13 +241,12 @@ def _described(item: Item) -> dict[str, Any]:
 
 
 def parts_of(items: Sequence[Item], replies: Sequence[Judged]) -> tuple[PartScore, ...]:
-    """Return the scores of the whole, of its groups, and of its skills if there are several."""
+    """Return the scores of the whole, and of its groups and skills if there are several."""
     parts = [_part(WHOLE, "all", replies)]
     groups = dict.fromkeys(item.group for item in items)
-    for group in groups:
-        if group != "other" or len(groups) > 1:
-            chosen = [r for i, r in zip(items, replies, strict=True) if i.group == group]
-            parts.append(_part(group, "group", chosen))
+    for group in groups if len(groups) > 1 else ():
+        chosen = [r for i, r in zip(items, replies, strict=True) if i.group == group]
+        parts.append(_part(group, "group", chosen))
     skills = dict.fromkeys(item.skill for item in items if item.skill)
     for skill in skills if len(skills) > 1 else ():
         chosen = [r for i, r in zip(items, replies, strict=True) if i.skill == skill]

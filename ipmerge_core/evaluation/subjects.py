@@ -43,7 +43,9 @@ class Subject:
     details: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-def subject_of_folder(folder: str | Path, name: str = "") -> Subject:
+def subject_of_folder(
+    folder: str | Path, name: str = "", *, base: str | Path | None = None
+) -> Subject:
     """Return a model folder, or a PEFT adapter whose base is found, as a subject.
 
     The headers and samples of the weights are read now, the model is loaded when it is evaluated.
@@ -51,6 +53,7 @@ def subject_of_folder(folder: str | Path, name: str = "") -> Subject:
     Args:
         folder: a model in the transformers layout, or an adapter folder.
         name: how it is shown; the name of the folder by default.
+        base: the folder of the model that an adapter changes; by default the one it names.
 
     Raises: CheckpointError if it is not a model.
     """
@@ -58,13 +61,13 @@ def subject_of_folder(folder: str | Path, name: str = "") -> Subject:
     from ipmerge_core.runtime.paths import resolve_path
 
     path = resolve_path(folder)
-    model = open_model(path)
+    model = open_model(path, base=base)
     if model.files.revision is not None:
         raise CheckpointError(f"'{folder}' is not a folder. Download the model first.")
     details: dict[str, Any] = {"folder": str(folder), "fingerprint": model.fingerprint}
     if plan := _plan_of(path):
         details["plan"] = plan
-    return Subject(name or path.name, content_key(model), partial(_load, path), details)
+    return Subject(name or path.name, content_key(model), partial(_load, path, base), details)
 
 
 def subject_of_model(
@@ -90,10 +93,10 @@ def content_key(model: Checkpoint) -> str:
 
 
 @contextlib.contextmanager
-def _load(path: Path, device: str) -> Iterator[LoadedModel]:
-    from ipmerge_core.inference.loading import load_model
+def _load(path: Path, base: str | Path | None, device: str) -> Iterator[LoadedModel]:
+    from ipmerge_core.inference.adapted_loading import load_with_adapter
 
-    loaded = load_model(path, device)
+    loaded = load_with_adapter(path, device, base=base)
     try:
         yield loaded
     finally:

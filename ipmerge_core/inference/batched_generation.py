@@ -162,7 +162,7 @@ class _Rows:
             if bool(ended.all()):
                 break
             input_ids = torch.cat([input_ids, chosen[:, None].to(input_ids.device)], dim=1)
-            if int(ended.sum()) * _LEAVING >= len(ended) and not self.keeps_scores:
+            if int(ended.sum()) * _LEAVING >= len(ended) and self._shrinks(state):
                 keep = (~ended).nonzero()[:, 0]
                 living, ended = living[keep], ended[keep]
                 input_ids, state = _kept(model, input_ids, state, keep.to(input_ids.device))
@@ -170,6 +170,13 @@ class _Rows:
                 input_ids, next_sequence_length=1, **state
             )
         return input_ids
+
+    def _shrinks(self, state: Mapping[str, Any]) -> bool:
+        """Whether rows can leave: not from caches of linear attention, which keep one state."""
+        cache = next((state[name] for name in _CACHES if state.get(name) is not None), None)
+        layers = getattr(cache, "layers", None)
+        selectable = layers and all(hasattr(layer, "batch_select_indices") for layer in layers)
+        return bool(selectable) and not self.keeps_scores
 
     def _append(self, living: Tensor, ended: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
         """Append tokens to the rows that have not ended; return which end with them."""

@@ -66,6 +66,11 @@ class AdaptedCheckpoint(Checkpoint):
                 yield name, replace(spec, name=name)
 
     @property
+    def changed(self) -> list[str]:
+        """The names of the tensors whose values the adapter changes."""
+        return sorted(self._changes)
+
+    @property
     def remark(self) -> Remark:
         """The rank of the adapter, what it changes, and a base other than the one it names."""
         lora = [change.lora for change in self._changes.values() if change.lora]

@@ -169,7 +169,7 @@ class Draw:
         Each row has a pseudo-random rank that depends on the seed and its id alone.
 
         >>> Draw(2, seed=1).select(["a", "b", "c"], ["1", "2", "3"])
-        ['b', 'c']
+        ['a', 'b']
         """
         if self.limit is None or self.limit >= len(rows):
             return list(rows)
