@@ -148,6 +148,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "knockout": {
             "plan": [files["ip.json"], "--tasks", "demo:math"],
             "app": [files["choice.json"], "--tasks", "demo:math"],
+            "own base": [files["own.json"], "--tasks", "demo:math"],
             "folder": [mllm, "--tasks", "demo:math"],
         },
         "app": {"app": []},
