@@ -18,7 +18,9 @@ from ipmerge_core import cli
 from ipmerge_core.analysis.records import read_pack
 from ipmerge_core.cli.combinations import RULES, is_given
 from ipmerge_core.cli.parser import make_parser
+from ipmerge_core.evaluation.knockout import Knockout
 from ipmerge_core.evaluation.report import Report
+from ipmerge_core.evaluation.sweeps import Sweep
 from ipmerge_core.planning.choice_file import FORMAT, VERSION
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -159,6 +161,20 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "own base": [files["own.json.gz"], "--tasks", "demo"],
         },
         "replay": {"table": [files["table.csv"]]},
+        "sweep": {
+            "one": [pack, "--parameter", "lambda", "--values", "1,2", "--tasks", "demo:math"],
+            "two": [pack, "--parameter", "lambda", "--values", "1,2", "--parameter2",
+                    "similarity-threshold", "--values2", "0.1,0.2", "--tasks", "demo:math"],
+            "ablation": [pack, "--ablation", "--tasks", "demo:math"],
+            "own base": [files["own.json.gz"], "--ablation", "--tasks", "demo:math"],
+            "nothing": [pack, "--tasks", "demo:math"],
+        },
+        "knockout": {
+            "plan": [files["ip.json"], "--tasks", "demo:math"],
+            "app": [files["choice.json"], "--tasks", "demo:math"],
+            "own base": [files["own.json"], "--tasks", "demo:math"],
+            "folder": [mllm, "--tasks", "demo:math"],
+        },
         "app": {"app": []},
     }  # fmt: skip
     return found[command]
@@ -194,7 +210,9 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "wide": ["--wide", "diagonal"],
         "image_tokens": ["--no-image-tokens"],
         "dry_run": ["--dry-run"],
-        "pack": [files["other.json.gz" if command in ("plan", "search") else "pack.json.gz"]],
+        "pack": [
+            files["other.json.gz" if command in ("plan", "search", "sweep") else "pack.json.gz"]
+        ],
         "method": ["--method", "dare_linear"],
         "similarity_threshold": ["--similarity-threshold", "0.9"],
         "similarity": ["--similarity", "max"],
@@ -235,6 +253,17 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "harness_python": ["--harness-python", "other"],
         "harness_model": ["--harness-model", "Other"],
         "harness_include": ["--harness-include", str(files["folder"])],
+        "parameter": ["--parameter", "temperature"],
+        "values": ["--values", "3,4"],
+        "parameter2": ["--parameter2", "temperature", "--values2", "3"],
+        "values2": ["--values2", "0.3"],
+        "ablation": ["--ablation"],
+        "controls": ["--controls", "1"],
+        "replace_by": ["--replace-by", "zero"],
+        "layers": ["--layers", "0,1"],
+        "stride": ["--stride", "2"],
+        "csv": ["--csv", str(files["folder"] / "rows.csv")],
+        "map": ["--map", str(files["folder"] / "map.json")],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         "range": ["--range", "lambda=0:3"],
@@ -293,6 +322,11 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         ),
         # a second expert, as a copy of the first is refused
         **({"math": others["math"]} if command == "analyse" else {}),
+        **(
+            {"modules": ["--modules", "q"], "model": [files["graded.json"]]}
+            if command == "knockout"
+            else {}
+        ),
     }
 
 
@@ -311,18 +345,26 @@ WORK = {
     "ipmerge_core.evaluation.evaluate.iter_evaluation": "evaluate",
     "ipmerge_core.evaluation.harness.run_lmms_eval": "evaluate",
     "ipmerge_core.search.coefficients.iter_search": "search",
-    "ipmerge_core.search.replay.iter_replays": "replay",
+    "ipmerge_core.plots.replay_report.iter_replay_report": "replay",
+    "ipmerge_core.evaluation.sweeps.iter_sweep": "sweep",
+    "ipmerge_core.evaluation.sweeps.iter_ablation": "sweep",
+    "ipmerge_core.evaluation.knockout.iter_knockout": "knockout",
+    "ipmerge_core.evaluation.knockout.iter_model_knockout": "knockout",
     "ipmerge_core.ui.app.launch": "app",
 }
+RETURNS = ("evaluate", "sweep", "knockout")  # their work gives a result, which they write
 
 
 def finished(place: str) -> object:
-    """What the work of `evaluate` returns, which it writes to --output."""
+    """What the work of evaluations returns, which they write to --output."""
     if place.endswith("run_lmms_eval"):
         return []
+    report = Report("", {}, {}, {}, (), (), (), {})
 
-    def evaluated() -> Generator[None, None, Report]:
-        return Report("", {}, {}, {}, (), (), (), {})
+    def evaluated() -> Generator[None, None, object]:
+        if "sweeps" in place:
+            return Sweep("sweep", "", None, (), (), report)
+        return Knockout("", "", "", (), {}) if "knockout" in place else report
         yield
 
     return evaluated()
@@ -355,7 +397,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                     shown = [_place, *map(described, arguments)]
                     named = {name: described(value) for name, value in options.items()}
                     asked = json.dumps([shown, named], sort_keys=True, default=str)
-                    if command == "evaluate":
+                    if command in RETURNS:
                         print(asked)
                         return finished(_place)
                     if command != "chat":  # whose two models are asked one after the other

@@ -71,6 +71,14 @@ SHOWN_ONLY = dict.fromkeys(("json", "quiet", "help"), "output on the terminal")
 DRIFT_TRAINING = [
     field.name for field in fields(TrainingSettings) if field.name != "tokens"
 ]  # fmt: skip
+EVALUATED = {
+    "tasks": "report.tasks",
+    **dict.fromkeys(("limit", "seed", "max_new_tokens", "batch_size", "device"), "report.settings"),
+    "store": "folder of the replies",
+    "resume": "replies answered again",
+    "no_guard": "report.tasks",
+}
+
 COMMANDS: dict[str, dict[str, str]] = {
     "check": {**MODELS, "strict": "exit code", "exact": "weights compared by the check"},
     "analyse": {
@@ -155,6 +163,30 @@ COMMANDS: dict[str, dict[str, str]] = {
             ("harness", "harness_python", "harness_model", "harness_include"), "harness command"
         ),
     },
+    "sweep": {
+        **MODELS,
+        **{name: f"points: {place}" for name, place in PLAN_FIELDS.items()},
+        "pack": "sweep.sources",
+        "set": "points: plan.parameters",
+        "force_merge": "points: plan.overrides",
+        "force_keep": "points: plan.overrides",
+        **dict.fromkeys(("parameter", "values", "parameter2", "values2"), "sweep.axes"),
+        **dict.fromkeys(("ablation", "controls"), "sweep.points"),
+        **EVALUATED,
+        "force": "sibling check",
+        "output": "sweep",
+    },
+    "knockout": {
+        **MODELS,
+        "pack": "report.subjects",
+        "model": "report.subjects",
+        **dict.fromkeys(("replace_by", "modules", "layers", "stride"), "knockout.cuts"),
+        **EVALUATED,
+        "force": "sibling check",
+        "csv": "rows",
+        "map": "changes",
+        "output": "knockout",
+    },
     "drift": {
         **{name: f"manifest.sources.{name}" for name in ("mllm", "math")},
         "math_base": "manifest.prior.hierarchical",
@@ -192,13 +224,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("budget", "items", "minutes", "racing", "search_seed"), "evaluations"),
         "maximise": "search.groups",
         **dict.fromkeys(("storage", "worker"), "study"),
-        "tasks": "search.report.tasks",
-        "no_guard": "search.report.tasks",
-        **dict.fromkeys(
-            ("limit", "seed", "max_new_tokens", "batch_size", "device"), "search.report.settings"
-        ),
-        "store": "folder of the replies",
-        "resume": "replies answered again",
+        **EVALUATED,
         "force": "sibling check",
         "output": "folder of the study",
     },
@@ -241,6 +267,16 @@ ENDPOINTS: dict[str, dict[str, str]] = {
     "job_status": {"job_id": "run"},
     "job_cancel": JOB,
     "job_resume": JOB,
+    "evaluate_start": {
+        **REQUEST,
+        **dict.fromkeys(("tasks", "limit", "seed", "device"), "report.settings"),
+        "kind": "driver of the run",
+        **dict.fromkeys(("parameter", "values", "parameter2", "values2"), "sweep.axes"),
+        **dict.fromkeys(("replace_by", "modules", "stride"), "knockout.cuts"),
+        "merges": "report.subjects",
+        "keys": "access",
+    },
+    "evaluation_result": {"job_id": "run", "key": "access"},
     "answer_pair": {
         **{name: REQUEST[name] for name in ("pack", "variant", "overrides")},
         **{name: REQUEST[name] for name in ("similarity_threshold", "lambda_", "similarity")},
@@ -289,6 +325,18 @@ COMPONENTS = {
     "samples-math": "manifest.calibration.models",
     "samples-limit": "manifest.calibration.models",
     "compare-pair": "display",
+    "evaluate-kind": "driver of the run",
+    **dict.fromkeys(
+        ("evaluate-tasks", "evaluate-limit", "evaluate-seed", "evaluate-device"), "report.settings"
+    ),
+    "evaluate-merges": "report.subjects",
+    **{
+        f"evaluate-{name}{number}": "sweep.axes"
+        for name in ("parameter", "values")
+        for number in ("", "2")
+    },
+    **dict.fromkeys(("evaluate-replace", "evaluate-stride"), "knockout.cuts"),
+    "evaluation-history": "display",
 }
 IN_THE_MAP = {"option-overrides"}  # set per matrix in the map of Explore, as `PlanChoice`
 
@@ -314,7 +362,10 @@ def test_every_option_of_the_command_line_has_a_row() -> None:
 
 
 def endpoints(backend: Backend) -> dict[str, Callable[..., Any]]:
-    made = (make(backend) for make in (api._packs, api._plans, api._runs, api._answers))
+    made = (
+        make(backend)
+        for make in (api._packs, api._plans, api._runs, api._evaluations, api._answers)
+    )
     return {endpoint.__name__: endpoint for group in made for endpoint in group}
 
 

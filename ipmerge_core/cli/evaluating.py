@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,7 +154,7 @@ def _task_lines(report: Report, facts: TaskFacts) -> Iterator[str]:
         ]
         for part in results[0].parts
     ]
-    yield from _aligned([head, *rows])
+    yield from aligned([head, *rows])
     if facts.unofficial:
         yield f"Not the official number: {facts.unofficial}"
     if any(result.parts[0].is_small for result in results):
@@ -231,7 +231,7 @@ def _short(name: str) -> str:
     return shown if len(shown) <= _WIDEST else f"...{shown[3 - _WIDEST :]}"
 
 
-def _aligned(rows: list[list[str]]) -> Iterator[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield rows with columns of equal width, numbers on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -115,21 +115,22 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 def replay(options: argparse.Namespace) -> int:
     """Compare optimizers on a table of past results and write a report."""
-    from ipmerge_core.plots.replay_report import describe, write_report
-    from ipmerge_core.search.replay import iter_replays, read_tables
+    from ipmerge_core.methods.declarations import drained, relayed
+    from ipmerge_core.plots.replay_report import describe, iter_replay_report
+    from ipmerge_core.search.replay import ReplayStep, read_tables
     from ipmerge_core.search.summary import ranking, standings
 
     tables = read_tables(input_file(options.table, "table"))
     chosen = tuple(dict.fromkeys(options.optimizer or OPTIMIZERS))
+    steps = iter_replay_report(tables, Path(options.target), chosen, options.seeds, options.budget)
     with Progress(options) as progress:
-        steps = iter_replays(tables, chosen, options.seeds, options.budget)
-        replays = []
-        for step in steps:
-            replays.append(step.replay)
+
+        def show(step: ReplayStep) -> None:
             what = f"{step.replay.optimizer}, {step.replay.table.label}"
             progress.show("comparing", step.done, step.total, what)
+
+        replays = drained(relayed(steps, show))
     found = standings(replays)
-    write_report(Path(options.target), tables, replays)
     content = {
         "ranking": [row._asdict() for row in ranking(found)],
         "standings": [row._asdict() for row in found],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ipmerge_core.cli.evaluating import aligned
 from ipmerge_core.cli.printing import Progress, print_result
 from ipmerge_core.cli.reading import (
     read_evaluation_settings,
@@ -69,7 +70,8 @@ def knockout(options: argparse.Namespace) -> int:
         write_whole(csv_file, found.to_csv())
     if map_file is not None:
         found.summary().save(map_file)
-    text = "\n".join([*_knockout_lines(found), f"Wrote {options.output}."])
+    written = ", ".join(filter(None, (options.output, options.csv, options.map)))
+    text = "\n".join([*_knockout_lines(found), f"Wrote {written}."])
     return print_result(options, found.to_dict(), text)
 
 
@@ -166,7 +168,7 @@ def _sweep_lines(found: Sweep) -> Iterator[str]:
         cells = [point.label, str(len(point.selected)) if point.plan else "", size]
         scores = (_score(report, point.label, task, part) for _, task, part in _columns(report))
         rows.append([*cells, *scores])
-    yield from _aligned(rows)
+    yield from aligned(rows)
     yield "Scores in % with 95 % intervals; p: paired test against the unmerged model, Holm."
     yield from _limits(report)
 
@@ -181,7 +183,7 @@ def _knockout_lines(found: Knockout) -> Iterator[str]:
         for label, subject in zip(["uncut", *names], [uncut, *others], strict=True):
             scores = (_score(report, subject, task, part) for _, task, part in _columns(report))
             rows.append([label, *scores])
-        yield from _aligned(rows)
+        yield from aligned(rows)
         yield from _limits(report)
     yield "Scores in % with 95 % intervals; p: paired test against the uncut model, Holm."
 
@@ -217,11 +219,3 @@ def _limits(report: Report) -> Iterator[str]:
     if sizes:
         yield f"Small sample: {min(sizes)} items; intervals are wide."
     yield from report.notes
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        yield "  ".join(cells).rstrip()

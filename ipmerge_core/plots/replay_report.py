@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ipmerge_core.plots import search as figures
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.search.optimizers import OPTIMIZERS
+from ipmerge_core.search.replay import iter_replays
 from ipmerge_core.search.summary import (
     as_csv,
     curves,
@@ -19,7 +20,7 @@ from ipmerge_core.search.summary import (
 )
 
 if TYPE_CHECKING:
-    from ipmerge_core.search.replay import Replay, Table
+    from ipmerge_core.search.replay import Replay, ReplayStep, Table
 
 _MOST_LANDSCAPES = 12
 SURROGATE = (
@@ -27,6 +28,25 @@ SURROGATE = (
     "normalized by the surrogate's own extremes: 0 is the best point, 1 the worst. All optimizers "
     "have the same number of evaluations; local ones start again from a uniform point."
 )
+
+
+def iter_replay_report(
+    tables: Sequence[Table],
+    folder: Path,
+    optimizers: Sequence[str],
+    seeds: int,
+    budget: int | None = None,
+) -> Generator[ReplayStep, None, list[Replay]]:
+    """Compare optimizers, yielding after each run, and write the report into a folder at the end.
+
+    Raises: as `iter_replays`; RunError if the folder cannot be written.
+    """
+    replays = []
+    for step in iter_replays(tables, optimizers, seeds, budget):
+        replays.append(step.replay)
+        yield step
+    write_report(folder, tables, replays)
+    return replays
 
 
 def write_report(folder: Path, tables: Sequence[Table], replays: Sequence[Replay]) -> None:
