@@ -115,7 +115,7 @@ def cost(bench: Bench, steps: int) -> tuple[float, float]:
         between = perf_counter()
         if number % 2:
             bench.guide.act()
-            bench.guide.take_sums()
+            bench.guide.take_cosine()
         acted = perf_counter()
         optimizer.step()
         optimizer.zero_grad()

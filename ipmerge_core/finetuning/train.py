@@ -199,22 +199,6 @@ def iter_drift(
             yield from run.write(memory, keep_checkpoints=keep_checkpoints)
 
 
-def iter_drift_of(
-    mllm: str,
-    math: str,
-    data: str,
-    out: str,
-    settings: Mapping[str, Any],
-    math_base: str | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-) -> Iterator[DriftStep]:
-    """Run `iter_drift` with JSON values, for jobs. Raises: as `iter_drift`."""
-    made = DriftSettings.from_json(settings)
-    request = DriftRequest(mllm, math, data, out, made, math_base, limit)
-    yield from iter_drift(request, device=device)
-
-
 def _reported(
     work: Callable[[Callable[[DriftStep], None], Event], bool],
 ) -> Generator[DriftStep, None, bool]:
