@@ -36,6 +36,7 @@ from ipmerge_core.finetuning.settings import DriftSettings
 from ipmerge_core.finetuning.trainer import (
     COMPLETE,
     TrainerHooks,
+    join_processes,
     make_trainer,
     refuse_partitioning,
     resolve_precision,
@@ -188,7 +189,9 @@ def iter_drift(
     memory = estimate_memory(match, request.settings, device)
     if not force:
         memory.refuse_too_large()
-    with Ranks() as ranks:
+    ranks = Ranks()
+    join_processes(device)
+    with ranks:
         run = _Run(request, match, ranks.device(device), ranks.rank, force=force)
         newest = ranks.led(lambda: run.open_folder(resume=resume))
         run.start_from(ranks.led(run.extend_vocabulary))

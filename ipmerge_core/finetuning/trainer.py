@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ipmerge_core.errors import RunError, first_line
+from ipmerge_core.errors import RunError, explained, first_line
 from ipmerge_core.finetuning.dataset import Datasets
 from ipmerge_core.finetuning.examples import collate
 from ipmerge_core.finetuning.guidance import GradientGuide, measure_distances
@@ -67,6 +67,25 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def join_processes(device: str) -> None:
+    """Connect the processes of a launcher once for the whole run, as the Trainer expects them.
+
+    Call it before `Ranks` is entered: a second group on the same store can wait forever for an
+    address of the first. Raises: RunError if they cannot be connected.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        def failed(error: Exception) -> RunError:
+            return RunError(
+                f"Cannot connect the processes of the launcher ({first_line(error)}). Start with "
+                f"`torchrun` or `accelerate launch`, or unset WORLD_SIZE."
+            )
+
+        with explained(failed):
+            PartialState(cpu=device == "cpu")
 
 
 def _refuse_partitioned(trainer: Any) -> None:  # noqa: ANN401
