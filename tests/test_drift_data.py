@@ -226,6 +226,17 @@ def test_long_conversations_are_unusable_and_large_images_are_scaled(encoder):
     assert scaled_down(PICTURE, 262_144) is PICTURE
 
 
+def test_a_damaged_image_is_skipped_and_counted(encoder, tmp_path):
+    PICTURE.save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    rows = [{"image": f"{n}.png", "question": "Q", "answer": "A"} for n in ("good", "bad")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Datasets(load_conversations(tmp_path / "train.jsonl"), encoder, 0.0, 0)
+    list(data.iter_encode())
+    assert len(data.train) == 1
+    assert data.skipped == {"the image cannot be read": 1}
+
+
 def test_a_batch_is_padded_on_the_right_and_padding_is_not_learned(encoder):
     examples = [encoder.encode(conversation("Q?", answer)) for answer in ("1.", "1 2 3 4 5.")]
     batch = collate(examples, pad=0)

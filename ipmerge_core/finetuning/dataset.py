@@ -71,11 +71,7 @@ class Datasets:
         self._held = _held_out(len(rows.conversations), held_out, seed)
 
     def iter_encode(self) -> Iterator[Encoded]:
-        """Encode every conversation.
-
-        Raises: RunError if none can be used, or an image is unreadable (it is counted as skipped
-            if its file is; see `read_row`).
-        """
+        """Encode every conversation; unusable ones are counted. Raises: RunError if all are."""
         size = 0
         for number, conversation in enumerate(self.rows.conversations):
             try:

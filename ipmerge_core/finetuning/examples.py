@@ -85,12 +85,15 @@ class Encoder:
     def encode(self, conversation: Conversation) -> Example:
         """Encode a conversation.
 
-        Raises: Unusable if it is too long, or the template changes earlier answers; RunError for an
-            unreadable image; ModelLoadError if the template or the processor fails.
+        Raises: Unusable if it is too long, its image is unreadable, or the template changes earlier
+            answers; ModelLoadError if the template or the processor fails.
         """
         import torch
 
-        image = scaled_down(conversation.image, self.most_pixels)
+        try:
+            image = scaled_down(conversation.image, self.most_pixels)
+        except RunError as error:
+            raise Unusable("the image cannot be read") from error
         ids, labels = list[int](), list[int]()
         inputs: dict[str, Any] = {}
         for number, turn in enumerate(conversation.turns):

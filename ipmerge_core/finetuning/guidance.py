@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -36,22 +35,6 @@ class Guided(NamedTuple):
     def part(self, values: Tensor) -> Tensor:
         """Return the entry's part of a tensor with the shape of the parameter, as a view."""
         return values if self.rows is None else values[self.rows.start : self.rows.stop]
-
-
-@dataclass
-class AlignmentSums:
-    """Sums over parameters and backward passes, on the device until they are read."""
-
-    inner: Any = 0.0  # <g, D>
-    gradient2: Any = 0.0  # ||g||^2
-    count: int = 0
-    per_parameter: list[Any] = field(default_factory=list)  # cosines
-
-    def mean_cosine(self) -> float:
-        """Return the mean of cos(g, D) over parameters; NaN if nothing was measured."""
-        if not self.per_parameter:
-            return math.nan
-        return float(torch.stack(self.per_parameter).mean())
 
 
 def find_guided(
@@ -111,7 +94,7 @@ class GradientGuide:
         loss_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.guided, self.prior, self.rule, self.loss_scale = guided, prior, rule, loss_scale
-        self.sums = AlignmentSums()
+        self._cosines: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._handles: list[Any] = []
 
@@ -147,20 +130,20 @@ class GradientGuide:
             if guided.parameter.grad is not None:
                 self._act(guided, guided.parameter.grad)
 
-    def take_sums(self) -> AlignmentSums:
-        """Return the sums since the last call and start new ones."""
-        sums, self.sums = self.sums, AlignmentSums()
-        return sums
+    def take_cosine(self) -> float:
+        """Return the mean of cos(g, D) over parameters and gradients since the last call.
+
+        NaN if nothing was measured. Only this waits for the device.
+        """
+        cosines, self._cosines = self._cosines, []
+        return float(torch.stack(cosines).mean()) if cosines else math.nan
 
     @torch.no_grad()
     def _act(self, guided: Guided, whole: Tensor) -> None:
         gradient = guided.part(whole)
         prior = self.prior.get(guided.number)
         found = measure(gradient, prior, self._norm(guided.number, gradient.device))
-        self.sums.inner = self.sums.inner + found.inner
-        self.sums.gradient2 = self.sums.gradient2 + found.gradient_norm.square()
-        self.sums.per_parameter.append(found.cosine)
-        self.sums.count += 1
+        self._cosines.append(found.cosine)
         if self.rule is not None and guided.strength != 0:
             scale = self.loss_scale() if self.rule == "absolute" else 1.0
             tilt_(gradient, prior, coefficient(self.rule, found, guided.strength, scale=scale))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ipmerge_core.errors import PlanError
@@ -159,22 +159,6 @@ class DriftSettings:
         """Return the settings as JSON values."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return content
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> DriftSettings:
-        """Return the settings that `as_json` returned. Raises: PlanError for other content."""
-        try:
-            prior = dict(content["prior"])
-            scope = dict(prior.pop("scope"))
-            scope["strengths"] = tuple((str(p), float(s)) for p, s in scope["strengths"])
-            scope["modules"] = tuple(scope["modules"])
-            training = dict(content["training"])
-            names = [f.name for f in fields(TrainingSettings) if f.name in ("tokens", "report_to")]
-            training |= {name: tuple(training[name]) for name in names}
-            made = PriorSettings(scope=Scope(**scope), **prior)
-            return cls(made, TrainingSettings(**training))
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"The settings of the run are damaged ({error}).") from error
 
     def digest(self, sources: Mapping[str, str]) -> str:
         """Return the SHA-256 of everything that determines the result, to resume the same work.

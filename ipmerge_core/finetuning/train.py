@@ -36,6 +36,7 @@ from ipmerge_core.finetuning.settings import DriftSettings
 from ipmerge_core.finetuning.trainer import (
     COMPLETE,
     TrainerHooks,
+    join_processes,
     make_trainer,
     refuse_partitioning,
     resolve_precision,
@@ -188,7 +189,9 @@ def iter_drift(
     memory = estimate_memory(match, request.settings, device)
     if not force:
         memory.refuse_too_large()
-    with Ranks() as ranks:
+    ranks = Ranks()
+    join_processes(device)
+    with ranks:
         run = _Run(request, match, ranks.device(device), ranks.rank, force=force)
         newest = ranks.led(lambda: run.open_folder(resume=resume))
         run.start_from(ranks.led(run.extend_vocabulary))
@@ -197,22 +200,6 @@ def iter_drift(
         stopped = yield from _reported(partial(run.train, newest))
         if not stopped:
             yield from run.write(memory, keep_checkpoints=keep_checkpoints)
-
-
-def iter_drift_of(
-    mllm: str,
-    math: str,
-    data: str,
-    out: str,
-    settings: Mapping[str, Any],
-    math_base: str | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-) -> Iterator[DriftStep]:
-    """Run `iter_drift` with JSON values, for jobs. Raises: as `iter_drift`."""
-    made = DriftSettings.from_json(settings)
-    request = DriftRequest(mllm, math, data, out, made, math_base, limit)
-    yield from iter_drift(request, device=device)
 
 
 def _reported(

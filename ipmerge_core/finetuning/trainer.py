@@ -9,6 +9,7 @@ partitioned over processes (FSDP, DeepSpeed) are refused: the rule needs norms o
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ipmerge_core.errors import RunError, first_line
+from ipmerge_core.errors import RunError, explained, first_line
 from ipmerge_core.finetuning.dataset import Datasets
 from ipmerge_core.finetuning.examples import collate
 from ipmerge_core.finetuning.guidance import GradientGuide, measure_distances
@@ -66,6 +67,25 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def join_processes(device: str) -> None:
+    """Connect the processes of a launcher once for the whole run, as the Trainer expects them.
+
+    Call it before `Ranks` is entered: a second group on the same store can wait forever for an
+    address of the first. Raises: RunError if they cannot be connected.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        def failed(error: Exception) -> RunError:
+            return RunError(
+                f"Cannot connect the processes of the launcher ({first_line(error)}). Start with "
+                f"`torchrun` or `accelerate launch`, or unset WORLD_SIZE."
+            )
+
+        with explained(failed):
+            PartialState(cpu=device == "cpu")
 
 
 def _refuse_partitioned(trainer: Any) -> None:  # noqa: ANN401
@@ -237,22 +257,33 @@ def _refuse_non_finite(loss: torch.Tensor, step: int) -> None:
 
 @contextmanager
 def _completed(folder: Path, *, first: bool) -> Iterator[None]:
-    """Mark a checkpoint as complete at the end; a full disk becomes a RunError.
+    """Mark a checkpoint as complete at the end, or remove it; a full disk becomes a RunError.
 
     `first` is whether this process is the one that writes the mark.
     """
     try:
         with writing(folder, _KEPT):
             yield
-    except RuntimeError as error:  # with which torch.save reports a full disk
+    except BaseException:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if first and folder.is_dir():
+        write_whole(folder / COMPLETE, "{}\n", _KEPT)
+
+
+@contextmanager
+def _stream_errors(folder: Path) -> Iterator[None]:
+    """Convert the error with which torch.save reports a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise RunError(
             f"Cannot write the checkpoint '{folder}' ({first_line(error)}). Free some space, then "
             f"run the same command again; {_KEPT}."
         ) from error
-    if first and folder.is_dir():
-        write_whole(folder / COMPLETE, "{}\n", _KEPT)
 
 
 def _guided_trainer() -> Any:  # noqa: ANN401
@@ -279,14 +310,14 @@ def _guided_trainer() -> Any:  # noqa: ANN401
         def log(self, logs: Logs, *arguments: Any, **how: Any) -> None:  # noqa: ANN401
             """Add the alignment and the distances, for all integrations."""
             if "loss" in logs:
-                logs["cosine"] = self.guide.take_sums().mean_cosine()
+                logs["cosine"] = self.guide.take_cosine()
             if "eval_loss" in logs or self.guide.prior.match.numel <= _SMALL:
                 logs |= measure_distances(self.guide.guided, self.guide.prior)._asdict()
             super().log(logs, *arguments, **how)
 
         def _save_checkpoint(self, *arguments: Any, **how: Any) -> None:  # noqa: ANN401
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            with _completed(folder, first=self.args.should_save):
+            with _completed(folder, first=self.args.should_save), _stream_errors(folder):
                 super()._save_checkpoint(*arguments, **how)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
