@@ -1,4 +1,4 @@
-"""Variants of IP-Merging where their definitions end: nothing to protect, nothing to add, bad input."""
+"""Variants of IP-Merging where nothing is to be protected or added, and bad input."""
 
 from __future__ import annotations
 
