@@ -171,11 +171,25 @@ def knots_ties(
     return base + scale * U[:, kept] @ merged
 
 
-def wudi(base, tuned, *, mllm_weight, math_weight, iterations, learning_rate, closed_form, scale):
+def wudi(
+    base, tuned, *, mllm_weight, math_weight, iterations, learning_rate, closed_form,
+    spectral_filter, kept, start, scale,
+):  # fmt: skip
     taus = living(base, tuned, mllm_weight, math_weight)
     if len(taus) < 2:
         return base + scale * sum(taus)
     grams = [tau.T @ tau / tau.square().sum() for tau in taus]
+    if closed_form and spectral_filter != "none":
+        C = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True))
+        e, V = (found.flip(-1) for found in torch.linalg.eigh(sum(grams)))
+        there = e > 1e-12 * e[0]
+        f = -torch.expm1(-300 * e) * (torch.arange(len(e)).to(e) < math.ceil(kept * len(e)))
+        if spectral_filter == "aswudi":
+            count = float(e[there].sqrt().sum() ** 2 / e[there].sum())
+            f = (torch.arange(len(e)).to(e) < math.ceil(count - 1e-9)).to(e)
+        X0 = sum(taus) if start == "sum" else sum(taus) / len(taus)
+        solved = C @ V / torch.where(there, e, 1.0)
+        return base + scale * (X0 + ((solved - X0 @ V) * f * there) @ V.T)
     if closed_form:
         C = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True))
         return base + scale * C @ torch.linalg.pinv(sum(grams), rtol=1e-12, hermitian=True)

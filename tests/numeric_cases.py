@@ -142,6 +142,14 @@ _NUMBERS: dict[str, list[dict[str, Any]]] = {
     "iso_c": [{"mllm_weight": 0.8, "math_weight": 0.6, "scale": 0.7}],
     "iso_cts": [{"common_fraction": 0.0}, {"common_fraction": 1.0}],
     "knots_ties": [{"density": 1.0, "normalize": False}],
+    "wudi": [
+        {"closed_form": True, "spectral_filter": "swudi", "start": "mean"},
+        {"closed_form": True, "spectral_filter": "swudi", "kept": 0.2},
+        {"closed_form": True, "spectral_filter": "aswudi"},
+    ],
+    "multislerp": [{"alpha": 0.7}, {"of": "weights", "alpha": 0.9}],
+    "model_stock": [{"models": "experts", "per": "row"}],
+    "ram": [{"boost": 0.1}, {"epsilon": 1e-3, "boost": 1.0, "boost_cap": 0.9}],
     "regmean": [{"off_diagonal": 0.0}, {"alpha": 0.8}],
 }  # what no list of choices can say
 

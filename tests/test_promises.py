@@ -628,6 +628,8 @@ def test_what_explore_sets_arrives(name: str, home: Path) -> None:
         "lambda_": PlanChoice(lambda_=1.2345678901),
         "gamma_norm": PlanChoice(variant="max"),
         "ablation": PlanChoice(variant="select_only"),
+        "energy": PlanChoice(variant="complement_45"),
+        "budget": PlanChoice(budget=0.0123456789),
     }
     plan = method_choice.chosen_plan(PAIR, choices[name], method_choice.MethodChoice())
     (parameter,) = [p for p in METHODS["ip_merging"].parameters if p.name == name]
