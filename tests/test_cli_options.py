@@ -128,7 +128,14 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "app": [files["choice.json"]],
         },
         "chat": {"one": ["A", "--prompt", "q"], "two": ["A", "--compare", "B", "--prompt", "q"]},
-        "record": {"plan": [files["ip.json"], "--prompts", str(files["prompts.jsonl"])]},
+        "record": {
+            name: [files[plan], "--prompts", files["prompts.jsonl"]]
+            for name, plan in {
+                "plan": "ip.json",
+                "own base": "own.json",
+                "app": "choice.json",
+            }.items()
+        },
         "app": {"app": []},
     }
     return found[command]
@@ -194,7 +201,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "max_new_tokens": ["--max-new-tokens", "3"],
         "max_thinking_tokens": ["--max-thinking-tokens", "7"],
         "precision": ["--precision", "bf16"],
-        "prompts": ["--prompts", str(files["more.jsonl"])],
+        "prompts": ["--prompts", files["more.jsonl"]],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         **(others if command == "check" else {}),
