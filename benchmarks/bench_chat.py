@@ -1,12 +1,12 @@
 """Print the figures of the live chat: factors, memory, time to the first token, gains in one batch.
 
-    python benchmarks/bench_chat.py [--only residual bf16 batch memory merge gpu] [--items 900]
+    python benchmarks/bench_chat.py [--only residual bf16 batch ...] [--items 900]
 
 In: the demo trio, and random models made here. Out: the bytes and ranks of the factors with the
 share of equal replies on the evaluation items; the time from a change of lambda to the first token;
 eight gains in one batch against one reply; memory of the base with a merge; a merge with kept
-updates against its analysis; and, with a CUDA GPU, milliseconds
-per token of models of 7e9 parameters.
+updates against its analysis; the rows of every family that equal their column loaded alone; and,
+with a CUDA GPU, milliseconds per token of models of 7e9 parameters.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from chat_families import CHAT_FAMILIES  # noqa: E402
 from chat_gpu import print_gpu  # noqa: E402
 from draws import PER_TASK, evaluation_problems  # noqa: E402
+from live_families import compare_family  # noqa: E402
 from report import machine, table  # noqa: E402
 
 import ipmerge_core as ipm  # noqa: E402
@@ -203,6 +205,19 @@ def print_memory(demo: Demo) -> None:
     print(f"{psutil.Process().memory_info().rss / 1e6:.0f} MB with its libraries.\n")
 
 
+def print_families() -> None:
+    """Rows that equal their column loaded alone, token by token in fp32, for every family."""
+    rows = []
+    for name in CHAT_FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            found = compare_family(name, Path(folder))
+        pairs = zip(found.states, found.expected, strict=True)
+        batched = sum(state.is_batched for state in found.states)
+        equal = sum(state.ids == ids for state, ids in pairs)
+        rows.append([name, f"{equal} of {len(found.states)}", f"{batched}"])
+    print(table(["family", "equal rows", "in a batch"], rows), "\n")
+
+
 def print_merge() -> None:
     """A merge of the selected third with kept updates against its analysis."""
     with tempfile.TemporaryDirectory() as name:
@@ -229,7 +244,7 @@ def print_merge() -> None:
         ]  # fmt: skip
         print(f"Llama layers of width {WIDTH}, {LAYERS} layers, bf16, CPU; updates of both ")
         print(f"variants take {nbytes / 1e6:.0f} MB; equal bytes: {same}.\n")
-        print(table(["run", "seconds", "of the analysis"], rows), "\n")
+        print(table(["run", "processor seconds", "of the analysis"], rows), "\n")
 
 
 def random_pair(folder: Path) -> ModelPair:
@@ -283,17 +298,17 @@ def _analyse(pair: ModelPair, pack: Path, updates: Path | None) -> None:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Time one run."""
+    """Return the processor seconds of one run, which other load hardly changes."""
     gc.collect()
-    started = time.perf_counter()
+    started = time.process_time()
     run()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def main() -> None:
     """Parse the arguments and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parts = ("residual", "bf16", "batch", "memory", "merge", "gpu")
+    parts = ("residual", "bf16", "batch", "memory", "merge", "families", "gpu")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--items", type=int, default=900, help="evaluation items of the demo")
     arguments = parser.parse_args()
@@ -311,6 +326,8 @@ def main() -> None:
         print_memory(demo)
     if "merge" in arguments.only:
         print_merge()
+    if "families" in arguments.only:
+        print_families()
     if "gpu" in arguments.only and has_gpu:
         print_gpu()
 

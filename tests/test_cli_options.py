@@ -145,7 +145,14 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             )
         },
         "chat": {"one": ["A", "--prompt", "q"], "two": ["A", "--compare", "B", "--prompt", "q"]},
-        "record": {"plan": [files["ip.json"], "--prompts", str(files["prompts.jsonl"])]},
+        "record": {
+            name: [files[plan], "--prompts", files["prompts.jsonl"]]
+            for name, plan in {
+                "plan": "ip.json",
+                "own base": "own.json",
+                "app": "choice.json",
+            }.items()
+        },
         "evaluate": {
             "models": [mllm, "--tasks", "demo"],
             "math": [mllm, "--tasks", "demo:math"],

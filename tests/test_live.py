@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,7 @@ import pytest
 import torch
 from chat_families import CHAT_FAMILIES
 from chat_models import build_chat
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from live_families import NOISE, SHORT, alone, compare_family, last, perturbed, tensors_of
 
 import ipmerge_core as ipm
 from ipmerge_core.adapters.columns import Column, Row, why_not_factors
@@ -23,7 +20,7 @@ from ipmerge_core.adapters.factor_set import EXACT, FactorSet, iter_factor_set
 from ipmerge_core.adapters.first_difference import continued, first_difference, shared_text
 from ipmerge_core.adapters.live import LiveModel
 from ipmerge_core.errors import PlanError, RunCancelled
-from ipmerge_core.inference.generation import encode_messages, stream_states
+from ipmerge_core.inference.generation import encode_messages
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.sampling import GenerationSettings
@@ -36,30 +33,7 @@ from ipmerge_core.planning.plan import MergePlan, reopen
 from ipmerge_core.tasks.demo import problems
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
-NOISE = Image.effect_noise((90, 60), 80).convert("RGB")
 GAINS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
-SHORT = GenerationSettings(max_new_tokens=10)
-
-
-def last(states: Iterator[list[RowState]]) -> list[RowState]:
-    """Return the final states of a stream."""
-    *_, found = states
-    assert all(state.is_over for state in found)
-    return found
-
-
-def alone(
-    loaded: LoadedModel, messages: list[Message], settings: GenerationSettings
-) -> tuple[int, ...]:
-    """The tokens of a model that nothing shares."""
-    *_, state = stream_states(loaded, encode_messages(loaded, messages), settings)
-    assert state.state == "finished", state.note
-    return state.ids
-
-
-def tensors_of(plan: MergePlan) -> dict[str, torch.Tensor]:
-    steps = iter_merged_tensors(plan, force=True)
-    return {step.name: step.tensor for step in steps if step.tensor is not None}
 
 
 class Demo:
@@ -153,21 +127,6 @@ def test_a_strip_of_gains_is_the_plan_with_each_lambda(demo: Demo) -> None:
         demo.live.strip(demo.tensors, GAINS, messages)
 
 
-def perturbed(source: Path, out: Path, seed: int, scale: float) -> Path:
-    """Copy a model with a low-rank change of every matrix of its language layers."""
-    shutil.copytree(source, out)
-    generator = torch.Generator().manual_seed(seed)
-    for path in out.glob("*.safetensors"):
-        weights = load_file(path)
-        for name, value in sorted(weights.items()):
-            if value.ndim >= 2 and "layers" in name and "vis" not in name:
-                left = torch.randn(*value.shape[:-1], 3, generator=generator)
-                right = torch.randn(*value.shape[:-2], 3, value.shape[-1], generator=generator)
-                weights[name] = value + (scale * left @ right).to(value.dtype)
-        save_file(weights, path, metadata={"format": "pt"})
-    return out
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -180,32 +139,10 @@ def perturbed(source: Path, out: Path, seed: int, scale: float) -> Path:
     ],
 )
 def test_rows_are_exact_in_every_family(name: str, tmp_path: Path) -> None:
-    mllm = build_chat(CHAT_FAMILIES[name], tmp_path / "mllm")
-    base = perturbed(mllm, tmp_path / "base", 1, 0.01)
-    math = perturbed(base, tmp_path / "math", 2, 0.02)
-    pair = ipm.open_pair(mllm, math, base)
-    settings = {"similarity_threshold": 0.0, "lambda_": 8.0, "gamma_norm": "max"}
-    plan = ipm.make_plan(ipm.analyse(pair), exclude="[.]experts", **settings)  # type: ignore[arg-type]
-    full_rank = ipm.make_plan(pair, method="task_arithmetic", math_weight=1.0)
-    live = LiveModel(load_model(mllm))
-    factors: FactorSet = drained(iter_factor_set(plan, pair, tolerance=EXACT))
-    live.add_factors(factors, pair)
-    column = live.plan_column("plan", plan, factors)
-    tensors = live.tensor_column("tensors", pair.mllm, tensors_of(full_rank))
-    short = [Message("user", "What is it?", (NOISE,))]
-    long = [*short, Message("assistant", "A box, and more."), Message("user", "Why?")]
-    models = {"base": live.loaded}
-    for key, each in (("plan", plan), ("tensors", full_rank)):
-        ipm.merge(each, tmp_path / key, force=True)
-        models[key] = load_model(tmp_path / key)
-    columns = {"base": live.base(), "plan": column, "tensors": tensors}
-    asked = [("base", short), ("plan", short), ("tensors", short), ("plan", long), ("base", long)]
-    rows = [Row(columns[key], messages, SHORT) for key, messages in asked]
-    found = last(live.stream(rows))
-    assert [s.note for s in found] == [""] * len(rows)
-    expected = [alone(models[key], messages, SHORT) for key, messages in asked]
-    assert [state.ids for state in found] == expected
-    assert len(set(expected)) > 2
+    found = compare_family(name, tmp_path)
+    assert [state.note for state in found.states] == [""] * len(found.states)
+    assert [state.ids for state in found.states] == found.expected
+    assert len(set(found.expected)) > 2
 
 
 def test_bf16_rows_are_those_of_the_batch_of_the_same_column(tmp_path: Path) -> None:

@@ -219,7 +219,15 @@ def test_on_a_space_a_merge_answers_only_to_the_browser_that_holds_its_key(make_
 
 def test_the_endpoint_keeps_to_the_same_rules(make_run):
     mine, theirs = make_run("mine"), make_run("theirs")
-    (answer_pair,) = _answers(Backend(hosted=True))
+    answer_pair, answer = _answers(Backend(hosted=True))
+    for column in (
+        {"model": theirs.id},
+        {"model": theirs.id, "key": mine.key},
+        {"model": "theirs", "key": theirs.key},
+        {"model": "no-such-model"},
+    ):
+        with pytest.raises(RunError, match="that this browser may use"):
+            next(answer(PACK, "What is this?", [{"model": BASE}, column]))
     for sides in (
         {"right": theirs.id},
         {"left": theirs.id, "left_key": mine.key},

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import ipmerge_core as ipm
 from ipmerge_core.analysis.records import Analysis, Source, Sources
 from ipmerge_core.errors import CheckpointError, IPMergeError, PairingError
-from ipmerge_core.merging import merge as merging
+from ipmerge_core.merging import computing as merging
 from ipmerge_core.merging.merge import estimate_merge, iter_merge
 from ipmerge_core.merging.model_card import write_card
 from ipmerge_core.models.checkpoint import Checkpoint

@@ -63,6 +63,10 @@ ENDPOINTS = {
     "/job_status": ["job_id"],
     "/job_cancel": ["job_id", "key"],
     "/job_resume": ["job_id", "key"],
+    "/answer": [
+        "pack", "question", "columns", "images", "history", "system", "temperature",
+        "max_new_tokens", "max_thinking_tokens", "seed",
+    ],
     "/answer_pair": [
         "pack", "question", "image", "similarity_threshold", "lambda_", "similarity", "variant",
         "temperature", "max_new_tokens", "seed", "left", "right", "left_key", "right_key",

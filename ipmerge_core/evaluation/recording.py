@@ -116,7 +116,7 @@ def iter_recording(
     *,
     settings: GenerationSettings | None = None,
     device: str = "cpu",
-    precision: Precision = "auto",
+    precision: Precision = "stored",
     updates: str | Path | None = None,
 ) -> Iterator[RecordStep]:
     """Answer every prompt with the MLLM and with the merge, and write the file `out`.

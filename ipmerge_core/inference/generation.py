@@ -140,7 +140,7 @@ def answer(
     seed: int = 0,
     max_thinking_tokens: int = 1024,
     device: str = "cpu",
-    precision: Precision = "auto",
+    precision: Precision = "stored",
 ) -> str:
     """Return the complete answer; models and images can be given as paths.
 

@@ -128,7 +128,7 @@ def load_model(
     device: str = "cpu",
     stops: Sequence[threading.Event] = (),
     *,
-    precision: Precision = "auto",
+    precision: Precision = "stored",
     progress: Progress = lambda share: None,
 ) -> LoadedModel:
     """Load a model folder and verify that all weights match the architecture.
@@ -137,9 +137,10 @@ def load_model(
         folder: a local folder with config.json, safetensors weights and a tokenizer or processor.
         device: a torch device name, or "auto".
         stops: events that cancel loading.
-        precision: "stored", "bf16", "fp16", "8bit" or "4bit" (the last two with bitsandbytes on a
-            CUDA GPU); "auto" takes the most exact that fits into free memory. `device` "cuda" with
-            several GPUs uses all of them if the model does not fit into one.
+        precision: "stored" for the values of the files, "bf16", "fp16", "8bit" or "4bit" (the last
+            two with bitsandbytes on a CUDA GPU); "auto" takes the most exact that fits into free
+            memory. `device` "cuda" with several GPUs uses all of them if the model does not fit
+            into one.
         progress: takes the share of the weights that are loaded, from 0 to 1.
 
     Raises:

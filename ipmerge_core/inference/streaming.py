@@ -26,6 +26,7 @@ from ipmerge_core.inference.thinking import Reply, ThinkingTokens, split_reply
 
 TICK_SECONDS = 0.05  # at which threads are looked at when no row reports anything
 YIELD_SECONDS = 0.05  # between two states: as fast as a page shows them
+_SHARE = 4  # longer, if decoding would take more than a fifth of the time
 STOP_SECONDS = 10.0  # to wait for a model that is stopped
 _UNFINISHED = "�"  # the first bytes of a character
 
@@ -160,15 +161,17 @@ def stream_jobs(
         stream.tokens.news = news
     threads = [job.start() for job in jobs]
     last: list[RowState] = []
-    shown_at = 0.0
+    shown_at, pause = 0.0, YIELD_SECONDS
     try:
         while not all(stream.is_done for stream in streams):
             news.wait(TICK_SECONDS)
             news.clear()
             begins = any(s.tokens.ids and s._shown <= 0 for s in streams)
-            if begins or time.perf_counter() - shown_at >= YIELD_SECONDS:
+            started = time.perf_counter()
+            if begins or started - shown_at >= pause:
                 states = [stream.state(processor, marks) for stream in streams]
                 shown_at = time.perf_counter()
+                pause = max(YIELD_SECONDS, _SHARE * (shown_at - started))
                 if states != last:
                     last = states
                     yield states
