@@ -68,14 +68,15 @@ bench: $(VENV)/.dev
 attack: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) benchmarks/attack.py
 
-# lmms-eval has hundreds of requirements in versions of its own, so it gets its own environment.
+# lmms-eval has hundreds of requirements in versions of its own, so it gets its own environment. Its
+# version 0.7.3 imports a module that filelock 4 has removed, and decord without requiring it.
 harness: $(VENV)/.dev $(HARNESS)/.made
 	@OMP_NUM_THREADS=1 $(PY) tests/harness/check.py --python "$(abspath $(HARNESS))/bin/python"
 
 $(HARNESS)/.made:
 	@echo "Making the environment $(HARNESS) with lmms-eval (several gigabytes)"
 	@$(PYTHON) -m venv $(HARNESS)
-	@$(HARNESS)/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off lmms-eval decord
+	@$(HARNESS)/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off lmms-eval decord 'filelock<4'
 	@touch $@
 
 clean:

@@ -382,6 +382,7 @@ def test_bad_items_are_counted_and_the_rest_is_evaluated(
         {"question": "Name the shape.", "image": "shape.png"},
         {"question": "x" * 200_000, "answer": "circle", "image": "shape.png"},
         {"question": "Nenne die Form.", "answer": ["Kreis", "Raute"], "image": "shape.png"},
+        {"question": "Name the shape.", "answer": "square", "image": "shape.png"},
     ]
     task = tmp_path / "task.jsonl"
     task.write_text("\n".join(map(json.dumps, lines)))
@@ -389,6 +390,7 @@ def test_bad_items_are_counted_and_the_rest_is_evaluated(
     _, report = run(iter_evaluation([subject], [find_task(f"jsonl:{task}")], ALL, store))
     facts, (result,) = report.tasks[0], report.results
     assert dict(facts.faults)["line 3"].startswith("Cannot read the picture")
+    assert "the pictures of 'line 1'" in dict(facts.faults)["line 7"]
     assert dict(facts.faults)["line 4"] == "There is no reference answer."
     names = [item["id"] for item in facts.items]
     by_id = dict(zip(names, report.replies["mllm"][facts.name], strict=True))

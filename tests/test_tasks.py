@@ -53,9 +53,9 @@ def test_a_whole_task_is_the_guard_of_its_part() -> None:
 
 
 def test_the_guard_of_a_copy_is_in_the_copy() -> None:
-    assert [task.name for task in find_tasks(["mathvista:math@/data/m"])] == [
-        "mathvista:math@/data/m",
-        "mathvista:general@/data/m",
+    assert [task.name for task in find_tasks(["mathvista:math@copies/m"])] == [
+        "mathvista:math@copies/m",
+        "mathvista:general@copies/m",
     ]
 
 

@@ -30,6 +30,7 @@ from ipmerge_core.evaluation.report import (
     parts_of,
     task_facts,
 )
+from ipmerge_core.methods.declarations import drained
 from ipmerge_core.runtime.imports import find_torchvision
 from ipmerge_core.runtime.processes import Ranks
 from ipmerge_core.tasks.items import Draw, Fault, Item, Task
@@ -87,7 +88,7 @@ class EvaluationSettings:
 
 
 class EvaluationStep(NamedTuple):
-    """Progress: `done` of `total` replies of all models and tasks are known."""
+    """Progress: `done` of `total` replies are known, without those of other processes."""
 
     action: Literal["resumed", "loading", "answered"]
     subject: str
@@ -153,7 +154,8 @@ def iter_evaluation(
         answered: dict[str, dict[str, _Answered]] = {}
         run.total = len(subjects) * sum(len(each.items) for each in work)
         for subject in subjects:
-            answered[subject.name] = yield from run.evaluate(subject)
+            steps = run.evaluate(subject)  # rank 0 reports for all
+            answered[subject.name] = drained(steps) if ranks.rank else (yield from steps)
         every = ranks.gather(answered)
         if ranks.rank:
             return None
@@ -195,6 +197,7 @@ class _Run:
             for each in self.work:
                 name = each.task.name
                 mine = missing[name][self.ranks.rank :: self.ranks.size]  # skills spread evenly
+                self.total -= len(missing[name]) - len(mine)
                 if mine and loaded is None:
                     yield EvaluationStep("loading", subject.name, name, self.done, self.total)
                     loaded = stack.enter_context(subject.loaded(self.device))
@@ -266,9 +269,15 @@ def _prepared(task: Task, settings: EvaluationSettings) -> _Work:
     faults = list(found.faults)
     for item in found.items:
         try:
-            items.setdefault(item.key(), item)
+            key = item.key()
         except RunError as error:
             faults.append(Fault(item.id, str(error)))
+            continue
+        if key in items:
+            same = items[key].id
+            faults.append(Fault(item.id, f"It has the question and the pictures of '{same}'."))
+        else:
+            items[key] = item
     if not items:
         why = f" The first of {len(faults)} faulty rows: {faults[0].reason}" if faults else ""
         raise RunError(f"The task '{task.name}' has no items that can be evaluated.{why}")

@@ -42,7 +42,9 @@ class DatasetName(NamedTuple):
         return cls(path, rest[0] if len(rest) > 1 else None, rest[-1] if rest else "train")
 
     def __str__(self) -> str:
-        """Return the name that `parse` reads."""
+        """Return the shortest name that `parse` reads."""
+        if self.config is None and self.split == "train":
+            return self.path
         return ":".join(filter(None, (self.path, self.config, self.split)))
 
 
