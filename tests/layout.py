@@ -48,7 +48,7 @@ UI_ORDER = [
     {"pairs", "format", "formula"},
     {"errors", "plan_choice", "web_security"},
     {"backend"},
-    {"finished_merges", "runs", "method_choice", "device_choice"},
+    {"finished_merges", "runs", "method_choice", "device_choice", "live_answers", "api_requests"},
     {"chosen_merge"},
     {"explore"},
     {"analyse", "chat", "compare", "merge", "cite"},

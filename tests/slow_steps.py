@@ -104,10 +104,10 @@ def said(text: str, rows: list[Row], stops) -> Iterator[list[RowState]]:
         time.sleep(PIECE_SECONDS)
         while number >= HELD_PIECES and are_held() and not all_set(stops, rows):
             time.sleep(PIECE_SECONDS)
-            yield list(states)
+            yield (states := [stopped(s, stops, r) for s, r in zip(states, rows, strict=True)])
         for n, row in enumerate(rows):
-            if states[n].state == "stopped" or is_set(stops, row):
-                states[n] = states[n]._replace(state="stopped")
+            states[n] = stopped(states[n], stops, row)
+            if states[n].state == "stopped":
                 continue
             spoken[n] += piece
             reply = split_reply(spoken[n], opened="</think>" in text)
@@ -116,6 +116,10 @@ def said(text: str, rows: list[Row], stops) -> Iterator[list[RowState]]:
             states[n] = RowState(kind, reply, ids, seconds=PIECE_SECONDS * len(ids))
         yield list(states)
     yield [s if s.state == "stopped" else s._replace(state="finished") for s in states]
+
+
+def stopped(state: RowState, stops, row: Row) -> RowState:
+    return state._replace(state="stopped") if is_set(stops, row) else state
 
 
 def is_set(stops, row: Row) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from ipmerge_core.merging.merge import reopen
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.planning.plan import MergePlan, make_plan
 from ipmerge_core.spectral.similarity import Update
+
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
 
 Plan = Callable[..., MergePlan]
 
@@ -377,3 +380,25 @@ def test_an_update_that_is_zero_everywhere_is_refused(tmp_path):
     with pytest.raises(PlanError, match="update of every selected matrix is zero"):
         export_adapter(plan, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_servers_find_one_rank_and_the_names_of_the_language_model(tmp_path: Path) -> None:
+    """LoRA servers read neither rank patterns nor alpha patterns, and strip this prefix."""
+    analysis = ipm.Analysis.load(DEMO / "pack.json.gz")
+    plan = ipm.make_plan(analysis, similarity_threshold=0.0, lambda_=4.0, gamma_norm="max")
+    export_adapter(plan, tmp_path / "adapter", max_rank=64)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert (config["bias"], config["modules_to_save"]) == ("none", None)
+    assert not config["use_dora"]
+    assert not config["use_rslora"]
+    for name, tensor in tensors.items():
+        found = re.fullmatch(
+            r"base_model\.model\.(model\.language_model\.layers\.\d+\.(?:self_attn|mlp)\."
+            r"(?:q|k|v|o|gate|up|down)_proj)\.lora_([AB])\.weight", name,
+        )  # fmt: skip
+        assert found, name
+        assert found[1] in config["target_modules"]
+        assert tensor.shape[0 if found[2] == "A" else 1] == config["r"]

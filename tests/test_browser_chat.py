@@ -1,4 +1,4 @@
-"""The Try it tab in a real Chromium: recorded answers, live ones, turns, columns, votes, failures."""
+"""The Try it tab in a real Chromium: recorded and live answers, turns, columns, votes, errors."""
 
 from __future__ import annotations
 
@@ -223,9 +223,11 @@ def test_a_visitor_who_leaves_stops_the_models(url, home, new_page, page):
     with held(home):
         ask(leaving, "Say: " + " ".join(f"word{number}" for number in range(400)))
         expect(answers(leaving, "#chat-a").last).to_contain_text("word5", timeout=LOADING)
+        ask(page, "Say: it is my turn")  # one question at a time
+        expect(page.locator("#answers-status")).to_contain_text("the question of another visitor")
         leaving.close()
-        ask(page, "Say: it is my turn")  # one question at a time: the other one has ended
         expect(answers(page, "#chat-b").last).to_contain_text("it is my turn", timeout=60_000)
+        expect(page.locator("#chats")).not_to_contain_text("word5")
 
 
 # --- live plans and columns --------------------------------------------------------------------
@@ -378,7 +380,7 @@ def test_text_from_a_model_is_never_markup(page):
     expect(page.locator("article img, article b")).to_have_count(0)
 
 
-# --- input that cannot be answered ---------------------------------------------------------------
+# --- input that cannot be answered -------------------------------------------------------------
 
 
 def test_what_is_no_image_is_refused_and_the_question_kept(page, tmp_path):
@@ -427,7 +429,7 @@ def test_several_images_for_the_demo_model_are_answered_or_refused_with_a_senten
         expect(answers(page, chat).last).not_to_have_text("")
 
 
-# --- narrow pages, keyboard, screen readers --------------------------------------------------------
+# --- narrow pages, keyboard, screen readers ----------------------------------------------------
 
 
 def test_a_phone_shows_one_column_at_a_time_and_scrolls_only_downwards(url, new_page):

@@ -79,6 +79,10 @@ def files(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main([*arguments, "--quiet", "-o", known[name]]) == 0
     (folder / "picture.png").write_bytes(b"x")
+    line = '{"question": "1 + 1", "answer": "2", "image": "picture.png"}\n'
+    for name, lines in (("prompts.jsonl", line), ("more.jsonl", 2 * line)):
+        known[name] = str(folder / name)
+        (folder / name).write_text(lines)
     pack = read_pack(folder / "pack.json.gz")[0]
     pair = {"id": "of-another-machine", **{k: pack[k] for k in ("name", "created", "parameters")}}
     choice = {"format": FORMAT, "version": VERSION, "pair": pair}
@@ -151,6 +155,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "own base": [files["own.json"], "--tasks", "demo:math"],
             "folder": [mllm, "--tasks", "demo:math"],
         },
+        "record": {"plan": [files["ip.json"], "--prompts", str(files["prompts.jsonl"])]},
         "app": {"app": []},
     }  # fmt: skip
     return found[command]
@@ -208,6 +213,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "resume": ["--no-resume"],
         "tolerance": ["--tolerance", "0.1"],
         "max_rank": ["--max-rank", "3"],
+        "updates": ["--updates", str(files["folder"] / "updates")],
         "model": ["C"],
         "compare": ["--compare", "C"],
         "image": ["--image", str(files["folder"] / "picture.png")],
@@ -234,6 +240,9 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "stride": ["--stride", "2"],
         "csv": ["--csv", str(files["folder"] / "rows.csv")],
         "map": ["--map", str(files["folder"] / "map.json")],
+        "max_thinking_tokens": ["--max-thinking-tokens", "7"],
+        "precision": ["--precision", "bf16"],
+        "prompts": ["--prompts", str(files["more.jsonl"])],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
         **(others if command == "check" else {}),
@@ -258,6 +267,7 @@ WORK = {
     "ipmerge_core.evaluation.sweeps.iter_ablation": "sweep",
     "ipmerge_core.evaluation.knockout.iter_knockout": "knockout",
     "ipmerge_core.evaluation.knockout.iter_model_knockout": "knockout",
+    "ipmerge_core.evaluation.recording.iter_recording": "record",
     "ipmerge_core.ui.app.launch": "app",
 }
 RETURNS = ("evaluate", "sweep", "knockout")  # their work gives a result, which they write
@@ -458,7 +468,7 @@ def test_the_app_speaks_json(
     monkeypatch.setattr("ipmerge_core.cli.commands.Event.wait", lambda _: None)
     assert cli.main(["app", "--json", "--port", "7999"]) == 0
     assert json.loads(capsys.readouterr().out)["address"] == "http://127.0.0.1:7999/"
-    assert served == {"block": False, "device": "auto", "quiet": True}
+    assert served == {"block": False, "device": "auto", "precision": "auto", "quiet": True}
 
 
 @pytest.mark.parametrize("error", [OSError("Cannot find empty port"), OverflowError("port")])

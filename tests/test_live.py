@@ -301,6 +301,39 @@ def test_a_column_that_fails_in_the_model_fails_alone(
     assert "no such kernel" in found[1].note
 
 
+def test_rows_that_do_not_fit_together_are_answered_one_by_one(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, sizes = demo.loaded.model.generate, []
+
+    def small(**inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**inputs)
+
+    monkeypatch.setattr(demo.loaded.model, "generate", small)
+    messages = questions(1)[0]
+    rows = [Row(c, messages, SHORT) for c in (demo.live.base(), demo.column(demo.plan))]
+    found = last(demo.live.stream(rows))
+    assert sizes == [2, 1, 1]
+    assert [state.is_batched for state in found] == [False, False]
+    monkeypatch.undo()
+    assert [s.ids for s in found] == [s.ids for s in last(demo.live.stream(rows))]
+
+
+def test_a_row_that_does_not_fit_alone_says_what_helps(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(demo.loaded.model, "generate", full)
+    (state,) = last(demo.live.stream([Row(demo.live.base(), questions(1)[0], SHORT)]))
+    assert "ran out of memory" in state.note
+    assert "8 or 4 bit" in state.note
+
+
 def test_a_state_tells_tokens_speed_and_what_ended_it(demo: Demo) -> None:
     messages = questions(1)[1]
     rows = [Row(demo.live.base(), messages, GenerationSettings(max_new_tokens=2))]
@@ -422,7 +455,7 @@ def test_a_layer_that_the_model_never_calls_is_an_error(
     demo: Demo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ipmerge_core.adapters.hooks.FactorHooks._hook", lambda *_: None
+        "ipmerge_core.adapters.hooks.FactorHooks.watch", lambda *_: None
     )  # as if a layer used its weight without a call
     live = LiveModel(demo.loaded)
     live.add_factors(demo.factors, demo.pair)

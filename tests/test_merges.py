@@ -20,7 +20,7 @@ from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.jobs import JobStatus, Started
 from ipmerge_core.ui.api import _answers
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import Question, Side, answer_columns
+from ipmerge_core.ui.chat.answers import Question, Side, answer_question
 from ipmerge_core.ui.chat.column_choice import MOST_RUNS, Held, choices_of, keys_of, with_run
 from ipmerge_core.ui.chat.columns import (
     BASE,
@@ -348,7 +348,7 @@ def ask(backend: Backend, *columns: str) -> tuple[Side, ...]:
 
     text, pictures = QUESTION.reference.question, (open_image(QUESTION.image),)
     settings = GenerationSettings(max_new_tokens=24)
-    return ended(answer_columns(backend, Question(CHOSEN, text, pictures, settings, columns)))
+    return ended(answer_question(backend, Question(CHOSEN, text, pictures, settings, columns)))
 
 
 def test_the_recorded_plan_gives_the_recorded_answer(backend):
@@ -362,7 +362,7 @@ def test_a_method_of_the_merge_tab_answers_as_the_chosen_merge(backend):
     how = MethodChoice("task_arithmetic", {"math_weight": 1.0}, {"exclude": "layers.0."})
     chosen = CHOSEN.with_method(how)
     text, settings = QUESTION.reference.question, GenerationSettings(max_new_tokens=24)
-    _, right = ended(answer_columns(backend, Question(chosen, text, (), settings)))
+    _, right = ended(answer_question(backend, Question(chosen, text, (), settings)))
     plan = make_plan(analysis_of(PACK), "task_arithmetic", math_weight=1.0, exclude="layers.0.")
     assert right.source == (
         f"method in Merge · Task arithmetic, math_weight 1, exclude layers.0. · plan {plan.hash}"

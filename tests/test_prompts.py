@@ -24,6 +24,7 @@ from ipmerge_core.inference.prompts import (
     LONGEST_QUESTION,
     ChatFormat,
     Message,
+    check_conversation,
     check_question,
     render_chat,
 )
@@ -566,3 +567,45 @@ def test_a_question_is_measured_before_anything_else_looks_at_it():
     with pytest.raises(RunError, match=f"has {LONGEST_QUESTION + 1} characters"):
         check_question(Measured(" " * (LONGEST_QUESTION + 1)))
     assert check_question(f" {'x' * (LONGEST_QUESTION - 2)} ") == "x" * (LONGEST_QUESTION - 2)
+
+
+# --- several images, long conversations ---
+
+
+def test_every_image_of_a_conversation_is_encoded(mllm: ModelProcessor) -> None:
+    per_image = tokens(mllm, "What is it?", PICTURE).count(
+        mllm.tokenizer.convert_tokens_to_ids("<image>")
+    )
+    messages = [
+        Message("user", "First?", (PICTURE, PICTURE)), Message("assistant", "A box."),
+        Message("user", "And these?", (PICTURE,)),
+    ]  # fmt: skip
+    inputs = mllm.encode(messages)
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(mllm.tokenizer.convert_tokens_to_ids("<image>")) == 3 * per_image
+    assert len(inputs["pixel_values"]) == 3
+
+
+def test_images_that_a_processor_refuses_are_counted(
+    mllm: ModelProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_only(text: str, images: list[object]) -> dict[str, object]:
+        raise ValueError(f"expected 1 image, got {len(images)}")
+
+    monkeypatch.setattr(mllm, "_encode", one_only)
+    with pytest.raises(ModelLoadError, match=r"with 2 images .* not every model takes several"):
+        mllm.encode([Message("user", "Which?", (PICTURE, PICTURE))])
+    with pytest.raises(ModelLoadError, match="files those of this model"):
+        mllm.encode([Message("user", "Which?", (PICTURE,))])
+
+
+def test_a_conversation_must_end_with_a_question_of_a_bounded_length() -> None:
+    question = Message("user", "What?")
+    check_conversation([Message("system", "Be brief."), question])
+    for messages in ([], [question, Message("assistant", "That.")]):
+        with pytest.raises(RunError, match="does not end with a question"):
+            check_conversation(messages)
+    with pytest.raises(RunError, match="16001 characters; the maximum is 16000"):
+        check_conversation([Message("assistant", "a" * 16_001), question])
+    with pytest.raises(RunError, match="100000 characters; the maximum is 4000"):
+        check_conversation([Message("user", "a" * 100_000)])

@@ -26,9 +26,9 @@ from ipmerge_core.tasks.demo import problems
 from ipmerge_core.ui import errors as messages
 from ipmerge_core.ui import pairs as packs
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.chat.active_requests import ActiveRequests
 from ipmerge_core.ui.chat.answers import Side
 from ipmerge_core.ui.chat.messages import view
-from ipmerge_core.ui.chat.active_requests import ActiveRequests
 from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
 from ipmerge_core.ui.chat.turns import Turn, turn_of_example, without_records
 from ipmerge_core.ui.format import findings_html, progress_html

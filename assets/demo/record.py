@@ -3,22 +3,18 @@
     python assets/demo/record.py --lambda 4 --math-weight 1 [--trio assets/demo] [--seed 0]
 
 In: trained models with their pack, and the training seed. Out: recorded.json and the images in
-examples/. The merges are written to disk and loaded again, as for users; the replies are stored as
-decoded. Of the problems of a draw the first of each task is used, and the first few that become
-wrong with a merge. Training drawings are excluded.
+examples/. To choose the problems, the merges are written to disk and loaded again; the replies of
+the chosen ones are recorded as by `ipmerge record`. Of the problems of a draw the first of each
+task is used, and the first few that become wrong with a merge. Training drawings are excluded.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
@@ -27,9 +23,11 @@ import torch  # noqa: E402
 from draws import DRAWS, PER_TASK, evaluation_problems  # noqa: E402
 
 import ipmerge_core as ipm  # noqa: E402
-from ipmerge_core.evaluation.batched_answers import answer_all  # noqa: E402
+from ipmerge_core.evaluation.batched_answers import LONGEST_REPLY, answer_all  # noqa: E402
+from ipmerge_core.evaluation.recording import Prompt, iter_recording  # noqa: E402
 from ipmerge_core.inference.encoding import ModelProcessor  # noqa: E402
 from ipmerge_core.inference.loading import load_model  # noqa: E402
+from ipmerge_core.inference.sampling import GenerationSettings  # noqa: E402
 from ipmerge_core.tasks.answers import is_right  # noqa: E402
 from ipmerge_core.tasks.demo import MATH_TASKS, TASKS, Problem  # noqa: E402
 
@@ -98,20 +96,11 @@ def pick(
     return [*first, *worse[:regressions], *missed[:1]]
 
 
-def example(number: int, problem: Problem, replies: dict[str, str], out: Path) -> dict[str, Any]:
-    """Write one picture and return its entry."""
-    picture = Path("examples") / f"{number:02d}-{problem.task}.png"
-    problem.image.convert("L").save(out / picture, optimize=True)
-    return {
-        "image": picture.as_posix(),
-        "task": problem.task,
-        "question": problem.question,
-        "answer": problem.answer,
-        "reference": problem.answer,
-        "computed": problem.is_math,
-        **replies,
-        "verdict": verdict(problem, replies["base"], replies["merged"]),
-    }
+def draw(number: int, problem: Problem, out: Path) -> Prompt:
+    """Write one picture and return its prompt."""
+    picture = out / "examples" / f"{number:02d}-{problem.task}.png"
+    problem.image.convert("L").save(picture, optimize=True)
+    return Prompt(problem.question, picture, problem.answer, problem.is_math, problem.task)
 
 
 def main() -> None:
@@ -128,32 +117,23 @@ def main() -> None:
     for old in (out / "examples").glob("*.png"):
         old.unlink()
     chosen = plans(out, arguments.lambda_, arguments.math_weight)
-    resized_by = ModelProcessor(out / "mllm", takes_images=True).image_processor
     rows = pick(collect(out, chosen, arguments.seed))
-    content = {
-        "recorded": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, one thread, "
-        f"torch {torch.__version__}, {resized_by}",
-        "trio": f"assets/demo, problems of seed {DRAWS['recorded'][1]}, greedy decoding",
-        "plan": f"IP-Merging, gamma_norm=max, lambda {arguments.lambda_:g}, all matrices "
-        f"(plan {chosen['merged'].hash})",
-        "choice": {
-            "s": 0.0,
-            "lambda": arguments.lambda_,
-            "similarity": "first",
-            "variant": "max",
-            "overrides": {},
-        },
-        "task_arithmetic_plan": f"Task arithmetic, math_weight {arguments.math_weight:g} "
-        f"(plan {chosen['task_arithmetic'].hash})",
-        "examples": [
-            example(number, problem, replies, out)
-            for number, (problem, replies) in enumerate(rows, 1)
-        ],
-    }
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    (out / "recorded.json").write_text(text + "\n", encoding="utf-8")
-    print(f"Wrote {out / 'recorded.json'} with {len(rows)} examples.")
+    prompts = [draw(number, problem, out) for number, (problem, _) in enumerate(rows, 1)]
+    path = out / "recorded.json"
+    for step in iter_recording(
+        chosen["merged"], prompts, path, settings=GenerationSettings(max_new_tokens=LONGEST_REPLY)
+    ):
+        print(f"{step.number} of {step.total}: {step.what}")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["trio"] = f"assets/demo, problems of seed {DRAWS['recorded'][1]}, greedy decoding"
+    content["task_arithmetic_plan"] = (
+        f"Task arithmetic, math_weight {arguments.math_weight:g} "
+        f"(plan {chosen['task_arithmetic'].hash})"
+    )
+    for example, (_, replies) in zip(content["examples"], rows, strict=True):
+        example["task_arithmetic"] = replies["task_arithmetic"]
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"Wrote {path} with {len(rows)} examples.")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ipmerge_core.adapters.factors import (
 )
 from ipmerge_core.errors import PlanError
 from ipmerge_core.inference.module_names import module_names
+from ipmerge_core.merging.computing import find_updates
 from ipmerge_core.merging.merge import reopen
 from ipmerge_core.merging.model_card import front_matter, settings_table
 from ipmerge_core.merging.parts import work_of
@@ -74,11 +75,13 @@ def export_adapter(
     max_rank: int = MAX_RANK,
     device: str = "cpu",
     force: bool = False,
+    updates: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write the update of a plan as a PEFT folder and return its report; see `iter_adapter`."""
     out = resolve_path(out)
-    how = {"tolerance": tolerance, "max_rank": max_rank, "device": device, "force": force}
-    for _ in iter_adapter(plan, out, **how):  # type: ignore[arg-type]
+    how: dict[str, Any] = {"tolerance": tolerance, "max_rank": max_rank, "device": device}
+    how |= {"force": force, "updates": updates}
+    for _ in iter_adapter(plan, out, **how):
         pass
     report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
     return report
@@ -92,6 +95,7 @@ def iter_adapter(
     max_rank: int = MAX_RANK,
     device: str = "cpu",
     force: bool = False,
+    updates: str | Path | None = None,
 ) -> Iterator[AdapterStep]:
     """Write the LoRA adapter of `plan` to the new folder `out`, yielding after each module.
 
@@ -106,6 +110,7 @@ def iter_adapter(
             reported with its residual.
         device: a torch device name, or "auto".
         force: continue even if the sibling check refuses the models.
+        updates: a folder of kept updates, which are used instead of decomposing again.
 
     Raises:
         PlanError: the method's change is not of low rank, no matrix is selected, or the device is
@@ -125,11 +130,12 @@ def iter_adapter(
     work = work_of(plan, pair)
     _refuse_experts(plan)
     modules = module_names(pair.mllm, work)
+    store = find_updates(plan, pair, updates, where)
     unit = with_lambda(plan, 1.0)  # lambda itself is the adapter's scale
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     steps: list[AdapterStep] = []
     for index, (tensor, matrices) in enumerate(work.items(), 1):
-        update = update_of(unit, pair, tensor, matrices, where)
+        update = update_of(unit, pair, tensor, matrices, where, store)
         kept = reduce_rank(update, tolerance, max_rank)
         module = modules[tensor]
         step = AdapterStep(tensor, module, kept.rank, kept.needed, kept.residual, index, len(work))

@@ -18,13 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from ipmerge_core.adapters.factors import LowRank, reduce_rank
+from ipmerge_core.adapters.factors import LowRank, reduce_rank, unit_updates
 from ipmerge_core.analysis.updates import UpdateStore, Variant
 from ipmerge_core.errors import PlanError, RunCancelled
-from ipmerge_core.merging.parts import held_by, low_rank_changes, on_one_base, rounding_noise
-from ipmerge_core.methods.ip_merging import ip_updates
+from ipmerge_core.merging.parts import held_by
 from ipmerge_core.models.matrix_kinds import is_expert
-from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights, ModelPair
+from ipmerge_core.models.pairing import MatrixMatch, ModelPair
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.devices import resolve_device
 from ipmerge_core.runtime.pipeline import Load, read_ahead
@@ -156,23 +155,10 @@ def _updates(
                     yield found, "kept"
                     continue
             weights = pair.read(matrix, experts) if is_kept else next(read)
-            new = compute_updates(plan, weights, device)
+            new = unit_updates(plan, weights, device)
             if store is not None and not is_kept:
                 store.write(matrix.name, new)
             yield new, "decomposed"
-
-
-def compute_updates(plan: MergePlan, weights: MatrixWeights, device: torch.device) -> list[Update]:
-    """Compute the update of one matrix for lambda = 1, one per expert, as a merge does."""
-    weights = weights.to(device)
-    inputs = on_one_base(weights, device, plan.anchor)
-    parameters = dict(plan.parameters) | {"lambda_": 1.0}
-    del parameters["ablation"]  # the projection is never left out here
-    noise = rounding_noise(weights, plan.anchor)
-    low_rank = low_rank_changes(weights, plan.anchor)
-    with torch.no_grad():
-        found = ip_updates(*inputs, **parameters, noise=noise, low_rank=low_rank)  # type: ignore[arg-type]
-        return list(found)
 
 
 def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:

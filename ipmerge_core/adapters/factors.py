@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ipmerge_core.analysis.updates import UpdateStore
 from ipmerge_core.merging.parts import Chosen, low_rank_changes, on_one_base, rounding_noise
 from ipmerge_core.methods.ip_merging import ip_updates
 from ipmerge_core.models.addresses import split_address
-from ipmerge_core.models.pairing import ModelPair
+from ipmerge_core.models.pairing import MatrixWeights, ModelPair
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.spectral.spectrum import svd_of_product
@@ -54,8 +55,11 @@ def update_of(
     tensor: str,
     matrices: Sequence[Chosen],
     device: torch.device,
+    kept: UpdateStore | None = None,
 ) -> Update:
     """Compute the update that IP-Merging adds to a stored tensor of the MLLM, as factors.
+
+    Those that are kept in `kept` are not computed again.
 
     Math:   sum_k lambda P_k over the experts, see `ip_merging`; a fused tensor holds the update of
             each of its matrices in that matrix' rows.
@@ -63,16 +67,28 @@ def update_of(
     height = pair.mllm.spec(tensor).shape[0]
     updates: list[Update] = []
     for matrix, experts in matrices:
-        weights = pair.read(matrix, experts).to(device)
-        inputs = on_one_base(weights, device)
-        parameters: dict[str, Any] = plan.parameters_for(matrix.layer)
-        del parameters["ablation"]  # the projection is never left out here
-        with torch.no_grad():
-            noise, low_rank = rounding_noise(weights), low_rank_changes(weights)
-            found = list(ip_updates(*inputs, **parameters, noise=noise, low_rank=low_rank))
+        found = kept.read(matrix.name, experts) if kept else None
+        if found is None:
+            found = unit_updates(plan, pair.read(matrix, experts), device)
+        gain = float(plan.parameters_for(matrix.layer)["lambda_"] or 0.0)
         rows = split_address(matrix.mllm).rows or range(height)
-        updates.append(in_rows(sum_of(found), rows, height))
+        scaled = [update.scaled(gain) for update in found]
+        updates.append(in_rows(sum_of(scaled), rows, height))
     return sum_of(updates)
+
+
+def unit_updates(
+    plan: MergePlan, weights: MatrixWeights, device: torch.device
+) -> tuple[Update, ...]:
+    """Compute the update of one matrix for lambda = 1, one per expert, as a merge does."""
+    weights = weights.to(device)
+    inputs = on_one_base(weights, device, plan.anchor)
+    parameters: dict[str, Any] = {**plan.parameters, "lambda_": 1.0}
+    del parameters["ablation"]  # the projection is never left out here
+    noise = rounding_noise(weights, plan.anchor)
+    low_rank = low_rank_changes(weights, plan.anchor)
+    with torch.no_grad():
+        return tuple(ip_updates(*inputs, **parameters, noise=noise, low_rank=low_rank))
 
 
 def sum_of(updates: Sequence[Update]) -> Update:

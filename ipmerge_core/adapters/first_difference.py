@@ -1,4 +1,4 @@
-"""Where two replies begin to differ, and what each column would have said there.
+"""Where two replies begin to differ, and the likely next tokens of each column there.
 
 In: the tokens of two replies. Out: the place of the first difference; and, on request, the
 probabilities of the next token of several columns after the tokens that they share.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ipmerge_core.errors import IPMergeError, RunCancelled
+from ipmerge_core.errors import RunCancelled, explained
 from ipmerge_core.inference.generation import encode_messages, on_device
 from ipmerge_core.inference.streaming import decode_reply, failed_generation
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TokenChoice(NamedTuple):
-    """A token that a column could say next, and its probability."""
+    """A token that a column may generate next, and its probability."""
 
     token: int
     text: str
@@ -98,7 +99,8 @@ def _scores(
             raise RunCancelled("Stopped while another question was being answered.")
         install()
         try:
-            with torch.inference_mode():
+            failed = partial(failed_generation, live.loaded.folder.name)
+            with torch.inference_mode(), explained(failed):
                 found = model.generate(
                     **on_device(inputs, model.device),
                     do_sample=False,
@@ -106,10 +108,6 @@ def _scores(
                     return_dict_in_generate=True,
                     output_logits=True,
                 )
-        except IPMergeError:
-            raise
-        except Exception as error:
-            raise failed_generation(live.loaded.folder.name, error) from error
         finally:
             remove()
     logits: Tensor = found.logits[0]

@@ -57,6 +57,16 @@ class _Active(NamedTuple):
     gains: Tensor
 
 
+def stack_on(
+    device: torch.device, dtype: torch.dtype, A: Tensor, B: Tensor, gains: Sequence[float]
+) -> _Active:
+    """Put factors on a device, with one gain per row of a batch on all of their directions."""
+    stack = _Stack(A.to(device, dtype), B.to(device, dtype), [])
+    return _Active(
+        stack, torch.tensor(gains, device=device, dtype=dtype)[:, None].expand(-1, len(A))
+    )
+
+
 class Additions(NamedTuple):
     """What the hooks of a batch add, by module, and the modules that have run since."""
 
@@ -85,7 +95,7 @@ class FactorHooks:
         if not self.holds(factors):
             stacks = self._stacks_of(factors, pair)
             for module in stacks:
-                self._hook(module)
+                self.watch(module)
             self._stacks[_key(factors)] = stacks
         return sum(s.A.nbytes + s.B.nbytes for s in self._stacks[_key(factors)].values())
 
@@ -148,7 +158,8 @@ class FactorHooks:
         A, B = torch.cat(As), torch.cat(Bs, dim=1)
         return _Stack(A.to(like.device, like.dtype), B.to(like.device, like.dtype), entries)
 
-    def _hook(self, name: str) -> None:
+    def watch(self, name: str) -> None:
+        """Register the hook of a linear layer, once."""
         if name not in self._handles:
             module = self._model.get_submodule(name)
             self._handles[name] = module.register_forward_hook(self._adding(name))

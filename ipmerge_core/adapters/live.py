@@ -1,7 +1,7 @@
 """Live columns: the base model and merges of it, answered from one copy of the weights.
 
-In: a loaded MLLM, and merges of it as columns. Out: the replies of several rows, each exactly what
-its column would say if it were loaded alone. An IP-Merging plan is a column of gains on factors, so
+In: a loaded MLLM, and merges of it as columns. Out: the replies of several rows, each exactly that
+of its column loaded alone. An IP-Merging plan is a column of gains on factors, so
 that another threshold, lambda or override takes effect at the next question. Any other plan and any
 finished model is a column of the tensors that differ; all others are shared. Rows of the base and
 of factors are generated in one batch where the inputs of the family allow it; the columns of
@@ -22,7 +22,7 @@ from ipmerge_core.adapters.columns import Column, Row, why_not_factors
 from ipmerge_core.adapters.factor_set import FactorSet
 from ipmerge_core.adapters.first_difference import TokenChoice, next_choices
 from ipmerge_core.adapters.hooks import Additions, FactorHooks
-from ipmerge_core.errors import IPMergeError, ModelLoadError, PlanError
+from ipmerge_core.errors import IPMergeError, ModelLoadError, PlanError, explained
 from ipmerge_core.inference.batching import combine_inputs
 from ipmerge_core.inference.generation import encode_messages, on_device, run_in_turns
 from ipmerge_core.inference.loading import LoadedModel
@@ -30,7 +30,7 @@ from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.rows import RowTokens
 from ipmerge_core.inference.sampling import GenerationSettings
 from ipmerge_core.inference.shared_weights import SwappedWeights, weights_in_memory
-from ipmerge_core.inference.streaming import Job, RowState, Stream, stream_jobs
+from ipmerge_core.inference.streaming import Job, RowState, Stream, failed_generation, stream_jobs
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.planning.plan import MergePlan
@@ -171,7 +171,7 @@ class LiveModel:
         top: int = 5,
         stops: Sequence[threading.Event] = (),
     ) -> list[list[TokenChoice]]:
-        """Return what each row's column would say after a shared beginning of the reply.
+        """Return the likely next tokens of each row after a shared beginning of the reply.
 
         One pass over the prompt and the prefix. `top` choices per row, the most likely first.
 
@@ -249,15 +249,15 @@ class LiveModel:
 
         Not every family batches its images. Rows that have begun are never started again.
         """
+        name = self.loaded.folder.name
         try:
-            self._answer_batch(members, inputs)
-        except (IPMergeError, torch.OutOfMemoryError):
-            raise
-        except Exception:
-            if len(members) == 1 or any(member.stream.tokens.ids for member in members):
+            with explained(partial(failed_generation, name)):
+                self._answer_batch(members, inputs)
+        except ModelLoadError as error:
+            has_begun = any(member.stream.tokens.ids for member in members)
+            if error.__cause__ is None or has_begun or len(members) == 1:
                 raise
-            self._batches = False
-            name = self.loaded.folder.name
+            self._batches = isinstance(error.__cause__, torch.OutOfMemoryError)
             jobs = [
                 Job(partial(self._answer_batch, [member], member.inputs), [member.stream], name)
                 for member in members

@@ -2,7 +2,7 @@
 
 In: a cache of loaded models, and plans or folders of merges. Out: live models and their columns.
 The factors of a pair and variant are prepared at the first question that needs them; every later
-plan of that variant is a column at once. Columns of tensors are kept until newer ones need their place.
+plan of that variant is a column at once. Columns of tensors stay until newer ones need their place.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ipmerge_core.adapters.live import LiveModel
 from ipmerge_core.analysis.updates import Variant
 from ipmerge_core.errors import RunCancelled, RunError
 from ipmerge_core.inference.loading import ModelCache
+from ipmerge_core.inference.precisions import Precision
 from ipmerge_core.merging.in_memory import (
     MergedTensor,
     changed_tensors,
@@ -78,9 +79,23 @@ class LiveCache:
         self._kept: dict[int, _Kept] = {}
         self._lock = threading.Lock()
 
-    def model(self, folder: str | Path, device: str = "cpu", stops: _Stops = ()) -> LiveModel:
+    def model(
+        self,
+        folder: str | Path,
+        device: str = "cpu",
+        stops: _Stops = (),
+        *,
+        precision: Precision = "auto",
+        progress: Progress = lambda words: None,
+    ) -> LiveModel:
         """Return the live model of a folder, loading it if necessary. Raises: as `load_model`."""
-        loaded = self._models.get(folder, device, stops)
+        loaded = self._models.get(
+            folder,
+            device,
+            stops,
+            precision=precision,
+            progress=lambda share: progress(f"loading weights: {share:.0%}"),
+        )
         with self._alone(stops):
             inside = {id(each) for each in self._models.loaded()}
             self._kept = {key: kept for key, kept in self._kept.items() if key in inside}

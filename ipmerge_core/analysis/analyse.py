@@ -41,6 +41,8 @@ from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.version import __version__
 
+_CHEAP = 1_000_000_000  # bytes of an MLLM whose updates are kept without being requested
+
 
 def analyse(
     pair: ModelPair,
@@ -253,8 +255,11 @@ def iter_pack(
     directions: Literal["existing", "all"] = "existing",
     device: str = "cpu",
     hub_only: bool = False,
+    updates: str | Path | None = None,
 ) -> Iterator[AnalysisStep]:
     """Open models by name and analyse them into the new pack `out`, see `iter_pack_of`.
+
+    Updates are kept only where that is cheap: of all directions, and for an MLLM of at most 1 GB.
 
     Raises:
         PairingError: the sibling check refuses the models, or a task vector is zero.
@@ -271,7 +276,9 @@ def iter_pack(
     experts = [opened(name, base=root) for name in math]
     pair = open_pair(opened(mllm), experts, root, base_mllm=own)
     pair.require_common_base()
-    yield from iter_pack_of(pair, out, options, device=device)
+    is_cheap = options.triplets is None and pair.mllm.nbytes <= _CHEAP
+    kept = updates if is_cheap else None
+    yield from iter_pack_of(pair, out, options, device=device, updates=kept)
 
 
 def iter_pack_of(

@@ -194,7 +194,7 @@ def compare(
 
 
 def _as_merged(weights: MatrixWeights, options: Options) -> bool:
-    """Return whether a merge computes the updates from the same numbers, to the last bit.
+    """Return whether a merge computes exactly the same updates.
 
     Not with an own base of the MLLM, to which a merge moves the experts; not for adapters, whose
     change is known as factors here; and not from leading directions, found with other random

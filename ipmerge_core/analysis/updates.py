@@ -2,7 +2,7 @@
 
 In: the update of every matrix and expert as factors, for lambda = 1. Out: a folder with one
 safetensors file per matrix, found by the content of the models and the variant of the method. The
-factors are those that a merge computes, to the last bit: they depend on neither the threshold nor
+factors are exactly those that a merge computes: they depend on neither the threshold nor
 lambda, overrides or layer gains, which only select and scale them.
 """
 
@@ -143,7 +143,7 @@ class UpdateStore:
 
 
 def _identity(pair: ModelPair, variant: Variant, device: str) -> str:
-    """Return the SHA-256 of everything that determines the updates to the last bit."""
+    """Return the SHA-256 of everything that determines the updates exactly."""
     fingerprints = [[model.fingerprint, model.content] for _, model in pair.roles()]
     names = [[matrix.name, *matrix.shape] for matrix in pair.matrices]
     content = json.dumps([_VERSION, __version__, list(variant), device, fingerprints, names])

@@ -158,6 +158,6 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule(("limit", "batch_size", "store", "device"), _when_written),
     ),
     "merge": (
-        Rule(("resume",), _when("dry_run", "with --dry-run, which merges nothing")),
+        Rule(("resume", "updates"), _when("dry_run", "with --dry-run, which merges nothing")),
     ),
 }  # fmt: skip

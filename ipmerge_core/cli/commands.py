@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,10 @@ def analyse(options: argparse.Namespace) -> int:
         pair.require_common_base("Use --force to analyse anyway.")
     how = Options(options.rank, options.temperature, options.quick, options.directions).check()
     with Progress(options) as progress:
-        for step in iter_pack_of(pair, options.target, how, device=options.device):
+        steps = iter_pack_of(
+            pair, options.target, how, device=options.device, updates=options.updates
+        )
+        for step in steps:
             what = f"{step.number}/{step.total} {step.matrix}"
             progress.show("analysing", step.cost_done, step.cost_total, what)
     analysis = Analysis.load(options.target)
@@ -203,6 +207,7 @@ def merge(options: argparse.Namespace) -> int:
     verb = "Already complete" if resume and is_finished(plan, options.target) else "Wrote"
     with Progress(options) as progress:
         how = {"device": options.device, "resume": resume, "force": options.force}
+        how["updates"] = _updates_of(options, plan)
         for step in iter_merge(plan, options.target, **how):
             doing = "measuring" if step.action == "measured" else "merging"
             what = f"{step.index}/{step.total} {step.action} {step.tensor}"
@@ -214,12 +219,24 @@ def merge(options: argparse.Namespace) -> int:
     return print_result(options, result, text)
 
 
+def _updates_of(options: argparse.Namespace, plan: MergePlan) -> str | None:
+    """Return the folder of kept updates. Raises: PlanError for a plan that has none."""
+    folder: str | None = options.updates
+    if folder and (plan.method != "ip_merging" or plan.parameters["ablation"] != "none"):
+        raise PlanError(
+            f"--updates has no effect with the method of plan {plan.hash} ({plan.method}): only "
+            f"IP-Merging with projection has updates. Omit it."
+        )
+    return folder
+
+
 def adapter(options: argparse.Namespace) -> int:
     """Export an IP-Merging plan as a LoRA adapter."""
     from ipmerge_core.adapters.export import REPORT, iter_adapter
 
     plan = read_plan(options)
     how = {"tolerance": options.tolerance, "max_rank": options.max_rank, "force": options.force}
+    how["updates"] = options.updates
     with Progress(options) as progress:
         for step in iter_adapter(plan, options.target, device=options.device, **how):
             what = f"{step.index}/{step.total} rank {step.rank} {step.tensor}"
@@ -244,10 +261,32 @@ def chat(options: argparse.Namespace) -> int:
             f"with --compare, or omit it."
         )
     image = input_file(options.image, "image") if options.image else None
-    how = {"max_new_tokens": options.max_new_tokens, "device": options.device}
+    names = ("max_new_tokens", "max_thinking_tokens", "device", "precision")
+    how = {name: vars(options)[name] for name in names}
     answers = {model: answer(model, options.prompt, image, **how) for model in models}
     text = "\n\n".join(f"{model}:\n{reply}" for model, reply in answers.items())
     return print_result(options, answers, text)
+
+
+def record(options: argparse.Namespace) -> int:
+    """Record the replies of a model and of a merge of it to a set of prompts."""
+    from ipmerge_core.evaluation.recording import iter_recording, read_prompts
+    from ipmerge_core.inference.sampling import GenerationSettings
+
+    plan, prompts = read_plan(options), read_prompts(options.prompts)
+    settings = GenerationSettings(
+        max_new_tokens=options.max_new_tokens, max_thinking_tokens=options.max_thinking_tokens
+    )
+    how = {name: vars(options)[name] for name in ("device", "precision")}
+    how["updates"] = _updates_of(options, plan)
+    with Progress(options) as progress:
+        for step in iter_recording(plan, prompts, options.target, settings=settings, **how):
+            progress.show("recording", step.number, step.total, step.what)
+    content = json.loads(options.target.read_text(encoding="utf-8"))
+    counts = Counter(example["verdict"] for example in content["examples"])
+    said = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    text = f"Wrote {options.output}: {len(prompts)} prompts with plan {plan.hash} ({said})."
+    return print_result(options, {"records": options.output, "verdicts": dict(counts)}, text)
 
 
 def app(options: argparse.Namespace) -> int:
@@ -262,7 +301,12 @@ def app(options: argparse.Namespace) -> int:
     silent = options.json or options.quiet
     try:
         served = launch(
-            options.host, options.port, block=not options.json, device=device, quiet=silent
+            options.host,
+            options.port,
+            block=not options.json,
+            device=device,
+            precision=options.precision,
+            quiet=silent,
         )
     except (OSError, OverflowError) as error:  # the port is in use, or there is no such address
         raise RunError(

@@ -10,10 +10,13 @@ from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
 from ipmerge_core.cli.evaluating import evaluate, optional_file
 from ipmerge_core.cli.sweeping import knockout, sweep
+from ipmerge_core.inference.precisions import PRECISIONS
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
 from ipmerge_core.spectral.kinds import SIMILARITIES, TEMPERATURE
 from ipmerge_core.version import __version__
+
+_KEPT = "use the updates kept there by an analysis instead of decomposing again"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,6 +81,7 @@ def _analyse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="approximate results from the leading directions"
     )
+    _add_updates(parser, "keep the updates of IP-Merging there for later merges and chats")
     _add_force(parser)
 
 
@@ -112,6 +116,7 @@ def _merge(parser: argparse.ArgumentParser) -> None:
         help="resume an unfinished run of the same plan (default)",
     )
     _add_flag(parser, "--dry-run", "print an estimate and exit")
+    _add_updates(parser, _KEPT)
     _add_force(parser)
     _add_device(parser)
 
@@ -121,6 +126,7 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "FOLDER", "output folder of the adapter")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="maximum relative residual")
     parser.add_argument("--max-rank", type=int, default=64, help="maximum rank per matrix")
+    _add_updates(parser, _KEPT)
     _add_force(parser)
     _add_device(parser)
 
@@ -130,8 +136,37 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", metavar="MODEL", help="folder of a second model")
     parser.add_argument("--image", help="image file")
     parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    _add_lengths(parser)
+    _add_precision(parser)
     _add_device(parser, fp64=False)
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length")
+    parser.add_argument(
+        "--max-thinking-tokens", type=int, default=1024, help="limit of a model that thinks first"
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the model in memory; auto: the most exact that fits",
+    )
+
+
+def _record(parser: argparse.ArgumentParser) -> None:
+    _add_plan(parser)
+    parser.add_argument(
+        "--prompts", required=True, metavar="JSONL", help="questions, images and reference answers"
+    )
+    _add_output(parser, "FILE", "output file, such as NAME.records.json next to NAME.pack.json.gz")
+    _add_lengths(parser)
+    _add_precision(parser)
+    _add_updates(parser, _KEPT)
+    _add_device(parser)
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +269,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 def _app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
     parser.add_argument("--port", type=int, help="port; by default the first free one from 7860")
+    _add_precision(parser)
     parser.add_argument(
         "--device",
         default="auto",
@@ -265,6 +301,10 @@ def _add_models(parser: argparse.ArgumentParser, moved: str = "", *, own_base: b
 def _add_flag(parser: argparse.ArgumentParser, name: str, words: str) -> None:
     """Add a switch that is None if it is not given."""
     parser.add_argument(name, action="store_true", default=None, help=words)
+
+
+def _add_updates(parser: argparse.ArgumentParser, words: str) -> None:
+    parser.add_argument("--updates", metavar="FOLDER", help=words)
 
 
 def _add_force(parser: argparse.ArgumentParser) -> None:
@@ -378,6 +418,7 @@ COMMANDS = (
     (commands.merge, "execute a merge plan", _merge),
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
+    (commands.record, "record the replies of a model and of a plan to prompts", _record),
     (evaluate, "score models on tasks, with intervals and paired tests", _evaluate),
     (sweep, "score the plans of a sweep or an ablation, without writing a model", _sweep),
     (knockout, "score a model with one module of one layer replaced at a time", _knockout),

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import ModelLoadError, RunError
+from ipmerge_core.errors import ModelLoadError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, load_model
-from ipmerge_core.inference.prompts import Message, check_question
+from ipmerge_core.inference.precisions import Precision
+from ipmerge_core.inference.prompts import Message, check_conversation, check_question
 from ipmerge_core.inference.rows import RowTokens, generate_rows
 from ipmerge_core.inference.sampling import LARGEST_SEED, MOST_NEW_TOKENS, GenerationSettings
-from ipmerge_core.inference.shared_weights import Remembered
 from ipmerge_core.inference.streaming import Job, RowState, Stream, stream_jobs
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def run_in_turns(
 
     `install` prepares the model for these rows before every turn, `remove` undoes it after.
     """
+    from ipmerge_core.inference.shared_weights import Remembered
+
     remembered = Remembered(loaded.model)
 
     def leave() -> None:
@@ -131,16 +133,20 @@ def answer(
     temperature: float = 0.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    max_thinking_tokens: int = 1024,
     device: str = "cpu",
+    precision: Precision = "auto",
 ) -> str:
     """Return the complete answer; models and images can be given as paths.
 
-    `device` is the device of a model that is given as a path.
+    `device` and `precision` are those of a model that is given as a path, see `load_model`.
 
     Raises: as `load_model`, `open_image` and `stream_answer`.
     """
-    settings = GenerationSettings(temperature, max_new_tokens, seed)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, device)
+    settings = GenerationSettings(temperature, max_new_tokens, seed, max_thinking_tokens)
+    loaded = model
+    if not isinstance(loaded, LoadedModel):
+        loaded = load_model(loaded, device, precision=precision)
     picture = open_image(image) if isinstance(image, str | Path) else image
     return "".join(stream_answer(loaded, question, picture, settings)).strip()
 
@@ -177,11 +183,9 @@ def encode_messages(
 ) -> dict[str, Any]:
     """Render a conversation with the model's chat template and tokenize it: a batch of one.
 
-    Raises: as `encode_prompt`; RunError if the last message is not the user's.
+    Raises: as `encode_prompt` and `check_conversation`.
     """
-    if not messages or messages[-1].role != "user":
-        raise RunError("The conversation does not end with a question. Ask one.")
-    check_question(messages[-1].text)
+    check_conversation(messages)
     if not loaded.takes_images and any(message.images for message in messages):
         raise ModelLoadError(
             f"'{loaded.folder.name}' is a text model and does not support images. Ask without an "

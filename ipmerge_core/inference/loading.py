@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import ModelLoadError, explained
+from ipmerge_core.errors import IPMergeError, ModelLoadError, RunCancelled, explained
 from ipmerge_core.inference.encoding import SpecialIds, explain_loading
 from ipmerge_core.inference.processor_loading import processes_images
 from ipmerge_core.inference.processor_process import RemoteProcessor, default_server
@@ -26,8 +26,11 @@ from ipmerge_core.runtime.imports import IMPORTING, find_torchvision
 from ipmerge_core.runtime.turns import Turns
 
 if TYPE_CHECKING:
+    from ipmerge_core.inference.placement import Placement
+    from ipmerge_core.inference.precisions import Precision
     from ipmerge_core.models.checkpoint import Checkpoint
 
+Progress = Callable[[float], object]
 
 _COUNTS_LAYERS = re.compile(r"(?<!max_window_)layers$|^depth$|^n_layer$")
 _MOST_LARGER = 3  # than the files; tied weights are stored once
@@ -59,11 +62,18 @@ class ModelCache:
         self._lock = threading.Lock()
 
     def get(
-        self, folder: str | Path, device: str = "cpu", stops: Sequence[threading.Event] = ()
+        self,
+        folder: str | Path,
+        device: str = "cpu",
+        stops: Sequence[threading.Event] = (),
+        *,
+        precision: Precision = "auto",
+        progress: Progress = lambda share: None,
     ) -> LoadedModel:
         """Return the model in `folder`, loading it if it is not cached or has changed on disk.
 
-        Raises: as `load_model`.
+        The models that were used longest ago are released while there are too many, or the memory
+        is too small for the new one. Raises: as `load_model`.
         """
         from ipmerge_core.models.checkpoint import Checkpoint
         from ipmerge_core.runtime.devices import resolve_device
@@ -73,13 +83,25 @@ class ModelCache:
         with self._lock:
             path = resolve_path(folder)
             found = Checkpoint.open(path)
-            key = (path, found.fingerprint, found.content, found.other_files, device)
+            content = (found.fingerprint, found.content, found.other_files)
+            key = (path, *content, device, precision)
             if key not in self._models:
-                while len(self._models) >= self.most_models:
-                    self._models.popitem(last=False)
-                self._models[key] = load_model(path, device, stops)
+                self._make_room(found, device)
+                self._models[key] = load_model(
+                    path, device, stops, precision=precision, progress=progress
+                )
             self._models.move_to_end(key)
             return self._models[key]
+
+    def _make_room(self, model: Checkpoint, device: str) -> None:
+        """Release models until there are few enough, and the weights as stored fit."""
+        from ipmerge_core.inference.memory import loading_options, release_memory
+
+        while self._models:
+            if len(self._models) < self.most_models and loading_options(model, device)[0].fits:
+                return
+            self._models.popitem(last=False)
+            release_memory()
 
     def loaded(self) -> tuple[LoadedModel, ...]:
         """Return the models in memory."""
@@ -102,7 +124,12 @@ def import_libraries() -> None:
 
 
 def load_model(
-    folder: str | Path, device: str = "cpu", stops: Sequence[threading.Event] = ()
+    folder: str | Path,
+    device: str = "cpu",
+    stops: Sequence[threading.Event] = (),
+    *,
+    precision: Precision = "auto",
+    progress: Progress = lambda share: None,
 ) -> LoadedModel:
     """Load a model folder and verify that all weights match the architecture.
 
@@ -110,15 +137,21 @@ def load_model(
         folder: a local folder with config.json, safetensors weights and a tokenizer or processor.
         device: a torch device name, or "auto".
         stops: events that cancel loading.
+        precision: "stored", "bf16", "fp16", "8bit" or "4bit" (the last two with bitsandbytes on a
+            CUDA GPU); "auto" takes the most exact that fits into free memory. `device` "cuda" with
+            several GPUs uses all of them if the model does not fit into one.
+        progress: takes the share of the weights that are loaded, from 0 to 1.
 
     Raises:
         CheckpointError: the folder does not exist, or its files are damaged.
-        ModelLoadError: transformers cannot build the model, or weights are missing or unexpected.
-        PlanError: the device is not available.
+        ModelLoadError: transformers cannot build the model, weights are missing or unexpected, or
+            there is too little memory.
+        PlanError: the device or the precision is not available.
         RunCancelled: one of the events was set.
     """
     default_server().start()
     # Imported here, like transformers, so that inputs are checked before torch is loaded.
+    from ipmerge_core.inference.placement import placement, reported_loading
     from ipmerge_core.models.checkpoint import Checkpoint
     from ipmerge_core.runtime.devices import resolve_device
 
@@ -134,13 +167,15 @@ def load_model(
     processor = RemoteProcessor(folder, takes_images=takes_images)
     with ThreadPoolExecutor(1) as threads:
         reading = threads.submit(processor.load, stops)
-        model = _load_weights(checkpoint)
+        place = placement(checkpoint, device, precision)
+        with reported_loading(progress, stops):
+            model = _load_weights(checkpoint, place)
         special_ids = reading.result()
     model.generation_config = _generation_config(checkpoint, special_ids)
     return LoadedModel(
         folder=folder,
         fingerprint=checkpoint.fingerprint,
-        model=model.to(device).eval(),
+        model=(model if place.device_map else model.to(device)).eval(),
         processor=processor,
         special_ids=special_ids,
         takes_images=takes_images,
@@ -236,7 +271,7 @@ def _has_images(model_type: str) -> bool:
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def _load_weights(checkpoint: Checkpoint) -> Any:  # noqa: ANN401
+def _load_weights(checkpoint: Checkpoint, place: Placement) -> Any:  # noqa: ANN401
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
@@ -245,10 +280,10 @@ def _load_weights(checkpoint: Checkpoint) -> Any:  # noqa: ANN401
 
     has_images = _has_images(str(checkpoint.config.get("model_type")))
     kind = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
-    with explained(partial(explain_loading, checkpoint.id, "model")):
+    with explained(partial(_explain, checkpoint.id)):
         _refuse_size(checkpoint, kind)
         how = {
-            "dtype": "auto",
+            **place.options(),
             "local_files_only": True,
             "use_safetensors": True,
             "generation_config": GenerationConfig(),  # otherwise read from the folder
@@ -273,6 +308,18 @@ def _load_weights(checkpoint: Checkpoint) -> Any:  # noqa: ANN401
                 f"would be wrong. Do config.json and the weights belong to the same model?"
             )
     return model
+
+
+def _explain(source: str, error: Exception) -> IPMergeError:
+    """Describe an error while weights are loaded."""
+    if isinstance(error, CancelledError):
+        return RunCancelled("Stopped while the model was loading.")
+    if type(error).__name__ == "OutOfMemoryError":
+        return ModelLoadError(
+            f"There is too little memory to load '{source}'. Close other programs, choose a lower "
+            f"precision or another device, or use a smaller model."
+        )
+    return explain_loading(source, "model", error)
 
 
 def _from_floats(checkpoint: Checkpoint, kind: Any, **how: Any) -> Any:  # noqa: ANN401

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST_QUESTION = 4000  # characters
+LONGEST_MESSAGE = 16_000  # of an earlier message or a system prompt
 REMEDY = (
     "Fix chat_template.jinja, or chat_template in tokenizer_config.json, in the model folder; "
     "without a template the prompt is 'USER: ... ASSISTANT:'."
@@ -113,6 +114,22 @@ def check_question(question: str) -> str:
     if not question:
         raise RunError("The question is empty. Enter one; an image alone is not sufficient.")
     return question
+
+
+def check_conversation(messages: Sequence[Message]) -> None:
+    """Check that a conversation ends with a question, and the length of its messages.
+
+    Raises: RunError.
+    """
+    if not messages or messages[-1].role != "user":
+        raise RunError("The conversation does not end with a question. Ask one.")
+    check_question(messages[-1].text)
+    longest = max((len(message.text) for message in messages), default=0)
+    if longest > LONGEST_MESSAGE:
+        raise RunError(
+            f"A message of the conversation has {longest} characters; the maximum is "
+            f"{LONGEST_MESSAGE}. Start a new conversation, or shorten the system prompt."
+        )
 
 
 def render_chat(

@@ -10,9 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
-from ipmerge_core.errors import IPMergeError, ModelLoadError, RunCancelled, first_line
+from ipmerge_core.errors import (
+    IPMergeError,
+    ModelLoadError,
+    RunCancelled,
+    explained,
+    first_line,
+)
 from ipmerge_core.inference.processor_process import RemoteProcessor
 from ipmerge_core.inference.rows import RowTokens
 from ipmerge_core.inference.thinking import Reply, ThinkingTokens, split_reply
@@ -124,13 +131,12 @@ class Job:
     def _run(self) -> None:
         error: IPMergeError | None = None
         try:
-            self.run()
+            with explained(partial(failed_generation, self.name)):
+                self.run()
         except RunCancelled:
-            pass
+            pass  # the rows are stopped
         except IPMergeError as found:
             error = found
-        except Exception as found:  # noqa: BLE001 (of transformers or of the model's config)
-            error = failed_generation(self.name, found)
         for stream in self.streams:
             if error is not None and not stream.tokens.ended:
                 stream.error = error

@@ -39,8 +39,8 @@ def split_reply(text: str, *, opened: bool = False, ended: bool = False) -> Repl
     r"""Split a reply, or its beginning, into what the model thinks and its answer.
 
     Only a thinking part at the start counts; a marker within the answer is text. A reply that ends
-    within the thinking part has no answer. While it is written, the first letters of a marker
-    belong to neither part.
+    within the thinking part has no answer. While it is written, the beginning of a
+    marker belongs to neither part.
 
     Args:
         text: the reply so far.
@@ -69,7 +69,7 @@ def split_reply(text: str, *, opened: bool = False, ended: bool = False) -> Repl
 
 
 def _without_partial(text: str, marker: Marker | None) -> str:
-    """Remove the first letters of an end marker from the end of a text."""
+    """Remove the beginning of an end marker from the end of a text."""
     for each in (marker,) if marker else MARKERS:
         for length in range(len(each.end) - 1, 0, -1):
             if text.endswith(each.end[:length]):

@@ -154,7 +154,7 @@ def _as_stored(data: bytearray, spec: TensorSpec) -> Tensor:
 def changed_tensors(folder: str | Path, mllm: Checkpoint) -> Iterator[MergedTensor]:
     """Yield the tensors of a finished model folder that differ from those of the MLLM.
 
-    Both must have the same tensors, as a merge writes them. Compared byte for byte.
+    Both must have the same tensors, as a merge writes them. All bytes are compared.
 
     Raises: CheckpointError for a folder with other tensors.
     """

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ipmerge_core.runtime.host import Limits
 from ipmerge_core.runtime.jobs import JobStore
 
-MADE = ("models", "previews", "calibrations", "packs")  # folders in the home folder
+MADE = ("models", "previews", "calibrations", "packs", "updates")  # folders in the home folder
 SWEEP_SECONDS = 600.0  # between two sweeps
 _YOUNGEST = 600.0  # seconds; younger entries may be about to be used
 

@@ -18,7 +18,7 @@ class Turns:
 
     >>> turns = Turns()
     >>> with turns.taken():
-    ...     turns.switch(lambda: None, lambda: None)  # nobody waits: returns at once
+    ...     turns.switch(lambda: None, lambda: None)  # no other thread waits: returns at once
     """
 
     def __init__(self) -> None:

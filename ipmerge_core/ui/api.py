@@ -6,10 +6,7 @@ Use them with gradio_client: `Client(url).predict(pack="pack", api_name="/previe
 
 from __future__ import annotations
 
-import base64
-import binascii
 import inspect
-import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,20 +16,22 @@ from gradio.block_function import BlockFunction
 from gradio.components.api_component import Api
 from gradio.events import api
 
-from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.errors import PlanError
 from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.runtime.paths import expand_path
 from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
+from ipmerge_core.ui.api_requests import decoded_image, read_conversation
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import Question, Side, answer_columns
+from ipmerge_core.ui.chat.answers import Question, Side, answer_question
 from ipmerge_core.ui.chat.columns import BASE, PLAN
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import public_text, show_errors
 from ipmerge_core.ui.evaluate.endpoints import evaluation_endpoints
 from ipmerge_core.ui.finished_merges import find_merge
+from ipmerge_core.ui.live_answers import AskedColumn, answer_columns
 from ipmerge_core.ui.merge.tab import check_digest, readiness_of
 from ipmerge_core.ui.method_choice import (
     EXPLORED,
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
 Json = dict[str, Any]
-LARGEST_IMAGE = 15_000_000  # bytes, before base64
+ANSWERING = ("answer_pair", "answer")  # endpoints that run models
 
 
 class AppBlocks(gr.Blocks):
@@ -83,8 +82,8 @@ def add_endpoints(backend: Backend) -> None:
             api(
                 show_errors(endpoint, in_page=False),
                 api_name=endpoint.__name__,
-                concurrency_id="models" if endpoint.__name__ == "answer_pair" else None,
-                concurrency_limit=1 if endpoint.__name__ == "answer_pair" else "default",
+                concurrency_id="models" if endpoint.__name__ in ANSWERING else None,
+                concurrency_limit=1 if endpoint.__name__ in ANSWERING else "default",
             )
 
 
@@ -265,14 +264,70 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         settings = GenerationSettings(temperature, max_new_tokens, seed)
-        pictures = (open_image(_decoded(image)),) if image else ()
+        pictures = (open_image(decoded_image(image)),) if image else ()
         keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
         chosen = ChosenMerge(pack, choice, by="explore")
         asked = Question(chosen, question, pictures, settings, (left, right), keys)
-        for first, second in answer_columns(backend, asked):
+        for first, second in answer_question(backend, asked):
             yield {"base": _side_json(first), "merged": _side_json(second)}
 
-    return [answer_pair]
+    def answer(
+        pack: str,
+        question: str,
+        columns: list[dict[str, Any]] = [],  # noqa: B006
+        images: list[str] = [],  # noqa: B006
+        history: list[dict[str, str]] = [],  # noqa: B006
+        system: str = "",
+        temperature: float = 0.0,
+        max_new_tokens: int = 256,
+        max_thinking_tokens: int = 1024,
+        seed: int = 0,
+    ) -> Iterator[Json]:
+        """Answer a conversation with several columns from one copy of the weights.
+
+        A column is {"model": "base"}; {"model": "plan"} with the values that describe a plan as for
+        /preview (similarity_threshold, lambda_, similarity, variant, overrides, method, parameters,
+        options, calibration); or {"model": a finished merge, by run id or folder name, "key": its
+        key}. The default is the base and the default plan. `history` is a list of {"role": "user"
+        or "assistant", "text": ...}; images are base64-encoded files of the question.
+        """
+        settings = GenerationSettings(temperature, max_new_tokens, seed, max_thinking_tokens)
+        messages = read_conversation(question, images, history, system)
+        given = columns or [{"model": BASE}, {"model": PLAN}]
+        asked = [_asked_column(backend, pack, column) for column in given]
+        for answers in answer_columns(backend, pack, asked, messages, settings):
+            yield {"columns": [each._asdict() for each in answers]}
+
+    return [answer_pair, answer]
+
+
+def _asked_column(backend: Backend, pack: str, column: object) -> AskedColumn:
+    """Read one column of a request. Raises: PlanError or RunError for anything unknown."""
+    if not isinstance(column, Mapping) or not isinstance(column.get("model"), str):
+        raise PlanError('A column must be an object with a "model": base, plan or a merge.')
+    values = {str(name): value for name, value in column.items() if name != "model"}
+    model = str(column["model"])
+    if model not in (BASE, PLAN):
+        key = values.pop("key", "")
+        _refuse_more(values, model)
+        merge = find_merge(backend, pack, model, {model: str(key)})
+        return AskedColumn(merge.label, folder=merge.folder)
+    if model == BASE:
+        _refuse_more(values, model)
+        return AskedColumn(BASE)
+    names = ("similarity_threshold", "lambda_", "similarity", "variant", "overrides")
+    defaults: tuple[Any, ...] = (0.4, 1.0, "first", "sum", {})
+    choice = _choice(pack, *(values.pop(n, d) for n, d in zip(names, defaults, strict=True)))
+    rest = {"method": EXPLORED_METHOD, "parameters": {}, "options": {}, "calibration": ""}
+    asked = PlanRequest(**{name: values.pop(name, value) for name, value in rest.items()})
+    _refuse_more(values, model)
+    plan = _requested_plan(backend, pack, choice, asked)
+    return AskedColumn(f"plan {plan.hash}", plan=lambda: plan)
+
+
+def _refuse_more(values: Mapping[str, Any], model: str) -> None:
+    if values:
+        raise PlanError(f"A column of the model '{model[:80]}' has no value {min(values)!r:.80}.")
 
 
 def _choice(
@@ -383,14 +438,3 @@ def _checked_sides(backend: Backend, pack: str, keys: dict[str, str]) -> dict[st
 def _side_json(side: Side) -> Json:
     names = ("state", "text", "note", "source", "image_processor")
     return {name: getattr(side, name) for name in names}
-
-
-def _decoded(image: str) -> io.BytesIO:
-    """Decode a base64 image, with or without a `data:` prefix."""
-    _, _, data = image.rpartition(",")
-    if len(data) > LARGEST_IMAGE * 4 / 3 + 4:
-        raise RunError(f"The image is larger than {LARGEST_IMAGE / 1e6:.0f} MB. Use a smaller one.")
-    try:
-        return io.BytesIO(base64.b64decode(data, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise RunError("The image is not a base64-encoded PNG, JPEG or WebP file.") from error

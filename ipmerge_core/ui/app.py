@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from ipmerge_core.inference.precisions import Precision
 from ipmerge_core.runtime.host import warms_up
 from ipmerge_core.runtime.warm_worker import WarmWorker
 from ipmerge_core.ui.analyse.descriptions import pair_html
@@ -195,6 +196,7 @@ def launch(
     *,
     block: bool = True,
     device: str = "auto",
+    precision: Precision = "auto",
     quiet: bool = False,
 ) -> tuple[Any, str, str]:
     """Build the app, serve it and print its address.
@@ -204,10 +206,11 @@ def launch(
         port: the port; by default GRADIO_SERVER_PORT, else the first free one from 7860 on.
         block: whether to wait until the server is stopped.
         device: default device of all runs: "auto" for the best one, or a torch device.
+        precision: in which models are loaded for the chat, see `load_model`.
         quiet: do not print the address.
     """
     worker = WarmWorker(MODULES, report=_log) if warms_up() else None
-    backend = Backend(device=device, worker=worker, report=_log)
+    backend = Backend(device=device, precision=precision, worker=worker, report=_log)
     return build_app(backend).launch(
         server_name=host,
         server_port=port,

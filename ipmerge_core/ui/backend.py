@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ipmerge_core.adapters.live_cache import LiveCache
     from ipmerge_core.calibration.calibrate import CalibrationCost
     from ipmerge_core.inference.loading import LoadedModel, ModelCache
+    from ipmerge_core.inference.precisions import Precision
     from ipmerge_core.planning.plan import MergePlan
     from ipmerge_core.runtime.warm_worker import WarmWorker
 
@@ -54,7 +55,7 @@ MODULES = (
 WARM_UP_SECONDS = 1.0  # from the first page to the imports: the page loads its files meanwhile
 KEPT_PREVIEWS = 6  # models merged on demand by the chat that are kept for later questions
 
-Progress = Callable[[str], None]
+Progress = Callable[[str], object]
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Backend:
     store: JobStore = field(default_factory=lambda: JobStore(home_folder() / "runs"))
     hosted: bool = field(default_factory=is_hosted)
     device: str = "auto"  # default of all runs
+    precision: Precision = "auto"  # of the models in memory
     worker: WarmWorker | None = None  # runs the next job of the store
     report: Callable[[str], object] = lambda _: None  # takes a line for the log
     _models: Any = None
@@ -98,12 +100,12 @@ class Backend:
                 self._live = LiveCache(models, self.updates_folder)
             return self._live  # type: ignore[no-any-return]
 
-    def live_model(self, pack_id: str, stops: Sequence[threading.Event] = ()) -> LiveModel:
-        """Return the live model of a pair's vision-language model, on the device of this app.
-
-        Raises: as `base_folder` and `load_model`.
-        """
-        return self.live.model(self.base_folder(pack_id), self.device_for(fp64=False), stops)
+    def live_model(
+        self, pack_id: str, stops: Sequence[threading.Event] = (), progress: Progress = lambda _: _
+    ) -> LiveModel:
+        """Return a pair's vision-language model. Raises: as `base_folder` and `load_model`."""
+        folder, device = self.base_folder(pack_id), self.device_for(fp64=False)
+        return self.live.model(folder, device, stops, precision=self.precision, progress=progress)
 
     @property
     def updates_folder(self) -> Path:
@@ -139,7 +141,7 @@ class Backend:
 
     def load(self, folder: Path, stops: Sequence[threading.Event] = ()) -> LoadedModel:
         """Return the model in a folder, on the device of this app; `stops` cancel loading it."""
-        return self.models.get(folder, self.device_for(fp64=False), stops)
+        return self.models.get(folder, self.device_for(fp64=False), stops, precision=self.precision)
 
     def device_for(self, asked: str = "auto", *, fp64: bool = True) -> str:
         """Return the device of a run: the requested one, or this app's default.

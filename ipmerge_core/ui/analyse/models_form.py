@@ -277,6 +277,7 @@ def start_analysis(
         **request.options,
         "device": device,
         "hub_only": backend.hosted,
+        "updates": str(backend.updates_folder),
     }
     return _start_once(backend, arguments, names, owner)
 

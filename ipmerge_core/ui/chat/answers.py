@@ -10,15 +10,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunCancelled
+from ipmerge_core.runtime.zero_gpu import call_seconds, is_zero_gpu, on_gpu
 from ipmerge_core.ui.backend import Backend, Progress
 from ipmerge_core.ui.chat.active_requests import ActiveRequest
-from ipmerge_core.ui.chat.columns import BASE, PLAN, column_names, merge_of, name_asked
+from ipmerge_core.ui.chat.columns import (
+    BASE,
+    FORM,
+    PLAN,
+    RECORD,
+    column_names,
+    merge_of,
+    name_asked,
+)
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import public_text, sentence_of
 from ipmerge_core.ui.finished_merges import Keys, describe_unmerged, find_merge
@@ -152,7 +162,7 @@ def find_column(
     return Found(column, label, plan.hash)
 
 
-def answer_columns(
+def answer_question(
     backend: Backend,
     asked: Question,
     request: ActiveRequest | None = None,
@@ -186,16 +196,36 @@ def stream_sides(answers: Answers) -> Generator[tuple[Side, ...], None, None]:
 
 
 class Answers:
-    """The sides of one question and the threads that fill them, one per group of columns."""
+    """The sides of one question and the threads that fill them, one per group of columns.
+
+    On a ZeroGPU Space a thread holds the GPU for all its columns and reads their sides from the
+    process that answers; there `is_lent` is true.
+    """
 
     def __init__(
-        self, backend: Backend, asked: Question, request: ActiveRequest, before: Sequence[Side]
+        self,
+        backend: Backend,
+        asked: Question,
+        request: ActiveRequest,
+        before: Sequence[Side] = (),
+        *,
+        is_lent: bool = False,
     ) -> None:
         self.backend, self.asked, self.request = backend, asked, request
-        self.sides = list(before) or list(new_sides(asked.columns))
+        self.is_lent = is_lent
+        self.sides = list(before) or [Side(name) for name in self.names()]
         self.messages = asked.messages()
         self.threads: list[threading.Thread] = []
         self._news = threading.Event()  # set when a side begins or ends
+
+    @classmethod
+    def n_stops(cls, asked: Question) -> int:
+        """Return the number of sides of a question."""
+        return len(asked.columns)
+
+    def names(self) -> Sequence[str]:
+        """Return the names of the sides."""
+        return column_names(self.asked.columns)
 
     @property
     def are_over(self) -> bool:
@@ -209,14 +239,12 @@ class Answers:
 
     def start(self, columns: Sequence[int]) -> None:
         """Ask some columns in a thread, in one batch where their models allow it."""
-        names = column_names(self.asked.columns)
+        names = self.names()
         for column in columns:
             self.sides[column] = Side(names[column])
             self.request.stops[column] = threading.Event()
-        self.run(partial(self._fill, tuple(columns)))
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Do a part of the work in a thread."""
+        lends = is_zero_gpu() and not self.is_lent
+        work = partial(self._fill_lent if lends else self.fill, tuple(columns))
         thread = threading.Thread(target=work, daemon=True)
         self.threads.append(thread)
         thread.start()
@@ -245,7 +273,30 @@ class Answers:
         for thread in self.threads:
             thread.join(STOP_TIMEOUT)
 
-    def _fill(self, columns: tuple[int, ...]) -> None:
+    def _fill_lent(self, columns: tuple[int, ...]) -> None:
+        """Fill the sides of some columns from a process that has the GPU for all of them."""
+        sides = [self.sides[column] for column in columns]
+
+        def answer() -> None:
+            asked = self.asked._replace(keys=dict(self.asked.keys))  # plain values
+            lent: Any = lent_sides(type(self), asked, columns)
+            with closing(lent) as stream:
+                for found in stream:
+                    if self.request.stop_all.is_set() or all(side.is_over for side in sides):
+                        return
+                    self._copy(columns, found)
+
+        guarded(answer, sides)
+
+    def _copy(self, columns: Sequence[int], found: Sequence[Side]) -> None:
+        """Take over the sides of another process; those that are stopped here stay so."""
+        for column, side in zip(columns, found, strict=True):
+            mine, is_stopped = self.sides[column], self.request.stops[column].is_set()
+            if not mine.is_over:
+                vars(mine).update(vars(mine.stopped() if is_stopped else side))
+        self._news.set()
+
+    def fill(self, columns: tuple[int, ...]) -> None:
         """Fill the sides of some columns."""
         sides = {column: self.sides[column] for column in columns}
         for column, side in sides.items():
@@ -293,6 +344,38 @@ class Answers:
 
         guarded(find, [side])
         return found[0] if found else None
+
+
+_serving: list[Backend] = []  # of this app, for the process that is lent a GPU
+
+
+def serve_lent(backend: Backend) -> None:
+    """Let questions on a lent GPU use this backend."""
+    _serving[:] = [backend]
+
+
+def gpu_seconds(kind: type[Answers], asked: Question, columns: Sequence[int]) -> int:
+    """Return the GPU time that a question may take; columns of tensors take turns."""
+    del kind  # the arguments are those of `lent_sides`
+    own = {who for who in asked.columns if who not in (BASE, PLAN, FORM, RECORD)}
+    tokens = asked.settings.max_new_tokens + asked.settings.max_thinking_tokens
+    return call_seconds(tokens, 1 + len(own) if columns else 1, prepares=bool(own))
+
+
+@on_gpu(gpu_seconds)
+def lent_sides(
+    kind: type[Answers], asked: Question, columns: Sequence[int]
+) -> Generator[tuple[Side, ...], None, None]:
+    """Yield the sides of some columns, in a process that has a GPU for all of them."""
+    request = ActiveRequest(kind.n_stops(asked))
+    answers = kind(_serving[-1], asked, request, is_lent=True)
+    answers.sides = [
+        side if number in columns else side.stopped() for number, side in enumerate(answers.sides)
+    ]
+    answers.start(columns)
+    with closing(stream_sides(answers)) as stream:
+        for sides in stream:
+            yield tuple(sides[column] for column in columns)
 
 
 def guarded(work: Callable[[], None], sides: Sequence[Side]) -> None:

@@ -1,4 +1,4 @@
-"""State what the selected columns need before they can answer, and ask for consent if it is large.
+"""State what the selected columns need before they can answer, and require consent if it is large.
 
 In: the selected columns. Out: a line with memory and time of every column that has tensors of its
 own: other methods, ablations and finished merges. Columns of IP-Merging share the model's weights
@@ -14,20 +14,25 @@ import gradio as gr
 
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.runtime.host import home_folder
+from ipmerge_core.runtime.zero_gpu import is_zero_gpu
 from ipmerge_core.ui.backend import SMALL_MODEL, Backend
+from ipmerge_core.ui.chat.answers import Answers, Question, gpu_seconds
 from ipmerge_core.ui.chat.column_choice import Held
 from ipmerge_core.ui.chat.columns import BASE, LETTERS, merge_of
+from ipmerge_core.ui.chat.inputs import Inputs, inputs_of
 from ipmerge_core.ui.chat.layout import Parts
+from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.finished_merges import find_merge
 from ipmerge_core.ui.format import format_estimate, format_size
-from ipmerge_core.ui.runs import Updates
+from ipmerge_core.ui.runs import Listener, Updates
 from ipmerge_core.ui.safe_text import as_html
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
+    from ipmerge_core.inference.sampling import GenerationSettings
     from ipmerge_core.planning.plan import MergePlan
 
 
@@ -47,6 +52,15 @@ class ColumnCost(NamedTuple):
             f"Column {self.column} ({self.label}) needs {format_size(self.nbytes)} of memory of "
             f"its own{time}."
         )
+
+
+def gpu_line(held: Held, generation: GenerationSettings) -> str:
+    """Return how much GPU time a question may take on a ZeroGPU Space; elsewhere ""."""
+    if not is_zero_gpu():
+        return ""
+    asked = Question(held.chosen, "", (), generation, held.columns)
+    seconds = gpu_seconds(Answers, asked, range(len(held.columns)))
+    return f"A question holds the GPU for at most {seconds} seconds of your daily quota."
 
 
 def column_costs(backend: Backend, held: Held) -> list[ColumnCost]:
@@ -106,21 +120,27 @@ def check_consent(costs: list[ColumnCost], *, agreed: bool) -> None:
         )
 
 
-def costs_html(costs: list[ColumnCost]) -> str:
+def costs_html(costs: list[ColumnCost], gpu: str = "") -> str:
     """Format the costs as one line; empty if there are none."""
-    return f"<p>{as_html(' '.join(map(str, costs)))}</p>" if costs else ""
+    words = " ".join([*map(str, costs), *([gpu] if gpu else [])])
+    return f"<p>{as_html(words)}</p>" if words else ""
 
 
 def wire_costs(backend: Backend, parts: Parts, changed: list[Dependency]) -> None:
     """Show the costs whenever the columns may have changed; consent holds for what it shows."""
 
-    def show(shown: str, *held: Any) -> Updates:  # noqa: ANN401
-        costs = column_costs(backend, Held(*held))
-        line, large = costs_html(costs), is_large(costs)
+    def show(shown: str, *values: Any) -> Updates:  # noqa: ANN401
+        now = Inputs.read(values)
+        costs = column_costs(backend, now.held)
+        generation = read_settings(*now.settings).generation
+        line, large = costs_html(costs, gpu_line(now.held, generation)), is_large(costs)
         same = line == shown
         agree = gr.update(visible=large) if same else gr.update(visible=large, value=False)
         return {parts.cost: line, parts.agree: agree}
 
-    for event in changed:
-        asked = [parts.cost, *parts.choice.asked]
-        event.then(show, asked, [parts.cost, parts.agree], queue=False, **QUIET)
+    fields = parts.settings
+    asked = [parts.cost, *inputs_of(parts)]
+    listeners: list[Listener] = [event.then for event in changed]
+    listeners += [fields.longest.change, fields.thinking.change]
+    for listen in listeners:
+        listen(show, asked, [parts.cost, parts.agree], queue=False, **QUIET)

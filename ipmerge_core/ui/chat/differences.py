@@ -1,4 +1,4 @@
-"""Show what two columns would have said where their answers begin to differ.
+"""Show the most likely tokens of two columns where their answers begin to differ.
 
 In: the last turn, and the columns that answered it. Out: a table of the most likely tokens of both
 columns after the text that they share, as HTML.

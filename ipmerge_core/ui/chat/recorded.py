@@ -1,7 +1,8 @@
 """Read the recorded examples: answers of both models that are shown without running a model.
 
-In: `recorded.json` in the folder of the demo models, and its images. Out: examples with a question,
-the correct answer, both replies, their models and the date; and the plan of the recorded merge.
+In: `recorded.json` in the folder of the demo models, or the records next to a pack. Out: examples
+with a question, the correct answer, both replies, their models and the date; and the plan of the
+recorded merge.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.input_files import MEGABYTE, FileKind, Location, Schema
 from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.ui.finished_merges import describe_unmerged
-from ipmerge_core.ui.pairs import DEMO, read_pack_file
+from ipmerge_core.ui.pairs import DEMO, find_pack, read_pack_file
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
 DEMO_PAIR = "pack"  # the id of the pair that gave the recorded answers
 RECORDED = FileKind(
     "a file of recorded answers",
-    "Record them again with assets/demo/record.py, or delete it.",
+    "Record them again with `ipmerge record`, or delete it.",
     PlanError,
     largest=16 * MEGABYTE,
 )
@@ -90,9 +91,9 @@ _RECORDED = Schema[_Recorded](_Recorded)
 
 
 def recorded_examples(folder: Path = DEMO) -> list[Example]:
-    """Read the recorded examples; empty if the file is missing or cannot be read."""
+    """Read the recorded examples of a folder; empty if there are none, or they cannot be read."""
     try:
-        return _examples(folder)
+        return _examples(folder / "recorded.json", folder / "pack.json.gz", DEMO_PAIR)
     except PlanError:
         return []
 
@@ -100,27 +101,54 @@ def recorded_examples(folder: Path = DEMO) -> list[Example]:
 def unreadable_examples(folder: Path = DEMO) -> list[str]:
     """Return why the recorded examples cannot be read; empty if they can."""
     try:
-        _examples(folder)
+        _examples(folder / "recorded.json", folder / "pack.json.gz", DEMO_PAIR)
     except PlanError as error:
         return [str(error)]
     return []
 
 
-def _examples(folder: Path) -> list[Example]:
-    path = folder / "recorded.json"
-    return _read(path, version_of(path)) if path.is_file() else []
+def records_of(pack_id: str) -> list[Example]:
+    """Read the recorded examples of a pair; empty if there are none, or they cannot be read.
+
+    Those of the demo are in its folder, those of another pair next to its pack, in the file that
+    `ipmerge record` writes: NAME.records.json for NAME.pack.json.gz.
+    """
+    if pack_id == DEMO_PAIR:
+        return recorded_examples()
+    try:
+        pack = find_pack(pack_id).path
+        return _examples(pack.with_name(records_name(pack.name)), pack, pack_id)
+    except PlanError:
+        return []
+
+
+def records_name(pack: str) -> str:
+    """Return the name of the file of records for the name of a pack's file.
+
+    >>> records_name("mine.pack.json.gz")
+    'mine.records.json'
+    """
+    return pack.partition(".pack.json")[0].removesuffix(".json.gz") + ".records.json"
+
+
+def _examples(path: Path, pack: Path, pack_id: str) -> list[Example]:
+    return _read(path, pack, pack_id, version_of(path)) if path.is_file() else []
 
 
 def recorded_choice(pack_id: str) -> PlanChoice | None:
     """Return the plan of a pair's recorded answers; None if there are none."""
-    examples = recorded_examples() if pack_id == DEMO_PAIR else []
+    examples = records_of(pack_id)
     return examples[0].choice if examples else None
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, _version: FileVersion) -> list[Example]:
+def _read(path: Path, pack_path: Path, pack_id: str, _version: FileVersion) -> list[Example]:
     content = RECORDED.load(_RECORDED, path)
-    pack = read_pack_file(path.with_name("pack.json.gz"))
+    pack = read_pack_file(pack_path)
+    folder = path.parent.resolve()
+    for entry in content.examples:
+        if not (folder / entry.image).resolve().is_relative_to(folder):
+            raise RECORDED.refusal(path, f"the image '{entry.image:.80}' is in another folder")
     examples = [
         Example(
             reference=Reference(
@@ -137,6 +165,7 @@ def _read(path: Path, _version: FileVersion) -> list[Example]:
             recorded=content.recorded,
             base_model=describe_unmerged(pack["sources"]["mllm"]["id"]),
             pair=pack["name"],
+            pack_id=pack_id,
         )
         for entry in content.examples
     ]

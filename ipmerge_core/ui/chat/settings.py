@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.inference.prompts import LONGEST_QUESTION
+from ipmerge_core.inference.prompts import LONGEST_MESSAGE
 from ipmerge_core.inference.sampling import (
     MOST_NEW_TOKENS,
     MOST_THINKING_TOKENS,
@@ -85,7 +85,7 @@ def lay_out_settings(pack_id: str) -> SettingFields:
                 info="Of sampling, and of the order in blind mode", elem_id="chat-seed",
             )  # fmt: skip
         system = gr.Textbox(
-            "", label="System prompt", lines=1, max_lines=8, max_length=LONGEST_QUESTION,
+            "", label="System prompt", lines=1, max_lines=8, max_length=LONGEST_MESSAGE,
             placeholder="None. A model without a system role reads it before the first question.",
             elem_id="chat-system",
         )  # fmt: skip
@@ -121,9 +121,9 @@ def read_settings(
         float(temperature or 0), int(longest or 0), int(seed or 0), int(thinking or 0)
     )
     system = (system or "").strip()
-    if len(system) > LONGEST_QUESTION:
+    if len(system) > LONGEST_MESSAGE:
         raise RunError(
-            f"The system prompt has {len(system)} characters; the maximum is {LONGEST_QUESTION}."
+            f"The system prompt has {len(system)} characters; the maximum is {LONGEST_MESSAGE}."
         )
     history = RULES.get(str(earlier), HistoryRule(earlier=False))
     return ChatSettings(generation, system, history, bool(blind))

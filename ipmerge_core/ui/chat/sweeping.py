@@ -53,7 +53,7 @@ def wire_strip(
     def sweep(request: gr.Request, *values: Any) -> Iterator[Updates]:  # noqa: ANN401
         now = Inputs.read(values)
         asked, last = _question(now), now.turns[-1]
-        active = requests.start(session_of(request))
+        active = requests.start(session_of(request), len(GAINS))
         idle = {button: gr.update(interactive=True) for button in parts.idle_buttons}
         busy = {button: gr.update(interactive=False) for button in parts.idle_buttons}
         try:
@@ -119,15 +119,24 @@ def answer_strip(
     backend: Backend, asked: Question, request: ActiveRequest
 ) -> Generator[tuple[Side, ...], None, None]:
     """Answer a question with the chosen plan at all gains, in one batch."""
-    answers = _StripAnswers(backend, asked, request, [Side(f"λ {gain:g}") for gain in GAINS])
-    answers.run(answers.fill)
+    answers = StripAnswers(backend, asked, request)
+    answers.start(range(len(GAINS)))
     yield from stream_sides(answers)
 
 
-class _StripAnswers(Answers):
-    """The sides of one question over lambda."""
+class StripAnswers(Answers):
+    """The sides of one question over lambda, which only stop together."""
 
-    def fill(self) -> None:
+    @classmethod
+    def n_stops(cls, _asked: Question) -> int:
+        """Return the number of gains."""
+        return len(GAINS)
+
+    def names(self) -> list[str]:
+        """Return the names of the sides."""
+        return [f"λ {gain:g}" for gain in GAINS]
+
+    def fill(self, _columns: tuple[int, ...]) -> None:
         """Fill all sides."""
         guarded(self._answer, self.sides)
 

@@ -20,7 +20,8 @@ from ipmerge_core.ui.chat.active_requests import ActiveRequests
 from ipmerge_core.ui.chat.answers import (
     Question,
     Side,
-    answer_columns,
+    answer_question,
+    serve_lent,
 )
 from ipmerge_core.ui.chat.asking import Typed, make_question, new_turn, read_prompt
 from ipmerge_core.ui.chat.column_choice import ColumnChoice, wire_choice
@@ -31,7 +32,7 @@ from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, lay_out
 from ipmerge_core.ui.chat.recorded import Reference
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chat.sweeping import wire_strip
-from ipmerge_core.ui.chat.tools import (
+from ipmerge_core.ui.chat.turn_actions import (
     FillPrompt,
     wire_columns_view,
     wire_examples,
@@ -79,6 +80,7 @@ def try_tab(
     `shown` shows the pair in Explore and holds the chosen merge; `runs` and `last` are the merges
     that the browser remembers, see `column_choice`.
     """
+    serve_lent(backend)
     parts = lay_out(shown.chosen, runs, last)
     events = wire_choice(backend, parts.choice, pair, tab)
     wire_costs(backend, parts, events.changed)
@@ -161,6 +163,7 @@ def _wire_column(backend: Backend, parts: Parts, requests: ActiveRequests, posit
     def retry(request: gr.Request, accepted: bool, *values: Any) -> Iterator[Updates]:  # noqa: ANN401
         now = Inputs.read(values)
         if accepted or not now.turns:
+            yield {parts.status: gr.skip()}  # a generator without values would clear all outputs
             return
         last, before = now.turns[-1], now.turns[:-1]
         number = last.column_at(position)
@@ -212,7 +215,7 @@ def _run(
     try:
         first = replace(run.turn, answers=_waiting(run.turn, only)) if only else run.turn
         yield {**sent, **changes.since(parts.updates([*run.before, first], n_columns))}
-        stream = answer_columns(backend, run.asked, request, before=kept, only=only)
+        stream = answer_question(backend, run.asked, request, before=kept, only=only)
         with closing(stream):
             for sides in stream:
                 turns = [*run.before, replace(run.turn, answers=sides)]

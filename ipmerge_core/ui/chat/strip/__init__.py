@@ -77,11 +77,6 @@ def _facts(side: Side) -> list[str]:
     return [*counted, *(["cut off"] if side.cut_off else [])]
 
 
-def _facts(side: Side) -> list[str]:
-    counted = [f"{side.tokens} tokens"] if side.tokens else []
-    return [*counted, *(["cut off"] if side.cut_off else [])]
-
-
 def taken_gain(event: gr.EventData) -> float | None:
     """Return the gain that a `take` event names; None if it is not one of the dial."""
     gain = event._data.get("gain") if isinstance(event._data, dict) else None

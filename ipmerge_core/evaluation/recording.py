@@ -1,0 +1,250 @@
+"""Record the replies of a model and of a merge of it to a set of prompts.
+
+In: a plan of IP-Merging and prompts with images and reference answers. Out: a file that the app
+shows as recorded answers, next to the pack of the pair: questions, both replies and their verdict,
+with the plan, the date, the device and the versions. Both replies come from one copy of the weights
+(`adapters.live`). Regressions are kept: every prompt is recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ipmerge_core.adapters.columns import Row
+from ipmerge_core.adapters.live import LiveModel
+from ipmerge_core.adapters.live_cache import LiveCache
+from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.inference.images import open_image
+from ipmerge_core.inference.loading import ModelCache
+from ipmerge_core.inference.precisions import Precision
+from ipmerge_core.inference.prompts import Message
+from ipmerge_core.inference.sampling import GenerationSettings
+from ipmerge_core.methods import find_method
+from ipmerge_core.models.files import local_copy
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.runtime.atomic import write_whole, writing
+from ipmerge_core.runtime.input_files import (
+    MEGABYTE,
+    InvalidContentError,
+    Location,
+    Schema,
+    parse_json,
+)
+from ipmerge_core.runtime.paths import input_file, output_file
+from ipmerge_core.tasks.answers import is_right
+from ipmerge_core.version import __version__
+
+MOST_PROMPTS = 1000
+_LONGEST_LINE = MEGABYTE
+
+
+class Prompt(NamedTuple):
+    """A question about an image with its reference answer.
+
+    `is_math`: only the stated result counts, see `tasks.answers.is_right`.
+    """
+
+    question: str
+    image: Path
+    answer: str
+    is_math: bool = False
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a file of prompts; other fields are ignored."""
+
+    question: str
+    image: Location
+    answer: str
+    computed: bool = False
+    task: str = ""
+
+
+_LINE = Schema[_Line](_Line)
+
+
+class RecordStep(NamedTuple):
+    """Progress: a prompt was answered, or the merge is being prepared (`number` 0)."""
+
+    number: int
+    total: int
+    what: str
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Read a jsonl file: {"question", "image", "answer"}, optionally "computed" and "task".
+
+    Raises: RunError for a file that cannot be read, an invalid line, or too many lines.
+    """
+    path = input_file(path, "prompts")
+    found: list[Prompt] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = _LINE.validate(parse_json(line, _LONGEST_LINE))
+            except InvalidContentError as error:
+                raise RunError(
+                    f"Line {number} of '{path}' is invalid: {error}. Expected "
+                    f'{{"question": "...", "image": "picture.png", "answer": "..."}}.'
+                ) from error
+            image = path.parent / entry.image
+            found.append(Prompt(entry.question, image, entry.answer, entry.computed, entry.task))
+            if len(found) > MOST_PROMPTS:
+                raise RunError(f"'{path}' has more than {MOST_PROMPTS} prompts. Record fewer.")
+    if not found:
+        raise RunError(f"'{path}' contains no prompts. Expected one JSON object per line.")
+    return found
+
+
+def iter_recording(
+    plan: MergePlan,
+    prompts: Sequence[Prompt],
+    out: str | Path,
+    *,
+    settings: GenerationSettings | None = None,
+    device: str = "cpu",
+    precision: Precision = "auto",
+    updates: str | Path | None = None,
+) -> Iterator[RecordStep]:
+    """Answer every prompt with the MLLM and with the merge, and write the file `out`.
+
+    Images that are elsewhere are copied next to it. The file appears when it is complete.
+
+    Raises:
+        PlanError: the app cannot express the plan, so that it could not show it.
+        IPMergeError: a model, an image or a prompt cannot be used, or the file not be written.
+    """
+    out, settings = output_file(out), settings or GenerationSettings()
+    choice = choice_of(plan)
+    source = plan.sources.mllm
+    folder = Path(source.id) if source.revision is None else local_copy(source.id, source.revision)
+    cache = LiveCache(ModelCache(1), None if updates is None else Path(updates))
+    yield RecordStep(0, len(prompts), "loading the model")
+    live = cache.model(folder, device, precision=precision)
+    yield RecordStep(0, len(prompts), "preparing the merge")
+    column = cache.column(live, plan, "merged", device=device)
+    examples: list[dict[str, Any]] = []
+    for number, prompt in enumerate(prompts, 1):
+        replies = _replies(live, [live.base("base"), column], prompt, settings)
+        image = _copied(prompt.image, out, number)
+        examples.append(_example(prompt, image, replies))
+        yield RecordStep(number, len(prompts), examples[-1]["verdict"])
+    content = {
+        **_facts(plan, live, device, settings),
+        "choice": choice,
+        "examples": examples,
+    }
+    write_whole(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def choice_of(plan: MergePlan) -> dict[str, Any]:
+    """Return the plan in the format of the app's map. Raises: PlanError if it has none."""
+    defaults = find_method("ip_merging").complete({})
+    own = ("lambda_", "gamma_norm", "temperature", "directions", "rank")
+    changed = [n for n, v in plan.parameters.items() if n not in own and v != defaults.get(n)]
+    options = plan.options
+    limited = options.include or options.exclude or options.layer_gains
+    if plan.method != "ip_merging" or changed or limited:
+        raise PlanError(
+            f"Plan {plan.hash} cannot be recorded for the app, which shows IP-Merging with a "
+            f"threshold, lambda, gamma_norm and rules by matrix. Make such a plan."
+        )
+    return {
+        "s": plan.similarity_threshold,
+        "lambda": plan.parameters["lambda_"],
+        "similarity": plan.similarity,
+        "variant": plan.parameters["gamma_norm"],
+        "overrides": dict(options.overrides),
+    }
+
+
+def verdict(prompt: Prompt, base: str, merged: str) -> str:
+    """Describe the effect of a merge on one reply: better, worse, both right or both wrong."""
+    was, now = is_right(prompt, base), is_right(prompt, merged)
+    if was == now:
+        return "both right" if now else "both wrong"
+    return "better" if now else "worse"
+
+
+def _replies(
+    live: LiveModel, columns: Sequence[Any], prompt: Prompt, settings: GenerationSettings
+) -> list[str]:
+    messages = [Message("user", prompt.question, (open_image(prompt.image),))]
+    *_, states = live.stream([Row(column, messages, settings) for column in columns])
+    failed = next((state for state in states if state.state == "failed"), None)
+    if failed is not None:
+        raise RunError(f"The prompt '{prompt.question[:80]}' was not answered: {failed.note}")
+    return [state.text for state in states]
+
+
+def _copied(image: Path, out: Path, number: int) -> str:
+    """Copy an image next to the file, if it is not there; returns its path relative to it."""
+    if image.resolve().is_relative_to(out.parent.resolve()):
+        return image.resolve().relative_to(out.parent.resolve()).as_posix()
+    place = Path(f"{out.name.partition('.')[0]}-images") / f"{number:03d}{image.suffix.lower()}"
+    with writing(out.parent / place):
+        (out.parent / place).parent.mkdir(parents=True, exist_ok=True)
+        (out.parent / place).write_bytes(image.read_bytes())
+    return place.as_posix()
+
+
+def _example(prompt: Prompt, image: str, replies: Sequence[str]) -> dict[str, Any]:
+    base, merged = replies
+    return {
+        "image": image,
+        "task": prompt.task,
+        "question": prompt.question,
+        "answer": prompt.answer,
+        "reference": prompt.answer,
+        "computed": prompt.is_math,
+        "base": base,
+        "merged": merged,
+        "verdict": verdict(prompt, base, merged),
+    }
+
+
+def _facts(
+    plan: MergePlan, live: LiveModel, device: str, settings: GenerationSettings
+) -> dict[str, Any]:
+    import transformers
+
+    processor = live.loaded.processor.image_processor
+    versions = {
+        "ipmerge": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {
+        "recorded": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}, {processor}",
+        "device": device,
+        "dtype": str(live.loaded.model.dtype).removeprefix("torch."),
+        "versions": versions,
+        "pair": plan.name,
+        "plan": _described(plan),
+        "plan_hash": plan.hash,
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+    }
+
+
+def _described(plan: MergePlan) -> str:
+    gain, norm = plan.parameters["lambda_"], plan.parameters["gamma_norm"]
+    chosen, total = len(plan.selected), len(plan.decisions)
+    which = "all matrices" if chosen == total else f"{chosen} of {total} matrices"
+    return f"IP-Merging, gamma_norm={norm}, lambda {gain:g}, {which} (plan {plan.hash})"

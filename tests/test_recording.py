@@ -1,0 +1,127 @@
+"""Recorded answers: what is written, what is refused, and that the app shows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ipmerge_core as ipm
+from ipmerge_core.cli import main
+from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.evaluation.recording import Prompt, choice_of, iter_recording, read_prompts
+from ipmerge_core.inference.generation import answer
+from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.tasks.demo import problems
+from ipmerge_core.ui.chat.recorded import recorded_choice, records_of
+
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+
+
+def demo_plan(**settings: Any) -> MergePlan:
+    analysis = ipm.Analysis.load(DEMO / "pack.json.gz")
+    return ipm.make_plan(analysis, **{"similarity_threshold": 0.0, **settings})
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A file of prompts with their images: sums that the merge solves, and shapes."""
+    asked = problems("mul", 2, seed=3) + problems("shape", 1, seed=3)
+    lines = []
+    for number, problem in enumerate(asked):
+        problem.image.save(tmp_path / f"{number}.png")
+        values = {"question": problem.question, "answer": problem.answer, "image": f"{number}.png"}
+        lines.append(json.dumps({**values, "computed": problem.is_math, "task": problem.task}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return tmp_path / "prompts.jsonl"
+
+
+def test_a_record_has_both_replies_and_what_they_were_made_with(
+    prompts: Path, tmp_path: Path
+) -> None:
+    plan = demo_plan(lambda_=4.0, gamma_norm="max")
+    plan.save(tmp_path / "plan.json")
+    out = tmp_path / "demo.records.json"
+    command = ["record", str(tmp_path / "plan.json"), "--prompts", str(prompts), "-o", str(out)]
+    assert main([*command, "--max-new-tokens", "24", "--device", "cpu", "--quiet"]) == 0
+    content = json.loads(out.read_text())
+    assert content["plan_hash"] == plan.hash
+    assert {"recorded", "machine", "device", "versions", "pair", "dtype"} <= set(content)
+    ipm.merge(plan, tmp_path / "merged")
+    for prompt, example in zip(read_prompts(prompts), content["examples"], strict=True):
+        assert example["base"] == answer(DEMO / "mllm", prompt.question, prompt.image)
+        assert example["merged"] == answer(tmp_path / "merged", prompt.question, prompt.image)
+        assert out.parent / example["image"] == prompt.image  # it is there already
+    assert {example["verdict"] for example in content["examples"]} >= {"better"}
+
+
+def test_the_app_shows_the_records_next_to_a_pack(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
+    packs = tmp_path / "home" / "packs"
+    packs.mkdir(parents=True)
+    shutil.copy(DEMO / "pack.json.gz", packs / "mine.pack.json.gz")
+    plan = demo_plan(lambda_=2.0)
+    assert records_of("packs-mine") == []
+    for _ in iter_recording(plan, read_prompts(prompts), packs / "mine.records.json"):
+        pass
+    examples = records_of("packs-mine")
+    assert len(examples) == 3
+    assert all(example.image.is_file() for example in examples)
+    assert all(example.image.parent.name == "mine-images" for example in examples)
+    assert {example.pack_id for example in examples} == {"packs-mine"}
+    choice = recorded_choice("packs-mine")
+    assert choice is not None
+    assert (choice.lambda_, choice.similarity_threshold, choice.variant) == (2.0, 0.0, "sum")
+
+
+def test_a_record_that_points_out_of_its_folder_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
+    packs = tmp_path / "home" / "packs"
+    packs.mkdir(parents=True)
+    shutil.copy(DEMO / "pack.json.gz", packs / "mine.pack.json.gz")
+    content = json.loads((DEMO / "recorded.json").read_text())
+    shutil.copytree(DEMO / "examples", packs / "examples")
+    (packs / "mine.records.json").write_text(json.dumps(content))
+    assert len(records_of("packs-mine")) == len(content["examples"])
+    for image in ("../../secret.png", "/etc/hostname"):
+        content["examples"][0]["image"] = image
+        (packs / "mine.records.json").write_text(json.dumps(content))
+        assert records_of("packs-mine") == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"exclude": "q_proj"}, {"layer_gains": (0.5, 1.0)}, {"projector": "top_k"}],
+)
+def test_a_plan_that_the_app_cannot_express_is_refused(settings: dict[str, Any]) -> None:
+    assert choice_of(demo_plan(lambda_=3.0))["lambda"] == 3.0
+    with pytest.raises(PlanError, match="cannot be recorded for the app"):
+        choice_of(demo_plan(**settings))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "contains no prompts"),
+        ("{", "Line 1 .* is invalid"),
+        ('\n{"question": "a", "answer": "b"}', "Line 2 .* is invalid"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_named(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(content)
+    with pytest.raises(RunError, match=words):
+        read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_a_prompt_that_cannot_be_asked_leaves_no_file(tmp_path: Path) -> None:
+    prompt = Prompt("x" * 5000, DEMO / "examples" / "01-mul.png", "40")
+    with pytest.raises(RunError, match="was not answered: .* 5000 characters"):
+        list(iter_recording(demo_plan(), [prompt], tmp_path / "x.json"))
+    assert not (tmp_path / "x.json").exists()
