@@ -122,13 +122,13 @@ def mllm_norm(analysis: ipm.Analysis) -> str:
 
 def rank(analysis: ipm.Analysis) -> str:
     """Describe the effective rank of the math model's task vector."""
-    found = [r.math_ranks.effective for r in analysis.records if r.math_ranks]
+    found = [r.math_ranks["effective"] for r in analysis.records if r.math_ranks]
     return f"{statistics.median(found):.1f}"
 
 
 def energy(analysis: ipm.Analysis) -> str:
     """Describe how many directions hold 90 % of the energy."""
-    found = [r.math_ranks.energy for r in analysis.records if r.math_ranks]
+    found = [r.math_ranks["energy"] for r in analysis.records if r.math_ranks]
     return f"{statistics.median(found):.0f}"
 
 
