@@ -21,7 +21,7 @@ from ipmerge_core.tasks.registry import find_tasks
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.evaluate.content import recipe_of_point
-from ipmerge_core.ui.evaluate.results import read_result, results_folder
+from ipmerge_core.ui.evaluate.results import read_result
 from ipmerge_core.ui.evaluate.start import Asked, Varied, start_evaluation
 from ipmerge_core.ui.evaluate.tab import result_file, result_items, taken, turn_of_item
 from ipmerge_core.ui.explore.tab import content_of
@@ -29,6 +29,7 @@ from ipmerge_core.ui.knockout_files import read_knockout
 from ipmerge_core.ui.method_choice import MethodChoice
 from ipmerge_core.ui.pairs import load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of
+from ipmerge_core.ui.runs import results_folder
 
 PAIR = "pack"
 PLAN = PlanChoice(0.1, 8.0)

@@ -67,6 +67,13 @@ ENDPOINTS = {
         "pack", "question", "columns", "images", "history", "system", "temperature",
         "max_new_tokens", "max_thinking_tokens", "seed",
     ],
+    "/evaluate_start": [
+        "pack", "tasks", "limit", "kind", "parameter", "values", "parameter2", "values2", "merges",
+        "keys", "replace_by", "modules", "stride", "seed", "device", "similarity_threshold",
+        "lambda_", "similarity", "variant", "overrides", "method", "parameters", "options",
+        "calibration",
+    ],
+    "/evaluation_result": ["job_id", "key"],
     "/answer_pair": [
         "pack", "question", "image", "similarity_threshold", "lambda_", "similarity", "variant",
         "temperature", "max_new_tokens", "seed", "left", "right", "left_key", "right_key",
@@ -143,6 +150,26 @@ def test_plan_check_finds_the_demo_trio_ready(client):
     assert {finding["level"] for finding in found["findings"]} <= {"ok", "warning"}
     assert found["estimate"]["n_merged"] == 28
     assert found["estimate"]["seconds"] > 0
+
+
+def test_an_evaluation_by_endpoints_returns_its_result(client):
+    asked = {"kind": "sweep", "parameter": "lambda", "values": "1,8", "limit": 1}
+    started = client.predict(
+        pack=PACK, similarity_threshold=0.1, **asked, api_name="/evaluate_start"
+    )
+    assert wait_for_job(client, started["job_id"])["state"] == "finished"
+    found = client.predict(**started, api_name="/evaluation_result")
+    assert found["format"] == "ipmerge-sweep"
+    assert [point["label"] for point in found["points"]] == ["unmerged", "lambda 1", "lambda 8"]
+    parts = {part["part"]: part for part in found["report"]["results"][0]["parts"]}
+    assert {"math", "perception"} <= set(parts)
+    for wrong, message in (
+        ({"kind": "other"}, "Unknown kind"),
+        ({"tasks": "demo"}, "must be a list"),
+        ({"kind": "sweep"}, "one or two parameters"),
+    ):
+        with pytest.raises(AppError, match=message):
+            client.predict(pack=PACK, **wrong, api_name="/evaluate_start")
 
 
 def test_a_merge_by_endpoints_runs_to_its_end(client):

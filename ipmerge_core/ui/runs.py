@@ -9,11 +9,13 @@ gives read access; the buttons require the key.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ipmerge_core.errors import IPMergeError
+from ipmerge_core.runtime.host import home_folder
 from ipmerge_core.runtime.job_lists import JobRequest, jobs_with_keys, keys_of_owner
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
@@ -30,6 +32,11 @@ POKE = "() => { document.querySelector('#run-list .rl')?.parentNode.ipmerge?.ask
 Remembered = dict[str, str]  # a run's id and key, and whatever else the browser keeps with them
 Updates = dict[Any, Any]  # component -> its new value or `gr.update`
 Listener = Callable[..., Any]  # an event such as `app.load`, `button.click` or `dependency.then`
+
+
+def results_folder() -> Path:
+    """Return the folder of the results of evaluations."""
+    return home_folder() / "results"
 
 
 class RunState(NamedTuple):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.runtime.atomic import FileVersion, version_of
-from ipmerge_core.runtime.host import home_folder
 from ipmerge_core.ui.evaluate.content import (
     MOST_FLIPS,
     Changed,
@@ -28,6 +27,7 @@ from ipmerge_core.ui.evaluate.content import (
     sweep_content,
 )
 from ipmerge_core.ui.pairs import load_pack
+from ipmerge_core.ui.runs import results_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,11 +38,6 @@ if TYPE_CHECKING:
 
 _ID = re.compile(r"[a-z]{5,10}-[0-9a-f]{16}")
 _SIDE = 112  # pixels of a small image
-
-
-def results_folder() -> Path:
-    """Return the folder of the results of the app's evaluations."""
-    return home_folder() / "results"
 
 
 def result_path(result: str) -> Path:

@@ -16,10 +16,10 @@ from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.planning.options import read_value
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.evaluate.content import LABELS
-from ipmerge_core.ui.evaluate.results import results_folder
 from ipmerge_core.ui.finished_merges import find_merge
 from ipmerge_core.ui.pairs import find_pack
 from ipmerge_core.ui.plan_choice import analysis_of
+from ipmerge_core.ui.runs import results_folder
 from ipmerge_core.ui.serving import current_visitor
 
 if TYPE_CHECKING:

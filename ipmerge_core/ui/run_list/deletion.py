@@ -17,9 +17,8 @@ from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.job_lists import JobRequest, delete_job, describe_job
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.evaluate.results import results_folder
 from ipmerge_core.ui.pairs import packs_folder
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, MERGE, kind_of
+from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, MERGE, kind_of, results_folder
 
 
 def own_output(
