@@ -49,7 +49,7 @@ COMMAND = [
     "1e-4", "--device", "cpu", "--quiet",
 ]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-WIDTH, LAYERS = 512, 4  # of the wider model
+WIDTH, LAYERS = 256, 4  # of the wider model
 
 
 class Bench(NamedTuple):

@@ -39,8 +39,9 @@ from ipmerge_core.finetuning.settings import (  # noqa: E402
 )
 from ipmerge_core.finetuning.train import DriftRequest, DriftStep, iter_drift  # noqa: E402
 from ipmerge_core.inference.encoding import ModelProcessor  # noqa: E402
-from ipmerge_core.inference.loading import load_model  # noqa: E402
+from ipmerge_core.inference.loading import load_weights  # noqa: E402
 from ipmerge_core.merging.merge import merge  # noqa: E402
+from ipmerge_core.models.checkpoint import Checkpoint  # noqa: E402
 from ipmerge_core.models.pairing import open_pair  # noqa: E402
 from ipmerge_core.planning.plan import make_plan  # noqa: E402
 from ipmerge_core.tasks.answers import is_right  # noqa: E402
@@ -70,7 +71,8 @@ class Bench:
 
     def measure(self, model: Path, last: DriftStep | None = None) -> Outcome:
         """Answer all problems with a model."""
-        replies = answer_all(load_model(model).model, self.processor, self.problems)
+        loaded = load_weights(Checkpoint.open(model)).eval()
+        replies = answer_all(loaded, self.processor, self.problems)
         right = [is_right(p, r) for p, r in zip(self.problems, replies, strict=True)]
         found = {
             kind: [ok for p, ok in zip(self.problems, right, strict=True) if p.task in tasks]
