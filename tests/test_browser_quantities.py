@@ -45,7 +45,7 @@ def test_every_quantity_can_be_chosen_and_is_named_in_legend_and_cells(opened):
     page = opened(PACK)
     select = page.get_by_label("Colour shows")
     options = select.locator("option").all_text_contents()
-    assert len(options) == 13
+    assert len(options) == 14
     cell = page.get_by_role("button", name=re.compile("^Layer 1, q,"))
     for label in options[1:]:
         select.select_option(label=label)

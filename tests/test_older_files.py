@@ -73,7 +73,7 @@ def test_an_analysis_goes_on_and_leaves_its_pack(home):
     assert all(record.spectra for record in made.records)  # which packs did not have
     for record, before in zip(made.records, older, strict=True):
         found, kept = (values_of(asdict(each)) for each in (replace(record, spectra=None), before))
-        assert found.keys() == kept.keys()
+        assert kept.keys() <= found.keys()  # updates off the MLLM's directions were added later
         for place, value in kept.items():
             close = isinstance(value, float)
             assert found[place] == (pytest.approx(value, rel=1e-4, abs=1e-7) if close else value)

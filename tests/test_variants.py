@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Trio
+from safetensors.torch import save_file
 
 import ipmerge_core as ipm
 from ipmerge_core.adapters.export import export_adapter
+from ipmerge_core.calibration.store import Measured, Measurements
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS
 from ipmerge_core.spectral.protection import energy_rank, input_filter, off_inputs, protection
@@ -162,3 +164,19 @@ def test_a_small_update_is_advised_on_from_its_size(trio: Trio):
     assert f"A budget of {preview.expert_change:.2g}" in preview.advice
     large = ipm.make_plan(analysis, similarity_threshold=0.0, ablation="select_only")
     assert large.preview().advice == ""
+
+
+def test_matrices_with_one_input_share_one_factorisation(tmp_path, monkeypatch):
+    save_file(
+        {"x": gram(8, 40, 6).float(), "y": gram(8, 40, 7).float()}, tmp_path / "g.safetensors"
+    )
+    places = {"q": ("g.safetensors", "x"), "o": ("g.safetensors", "y"), "k": ("g.safetensors", "x")}
+    models = tuple(Measured(role, role, "f", 1, 1, 1.0, places) for role in ("mllm", "math"))
+    found = Measurements(tmp_path, "gram", {}, models)
+    counted = []
+    factor = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: counted.append(0) or factor(A))
+    for name in ("q", "o", "k"):
+        inputs = found.inputs(name, [0])
+        MERGE(BASE, MLLM, MATH, projector="input_filter", **inputs)
+    assert len(counted) == 2

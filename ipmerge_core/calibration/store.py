@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
@@ -102,6 +102,7 @@ class Measurements:
     settings: dict[str, Any]
     models: tuple[Measured, ...]  # the MLLM first, then the experts in order
     created: str = ""  # time in ISO format; empty if an older version did not record it
+    _recent: dict[int, tuple[object, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> Measurements:
@@ -209,12 +210,28 @@ class Measurements:
     ) -> dict[str, Any]:
         """Read the measurements of one matrix for these experts, as keywords of a method.
 
+        Matrices that share a measurement get the same tensor one after another, so that it is read,
+        and whatever is computed from it, once.
+
         Raises: CheckpointError if the matrix was not measured or a file is damaged.
         """
         return {
-            f"mllm_{self.kind}": self._read(self.models[0], name).to(device),
-            f"math_{self.kind}": [self._read(self.models[1 + k], name).to(device) for k in experts],
+            f"mllm_{self.kind}": self._shared(0, name, device),
+            f"math_{self.kind}": [self._shared(1 + k, name, device) for k in experts],
         }
+
+    def _shared(self, number: int, name: str, device: torch.device | None) -> Tensor:
+        """Read a measurement, or return the last one of the model if several matrices share it."""
+        model = self.models[number]
+        place = model.places.get(name)
+        key = place, device
+        known = self._recent.get(number)
+        if known is not None and known[0] == key:
+            return known[1]
+        found = self._read(model, name).to(device)
+        if list(model.places.values()).count(place) > 1:  # others are read once
+            self._recent[number] = key, found
+        return found
 
     def statistic(self, numbers: Sequence[Literal["norm", "mean"]]) -> tuple[float, ...]:
         """Return the requested statistics of every model: the first for all models, then the next.

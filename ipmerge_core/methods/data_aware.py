@@ -16,7 +16,6 @@ from torch import Tensor
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import blockwise, blockwise_sum, result_dtype, squares
 from ipmerge_core.methods.declarations import Matrix, Statistic
-from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.measurements import (
     FisherInput,
     FisherInputs,
@@ -24,7 +23,7 @@ from ipmerge_core.methods.measurements import (
     GramInputs,
     checked,
 )
-from ipmerge_core.methods.registry import Experts, Range, WholeModel, merge_method
+from ipmerge_core.methods.registry import Experts, Range, WholeModel, as_list, merge_method
 
 MllmShare: TypeAlias = Annotated[
     float, Range(low=0, high=1, help="share of the MLLM; the experts split the rest")

@@ -21,7 +21,7 @@ from torch import Tensor
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import TaskVectors, blockwise_sum, result_dtype
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
-from ipmerge_core.methods.elementwise import as_list, merge_cut, weighted_sum_
+from ipmerge_core.methods.elementwise import merge_cut, weighted_sum_
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
@@ -29,6 +29,7 @@ from ipmerge_core.methods.registry import (
     Gain,
     Range,
     TensorName,
+    as_list,
     merge_method,
 )
 from ipmerge_core.methods.selection import Trim, ascending_order, by_rank, trims

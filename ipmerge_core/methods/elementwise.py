@@ -17,7 +17,14 @@ from torch import Tensor
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import blockwise
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
-from ipmerge_core.methods.registry import Coefficient, Experts, Range, TensorName, merge_method
+from ipmerge_core.methods.registry import (
+    Coefficient,
+    Experts,
+    Range,
+    TensorName,
+    as_list,
+    merge_method,
+)
 
 _KEPT = Range(low=0, high=1, help="weight of the MLLM")
 Kept: TypeAlias = Annotated[float, _KEPT]
@@ -25,11 +32,6 @@ KeptShare: TypeAlias = Annotated[float, replace(_KEPT, only_with=(("mllm_weight"
 OneOfTwo: TypeAlias = Annotated[float, Range(help="explicit weight, instead of alpha")] | None
 Divided: TypeAlias = Annotated[bool, Range(help="divide by the sum of both weights")]
 Layer: TypeAlias = Annotated[int, Range(low=-1, help="last layer that is kept unchanged")]
-
-
-def as_list(math: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Return one or several experts as a list."""
-    return [math] if isinstance(math, Tensor) else list(math)
 
 
 def add_to_base(base: Tensor, mllm: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:

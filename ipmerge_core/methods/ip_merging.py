@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
-from ipmerge_core.methods.elementwise import as_list
 from ipmerge_core.methods.measurements import GramInput, GramInputs, checked
 from ipmerge_core.methods.projections import (
     BY_INPUTS,
@@ -27,7 +26,15 @@ from ipmerge_core.methods.projections import (
     matrix_of,
     updates_of,
 )
-from ipmerge_core.methods.registry import Changes, Experts, Gain, Noise, Range, merge_method
+from ipmerge_core.methods.registry import (
+    Changes,
+    Experts,
+    Gain,
+    Noise,
+    Range,
+    as_list,
+    merge_method,
+)
 from ipmerge_core.spectral.kinds import ENERGY, ENERGY_SHARES, complement_at
 from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.similarity import Update
@@ -248,8 +255,8 @@ def ip_merging(
             vectors (the public snapshot: 1024); `ablation="rescale_only"` adds rho dM_k without
             projection, `"select_only"` dM_k itself; `directions="all"` uses every direction, as in
             the paper and the public snapshot.
-            The other projectors are ours, without rho (docs/variants.md). They leave out what the
-            paper keeps: `"complement"` P = dM (I - V_k V_k^T), with k the least number of the
+            The other projectors are additions, without rho (docs/variants.md). They leave out what
+            the paper keeps: `"complement"` P = dM (I - V_k V_k^T), with k the least number of the
             MLLM's directions that hold the share `energy` of ||dV||^2; `"protect"` P = dM (I - V
             diag(w) V^T), w_i = (S_V,i / S_V,1) (1 - agreement_i) (`protection`); `"off_inputs"` and
             `"input_filter"` reduce dM on the MLLM's inputs, weighted by `beta` (`protection`).

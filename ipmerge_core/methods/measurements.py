@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipmerge_core.errors import PlanError, ShapeError
-from ipmerge_core.methods.elementwise import as_list
-from ipmerge_core.methods.registry import Supplied
+from ipmerge_core.methods.registry import Supplied, as_list
 
 Measured: TypeAlias = Float[Tensor, "..."]  # shapes are checked in `checked`
 MeasuredList: TypeAlias = Measured | Sequence[Measured]

@@ -46,6 +46,11 @@ from ipmerge_core.spectral.low_rank import LowRank
 Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
 
 
+def as_list(math: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return one or several experts as a list."""
+    return [math] if isinstance(math, Tensor) else list(math)
+
+
 DataKind: TypeAlias = Literal["fisher", "gram"]
 
 

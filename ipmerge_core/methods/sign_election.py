@@ -26,13 +26,7 @@ from ipmerge_core.methods.blocks import (
     task_vector_of,
 )
 from ipmerge_core.methods.declarations import Matrix, ParameterValue, Statistic
-from ipmerge_core.methods.elementwise import (
-    add_to_base_,
-    as_list,
-    changes_,
-    merge_cut,
-    weighted_sum_,
-)
+from ipmerge_core.methods.elementwise import add_to_base_, changes_, merge_cut, weighted_sum_
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
@@ -40,6 +34,7 @@ from ipmerge_core.methods.registry import (
     Gain,
     Range,
     WholeModel,
+    as_list,
     merge_method,
 )
 from ipmerge_core.methods.selection import (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import result_dtype, task_vector_of
 from ipmerge_core.methods.declarations import Matrix
-from ipmerge_core.methods.elementwise import add_to_base, as_list
+from ipmerge_core.methods.elementwise import add_to_base
 from ipmerge_core.methods.registry import (
     Changes,
     Coefficient,
@@ -26,6 +26,7 @@ from ipmerge_core.methods.registry import (
     Gain,
     Noise,
     Range,
+    as_list,
     merge_method,
 )
 from ipmerge_core.methods.sign_election import (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import result_dtype
 from ipmerge_core.methods.declarations import Matrix
-from ipmerge_core.methods.elementwise import add_to_base, as_list
+from ipmerge_core.methods.elementwise import add_to_base
 from ipmerge_core.methods.registry import (
     Coefficient,
     Experts,
@@ -25,6 +25,7 @@ from ipmerge_core.methods.registry import (
     Noise,
     Range,
     Report,
+    as_list,
     merge_method,
 )
 from ipmerge_core.methods.subspace import Change, changes_of, mean_of_changes
