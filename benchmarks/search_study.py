@@ -87,10 +87,9 @@ FOLDER` draws the landscapes and curves from it.
 
 
 def packs() -> dict[str, Path]:
-    """Return the packs of the demo trios by name."""
-    found = {"demo": ROOT / "assets" / "demo" / "pack.json.gz"}
-    found |= {path.parent.name: path for path in (ROOT / "assets").glob("*/pack.json.gz")}
-    return found
+    """Return the packs of both sets of demo models by name."""
+    found = (ROOT / "assets").glob("*/*pack.json.gz")
+    return {path.parent.name: path for path in sorted(found)}
 
 
 def grid_rows(name: str, pack: Path, limit: int, store: ReplyStore) -> list[dict[str, Any]]:

@@ -16,11 +16,20 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def code_under(heading: str) -> str:
-    section = README.split(f"\n## {heading}\n", 1)[1]
-    found = re.search(r"```\w*\n(.*?)```", section, re.DOTALL)
-    assert found
-    return found[1]
+SHORTER = {  # what makes a command of README quick
+    "evaluate": ["--limit", "2"],
+    "sweep": ["--limit", "2"],
+    "search": ["--limit", "3", "--validation", "0.5", "--budget", "2", "--optimizer", "random"],
+    "knockout": ["--limit", "2"],
+    "drift": ["--limit", "16", "--max-steps", "2"],
+    "chat": ["--max-new-tokens", "4"],
+}
+
+
+def code_under(heading: str, number: int = 0) -> str:
+    """Return one of the code blocks of a section."""
+    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)[number]
 
 
 @pytest.fixture
@@ -53,6 +62,21 @@ def test_the_command_line_example_makes_the_same_model(
         assert command == "ipmerge"
         assert cli.main(arguments) == 0, capsys.readouterr().err
     assert (clone / "runs/merged-by-command/ipmerge.json").exists()
+
+
+def test_the_commands_on_models_in_memory_write_their_results(
+    clone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPMERGE_HOME", str(clone / "home"))
+    (clone / "runs").mkdir()
+    for line in code_under("On the command line").splitlines():
+        assert cli.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    for line in code_under("On the command line", 1).splitlines():
+        command, *arguments = shlex.split(line)[1:]
+        found = cli.main([command, *arguments, *SHORTER[command]])
+        assert found == 0, f"{command}: {capsys.readouterr().err}"
+    written = {path.name for path in (clone / "runs").iterdir()}
+    assert written >= {"report.json", "sweep.json", "search", "knockout.json", "tuned"}
 
 
 def test_a_merged_model_loads_and_answers(clone: Path) -> None:
