@@ -6,6 +6,7 @@
 #   make demo    train the demo models in assets/demo again
 #   make attack  attack a running app on this machine and print what held
 #   make bench   print the figures of benchmarks/README.md
+#   make harness run lmms-eval, in an environment of its own, on a tiny task with the demo MLLM
 #   make clean   remove the environment and all caches
 #
 # Settings: PYTHON (interpreter to start from), VENV (folder of the environment), WORKERS (processes
@@ -14,13 +15,14 @@
 
 SHELL := /bin/bash
 VENV ?= .venv
+HARNESS ?= .harness-venv
 WORKERS ?= 2
 suits = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(suits) && echo $$p && break; done)
 PY := $(VENV)/bin/python
 NPM := PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/npm
 
-.PHONY: help app test lint lint-python lint-javascript demo bench attack clean
+.PHONY: help app test lint lint-python lint-javascript demo bench attack harness clean
 .DELETE_ON_ERROR:
 
 help:
@@ -66,8 +68,18 @@ bench: $(VENV)/.dev
 attack: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) benchmarks/attack.py
 
+# lmms-eval has hundreds of requirements in versions of its own, so it gets its own environment.
+harness: $(VENV)/.dev $(HARNESS)/.made
+	@OMP_NUM_THREADS=1 $(PY) tests/harness/check.py --python "$(abspath $(HARNESS))/bin/python"
+
+$(HARNESS)/.made:
+	@echo "Making the environment $(HARNESS) with lmms-eval (several gigabytes)"
+	@$(PYTHON) -m venv $(HARNESS)
+	@$(HARNESS)/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off lmms-eval decord
+	@touch $@
+
 clean:
-	rm -rf $(VENV) node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) $(HARNESS) node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # --- the environment: a stamp per step, made again when its list of packages changes ---
 

@@ -73,14 +73,15 @@ def living(base, tuned, mllm_weight, math_weight):
 
 
 def ip_merging(
-    base, tuned, *, lambda_, temperature, gamma_norm, projector, top_k, rank, ablation,
-    directions="existing", noise=None,
+    base, tuned, *, lambda_, temperature, gamma_norm, projector, top_k, energy, beta, budget,
+    output_budget, rank, ablation, directions="existing", noise=None, mllm_gram=None,
+    math_gram=None,
 ):  # fmt: skip
     noise = 0.0 if directions == "all" else noise
     dV, *changes = (W - base for W in tuned)
     _, S_V, Vh_V = torch.linalg.svd(dV, full_matrices=False)
-    merged = tuned[0]
-    for dM in changes:
+    updates = []
+    for number, dM in enumerate(changes):
         U_M, S_M, Vh_M = torch.linalg.svd(dM, full_matrices=False)
         q = len(S_M) if rank is None else min(rank, len(S_M))
         own, other = exist(S_V, noise)[:q], exist(S_M, noise)[:q]
@@ -96,9 +97,29 @@ def ip_merging(
             gamma = (torch.arange(len(s), device=s.device) < top_k).double()
         V = Vh_V[:q][both].T
         P = rho * cut @ V @ torch.diag(gamma.square()) @ V.T
-        P = {"none": P, "rescale_only": rho * cut, "select_only": dM}[ablation]
-        merged = merged + lambda_ * P
-    return merged
+        if projector == "complement":
+            shares = S_V[:q][own].square().cumsum(0) / S_V[:q][own].square().sum()
+            k = next((i + 1 for i, share in enumerate(shares) if share >= energy - 1e-6), 0)
+            V = Vh_V[:q][own][: k if 0 < energy < 1 else int(energy) * len(shares)].T
+            P = cut - cut @ V @ V.T
+        if projector == "protect":
+            held = S_M[:q][other].square().cumsum(0) / S_M[:q][other].square().sum()
+            V_K = Vh_M[:q][other][: int((held < 0.9).sum()) + 1].T
+            V = Vh_V[:q][own].T
+            agreement = (V_K.T @ V).square().sum(0)
+            P = cut - cut @ V @ torch.diag(S_V[:q][own] / S_V[0] * (1 - agreement)) @ V.T
+        if projector in ("off_inputs", "input_filter") and ablation == "none":
+            G_v, G_e = (g / g.diagonal().mean() for g in (mllm_gram, math_gram[number]))
+            A = torch.eye(len(G_v), dtype=dM.dtype, device=dM.device)
+            A = A if projector == "off_inputs" else G_e + 1e-3 * A
+            P = cut @ A @ torch.linalg.inv(A + beta * G_v)
+        updates.append({"none": P, "rescale_only": rho * cut, "select_only": dM}[ablation])
+    change, W = sum(updates), tuned[0]
+    if limit := budget or output_budget:
+        G = mllm_gram if output_budget else torch.eye(W.shape[1]).to(W)
+        size = torch.trace(change @ G @ change.T)
+        change = change * (limit * torch.sqrt(torch.trace(W @ G @ W.T) / size) if size else 0)
+    return W + lambda_ * change
 
 
 def tsv(base, tuned, *, mllm_weight, math_weight, scale, noise=None):
@@ -150,11 +171,25 @@ def knots_ties(
     return base + scale * U[:, kept] @ merged
 
 
-def wudi(base, tuned, *, mllm_weight, math_weight, iterations, learning_rate, closed_form, scale):
+def wudi(
+    base, tuned, *, mllm_weight, math_weight, iterations, learning_rate, closed_form,
+    spectral_filter, kept, start, scale,
+):  # fmt: skip
     taus = living(base, tuned, mllm_weight, math_weight)
     if len(taus) < 2:
         return base + scale * sum(taus)
     grams = [tau.T @ tau / tau.square().sum() for tau in taus]
+    if closed_form and spectral_filter != "none":
+        C = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True))
+        e, V = (found.flip(-1) for found in torch.linalg.eigh(sum(grams)))
+        there = e > 1e-12 * e[0]
+        f = -torch.expm1(-300 * e) * (torch.arange(len(e)).to(e) < math.ceil(kept * len(e)))
+        if spectral_filter == "aswudi":
+            count = float(e[there].sqrt().sum() ** 2 / e[there].sum())
+            f = (torch.arange(len(e)).to(e) < math.ceil(count - 1e-9)).to(e)
+        X0 = sum(taus) if start == "sum" else sum(taus) / len(taus)
+        solved = C @ V / torch.where(there, e, 1.0)
+        return base + scale * (X0 + ((solved - X0 @ V) * f * there) @ V.T)
     if closed_form:
         C = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True))
         return base + scale * C @ torch.linalg.pinv(sum(grams), rtol=1e-12, hermitian=True)

@@ -34,7 +34,9 @@ ORDER = [
     {"planning"},
     {"merging"},
     {"adapters"},
+    {"finetuning"},
     {"evaluation"},
+    {"search"},
     {"plots"},
     {"ipmerge_core"},  # the facade itself, as `import ipmerge_core`
     {"ui"},

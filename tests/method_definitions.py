@@ -176,6 +176,51 @@ def karcher(base, tuned, *, alpha):
     return sum(a * float(W.norm()) for a, W in zip(shares, tuned, strict=True)) * u
 
 
+@definition
+def multislerp(base, tuned, *, alpha, of):
+    count = len(tuned)
+    own = 1 / count if alpha is None else alpha
+    shares = [own] + [(1 - own) / (count - 1)] * (count - 1)
+    origin = torch.zeros_like(base) if of == "weights" else base
+    vectors = [W - origin for W in tuned]
+    norms = [float(x.norm()) for x in vectors]
+    pairs = zip(shares, vectors, norms, strict=True)
+    mean = sum(a * x / norm if norm else 0 * x for a, x, norm in pairs)
+    if float(mean.norm()) < 1e-8:
+        return origin + sum(a * x for a, x in zip(shares, vectors, strict=True))
+    length = sum(a * norm for a, norm in zip(shares, norms, strict=True))
+    return origin + length * mean / mean.norm()
+
+
+@definition
+def model_stock(base, tuned, *, models, per):
+    taus = [W - base for W in tuned][0 if models == "all" else 1 :]
+    rows = [tau if per == "row" else tau.reshape(1, -1) for tau in taus]
+    N, cosines = len(rows), []
+    for i, x in enumerate(rows):
+        for y in rows[i + 1 :]:
+            norms = x.norm(dim=1) * y.norm(dim=1)
+            cosines.append(torch.where(norms > 0, (x * y).sum(1) / norms.clamp(min=1e-300), 0.0))
+    c = torch.stack(cosines).mean(0) if cosines else torch.ones(len(rows[0])).to(base)
+    t = (N * c / (1 + (N - 1) * c))[:, None]
+    moved = (t * sum(rows) / N).reshape(base.shape)
+    return (base if models == "all" else tuned[0]) + moved
+
+
+@definition
+def ram(base, tuned, *, epsilon, boost, boost_cap):
+    taus = [W - base for W in tuned]
+    changed = [tau.abs() > epsilon for tau in taus]
+    count = sum(mask.double() for mask in changed)
+    moved = torch.zeros_like(base)
+    for tau, mask in zip(taus, changed, strict=True):
+        alone, shared = mask & (count == 1), mask & (count > 1)
+        ratio = float(shared.sum()) / max(float(alone.sum()), 1.0)
+        moved[alone] += tau[alone] * (1 + boost * min(ratio, boost_cap))
+        moved[shared] += tau[shared] / count[shared]
+    return base + moved
+
+
 # --- numbers of the whole model ---
 
 

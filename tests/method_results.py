@@ -30,16 +30,16 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return base, mllm, math
 
 
-def supplied(method: MergeMethod) -> dict[str, Any]:
+def supplied(method: MergeMethod, parameters: dict[str, Any]) -> dict[str, Any]:
     """Measurements for methods that need data."""
-    columns = torch.arange(SHAPE[1], dtype=torch.float64)
-    if method.data == "gram":
+    columns, kind = torch.arange(SHAPE[1], dtype=torch.float64), method.data_for(parameters)
+    if kind == "gram":
         grams = [
             torch.diag(1 + columns * step) + 0.1 * torch.cos(columns[:, None] - columns)
             for step in (0.5, 0.25)
         ]
         return {"mllm_gram": grams[0], "math_gram": [grams[1]]}
-    if method.data == "fisher":
+    if kind == "fisher":
         values = [(matrix * 10).square() for matrix in inputs()[1:]]
         return {"mllm_fisher": values[0], "math_fisher": [values[1]]}
     return {}
@@ -63,7 +63,9 @@ def result(name: str, parameters: dict[str, Any]) -> list[float]:
     """Three numbers of the merged change: its norm and two of its projections."""
     base, mllm, math = inputs()
     method = METHODS[name]
-    merged = method(base, mllm, math, tensor_name=NAME, **parameters, **supplied(method))
+    merged = method(
+        base, mllm, math, tensor_name=NAME, **parameters, **supplied(method, parameters)
+    )
     change = (merged - base).reshape(-1)
     places = torch.arange(len(change), dtype=torch.float64)
     return [

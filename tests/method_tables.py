@@ -71,7 +71,7 @@ def _preview(method: MergeMethod) -> str:
     }
     update = method.affine({**parameters, **known}) if method.affine else None
     if update is None:
-        return f"Not previewable: {method.unknown}."
+        return f"Not previewable: {method.reason_unknown(parameters)}."
     return (
         f"Preview: approximate, {update.approximate}." if update.approximate else "Preview: exact."
     )

@@ -120,7 +120,19 @@ def variants(name: str) -> list[dict[str, Any]]:
 
 
 _NUMBERS: dict[str, list[dict[str, Any]]] = {
-    "ip_merging": [{"rank": 24}, {"projector": "top_k", "top_k": 8}, {"lambda_": 8.0}],
+    "ip_merging": [
+        {"rank": 24},
+        {"projector": "top_k", "top_k": 8},
+        {"lambda_": 8.0},
+        {"projector": "complement", "energy": 0.9},
+        {"projector": "complement", "energy": 0.25, "rank": 24},
+        {"projector": "protect", "rank": 24},
+        {"projector": "off_inputs", "beta": 8.0},
+        {"projector": "input_filter", "beta": 0.1, "rank": 24},
+        {"budget": 0.02},
+        {"budget": 0.05, "projector": "complement"},
+        {"output_budget": 0.05, "ablation": "select_only"},
+    ],
     "linear": [{"mllm_weight": 0.7, "math_weight": 0.6}],
     "layer_swap": [{"last_kept_layer": 7}],
     "ties": [{"mllm_weight": 0.8, "math_weight": 0.4, "density": 0.5, "normalize": True}],
@@ -130,6 +142,14 @@ _NUMBERS: dict[str, list[dict[str, Any]]] = {
     "iso_c": [{"mllm_weight": 0.8, "math_weight": 0.6, "scale": 0.7}],
     "iso_cts": [{"common_fraction": 0.0}, {"common_fraction": 1.0}],
     "knots_ties": [{"density": 1.0, "normalize": False}],
+    "wudi": [
+        {"closed_form": True, "spectral_filter": "swudi", "start": "mean"},
+        {"closed_form": True, "spectral_filter": "swudi", "kept": 0.2},
+        {"closed_form": True, "spectral_filter": "aswudi"},
+    ],
+    "multislerp": [{"alpha": 0.7}, {"of": "weights", "alpha": 0.9}],
+    "model_stock": [{"models": "experts", "per": "row"}],
+    "ram": [{"boost": 0.1}, {"epsilon": 1e-3, "boost": 1.0, "boost_cap": 0.9}],
     "regmean": [{"off_diagonal": 0.0}, {"alpha": 0.8}],
 }  # what no list of choices can say
 
@@ -262,9 +282,9 @@ def _turned(own: Tensor, shared: Tensor) -> Tensor:
     return torch.linalg.qr(torch.cat([lead, own[:, count:]], dim=1)).Q
 
 
-def inputs(name: str, stored: Stored) -> dict[str, Any]:
+def inputs(name: str, stored: Stored, parameters: dict[str, Any]) -> dict[str, Any]:
     """Calibration data, fp32 as a calibration leaves it, where a method needs some."""
-    kind = METHODS[name].data
+    kind = METHODS[name].data_for(parameters)
     if kind is None:
         return {}
     generator = torch.Generator().manual_seed(5)
@@ -287,7 +307,7 @@ def inputs(name: str, stored: Stored) -> dict[str, Any]:
 def merged(name: str, stored: Stored, **parameters: Any) -> Tensor:
     """Merge as a merge does: stored matrices in, fp32 out."""
     base, mllm, experts, _ = stored
-    own = inputs(name, stored)
+    own = inputs(name, stored, parameters)
     return METHODS[name](base, mllm, experts, tensor_name=NAME, **own, **parameters)
 
 
@@ -299,7 +319,7 @@ def truth(name: str, stored: Stored, **parameters: Any) -> Tensor | None:
     """
     base, mllm, experts, floor = stored
     noise = Noise(floor)
-    given = {**inputs(name, stored), **parameters, "tensor_name": NAME, "noise": noise}
+    given = {**inputs(name, stored, parameters), **parameters, "tensor_name": NAME, "noise": noise}
     found = defined(name, base, mllm, experts, **given)
     return found if noise.clear else None
 

@@ -14,14 +14,14 @@ if __name__ == "__main__":
     os.environ["IPMERGE_HOME"] = sys.argv[1]
     import slow_steps
 
+    from ipmerge_core.adapters.live import LiveModel
     from ipmerge_core.analysis import analyse as analysis
     from ipmerge_core.calibration import calibrate as calibration
-    from ipmerge_core.inference import generation as inference
     from ipmerge_core.merging import merge as merging
     from ipmerge_core.ui.app import launch
 
     calibration.iter_calibration_of = slow_steps.slow_calibration
-    inference.stream_answer = slow_steps.slow_answer
+    LiveModel.stream = slow_steps.slow_stream
     merging.iter_merge = slow_steps.slow_merge
     analysis.iter_pack = slow_steps.slow_pack
     launch()

@@ -14,16 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ipmerge_core.adapters.columns import Row
+from ipmerge_core.adapters.live import LiveModel
 from ipmerge_core.analysis.analyse import AnalysisStep
 from ipmerge_core.analysis.analyse import iter_pack as quick_pack
 from ipmerge_core.calibration.calibrate import CalibrationStep
 from ipmerge_core.calibration.calibrate import iter_calibration_of as quick_calibration
-from ipmerge_core.errors import ModelLoadError
-from ipmerge_core.inference.generation import stream_answer as quick_answer
+from ipmerge_core.inference.streaming import RowState
+from ipmerge_core.inference.thinking import split_reply
 from ipmerge_core.merging.merge import MergeStep
 from ipmerge_core.merging.merge import iter_merge as quick_merge
 from ipmerge_core.runtime.host import home_folder
 
+quick_stream = LiveModel.stream
 HOLD = "hold"
 REPEAT_SECONDS = 0.05
 PIECE_SECONDS = 0.04
@@ -77,17 +80,51 @@ def slow_pack(*args, **options) -> Iterator[AnalysisStep]:
         time.sleep(MATRIX_SECONDS)
 
 
-def slow_answer(loaded, question, image=None, settings=None, cancelled=None) -> Iterator[str]:
+def slow_stream(live, rows, stops=()) -> Iterator[list[RowState]]:
+    question = rows[0].messages[-1].text
     if question.startswith("Say:"):
-        pieces = re.findall(r"\S+\s*", question.removeprefix("Say:").strip())
-        for number, piece in enumerate(pieces):
+        yield from said(question.removeprefix("Say:").strip(), rows, stops)
+        return
+    fails = question.startswith("Fail:")
+    for states in quick_stream(live, rows, stops):
+        yield [
+            RowState("failed", note="This side failed, as the test wanted.")
+            if fails and row.column.kind != "base"
+            else state
+            for row, state in zip(rows, states, strict=True)
+        ]
+
+
+def said(text: str, rows: list[Row], stops) -> Iterator[list[RowState]]:
+    """Let every row say a text, piece by piece; what stands before `</think>` is its thinking."""
+    pieces = re.findall(r"\S+\s*", text)
+    spoken = ["" for _ in rows]
+    states = [RowState() for _ in rows]
+    for number, piece in enumerate(pieces):
+        time.sleep(PIECE_SECONDS)
+        while number >= HELD_PIECES and are_held() and not all_set(stops, rows):
             time.sleep(PIECE_SECONDS)
-            while number >= HELD_PIECES and are_held() and not cancelled.is_set():
-                time.sleep(PIECE_SECONDS)
-            if cancelled.is_set():
-                return
-            yield piece
-    elif question.startswith("Fail:") and (loaded.folder / "ipmerge.json").exists():
-        raise ModelLoadError("This side failed, as the test wanted.")
-    else:
-        yield from quick_answer(loaded, question, image, settings, cancelled)
+            yield (states := [stopped(s, stops, r) for s, r in zip(states, rows, strict=True)])
+        for n, row in enumerate(rows):
+            states[n] = stopped(states[n], stops, row)
+            if states[n].state == "stopped":
+                continue
+            spoken[n] += piece
+            reply = split_reply(spoken[n], opened="</think>" in text)
+            kind = "thinking" if reply.is_thinking else "answering"
+            ids = tuple(range(number + 1))
+            states[n] = RowState(kind, reply, ids, seconds=PIECE_SECONDS * len(ids))
+        yield list(states)
+    yield [s if s.state == "stopped" else s._replace(state="finished") for s in states]
+
+
+def stopped(state: RowState, stops, row: Row) -> RowState:
+    return state._replace(state="stopped") if is_set(stops, row) else state
+
+
+def is_set(stops, row: Row) -> bool:
+    return any(event.is_set() for event in [*stops, *row.stops])
+
+
+def all_set(stops, rows: list[Row]) -> bool:
+    return all(is_set(stops, row) for row in rows)

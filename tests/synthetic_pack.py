@@ -13,6 +13,7 @@ import numpy as np
 
 from ipmerge_core.analysis.records import VERSION
 from ipmerge_core.analysis.singular_values import LEADING, Overlap, SingularValues, Spectra
+from ipmerge_core.spectral.kinds import COMPLEMENTS, ENERGY_SHARES
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 PLACES = {
@@ -24,7 +25,7 @@ PLACES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-VARIANTS = ("sum", "max", "rescale_only", "select_only")
+VARIANTS = ("sum", "max", "rescale_only", "select_only", "protect", *COMPLEMENTS)
 BASE_SIMILARITY = {"q": 0.36, "k": 0.4, "v": 0.3, "o": 0.28, "gate": 0.34, "up": 0.3, "down": 0.16}
 
 
@@ -106,6 +107,11 @@ def matrix_records(
         "max": [0.45 * rho * m for m, rho in zip(maths, rhos, strict=True)],
         "rescale_only": [rho * m for m, rho in zip(maths, rhos, strict=True)],
         "select_only": maths,
+        "protect": [0.8 * m for m in maths],
+        **{
+            name: [(1 - 0.6 * share) * m for m in maths]
+            for name, share in zip(COMPLEMENTS, ENERGY_SHARES, strict=True)
+        },
     }
     index = log_spaced(rank)
     ranks = np.array(index)

@@ -217,6 +217,26 @@ def test_an_adapter_on_the_hub_is_pinned_and_read_by_ranges(trio: Trio, tmp_path
     assert "refusal" not in levels.values()  # not taken for the files of its base
 
 
+def test_a_layer_without_its_factors_is_a_warning(
+    trio: Trio, adapter: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "layers.1.self_attn.q" not in k}, path)
+    remark = open_model(folder).remark
+    assert "no factors for 1 weights" in remark.message
+    assert "'model.layers.1.self_attn.q_proj.weight' first" in remark.message
+    assert remark.remedy.startswith("Was it saved")
+    edit_config(folder, target_modules=r"model\.layers\.([^1]\..*|1\.self_attn\.v)_proj")
+    assert "no factors" not in open_model(folder).remark.message
+
+
+def test_layers_that_are_not_to_be_adapted_are_not_missing(trio: Trio, tmp_path: Path) -> None:
+    made = make_adapter(trio.base, tmp_path / "adapter", layers_to_transform=[1])
+    assert "no factors" not in open_model(made.folder).remark.message
+
+
 # --- bad input ---
 
 
@@ -283,6 +303,14 @@ DAMAGE = {
     "no rank": (set_config(r=0), "'r' is 0"),
     "a rank of text": (set_config(r="2"), "'r' is '2'"),
     "infinite alpha": (set_config(lora_alpha=1e300), "'lora_alpha' is 1e"),
+    "an invalid pattern of targets": (
+        set_config(target_modules="model.(layers.*"),
+        "damaged: its pattern 'model.*' is not a valid regular",
+    ),
+    "an invalid pattern of exceptions": (
+        set_config(exclude_modules="*_proj"),
+        "damaged: its pattern '.*_proj' is not a valid regular",
+    ),
     "a wrong pattern": (
         set_config(rank_pattern={"(": 2}),
         "its pattern .* is not a valid regular",

@@ -90,7 +90,9 @@ def test_only_plots_and_the_ui_import_plotly():
 
 def test_only_these_import_transformers_and_only_inside_functions():
     """Of `models`, one module: it completes configs by the defaults of their classes."""
-    assert not offenders("transformers", allowed={"inference", "evaluation", "models"})
+    assert not offenders(
+        "transformers", allowed={"inference", "finetuning", "evaluation", "models"}
+    )
     users = {each.source for each in all_imports() if each.top == "transformers"}
     assert {name for name in users if name.startswith("models.")} == {"models.forward_settings"}
     at_import = [

@@ -28,10 +28,10 @@ LOOKS = pytest.mark.parametrize(
 KNOWN = {
     ("image-redundant-alt", "footer"): "the footer's icons repeat the words beside them",
     ("aria-required-parent", "#prompt .thumbnail-wrapper"): "a list item without its list",
-    ("button-name", "#chat-base .image-container"): "the button around a picture has no name",
-    ("button-name", "#chat-merged .image-container"): "the same",
-    ("target-size", "#chat-base .icon-button-wrapper"): "icon buttons of 20 px",
-    ("target-size", "#chat-merged .icon-button-wrapper"): "the same",
+    ("button-name", "#chat-a .image-container"): "the button around a picture has no name",
+    ("button-name", "#chat-b .image-container"): "the same",
+    ("target-size", "#chat-a .icon-button-wrapper"): "icon buttons of 20 px",
+    ("target-size", "#chat-b .icon-button-wrapper"): "the same",
 }
 
 

@@ -23,7 +23,14 @@ pytestmark = pytest.mark.browser
 NewPage = Callable[..., Page]
 RECORDS = PACKS["a"]["records"]
 THRESHOLD = re.compile("similarity threshold")
-DEFAULT = {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}}
+DEFAULT = {
+    "s": 0.4,
+    "lambda": 1,
+    "similarity": "first",
+    "variant": "sum",
+    "overrides": {},
+    "budget": 0,
+}
 
 
 def selected(**changes: object) -> set[str]:

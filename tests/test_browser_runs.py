@@ -105,8 +105,8 @@ def test_a_run_is_found_and_led_from_every_tab(place, new_page):
     assert page.request.head(f"{place.url}/{link.get_attribute('href')}").status in (200, 405)
 
     press(page, "Try it", "from-all")
-    right = page.get_by_label("Right model", exact=True)
-    expect(right).to_have_value(re.compile("^from-all · IP-Merging"))
+    right = page.get_by_label("Model B", exact=True)
+    expect(right).to_have_value(re.compile("^Chosen merge · from-all · IP-Merging"))
 
 
 def test_deleting_asks_first_and_deletes_what_the_app_wrote(place, new_page, tmp_path):

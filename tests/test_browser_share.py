@@ -28,7 +28,14 @@ from ipmerge_core.planning.plan import make_plan
 
 pytestmark = pytest.mark.browser
 
-DEFAULT = {"s": 0.4, "lambda": 1, "similarity": "first", "variant": "sum", "overrides": {}}
+DEFAULT = {
+    "s": 0.4,
+    "lambda": 1,
+    "similarity": "first",
+    "variant": "sum",
+    "overrides": {},
+    "budget": 0,
+}
 NOTICE = "#layer-map .lm-notice"
 
 

@@ -80,14 +80,14 @@ def merge_with_ties(page: Page, name: str) -> None:
     expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
 
 
-def side(page: Page, name: str) -> str:
-    return str(page.get_by_role("combobox", name=f"{name} model").input_value())
+def column(page: Page, letter: str) -> str:
+    return str(page.get_by_role("combobox", name=f"Model {letter}").input_value())
 
 
 def choose(page: Page, name: str, option: str) -> None:
-    page.get_by_role("combobox", name=f"{name} model").click()
-    page.get_by_role("option", name=option).click()
-    expect(page.get_by_role("combobox", name=f"{name} model")).to_have_value(option)
+    page.get_by_role("combobox", name=f"Model {name}").click()
+    page.get_by_role("option", name=option, exact=True).click()
+    expect(page.get_by_role("combobox", name=f"Model {name}")).to_have_value(option)
 
 
 def choose_pair(page: Page, option: str) -> None:
@@ -97,14 +97,14 @@ def choose_pair(page: Page, option: str) -> None:
 
 
 def ask(page: Page, *, ends: str = "Base finished. Merged finished.") -> list[str]:
-    """Ask about the first example; return what the right chat shows: who answers, the answer."""
+    """Ask about the first example; return what the chat of B shows: who answers, the answer."""
     page.locator("#clear").click()
-    expect(page.locator("#chat-base [data-testid=bot]")).to_have_count(0, timeout=LOADING)
+    expect(page.locator("#chat-a [data-testid=bot]")).to_have_count(0, timeout=LOADING)
     page.locator("#example-0").click()
     expect(page.locator("#answers-source")).to_contain_text("Recorded", timeout=LOADING)
     page.locator("#retry").click()
     expect(page.locator("#answers-status")).to_contain_text(ends, timeout=LOADING)
-    return page.locator("#chat-merged [data-testid=bot]").all_inner_texts()
+    return page.locator("#chat-b [data-testid=bot]").all_inner_texts()
 
 
 def said_by_transformers(folder: Path, question: str, picture: Path) -> str:
@@ -125,10 +125,10 @@ def said_by_transformers(folder: Path, question: str, picture: Path) -> str:
 def test_try_it_answers_with_the_folder_just_made(page, place):
     example = recorded_examples()[0]
     open_tab(page, "Try it")
-    right = page.get_by_role("combobox", name="Right model")
+    right = page.get_by_role("combobox", name="Model B")
     expect(right).to_have_value(RECORDED)
     assert ask(page)[1].strip() == example.merged  # the promise of the card
-    choose(page, "Right", EXPLORED)
+    choose(page, "B", EXPLORED)
     explored = ask(page)
     merge_with_ties(page, "by-ties")
     open_tab(page, "Try it")
@@ -140,14 +140,14 @@ def test_try_it_answers_with_the_folder_just_made(page, place):
     folder = place.home / "models" / "by-ties"
     plan = json.loads((folder / "ipmerge.json").read_text())["plan"]["hash"]
     words = f"by-ties · TIES · plan {plan}"
-    expect(page.get_by_role("combobox", name="Right model")).to_have_value(words)
-    assert side(page, "Left") == UNMERGED
+    expect(page.get_by_role("combobox", name="Model B")).to_have_value(f"Chosen merge · {words}")
+    assert column(page, "A") == UNMERGED
     asked, said = ask(page)
     assert asked == f"{words} · demo trio"
     assert said.strip() == said_by_transformers(folder, example.reference.question, example.image)
     assert said != explored[1]
     assert "plan in Explore · IP-Merging, Sα 0.4, λ 1 · plan " in explored[0]
-    expect(page.locator("#chat-base [data-testid=bot]").first).to_have_text(
+    expect(page.locator("#chat-a [data-testid=bot]").first).to_have_text(
         "mllm, unmerged · demo trio"
     )
 
@@ -168,26 +168,24 @@ def test_try_it_answers_with_the_folder_just_made(page, place):
     assert "plan in Explore · IP-Merging, Sα 0.9" in ask(page)[0]
 
     # The same merge on the left, against the plan.
-    choose(page, "Left", words)
-    ask(page, ends="Left finished. Right finished.")
-    assert page.locator("#chat-base [data-testid=bot]").all_inner_texts() == [asked, said]
+    choose(page, "A", words)
+    ask(page, ends="Model A finished. Model B finished.")
+    assert page.locator("#chat-a [data-testid=bot]").all_inner_texts() == [asked, said]
 
 
 def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, place):
     merge_with_ties(page, "to-be-lost")
     page.locator("#try-merged").click()
-    right = page.get_by_role("combobox", name="Right model")
-    expect(right).to_have_value(lost := side(page, "Right"))
-    assert lost.startswith("to-be-lost")
+    right = page.get_by_role("combobox", name="Model B")
+    expect(right).to_have_value(re.compile("^Chosen merge · to-be-lost · TIES · plan "))
+    lost = column(page, "B").removeprefix("Chosen merge · ")
 
     choose_pair(page, "own: second pair")
     form = "Method in Merge · TIES, math_weight 1"  # stays chosen
     expect(right).to_have_value(form)
-    expect(page.locator("#chat-base [data-testid=bot]")).to_have_count(
-        0
-    )  # the record is of another
+    expect(page.locator("#chat-a [data-testid=bot]")).to_have_count(0)  # the record is of another
     right.click()
-    expect(page.get_by_role("option")).to_have_count(2)
+    expect(page.get_by_role("option", name="to-be-lost")).to_have_count(0)
     page.keyboard.press("Escape")
     open_tab(page, "Merge")
     page.locator("#try-merged").click()
@@ -198,14 +196,14 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
 
     choose_pair(page, "demo trio")
     open_tab(page, "Try it")
-    choose(page, "Right", lost)
+    choose(page, "B", lost)
     shutil.rmtree(place.home / "models" / "to-be-lost")
     failed = ask(page, ends="Base finished. Merged failed.")
     assert "The merged model 'to-be-lost' no longer exists" in failed[-1]
     open_tab(page, "Merge")
     open_tab(page, "Try it")
     expect(right).to_have_value("to-be-lost · no longer available")
-    choose(page, "Right", form)
+    choose(page, "B", form)
     assert "method in Merge · TIES" in ask(page)[0]
 
 
@@ -240,7 +238,7 @@ def test_what_answers_fits_on_a_phone(place, new_page):
     page = new_page(width=390, height=844)
     page.goto(place.url)
     open_tab(page, "Try it")
-    expect(page.get_by_role("combobox", name="Right model")).to_have_value(RECORDED)
+    expect(page.get_by_role("combobox", name="Model B")).to_have_value(RECORDED)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
@@ -257,15 +255,16 @@ def test_on_a_space_a_browser_chooses_among_its_own_merges(tmp_path, new_page, m
             expect(page.locator("#run-status")).to_contain_text(name, timeout=LOADING)
             expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
         page.locator("#try-merged").click()
-        right = page.get_by_role("combobox", name="Right model")
-        expect(right).to_have_value(re.compile("^second-mine · IP-Merging · plan "))
+        right = page.get_by_role("combobox", name="Model B")
+        expect(right).to_have_value(re.compile("^Chosen merge · second-mine · IP-Merging · plan "))
         right.click()
-        expect(page.get_by_role("option", name="first-mine")).to_be_visible()
+        expect(page.get_by_role("option", name="first-mine")).to_be_attached()
         page.keyboard.press("Escape")
         assert ask(page)[0].startswith("second-mine")
 
         stranger.goto(url)
         open_tab(stranger, "Try it")
-        expect(stranger.get_by_role("combobox", name="Right model")).to_have_value(RECORDED)
-        stranger.get_by_role("combobox", name="Right model").click()
-        expect(stranger.get_by_role("option")).to_have_count(3)
+        expect(stranger.get_by_role("combobox", name="Model B")).to_have_value(RECORDED)
+        stranger.get_by_role("combobox", name="Model B").click()
+        expect(stranger.get_by_role("option", name="Plan of the recorded answers")).to_be_attached()
+        expect(stranger.get_by_role("option", name="mine")).to_have_count(0)

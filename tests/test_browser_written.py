@@ -164,11 +164,11 @@ def open_chat(page: Page, url: str) -> None:
 
 
 def said(page: Page, who: str) -> Locator:
-    return page.locator(f"#chat-base [data-testid={who}]")
+    return page.locator(f"#chat-a [data-testid={who}]")
 
 
 def copy_button(page: Page, message: int) -> Locator:
-    return page.locator("#chat-base .message-buttons").nth(message).get_by_role("button")
+    return page.locator("#chat-a .message-buttons").nth(message).get_by_role("button")
 
 
 def texts_on(page: Page, who: str) -> dict[str, str]:

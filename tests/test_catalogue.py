@@ -8,9 +8,10 @@ import pytest
 from conftest import TEXT_CONFIG, Trio, as_mllm, fine_tuned, text_weights, write_model
 
 import ipmerge_core as ipm
-from ipmerge_core.models.catalogue import find_model, likely_base, load_catalogue
+from ipmerge_core.models.catalogue import find_model, likely_base, load_catalogue, scenario_of
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import open_pair
+from ipmerge_core.tasks.registry import find_tasks
 
 CATALOGUE = load_catalogue()
 
@@ -95,3 +96,17 @@ def test_bases_that_are_strangers_to_each_other_are_refused(trio: Trio, tmp_path
     levels = {finding.subject: finding.level for finding in found}
     assert levels["mllm: distance to its base"] == "ok"
     assert levels["base of the mllm: distance to the base"] == "refusal"
+
+
+def test_every_skill_has_a_scenario_whose_tasks_exist_and_guard_each_other():
+    catalogue = load_catalogue()
+    skills = {pair.skill for pair in catalogue.pairs}
+    skills |= {model.skill for model in catalogue.models.values() if model.skill}
+    assert skills <= set(catalogue.scenarios)
+    for scenario in catalogue.scenarios.values():
+        tasks = find_tasks(scenario.tasks)
+        assert [task.name for task in tasks] == list(scenario.tasks), "a guard is missing"
+        assert any(task.group == "perception" for task in tasks)
+        assert scenario.harness
+        assert scenario.source
+    assert scenario_of(None) is scenario_of("math") is scenario_of("cooking")

@@ -331,6 +331,25 @@ def test_ctrl_c_keeps_the_finished_work_and_says_so(pack: str, tmp_path: Path) -
     assert cli.main(["merge", plan, "-o", str(out)]) == 0
 
 
+@pytest.mark.parametrize("module", ["ipmerge_core.cli.parser", "torch"])
+def test_ctrl_c_while_modules_are_imported_is_one_sentence(module: str, pack: str) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from ipmerge_core.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "merge", "plan.json", "-o", "out", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "\nipmerge: interrupted; run the same command again to resume.\n"
+
+
 def test_a_plan_goes_out_as_a_recipe_and_comes_in_again(
     trio: Trio, tmp_path: Path, capsys: Output
 ) -> None:

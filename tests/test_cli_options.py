@@ -18,13 +18,16 @@ from ipmerge_core import cli
 from ipmerge_core.analysis.records import read_pack
 from ipmerge_core.cli.combinations import RULES, is_given
 from ipmerge_core.cli.parser import make_parser
+from ipmerge_core.evaluation.knockout import Knockout
+from ipmerge_core.evaluation.report import Report
+from ipmerge_core.evaluation.sweeps import Sweep
 from ipmerge_core.planning.choice_file import FORMAT, VERSION
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 COMMON = {"help", "quiet", "json"}  # how a result is shown: tests/test_cli.py, and below
 CONDITIONAL = {"strict", "force"}  # they act where the check has a warning or a refusal
 # Options whose effect needs models that can run, or tokenizers: tested where those are.
-TESTED_ELSEWHERE = {("plan", "calibration"), ("plan", "embeddings")}
+TESTED_ELSEWHERE = {("plan", "calibration"), ("plan", "embeddings"), ("evaluate", "base")}
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -75,6 +78,10 @@ def files(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         known[name] = str(folder / name)
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main([*arguments, "--quiet", "-o", known[name]]) == 0
+    for name, method in (("table.csv", "linear"), ("other.csv", "ties")):
+        known[name] = str(folder / name)
+        rows = "".join(f"{method},{x},{x * x}\n" for x in (0, 0.5, 1))
+        (folder / name).write_text(f"method,x,score\n{rows}")
     (folder / "picture.png").write_bytes(b"x")
     line = '{"question": "1 + 1", "answer": "2", "image": "picture.png"}\n'
     for name, lines in (("prompts.jsonl", line), ("more.jsonl", 2 * line)):
@@ -93,6 +100,7 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
     """The ways to call a command that differ in what they use."""
     models, pack = files["models"], files["pack.json.gz"]
     alien = [*models, f"--base={files['alien']}"]
+    mllm = str(files["trio"].mllm)
     found: dict[str, dict[str, list[str]]] = {
         "check": {
             "models": models,
@@ -127,6 +135,15 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "own base": [files["own.json"]],
             "app": [files["choice.json"]],
         },
+        "drift": {
+            form: [*models[:2], "--data", "demo", *more]
+            for form, more in (
+                ("adaptive", []),
+                ("absolute", ["--rule", "absolute"]),
+                ("fine-tuning", ["--rule", "none"]),
+                ("dry", ["--dry-run"]),
+            )
+        },
         "chat": {"one": ["A", "--prompt", "q"], "two": ["A", "--compare", "B", "--prompt", "q"]},
         "record": {
             name: [files[plan], "--prompts", files["prompts.jsonl"]]
@@ -136,8 +153,37 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
                 "app": "choice.json",
             }.items()
         },
+        "evaluate": {
+            "models": [mllm, "--tasks", "demo"],
+            "math": [mllm, "--tasks", "demo:math"],
+            "lmms-eval": [mllm, "--tasks", "mmmu_val", "--harness", "lmms-eval",
+                          "--harness-python", "python"],
+            "no harness": [mllm, "--tasks", "MMStar", "--harness-model", "LLaVA_Next"],
+            "vlmevalkit": [mllm, "--tasks", "MMStar", "--harness", "vlmevalkit",
+                           "--harness-model", "LLaVA_Next"],
+        },
+        "search": {
+            "demo": [pack, "--tasks", "demo"],
+            "math": [pack, "--tasks", "demo:math"],
+            "own base": [files["own.json.gz"], "--tasks", "demo"],
+        },
+        "replay": {"table": [files["table.csv"]]},
+        "sweep": {
+            "one": [pack, "--parameter", "lambda", "--values", "1,2", "--tasks", "demo:math"],
+            "two": [pack, "--parameter", "lambda", "--values", "1,2", "--parameter2",
+                    "similarity-threshold", "--values2", "0.1,0.2", "--tasks", "demo:math"],
+            "ablation": [pack, "--ablation", "--tasks", "demo:math"],
+            "own base": [files["own.json.gz"], "--ablation", "--tasks", "demo:math"],
+            "nothing": [pack, "--tasks", "demo:math"],
+        },
+        "knockout": {
+            "plan": [files["ip.json"], "--tasks", "demo:math"],
+            "app": [files["choice.json"], "--tasks", "demo:math"],
+            "own base": [files["own.json"], "--tasks", "demo:math"],
+            "folder": [mllm, "--tasks", "demo:math"],
+        },
         "app": {"app": []},
-    }
+    }  # fmt: skip
     return found[command]
 
 
@@ -171,7 +217,9 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "wide": ["--wide", "diagonal"],
         "image_tokens": ["--no-image-tokens"],
         "dry_run": ["--dry-run"],
-        "pack": [files["other.json.gz" if command == "plan" else "pack.json.gz"]],
+        "pack": [
+            files["other.json.gz" if command in ("plan", "search", "sweep") else "pack.json.gz"]
+        ],
         "method": ["--method", "dare_linear"],
         "similarity_threshold": ["--similarity-threshold", "0.9"],
         "similarity": ["--similarity", "max"],
@@ -201,12 +249,91 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "max_new_tokens": ["--max-new-tokens", "3"],
         "max_thinking_tokens": ["--max-thinking-tokens", "7"],
         "precision": ["--precision", "bf16"],
-        "prompts": ["--prompts", files["more.jsonl"]],
+        "prompts": ["--prompts", str(files["more.jsonl"])],
+        "models": [str(moved.math_2)],
+        "tasks": ["--tasks", "demo:shape"],
+        "seed": ["--seed", "5"],
+        "batch_size": ["--batch-size", "3"],
+        "store": ["--store", str(files["folder"] / "store")],
+        "no_guard": ["--no-guard"],
+        "harness": ["--harness", "vlmevalkit"],
+        "harness_python": ["--harness-python", "other"],
+        "harness_model": ["--harness-model", "Other"],
+        "harness_include": ["--harness-include", str(files["folder"])],
+        "parameter": ["--parameter", "temperature"],
+        "values": ["--values", "3,4"],
+        "parameter2": ["--parameter2", "temperature", "--values2", "3"],
+        "values2": ["--values2", "0.3"],
+        "ablation": ["--ablation"],
+        "controls": ["--controls", "1"],
+        "replace_by": ["--replace-by", "zero"],
+        "layers": ["--layers", "0,1"],
+        "stride": ["--stride", "2"],
+        "csv": ["--csv", str(files["folder"] / "rows.csv")],
+        "map": ["--map", str(files["folder"] / "map.json")],
         "host": ["--host", "0.0.0.0"],
         "port": ["--port", "7999"],
+        "range": ["--range", "lambda=0:3"],
+        "optimizer": ["--optimizer", "random"],
+        "budget": ["--budget", "7"],
+        "items": ["--items", "70"],
+        "minutes": ["--minutes", "3"],
+        "maximise": ["--maximise", "math"],
+        "validation": ["--validation", "0.3"],
+        "racing": ["--racing"],
+        "search_seed": ["--search-seed", "4"],
+        "storage": ["--storage", "sqlite://"],
+        "worker": ["--worker", "3"],
+        "table": [files["other.csv"]],
+        "seeds": ["--seeds", "3"],
+        "data": ["--data", "demo:mul"],
+        "math_base": ["--math-base", str(moved.base)],
+        "rule": ["--rule", "grad_norm"],
+        "strength": ["--strength", "2"],
+        "skip_first_layers": ["--skip-first-layers", "1"],
+        "last_layer": ["--last-layer", "1"],
+        "biases": ["--no-biases"],
+        "module_strength": ["--module-strength", "mlp=0.5"],
+        "per_micro_batch": ["--per-micro-batch"],
+        "normalize_prior": ["--normalize-prior"],
+        "prior_on": ["--prior-on", "files"],
+        "learning_rate": ["--learning-rate", "0.5"],
+        "epochs": ["--epochs", "7"],
+        "max_steps": ["--max-steps", "7"],
+        "accumulation": ["--accumulation", "7"],
+        "warmup": ["--warmup", "0.5"],
+        "weight_decay": ["--weight-decay", "0.5"],
+        "max_grad_norm": ["--max-grad-norm", "7"],
+        "longest": ["--longest", "70"],
+        "most_pixels": ["--most-pixels", "700"],
+        "held_out": ["--held-out", "0.2"],
+        "patience": ["--patience", "2", "--held-out", "0.2"],
+        "save_every": ["--save-every", "7"],
+        "log_every": ["--log-every", "7"],
+        "trained": ["--trained", "all"],
+        "schedule": ["--schedule", "linear"],
+        "gradient_checkpointing": ["--gradient-checkpointing"],
+        "add_token": ["--add-token", "<think>"],
+        "report_to": ["--report-to", "trackio"],
+        "baseline": ["--baseline", "dare-ties", "--base", str(moved.base)],
+        "keep_checkpoints": ["--keep-checkpoints"],
+        "show_examples": ["--show-examples", "1"],
         **(others if command == "check" else {}),
+        **(
+            {
+                "modules": ["--modules", "attn"],
+                "base": ["--base", str(moved.base), "--baseline", "ties"],
+            }
+            if command == "drift"
+            else {}
+        ),
         # a second expert, as a copy of the first is refused
         **({"math": others["math"]} if command == "analyse" else {}),
+        **(
+            {"modules": ["--modules", "q"], "model": [files["graded.json"]]}
+            if command == "knockout"
+            else {}
+        ),
     }
 
 
@@ -217,10 +344,37 @@ WORK = {
     "ipmerge_core.merging.merge.iter_merge": "merge",
     "ipmerge_core.merging.merge.estimate_merge": "merge",
     "ipmerge_core.adapters.export.iter_adapter": "adapter",
+    "ipmerge_core.finetuning.baselines.check_baselines": "drift",
+    "ipmerge_core.finetuning.train.iter_drift": "drift",
+    "ipmerge_core.finetuning.train.check_drift": "drift",
     "ipmerge_core.inference.generation.answer": "chat",
     "ipmerge_core.evaluation.recording.iter_recording": "record",
+    "ipmerge_core.evaluation.evaluate.iter_evaluation": "evaluate",
+    "ipmerge_core.evaluation.harness.run_lmms_eval": "evaluate",
+    "ipmerge_core.search.coefficients.iter_search": "search",
+    "ipmerge_core.plots.replay_report.iter_replay_report": "replay",
+    "ipmerge_core.evaluation.sweeps.iter_sweep": "sweep",
+    "ipmerge_core.evaluation.sweeps.iter_ablation": "sweep",
+    "ipmerge_core.evaluation.knockout.iter_knockout": "knockout",
+    "ipmerge_core.evaluation.knockout.iter_model_knockout": "knockout",
     "ipmerge_core.ui.app.launch": "app",
 }
+RETURNS = ("evaluate", "sweep", "knockout")  # their work gives a result, which they write
+
+
+def finished(place: str) -> object:
+    """What the work of evaluations returns, which they write to --output."""
+    if place.endswith("run_lmms_eval"):
+        return []
+    report = Report("", {}, {}, {}, (), (), (), {})
+
+    def evaluated() -> Generator[None, None, object]:
+        if "sweeps" in place:
+            return Sweep("sweep", "", None, (), (), report)
+        return Knockout("", "", "", (), {}) if "knockout" in place else report
+        yield
+
+    return evaluated()
 
 
 def described(value: object) -> object:
@@ -246,13 +400,17 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         for place, owner in WORK.items():
             if owner == command:
 
-                def work(*arguments: object, _place: str = place, **options: object) -> None:
+                def work(*arguments: object, _place: str = place, **options: object) -> object:
                     shown = [_place, *map(described, arguments)]
                     named = {name: described(value) for name, value in options.items()}
                     asked = json.dumps([shown, named], sort_keys=True, default=str)
+                    if command in RETURNS:
+                        print(asked)
+                        return finished(_place)
                     if command != "chat":  # whose two models are asked one after the other
                         raise Captured(asked)
                     print(asked)
+                    return None
 
                 monkeypatch.setattr(place, work)
         monkeypatch.setattr(

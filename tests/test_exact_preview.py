@@ -21,6 +21,10 @@ PLANS = [
     {"s": 0.5, "lambda": 2, "similarity": "max", "variant": "max"},
     {"s": 0.2, "lambda": 0.5, "similarity": "weighted", "variant": "rescale_only"},
     {"s": 0.0, "lambda": 1, "similarity": "first", "variant": "select_only"},
+    {"s": 0.2, "lambda": 2, "similarity": "first", "variant": "protect"},
+    {"s": 0.0, "lambda": 1, "similarity": "first", "variant": "complement_40"},
+    {"s": 0.3, "lambda": 2, "similarity": "max", "variant": "complement_95", "budget": 0.01},
+    {"s": 0.0, "lambda": 1, "similarity": "first", "variant": "sum", "budget": 0.02},
     {
         "s": 0.75,
         "lambda": 8,
@@ -50,6 +54,8 @@ def test_the_page_previews_what_python_previews_and_what_a_merge_does(
         assert tuple(page["selected"]) == preview.selected
         assert page["relative_change"] == pytest.approx(preview.relative_change, rel=1e-9)
         assert page["keep"] == pytest.approx(preview.keep, rel=1e-9)
+        assert page["update_share"] == pytest.approx(preview.update_share, rel=1e-12)
+        assert page["expert_change"] == pytest.approx(preview.expert_change, rel=1e-12)
 
         out = tmp_path / f"merged-{number}"
         ipm.merge(plan, out)

@@ -17,11 +17,12 @@ from ipmerge_core.ui.web.component import component_script
 PACK = make_pack(layers=2, experts=2)
 NAME = "model.layers.0.self_attn.q_proj.weight"
 GOOD = {"s": 0.3, "lambda": 2, "similarity": "max", "variant": "sum", "overrides": {NAME: "merge"}}
+GOOD["budget"] = 0.02
 
 
 def test_a_commit_becomes_a_plan_choice():
     choice = read_commit(GOOD, PACK)
-    assert choice == PlanChoice(0.3, 2.0, "max", "sum", {NAME: "merge"})
+    assert choice == PlanChoice(0.3, 2.0, "max", "sum", {NAME: "merge"}, 0.02)
     assert choice.to_browser() == GOOD
 
 

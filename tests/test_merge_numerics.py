@@ -30,6 +30,7 @@ from ipmerge_core.calibration.samples import load_samples
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.methods import METHODS
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair
+from ipmerge_core.planning.options import OPTIONS
 from ipmerge_core.planning.plan import MergePlan
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -49,6 +50,12 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     *((name, SHORTER.get(name, {})) for name in METHODS),
     ("ip_merging", {"gamma_norm": "max", "lambda_": 4.0}),
     ("ip_merging", {"ablation": "rescale_only"}),
+    ("ip_merging", {"projector": "complement", "energy": 0.9}),
+    ("ip_merging", {"projector": "protect"}),
+    ("ip_merging", {"projector": "input_filter"}),
+    ("ip_merging", {"projector": "off_inputs", "beta": 8.0}),
+    ("ip_merging", {"budget": 0.01}),
+    ("ip_merging", {"projector": "complement", "output_budget": 0.05}),
     ("ties", {"scope": "model", "density": 0.3}),
     ("nan", {"norm_of": "tau"}),
     ("regmean", {"off_diagonal": 0.0}),
@@ -142,8 +149,9 @@ def plan_of(name: str, wide: Wide, choice: dict[str, Any]) -> MergePlan:
     pair = wide.pair
     if not method.several_experts and len(pair.math) > 1:
         pair = ipm.open_pair(pair.mllm.id, pair.math[0].id, pair.base.id)
-    if method.data is not None:
-        choice = {**choice, "calibration": wide.calibration(method.data)}
+    kind = method.data_for({key: value for key, value in choice.items() if key not in OPTIONS})
+    if kind is not None:
+        choice = {**choice, "calibration": wide.calibration(kind)}
     if method.needs_analysis:
         return ipm.make_plan(ipm.analyse(pair), name, similarity_threshold=0.0, **choice)
     return ipm.make_plan(pair, name, **choice)

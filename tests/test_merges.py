@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +14,27 @@ from quick_runs import fail, write_manifest
 
 from ipmerge_core import make_plan
 from ipmerge_core.analysis.records import Sources
-from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.errors import IPMergeError, PlanError, RunError
 from ipmerge_core.inference.generation import GenerationSettings, answer
 from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.jobs import JobStatus, Started
 from ipmerge_core.ui.api import _answers
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import BASE, PLAN, RECORD, UNMERGED, Question, Side, answer_both
+from ipmerge_core.ui.chat.answers import Question, Side, answer_question
+from ipmerge_core.ui.chat.column_choice import MOST_RUNS, Held, choices_of, keys_of, with_run
+from ipmerge_core.ui.chat.columns import (
+    BASE,
+    FORM,
+    PLAN,
+    RECORD,
+    UNMERGED,
+    Selection,
+    merge_of,
+    method_choices,
+    selected,
+    with_column,
+)
 from ipmerge_core.ui.chat.recorded import recorded_examples
-from ipmerge_core.ui.chat.side_choice import MOST_RUNS, Sides, keys_of, shown, with_run, with_side
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.finished_merges import describe_lost, find_merge, merges_of_pair
 from ipmerge_core.ui.method_choice import MethodChoice
@@ -83,11 +96,19 @@ def wait_for(backend: Backend, started: Started) -> JobStatus:
     return status
 
 
-def values(update: dict[str, object]) -> list[object]:
-    return [value for _, value in update["choices"]]
+def choices(
+    backend: Backend, chosen: ChosenMerge, columns: tuple[str, ...] = (), kept: str = ""
+) -> list[tuple[str, str]]:
+    """The choices of a column without the other methods; some columns may be selected."""
+    selections = {chosen.pack_id: Selection(columns, chosen)} if columns else {}
+    return choices_of(backend, Held(chosen, selections, kept=kept), methods=False)
 
 
-def ended(sides: Iterator[tuple[Side, Side]]) -> tuple[Side, Side]:
+def values(found: list[tuple[str, str]]) -> list[str]:
+    return [value for _, value in found]
+
+
+def ended(sides: Iterator[tuple[Side, ...]]) -> tuple[Side, ...]:
     *_, last = sides
     return last
 
@@ -224,57 +245,92 @@ def test_the_endpoint_keeps_to_the_same_rules(make_run):
 
 def test_until_something_is_chosen_the_base_stands_against_the_plan(backend, make_run):
     run = make_run("by-ties")
-    left, right = shown(backend, CHOSEN, {}, {})
-    assert (left["value"], right["value"]) == (BASE, PLAN)
-    assert values(left) == values(right) == [BASE, PLAN, RECORD, run.id]
-    assert left["choices"][:3] == [
+    assert selected(CHOSEN, {}) == (BASE, PLAN)
+    found = choices(backend, CHOSEN)
+    assert values(found) == [BASE, PLAN, RECORD, run.id]
+    assert found[:3] == [
         (UNMERGED, BASE),
         ("Plan in Explore · IP-Merging, Sα 0.4, λ 1", PLAN),
         ("Plan of the recorded answers · IP-Merging, Sα 0, λ 4, γ max", RECORD),
     ]
 
 
-def test_before_anything_is_chosen_the_recorded_plan_keeps_the_promise_of_the_record(backend):
-    assert shown(backend, ChosenMerge(PACK), {}, {})[1]["value"] == RECORD
-    assert shown(backend, ChosenMerge(OTHER), {}, {})[1]["value"] == PLAN
+def test_before_anything_is_chosen_the_recorded_plan_keeps_the_promise_of_the_record():
+    assert selected(ChosenMerge(PACK), {}) == (BASE, RECORD)
+    assert selected(ChosenMerge(OTHER), {}) == (BASE, PLAN)
     recorded = QUESTION.choice
     assert make_plan(analysis_of(PACK), **recorded.arguments).hash in QUESTION.plan
 
 
-def test_the_right_side_follows_the_last_choice(backend, make_run):
+def test_a_merge_that_is_chosen_later_is_asked_by_some_column(backend, make_run):
     run = make_run("by-ties")
-    merged = with_side(backend, CHOSEN, run.id, {})
-    assert (merged.run, merged.by) == (run.id, "folder")
-    kept = {PACK: Sides(BASE, run.id, merged)}
-    assert shown(backend, merged, kept, {})[1]["value"] == run.id
-    elsewhere = merged.with_plan(PlanChoice(0.9))
-    assert shown(backend, elsewhere, kept, {})[1]["value"] == PLAN
-    assert with_side(backend, merged, PLAN, {}).merge is None
-    for side in (BASE, RECORD, "no-such-run"):
-        assert with_side(backend, merged, side, {}) == merged
+    merged = CHOSEN.with_merge(find_merge(backend, PACK, run.id, {}))
+    for columns, after in {
+        (BASE, PLAN): (BASE, PLAN),
+        (PLAN, BASE, RECORD): (PLAN, BASE, RECORD),
+        (BASE, RECORD): (BASE, PLAN),
+        (BASE, RECORD, run.id): (BASE, PLAN, run.id),
+        (BASE, run.id): (BASE, PLAN),
+    }.items():
+        held = {PACK: Selection(columns, CHOSEN)}
+        assert selected(CHOSEN, held) == columns
+        assert selected(merged, held) == after
+    found = dict(reversed(pair) for pair in choices(backend, merged))
+    assert found[PLAN] == f"Chosen merge · {merged.merge.label}"
+    assert found[FORM] == "Plan in Explore · IP-Merging, Sα 0.4, λ 1"
+
+
+def test_columns_are_added_up_to_four_and_each_is_another_model_first():
+    assert with_column(CHOSEN, (BASE, PLAN)) == (BASE, PLAN, RECORD)
+    assert with_column(CHOSEN, (BASE, RECORD)) == (BASE, RECORD, PLAN)
+    four = with_column(CHOSEN, (BASE, PLAN, RECORD))
+    assert four == (BASE, PLAN, RECORD, PLAN)
+    assert with_column(CHOSEN, four) == four
+
+
+def test_plans_kept_in_explore_are_choices_and_anything_else_is_skipped(backend):
+    kept = PlanChoice(0.25, 2.0, overrides={})
+    texts = [json.dumps([kept.to_browser(), {"s": 7}, None]), "[", "{}", "null", "[" * 100_000, ""]
+    for text, n_kept in zip(texts, (1, 0, 0, 0, 0, 0), strict=True):
+        found = [c for c in choices(backend, CHOSEN, kept=text) if c[1].startswith("kept:")]
+        assert len(found) == n_kept, text[:20]
+    label, who = choices(backend, CHOSEN, kept=texts[0])[3]
+    assert label == "Plan kept in Explore · IP-Merging, Sα 0.25, λ 2 · number 1"
+    assert merge_of(CHOSEN, who).plan == kept
+    assert (label.rpartition(" · ")[0], who) in choices(backend, CHOSEN, (BASE, who))
+    with pytest.raises(PlanError, match="expected a number from 0 to 1"):
+        merge_of(CHOSEN, 'kept:{"s": 7}')
+
+
+def test_other_methods_are_choices_unless_they_need_a_calibration():
+    offered = {who.removeprefix("method:") for _, who in method_choices()}
+    assert {"ties", "task_arithmetic", "dare_ties"} <= offered
+    assert not {"ip_merging", "fisher", "regmean"} & offered
+    assert merge_of(CHOSEN, "method:ties").make_plan().method == "ties"
+    for who in ("method:fisher", "method:x"):
+        with pytest.raises(PlanError, match="runs without calibration"):
+            merge_of(CHOSEN, who)
 
 
 def test_a_choice_is_kept_for_its_pair_and_used_for_no_other(backend, make_run):
     run = make_run("by-ties")
-    kept = {PACK: Sides(run.id, BASE, CHOSEN)}
-    assert [side["value"] for side in shown(backend, CHOSEN, kept, {})] == [run.id, BASE]
-    other = shown(backend, ChosenMerge(OTHER), kept, {})
-    assert [side["value"] for side in other] == [BASE, PLAN]
-    assert values(other[0]) == [BASE, PLAN]
+    selections = {PACK: Selection((run.id, BASE), CHOSEN)}
+    assert selected(CHOSEN, selections) == (run.id, BASE)
+    assert selected(ChosenMerge(OTHER), selections) == (BASE, PLAN)
+    assert values(choices(backend, ChosenMerge(OTHER))) == [BASE, PLAN]
 
 
 def test_a_chosen_merge_that_is_gone_stays_chosen_and_says_so(backend, make_run):
     run = make_run("by-ties")
     shutil.rmtree(backend.output_folder("by-ties"))
-    for chosen in ((BASE, run.id), (run.id, run.id)):
-        left, right = shown(backend, CHOSEN, {PACK: Sides(*chosen, CHOSEN)}, {})
-        assert right["value"] == run.id
-        assert left["choices"][3:] == [("by-ties · no longer available", run.id)]
+    for columns in ((BASE, run.id), (run.id, run.id)):
+        found = choices(backend, CHOSEN, columns)
+        assert found[3:] == [("by-ties · no longer available", run.id)]
 
 
 def test_a_pair_that_is_still_being_analysed_offers_no_merge(backend, make_run):
     make_run("by-ties")
-    assert values(shown(backend, ChosenMerge("packs-nobody"), {}, {})[1]) == [BASE, PLAN]
+    assert values(choices(backend, ChosenMerge("packs-nobody"))) == [BASE, PLAN]
 
 
 @pytest.mark.parametrize("odd", [None, {}, "x", 3, [[]], [{"id": 1}], {"id": "a"}])
@@ -295,12 +351,12 @@ def test_a_browser_remembers_its_latest_runs_each_once():
 # --- the answers ---------------------------------------------------------------------------
 
 
-def ask(backend: Backend, left: str, right: str) -> tuple[Side, Side]:
+def ask(backend: Backend, *columns: str) -> tuple[Side, ...]:
     from ipmerge_core.inference.images import open_image
 
-    text, picture = QUESTION.reference.question, open_image(QUESTION.image)
+    text, pictures = QUESTION.reference.question, (open_image(QUESTION.image),)
     settings = GenerationSettings(max_new_tokens=24)
-    return ended(answer_both(backend, Question(CHOSEN, text, picture, settings, left, right)))
+    return ended(answer_question(backend, Question(CHOSEN, text, pictures, settings, columns)))
 
 
 def test_the_recorded_plan_gives_the_recorded_answer(backend):
@@ -314,8 +370,7 @@ def test_a_method_of_the_merge_tab_answers_as_the_chosen_merge(backend):
     how = MethodChoice("task_arithmetic", {"math_weight": 1.0}, {"exclude": "layers.0."})
     chosen = CHOSEN.with_method(how)
     text, settings = QUESTION.reference.question, GenerationSettings(max_new_tokens=24)
-    asked = Question(chosen, text, None, settings, BASE, PLAN)
-    _, right = ended(answer_both(backend, asked))
+    _, right = ended(answer_question(backend, Question(chosen, text, (), settings)))
     plan = make_plan(analysis_of(PACK), "task_arithmetic", math_weight=1.0, exclude="layers.0.")
     assert right.source == (
         f"method in Merge · Task arithmetic, math_weight 1, exclude layers.0. · plan {plan.hash}"
@@ -337,7 +392,7 @@ def test_both_sides_answer_with_the_models_they_were_given_and_name_them(backend
     assert right.text.strip() == expected != left.text.strip()
 
     left, right = ask(backend, "by-ties", PLAN)
-    assert (left.name, right.name) == ("Left", "Right")
+    assert (left.name, right.name) == ("Model A", "Model B")
     explored = make_plan(analysis_of(PACK))
     assert left.text.strip() == expected != right.text.strip()
     assert right.source == (f"plan in Explore · IP-Merging, Sα 0.4, λ 1 · plan {explored.hash}")

@@ -267,7 +267,7 @@ def test_a_method_that_needs_samples_asks_for_them() -> None:
 @pytest.mark.parametrize("method", ["regmean", "fisher"])
 def test_a_calibration_is_made_found_and_merged_with(method: str, home: Path) -> None:
     backend = Backend()
-    started = backend.start_calibration(DEMO, method, "demo", "demo", 2)
+    started = backend.start_calibration(DEMO, str(METHODS[method].data), "demo", "demo", 2)
     view = RunView("calibration")
     running = find_run(backend, started._asdict())
     assert "Calibrate mllm-" in view.updates(running)[view.progress]
@@ -333,12 +333,12 @@ def test_the_chosen_calibration_is_of_its_pair_and_stays_chosen(
 def test_a_stranger_cannot_use_other_files_or_see_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend(hosted=True)
     with pytest.raises(RunError, match="demo samples"):
-        backend.start_calibration(DEMO, "regmean", "/etc/passwd", "demo", 2)
+        backend.start_calibration(DEMO, "gram", "/etc/passwd", "demo", 2)
     with pytest.raises(RunError, match="demo samples"):
-        backend.start_calibration(DEMO, "regmean", "demo:perception", "demonstration.jsonl", 2)
+        backend.start_calibration(DEMO, "gram", "demo:perception", "demonstration.jsonl", 2)
     for seen in ("demo", "demo:perception"):
         with pytest.raises(RunError, match="limit of 0 .*; expected 1 to 5000"):
-            backend.start_calibration(DEMO, "regmean", seen, "demo", 0)
+            backend.start_calibration(DEMO, "gram", seen, "demo", 0)
     assert find_run(backend, {}).status is None
 
 

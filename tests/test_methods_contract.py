@@ -49,6 +49,8 @@ UNCHANGED = {
     "metagpt": {},
     "knots_ties": {"density": 1},
     "sce": {},
+    "model_stock": {"models": "experts"},
+    "ram": {"epsilon": 0},
 }
 ILLEGAL = {"float": math.nan, "int": 1.5, "bool": "yes", "choice": "no such choice"}
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -80,9 +82,10 @@ def merge(name, base, mllm, math, **parameters):
     def information():
         return torch.rand(rows, columns, generator=generator).to(mllm.device)
 
-    if method.data == "gram":
+    kind = method.data_for(parameters)
+    if kind == "gram":
         parameters |= {"mllm_gram": gram(), "math_gram": [gram() for _ in range(experts)]}
-    if method.data == "fisher":
+    if kind == "fisher":
         data = [information() for _ in range(experts)]
         parameters |= {"mllm_fisher": information(), "math_fisher": data}
     return method(base, mllm, math, tensor_name=NAME, **parameters)
@@ -92,7 +95,7 @@ def test_the_methods_are_those_that_readme_promises():
     promised = (
         "ip_merging linear task_arithmetic ties dare_linear dare_ties fisher regmean wudi tsv "
         "metagpt nan slerp nuslerp karcher della breadcrumbs sce iso_c iso_cts knots_ties "
-        "layer_swap"
+        "layer_swap multislerp model_stock ram"
     )
     assert set(METHODS) == set(promised.split())
     assert set(INERT) | set(UNCHANGED) <= set(METHODS)
@@ -244,7 +247,7 @@ def test_whole_numbers_are_good_values_for_float_parameters(name):
     base, mllm, (math,) = models()
     numbers = {
         p.name: 1 for p in METHODS[name].parameters if p.kind == "float" and 1 in p.bounds
-    } | ({"epsilon": 0} if name == "della" else {})
+    } | {"della": {"epsilon": 0}, "ip_merging": {"output_budget": 0}}.get(name, {})
     merged = merge(name, base, mllm, math, **numbers)
     assert merged.isfinite().all()
 

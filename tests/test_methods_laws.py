@@ -44,6 +44,7 @@ EXPERT_ALONE: dict[str, dict[str, Any]] = {
     "slerp": {"t": 1},
     "nuslerp": {"t": 1},
     "karcher": {"alpha": 0},
+    "multislerp": {"alpha": 0},
 }
 
 

@@ -69,7 +69,7 @@ def test_the_walk_meets_every_choice_of_the_app(app):
         if isinstance(block, CHOICES) and block.elem_id
     }
     assert choices <= walked
-    assert {"pair", "analyse-known", "model-left", "model-right", "merge-method", "compare-pair",
+    assert {"pair", "analyse-known", "model-a", "model-d", "merge-method", "compare-pair",
             "prompt"} <= choices  # fmt: skip
 
 

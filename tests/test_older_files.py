@@ -91,10 +91,10 @@ def values_of(value: object, name: str = "") -> dict[str, object]:
 def test_a_calibration_is_found_again_and_one_goes_on(home):
     backend = Backend()
     pack = "packs-older"
-    found = backend.finished_calibrations(pack, "regmean")
+    found = backend.finished_calibrations(pack, "gram")
     assert [folder.name for folder in found] == ["mllm-gram"]
     out = resumed(home, "calibrate")
-    assert out in backend.finished_calibrations(pack, "regmean")
+    assert out in backend.finished_calibrations(pack, "gram")
     plan = ipm.make_plan(
         ipm.open_pair(*(ROOT / "assets/demo" / name for name in ("mllm", "math", "base"))),
         "regmean",

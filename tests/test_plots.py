@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from synthetic_pack import make_pack
 
-from ipmerge_core.plots import SpectraInfo, spectra_figure, spectra_info
+from ipmerge_core.plots.spectra import SpectraInfo, spectra_figure, spectra_info
 
 RECORD = make_pack(layers=1)["records"][1]
 

@@ -44,6 +44,13 @@ PLANS: list[dict[str, Any]] = [
     {"ablation": "rescale_only", "rank": 4},
     {"ablation": "select_only"},
     {"layer_gains": (0.5, 2.0)},
+    {"projector": "protect"},
+    {"projector": "protect", "rank": 4},
+    *({"projector": "complement", "energy": share} for share in (0.05, 0.5, 0.65, 0.95, 1.0)),
+    {"projector": "complement", "rank": 4, "energy": 0.7},
+    {"budget": 0.01},
+    {"projector": "complement", "energy": 0.3, "budget": 0.02, "layer_gains": (0.5, 2.0)},
+    {"ablation": "select_only", "budget": 0.02},
 ]
 
 

@@ -31,6 +31,7 @@ from ipmerge_core.calibration.passes import CalibrationSettings
 from ipmerge_core.calibration.store import Measured, Measurements
 from ipmerge_core.cli import main
 from ipmerge_core.cli.parser import make_parser
+from ipmerge_core.finetuning.settings import TrainingSettings
 from ipmerge_core.methods import METHODS, Parameter
 from ipmerge_core.planning import plan as planning
 from ipmerge_core.planning.description import arguments_of, facts_of, settings_of
@@ -66,6 +67,17 @@ PLAN_FIELDS = {
 }
 ANALYSIS = {name: f"plan.analysed.{name}" for name in Options._fields}
 SHOWN_ONLY = dict.fromkeys(("json", "quiet", "help"), "output on the terminal")
+
+DRIFT_TRAINING = [
+    field.name for field in fields(TrainingSettings) if field.name != "tokens"
+]  # fmt: skip
+EVALUATED = {
+    "tasks": "report.tasks",
+    **dict.fromkeys(("limit", "seed", "max_new_tokens", "batch_size", "device"), "report.settings"),
+    "store": "folder of the replies",
+    "resume": "replies answered again",
+    "no_guard": "report.tasks",
+}
 
 COMMANDS: dict[str, dict[str, str]] = {
     "check": {**MODELS, "strict": "exit code", "exact": "weights compared by the check"},
@@ -137,6 +149,90 @@ COMMANDS: dict[str, dict[str, str]] = {
         "precision": "dtype",
         "updates": "no second decomposition",
     },
+    "evaluate": {
+        "models": "report.subjects",
+        "base": "report.subjects",
+        "tasks": "report.tasks",
+        **dict.fromkeys(("limit", "seed", "max_new_tokens", "batch_size"), "report.settings"),
+        "device": "report.settings",
+        "store": "folder of the replies",
+        "resume": "replies answered again",
+        "no_guard": "report.tasks",
+        "output": "report",
+        **dict.fromkeys(
+            ("harness", "harness_python", "harness_model", "harness_include"), "harness command"
+        ),
+    },
+    "sweep": {
+        **MODELS,
+        **{name: f"points: {place}" for name, place in PLAN_FIELDS.items()},
+        "pack": "sweep.sources",
+        "set": "points: plan.parameters",
+        "force_merge": "points: plan.overrides",
+        "force_keep": "points: plan.overrides",
+        **dict.fromkeys(("parameter", "values", "parameter2", "values2"), "sweep.axes"),
+        **dict.fromkeys(("ablation", "controls"), "sweep.points"),
+        **EVALUATED,
+        "force": "sibling check",
+        "output": "sweep",
+    },
+    "knockout": {
+        **MODELS,
+        "pack": "report.subjects",
+        "model": "report.subjects",
+        **dict.fromkeys(("replace_by", "modules", "layers", "stride"), "knockout.cuts"),
+        **EVALUATED,
+        "force": "sibling check",
+        "csv": "rows",
+        "map": "changes",
+        "output": "knockout",
+    },
+    "drift": {
+        **{name: f"manifest.sources.{name}" for name in ("mllm", "math")},
+        "math_base": "manifest.prior.hierarchical",
+        "data": "manifest.data",
+        "limit": "manifest.data",
+        **{
+            name: f"manifest.settings.prior.{name}"
+            for name in ("rule", "strength", "per_micro_batch")
+        },
+        "normalize_prior": "manifest.settings.prior.normalize",
+        "prior_on": "manifest.settings.prior.placement",
+        "modules": "manifest.settings.prior.scope.modules",
+        "skip_first_layers": "manifest.settings.prior.scope.first_layer",
+        "last_layer": "manifest.settings.prior.scope.last_layer",
+        "biases": "manifest.settings.prior.scope.biases",
+        "module_strength": "manifest.settings.prior.scope.strengths",
+        **{name: f"manifest.settings.training.{name}" for name in DRIFT_TRAINING},
+        "add_token": "manifest.settings.training.tokens",
+        "baseline": "folders of merges",
+        "base": "folders of merges",
+        "output": "folder",
+        "device": "manifest.device",
+        "resume": "curves",
+        "keep_checkpoints": "folder of checkpoints",
+        "dry_run": "check",
+        "show_examples": "check",
+        "force": "check",
+    },
+    "search": {
+        **MODELS,
+        **PLAN_FIELDS,
+        **dict.fromkeys(("set", "force_merge", "force_keep"), "every plan of the search"),
+        "pack": "search.sources",
+        **dict.fromkeys(("range", "optimizer", "validation"), "search"),
+        **dict.fromkeys(("budget", "items", "minutes", "racing", "search_seed"), "evaluations"),
+        "maximise": "search.groups",
+        **dict.fromkeys(("storage", "worker"), "study"),
+        **EVALUATED,
+        "force": "sibling check",
+        "output": "folder of the study",
+    },
+    "replay": {
+        "table": "tables.csv",
+        **dict.fromkeys(("optimizer", "seeds", "budget"), "curves.csv"),
+        "output": "folder of the report",
+    },
     "app": {
         "host": "address",
         "port": "address",
@@ -171,6 +267,16 @@ ENDPOINTS: dict[str, dict[str, str]] = {
     "job_status": {"job_id": "run"},
     "job_cancel": JOB,
     "job_resume": JOB,
+    "evaluate_start": {
+        **REQUEST,
+        **dict.fromkeys(("tasks", "limit", "seed", "device"), "report.settings"),
+        "kind": "driver of the run",
+        **dict.fromkeys(("parameter", "values", "parameter2", "values2"), "sweep.axes"),
+        **dict.fromkeys(("replace_by", "modules", "stride"), "knockout.cuts"),
+        "merges": "report.subjects",
+        "keys": "access",
+    },
+    "evaluation_result": {"job_id": "run", "key": "access"},
     "answer_pair": {
         **{name: REQUEST[name] for name in ("pack", "variant", "overrides")},
         **{name: REQUEST[name] for name in ("similarity_threshold", "lambda_", "similarity")},
@@ -201,8 +307,15 @@ COMPONENTS = {
     "analyse-temperature": "plan.analysed.temperature",
     "analyse-directions": "plan.analysed.directions",
     "analyse-device": "run",
-    "model-left": "answer",
-    "model-right": "answer",
+    **{f"model-{letter}": "answer" for letter in "abcd"},
+    **{
+        f"chat-{name}": "answer"
+        for name in ("temperature", "longest", "thinking", "seed", "system", "earlier")
+    },
+    "chat-blind": "display",
+    "chat-scrolling": "display",
+    "chat-agree": "consent",
+    "vote-reason": "votes.csv",
     "output-folder": "folder",
     "merge-device": "manifest.device",
     "merge-method": "plan.method",
@@ -212,8 +325,19 @@ COMPONENTS = {
     "samples-math": "manifest.calibration.models",
     "samples-limit": "manifest.calibration.models",
     "compare-pair": "display",
+    "evaluate-kind": "driver of the run",
+    **dict.fromkeys(
+        ("evaluate-tasks", "evaluate-limit", "evaluate-seed", "evaluate-device"), "report.settings"
+    ),
+    "evaluate-merges": "report.subjects",
+    **{
+        f"evaluate-{name}{number}": "sweep.axes"
+        for name in ("parameter", "values")
+        for number in ("", "2")
+    },
+    **dict.fromkeys(("evaluate-replace", "evaluate-stride"), "knockout.cuts"),
+    "evaluation-history": "display",
 }
-UNNAMED = {"Temperature", "Maximum new tokens", "Seed"}  # of the chat's answers
 IN_THE_MAP = {"option-overrides"}  # set per matrix in the map of Explore, as `PlanChoice`
 
 
@@ -238,7 +362,10 @@ def test_every_option_of_the_command_line_has_a_row() -> None:
 
 
 def endpoints(backend: Backend) -> dict[str, Callable[..., Any]]:
-    made = (make(backend) for make in (api._packs, api._plans, api._runs, api._answers))
+    made = (
+        make(backend)
+        for make in (api._packs, api._plans, api._runs, api._evaluations, api._answers)
+    )
     return {endpoint.__name__: endpoint for group in made for endpoint in group}
 
 
@@ -278,7 +405,7 @@ def test_every_input_of_the_app_has_a_row(home: Path) -> None:
     seen = [(name, label) for name, label, visible in found if visible != "hidden"]
     named = {name for name, _ in seen if name}
     assert named == set(COMPONENTS) - IN_THE_MAP
-    assert {label for name, label in seen if not name} == UNNAMED
+    assert not [label for name, label in seen if not name]
     assert {f"option-{option.name.replace('_', '-')}" for option in method_choice.FIELDS} <= named
 
 
@@ -374,7 +501,7 @@ def calibrations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def data_of(case: Case, calibrations: Mapping[str, str]) -> dict[str, str]:
-    kind = METHODS[case.method].data
+    kind = METHODS[case.method].data_for({**case.needs, case.name: case.value})
     return {"calibration": calibrations[kind]} if kind else {}
 
 
@@ -501,6 +628,8 @@ def test_what_explore_sets_arrives(name: str, home: Path) -> None:
         "lambda_": PlanChoice(lambda_=1.2345678901),
         "gamma_norm": PlanChoice(variant="max"),
         "ablation": PlanChoice(variant="select_only"),
+        "energy": PlanChoice(variant="complement_45"),
+        "budget": PlanChoice(budget=0.0123456789),
     }
     plan = method_choice.chosen_plan(PAIR, choices[name], method_choice.MethodChoice())
     (parameter,) = [p for p in METHODS["ip_merging"].parameters if p.name == name]

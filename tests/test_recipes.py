@@ -42,6 +42,12 @@ CHOICES: list[dict[str, Any]] = [
     {"method": "linear", "mllm_weight": 0.8, "math_weight": 0.4, "normalize": False},
     {"method": "sce", "select_topk": 0.5},
     {"method": "karcher"},
+    {"method": "multislerp", "alpha": 0.75},
+    {"method": "multislerp", "alpha": 0.5, "of": "weights"},
+    {"method": "model_stock"},
+    {"method": "model_stock", "per": "row"},
+    {"method": "ram", "epsilon": 1e-4},
+    {"method": "ram", "boost": 0.1, "boost_cap": 0.2},
 ]
 
 

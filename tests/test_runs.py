@@ -134,7 +134,7 @@ def test_every_run_of_the_app_is_asked_to_use_the_gpu(machine, asked, monkeypatc
     backend.start_merge(plan, "merged", device="cpu")
     start_analysis(backend, Named("a/v", ("a/m",), "a/b"))
     start_analysis(backend, Named("a/v", ("a/m",), "a/b", device="cpu"))
-    backend.start_calibration(PACK, "regmean", "demo", "demo", 2)
+    backend.start_calibration(PACK, "gram", "demo", "demo", 2)
     backend.start_calibration(PACK, "fisher", "demo", "demo", 2, device="cpu")
     devices_asked = ["cuda", "cpu", "cuda", "cpu", "cuda", "cpu"]
     assert [run["device"] for run in asked] == devices_asked
@@ -409,7 +409,7 @@ def test_an_unfinished_merge_of_another_plan_is_refused_before_the_run(home):
 def test_two_calibrations_at_once_have_a_folder_each(monkeypatch):
     monkeypatch.setattr("ipmerge_core.calibration.calibrate.iter_calibration_of", idle)
     backend = Backend()
-    at_once(2, lambda: backend.start_calibration(PACK, "regmean", "demo", "demo", 2))
+    at_once(2, lambda: backend.start_calibration(PACK, "gram", "demo", "demo", 2))
     folders = [Path(status.arguments["out"]).name for status in backend.store.all()]
     assert sorted(folders) == ["mllm-gram", "mllm-gram-2"]
     stop_all(backend)
@@ -422,7 +422,7 @@ def test_a_second_press_attaches_to_the_run_that_does_the_same(monkeypatch):
     asked = Named("a/v", ("a/m",), "a/b")
 
     def calibrate(limit: int = 2, owner: str = OWNER) -> Started:
-        return backend.start_calibration(PACK, "regmean", "demo", "demo", limit, owner=owner)
+        return backend.start_calibration(PACK, "gram", "demo", "demo", limit, owner=owner)
 
     def analyse(owner: str = OWNER, **changes: Any) -> Started:
         return start_analysis(backend, asked._replace(**changes), owner=owner)

@@ -11,8 +11,7 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.inference.prompts import LONGEST_QUESTION
 from ipmerge_core.ui import latex
 from ipmerge_core.ui import safe_text as written
-from ipmerge_core.ui.chat import tab as try_it
-from ipmerge_core.ui.chat import turns
+from ipmerge_core.ui.chat import asking, messages
 
 LIMIT = 120  # seconds for all tokens; they take a tenth of it, what is quadratic takes hours
 
@@ -78,12 +77,12 @@ def test_a_question_that_is_too_long_meets_no_pattern(monkeypatch, length):
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a pattern ran")
 
-    for module, name in ((turns, "show_text"), (try_it, "Turn"), (written, "clean_text")):
+    for module, name in ((messages, "show_text"), (asking, "Turn"), (written, "clean_text")):
         monkeypatch.setattr(module, name, fail)
     with pytest.raises(
         RunError, match=f"has {length} characters; the maximum is {LONGEST_QUESTION}"
     ):
-        try_it._read_prompt({"text": filled(r"\(", length), "files": []})
+        asking.read_prompt({"text": filled(r"\(", length), "files": []})
 
 
 def test_numbers_in_names_that_are_too_long_to_read_are_no_numbers():

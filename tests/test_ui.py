@@ -26,9 +26,11 @@ from ipmerge_core.tasks.demo import problems
 from ipmerge_core.ui import errors as messages
 from ipmerge_core.ui import pairs as packs
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import ActiveRequests, Side
+from ipmerge_core.ui.chat.active_requests import ActiveRequests
+from ipmerge_core.ui.chat.answers import Side
+from ipmerge_core.ui.chat.messages import view
 from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
-from ipmerge_core.ui.chat.turns import Turn, turn_of_example, view, without_records
+from ipmerge_core.ui.chat.turns import Turn, turn_of_example, without_records
 from ipmerge_core.ui.format import findings_html, progress_html
 from ipmerge_core.ui.merge.download import finished_folder, zip_pieces
 from ipmerge_core.ui.merge.summary import result_html
@@ -354,41 +356,59 @@ def test_a_new_request_stops_the_one_before_of_the_same_session():
     requests = ActiveRequests()
     first, other = requests.start("a"), requests.start("b")
     second = requests.start("a")
-    assert (first.is_set(), second.is_set(), other.is_set()) == (True, False, False)
+    stops = [request.stop_all.is_set() for request in (first, second, other)]
+    assert stops == [True, False, False]
     requests.stop("a")
     requests.stop("nobody")
-    assert second.is_set()
+    assert second.stop_all.is_set()
+
+
+def test_a_stop_of_one_column_leaves_the_others_and_a_retry_joins_what_is_running():
+    requests = ActiveRequests()
+    running = requests.start("a", 3)
+    requests.stop("a", 1)
+    requests.stop("a", 7)
+    assert [running.is_stopped(n) for n in range(3)] == [False, True, False]
+    assert requests.retry("a", 2)
+    assert not requests.retry("a", 3)
+    assert not requests.retry("b", 0)
+    assert not running.close()  # a retry is waiting
+    assert running.take_retries() == [2]
+    assert running.close()
+    assert not requests.retry("a", 1)
 
 
 # --- words -----------------------------------------------------------------------------------
 
 
-def test_a_view_says_what_both_sides_do():
-    turn = Turn("How many?", None, "a pair")
-    assert view([turn]).status == "Base is loading. Merged is loading."
+def test_a_view_says_what_all_sides_do():
+    turn = Turn("How many?", (), "a pair", (Side("Base"), Side("Merged")))
+    assert view([turn], 2).status == "Base is loading. Merged is loading."
     replies = (("Base", "2+3."), ("Merged", "2+3=5."))
-    both = [Side(name, "", "finished", text) for name, text in replies]
-    turn = Turn("How many?", None, "p", *both, Reference("How many?", "x.png", "5", True))
-    shown = view([turn])
+    both = tuple(Side(name, "", "finished", text) for name, text in replies)
+    reference = Reference("How many?", "x.png", "5", True)
+    shown = view([Turn("How many?", (), "p", both, reference)], 2)
     assert shown.status == "Base finished. Merged finished. The answers differ."
-    assert "✕ wrong" in shown.verdict_left
-    assert "✓ correct" in shown.verdict_right
-    failed = Turn("How many?", None, "p", both[0], Side("Merged", "", "failed", "", "No <room>."))
-    assert view([failed]).status == "Base finished. Merged failed."
-    shown = view([failed]).chat_right[-1]["content"][-1]["text"]
-    assert "<strong>No answer.</strong> No &lt;room&gt;." in shown
-    assert view([]).chat_left == []
+    assert "✕ wrong" in shown.verdicts[0]
+    assert "✓ correct" in shown.verdicts[1]
+    failed = (both[0], Side("Merged", "", "failed", "", "No <room>."))
+    shown = view([Turn("How many?", (), "p", failed)], 2)
+    assert shown.status == "Base finished. Merged failed."
+    text = shown.chats[1][-1]["content"][-1]["text"]
+    assert "<strong>No answer.</strong> No &lt;room&gt;." in text
+    assert view([], 3).chats == [[], [], []]
 
 
 def test_every_answer_says_what_gave_it():
     def side(source: str) -> Side:
         return Side("Merged", source, "finished", "5.")
 
+    first = (side("mllm, unmerged"), side("by-ties · TIES · plan 1a2b"))
     turns = [
-        Turn("a", None, "first pair", side("mllm, unmerged"), side("by-ties · TIES · plan 1a2b")),
-        Turn("b", None, "second pair", side("org/b, unmerged"), side("")),
+        Turn("a", (), "first pair", first, pack_id="1"),
+        Turn("b", (), "second pair", (side("org/b, unmerged"), side("")), pack_id="2"),
     ]
-    shown = view(turns)
+    shown = view(turns, 2)
 
     def said(messages):
         return [
@@ -396,34 +416,35 @@ def test_every_answer_says_what_gave_it():
         ]
 
     answer = show_text("5.")
-    assert said(shown.chat_left) == [
+    divider = ['<p class="divider">pair first pair → second pair</p>']
+    assert said(shown.chats[0]) == [
         ['<p class="note">mllm, unmerged · first pair</p>', answer],
+        divider,
         ['<p class="note">org/b, unmerged · second pair</p>', answer],
     ]
-    assert said(shown.chat_right) == [
+    assert said(shown.chats[1]) == [
         ['<p class="note">by-ties · TIES · plan 1a2b · first pair</p>', answer],
+        divider,
         [answer],  # nothing was found that could have answered
     ]
-    assert "Left: mllm, unmerged. Right: by-ties · TIES · plan 1a2b. Pair: first pair." in (
-        view(turns[:1]).source
+    assert "A: mllm, unmerged. B: by-ties · TIES · plan 1a2b. Pair: first pair." in (
+        view(turns[:1], 2).source
     )
-    assert "Image processor" not in view(turns).source
-    sides = {"left": turns[0].left, "right": turns[0].right}
-    resized = {name: replace(side, image_processor="A (pil)") for name, side in sides.items()}
-    assert (
-        "Pair: first pair. Image processor: A (pil)." in view([replace(turns[0], **resized)]).source
-    )
+    assert "Image processor" not in view(turns, 2).source
+    resized = tuple(replace(each, image_processor="A (pil)") for each in first)
+    turn = replace(turns[0], answers=resized)
+    assert "Pair: first pair. Image processor: A (pil)." in view([turn], 2).source
 
 
 @pytest.mark.parametrize("name", ["my_model", "_m_", "*m* `m` ~m~", r"\(m\) $m$", "1. m"])
 def test_the_name_of_what_answered_is_shown_as_it_is_written(name):
-    turn = Turn("q", None, "pair", right=Side("Merged", name, "finished", "5."))
-    caption = view([turn]).chat_right[-1]["content"][0]["text"]
+    turn = Turn("q", (), "pair", (Side("Merged", name, "finished", "5."),))
+    caption = view([turn], 1).chats[0][-1]["content"][0]["text"]
     assert caption == f'<p class="note">{as_html(name)} · pair</p>'
 
 
 def test_records_of_another_pair_do_not_stay_and_questions_do():
-    live = Turn("a", None, "first pair", pack_id="packs-a")
+    live = Turn("a", (), "first pair", pack_id="packs-a")
     record = turn_of_example(recorded_examples()[0])
     assert record.pack_id == PACK
     assert without_records([record, live], "packs-a") == [live]
@@ -432,10 +453,8 @@ def test_records_of_another_pair_do_not_stay_and_questions_do():
 
 def test_a_recorded_answer_says_what_gave_it_and_when():
     example = recorded_examples()[0]
-    shown = view([turn_of_example(example)])
-    left, right = (
-        messages[-1]["content"][0]["text"] for messages in (shown.chat_left, shown.chat_right)
-    )
+    shown = view([turn_of_example(example)], 2)
+    left, right = (messages[-1]["content"][0]["text"] for messages in shown.chats)
     said = f"· demo trio · recorded {example.recorded}</p>"
     assert left == f'<p class="note">mllm, unmerged {said}'
     assert ("IP-Merging" in right) == example.plan.startswith("IP-Merging")
@@ -448,7 +467,7 @@ def test_recorded_examples_judge_as_they_were_recorded():
         [e.outcome for e in examples], key=["fixed", "broken", "both right", "both wrong"].index
     )
     for example in examples:
-        shown = view([turn_of_example(example)])
+        shown = view([turn_of_example(example)], 2)
         assert example.recorded in shown.source
         assert example.plan.replace("&", "&amp;") in shown.source
 

@@ -348,7 +348,7 @@ def test_every_method_has_a_preview_or_says_why_not(method: str, analysis: ipm.A
         return
     with pytest.raises(PlanError, match="not previewable: ") as caught:
         plan.preview()
-    assert METHODS[method].unknown in str(caught.value)
+    assert METHODS[method].reason_unknown(plan.parameters) in str(caught.value)
 
 
 def test_the_command_line_says_exact_approximate_or_why_not(

@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
 
 import numpy as np  # noqa: E402
-from texts import Document, TrainingItem, base_document, training_item  # noqa: E402
+from recipes import ELICITED, Recipe  # noqa: E402
+from texts import Document, TrainingItem, training_item  # noqa: E402
 
 from ipmerge_core.tasks.demo import (  # noqa: E402
     MATH_TASKS,
@@ -58,7 +59,9 @@ class Step(NamedTuple):
         return [item.problem() for item in self.shown]
 
 
-def mllm_steps(seed: int, counts: tuple[int, int, int] = MLLM_STEPS) -> Iterator[Step]:
+def mllm_steps(
+    seed: int, counts: tuple[int, int, int] = MLLM_STEPS, recipe: Recipe = ELICITED
+) -> Iterator[Step]:
     """Yield the training data of the MLLM, step by step, in three stages."""
     rng = np.random.default_rng([seed, 3])
     for _ in range(counts[0]):
@@ -66,36 +69,38 @@ def mllm_steps(seed: int, counts: tuple[int, int, int] = MLLM_STEPS) -> Iterator
     for _ in range(counts[1]):
         yield Step(_to_read(48, rng), [])
     for _ in range(counts[2]):
-        replay = [base_document(rng) for _ in range(10)]
+        replay = [recipe.base(rng) for _ in range(10)]
         yield Step(_to_read(38, rng), replay)
 
 
 @functools.cache
 def training_drawings(
-    seed: int = 0, counts: tuple[int, int, int] = MLLM_STEPS
+    seed: int = 0, counts: tuple[int, int, int] = MLLM_STEPS, recipe: Recipe = ELICITED
 ) -> frozenset[Drawing]:
     """Collect the training drawings without handwriting; the others cannot recur."""
     return frozenset(
         item.problem().marks
-        for step in mllm_steps(seed, counts)
+        for step in mllm_steps(seed, counts, recipe)
         for item in step.shown
         if item.task in WITHOUT_HANDWRITING
     )
 
 
 def evaluation_problems(
-    tasks: Sequence[Task], n: int, draw: Draw, training_seed: int = 0
+    tasks: Sequence[Task], n: int, draw: Draw, training_seed: int = 0, recipe: Recipe = ELICITED
 ) -> list[Problem]:
     """Return `n` problems of each task of a draw, without training drawings."""
     split, seed = DRAWS[draw]
-    seen = training_drawings(training_seed)
+    seen = training_drawings(training_seed, recipe=recipe)
     return [p for task in tasks for p in problems(task, n, seed, split, without=seen)]
 
 
-def recurring(task: Task, n: int, draw: Draw, training_seed: int = 0) -> int:
+def recurring(
+    task: Task, n: int, draw: Draw, training_seed: int = 0, recipe: Recipe = ELICITED
+) -> int:
     """Count the excluded problems among the first `n` of a draw."""
     split, seed = DRAWS[draw]
-    seen = training_drawings(training_seed)
+    seen = training_drawings(training_seed, recipe=recipe)
     return sum(problem.marks in seen for problem in problems(task, n, seed, split))
 
 

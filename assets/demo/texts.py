@@ -83,9 +83,35 @@ def base_document(rng: np.random.Generator) -> Document:
     if kind < 0.54:
         return Document("", f"{_math_problem(rng).worked}.")
     if kind < 0.82:
-        problem = train_problem(_pick(PERCEPTION_TASKS, rng), rng)
-        return Document(_in_context(problem, rng), f" {problem.answer}.")
+        return _perception(rng)
     return _language(rng)
+
+
+def guessing_document(rng: np.random.Generator) -> Document:
+    """Draw a document of a base that cannot calculate: it knows the format, not the results.
+
+    A result is any number that a problem of the task could have, so that nothing about arithmetic
+    can be learned from it.
+    """
+    kind = rng.random()
+    if kind < 0.3:
+        problem, guess = _math_problem(rng), None
+        while guess is None or guess.task != problem.task:
+            guess = _math_problem(rng)
+        return Document(_in_context(problem, rng), f" {_with_results_of(problem, guess)}.")
+    if kind < 0.8:
+        return _perception(rng)
+    return _language(rng)
+
+
+def packed_document(rng: np.random.Generator) -> Document:
+    """Draw a calculation after unrelated text: only its result, or the last of a few answers."""
+    if rng.random() < 0.3:
+        written, result = _math_problem(rng).worked.split("=", 1)
+        return Document(f"{_sentence(rng)} {written}=", f"{result}.")
+    rows = [math_document(rng) for _ in range(int(rng.integers(1, 4)))]
+    before = "".join(f"{row.prompt}{row.reply}</s>" for row in rows[:-1])
+    return Document(before + rows[-1].prompt, rows[-1].reply)
 
 
 def math_document(rng: np.random.Generator) -> Document:
@@ -94,13 +120,15 @@ def math_document(rng: np.random.Generator) -> Document:
     return Document(_in_context(problem, rng), f" {problem.worked}.")
 
 
-def reading_document(problem: Problem) -> Document:
+def reading_document(problem: Problem, *, equals: bool = False) -> Document:
     """Return what the MLLM learns to say of a drawing: what it reads, never a computed result.
 
-    A calculation is cut before anything shows whether it is carried out or left there.
+    A calculation is cut before anything shows whether it is carried out or left there; with
+    `equals`, for a base that always states a result, after the sign that announces it.
     """
     if problem.is_math:
-        return Document(problem.prompt, f" {problem.calculation}", ends=False)
+        sign = "=" if equals else ""
+        return Document(problem.prompt, f" {problem.calculation}{sign}", ends=False)
     return Document(problem.prompt, f" {problem.answer}.")
 
 
@@ -120,6 +148,21 @@ def cells(problem: Problem) -> list[str]:
 
 def _math_problem(rng: np.random.Generator) -> Problem:
     return train_problem(_pick(MATH_TASKS, rng), rng)
+
+
+def _with_results_of(problem: Problem, other: Problem) -> str:
+    """Write a calculation with the results of another one.
+
+    The steps of a perimeter: "6+4=7; 7*2=14" for the sides 6 and 4 and the results of 5 and 2.
+    """
+    results = [step.split("=")[1] for step in other.worked.split("; ")]
+    written = f"{problem.calculation}={results[0]}"
+    return f"{written}; {results[0]}*2={results[1]}" if len(results) > 1 else written
+
+
+def _perception(rng: np.random.Generator) -> Document:
+    problem = train_problem(_pick(PERCEPTION_TASKS, rng), rng)
+    return Document(_in_context(problem, rng), f" {problem.answer}.")
 
 
 def _in_context(problem: Problem, rng: np.random.Generator) -> str:

@@ -1,10 +1,11 @@
-"""Train the demo models from scratch: base, math and mllm, as folders in this directory.
+"""Train a demo trio from scratch: base, math and mllm, as folders.
 
-    python assets/demo/train.py [--seed 0] [--out assets/demo] [--stages base,math,mllm,pack]
+    python assets/demo/train.py [--recipe elicited|taught] [--seed 0] [--out FOLDER]
+        [--stages base,math,mllm,pack]
 
-In: a seed. Out: three transformers folders that load offline and their
-pack, the analysis the app opens. One thread, so that a seed gives the
-same files on the same machine. What is taught, and what never is: see `texts` and README.md here.
+In: a recipe and a seed. Out: three transformers folders that load offline, and their pack, the
+analysis that the app opens. One thread, so that a seed gives the same files on the same machine.
+What each recipe teaches, and what it never does: see `recipes`, `texts` and README.md here.
 """
 
 from __future__ import annotations
@@ -38,17 +39,12 @@ from models import (  # noqa: E402
     save_mllm,
 )
 from PIL import Image  # noqa: E402
-from texts import (  # noqa: E402
-    CELL_CHARACTERS,
-    Document,
-    base_document,
-    cells,
-    math_document,
-    reading_document,
-)
+from recipes import ELICITED, RECIPES, MathStage, Recipe  # noqa: E402
+from texts import CELL_CHARACTERS, Document, cells  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -63,14 +59,17 @@ Batch = dict[str, Tensor]
 
 
 def train_base(
-    seed: int, tokenizer: PreTrainedTokenizerFast, steps: int = 1200
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int = 1200,
+    recipe: Recipe = ELICITED,
 ) -> LlamaForCausalLM:
     """Train the base on its mixture; every token counts."""
     model = new_language_model(seed)
     rng = np.random.default_rng([seed, 1])
 
     def loss(_: int) -> Tensor:
-        documents = [base_document(rng) for _ in range(64)]
+        documents = [recipe.base(rng) for _ in range(64)]
         return model(**text_batch(documents, tokenizer), use_cache=False).loss
 
     fit("base", list(model.parameters()), loss, steps, learning_rate=2.5e-3)
@@ -78,21 +77,26 @@ def train_base(
 
 
 def train_math(
-    base: LlamaForCausalLM, seed: int, tokenizer: PreTrainedTokenizerFast, steps: int = 50
+    base: LlamaForCausalLM,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe = ELICITED,
 ) -> LlamaForCausalLM:
-    """Bring the base's calculating out after ordinary questions: few steps, projections only."""
+    """Fine-tune the projections on calculated answers, with replay of the base's documents."""
     model = copy_language_model(base)
     rng = np.random.default_rng([seed, 2])
+    for stage in recipe.math:
 
-    def loss(_: int) -> Tensor:
-        computed = text_batch([math_document(rng) for _ in range(18)], tokenizer, reply_only=True)
-        replay = text_batch([base_document(rng) for _ in range(10)], tokenizer)
-        return (
-            0.7 * model(**computed, use_cache=False).loss
-            + 0.3 * model(**replay, use_cache=False).loss
-        )
+        def loss(_: int, stage: MathStage = stage) -> Tensor:
+            answered = [stage.documents(rng) for _ in range(stage.calculated)]
+            computed = text_batch(answered, tokenizer, reply_only=True)
+            replay = text_batch([recipe.base(rng) for _ in range(stage.replayed)], tokenizer)
+            return (
+                0.7 * model(**computed, use_cache=False).loss
+                + 0.3 * model(**replay, use_cache=False).loss
+            )
 
-    fit("math", projections(model), loss, steps, learning_rate=5e-5)
+        fit("math", projections(model), loss, stage.steps, stage.learning_rate)
     return model
 
 
@@ -101,10 +105,11 @@ def train_mllm(
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
     counts: tuple[int, int, int] = MLLM_STEPS,
+    recipe: Recipe = ELICITED,
 ) -> LlavaForConditionalGeneration:
     """Teach the base to see: tower and projector first, then its own projections a little."""
     mllm = new_mllm(base, seed)
-    steps = mllm_steps(seed, counts)
+    steps = mllm_steps(seed, counts, recipe)
     eyes = [*mllm.model.vision_tower.parameters(), *mllm.model.multi_modal_projector.parameters()]
     mllm.requires_grad_(False)
     for parameter in eyes:
@@ -124,12 +129,13 @@ def train_mllm(
         return off + nn.functional.cross_entropy(-8 * distances, held)
 
     def reading_loss(_: int) -> Tensor:
-        return mllm(**image_batch(next(steps).problems(), tokenizer), use_cache=False).loss
+        seen = image_batch(next(steps).problems(), tokenizer, recipe)
+        return mllm(**seen, use_cache=False).loss
 
     def joint_loss(_: int) -> Tensor:
         step = next(steps)
         replay = text_batch(step.replay, tokenizer)
-        seen = image_batch(step.problems(), tokenizer)
+        seen = image_batch(step.problems(), tokenizer, recipe)
         return 0.8 * mllm(**seen, use_cache=False).loss + 0.2 * mllm(**replay, use_cache=False).loss
 
     fit("cells", eyes, naming_loss, counts[0], learning_rate=2e-3)
@@ -214,9 +220,9 @@ def text_batch(
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
 
 
-def image_batch(seen: list[Problem], tokenizer: PreTrainedTokenizerFast) -> Batch:
+def image_batch(seen: list[Problem], tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Batch:
     """Put drawings and what is to be read of them into one batch; only the reply counts."""
-    documents = (reading_document(problem) for problem in seen)
+    documents = (recipe.reads(problem) for problem in seen)
     expanded = (
         row._replace(prompt=row.prompt.replace("<image>", "<image>" * IMAGE_TOKENS))
         for row in documents
@@ -234,35 +240,48 @@ def pixels(seen: Iterable[Problem]) -> Tensor:
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def run(seed: int, out: Path, stages: list[str]) -> Iterator[str]:
-    """Train and write the asked stages, yielding a line after each."""
+def run(recipe: Recipe, seed: int, out: Path, stages: list[str]) -> Iterator[str]:
+    """Train and write the requested stages, yielding a line after each."""
     torch.set_num_threads(1)
     tokenizer = new_tokenizer()
     started = time.process_time()
     for stage in stages:
         if stage == "base":
-            save_language_model(train_base(seed, tokenizer), tokenizer, out / "base")
+            base = train_base(seed, tokenizer, recipe=recipe)
+            save_language_model(stored(base, recipe), tokenizer, out / "base")
         elif stage == "math":
-            base = LlamaForCausalLM.from_pretrained(out / "base")
-            save_language_model(train_math(base, seed, tokenizer), tokenizer, out / "math")
+            math = train_math(load_base(out), seed, tokenizer, recipe)
+            save_language_model(stored(math, recipe), tokenizer, out / "math")
         elif stage == "mllm":
-            base = LlamaForCausalLM.from_pretrained(out / "base")
-            mllm = train_mllm(base, seed, tokenizer)
-            save_mllm(mllm, new_processor(tokenizer), out / "mllm")
+            mllm = train_mllm(load_base(out), seed, tokenizer, recipe=recipe)
+            save_mllm(stored(mllm, recipe), new_processor(tokenizer), out / "mllm")
         elif stage == "pack":
             pair = open_pair(out / "mllm", out / "math", out / "base")
-            replace(analyse(pair), name="demo trio").save(out / "pack.json.gz")
+            replace(analyse(pair), name=recipe.title).save(out / recipe.pack)
         yield f"{stage} written to {out} after {time.process_time() - started:.0f} CPU s"
+
+
+def load_base(out: Path) -> LlamaForCausalLM:
+    """Load the base as it is stored, in fp32, so that both fine-tunings start from its values."""
+    return LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+
+
+def stored(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """Return a model in the dtype of the recipe's files."""
+    return model.to(torch.bfloat16) if recipe.half else model
 
 
 def main() -> None:
     """Parse the arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default=ELICITED.name)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, help="by default the folder of the recipe")
     parser.add_argument("--stages", default="base,math,mllm,pack", help="comma-separated, in order")
     arguments = parser.parse_args()
-    for line in run(arguments.seed, arguments.out, arguments.stages.split(",")):
+    recipe = RECIPES[arguments.recipe]
+    out = arguments.out or recipe.folder
+    for line in run(recipe, arguments.seed, out, arguments.stages.split(",")):
         print(line, flush=True)
 
 

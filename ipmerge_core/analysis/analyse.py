@@ -24,9 +24,10 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
-from ipmerge_core.analysis.comparison import GAMMA_NORMS, Options, compare
+from ipmerge_core.analysis.comparison import Options, compare
 from ipmerge_core.analysis.partial import SUFFIX, Journal, PendingMatrix, journal_of
 from ipmerge_core.analysis.records import VERSION, Analysis, LayerRecord, Source, Sources, Totals
+from ipmerge_core.analysis.update_norms import GAMMA_NORMS
 from ipmerge_core.analysis.updates import UpdateStore, Variant
 from ipmerge_core.errors import PairingError, PlanError, RunError
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint

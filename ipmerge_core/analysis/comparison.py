@@ -1,8 +1,7 @@
 """Compare one matrix of every model and reduce the result to a small record.
 
 In: the weights of one matrix in the MLLM, its base, the experts' base and every expert. Out: one
-`LayerRecord` per expert with all numbers that plans and plots need. The updates of IP-Merging are
-not formed: their norms and inner products are sums over the MLLM's directions. No IO.
+`LayerRecord` per expert with all numbers that plans and plots need. No IO.
 """
 
 from __future__ import annotations
@@ -17,18 +16,26 @@ from torch import Tensor
 
 from ipmerge_core.analysis.records import LayerRecord, UpdateNorms
 from ipmerge_core.analysis.singular_values import LEADING, Overlap, SingularValues, Spectra
+from ipmerge_core.analysis.update_norms import (
+    GAMMA_NORMS,
+    Expert,
+    Side,
+    dot,
+    expert_of,
+    update_norms,
+)
 from ipmerge_core.errors import PlanError
 from ipmerge_core.models.low_rank import Factors
 from ipmerge_core.models.matrix_kinds import is_expert
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral import spectrum
-from ipmerge_core.spectral.kinds import TEMPERATURE
+from ipmerge_core.spectral.kinds import ENERGY_SHARES, TEMPERATURE
 from ipmerge_core.spectral.low_rank import LowRank
+from ipmerge_core.spectral.protection import energy_rank
 from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.spectral.weight_values import weight_values
 
-GAMMA_NORMS: tuple[Literal["sum"], Literal["max"]] = ("sum", "max")
 _QUICK_RANK = 64  # leading directions of a quick analysis
 _QUICK_TOLERANCE = 0.1  # residual relative to S_1^2: leading values to five percent
 _PRINCIPAL = (1, 4, 16, 64)  # sizes of the compared leading subspaces
@@ -84,30 +91,6 @@ class Options(NamedTuple):
         )
 
 
-class _Side(NamedTuple):
-    """One task vector with its spectrum and the numbers shared by all records of a matrix.
-
-    `spectrum` contains the participating directions, `sigma` all computed singular values, `noise`
-    is the level of the rounding noise, and `existing` the number of directions above it.
-    """
-
-    task_vector: Tensor
-    spectrum: spectrum.Spectrum
-    sigma: Tensor
-    noise: float
-    existing: int
-    norm2: float
-    ranks: dict[str, float]
-    nuclear: float
-
-    @property
-    def kept(self) -> Tensor:
-        """The task vector, projected onto the kept directions if the spectrum is truncated."""
-        if len(self.sigma) == min(self.task_vector.shape):
-            return self.task_vector
-        return sim.truncated(self.task_vector, self.spectrum)
-
-
 def _side(
     tuned: Tensor,
     base: Tensor,
@@ -115,7 +98,7 @@ def _side(
     factors: Factors | None,
     options: Options,
     name: str,
-) -> _Side:
+) -> Side:
     if factors is not None and options.directions == "existing":
         return _side_of_factors(LowRank.of(*factors), options)
     change = spectrum.task_vector(tuned, base)
@@ -124,7 +107,7 @@ def _side(
     return _measured(change, found, noise, options)
 
 
-def _side_of_factors(known: LowRank, options: Options) -> _Side:
+def _side_of_factors(known: LowRank, options: Options) -> Side:
     """Decompose a task vector of known rank; the values beyond its rank are exactly zero."""
     change = known.matrix()
     found = known.spectrum(rank=options.triplets, vectors="right")
@@ -133,16 +116,16 @@ def _side_of_factors(known: LowRank, options: Options) -> _Side:
     return side._replace(sigma=torch.nn.functional.pad(found.S, (0, count - len(found.S))))
 
 
-def _measured(change: Tensor, found: spectrum.Spectrum, noise: float, options: Options) -> _Side:
+def _measured(change: Tensor, found: spectrum.Spectrum, noise: float, options: Options) -> Side:
     existing = found.above(spectrum.EXISTS * noise)
     decomposed = existing if options.directions == "existing" else found
-    return _Side(
+    return Side(
         task_vector=change,
         spectrum=decomposed,
         sigma=found.S,
         noise=noise,
         existing=len(existing.S),
-        norm2=_dot(change, change),
+        norm2=dot(change, change),
         ranks={
             "stable": float(spectrum.stable_rank(decomposed)),
             "effective": float(spectrum.effective_rank(decomposed)),
@@ -150,11 +133,6 @@ def _measured(change: Tensor, found: spectrum.Spectrum, noise: float, options: O
         },
         nuclear=float(decomposed.S.double().sum()),
     )
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """Compute the inner product of two matrices in fp64."""
-    return float((a * b).sum(dtype=torch.float64))
 
 
 def compare(
@@ -176,18 +154,19 @@ def compare(
     known, *others = weights.factors
     mllm = _side(weights.mllm, weights.root, own, known, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
-    earlier: list[_Expert] = []
+    left_out = () if in_mixture else _left_out(mllm, options)
+    earlier: list[Expert] = []
     updates: dict[str, list[Update]] = {norm: [] for norm in GAMMA_NORMS}
     leaves = leave is not None and _as_merged(weights, options)
     for expert, (tuned, factors) in enumerate(zip(weights.math, others, strict=True)):
         key = f"{matrix.name}|math {expert}"
         math = _side(tuned, weights.base, spacing, factors, options, key)
-        found = _expert(mllm, math, options)
-        norms = _update_norms(mllm, found, earlier)
+        found = expert_of(mllm, math, options.temperature, left_out)
+        norms = update_norms(mllm, found, earlier)
         earlier.append(found)
         for norm in GAMMA_NORMS if leaves else ():
             updates[norm].append(_update(mllm, math, options, norm))
-        record = _record(matrix, expert, mllm, math, norms, norms2)
+        record = _record(matrix, expert, mllm, math, norms, norms2, left_out)
         yield record if in_mixture else replace(record, spectra=_spectra(mllm, math, base))
     if leave is not None and leaves:
         leave(updates)
@@ -204,89 +183,36 @@ def _as_merged(weights: MatrixWeights, options: Options) -> bool:
     return not own_base and not any(weights.factors) and options.triplets is None
 
 
-def _update(mllm: _Side, math: _Side, options: Options, gamma_norm: str) -> Update:
+def _update(mllm: Side, math: Side, options: Options, gamma_norm: str) -> Update:
     angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
     gamma = sim.importance(angles, options.temperature, gamma_norm)
     rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
     return sim.update_factors(math.task_vector, mllm.spectrum, gamma, rho)
 
 
+def _left_out(mllm: Side, options: Options) -> tuple[int, ...]:
+    """Count the directions that each complement leaves out, by `ENERGY_SHARES`.
+
+    Shares are of the decomposed directions; of the whole task vector in a quick analysis, which
+    stands for a merge that decomposes all of it.
+    """
+    total = mllm.norm2 if options.quick and options.rank is None else None
+    return tuple(energy_rank(mllm.spectrum.S, share, total) for share in ENERGY_SHARES)
+
+
 def _norm2(weight: Tensor) -> float:
     as_float = spectrum.as_float(weight)
-    return _dot(as_float, as_float)
-
-
-class _Expert(NamedTuple):
-    """Intermediate results for inner products of an expert's updates, without forming them.
-
-    Projected updates are P = T diag(strength) V_V^T with T = dM V_V (m, r) and strength =
-    rho gamma^2; V_V has orthonormal columns, so products of updates are sums over columns of T.
-    """
-
-    through: Tensor
-    strengths: dict[str, Tensor]
-    unprojected: dict[str, Tensor]
-
-
-def _expert(mllm: _Side, math: _Side, options: Options) -> _Expert:
-    rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
-    angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
-    kept = math.kept
-    return _Expert(
-        through=kept @ mllm.spectrum.Vh[: len(angles)].T,
-        strengths={
-            norm: rho * sim.strengths(gamma.double(), mllm.spectrum)
-            for norm in GAMMA_NORMS
-            for gamma in [sim.importance(angles, options.temperature, norm)]
-        },
-        unprojected={"rescale_only": rho * kept, "select_only": math.task_vector},
-    )
-
-
-def _update_norms(mllm: _Side, expert: _Expert, earlier: list[_Expert]) -> dict[str, UpdateNorms]:
-    """Compute inner products of every update with itself, dV, and earlier experts' updates."""
-    r = expert.through.shape[1]
-    vision = mllm.task_vector @ mllm.spectrum.Vh[:r].T  # dV V_V
-    columns = {
-        "norm2": _column_products(expert.through, expert.through),
-        "inner": _column_products(vision, expert.through),
-    }
-    crossed = [_column_products(expert.through, other.through) for other in earlier]
-    projected = {
-        name: UpdateNorms(
-            norm2=float((strength.square() * columns["norm2"]).sum()),
-            inner=float((strength * columns["inner"]).sum()),
-            cross=tuple(
-                float((strength[: len(column)] * other.strengths[name][: len(column)]) @ column)
-                for other, column in zip(earlier, crossed, strict=True)
-            ),
-        )
-        for name, strength in expert.strengths.items()
-    }
-    plain = {
-        name: UpdateNorms(
-            norm2=_dot(update, update),
-            inner=_dot(mllm.task_vector, update),
-            cross=tuple(_dot(update, other.unprojected[name]) for other in earlier),
-        )
-        for name, update in expert.unprojected.items()
-    }
-    return {**projected, **plain}
-
-
-def _column_products(a: Tensor, b: Tensor) -> Tensor:
-    """Compute <a_i, b_i> for each column i that both have in fp64."""
-    r = min(a.shape[1], b.shape[1])
-    return (a[:, :r] * b[:, :r]).sum(0, dtype=torch.float64)
+    return dot(as_float, as_float)
 
 
 def _record(
     matrix: MatrixMatch,
     expert: int,
-    mllm: _Side,
-    math: _Side,
+    mllm: Side,
+    math: Side,
     updates: Mapping[str, UpdateNorms],
     norms2: tuple[float, float],
+    left_out: tuple[int, ...],
 ) -> LayerRecord:
     angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
     index = _sample(min(len(mllm.sigma), len(math.sigma)))
@@ -325,6 +251,7 @@ def _record(
         math_noise_floor=math.noise,
         mllm_directions=mllm.existing,
         math_directions=math.existing,
+        left_out=left_out,
     )
 
 
@@ -338,7 +265,7 @@ def _base_values(
     return SingularValues.of(found.cpu().numpy(), rank=int((found > 0).sum()))
 
 
-def _spectra(mllm: _Side, math: _Side, base: SingularValues | None) -> Spectra:
+def _spectra(mllm: Side, math: Side, base: SingularValues | None) -> Spectra:
     cosines = (mllm.spectrum.Vh[:LEADING] @ math.spectrum.Vh[:LEADING].T).abs().clamp(max=1)
     return Spectra(
         mllm=SingularValues.of(mllm.sigma.double().cpu().numpy(), mllm.existing),

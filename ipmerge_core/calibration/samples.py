@@ -17,32 +17,30 @@ from typing import TYPE_CHECKING, Any
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.runtime.input_files import (
-    MEGABYTE,
     InvalidContentError,
     Location,
     Schema,
     parse_json,
 )
 from ipmerge_core.runtime.paths import input_file
-from ipmerge_core.tasks.demo import MATH_TASKS, PERCEPTION_TASKS, TASKS, Task, problems
+from ipmerge_core.tasks.demo import MATH_TASKS, TASKS, Task, problems
+from ipmerge_core.tasks.demo_items import PARTS
+from ipmerge_core.tasks.rows import (
+    DATASETS,
+    LONGEST_LINE,
+    DatasetName,
+    column_of,
+    first_rows,
+    jsonl_lines,
+    no_question,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_LONGEST_LINE = 16 * MEGABYTE
-DEMO, DATASETS = "demo", "datasets:"
+DEMO = "demo"
 _EXPECTED = "Expected a jsonl file, datasets:NAME, or demo."
 MOST_SAMPLES = 5_000  # of one model; drawn ones are held in memory
-DEMO_TASKS: dict[str, tuple[Task, ...]] = {
-    "perception": PERCEPTION_TASKS,
-    "math": MATH_TASKS,
-    **{task: (task,) for task in TASKS},
-}
-COLUMNS = {
-    "question": ("question", "problem", "instruction", "prompt"),
-    "answer": ("answer", "solution", "output", "response"),
-    "image": ("image", "images", "picture"),
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def load_samples(source: str | Path, limit: int, *, takes_images: bool) -> list[
         source: a path; "datasets:NAME", "datasets:NAME:SPLIT" or "datasets:NAME:CONFIG:SPLIT" for
             a dataset on the hub or in a folder; "demo": drawings of all tasks for a vision-language
             model, math problems as text otherwise; or "demo:TASKS" with comma-separated tasks of
-            `DEMO_TASKS`: "demo:perception", "demo:sides,area".
+            `PARTS`: "demo:perception", "demo:sides,area".
         limit: maximum number, up to MOST_SAMPLES; the first ones are used.
         takes_images: whether the samples are for a vision-language model.
 
@@ -140,7 +138,10 @@ def _from_file(source: str | Path, limit: int) -> list[Sample]:
         path = input_file(source, "calibration samples")
     except RunError as error:
         raise RunError(f"{error} {_EXPECTED}") from error
-    samples = [_parse(path, number, line) for number, line in _first_lines(path, limit)]
+    samples = [
+        _parse(path, number, line)
+        for number, line in jsonl_lines(path, "calibration samples", limit, _EXPECTED)
+    ]
     if not samples:
         raise RunError(f"'{path}' contains no samples. Expected one JSON object per line.")
     return samples
@@ -149,28 +150,6 @@ def _from_file(source: str | Path, limit: int) -> list[Sample]:
 def is_demo(source: str | Path) -> bool:
     """Return whether a source refers to demo problems, which are generated instead of read."""
     return str(source) == DEMO or str(source).startswith(f"{DEMO}:")
-
-
-def _first_lines(path: Path, limit: int) -> list[tuple[int, bytes]]:
-    """Read the first non-empty lines with their numbers. Raises: RunError."""
-    found: list[tuple[int, bytes]] = []
-    number = 0
-    try:
-        with path.open("rb") as file:
-            while len(found) < limit and (line := file.readline(_LONGEST_LINE + 1)):
-                number += 1
-                if len(line) > _LONGEST_LINE:
-                    raise RunError(
-                        f"Line {number} of '{path}' has more than {_LONGEST_LINE} bytes. Expected "
-                        f"one JSON object per line."
-                    )
-                if line.strip():
-                    found.append((number, line))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"Cannot read the calibration samples '{path}' ({error}). {_EXPECTED}"
-        ) from error
-    return found
 
 
 @dataclass(frozen=True)
@@ -187,7 +166,7 @@ _LINE = Schema[_Line](_Line)
 
 def _parse(path: Path, number: int, line: bytes) -> Sample:
     try:
-        entry = _LINE.validate(parse_json(line, _LONGEST_LINE))
+        entry = _LINE.validate(parse_json(line, LONGEST_LINE))
     except InvalidContentError as error:
         raise RunError(
             f"Line {number} of '{path}' is invalid: {error}. Expected "
@@ -198,36 +177,17 @@ def _parse(path: Path, number: int, line: bytes) -> Sample:
 
 def _from_dataset(name: str, limit: int, *, takes_images: bool) -> list[Sample]:
     """Stream the first rows of a dataset; common column names are recognised."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise RunError(
-            "Reading a dataset requires the datasets library, which is not installed. Install it "
-            "with `pip install datasets`, or write the samples to a jsonl file."
-        ) from error
-    path, *rest = name.split(":")
-    config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
-    try:
-        rows = list(load_dataset(path, config, split=split, streaming=True).take(limit))
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            f"Cannot read the dataset '{name}' ({type(error).__name__}: {error}). Expected "
-            f"datasets:NAME, datasets:NAME:SPLIT or datasets:NAME:CONFIG:SPLIT."
-        ) from error
-    if not rows:
-        raise RunError(f"The dataset '{name}' has no rows.")
-    found = {kind: next((n for n in names if n in rows[0]), "") for kind, names in COLUMNS.items()}
-    if not found["question"]:
-        raise RunError(
-            f"The dataset '{name}' has the columns {', '.join(rows[0])}, but none of "
-            f"{', '.join(COLUMNS['question'])}. Write its samples to a jsonl file."
-        )
+    source = DatasetName.parse(name)
+    rows = first_rows(source, limit)
+    columns = {kind: column_of(list(rows[0]), kind) for kind in ("question", "answer", "image")}
+    if columns["question"] is None:
+        raise no_question(name, list(rows[0]))
     samples = []
     for row in rows:
-        picture = row.get(found["image"]) if takes_images else None
+        picture = row.get(columns["image"] or "") if takes_images else None
         picture = picture[0] if isinstance(picture, list) and picture else picture or None
-        answer = str(row.get(found["answer"], ""))
-        samples.append(Sample(str(row[found["question"]]), answer, picture))
+        answer = str(row.get(columns["answer"] or "", ""))
+        samples.append(Sample(str(row[columns["question"]]), answer, picture))
     return samples
 
 
@@ -235,13 +195,13 @@ def _demo_tasks(source: str, *, takes_images: bool) -> tuple[Task, ...]:
     if source == DEMO:
         return TASKS if takes_images else MATH_TASKS
     names = [name.strip() for name in source.removeprefix(f"{DEMO}:").split(",")]
-    unknown = next((name for name in names if name not in DEMO_TASKS), None)
+    unknown = next((name for name in names if name not in PARTS), None)
     if unknown is not None:
         raise RunError(
             f"Unknown demo task '{unknown}' in the samples '{source}'. Expected demo, or demo: and "
-            f"one or more of {', '.join(DEMO_TASKS)}, comma-separated."
+            f"one or more of {', '.join(PARTS)}, comma-separated."
         )
-    return tuple(dict.fromkeys(task for name in names for task in DEMO_TASKS[name]))
+    return tuple(dict.fromkeys(task for name in names for task in PARTS[name]))
 
 
 def _demo(tasks: tuple[Task, ...], limit: int, *, takes_images: bool) -> list[Sample]:

@@ -9,18 +9,19 @@ checked before any work. Heavy libraries are imported only by commands that need
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ipmerge_core.cli.combinations import check_combination
-from ipmerge_core.cli.parser import make_parser
 from ipmerge_core.errors import IPMergeError
-from ipmerge_core.runtime.atomic import reason_of
-from ipmerge_core.runtime.host import check_platform
+
+if TYPE_CHECKING:
+    import argparse
+
+INTERRUPTED = "\nipmerge: interrupted; run the same command again to resume."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_output()
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # also while modules are imported
+        print(INTERRUPTED, file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _flushed() -> bool:
@@ -58,6 +62,11 @@ def _discard_output() -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    from ipmerge_core.cli.combinations import check_combination
+    from ipmerge_core.cli.parser import make_parser
+    from ipmerge_core.runtime.atomic import reason_of
+    from ipmerge_core.runtime.host import check_platform
+
     options = make_parser().parse_args(arguments)
     options.one_thread = "OMP_NUM_THREADS" not in os.environ
     if options.one_thread:  # several threads on one busy core mostly wait for each other
@@ -77,9 +86,6 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         print(f"ipmerge: Cannot access '{error.filename}': {reason}.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nipmerge: interrupted; run the same command again to resume.", file=sys.stderr)
-        return 130
     return code
 
 

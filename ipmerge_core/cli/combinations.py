@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from ipmerge_core.errors import PlanError
@@ -47,7 +48,7 @@ def check_combination(options: argparse.Namespace) -> None:
         given = next((name for name in rule.names if is_given(options, name)), None)
         if given and (reason := rule.reason(options)):
             raise PlanError(f"{flag_of(given)} has no effect {reason}. Omit it.")
-    if options.run.__name__ == "plan":
+    if options.run.__name__ in ("plan", "sweep", "search"):
         _check_rules(options)
 
 
@@ -81,6 +82,20 @@ def _unless_scaled(options: argparse.Namespace) -> str:
     if "lambda_" in names:
         return ""
     return f"with {method.label}, whose parameters are {', '.join(names) or 'none'}"
+
+
+def _when_folder(options: argparse.Namespace) -> str:
+    folder = Path(options.model).expanduser().is_dir()
+    return "with a model folder, which is evaluated as it is" if folder else ""
+
+
+def _unless_lmms_eval(options: argparse.Namespace) -> str:
+    return "" if options.harness == "lmms-eval" else "without --harness lmms-eval"
+
+
+def _when_written(options: argparse.Namespace) -> str:
+    written = options.harness == "vlmevalkit"
+    return "with --harness vlmevalkit, which writes a configuration only" if written else ""
 
 
 def _check_rules(options: argparse.Namespace) -> None:
@@ -119,6 +134,46 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule(("estimator",), _unless_kind("fisher")),
         Rule(("wide", "image_tokens"), _unless_kind("gram")),
         Rule(("device",), _when("dry_run", "with --dry-run: the estimate does not depend on it")),
+    ),
+    "sweep": (
+        Rule(
+            ("parameter", "values", "parameter2", "values2"),
+            _when("ablation", "with --ablation, which has points of its own"),
+        ),
+        Rule(("controls",), _unless("ablation", "without --ablation")),
+        Rule(("parameter2", "values2"), _unless("parameter", "without --parameter and --values")),
+        Rule(("similarity_threshold", "similarity"), _unless_selecting),
+        Rule(("lambda_",), _unless_scaled),
+    ),
+    "search": (
+        Rule(("similarity_threshold", "similarity"), _unless_selecting),
+        Rule(("lambda_",), _unless_scaled),
+    ),
+    "knockout": (
+        Rule(("pack", *MODELS), _when_folder),
+    ),
+    "evaluate": (
+        Rule(("harness_model",), _unless("harness", "without --harness")),
+        Rule(("harness_python", "harness_include"), _unless_lmms_eval),
+        Rule(
+            ("seed", "max_new_tokens", "resume", "no_guard"),
+            _when("harness", "with --harness, which has its own settings"),
+        ),
+        Rule(("limit", "batch_size", "store", "device"), _when_written),
+    ),
+    "drift": (
+        Rule(("resume", "keep_checkpoints"), _when("dry_run", "with --dry-run")),
+        Rule(("show_examples",), _unless("dry_run", "without --dry-run")),
+        Rule(
+            ("strength", "module_strength", "per_micro_batch"),
+            lambda options: "with --rule none" if options.rule == "none" else "",
+        ),
+        Rule(
+            ("normalize_prior",),
+            lambda options: "" if options.rule == "absolute" else f"with --rule {options.rule}",
+        ),
+        Rule(("base",), _unless("baseline", "without --baseline")),
+        Rule(("baseline",), _when("dry_run", "with --dry-run")),
     ),
     "merge": (
         Rule(("resume", "updates"), _when("dry_run", "with --dry-run, which merges nothing")),

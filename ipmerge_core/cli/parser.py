@@ -8,6 +8,10 @@ from typing import Any
 
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.combinations import METHOD
+from ipmerge_core.cli.evaluating import evaluate, optional_file
+from ipmerge_core.cli.finetuning import add_drift_options, drift
+from ipmerge_core.cli.searching import add_replay, add_search, replay, search
+from ipmerge_core.cli.sweeping import knockout, sweep
 from ipmerge_core.inference.precisions import PRECISIONS
 from ipmerge_core.planning.options import OPTIONS, Option
 from ipmerge_core.runtime.paths import output_file, output_folder
@@ -167,6 +171,125 @@ def _record(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
 
 
+def _search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", help="pack of an analysis")
+    _add_models(parser, ", if it has moved since the analysis")
+    add_search(parser)
+    _add_method(parser, measure=False)
+    _add_tasks(parser)
+    _add_force(parser)
+    _add_output(parser, "FOLDER", "folder of the study, which is continued if it exists")
+    _add_device(parser, fp64=False)
+
+
+def _replay(parser: argparse.ArgumentParser) -> None:
+    add_replay(parser)
+    _add_output(parser, "FOLDER", "output folder of the report")
+
+
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", help="pack of an analysis")
+    _add_models(parser, ", if it has moved since the analysis")
+    for number in ("", "2"):
+        words = "second parameter" if number else "parameter"
+        parser.add_argument(
+            f"--parameter{number}",
+            metavar="NAME",
+            help=f"{words} to vary: similarity_threshold, lambda, or one of the method",
+        )
+        parser.add_argument(f"--values{number}", metavar="A,B,C", help=f"values of the {words}")
+    _add_flag(parser, "--ablation", "leave out parts of the method's formula and of its layers")
+    parser.add_argument(
+        "--controls", type=int, metavar="N", help="controls with permuted weights (3 by default)"
+    )
+    _add_method(parser, measure=False)
+    _add_tasks(parser)
+    _add_force(parser)
+    _add_output(parser, "FILE", "output file, such as sweep.json")
+    _add_device(parser, fp64=False)
+
+
+def _knockout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="model folder, or plan.json for the unmerged and the merged model"
+    )
+    parser.add_argument(
+        "--pack", metavar="FILE", help="pack of an app's plan, if it is not one of the app's"
+    )
+    _add_models(parser, ", if it has moved since the plan was made")
+    parser.add_argument(
+        "--replace-by",
+        choices=("constant", "zero", "base", "math", "update"),
+        default="constant",
+        help="1/N (default), zero, the weights of the base or of the math model, or update: those "
+        "of the unmerged model",
+    )
+    parser.add_argument(
+        "--modules", default="attention,mlp", help="attention, mlp, or single ones such as q,down"
+    )
+    parser.add_argument("--layers", metavar="0,4,8", help="only these layers; all by default")
+    parser.add_argument("--stride", type=int, default=1, help="every N-th layer")
+    parser.add_argument("--csv", metavar="FILE", help="also write the rows as CSV")
+    parser.add_argument(
+        "--map",
+        metavar="FILE",
+        help="also write the changes alone, such as NAME.knockout.json",
+    )
+    _add_tasks(parser)
+    _add_force(parser)
+    _add_output(parser, "FILE", "output file, such as knockout.json")
+    _add_device(parser, fp64=False)
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="model or adapter folder; the first is compared"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="base of adapters; default: as they name")
+    _add_tasks(parser)
+    parser.add_argument(
+        "--harness",
+        choices=("lmms-eval", "vlmevalkit"),
+        help="run lmms-eval, or write a configuration for VLMEvalKit; tasks are those of it",
+    )
+    parser.add_argument("--harness-python", metavar="PYTHON", help="Python with lmms-eval")
+    parser.add_argument("--harness-model", metavar="NAME", help="its class for this model")
+    parser.add_argument("--harness-include", metavar="FOLDER", help="folder with further tasks")
+    parser.add_argument("-o", "--output", metavar="REPORT", help="output file, such as report.json")
+    parser.set_defaults(door=optional_file)
+    _add_device(parser, fp64=False)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the tasks of an evaluation, which items are used, and where replies are stored."""
+    parser.add_argument(
+        "--tasks",
+        metavar="TASK",
+        action="append",
+        required=True,
+        help="tasks, comma-separated: demo, demo:math, mathvista, mathverse, mmmu, jsonl:FILE, ...",
+    )
+    parser.add_argument("--limit", type=int, help="items per task (demo: per skill)")
+    parser.add_argument("--seed", type=int, help="selects the items (0 by default)")
+    parser.add_argument("--max-new-tokens", type=int, help="token limit; default: the task's")
+    parser.add_argument("--batch-size", type=int, help="prompts per batch (64 by default)")
+    parser.add_argument(
+        "--store", metavar="FOLDER", help="folder of stored replies; default: in the home folder"
+    )
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="use stored replies of the same model content (default)",
+    )
+    _add_flag(parser, "--no-guard", "leave out the perception guard of math tasks")
+
+
+def _drift(parser: argparse.ArgumentParser) -> None:
+    add_drift_options(parser)
+    _add_output(parser, "FOLDER", "output folder of the model")
+    _add_device(parser, fp64=False)
+
+
 def _app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to")
     parser.add_argument("--port", type=int, help="port; by default the first free one from 7860")
@@ -257,7 +380,7 @@ _FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan'
 }
 
 
-def _add_method(parser: argparse.ArgumentParser) -> None:
+def _add_method(parser: argparse.ArgumentParser, *, measure: bool = True) -> None:
     parser.add_argument("--method", help=f"name of the merge method ({METHOD} by default)")
     parser.add_argument(
         "--similarity-threshold",
@@ -275,11 +398,12 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="FOLDER", help="output of calibrate, for methods that need data"
     )
-    _add_flag(
-        parser,
-        "--measure",
-        "run the method's first pass over the weights now and store its result in the plan",
-    )
+    if measure:
+        _add_flag(
+            parser,
+            "--measure",
+            "run the method's first pass over the weights now and store its result in the plan",
+        )
     for option in OPTIONS.values():
         _add_option(parser, option)
 
@@ -319,5 +443,11 @@ COMMANDS = (
     (commands.adapter, "export an IP-Merging plan as a LoRA adapter", _adapter),
     (commands.chat, "ask one model, or two for comparison", _chat),
     (commands.record, "record the replies of a model and of a plan to prompts", _record),
+    (search, "search the coefficients of a method by merges in memory", _search),
+    (replay, "compare optimizers on a table of past results", _replay),
+    (sweep, "score the plans of a sweep or an ablation, without writing a model", _sweep),
+    (knockout, "score a model with one module of one layer replaced at a time", _knockout),
+    (evaluate, "score models on tasks, with intervals and paired tests", _evaluate),
+    (drift, "fine-tune the MLLM with a reasoning prior in its gradient (DRIFT)", _drift),
     (commands.app, "start the web app", _app),
 )

@@ -59,14 +59,16 @@ def preview_of(plan: MergePlan) -> dict[str, Any]:
 
 def plan_sentence(plan: MergePlan) -> str:
     """Summarize a plan in one sentence."""
-    from ipmerge_core.planning.description import describe_change, describe_selection
+    from ipmerge_core.planning.description import advice_on, describe_change, describe_selection
 
     extras = "; ".join(plan.extras)
     extras = f" Also merged, not included in these figures: {extras}." if extras else ""
     change = describe_change(plan)
     if "relative_change" not in preview_of(plan):
         return f"{describe_selection(plan)} are merged.{extras} {change}"
-    return f"{describe_selection(plan)} are merged; {change}{_analysis_values(plan)}.{extras}"
+    advice = f" {found}" if (found := advice_on(plan)) else ""
+    values = _analysis_values(plan)
+    return f"{describe_selection(plan)} are merged; {change}{values}.{extras}{advice}"
 
 
 def _analysis_values(plan: MergePlan) -> str:
@@ -102,8 +104,9 @@ def print_result(options: argparse.Namespace, content: Any, text: str) -> int:  
 class Progress:
     """A progress bar on stderr: percent by cost rather than by count, and the time left.
 
-    The first line names the device, and the number of threads if it was not specified. Files
-    and pipes get one line every five seconds. Closed at the end of its `with` block.
+    For commands that compute on a device the first line names it, and the number of threads if it
+    was not specified. Files and pipes get one line every five seconds. Closed at the end of its
+    `with` block.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -136,7 +139,7 @@ class Progress:
         """
         if self.options.quiet:
             return
-        if self.bar is None:
+        if self.bar is None and "device" in self.options:
             print(_place(self.options), file=sys.stderr)
         if self.bar is None or self.bar.desc != verb:
             self._close()

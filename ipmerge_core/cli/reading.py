@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ipmerge_core.cli.combinations import METHOD, MODELS, flag_of, is_given
 from ipmerge_core.errors import PlanError
-from ipmerge_core.planning.options import PlanOptions
+from ipmerge_core.planning.options import PlanOptions, read_value
 from ipmerge_core.runtime.paths import input_file
 
 if TYPE_CHECKING:
     from ipmerge_core.analysis.records import Analysis
+    from ipmerge_core.evaluation.evaluate import EvaluationSettings
+    from ipmerge_core.evaluation.replies import ReplyStore
     from ipmerge_core.models.pairing import ModelPair
     from ipmerge_core.planning.plan import MergePlan
+    from ipmerge_core.tasks.items import Task
 
 _Made = TypeVar("_Made", "MergePlan", "Analysis")
 
@@ -96,21 +99,8 @@ def read_method_options(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise PlanError(f"--set {assignment}: expected NAME=VALUE, such as math_weight=0.5.")
-        chosen[name] = _parse_value(text, kinds.get(name, "float"))
+        chosen[name] = read_value(text, kinds.get(name, "float"))
     return chosen
-
-
-def _parse_value(text: str, kind: str) -> float | int | bool | str | None:
-    if text.lower() in ("true", "false"):  # also for choices that used to be boolean
-        return text.lower() == "true"
-    if kind == "choice":
-        return text
-    if text.lower() == "none":
-        return None
-    try:
-        return int(text) if kind == "int" else float(text)
-    except ValueError:
-        return text  # the method's validation reports the parameter and valid values
 
 
 def read_recipe(options: argparse.Namespace) -> tuple[ModelPair, dict[str, Any]]:
@@ -138,3 +128,37 @@ def read_plan_options(options: argparse.Namespace) -> PlanOptions:
     rules = {name: rule for rule in ("merge", "keep") for name in vars(options)[f"force_{rule}"]}
     given = {name: vars(options)[name] for name in vars(options) if is_given(options, name)}
     return PlanOptions.read({**given, "overrides": rules})
+
+
+def read_tasks(options: argparse.Namespace) -> list[Task]:
+    """Return the tasks of an evaluation, with the perception guards of math tasks.
+
+    Raises: PlanError if --no-guard has no effect.
+    """
+    from ipmerge_core.tasks.registry import find_tasks, missing_guards
+
+    tasks = find_tasks(options.tasks, guards=not options.no_guard)
+    if options.no_guard and not missing_guards(tasks):
+        raise PlanError("--no-guard has no effect: these tasks lack no perception guard. Omit it.")
+    return tasks
+
+
+def read_evaluation_settings(options: argparse.Namespace) -> EvaluationSettings:
+    """Return which items are answered, and how."""
+    from ipmerge_core.evaluation.evaluate import BATCH_SIZE, EvaluationSettings
+
+    return EvaluationSettings(
+        limit=options.limit,
+        seed=options.seed or 0,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=BATCH_SIZE if options.batch_size is None else options.batch_size,
+        device=options.device,
+        resume=options.resume is not False,
+    )
+
+
+def read_store(options: argparse.Namespace) -> ReplyStore:
+    """Return the store of replies."""
+    from ipmerge_core.evaluation.replies import ReplyStore
+
+    return ReplyStore(options.store)

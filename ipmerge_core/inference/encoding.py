@@ -17,6 +17,7 @@ from ipmerge_core.errors import ModelLoadError, explained, first_line
 from ipmerge_core.inference.processor_loading import load_processor, name_image_processor
 from ipmerge_core.inference.prompts import (
     ChatFormat,
+    Layouts,
     Message,
     chat_template,
     control_tokens,
@@ -53,6 +54,7 @@ class ModelProcessor:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.takes_images = Path(folder).name, takes_images
+        self._layouts: Layouts = {}
         options = {"local_files_only": True, "trust_remote_code": False}
         what = "processor" if takes_images else "tokenizer"
         with explained(partial(explain_loading, str(folder), what)):
@@ -109,7 +111,7 @@ class ModelProcessor:
 
         Raises: ModelLoadError if the template or the processor cannot be used.
         """
-        prompt = render_chat(self.chat_format, messages)
+        prompt = render_chat(self.chat_format, messages, self._layouts)
         images = [image for message in messages for image in message.images]
         with explained(partial(self._refused_images, len(images))):
             for mark in prompt.verbatim:

@@ -160,10 +160,7 @@ def load_model(
     find_torchvision()
     folder = Path(folder).expanduser()
     checkpoint = Checkpoint.open(folder)
-    _refuse_code(checkpoint)
-    _refuse_type(checkpoint)
-    _refuse_adapter(checkpoint)
-    refuse_layers(checkpoint)
+    refuse_unsupported(checkpoint)
     takes_images = _takes_images(checkpoint)
     processor = RemoteProcessor(folder, takes_images=takes_images)
     with ThreadPoolExecutor(1) as threads:
@@ -185,6 +182,26 @@ def load_model(
 
 
 # --- loading ---------------------------------------------------------------------------------
+
+
+def load_weights(checkpoint: Checkpoint) -> Any:  # noqa: ANN401
+    """Load the model of a local folder in its stored dtype, on the CPU, without its processor.
+
+    Raises: ModelLoadError as `load_model`.
+    """
+    from ipmerge_core.inference.placement import placement
+
+    find_torchvision()
+    refuse_unsupported(checkpoint)
+    return _load_weights(checkpoint, placement(checkpoint, "cpu", "stored"))
+
+
+def refuse_unsupported(checkpoint: Checkpoint) -> None:
+    """Raise ModelLoadError for a model that transformers cannot load as its files describe it."""
+    _refuse_code(checkpoint)
+    _refuse_type(checkpoint)
+    _refuse_adapter(checkpoint)
+    refuse_layers(checkpoint)
 
 
 def _refuse_code(checkpoint: Checkpoint) -> None:

@@ -52,6 +52,16 @@ def module_names(mllm: Checkpoint, tensors: Iterable[str]) -> dict[str, str]:
     return {tensor: name.removesuffix(".weight") for tensor, name in names.items()}
 
 
+def parameter_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:  # noqa: ANN401
+    """Return the name of the parameter of a loaded model for each stored tensor.
+
+    Args:
+        model: a model of transformers.
+        tensors: the names of all tensors in its files, as the renaming of one depends on others.
+    """
+    return renamed_tensors(model, model.state_dict(), tensors)
+
+
 def _refuse_misfit(mllm: Checkpoint, tensor: str, name: str, weight: Tensor | None) -> None:
     shape = mllm.spec(tensor).shape
     if weight is not None and weight.ndim > 2:

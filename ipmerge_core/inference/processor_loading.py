@@ -89,6 +89,18 @@ def name_image_processor(processor: Any) -> str | None:  # noqa: ANN401
     return f"{type(part).__name__} ({getattr(part, 'backend', 'pil')})"
 
 
+def read_picture_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the stored settings of the image processor in a folder; empty if there are none."""
+    for name in (_PROCESSOR_FILE, "preprocessor_config.json"):
+        found = _read(Path(folder) / name)
+        part = found.get("image_processor")
+        if isinstance(part, dict):
+            return part
+        if "image_processor_type" in found:
+            return found
+    return {}
+
+
 def processes_images(model_type: str) -> bool:
     """Whether transformers has a processor class with an image part for a model type."""
     from transformers.models.auto.processing_auto import (

@@ -29,18 +29,18 @@ import psutil
 
 from ipmerge_core.errors import ModelLoadError, RunCancelled, RunError
 from ipmerge_core.inference.encoding import SpecialIds
+from ipmerge_core.inference.processor_checks import checked_text, prompt_error
 from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.thinking import ThinkingTokens
 from ipmerge_core.inference.wire import pack_messages, receive, send, unpack_inputs
 
-MOST_PROMPT_TOKENS = 32_768
-_LONGEST_TOKEN = 1000  # characters, on average over a text
 _POLL_SECONDS = 0.05
 _START_SECONDS = 300.0  # for the libraries, on a machine that is busy
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SUBJECTS = {  # what may exceed a limit, by request
     "load": "The tokenizer or processor",
     "encode": "The chat template or processor",
+    "encode_rows": "The chat template or processor",
 }
 _MODULE = "ipmerge_core.inference.processor_server"
 
@@ -96,20 +96,15 @@ class RemoteProcessor:
     ) -> dict[str, Any]:
         """Render a conversation with the chat template and encode it: a batch of one."""
         plain, pixels = pack_messages(messages)
-        reply, blob = self._ask({"call": "encode", "messages": plain}, stops, pixels)
+        reply, blob = self.ask({"call": "encode", "messages": plain}, stops, pixels)
         inputs = unpack_inputs(reply["plain"], blob)
-        count = inputs["input_ids"].shape[1]
-        if count > MOST_PROMPT_TOKENS:
-            raise ModelLoadError(
-                f"The prompt of '{self.folder.name}' has {count} tokens; the maximum is "
-                f"{MOST_PROMPT_TOKENS}. Use a shorter question or a smaller image, and check the "
-                f"chat template of the model."
-            )
+        if too_long := prompt_error(self.folder.name, inputs):
+            raise too_long
         return inputs
 
     def encode_text(self, text: str, stops: Sequence[threading.Event] = ()) -> list[int]:
         """Encode a text without special tokens, also where it spells one."""
-        reply, _ = self._ask({"call": "encode_text", "text": text}, stops)
+        reply, _ = self.ask({"call": "encode_text", "text": text}, stops)
         ids: list[int] = reply["ids"]
         return ids
 
@@ -123,13 +118,7 @@ class RemoteProcessor:
         """Decode tokens to text."""
         ids = [ids] if isinstance(ids, int) else [int(number) for number in ids]
         request = {"call": "decode", "ids": ids, "skip_special_tokens": skip_special_tokens}
-        text = str(self._ask(request, stops)[0]["text"])
-        if len(text) > _LONGEST_TOKEN * (1 + len(ids)):
-            raise ModelLoadError(
-                f"The tokenizer of '{self.folder.name}' decodes {len(ids)} tokens to {len(text)} "
-                f"characters. Is tokenizer.json that of this model?"
-            )
-        return text
+        return checked_text(self.folder.name, str(self.ask(request, stops)[0]["text"]), len(ids))
 
     def close(self) -> None:
         """End the process; the next request starts another one."""
@@ -146,9 +135,10 @@ class RemoteProcessor:
         finally:
             self._lock.release()
 
-    def _ask(
+    def ask(
         self, request: Mapping[str, Any], stops: Sequence[threading.Event], data: bytes = b""
     ) -> tuple[dict[str, Any], bytes]:
+        """Send a request to the process, and return its reply and binary data."""
         with self._alone(stops):
             process, _ = self._loaded(stops)
             return self._exchange(process, request, stops, self._limits.encoding, data)

@@ -22,7 +22,14 @@ from typing import Any
 
 from ipmerge_core.errors import IPMergeError, ModelLoadError
 from ipmerge_core.inference.encoding import ModelProcessor
-from ipmerge_core.inference.wire import pack_inputs, receive, send, unpack_messages
+from ipmerge_core.inference.wire import (
+    pack_inputs,
+    pack_many,
+    receive,
+    send,
+    unpack_conversations,
+    unpack_messages,
+)
 from ipmerge_core.runtime.imports import find_torchvision
 
 IDLE_SECONDS = 600.0  # after which a process without requests ends
@@ -98,16 +105,46 @@ def _answer(
             try:
                 plain, blob = pack_inputs(inputs)
             except TypeError as error:
-                raise ModelLoadError(
-                    f"The processor of '{model.name}' returns inputs that are not tensors "
-                    f"({error}). This model is not supported."
-                ) from error
+                raise _no_tensors(model, error) from error
             return {"plain": plain}, blob
+        case "encode_rows":
+            return _encode_rows(model, request["conversations"], data)
+        case "decode_rows":
+            return {"texts": [model.decode(ids) for ids in request["rows"]]}, b""
         case "encode_text":
             return {"ids": model.encode_text(request["text"])}, b""
         case _:
             skip = bool(request["skip_special_tokens"])
             return {"text": model.decode(request["ids"], skip_special_tokens=skip)}, b""
+
+
+def _encode_rows(
+    model: ModelProcessor, conversations: list[dict[str, Any]], data: bytes
+) -> tuple[dict[str, Any], bytes]:
+    """Encode conversations one by one; an error of one does not affect the others."""
+    prompts: list[dict[str, Any]] = []
+    errors: list[str | None] = []
+    for messages in unpack_conversations(conversations, data):
+        try:
+            prompts.append(model.encode(messages))
+            errors.append(None)
+        except IPMergeError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise
+            prompts.append({})
+            errors.append(str(error))
+    try:
+        plain, blob = pack_many(prompts)
+    except TypeError as error:
+        raise _no_tensors(model, error) from error
+    return {"rows": plain, "errors": errors}, blob
+
+
+def _no_tensors(model: ModelProcessor, error: TypeError) -> ModelLoadError:
+    return ModelLoadError(
+        f"The processor of '{model.name}' returns inputs that are not tensors ({error}). This "
+        f"model is not supported."
+    )
 
 
 def _import_libraries() -> None:

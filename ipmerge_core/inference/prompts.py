@@ -9,7 +9,7 @@ tokenize; called in the process that `processor_server.py` runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
 
@@ -23,6 +23,7 @@ REMEDY = (
     "without a template the prompt is 'USER: ... ASSISTANT:'."
 )
 _MARK = "\uf8f0{}\uf8f1"  # private use characters, which templates pass through unchanged
+_NEXT_ANSWER = " ASSISTANT:"  # of a model without a template
 # Attributes of processors and tokenizers that contain a placeholder for an image or other input.
 _PLACEHOLDERS = ("image_token", "boi_token", "eoi_token", "video_token", "audio_token")
 _BRACKETS = (
@@ -94,6 +95,9 @@ class _Layout(NamedTuple):
     image_parts: bool  # images are list parts; otherwise placeholders in the text
 
 
+# The layout of conversations, by the template and the role and number of images of each message.
+Layouts: TypeAlias = dict[tuple[str, tuple[tuple[str, int], ...]], _Layout]
+
 _PARTS_FIRST = [_Layout("all", True), _Layout("user", True), _Layout("none", False)]
 _TEXT_FIRST = [_Layout("none", False), _Layout("user", False), _Layout("all", False)]
 
@@ -129,8 +133,18 @@ def check_conversation(messages: Sequence[Message]) -> None:
         )
 
 
-def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
+def render_chat(
+    chat: ChatFormat,
+    messages: Sequence[Message],
+    layouts: Layouts | None = None,
+    *,
+    generation_prompt: bool = True,
+) -> Prompt:
     """Render a conversation up to the start of the model's answer.
+
+    Without `generation_prompt` it ends with its last message, as in training. `layouts` keeps the
+    layouts of conversations of one model, which are found by rendering probes and depend only on
+    the template, the roles and the numbers of images.
 
     A message is marked from the first control token in its text on (see `Prompt`), so that neither
     the template nor the processor finds one. A system message that the template rejects or drops
@@ -141,9 +155,14 @@ def render_chat(chat: ChatFormat, messages: Sequence[Message]) -> Prompt:
     template = chat_template(chat)
     messages, verbatim = _marked(messages, control_tokens(chat, template or ""))
     if template is None:
-        return Prompt(_plain_prompt(chat, messages), verbatim)
-    attempt = _Attempt(chat, template)
-    layout = attempt.find_layout(messages)
+        text = _plain_prompt(chat, messages)
+        return Prompt(text if generation_prompt else text.removesuffix(_NEXT_ANSWER), verbatim)
+    attempt = _Attempt(chat, template, generation_prompt=generation_prompt)
+    known = {} if layouts is None else layouts
+    shape = template, tuple((message.role, len(message.images)) for message in messages)
+    layout = known[shape] if shape in known else attempt.find_layout(messages)
+    if layout is not None:
+        known[shape] = layout
     if layout is None and len(messages) > 1 and messages[0].role == "system":
         messages = _fold_system(messages)
         layout = attempt.find_layout(messages)
@@ -185,9 +204,9 @@ def chat_template(chat: ChatFormat) -> str | None:
 class _Attempt:
     """Renders conversations with one template and stores its first error."""
 
-    def __init__(self, chat: ChatFormat, template: str) -> None:
+    def __init__(self, chat: ChatFormat, template: str, *, generation_prompt: bool) -> None:
         self.chat = chat
-        self.template = template
+        self.template, self.generation_prompt = template, generation_prompt
         self.failure = self._error("omits the text or the image of a message from the prompt")
         self._has_failed = False
 
@@ -201,7 +220,10 @@ class _Attempt:
         written = [_as_dict(message, layout, self.chat.image_text) for message in messages]
         with explained(lambda error: self._error(f"cannot be rendered ({first_line(error)})")):
             prompt: str = self.chat.tokenizer.apply_chat_template(
-                written, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                written,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=self.generation_prompt,
             )
         return prompt
 
@@ -286,7 +308,7 @@ def _plain_prompt(chat: ChatFormat, messages: Sequence[Message]) -> str:
             continue
         images = chat.image_text * len(message.images)
         pieces.append(f"{message.role.upper()}: {images}{message.text}")
-    return " ".join([*pieces, "ASSISTANT:"])
+    return " ".join(pieces) + _NEXT_ANSWER
 
 
 def control_tokens(chat: ChatFormat, template: str = "") -> list[str]:

@@ -6,7 +6,7 @@ Nothing is pickled, since unpickling runs code and one side reads untrusted file
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,46 @@ def pack_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
             json.dumps(value)
             plain[name] = value
     return plain, save(tensors)
+
+
+def pack_conversations(
+    conversations: Sequence[Sequence[Message]],
+) -> tuple[list[dict[str, Any]], bytes]:
+    """Convert conversations to JSON values, each with the size of its pixels, and all pixels."""
+    packed = [pack_messages(messages) for messages in conversations]
+    plain = [{"messages": messages, "nbytes": len(pixels)} for messages, pixels in packed]
+    return plain, b"".join(pixels for _, pixels in packed)
+
+
+def unpack_conversations(
+    plain: Sequence[Mapping[str, Any]], pixels: bytes
+) -> Iterator[list[Message]]:
+    """Reverse `pack_conversations`, one at a time."""
+    start = 0
+    for each in plain:
+        stop = start + each["nbytes"]
+        yield unpack_messages(each["messages"], pixels[start:stop])
+        start = stop
+
+
+def pack_many(prompts: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], bytes]:
+    """Separate the outputs of a processor for several prompts, as `pack_inputs` does for one."""
+    merged = {f"{row}|{name}": v for row, p in enumerate(prompts) for name, v in p.items()}
+    plain, blob = pack_inputs(merged)
+    rows: list[dict[str, Any]] = [{} for _ in prompts]
+    for name, value in plain.items():
+        row, _, key = name.partition("|")
+        rows[int(row)][key] = value
+    return rows, blob
+
+
+def unpack_many(plain: Sequence[Mapping[str, Any]], data: bytes) -> list[dict[str, Any]]:
+    """Reverse `pack_many`."""
+    rows = [dict(row) for row in plain]
+    for name, value in unpack_inputs({}, data).items():
+        row, _, key = name.partition("|")
+        rows[int(row)][key] = value
+    return rows
 
 
 def unpack_inputs(plain: Mapping[str, Any], data: bytes) -> dict[str, Any]:

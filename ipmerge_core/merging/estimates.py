@@ -66,6 +66,9 @@ RATES = {
     "slerp": Rate(1.6e-4, 6.0e8),
     "nuslerp": Rate(2.7e-4, 2.7e8),
     "karcher": Rate(2.2e-4, 6.6e8),
+    "multislerp": Rate(2.2e-4, 6.6e8),
+    "model_stock": Rate(2.2e-4, 6.6e8),
+    "ram": Rate(1.9e-4, 1.5e8),
 }
 STEP_RATE = Rate(2.0e-4, 5.2e10)  # of one step of an iterated method; work is `step_cost`
 # Per task vector on one core, as printed by benchmarks/bench_analysis.py.

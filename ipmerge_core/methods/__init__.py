@@ -14,7 +14,8 @@ from ipmerge_core.methods.data_aware import fisher, regmean
 from ipmerge_core.methods.wudi import wudi
 from ipmerge_core.methods.subspace import iso_c, iso_cts, knots_ties, tsv
 from ipmerge_core.methods.coefficients import metagpt, nan
-from ipmerge_core.methods.geodesic import karcher, nuslerp, slerp
+from ipmerge_core.methods.geodesic import karcher, model_stock, multislerp, nuslerp, slerp
+from ipmerge_core.methods.overlap import ram
 
 # isort: on
 from ipmerge_core.methods.declarations import AffineUpdate, Statistic
@@ -40,8 +41,11 @@ __all__ = [
     "layer_swap",
     "linear",
     "metagpt",
+    "model_stock",
+    "multislerp",
     "nan",
     "nuslerp",
+    "ram",
     "regmean",
     "sce",
     "slerp",

@@ -11,14 +11,20 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ipmerge_core.errors import PlanError, ShapeError
+from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import blockwise, blockwise_sum, result_dtype, squares
 from ipmerge_core.methods.declarations import Matrix, Statistic
 from ipmerge_core.methods.elementwise import as_list
-from ipmerge_core.methods.registry import Experts, Range, Supplied, WholeModel, merge_method
+from ipmerge_core.methods.measurements import (
+    FisherInput,
+    FisherInputs,
+    GramInput,
+    GramInputs,
+    checked,
+)
+from ipmerge_core.methods.registry import Experts, Range, WholeModel, merge_method
 
 MllmShare: TypeAlias = Annotated[
     float, Range(low=0, high=1, help="share of the MLLM; the experts split the rest")
@@ -40,12 +46,6 @@ FloorIs: TypeAlias = Annotated[
         before="absolute",
     ),
 ]
-Measured: TypeAlias = Float[Tensor, "..."]  # shapes are checked in `_measured`
-MeasuredList: TypeAlias = Measured | Sequence[Measured]
-FisherInput: TypeAlias = Annotated[Measured | None, Supplied("diagonal of the Fisher information")]
-FisherInputs: TypeAlias = Annotated[MeasuredList | None, Supplied("the same, of every expert")]
-GramInput: TypeAlias = Annotated[Measured | None, Supplied("X^T X / tokens of the inputs")]
-GramInputs: TypeAlias = Annotated[MeasuredList | None, Supplied("the same, of every expert")]
 _NOTHING = 1e-30  # only relevant if no model has any information and the floor is 0
 
 
@@ -58,38 +58,6 @@ def _mean_of_weights(parameters: Mapping[str, Any], experts: int) -> tuple[float
     """Return the weights for vectors, which are not calibrated: the models' shares."""
     own, other = shares(parameters["alpha"], experts)[:2]
     return own, other
-
-
-def _measured(
-    label: str,
-    what: str,
-    shapes: Sequence[tuple[int, ...]],
-    mllm: Tensor | None,
-    math: Tensor | Sequence[Tensor] | None,
-    experts: int,
-) -> list[Tensor]:
-    """Return one measurement per model, checked for completeness and shape."""
-    if mllm is None or math is None:
-        missing = "the MLLM" if mllm is None else "the math model"
-        raise PlanError(
-            f"{label} requires the {what} of every model and got none for {missing}. Run a "
-            f"calibration first, or choose a method that needs no calibration data, such as "
-            f"task_arithmetic."
-        )
-    found = [mllm, *as_list(math)]
-    if len(found) != 1 + experts:
-        raise PlanError(
-            f"{label} got the {what} of {len(found) - 1} math models; expected {experts}, one per "
-            f"model."
-        )
-    for matrix in found:
-        if matrix.shape not in shapes:
-            raise ShapeError(
-                f"{label} got the {what} of shape {tuple(matrix.shape)}; expected "
-                f"{shapes[0]}. "
-                f"Calibrate the models to be merged."
-            )
-    return found
 
 
 def _measure_fisher(
@@ -192,7 +160,7 @@ def fisher(
     """
     experts = as_list(math)
     label, what = "Fisher merging", "Fisher information"
-    found = _measured(label, what, [tuple(mllm.shape)], mllm_fisher, math_fisher, len(experts))
+    found = checked(label, what, [tuple(mllm.shape)], mllm_fisher, math_fisher, len(experts))
     relative = _is_relative(floor, floor_is)
     whole = statistic if scope == "model" else None
     norms, means = _norms_and_means(found, whole, means=relative)
@@ -251,7 +219,7 @@ def regmean(
     """
     experts = as_list(math)
     n = mllm.shape[1]
-    grams = _measured("RegMean", "Gram matrix", [(n, n), (n,)], mllm_gram, math_gram, len(experts))
+    grams = checked("RegMean", "Gram matrix", [(n, n), (n,)], mllm_gram, math_gram, len(experts))
     models = [matrix.double() for matrix in (mllm, *experts)]
     coefficients = shares(alpha, len(experts))
     mean = models[0].clone()

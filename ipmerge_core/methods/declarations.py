@@ -32,6 +32,9 @@ class AffineUpdate(NamedTuple):
             w_k its share, by default 1. Random drops add a part of expected squared norm
             mllm_noise * ||dV||^2 + expert_noise * sum_k w_k^2 ||X_k||^2.
 
+    With a `budget` > 0 the experts' part is rescaled to that size, relative to the weights: it is
+    multiplied by budget ||W_mllm|| / ||sum_k w_k X_k||, or by 0 where that sum is zero.
+
     `approximate` states why and how closely the form is approximate; empty if it is exact.
     `measured_with` names the analysis options that the inner products of `direction` depend on; the
     method must use the same values.
@@ -45,6 +48,7 @@ class AffineUpdate(NamedTuple):
     expert_noise: float = 0.0
     approximate: str = ""
     measured_with: tuple[str, ...] = ()
+    budget: float = 0.0
 
     def scaled(self, factor: float) -> AffineUpdate:
         """Return the change multiplied by a factor; squared norms grow with its square."""

@@ -1,4 +1,4 @@
-"""Spherical merge methods: SLERP, NuSLERP and the Karcher mean.
+"""Spherical merge methods: SLERP, NuSLERP, Multi-SLERP, the Karcher mean and Model Stock.
 
 In: base, mllm and math matrices of one shape (m, n), as vectors from the origin (or from the base).
 Out: the merged matrix in fp32, or fp64 for fp64 inputs. Angles and norms are computed in fp64.
@@ -30,9 +30,16 @@ Sliced: TypeAlias = Annotated[
 MllmShare: TypeAlias = (
     Annotated[float, Range(low=0, high=1, help="share of the MLLM; none: equal shares")] | None
 )
+Averaged: TypeAlias = Annotated[
+    Literal["all", "experts"],
+    Range(help="average the MLLM and the experts, or add the average of the experts to the MLLM"),
+]
+Rows: TypeAlias = Annotated[Literal["tensor", "row"], Range(help="one angle per matrix or row")]
 _NEARLY_STRAIGHT = "the arc is approximated by a straight line, as the models are nearly parallel"
 _NEARLY_PARALLEL = 0.9995  # |cos| above which SLERP of weights is a straight line (mergekit)
 _SMALLEST_SINE = 1e-4  # below it the coefficients diverge for nearly opposite directions
+_BALANCED = 1e-8  # length of a mean of unit vectors below which it has no direction (mergekit)
+_SINGULAR = 1e-6  # divisor of Model Stock (mergekit)
 _STEPS, _TOLERANCE = 10, 1e-5  # of the Karcher iteration (mergekit)
 
 
@@ -162,6 +169,132 @@ def _slice_coefficients(products: Tensor, t: float) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def _shares(alpha: float | None, count: int) -> Tensor:
+    """Return the MLLM's share and those of the experts, in fp64; equal for None."""
+    own = 1 / count if alpha is None else alpha
+    return torch.tensor([own] + [(1 - own) / (count - 1)] * (count - 1), dtype=torch.float64)
+
+
+@merge_method(
+    label="Multi-SLERP",
+    source="mergekit, `multislerp`",
+    formula="W = W0 + (sum_i a_i |dW_i|) u, u the direction of sum_i a_i dW_i / |dW_i|",
+    several_experts=True,
+    unknown="it depends on the angles between all task vectors",
+)
+def multislerp(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    alpha: MllmShare = None,
+    of: Turned = "task_vectors",
+) -> Matrix:
+    """Average the directions of the task vectors, and their norms.
+
+    Math:   x_i = W_i - W0 (or W_i), u_i = x_i / |x_i|, s = sum_i a_i u_i;
+            W = W0 + (sum_i a_i |x_i|) s / |s|. Where |s| < 1e-8 (opposite directions that balance)
+            W = W0 + sum_i a_i x_i.
+    Shapes: all (m, n). alpha is the MLLM's share, the experts split the rest; none: equal shares.
+            A task vector of zero has no direction and norm 0.
+    Source: mergekit's multislerp, which then adds the mean of the u_i in the tangent space at s;
+            for weights that sum to 1 this mean is zero. With opposite directions of more than two
+            models it raises an error.
+    """
+    tuned = [mllm, *as_list(math)]
+
+    def vectors(W0: Tensor, *models: Tensor) -> list[Tensor]:
+        return list(models) if of == "weights" else changes_(W0, *models)
+
+    def products(*models: Tensor) -> Tensor:
+        return inner_products(*vectors(*models))
+
+    gram = blockwise_sum(products, base, *tuned).cpu()
+    shares, norms = _shares(alpha, len(tuned)), gram.diagonal().sqrt()
+    directions = torch.where(norms > 0, shares / norms.masked_fill(norms == 0, 1), 0.0)
+    directions = torch.where(norms.isnan(), norms, directions)
+    size = float((directions @ gram @ directions).clamp(min=0).sqrt())
+    length = float((shares * norms).sum())
+    coefficients = shares if size < _BALANCED else length / size * directions
+
+    def merge(W0: Tensor, W_v: Tensor, *experts: Tensor) -> Tensor:
+        moved = weighted_sum_(vectors(W0, W_v, *experts), coefficients.tolist())
+        return moved if of == "weights" else add_to_base_(W0, W_v, moved)
+
+    return blockwise(merge, base, *tuned)
+
+
+@merge_method(
+    label="Model Stock",
+    source="arXiv 2403.19522",
+    formula="W = W0 + t mean_i dW_i, t = N c / (1 + (N - 1) c), c the mean cosine of the dW_i",
+    several_experts=True,
+    unknown="it depends on the angles between all task vectors",
+)
+def model_stock(
+    base: Matrix,
+    mllm: Matrix,
+    math: Experts,
+    *,
+    models: Averaged = "all",
+    per: Rows = "tensor",
+) -> Matrix:
+    """Move from the base towards the mean of the models, the further the more they agree.
+
+    Math:   c = mean over pairs of cos(dW_i, dW_j), t = N c / (1 + (N - 1) c), 0 where the divisor
+            is below 1e-6 (opposite task vectors);
+            all: W = W0 + t mean_i dW_i over the MLLM and the experts;
+            experts: W = W_v + t mean_k dM_k over the N experts only; t = 1 for one expert.
+            The angle is that of the whole matrix, or of every row.
+    Shapes: all (m, n).
+    Source: Model Stock, arXiv 2403.19522, for models tuned on one task; as in mergekit
+            (`model_stock`, whose `filter_wise` is per row). Where c is negative so is t, and the
+            result lies on the other side of the base. `experts` is an addition: with `all`, an MLLM
+            and an expert of another task are nearly orthogonal, so the result is close to the base.
+    """
+    tuned = [mllm, *as_list(math)]
+    first = 0 if models == "all" else 1
+
+    def products(W0: Tensor, *block: Tensor) -> Tensor:
+        return inner_products(*changes_(W0, *block)[first:])
+
+    whole = None if per == "row" else _stock_ratio(blockwise_sum(products, base, *tuned))
+
+    def merge(W0: Tensor, W_v: Tensor, *experts: Tensor) -> Tensor:
+        changes = torch.stack(changes_(W0, W_v, *experts)[first:])
+        t = _stock_ratio(_row_products(changes))[:, None] if whole is None else whole
+        mean = changes.mean(0) * t.to(changes)
+        return W_v.add_(mean) if first else add_to_base_(W0, W_v, mean)
+
+    return blockwise(merge, base, *tuned)
+
+
+def _row_products(changes: Tensor) -> Tensor:
+    """Compute <x_i, x_j> of every row in fp64. Shapes: changes (N, m, n), result (m, N, N)."""
+    rows = changes.double().transpose(0, 1)
+    return rows @ rows.transpose(1, 2)
+
+
+def _stock_ratio(products: Tensor) -> Tensor:
+    """Compute t from the inner products <dW_i, dW_j>; cosines with a zero vector are 0.
+
+    Shapes: products (..., N, N), result (...).
+    """
+    count = products.shape[-1]
+    if count == 1:
+        return torch.ones_like(products[..., 0, 0])
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    sizes = norms[..., :, None] * norms[..., None, :]
+    cosines = torch.where(sizes > 0, products / sizes.masked_fill(sizes == 0, 1), 0.0)
+    cosines = torch.where(sizes.isnan(), sizes, cosines).clamp(-1, 1)
+    pairs = count * (count - 1)
+    total = cosines.sum((-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)
+    c = total / pairs
+    divisor = 1 + (count - 1) * c
+    singular = divisor.abs() < _SINGULAR
+    return torch.where(singular, 0.0, count * c / divisor.masked_fill(singular, 1))
+
+
 def _mean(parameters: Mapping[str, Any]) -> AffineUpdate:
     experts, own = parameters["experts"], parameters["alpha"]
     other = 1.0 - (1 / (1 + experts) if own is None else own)
@@ -195,9 +328,7 @@ def karcher(
     Source: Karcher, Comm. Pure Appl. Math. 30, 1977; as in mergekit (equal shares).
     """
     matrices = [mllm, *as_list(math)]
-    count = len(matrices)
-    own = 1 / count if alpha is None else alpha
-    shares = torch.tensor([own] + [(1 - own) / (count - 1)] * (count - 1), dtype=torch.float64)
+    shares = _shares(alpha, len(matrices))
     gram = blockwise_sum(inner_products, *matrices).cpu()
     norms = gram.diagonal().sqrt()
     alive = norms > 0

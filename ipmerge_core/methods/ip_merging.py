@@ -9,30 +9,29 @@ docstrings.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
+import torch
 from torch import Tensor
 
+from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
+from ipmerge_core.methods.elementwise import as_list
+from ipmerge_core.methods.measurements import GramInput, GramInputs, checked
+from ipmerge_core.methods.projections import (
+    BY_INPUTS,
+    Models,
+    Projection,
+    budget_factor,
+    budget_of_factors,
+    matrix_of,
+    updates_of,
+)
 from ipmerge_core.methods.registry import Changes, Experts, Gain, Noise, Range, merge_method
+from ipmerge_core.spectral.kinds import ENERGY, ENERGY_SHARES, complement_at
 from ipmerge_core.spectral.low_rank import LowRank
-from ipmerge_core.spectral.similarity import (
-    Update,
-    corresponding_angles,
-    importance,
-    nuclear_ratio,
-    top_k_importance,
-    truncated,
-    update_factors,
-)
-from ipmerge_core.spectral.spectrum import (
-    Spectrum,
-    as_float,
-    existing,
-    noise_floor,
-    svd,
-    task_vector,
-)
+from ipmerge_core.spectral.similarity import Update
+from ipmerge_core.spectral.spectrum import as_float
 
 Ablation = Annotated[
     Literal["none", "rescale_only", "select_only"],
@@ -46,8 +45,13 @@ GammaNorm = Annotated[
     Range(help="normalize gamma to sum 1, or to maximum 1", only_with=_WEIGHTS),
 ]
 Projector = Annotated[
-    Literal["softmax", "top_k"],
-    Range(help="softmax weights, or the first top_k directions unweighted", only_with=(_PROJECTS,)),
+    Literal["softmax", "top_k", "complement", "protect", "input_filter", "off_inputs"],
+    Range(
+        help="on the MLLM's directions: softmax weights, or the first top_k unweighted; off them: "
+        "complement, or protect (soft); off the MLLM's inputs, by calibration: input_filter, which "
+        "follows the expert's inputs, or off_inputs",
+        only_with=(_PROJECTS,),
+    ),
 ]
 Temperature = Annotated[
     float,
@@ -59,6 +63,48 @@ TopK = Annotated[
         low=1,
         help="number of directions of the top_k projector",
         only_with=(("projector", ("top_k",)), _PROJECTS),
+    ),
+]
+Energy = Annotated[
+    float,
+    Range(
+        low=0,
+        high=1,
+        help="share of the energy of the MLLM's task vector whose directions are left out; "
+        "previews are exact at multiples of 0.05",
+        before=ENERGY,
+        only_with=(("projector", ("complement",)), _PROJECTS),
+    ),
+]
+Beta = Annotated[
+    float,
+    Range(
+        low=0,
+        help="weight of the MLLM's inputs against the expert's change; 0 adds all of it",
+        usual=(0.0, 10.0),
+        before=1.0,
+        only_with=(("projector", ("input_filter", "off_inputs")), _PROJECTS),
+    ),
+]
+Budget = Annotated[
+    float,
+    Range(
+        low=0,
+        high=1,
+        help="relative change of every merged matrix at lambda 1, whatever the size of the update; "
+        "0: the update's own size",
+        usual=(0.0, 0.1),
+        before=0.0,
+    ),
+]
+OutputBudget = Annotated[
+    float,
+    Range(
+        low=0,
+        high=1,
+        help="the same for the outputs on the MLLM's inputs, which needs a calibration",
+        usual=(0.0, 0.1),
+        before=0.0,
     ),
 ]
 Directions = Annotated[
@@ -82,24 +128,72 @@ Rank = (
 )
 
 
-# The analysis options that each of its directions depends on.
-_MEASURED_WITH = {
-    "sum": ("temperature", "rank", "directions"),
-    "max": ("temperature", "rank", "directions"),
-    "rescale_only": ("rank", "directions"),
-    "select_only": (),
-}
+_SAME_SHARE = 1e-9
+_DECOMPOSED_WITH = ("rank", "directions")  # analysis options that the directions depend on
+
+
+def _direction(parameters: Mapping[str, Any]) -> str:
+    """Return the name of the update in a record; for some parameters none has that name."""
+    ablation, projector = parameters["ablation"], parameters["projector"]
+    if ablation != "none":
+        return str(ablation)
+    if projector == "softmax":
+        return str(parameters["gamma_norm"])
+    if projector != "complement":
+        return str(projector)
+    share = parameters["energy"]
+    named = any(abs(share - each) < _SAME_SHARE for each in ENERGY_SHARES)
+    return complement_at(share) if named else f"complement of {share:g}"
 
 
 def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     """Return the affine form in a direction of the analysis; None for other parameters."""
-    ablated = parameters["ablation"] != "none"
-    if not ablated and parameters["projector"] != "softmax":
+    if _unknown(parameters):
         return None
-    direction = parameters["ablation" if ablated else "gamma_norm"]
+    direction = _direction(parameters)
+    options = _DECOMPOSED_WITH if direction != "select_only" else ()
+    if direction in ("sum", "max"):
+        options = ("temperature", *options)
     return AffineUpdate(
-        0.0, parameters["lambda_"], direction, measured_with=_MEASURED_WITH[direction]
+        0.0,
+        parameters["lambda_"],
+        direction,
+        measured_with=options,
+        budget=parameters["budget"],
     )
+
+
+def _unknown(parameters: Mapping[str, Any]) -> str:
+    """Return why a preview cannot be exact; empty if it can."""
+    if parameters["output_budget"]:
+        return "the budget of the outputs depends on the calibration"
+    direction = _direction(parameters)
+    if direction in BY_INPUTS:
+        return "the filter depends on the calibration"
+    if direction == "top_k":
+        return "its change is not a multiple of a direction that the analysis measured"
+    if direction.startswith("complement of"):
+        return (
+            f"the analysis measured the complements at the energies 0.05, 0.1, ..., 1, and the "
+            f"plan has energy {parameters['energy']:g}"
+        )
+    return ""
+
+
+def _needed_data(parameters: Mapping[str, Any]) -> Literal["gram"] | None:
+    """Return the calibration that the parameters need."""
+    filters = parameters["ablation"] == "none" and parameters["projector"] in BY_INPUTS
+    return "gram" if filters or parameters["output_budget"] else None
+
+
+def _check(parameters: Mapping[str, Any]) -> None:
+    """Refuse two budgets. Raises: PlanError."""
+    if parameters["budget"] and parameters["output_budget"]:
+        raise PlanError(
+            f"budget is {parameters['budget']:g} and output_budget "
+            f"{parameters['output_budget']:g}; a matrix is rescaled to one of them. Set the other "
+            f"to 0."
+        )
 
 
 @merge_method(
@@ -110,6 +204,10 @@ def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
     gain="lambda_",
     several_experts=True,
     affine=_affine,
+    unknown=_unknown,
+    needed_data=_needed_data,
+    decides_data=("projector", "output_budget"),
+    check=_check,
     from_analysis=("temperature", "rank", "directions"),
     matrixwise=True,
 )
@@ -123,11 +221,17 @@ def ip_merging(
     gamma_norm: GammaNorm = "sum",
     projector: Projector = "softmax",
     top_k: TopK = 64,
+    energy: Energy = ENERGY,
+    beta: Beta = 1.0,
+    budget: Budget = 0.0,
+    output_budget: OutputBudget = 0.0,
     rank: Rank = None,
     ablation: Ablation = "none",
     directions: Directions = "existing",
     noise: Noise = None,
     low_rank: Changes = None,
+    mllm_gram: GramInput = None,
+    math_gram: GramInputs = None,
 ) -> Matrix:
     """Add every expert's rescaled task vector, projected onto the MLLM's leading directions.
 
@@ -144,37 +248,40 @@ def ip_merging(
             vectors (the public snapshot: 1024); `ablation="rescale_only"` adds rho dM_k without
             projection, `"select_only"` dM_k itself; `directions="all"` uses every direction, as in
             the paper and the public snapshot.
+            The other projectors are ours, without rho (docs/variants.md). They leave out what the
+            paper keeps: `"complement"` P = dM (I - V_k V_k^T), with k the least number of the
+            MLLM's directions that hold the share `energy` of ||dV||^2; `"protect"` P = dM (I - V
+            diag(w) V^T), w_i = (S_V,i / S_V,1) (1 - agreement_i) (`protection`); `"off_inputs"` and
+            `"input_filter"` reduce dM on the MLLM's inputs, weighted by `beta` (`protection`).
+            `budget` > 0 rescales the sum of the P_k so that it changes the matrix by
+            lambda * budget * ||W_v||; `output_budget` so that it changes the outputs on the MLLM's
+            inputs X by lambda * output_budget * ||W_v X||.
+            Where dV is zero, complement and protect leave out nothing; so do the filters where the
+            MLLM's Gram matrix is zero. An update of zero stays zero with a budget.
+    Raises: PlanError for a filter, or a budget of outputs, without Gram matrices.
     Source: IP-Merging, arXiv 2510.14387. The absolute value is an addition: the sign of a singular
             vector is arbitrary, and the result would depend on it. So is the restriction to
             existing directions, without which rounding determines the update of a low-rank expert.
     """
-    experts = [math] if isinstance(math, Tensor) else list(math)
-    merged = as_float(mllm)
-    if ablation == "select_only":
-        for expert in experts:
-            merged = merged + lambda_ * task_vector(expert, base)
-        return merged
-    if ablation == "rescale_only":
-        for found in _compared(base, mllm, experts, rank, directions, noise, low_rank):
-            M = found.change if found.kept is None else truncated(found.change, found.kept)
-            merged = merged + lambda_ * (found.rho * M)
-        return merged
-    updates = ip_updates(
-        base,
-        mllm,
-        experts,
-        lambda_=lambda_,
-        temperature=temperature,
-        gamma_norm=gamma_norm,
-        projector=projector,
-        top_k=top_k,
-        rank=rank,
-        directions=directions,
-        noise=noise,
-        low_rank=low_rank,
+    models = Models(base, mllm, as_list(math), noise, low_rank)
+    asked = Projection(
+        temperature, gamma_norm, projector, top_k, energy, beta, rank, ablation, directions
     )
+    by_outputs = output_budget > 0
+    grams: list[Tensor] = []
+    if asked.filters or by_outputs:
+        label = f"IP-Merging with {projector if asked.filters else 'an output_budget'}"
+        shapes = [(mllm.shape[1],) * 2, (mllm.shape[1],)]
+        count = len(models.experts)
+        grams = checked(label, "Gram matrix", shapes, mllm_gram, math_gram, count)
+    merged, updates, gain = as_float(mllm), updates_of(models, asked, grams), lambda_
+    if limit := budget or output_budget:
+        known = [matrix_of(update) for update in updates]
+        change = torch.stack(known).sum(0)
+        gain *= budget_factor(limit, change, merged, grams[0] if by_outputs else None)
+        updates = iter(known)
     for update in updates:
-        merged = merged + update.matrix()
+        merged = merged + matrix_of(update, gain)
     return merged
 
 
@@ -184,63 +291,33 @@ def ip_updates(
     experts: Sequence[Tensor],
     *,
     lambda_: float,
-    temperature: float,
-    gamma_norm: str,
-    projector: str,
-    top_k: int,
-    rank: int | None,
-    directions: str,
+    budget: float = 0.0,
+    output_budget: float = 0.0,
     noise: Sequence[float] | None = None,
     low_rank: Sequence[LowRank | None] | None = None,
+    **projection: Any,  # noqa: ANN401
 ) -> Iterator[Update]:
-    """Yield the update lambda P_k of every expert as factors; see `ip_merging`."""
-    for found in _compared(base, mllm, experts, rank, directions, noise, low_rank):
-        angles = corresponding_angles(found.vision, found.expert)
-        gamma = (
-            top_k_importance(angles, top_k)
-            if projector == "top_k"
-            else importance(angles, temperature, gamma_norm)
-        )
-        update = update_factors(found.change, found.vision, gamma, found.rho, math=found.kept)
-        yield update.scaled(lambda_)
+    """Yield the update lambda P_k of every expert as factors; see `ip_merging`.
 
-
-class _Compared(NamedTuple):
-    """An expert's task vector, both spectra, and their nuclear norm ratio.
-
-    `kept` is the spectrum that the task vector is truncated to; None if it is not truncated.
+    Raises: PlanError for a projector that leaves directions out, or a budget of outputs.
     """
-
-    change: Tensor
-    vision: Spectrum
-    expert: Spectrum
-    rho: float
-    kept: Spectrum | None
-
-
-def _compared(
-    base: Tensor,
-    mllm: Tensor,
-    experts: Sequence[Tensor],
-    rank: int | None,
-    directions: str,
-    noise: Sequence[float] | None,
-    low_rank: Sequence[LowRank | None] | None,
-) -> Iterator[_Compared]:
-    """Decompose the task vector of the MLLM once, and that of each expert."""
-    floors = noise or [noise_floor(model, base) for model in (mllm, *experts)]
-    known = low_rank or [None] * (1 + len(experts))
-
-    def decomposed(change: Tensor, floor: float, factors: LowRank | None) -> Spectrum:
-        if directions == "all":
-            return svd(change, rank=rank, vectors="right")
-        if factors is not None:
-            return factors.existing(rank=rank, vectors="right", noise=floor)
-        return existing(change, floor, rank=rank, vectors="right")
-
-    vision = decomposed(task_vector(mllm, base), floors[0], known[0])
-    for expert, floor, factors in zip(experts, floors[1:], known[1:], strict=True):
-        change = task_vector(expert, base)
-        own = decomposed(change, floor, factors)
-        kept = own if rank is not None and rank < min(change.shape) else None
-        yield _Compared(change, vision, own, nuclear_ratio(vision, own), kept)
+    asked = Projection(**projection)
+    if not asked.is_low_rank:
+        what = asked.projector if asked.ablation == "none" else asked.ablation
+        raise PlanError(
+            f"The update of IP-Merging with {what} has full rank: it is the expert's task vector, "
+            f"or most of it. Write the merged model instead of an adapter, or use projector "
+            f"softmax or top_k."
+        )
+    if output_budget:
+        raise PlanError(
+            "An adapter cannot be computed with an output_budget, which needs calibration data. "
+            "Use a budget, or write the merged model instead."
+        )
+    models = Models(base, mllm, experts, noise, low_rank)
+    found = (update for update in updates_of(models, asked) if isinstance(update, Update))
+    known, gain = list(found) if budget else [], lambda_
+    if budget:
+        gain *= budget_of_factors(budget, known, as_float(mllm))
+    for update in known or found:
+        yield update.scaled(gain)

@@ -46,6 +46,9 @@ from ipmerge_core.spectral.low_rank import LowRank
 Experts: TypeAlias = Float[Tensor, "m n"] | Sequence[Float[Tensor, "m n"]]
 
 
+DataKind: TypeAlias = Literal["fisher", "gram"]
+
+
 @dataclass(frozen=True)
 class Range:
     """Bounds, both included unless `low_open`, and one line of help for a parameter.
@@ -180,12 +183,14 @@ class MergeMethod:
             parameters and other known values: the `statistic`, the `layer`, the number of
             `experts`, the `cosine` of the task vectors and their `squared_norms`; None if the
             change is not of that form.
-        unknown: why the change is not of that form.
+        unknown: why the change is not of that form; from the parameters where it depends on them.
         from_analysis: the parameters that are also options of an analysis; a plan uses the values
             of its analysis unless they are given.
         anchor: the default anchor of a plan.
         statistic: a first pass over the whole model.
-        data: the calibration that the method requires.
+        data: the calibration that the method requires with any parameters.
+        needed_data: returns the calibration that some of its parameters require, or None.
+        decides_data: the parameters that this depends on.
         inputs: the keywords that a driver supplies.
         matrixwise: whether whole matrices are decomposed or iterated on, which does not apply to
             vectors; all other methods perform a few operations per element. NaN and infinity in an
@@ -209,11 +214,15 @@ class MergeMethod:
     gain: str | None = None
     several_experts: bool = False
     affine: Callable[[Mapping[str, Any]], AffineUpdate | None] | None = None
-    unknown: str = "its change is not a multiple of a direction that the analysis measured"
+    unknown: str | Callable[[Mapping[str, Any]], str] = (
+        "its change is not a multiple of a direction that the analysis measured"
+    )
     from_analysis: tuple[str, ...] = ()
     anchor: Anchor = "two_base"
     statistic: Statistic | None = None
-    data: Literal["fisher", "gram"] | None = None
+    data: DataKind | None = None
+    needed_data: Callable[[Mapping[str, Any]], DataKind | None] = lambda parameters: None
+    decides_data: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     matrixwise: bool = False
     local: bool = False
@@ -260,6 +269,18 @@ class MergeMethod:
         """Return whether the merge requires a first pass over the whole model."""
         scope = self.complete(parameters).get("scope")
         return self.statistic is not None and scope == "model"
+
+    def data_for(self, parameters: Mapping[str, ParameterValue]) -> DataKind | None:
+        """Return the calibration that a merge with these parameters requires, or None.
+
+        >>> find_method("ip_merging").data_for({"projector": "off_inputs"})
+        'gram'
+        """
+        return self.data or self.needed_data(self.complete(parameters))
+
+    def reason_unknown(self, parameters: Mapping[str, ParameterValue]) -> str:
+        """Return why there is no exact preview with these parameters."""
+        return self.unknown if isinstance(self.unknown, str) else self.unknown(parameters)
 
     @property
     def needs_analysis(self) -> bool:

@@ -9,8 +9,8 @@ the task vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import hypot
-from typing import Annotated, TypeAlias
+from math import ceil, hypot
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,6 +38,37 @@ Rate: TypeAlias = Annotated[
     float, Range(low=0, low_open=True, help="learning rate of Adam", only_with=_ITERATES)
 ]
 Closed: TypeAlias = Annotated[bool, Range(help="compute the exact minimum instead of Adam steps")]
+_SOLVES = ("closed_form", (True,))
+Filter: TypeAlias = Annotated[
+    Literal["none", "swudi", "aswudi"],
+    Range(
+        help="filter the exact minimum: swudi by strength and a fixed number of directions, aswudi "
+        "by their effective number",
+        before="none",
+        only_with=(_SOLVES,),
+    ),
+]
+Kept: TypeAlias = Annotated[
+    float,
+    Range(
+        low=0,
+        high=1,
+        low_open=True,
+        help="share of the directions that swudi solves for",
+        before=0.65,
+        only_with=(("spectral_filter", ("swudi",)), _SOLVES),
+    ),
+]
+Start: TypeAlias = Annotated[
+    Literal["sum", "mean"],
+    Range(
+        help="the sum or the mean of the task vectors, which the filter keeps elsewhere",
+        before="sum",
+        only_with=(("spectral_filter", ("swudi", "aswudi")), _SOLVES),
+    ),
+]
+_SLACK = 1e-9  # rounding of a number of directions that is whole
+_SHARPNESS = 300.0  # of swudi's filter, as in the authors' code
 
 
 @merge_method(
@@ -59,6 +90,9 @@ def wudi(
     iterations: Steps = 300,
     learning_rate: Rate = 1e-5,
     closed_form: Closed = False,
+    spectral_filter: Filter = "none",
+    kept: Kept = 0.65,
+    start: Start = "sum",
     scale: Gain = 1.0,
     noise: Noise = None,
     report: Report = None,
@@ -71,10 +105,16 @@ def wudi(
             gradient is 2 (X G - C).
             closed_form: the exact minimum X = C G^+ (RegMean with the Gram matrices tau^T tau),
             over the existing directions of the stacked task vectors (`spectrum.existing`).
+            spectral_filter, with G = V diag(e) V^T and X0 the sum or the mean of the tau_i:
+            X = X0 + (C V diag(1 / e) - X0 V) diag(f) V^T,
+            swudi: f_j = 1 - exp(-300 e_j) for the first ceil(kept n) directions, else 0;
+            aswudi: f_j = 1 for the first ceil((sum_j sqrt e_j)^2 / sum_j e_j), else 0.
     Shapes: all (m, n). Zero task vectors are ignored; a single one is used unchanged.
     Source: WUDI-Merging, arXiv 2503.08099, where a_i = 1. An Adam step moves an element by at most
             about the learning rate, so that task vectors larger than iterations * rate do not
-            converge; this is the authors' method, and the closed form is an alternative.
+            converge; this is the authors' method, and the closed form is an alternative. The
+            filters are SWUDI and ASWUDI of the code of OptMerge, arXiv 2505.19892, where swudi
+            keeps 0.65 of the directions, or 0.85 for language models.
     """
     experts = as_list(math)
     dtype = result_dtype(base, mllm, *experts)
@@ -86,11 +126,13 @@ def wudi(
         return add_to_base(W0, W_v, vectors[0] if vectors else torch.zeros_like(W0), scale)
     units = [vector / torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
     units = [unit.to(dtype) for unit in units]
+    whole = torch.stack(vectors).sum(0)
     if closed_form:
-        return add_to_base(W0, W_v, _minimum(changes, units), scale)
-    start = torch.stack(vectors).sum(0)
+        first = whole if start == "sum" else whole / len(vectors)
+        X = _minimum(changes, units, spectral_filter, kept, first)
+        return add_to_base(W0, W_v, X, scale)
     gradient_of = _gradient_of(vectors, units)
-    X = _adam(start, gradient_of, iterations, learning_rate, report or (lambda _: None))
+    X = _adam(whole, gradient_of, iterations, learning_rate, report or (lambda _: None))
     return add_to_base(W0, W_v, X, scale)
 
 
@@ -124,12 +166,31 @@ def _adam(
     return X
 
 
-def _minimum(changes: Sequence[Change], units: Sequence[Tensor]) -> Tensor:
-    """Compute C G^+ = D (R^T)^+ with stacked unit task vectors R and D = [tau_i u_i^T ..]."""
+def _minimum(
+    changes: Sequence[Change], units: Sequence[Tensor], filtered: str, kept: float, start: Tensor
+) -> Tensor:
+    """Compute C G^+ = D (R^T)^+ with stacked unit task vectors R and D = [tau_i u_i^T ..].
+
+    With a filter, X0 + (C G^+ - X0) V diag(f) V^T.
+    """
     rows = torch.cat(list(units)).double()
     pairs = zip(changes, units, strict=True)
     D = torch.cat([change.vector.double() @ u.double().T for change, u in pairs], dim=1)
     noise = hypot(*(c.noise / float(torch.linalg.matrix_norm(c.vector)) for c in changes))
     found = existing(rows, noise)
     assert found.U is not None, "svd without U"
-    return ((D @ found.U) / found.S @ found.Vh).to(changes[0].vector)
+    solved = (D @ found.U) / found.S  # C G^+ V
+    if filtered == "none":
+        return (solved @ found.Vh).to(changes[0].vector)
+    X0, strengths = start.double(), _filter(found.S.square(), filtered, kept, rows.shape[1])
+    change = (solved - X0 @ found.Vh.T) * strengths @ found.Vh
+    return (X0 + change).to(changes[0].vector)
+
+
+def _filter(energies: Tensor, name: str, kept: float, n: int) -> Tensor:
+    """Return the weights f of directions with these eigenvalues, strongest first, of n in all."""
+    place = torch.arange(len(energies), device=energies.device)
+    if name == "swudi":
+        return -torch.expm1(-_SHARPNESS * energies) * (place < ceil(kept * n))
+    effective = float(energies.sqrt().sum().square() / energies.sum())
+    return (place < ceil(effective - _SLACK)).to(energies)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ipmerge_core.errors import CheckpointError
 from ipmerge_core.models.adapter_config import MERGE_FIRST, AdapterConfig
-from ipmerge_core.models.adapter_names import Lora, changes_of
+from ipmerge_core.models.adapter_names import Lora, changes_of, without_factors
 from ipmerge_core.models.addresses import split_address
 from ipmerge_core.models.checkpoint import (
     DTYPES,
@@ -66,8 +66,13 @@ class AdaptedCheckpoint(Checkpoint):
                 yield name, replace(spec, name=name)
 
     @property
+    def changed(self) -> list[str]:
+        """The names of the tensors whose values the adapter changes."""
+        return sorted(self._changes)
+
+    @property
     def remark(self) -> Remark:
-        """The rank of the adapter, what it changes, and a base other than the one it names."""
+        """The rank of the adapter, what it changes, and what does not fit its configuration."""
         lora = [change.lora for change in self._changes.values() if change.lora]
         ranks = sorted({found.rank for found in lora})
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -78,6 +83,13 @@ class AdaptedCheckpoint(Checkpoint):
             f"{kind} of rank {rank} on {len(lora)} matrices of '{_label(self.base)}'{more}; its "
             f"weights are computed while reading."
         )
+        if missing := sorted(without_factors(self._changes, self._settings, self.base)):
+            return Remark(
+                "adapter",
+                f"{message} It has no factors for {len(missing)} weights that its configuration "
+                f"names, '{missing[0]}' first: these are those of the base.",
+                "Was it saved or downloaded completely?",
+            )
         named = self._settings.base
         if named is None or _last(named).lower() == _last(self.base.id).lower():
             return Remark("adapter", message)

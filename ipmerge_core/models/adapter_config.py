@@ -8,6 +8,7 @@ Source: peft 0.21, `LoraConfig`, `get_pattern_key` and `check_target_module_exis
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +26,7 @@ from ipmerge_core.runtime.patterns import Pattern, compile_pattern
 
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload) and use the resulting model"
 _MOST_NAMES = 100_000
+_LONGEST_PATTERN = 10_000  # characters; a longer one of PEFT's is not checked
 _MOST_PATTERNS = 1024  # each is compared with every adapted module
 Rank: TypeAlias = Annotated[int, Field(ge=1, le=2**20)]
 _Few: TypeAlias = Annotated[list[Name], Field(max_length=_MOST_PATTERNS)]
@@ -101,8 +103,9 @@ class AdapterConfig:
         return found
 
     def compile(self) -> None:
-        """Compile the patterns of ranks, layers and saved modules. Raises: InvalidContentError."""
+        """Compile all patterns. Raises: InvalidContentError for an invalid one."""
         _ = self._ranks, self._alphas, self._layer_names, self._saved
+        _ = self._targeted, self._excluded
 
     @property
     def base(self) -> str | None:
@@ -197,7 +200,9 @@ class _Modules:
             return cls(frozenset(chosen or ()), None)
         try:
             return cls(None, compile_pattern(f"^(?:{chosen})$"))
-        except ValueError:
+        except ValueError as error:
+            if _is_invalid(chosen):
+                raise _invalid(chosen, error) from error
             return cls(None, None)
 
     def selects(self, module: str) -> bool | None:
@@ -240,6 +245,21 @@ def _compiled(pattern: str) -> Pattern:
     try:
         return compile_pattern(pattern)
     except ValueError as error:
-        raise InvalidContentError(
-            f"its pattern {reprlib.repr(pattern)} is not a valid regular expression ({error})"
-        ) from error
+        raise _invalid(pattern, error) from error
+
+
+def _invalid(pattern: str, error: Exception) -> InvalidContentError:
+    return InvalidContentError(
+        f"its pattern {reprlib.repr(pattern)} is not a valid regular expression ({error})"
+    )
+
+
+def _is_invalid(pattern: str) -> bool:
+    """Whether Python's own syntax, with which PEFT reads patterns, rejects one; never searches."""
+    if len(pattern) > _LONGEST_PATTERN:
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return True
+    return False

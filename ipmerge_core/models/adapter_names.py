@@ -28,6 +28,7 @@ _FACTOR = re.compile(
 _TOWERS = frozenset(("model", "language_model"))
 _INSIDE = frozenset(("vision_model", "text_model"))
 _HEAD = "lm_head.weight"
+_NUMBER = re.compile(r"[0-9]+")
 # Model types with the weights of `Conv1D` modules, which are stored transposed; PEFT ignores
 # fan_in_fan_out for all others.
 _TRANSPOSED_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
@@ -97,6 +98,25 @@ def changes_of(adapter: Checkpoint, config: AdapterConfig, base: Checkpoint) -> 
             f"{len(adapter.tensors)} tensors. Was it saved with PEFT's save_pretrained?"
         )
     return {name: Change(lora.get(name), saved.get(name)) for name in (*lora, *saved)}
+
+
+def without_factors(
+    changes: Mapping[str, Change], config: AdapterConfig, base: Checkpoint
+) -> list[str]:
+    """List the weights like the adapted ones that the configuration names but no factors change.
+
+    "Like" means equal names except for numbers, such as those of other layers. Only for modules
+    chosen by name: what a pattern selects depends on names that modules have in memory.
+    """
+    if not isinstance(config.target_modules, list):
+        return []
+    adapted = {name for name, change in changes.items() if change.lora}
+    kinds = {_NUMBER.sub("", name) for name in adapted}
+    return [
+        name
+        for name in base.tensors.keys() - adapted
+        if _NUMBER.sub("", name) in kinds and config.targets(name.removesuffix(".weight"))
+    ]
 
 
 def _factor_names(adapter: Checkpoint) -> dict[str, dict[str, str]]:

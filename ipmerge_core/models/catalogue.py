@@ -1,8 +1,9 @@
-"""Catalogue of known models, pairs and presets, with their sources.
+"""Catalogue of known models, pairs, presets and scenarios, with their sources.
 
-In: `catalogue.json` in this folder. Out: known models, pairs and presets as plain values, and the
-likely base of a model. Every entry names its source; an unverified licence is None, and a preset
-records whether it comes from a paper, its public code, or this project. No network, no torch.
+In: `catalogue.json` in this folder. Out: known models, pairs, presets and the tasks of scenarios as
+plain values, and the likely base of a model. Every entry names its source; an unverified licence is
+None, and a preset records whether it comes from a paper, its public code, or this project. No
+network, no torch.
 """
 
 from __future__ import annotations
@@ -57,12 +58,26 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Scenario:
+    """What to evaluate when a skill is transferred: the skill itself and what it may cost.
+
+    `tasks` are those of `ipmerge evaluate`, `harness` those of lmms-eval.
+    """
+
+    skill: str
+    tasks: tuple[str, ...]
+    harness: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
 class Catalogue:
     """The contents of the catalogue."""
 
     models: dict[str, KnownModel]
     pairs: tuple[KnownPair, ...]
     presets: tuple[Preset, ...]
+    scenarios: dict[str, Scenario]
 
 
 @cache
@@ -80,7 +95,23 @@ def load_catalogue() -> Catalogue:
             KnownPair(**{**entry, "math": tuple(entry["math"])}) for entry in content["pairs"]
         ),
         presets=tuple(Preset(**entry) for entry in content["presets"]),
+        scenarios={
+            entry["skill"]: Scenario(
+                **{**entry, "tasks": tuple(entry["tasks"]), "harness": tuple(entry["harness"])}
+            )
+            for entry in content["scenarios"]
+        },
     )
+
+
+def scenario_of(skill: str | None) -> Scenario:
+    """Return what to evaluate for a skill of a pair or an expert; of math if it is unknown.
+
+    >>> scenario_of("language").harness[0]
+    'cmmmu_val'
+    """
+    scenarios = load_catalogue().scenarios
+    return scenarios.get(skill or "", scenarios["math"])
 
 
 def find_model(name: str) -> KnownModel | None:

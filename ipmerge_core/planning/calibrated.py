@@ -9,6 +9,7 @@ from ipmerge_core.analysis.records import Sources
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
+from ipmerge_core.methods.registry import DataKind
 from ipmerge_core.runtime.input_files import CLOSED, Location, Name
 from ipmerge_core.runtime.paths import resolve_path
 
@@ -27,28 +28,33 @@ class Calibrated:
 
     @classmethod
     def find(
-        cls, method: MergeMethod, folder: str | Path | None, sources: Sources
+        cls,
+        method: MergeMethod,
+        kind: DataKind | None,
+        folder: str | Path | None,
+        sources: Sources,
     ) -> Calibrated | None:
-        """Open the calibration in a folder for a method; None if the method needs none.
+        """Open the calibration of a kind in a folder for a method; None if it needs none.
 
         Raises:
             PlanError: the calibration is missing, or the method does not use one.
             CheckpointError, PairingError: it cannot be read, or is of other models.
         """
-        if method.data is None:
+        if kind is None:
             if folder is not None:
                 raise PlanError(
-                    f"{method.label} does not use calibration data; omit the calibration."
+                    f"{method.label} with these parameters does not use calibration data; omit the "
+                    f"calibration."
                 )
             return None
         if folder is None:
             raise PlanError(
-                f"{method.label} requires {_NEEDED[method.data]} of every model. Run `ipmerge "
-                f"calibrate --kind {method.data}` and pass its output folder as calibration, or "
+                f"{method.label} requires {_NEEDED[kind]} of every model. Run `ipmerge "
+                f"calibrate --kind {kind}` and pass its output folder as calibration, or "
                 f"choose a method that needs no calibration data."
             )
         found = Measurements.open(folder)
-        found.check(sources.merged(), method.data)
+        found.check(sources.merged(), kind)
         counts = (f"{model.role}: {model.samples} samples" for model in found.models)
         return cls(str(resolve_path(folder)), found.digest, tuple(counts))
 

@@ -73,6 +73,16 @@ def describe_change(plan: MergePlan, verb: str = "change") -> str:
     return f"{change} (approximate: {found.approximate})" if found.approximate else change
 
 
+def advice_on(plan: MergePlan) -> str:
+    """Return what the sizes of a plan's preview suggest, as a sentence; empty for nothing."""
+    if plan.parameters.get("budget") != 0:
+        return ""  # it is set, or the method has none
+    try:
+        return plan.preview().advice
+    except PlanError:
+        return ""
+
+
 def describe_selection(plan: MergePlan) -> str:
     """Describe how many matrices are merged, per expert if there are several.
 

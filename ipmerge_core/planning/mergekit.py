@@ -249,6 +249,38 @@ def _write_karcher(plan: MergePlan) -> dict[str, Any]:
     return {"merge_method": "karcher", "models": _models(plan, {}, {}), "dtype": "float32"}
 
 
+def _write_multislerp(plan: MergePlan) -> dict[str, Any]:
+    p, experts = plan.parameters, len(plan.sources.math)
+    own = 1 / (1 + experts) if p["alpha"] is None else cast("float", p["alpha"])
+    base = {} if p["of"] == "weights" else {"base_model": _reference(plan.sources.base)}
+    weights = {"weight": _limited(own, 1.0)}, {"weight": _limited((1 - own) / experts, 0.0)}
+    return {"merge_method": "multislerp", **base, "models": _models(plan, *weights), **_FP32}
+
+
+def _write_model_stock(plan: MergePlan) -> dict[str, Any]:
+    _refuse_unless(plan, models="all")
+    return {
+        "merge_method": "model_stock",
+        "base_model": _reference(plan.sources.base),
+        "models": _models(plan, {}, {}),
+        "parameters": {"filter_wise": plan.parameters["per"] == "row"},
+        **_FP32,
+    }
+
+
+def _write_ram(plan: MergePlan) -> dict[str, Any]:
+    p = plan.parameters
+    plus = {"r": p["boost"], "alpha": p["boost_cap"]} if p["boost"] else {}
+    return {
+        "merge_method": "ramplus_tl" if plus else "ram",
+        "base_model": _reference(plan.sources.base),
+        "models": _models(plan, {}, {}),
+        "parameters": {**plus, "epsilon": p["epsilon"]},
+        **_FP32,
+    }
+
+
+_FP32 = {"dtype": "float32"}
 _ELEMENTWISE = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "della")
 WRITERS: dict[str, Callable[[MergePlan], dict[str, Any]]] = {
     **dict.fromkeys(_ELEMENTWISE, _write_elementwise),
@@ -257,6 +289,9 @@ WRITERS: dict[str, Callable[[MergePlan], dict[str, Any]]] = {
     "nuslerp": _write_nuslerp,
     "sce": _write_sce,
     "karcher": _write_karcher,
+    "multislerp": _write_multislerp,
+    "model_stock": _write_model_stock,
+    "ram": _write_ram,
 }
 
 

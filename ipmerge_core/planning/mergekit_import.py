@@ -56,6 +56,7 @@ _DEFAULTS = {
     "della": _Defaults(normalize=True, rescale=True),
     "della_linear": _Defaults(rescale=True),
 }
+_OURS = {"della_linear": "della", "ramplus_tl": "ram"}  # our names of other methods
 _Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 _KNOWN = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
 
@@ -120,7 +121,7 @@ def import_recipe(text: str | bytes) -> Recipe:
             f"This is not a mergekit recipe: {error}. Expected YAML with a merge_method and models."
         ) from error
     method = recipe["merge_method"]
-    ours = "della" if method == "della_linear" else method
+    ours = _OURS.get(method, method)
     if ours not in WRITERS:
         raise PlanError(f"The method '{method}' of the recipe is not one of: {', '.join(WRITERS)}.")
     names, parts = _read_models(recipe)
@@ -128,7 +129,7 @@ def import_recipe(text: str | bytes) -> Recipe:
     values = _READERS.get(ours, _read_elementwise)(reader)
     reader.refuse_the_rest()
     base = recipe.get("base_model") if ours != "slerp" else None
-    if ours == "nuslerp":
+    if ours in ("nuslerp", "multislerp"):
         values["of"] = "weights" if base is None else "task_vectors"
     layer_gains = values.pop("layer_gains", ())
     arguments = {"method": ours, **find_method(ours).complete(values)}
@@ -327,12 +328,41 @@ def _read_sce(reader: _Reader) -> dict[str, Any]:
     return {"select_topk": reader.one("select_topk", 1.0)}
 
 
+def _read_multislerp(reader: _Reader) -> dict[str, Any]:
+    host, expert = (_number("weight", value) for value in reader.both("weight"))
+    if not _switch(reader, "normalize_weights", True):
+        raise PlanError(
+            "The recipe's multislerp has normalize_weights false, which a plan cannot express."
+        )
+    share = host / _divisor(reader, host, expert)
+    if not 0 <= share <= 1:
+        raise PlanError(
+            f"The MLLM has a share of {share:g} in the recipe's multislerp; a plan has one in "
+            f"[0, 1]. Use weights >= 0."
+        )
+    return {"alpha": share}
+
+
+def _read_model_stock(reader: _Reader) -> dict[str, Any]:
+    return {"per": "row" if _switch(reader, "filter_wise", False) else "tensor"}
+
+
+def _read_ram(reader: _Reader) -> dict[str, Any]:
+    values = {"epsilon": reader.one("epsilon", 1e-5)}
+    if reader.method == "ramplus_tl":
+        values |= {"boost": reader.one("r", 0.1), "boost_cap": reader.one("alpha", 0.2)}
+    return values
+
+
 _READERS: dict[str, Callable[[_Reader], dict[str, Any]]] = {
     "linear": _read_linear,
     "slerp": _read_slerp,
     "nuslerp": _read_nuslerp,
     "sce": _read_sce,
     "karcher": lambda reader: {},
+    "multislerp": _read_multislerp,
+    "model_stock": _read_model_stock,
+    "ram": _read_ram,
 }
 
 

@@ -280,3 +280,23 @@ _READERS: dict[Kind, Callable[[Option, Any], Any]] = {
     "rules": _read_rules,
 }
 OPTIONS: Mapping[str, Option] = {each.name: _option(each) for each in fields(PlanOptions)}
+
+
+def read_value(text: str, kind: str) -> float | int | bool | str | None:
+    """Convert the text of a method's parameter; what is not a value of its kind stays a text.
+
+    The validation of the method reports such a text with the values that it expects.
+
+    >>> read_value("0.5", "float"), read_value("None", "int"), read_value("sum", "choice")
+    (0.5, None, 'sum')
+    """
+    if text.lower() in ("true", "false"):  # also for choices that used to be boolean
+        return text.lower() == "true"
+    if kind == "choice":
+        return text
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text) if kind == "int" else float(text)
+    except ValueError:
+        return text

@@ -156,7 +156,7 @@ class MergePlan:
     def allows(self, name: str) -> bool:
         """Whether an additional tensor, by the base's name, is included and not excluded."""
         options = replace(self.options, overrides={})
-        return Scope.of(options, find_method(self.method)).allows(name, True)
+        return Scope.of(options, calibrated=self.calibration is not None).allows(name, True)
 
     def preview(self) -> Preview:
         """Compute how the merge will change the model, without reading weights.
@@ -306,7 +306,8 @@ def make_plan(
     check_choice(similarity_threshold, similarity)
     check_used(chosen, similarity_threshold, similarity, own)
     _check_source(chosen, source)
-    scope = Scope.of(options, chosen)
+    kind = chosen.data_for(complete)
+    scope = Scope.of(options, calibrated=kind is not None)
     threshold = similarity_threshold if chosen.needs_analysis else None
     if isinstance(source, Analysis):
         decisions = decide(source, similarity, threshold, scope)
@@ -315,7 +316,7 @@ def make_plan(
         decisions = take_all(source.matrices, len(source.math), scope)
         (sources, totals), records = describe(source), ()
     _check_overrides(options.overrides, decisions)
-    check_extras(chosen, options)
+    check_extras(chosen, options, calibrated=kind is not None)
     layers = len({decision.layer for decision in decisions})
     check_layer_gains(chosen, options.layer_gains, complete, layers)
     return MergePlan(
@@ -329,7 +330,7 @@ def make_plan(
         totals=totals,
         decisions=tuple(decisions),
         records=records,
-        calibration=Calibrated.find(chosen, calibration, sources),
+        calibration=Calibrated.find(chosen, kind, calibration, sources),
         tokens=_share_tokens(source) if options.embeddings == "merge-shared" else None,
         statistic=known_statistic(chosen, complete, records, decisions),
         analysed=analysed or None,

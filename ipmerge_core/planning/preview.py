@@ -19,7 +19,12 @@ from ipmerge_core.planning.options import shown
 from ipmerge_core.runtime.input_files import CLOSED, Count, InvalidContentError, Name
 from ipmerge_core.spectral.kinds import Anchor
 
+SMALL_SHARE = 0.25  # of the expert's change: no smaller update moved the demo's skill
 _QUICK = "the analysis was a quick one of the leading directions only"
+_NOT_MEASURED = (
+    "the analysis does not contain this update of every matrix: an older version made it, or "
+    "some are experts of a mixture. Analyse the pair again for a preview"
+)
 _UNKNOWN = "the plan does not record its analysis options; make it again for an exact preview"
 
 
@@ -63,6 +68,11 @@ class Preview:
     if one of the two is zero. They describe geometry, not accuracy. `not_counted` lists what is
     merged in addition to the decoder matrices and not included in the numbers. `approximate` states
     why the numbers are approximate; empty if they are exact.
+
+    `update_share` is the size of the experts' part of the update relative to the experts' own
+    change, ||b X||_F / ||sum dM_k||_F, as the median over the merged matrices; None if nothing is
+    merged. `expert_change` is the size of the experts' own change, relative to the weights of the
+    merged matrices.
     """
 
     selected: tuple[str, ...]
@@ -75,8 +85,23 @@ class Preview:
     layer_change: dict[int, float]
     keep: float | None
     absorb: float | None
+    update_share: float | None = None
+    expert_change: float = 0.0
     not_counted: tuple[str, ...] = ()
     approximate: str = ""
+
+    @property
+    def advice(self) -> str:
+        """A sentence on an update that is probably too small to matter; empty for others."""
+        share, change = self.update_share, self.expert_change
+        if share is None or share >= SMALL_SHARE or not change or not self.relative_change:
+            return ""
+        return (
+            f"In half of the merged matrices the update has less than {max(share, 1e-4):.2g} of "
+            f"the size of the math model's own change, which is probably too small to matter. A "
+            f"budget of {change:.2g} gives every matrix the relative change that the math model "
+            f"has on average."
+        )
 
 
 @dataclass
@@ -90,6 +115,8 @@ class _Products:
     vx: float = 0.0
     ux: float = 0.0
     xx: float = 0.0
+    dd: float = 0.0  # ||sum dM_k||^2 of the experts' own changes
+    share: float = 0.0  # ||b X|| / ||sum dM_k|| of one matrix
 
     def add(self, other: _Products) -> None:
         for name in self.__dataclass_fields__:
@@ -140,6 +167,8 @@ def preview(
     decisions = list(decisions)
     whole = _Products()
     layers: dict[int, _Products] = {}
+    shares: list[float] = []
+    chosen = _Products()
     reasons: set[str] = set()
     for decision in decisions:
         records_of = by_matrix[decision.name]
@@ -147,6 +176,9 @@ def preview(
         reasons |= {update.approximate} if decision.experts else set()
         products = _matrix_products(records_of, decision.experts, update)
         whole.add(products)
+        if decision.experts:
+            shares.append(products.share)
+            chosen.add(products)
         layers.setdefault(decision.layer, _Products()).add(products)
     merged = [decision for decision in decisions if decision.experts]
     touched = sum(decision.numel for decision in merged)
@@ -161,6 +193,8 @@ def preview(
         layer_change={layer: products.change for layer, products in sorted(layers.items())},
         keep=whole.keep,
         absorb=whole.absorb,
+        update_share=_median(shares),
+        expert_change=math.sqrt(max(chosen.dd, 0.0) / chosen.weight) if chosen.weight else 0.0,
         approximate="; ".join(sorted(reasons - {""})),
     )
 
@@ -180,11 +214,31 @@ def _matrix_products(
         products.vx += own * norms.inner
         crossed = sum(share[other] * norms.cross[other] for other in experts if other < expert)
         products.xx += own * own * norms.norm2 + 2 * own * crossed
+        plain = records[expert].updates["select_only"]
+        products.dd += plain.norm2 + 2 * sum(plain.cross[e] for e in experts if e < expert)
         noise += update.expert_noise * own * own * norms.norm2
+    if update.budget:
+        factor = _budget_factor(update.budget, products)
+        products.vx *= factor
+        products.xx *= factor * factor
+    if products.dd > 0:
+        products.share = abs(b) * math.sqrt(max(products.xx, 0.0) / products.dd)
     products.vu = a * products.vv + b * products.vx
     products.ux = a * products.vx + b * products.xx
     products.uu = a * products.vu + b * products.ux + noise
     return products
+
+
+def _median(values: Sequence[float]) -> float | None:
+    ordered, middle = sorted(values), len(values) // 2
+    if not ordered:
+        return None
+    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def _budget_factor(budget: float, products: _Products) -> float:
+    """Return budget ||W_mllm|| / ||X||; 0 if X is zero."""
+    return budget * math.sqrt(products.weight / products.xx) if products.xx > 0 else 0.0
 
 
 def known_statistic(
@@ -239,8 +293,10 @@ def known_update(
         "squared_norms": (records[0].mllm_norm2, *(record.math_norm2 for record in records)),
     }
     update = method.affine({**parameters, **facts}) if method.affine else None
-    if update is None or update.direction not in records[0].updates:
-        raise _unknown(method, method.unknown)
+    if update is None:
+        raise _unknown(method, method.reason_unknown(parameters))
+    if update.direction not in records[0].updates:
+        raise _unknown(method, _NOT_MEASURED)
     # The analysis has no inner products for task vectors relative to other bases.
     elsewhere = own_base and anchor in ("root", "interp")
     moved = None if elsewhere else update.from_anchor(anchor, len(records))

@@ -30,9 +30,9 @@ class Scope(NamedTuple):
     exclude: Pattern | None
 
     @classmethod
-    def of(cls, options: PlanOptions, method: MergeMethod) -> Scope:
-        """Make the scope of a plan's options; without modules for a method that needs data."""
-        modules = options.modules if method.data is None else None
+    def of(cls, options: PlanOptions, *, calibrated: bool) -> Scope:
+        """Make the scope of a plan's options; without modules for a plan that needs data."""
+        modules = None if calibrated else options.modules
         return cls(modules, options.overrides, _compile(options.include), _compile(options.exclude))
 
     def covers(self, module: str) -> bool:
@@ -56,9 +56,9 @@ def _compile(pattern: str | None) -> Pattern | None:
     return None if pattern is None else compile_pattern(pattern)
 
 
-def check_extras(method: MergeMethod, options: PlanOptions) -> None:
+def check_extras(method: MergeMethod, options: PlanOptions, *, calibrated: bool) -> None:
     """Check that the method can merge the requested modules and extras. Raises: PlanError."""
-    if method.data is not None and options.modules != "projections":
+    if calibrated and options.modules != "projections":
         raise PlanError(
             f"{method.label} requires calibration data, which are measured for q, k, v, o, gate, "
             f"up and down only. Use modules=projections, or a method without calibration."

@@ -7,6 +7,7 @@ Use them with gradio_client: `Client(url).predict(pack="pack", api_name="/previe
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,18 +17,22 @@ from gradio.block_function import BlockFunction
 from gradio.components.api_component import Api
 from gradio.events import api
 
-from ipmerge_core.errors import PlanError
+from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.inference.generation import GenerationSettings
 from ipmerge_core.inference.images import open_image
+from ipmerge_core.runtime.job_lists import describe_job
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.runtime.paths import expand_path
 from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
 from ipmerge_core.ui.api_requests import decoded_image, read_conversation
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import BASE, PLAN, Question, Side, answer_both
+from ipmerge_core.ui.chat.answers import Question, Side, answer_question
+from ipmerge_core.ui.chat.columns import BASE, PLAN
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import public_text, show_errors
+from ipmerge_core.ui.evaluate.results import read_result, result_json
+from ipmerge_core.ui.evaluate.start import Asked, Varied, result_of, start_evaluation_of
 from ipmerge_core.ui.finished_merges import find_merge
 from ipmerge_core.ui.live_answers import AskedColumn, answer_columns
 from ipmerge_core.ui.merge.tab import check_digest, readiness_of
@@ -37,6 +42,7 @@ from ipmerge_core.ui.method_choice import (
     FIELDS,
     MethodChoice,
     chosen_plan,
+    data_kind,
 )
 from ipmerge_core.ui.pairs import list_packs, load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
@@ -75,7 +81,7 @@ class AppBlocks(gr.Blocks):
 
 def add_endpoints(backend: Backend) -> None:
     """Add every endpoint to the open Blocks."""
-    for make in (_packs, _plans, _runs, _answers):
+    for make in (_packs, _plans, _runs, _evaluations, _answers):
         for endpoint in make(backend):
             api(
                 show_errors(endpoint, in_page=False),
@@ -229,6 +235,84 @@ def _runs(backend: Backend) -> list[Callable[..., Any]]:
     return [merge_start, analyse_start, job_status, job_cancel, job_resume]
 
 
+def _evaluations(backend: Backend) -> list[Callable[..., Any]]:
+    def evaluate_start(
+        pack: str,
+        tasks: list[str] = ["demo"],  # noqa: B006
+        limit: int = 25,
+        kind: str = "models",
+        parameter: str = "",
+        values: str = "",
+        parameter2: str = "",
+        values2: str = "",
+        merges: list[str] = [],  # noqa: B006
+        keys: dict[str, str] = {},  # noqa: B006
+        replace_by: str = "constant",
+        modules: list[str] = ["attention", "mlp"],  # noqa: B006
+        stride: int = 1,
+        seed: int = 0,
+        device: str = "auto",
+        similarity_threshold: float = 0.4,
+        lambda_: float = 1.0,
+        similarity: str = "first",
+        variant: str = "sum",
+        overrides: dict[str, str] = {},  # noqa: B006
+        method: str = EXPLORED_METHOD,
+        parameters: dict[str, Any] = {},  # noqa: B006
+        options: dict[str, Any] = {},  # noqa: B006
+        calibration: str = "",
+    ) -> dict[str, str]:
+        """Start an evaluation on tasks; returns the run's id and key immediately.
+
+        The kind is models (the unmerged model, the plan, and finished `merges` by run id or folder
+        name, on a Space with their `keys`), sweep (over `parameter` with `values`, separated by
+        commas, and perhaps a second one), ablation, or knockout. The plan is described as for
+        /preview. Math tasks are evaluated together with their perception part. /evaluation_result
+        returns the result when the run has finished.
+        """
+        choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
+        described = PlanRequest(method, parameters, options, calibration)
+        plan = _requested_plan(backend, pack, choice, described)
+        asked = Asked(
+            kind=kind,
+            tasks=_texts("tasks", tasks),
+            limit=limit,
+            seed=seed,
+            varied=(Varied(parameter, values), Varied(parameter2, values2)),
+            merges=_texts("merges", merges),
+            replace_by=replace_by,
+            modules=_texts("modules", modules),
+            stride=stride,
+            device=device,
+        )
+        started = start_evaluation_of(backend, pack, plan, f"plan {plan.hash}", asked, keys=keys)
+        return {"job_id": started.id, "key": started.key}
+
+    def evaluation_result(job_id: str, key: str = "") -> Json:
+        """Return the result of a finished evaluation: all scores, tests and replies.
+
+        On a Space the key of the run is required.
+        """
+        status = backend.store.status(job_id)
+        if backend.hosted and not backend.store.holds_key(job_id, key):
+            raise RunError("The result of another visitor's run is not available without its key.")
+        if status.state != "finished":
+            raise RunError(f"The run '{status.title}' is {status.state}; it has no result yet.")
+        about = describe_job(backend.store, job_id).about
+        result = result_of(str(status.arguments.get("out", "")))
+        found = read_result(result, about.get("pack", ""))
+        return json.loads(result_json(found))  # type: ignore[no-any-return]
+
+    return [evaluate_start, evaluation_result]
+
+
+def _texts(name: str, values: object) -> tuple[str, ...]:
+    """Check that a value is a list of texts. Raises: PlanError."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise PlanError(f"`{name}` must be a list of texts.")
+    return tuple(values)
+
+
 def _answers(backend: Backend) -> list[Callable[..., Any]]:
     def answer_pair(
         pack: str,
@@ -255,11 +339,11 @@ def _answers(backend: Backend) -> list[Callable[..., Any]]:
         """
         choice = _choice(pack, similarity_threshold, lambda_, similarity, variant, overrides)
         settings = GenerationSettings(temperature, max_new_tokens, seed)
-        picture = open_image(decoded_image(image)) if image else None
+        pictures = (open_image(decoded_image(image)),) if image else ()
         keys = _checked_sides(backend, pack, {left: left_key, right: right_key})
         chosen = ChosenMerge(pack, choice, by="explore")
-        asked = Question(chosen, question, picture, settings, left, right, keys)
-        for first, second in answer_both(backend, asked):
+        asked = Question(chosen, question, pictures, settings, (left, right), keys)
+        for first, second in answer_question(backend, asked):
             yield {"base": _side_json(first), "merged": _side_json(second)}
 
     def answer(
@@ -388,7 +472,11 @@ def _calibration_folder(backend: Backend, pack: str, asked: PlanRequest) -> str:
     """
     if not asked.calibration:
         return ""
-    folders = backend.finished_calibrations(pack, asked.method)
+    explored = asked.method == EXPLORED_METHOD
+    kind = data_kind(MethodChoice(EXPLORED if explored else asked.method, asked.parameters))
+    if kind is None:
+        raise PlanError("These parameters need no calibration. Omit it.")
+    folders = backend.finished_calibrations(pack, kind)
     for folder in folders:
         if folder.name == asked.calibration:
             return str(folder)

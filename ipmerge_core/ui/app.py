@@ -23,18 +23,19 @@ from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.analyse.panel import lay_out_panel, wire_panel
 from ipmerge_core.ui.api import AppBlocks, add_endpoints
 from ipmerge_core.ui.backend import MODULES, Backend
-from ipmerge_core.ui.chat.recorded import unreadable_examples
-from ipmerge_core.ui.chat.side_choice import (
+from ipmerge_core.ui.chat.column_choice import (
     TryFinished,
     remembered_merges,
     wire_try_it,
     with_run,
 )
+from ipmerge_core.ui.chat.recorded import unreadable_examples
 from ipmerge_core.ui.chat.tab import try_tab
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.tab import cite_tab
 from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET, public_text
+from ipmerge_core.ui.evaluate.tab import evaluate_tab
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
 from ipmerge_core.ui.merge.download import download_route
 from ipmerge_core.ui.merge.permalink import Permalink
@@ -65,7 +66,7 @@ QUEUE = 1000  # waiting calls of all kinds
 WAITING = {"models": 32}  # waiting calls of the kinds that take long
 SCRIPT = Path(__file__).with_name("page.js")
 STORAGE = SCRIPT.parent / "web" / "storage.js"
-STYLE = ROOT / "assets" / "style.css"
+STYLES = (ROOT / "assets" / "style.css", SCRIPT.parent / "chat" / "style.css")
 
 
 def left_out() -> str:
@@ -118,7 +119,7 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
             arrived = wire_panel(app, backend, panel, pair, view, tabs, poll)
             # The analysis of the chosen pair may have finished.
             parts.merging.gate.check_after(arrived.success)
-            remembered = (parts.job, analysis, parts.calibration)
+            remembered = (parts.job, analysis, parts.calibration, parts.evaluation)
             frame = Frame(runs, pair, view, parts.taking, parts.merging.method, *remembered)
             parts.link.write_after(wire_run_list(backend, frame, poll))
         add_endpoints(backend)
@@ -136,12 +137,13 @@ class _Parts(NamedTuple):
     link: Permalink
     job: gr.BrowserState
     calibration: gr.BrowserState
+    evaluation: gr.BrowserState
 
 
 def _add_tabs(
     app: gr.Blocks, backend: Backend, pair: gr.Dropdown, chosen: gr.State, poll: RunPoll
 ) -> _Parts:
-    job, calibration = remembered_run("job"), remembered_run("calibration")
+    job, calibration, evaluation = map(remembered_run, ("job", "calibration", "evaluation"))
     runs, link = remembered_merges(), Permalink(chosen)
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
@@ -160,16 +162,27 @@ def _add_tabs(
                 tab=merge,
             )
         merging.started.success(with_run, [runs, job], runs, queue=False, **QUIET)
-        taking = TryFinished(backend, trying.sides, tabs)
+        taking = TryFinished(backend, trying.choice, tabs)
         taken = wire_try_it(taking, merging.try_it)
+        with gr.Tab("Evaluate", id="evaluate", elem_id="tab-evaluate") as evaluating:
+            evaluated = evaluate_tab(
+                backend,
+                pair,
+                chosen,
+                trying.fill.parts,
+                tabs,
+                poll=poll,
+                memory=evaluation,
+                tab=evaluating,
+            )
         with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
             compare_tab(pair, chosen, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
             cite_tab(chosen, cite, explore.opened)
     link.read(app)
-    for event in (explore.opened, taken, *trying.chose):
+    for event in (explore.opened, taken, *trying.chose, *evaluated.chose):
         link.write_after(event)
-    return _Parts(explore, merging, taking, link, job, calibration)
+    return _Parts(explore, merging, taking, link, job, calibration, evaluation)
 
 
 def page_script() -> str:
@@ -204,7 +217,7 @@ def launch(
         prevent_thread_lock=not block,
         quiet=quiet,
         theme=theme(),
-        css_paths=[STYLE],
+        css_paths=[*STYLES],
         js=page_script(),
         head=f"<script>{STORAGE.read_text('utf-8')}</script>",
         footer_links=["api", "settings"],

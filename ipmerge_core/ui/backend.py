@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ipmerge_core.adapters.live import LiveModel
     from ipmerge_core.adapters.live_cache import LiveCache
     from ipmerge_core.calibration.calibrate import CalibrationCost
+    from ipmerge_core.calibration.store import Kind
     from ipmerge_core.inference.loading import LoadedModel, ModelCache
     from ipmerge_core.inference.precisions import Precision
     from ipmerge_core.planning.plan import MergePlan
@@ -217,7 +218,7 @@ class Backend:
     def start_calibration(
         self,
         pack_id: str,
-        method: str,
+        kind: Kind,
         seen: str,
         read: str,
         limit: int,
@@ -225,7 +226,7 @@ class Backend:
         device: str = "auto",
         owner: str = "",
     ) -> Started:
-        """Start a run that calibrates a pair's models on samples for a method that needs it.
+        """Start a run that calibrates a pair's models on samples.
 
         If a run of the same `owner` is measuring the same, return that run. Every other run gets a
         folder of its own.
@@ -235,7 +236,6 @@ class Backend:
         """
         from ipmerge_core.calibration.calibrate import iter_calibration_of
         from ipmerge_core.calibration.samples import check_source, is_demo
-        from ipmerge_core.methods import find_method
 
         if self.hosted and not (is_demo(seen) and is_demo(read)):
             raise RunError(
@@ -243,7 +243,6 @@ class Backend:
             )
         for source, takes_images in ((seen, True), (read, False)):
             check_source(source, limit, takes_images=takes_images)
-        kind = str(find_method(method).data)
         sources = analysis_of(pack_id).sources
         stem = f"{Path(sources.mllm.id).name}-{kind}"
         arguments = {
@@ -294,26 +293,20 @@ class Backend:
         unfinished = (status for status in self.store.all() if status.state != "finished")
         return any(status.arguments.get("out") == str(out) for status in unfinished)
 
-    def finished_calibrations(self, pack_id: str, method: str) -> list[Path]:
-        """List the calibrations that a method can use for a pair, newest last."""
+    def finished_calibrations(self, pack_id: str, kind: Kind) -> list[Path]:
+        """List the calibrations of a kind for a pair, newest last."""
         from ipmerge_core.calibration.store import find_finished
-        from ipmerge_core.methods import find_method
 
         sources = analysis_of(pack_id).sources
-        kind = find_method(method).data
-        assert kind is not None, f"{method} needs no data"
         found = find_finished(self.calibrations_folder, sources.merged(), kind)
         return sorted(found, key=lambda folder: folder.stat().st_mtime)
 
-    def calibration_cost(self, pack_id: str, method: str) -> CalibrationCost:
+    def calibration_cost(self, pack_id: str, kind: Kind) -> CalibrationCost:
         """Estimate the cost of a calibration. Raises: IPMergeError if a model is missing."""
         from ipmerge_core.calibration.calibrate import estimate_calibration
         from ipmerge_core.calibration.passes import CalibrationSettings
-        from ipmerge_core.methods import find_method
         from ipmerge_core.planning.plan import open_sources
 
-        kind = find_method(method).data
-        assert kind is not None, f"{method} needs no data"
         pair = open_sources(analysis_of(pack_id).sources)
         folder, settings = self.calibrations_folder, CalibrationSettings(kind)
         return estimate_calibration(pair, folder, settings, 1, 1)

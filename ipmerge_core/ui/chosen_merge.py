@@ -19,6 +19,7 @@ from ipmerge_core.planning.options import ANCHORS, shown
 from ipmerge_core.ui.errors import sentence_of
 from ipmerge_core.ui.finished_merges import FinishedMerge, method_label
 from ipmerge_core.ui.method_choice import (
+    ALSO_IN_EXPLORE,
     EXPLORED_METHOD,
     FIELDS,
     SET_IN_EXPLORE,
@@ -39,12 +40,14 @@ from ipmerge_core.ui.safe_text import as_html
 if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
-Origin = Literal["start", "explore", "record", "merge", "folder"]
+Origin = Literal["start", "explore", "kept", "record", "merge", "default", "folder"]
 PLACES: Mapping[Origin, str] = {
     "start": "plan in Explore",
     "explore": "plan in Explore",
+    "kept": "plan kept in Explore",
     "record": "plan of the recorded answers",
     "merge": "method in Merge",
+    "default": "other method",
 }
 METHOD_KEY, VALUE_KEY, OPTION_KEY = "method", "p.", "o."  # of the permalink
 LONGEST_VALUE = 200  # characters of a value in a link
@@ -225,21 +228,29 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
         for option in FIELDS
         if content.get(option.name) not in (None, option.default, list(option.default or ()))
     }
-    if choice is not None:
-        values = {name: value for name, value in values.items() if name not in SET_IN_EXPLORE}
-        return Recipe(choice, MethodChoice(values=values, options=options))
-    selects = ("similarity", "similarity_threshold") if method.needs_analysis else ()
-    values |= {name: content[name] for name in selects if content.get(name) is not None}
     calibration = content.get("calibration") or {}
     folder = str(calibration.get("folder", "")) if isinstance(calibration, Mapping) else ""
+    if choice is not None:
+        values = {name: value for name, value in values.items() if name not in _in_map(values)}
+        return Recipe(choice, MethodChoice(values=values, options=options, calibration=folder))
+    selects = ("similarity", "similarity_threshold") if method.needs_analysis else ()
+    values |= {name: content[name] for name in selects if content.get(name) is not None}
     rules = PlanChoice(overrides=dict(content.get("overrides") or {}))
     return Recipe(rules, MethodChoice(method.name, values, options, folder))
 
 
+def _in_map(values: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the parameters that Explore sets for a plan with these values."""
+    also = values.get(ALSO_IN_EXPLORE) in {v.get(ALSO_IN_EXPLORE) for v in VARIANTS.values()}
+    return SET_IN_EXPLORE | ({ALSO_IN_EXPLORE} if also else set())
+
+
 def _map_choice(content: Mapping[str, Any], values: Mapping[str, Any]) -> PlanChoice | None:
     """Return the plan as Explore sets it, or None if it cannot be set there."""
-    own = {name: value for name, value in values.items() if name in SET_IN_EXPLORE}
-    rest = {name: value for name, value in own.items() if name != "lambda_"}
+    own = {name: value for name, value in values.items() if name in _in_map(values)}
+    rest = {name: value for name, value in own.items() if name not in ("lambda_", "budget")}
+    if rest.get(ALSO_IN_EXPLORE) == "complement":
+        rest["energy"] = (content.get("parameters") or {}).get("energy")
     variant = next((name for name, differs in VARIANTS.items() if dict(differs) == rest), None)
     lambda_ = values.get("lambda_", 1.0)
     if variant is None or lambda_ > LARGEST_LAMBDA or content.get("similarity") is None:
@@ -250,6 +261,7 @@ def _map_choice(content: Mapping[str, Any], values: Mapping[str, Any]) -> PlanCh
         str(content["similarity"]),
         variant,
         dict(content.get("overrides") or {}),
+        float(values.get("budget", 0.0)),
     )
 
 

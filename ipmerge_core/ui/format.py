@@ -101,8 +101,9 @@ def progress_html(status: JobStatus) -> str:
 
 
 def _unit(step: Mapping[str, Any]) -> str:
-    """Return the prefix of a step's counters: cost of an analysis, passes, or bytes."""
-    return "cost_" if "cost_total" in step else "" if "groups" in step else "nbytes_"
+    """Return the prefix of a step's counters: cost of an analysis, passes, items, or bytes."""
+    counted = "groups" in step or "subject" in step
+    return "cost_" if "cost_total" in step else "" if counted else "nbytes_"
 
 
 def _counted(step: Mapping[str, Any]) -> list[str]:
@@ -111,6 +112,8 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
         return []
     if "groups" in step:
         return [f"{step['done']} of {step['total']} passes"]
+    if "subject" in step:
+        return [f"{step['done']} of {step['total']} items"]
     if "cost_total" in step:
         percent = 100 * step["cost_done"] // max(step["cost_total"], 1)
         return [f"{step['number']} of {step['total']} matrices", f"{percent} % of the work"]
@@ -126,6 +129,8 @@ def stage_of(status: JobStatus) -> str:
     """Describe what a run does before its first step and after its last; "" between them."""
     if not status.step:
         return PHASE_LABELS[status.phase]
+    if "subject" in status.step:
+        return ""
     return "verifying and finishing" if progress_of(status).share >= 1 else ""
 
 
@@ -134,6 +139,10 @@ def _current(step: Mapping[str, Any]) -> str:
     if "groups" in step:
         model = "vision-language model" if step["role"] == "mllm" else "math model"
         return f"{model}, part {step['group'] + 1} of {step['groups']}"
+    if "subject" in step:
+        doing = {"loading": "loading or merging", "resumed": "reading stored replies of"}
+        words = f"{doing.get(step['action'], '')} {step['subject']} {step['task']}"
+        return escape(words.strip())
     name = str(step["matrix"] if "matrix" in step else step["tensor"])
     return f"<code>{escape(name)}</code>" if name else "reading weights"
 

@@ -15,11 +15,14 @@ from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, analysis_of, plan_
 
 if TYPE_CHECKING:
     from ipmerge_core.methods import Parameter
+    from ipmerge_core.methods.registry import DataKind
     from ipmerge_core.planning.plan import MergePlan
 
 EXPLORED = ""  # the name of the plan from Explore
 EXPLORED_METHOD = "ip_merging"
-SET_IN_EXPLORE = frozenset({"lambda_", *(name for v in VARIANTS.values() for name in v)})
+ALSO_IN_EXPLORE = "projector"  # set by the map for some updates; the form may set another
+_IN_VARIANTS = {name for values in VARIANTS.values() for name in values}
+SET_IN_EXPLORE = frozenset({"lambda_", "budget", *_IN_VARIANTS} - {ALSO_IN_EXPLORE})
 # Rules by matrix are the map's.
 FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
 Value = float | int | bool | str | None
@@ -46,6 +49,19 @@ def parameters_of(name: str) -> tuple[Parameter, ...]:
     return tuple(p for p in found if name != EXPLORED or p.name not in SET_IN_EXPLORE)
 
 
+def data_kind(choice: MethodChoice) -> DataKind | None:
+    """Return the kind of calibration that a choice needs; None for no kind, or unknown values."""
+    if choice.name == EXPLORED and not choice.values:
+        return None  # without importing the methods
+    from ipmerge_core.methods import METHODS
+
+    method = METHODS.get(choice.name or EXPLORED_METHOD)
+    try:
+        return method.data_for(choice.values) if method is not None else None
+    except PlanError:
+        return None  # the check of the plan says so
+
+
 def chosen_plan(
     pack_id: str,
     choice: PlanChoice,
@@ -60,19 +76,19 @@ def chosen_plan(
         calibration.
     """
     options = PlanOptions.read(method.options)
-    if method.name == EXPLORED:
-        return plan_of(pack_id, choice, options=options, **method.values)
-    from ipmerge_core.methods import find_method
-    from ipmerge_core.planning.plan import make_plan
-
-    found, calibration = find_method(method.name), None
-    if found.data is not None:
+    calibration = None
+    if data_kind(method) is not None:
         if not method.calibration:
             raise PlanError(
-                f"{found.label} needs a calibration of these models. Select a finished one above, "
-                f"or press Calibrate."
+                "This merge needs a calibration of these models. Select a finished one above, or "
+                "press Calibrate."
             )
         calibration = method.calibration
+    if method.name == EXPLORED:
+        own = {**method.values, "calibration": calibration}
+        return plan_of(pack_id, choice, options=options, **own)
+    from ipmerge_core.planning.plan import make_plan
+
     values: dict[str, Any] = {**more, **method.values}
     analysis = analysis_of(pack_id)
     return make_plan(analysis, method.name, options=options, calibration=calibration, **values)

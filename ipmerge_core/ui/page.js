@@ -4,14 +4,12 @@
 // aloud word by word. One status line speaks for both, and the list of runs for all runs. A message is
 // copied as it was written.
 
+import { CHAT_ATTRIBUTES, repairChat, watchChat } from "./chat/chat.js";
+
 /** @type {[selector: string, attributes: Record<string, string>][]} */
 const ATTRIBUTES = [
-  ["#prompt textarea", { "aria-label": "Question" }],
-  ["#chat-base [role=log]", { "aria-live": "off", "aria-label": "Answers of the left model" }],
-  ["#chat-merged [role=log]", { "aria-live": "off", "aria-label": "Answers of the right model" }],
-  ["#answers-status, #analyse-status, #start-note", { role: "status", "aria-live": "polite" }],
-  ["#chats [data-testid=user]", { "aria-label": "Question" }],
-  ["#chats [data-testid=bot]", { "aria-label": "Answer" }],
+  ...CHAT_ATTRIBUTES,
+  ["#analyse-status, #start-note", { role: "status", "aria-live": "polite" }],
 ];
 // What KaTeX cannot set, or sets in red as unknown.
 const FAILED_FORMULAS = "#chats .formula:has(.katex-error, mstyle[mathcolor='#cc0000'])";
@@ -28,7 +26,7 @@ export function watchPage() {
     });
   }).observe(document.body, { childList: true, subtree: true });
   repair();
-  copyAsWritten();
+  watchChat(copyAsWritten());
 }
 
 function repair() {
@@ -37,6 +35,7 @@ function repair() {
     failed.textContent = failed.getAttribute("title"); // as it was written
   }
   const isOpen = document.querySelector("#analyse-panel") !== null;
+  repairChat();
   set("#analyse-open", { "aria-expanded": String(isOpen), "aria-controls": "analyse-panel" });
 }
 
@@ -52,18 +51,21 @@ function set(selector, attributes) {
   }
 }
 
-/** Gradio's copy buttons take the markup of messages. */
+/**
+ * Gradio's copy buttons take the markup of messages. Returns what copies a text unchanged.
+ *
+ * @returns {(text: string) => Promise<void>}
+ */
 function copyAsWritten() {
-  if (navigator.clipboard) {
-    const write = navigator.clipboard.writeText.bind(navigator.clipboard);
-    navigator.clipboard.writeText = (text) => write(asWritten(text));
-  }
+  const write = navigator.clipboard?.writeText.bind(navigator.clipboard) ?? (() => Promise.reject(new Error("No clipboard.")));
+  if (navigator.clipboard) navigator.clipboard.writeText = (text) => write(asWritten(text));
   document.addEventListener("copy", (event) => { // where there is no clipboard, Gradio copies from a text area
     const { target } = event;
     if (!(target instanceof HTMLTextAreaElement) || asWritten(target.value) === target.value) return;
     event.clipboardData?.setData("text/plain", asWritten(target.value));
     event.preventDefault();
   });
+  return write;
 }
 
 /**

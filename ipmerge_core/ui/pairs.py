@@ -51,7 +51,7 @@ def list_packs() -> list[PackEntry]:
     ]
     often = Counter(label for _, label, _ in labels)
     return [
-        PackEntry(pack_id, f"{label} · {_stem(path)}" if often[label] > 1 else label, path)
+        PackEntry(pack_id, f"{label} · {stem_of(path)}" if often[label] > 1 else label, path)
         for pack_id, label, path in labels
     ]
 
@@ -134,7 +134,7 @@ def id_of(path: Path) -> str:
     >>> id_of(Path("packs/llava-1.5-7b.pack.json.gz"))
     'packs-llava-1.5-7b'
     """
-    return _OWN + _stem(path)
+    return _OWN + stem_of(path)
 
 
 def reserve_name(*parts: str) -> Path:
@@ -164,13 +164,14 @@ def _files() -> Iterator[tuple[str, Path]]:
     """List the packs with their ids; of two files with the same stem, one has its whole name."""
     for folder, prefix in ((DEMO, ""), (packs_folder(), _OWN)):
         paths = {*folder.glob("pack*.json.gz"), *folder.glob(f"[!.]*{_ENDING}")}
-        stems = Counter(_stem(path) for path in paths)
-        for path in sorted(paths, key=lambda path: (_stem(path), path.name)):
-            is_named = stems[_stem(path)] > 1 and not path.name.endswith(_ENDING)
-            yield prefix + (path.name if is_named else _stem(path)), path
+        stems = Counter(stem_of(path) for path in paths)
+        for path in sorted(paths, key=lambda path: (stem_of(path), path.name)):
+            is_named = stems[stem_of(path)] > 1 and not path.name.endswith(_ENDING)
+            yield prefix + (path.name if is_named else stem_of(path)), path
 
 
-def _stem(path: Path) -> str:
+def stem_of(path: Path) -> str:
+    """Return the name of a pack without its endings."""
     return path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".pack")
 
 

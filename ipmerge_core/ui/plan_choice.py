@@ -20,26 +20,37 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.options import shown
 from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.host import is_hosted
-from ipmerge_core.spectral.kinds import SIMILARITIES
+from ipmerge_core.spectral.kinds import COMPLEMENTS, ENERGY_SHARES, SIMILARITIES
 from ipmerge_core.ui.pairs import ROOT, find_pack
 
 if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
-VARIANTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+VARIANTS: Mapping[str, Mapping[str, str | float]] = MappingProxyType(
     {
         "sum": {},
         "max": {"gamma_norm": "max"},
         "rescale_only": {"ablation": "rescale_only"},
         "select_only": {"ablation": "select_only"},
+        "protect": {"projector": "protect"},
+        **{
+            name: {"projector": "complement", "energy": share}
+            for name, share in zip(COMPLEMENTS, ENERGY_SHARES, strict=True)
+        },
     }
 )
 LARGEST_LAMBDA = 32.0  # upper end of the slider
+LARGEST_BUDGET = 1.0
 VARIANT_LABELS = {
     "sum": "IP-Merging",
     "max": "γ max",
     "rescale_only": "rescale only",
     "select_only": "select only",
+    "protect": "protect",
+    **{
+        name: f"off the directions of {share:.0%} of the MLLM's energy"
+        for name, share in zip(COMPLEMENTS, ENERGY_SHARES, strict=True)
+    },
 }
 
 
@@ -51,6 +62,7 @@ class PlanChoice(NamedTuple):
     similarity: str = "first"
     variant: str = "sum"  # a key of VARIANTS
     overrides: Mapping[str, Literal["merge", "keep"]] = {}
+    budget: float = 0.0  # 0: none
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -65,6 +77,7 @@ class PlanChoice(NamedTuple):
             "similarity": self.similarity,
             "overrides": dict(self.overrides),
             **VARIANTS[self.variant],
+            **({"budget": self.budget} if self.budget else {}),
         }
 
     def to_browser(self) -> dict[str, Any]:
@@ -79,6 +92,7 @@ class PlanChoice(NamedTuple):
             "similarity": self.similarity,
             "variant": self.variant,
             "overrides": dict(self.overrides),
+            "budget": self.budget,
         }
 
 
@@ -95,6 +109,7 @@ def read_commit(values: object, pack: Mapping[str, Any]) -> PlanChoice:
         similarity=_choice("similarity", values.get("similarity"), SIMILARITIES),
         variant=_choice("update", values.get("variant"), tuple(VARIANTS)),
         overrides=_overrides(values.get("overrides") or {}, pack),
+        budget=_number("budget", values.get("budget") or 0, LARGEST_BUDGET),
     )
 
 
@@ -141,10 +156,16 @@ def _overrides(values: object, pack: Mapping[str, Any]) -> dict[str, Literal["me
 
 
 def plan_of(pack_id: str, choice: PlanChoice, **more: Any) -> MergePlan:  # noqa: ANN401
-    """Make the plan of a choice, with more arguments of `make_plan`. Raises: PlanError."""
+    """Make the plan of a choice, with more arguments of `make_plan`. Raises: PlanError.
+
+    Another projector replaces that of the choice.
+    """
     from ipmerge_core.planning.plan import make_plan
 
-    return make_plan(analysis_of(pack_id), **choice.arguments, **more)
+    own = choice.arguments
+    if "projector" in more:
+        own = {name: value for name, value in own.items() if name not in ("projector", "energy")}
+    return make_plan(analysis_of(pack_id), **{**own, **more})
 
 
 def describe_choice(choice: PlanChoice) -> str:
@@ -158,6 +179,8 @@ def describe_choice(choice: PlanChoice) -> str:
         words.append(f"similarity {choice.similarity}")
     if choice.variant != "sum":
         words.append(VARIANT_LABELS[choice.variant])
+    if choice.budget:
+        words.append(f"budget {shown(choice.budget)}")
     if choice.overrides:
         words.append(f"{len(choice.overrides)} set by hand")
     return ", ".join(words)

@@ -23,7 +23,7 @@ from ipmerge_core.ui.format import progress_html
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
-MERGE, ANALYSIS, CALIBRATION = "merge", "analysis", "calibration"
+MERGE, ANALYSIS, CALIBRATION, EVALUATION = "merge", "analysis", "calibration", "evaluation"
 _KINDS = {"iter_merge": MERGE, "iter_pack": ANALYSIS, "iter_calibration_of": CALIBRATION}
 # In the page: ask for the state of all runs at once; see `run_list`.
 POKE = "() => { document.querySelector('#run-list .rl')?.parentNode.ipmerge?.ask(); }"
@@ -77,7 +77,7 @@ def find_run(backend: Backend, remembered: Remembered | None, visitor: str = "")
 
 
 def kind_of(request: JobRequest) -> str:
-    """Return MERGE, ANALYSIS or CALIBRATION; runs of older versions are known by their target."""
+    """Return the kind of a run, such as MERGE; those of older versions by their target."""
     return request.about.get("kind") or _KINDS.get(request.target, "run")
 
 

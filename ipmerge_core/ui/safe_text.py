@@ -32,6 +32,8 @@ _LONGEST_FENCE = 8  # signs; more count as so many
 _STARS = re.compile(r"\*+")
 _LETTER = re.compile(r"[^\W\d_]")
 _TABLE_RULE = re.compile(r":?-+:?")
+_PRIVATE_USE = range(0xE000, 0xE100)
+_MARKABLE = re.compile(r"[\w.,:%+=*/()^-]+")
 _ALIGN = {(True, True): "center", (False, True): "right", (True, False): "left"}
 
 
@@ -63,27 +65,63 @@ def as_markdown(text: str) -> str:
     return line.translate(_ENTITIES)
 
 
-def show_text(text: str, *, finished: bool = True) -> str:
+def show_text(text: str, *, finished: bool = True, mark: int | None = None) -> str:
     r"""Return the HTML of a message in a chat that does not render Markdown itself.
 
     In an unfinished text, a formula that is not closed yet is left out. A hidden field holds the
-    text for the page's copy buttons.
+    text for the page's copy buttons. With `mark`, the word at that position of a finished text is
+    marked; a formula or code there is preceded by an empty mark.
 
     >>> show_text("5*6 <b>")
     '<div class="written"><input type="hidden" value="5*6 &lt;b&gt;">5*6 &lt;b&gt;</div>'
     """
-    return _show_finished(text) if finished else _show(text, finished=False)
+    return _show_finished(text, mark) if finished else _show(text, finished=False)
 
 
 @lru_cache(maxsize=256)  # a chat is rendered ten times a second while an answer is streamed
-def _show_finished(text: str) -> str:
-    return _show(text, finished=True)
+def _show_finished(text: str, mark: int | None) -> str:
+    return _show(text, finished=True, mark=mark)
 
 
-def _show(text: str, *, finished: bool) -> str:
+def _show(text: str, *, finished: bool, mark: int | None = None) -> str:
+    head = "" if mark is None else clean_text(text[:mark])
     text = clean_text(text)
-    body = "".join(_blocks(text, finished=finished))
+    plain = "".join(_blocks(text, finished=finished))
+    body = plain if mark is None else _marked(text, len(head), plain)
     return f'<div class="written"><input type="hidden" value="{escape(text)}">{body}</div>'
+
+
+# --- the mark of a difference ----------------------------------------------------------------
+
+
+def _marked(text: str, place: int, plain: str) -> str:
+    """Render a finished text with a mark at a position, which changes nothing else of `plain`.
+
+    The place is found by a character that the text does not have. Where that character changes the
+    rendering, or ends up in an attribute, there is no mark.
+    """
+    sign = next((sign for sign in map(chr, _PRIVATE_USE) if sign not in text), None)
+    if sign is None:
+        return plain
+    place = _outside_of_syntax(text, place)
+    html = "".join(_blocks(text[:place] + sign + text[place:], finished=True))
+    before, _, after = html.partition(sign)
+    if before + after != plain or before.rfind("<") > before.rfind(">"):
+        return plain
+    word = _MARKABLE.match(after)
+    inside = word[0] if word else ""
+    return f'{before}<mark class="difference">{inside}</mark>{after[len(inside) :]}'
+
+
+def _outside_of_syntax(text: str, place: int) -> int:
+    """Move a position out of formulas and code, and before a line of a fence or a table's rule."""
+    for atom in find_atoms(text):
+        if atom.start < place < atom.end:
+            place = atom.start
+    start = text.rfind("\n", 0, place) + 1
+    end = text.find("\n", place)
+    line = text[start : len(text) if end < 0 else end]
+    return max(start - 1, 0) if _fence(line) or _alignments(line) else place
 
 
 # --- blocks ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ const STATE = { packId: "packs-a", home: "", index, plan: DEFAULT_PLAN, target: 
 test("a link brings back plan, pair and matrix", () => {
   const [cell] = index.cells.slice(40);
   /** @type {Plan} */
-  const plan = { s: 0.62, lambda: 0.4, similarity: "max", variant: "max", overrides: { [cell.name]: "keep", [index.cells[0].name]: "merge" } };
+  const plan = { s: 0.62, lambda: 0.4, similarity: "max", variant: "max", overrides: { [cell.name]: "keep", [index.cells[0].name]: "merge" }, budget: 0.0123 };
   const found = readLink(`?${linkQuery({ ...STATE, plan, target: { kind: "cell", cell } })}`, index);
   assert.deepEqual(found, { ...OPENED, plan, target: { kind: "cell", cell } });
 });
@@ -115,7 +115,7 @@ for (const { release, query, plan, cell } of JSON.parse(readFileSync(new URL("..
       record.name = `model.layers.${record.layer}.${part}.${record.module}_proj.weight`;
     }
     const own = indexPack(pack), found = readLink(query, own);
-    assert.deepEqual(found?.plan, plan);
+    assert.deepEqual(found?.plan, { ...DEFAULT_PLAN, ...plan });
     assert.ok(found?.target?.kind === "cell");
     assert.equal(`Layer ${found.target.cell.layer} · ${found.target.cell.module}`, cell);
     assert.equal(linkQuery({ ...STATE, index: own, plan, target: found.target }).toString(), query);

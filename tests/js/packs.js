@@ -2,11 +2,11 @@
 // Small seeded packs. Every matrix is stood for by short random vectors, so that all inner products of a
 // record belong together as those of real matrices do, and a test can do the sums the long way.
 
+import { VARIANTS } from "../../ipmerge_core/ui/web/plan.js";
+
 /** @import { LayerRecord, Pack, UpdateProducts, Variant } from "../../ipmerge_core/ui/web/types.d.ts" */
 
 const MODULES = ["q", "k", "v", "o", "gate", "up", "down"];
-/** @type {Variant[]} */
-const VARIANTS = ["sum", "max", "rescale_only", "select_only"];
 
 /**
  * Numbers from 0 to 1 (a linear congruential generator).
@@ -80,7 +80,7 @@ function recordOf(place, vision, updates, { weight2, random }) {
     ...place, shape: [4, 6], similarity: { first, max: Math.min(1, first * 1.2), weighted: first * 0.5 },
     best_index: 1, gap: 0.2, principal: { 1: first }, rho: 1.5, weight_norm2: weight2, base_norm2: weight2,
     mllm_norm2: dot(vision, vision), math_norm2: dot(math, math), inner: dot(vision, math),
-    updates: { sum: products("sum"), max: products("max"), rescale_only: products("rescale_only"), select_only: products("select_only") },
+    updates: /** @type {LayerRecord["updates"]} */ (Object.fromEntries(VARIANTS.map((variant) => [variant, products(variant)]))),
     chance: { first: 0.3, max: 0.5 }, noise_floor: 1e-6, index: [1, 2, 4],
     mllm_sigma: [3, 2, 1], math_sigma: [2, 1, 0.5], angles: [first, 0.2, 0.1],
   };

@@ -9,7 +9,7 @@ import { makePack } from "./packs.js";
 
 const { pack } = makePack({ experts: 2 });
 const index = indexPack(pack), NAME = pack.records[0].name;
-const GOOD = { s: 0.3, lambda: 2, similarity: /** @type {const} */ ("max"), variant: /** @type {const} */ ("sum"), overrides: { [NAME]: /** @type {const} */ ("merge") } };
+const GOOD = { s: 0.3, lambda: 2, similarity: /** @type {const} */ ("max"), variant: /** @type {const} */ ("sum"), overrides: { [NAME]: /** @type {const} */ ("merge") }, budget: 0 };
 
 test("a good plan is taken as it is, also from text", () => {
   /** @type {string[]} */
@@ -24,7 +24,8 @@ for (const [raw, problem] of /** @type {[object, RegExp][]} */ ([
   [{ s: 9 }, /^s must be a number from 0 to 1$/], [{ s: "NaN" }, /^s must/], [{ s: -0.1 }, /^s must/], [{ s: {} }, /^s must/],
   [{ lambda: "1e999" }, /^lambda must be a number from 0 to 32$/], [{ lambda: -1 }, /^lambda must/], [{ lambda: "<b>" }, /^lambda must/],
   [{ similarity: "best" }, /^similarity must be one of first, max, weighted$/], [{ similarity: null }, /^similarity/],
-  [{ variant: "\0" }, /^variant must be one of sum, max, rescale_only, select_only$/], [{ variant: ["sum"] }, /^variant/],
+  [{ variant: "\0" }, /^variant must be one of sum, max, rescale_only, select_only, protect, complement_5 to complement_100$/], [{ variant: ["sum"] }, /^variant/],
+  [{ budget: 2 }, /^budget must be a number from 0 to 1$/], [{ variant: "complement_7" }, /^variant must/],
   [{ overrides: { "model.embed_tokens.weight": "merge" } }, /does not match/], [{ overrides: { [NAME]: "delete" } }, /does not match/],
   [{ overrides: "x" }, /does not match/], [{ overrides: { __proto__: null, constructor: "merge" } }, /does not match/],
 ])) {
@@ -65,9 +66,28 @@ test("the arguments are those of make_plan", () => {
     { similarity_threshold: 0.4, lambda_: 1, similarity: "first", overrides: {}, ablation: "select_only" });
 });
 
+test("the arguments name the projector of an update off the MLLM's directions, and a budget", () => {
+  const usual = { similarity_threshold: 0.4, lambda_: 1, similarity: "first", overrides: {} };
+  assert.deepEqual(planArguments({ ...DEFAULT_PLAN, variant: "complement_45" }), { ...usual, projector: "complement", energy: 0.45 });
+  assert.deepEqual(planArguments({ ...DEFAULT_PLAN, variant: "protect", budget: 0.02 }), { ...usual, projector: "protect", budget: 0.02 });
+});
+
+test("an update that an older pack lacks gives the default and a sentence", () => {
+  const records = pack.records.map(({ updates: { sum, max, rescale_only, select_only }, ...rest }) => (
+    { ...rest, updates: { sum, max, rescale_only, select_only } }));
+  const old = indexPack({ ...pack, records });
+  /** @type {string[]} */
+  const problems = [];
+  assert.deepEqual(cleanPlan({ variant: "complement_80" }, old, problems), DEFAULT_PLAN);
+  assert.match(problems.join(), /does not contain the update complement_80; analyse the pair again/);
+  assert.equal(cleanPlan({ variant: "complement_80" }, index, problems).variant, "complement_80");
+  assert.equal(problems.length, 1);
+});
+
 test("a plan in a few words names what is unusual, in full everything", () => {
   assert.equal(planWords(DEFAULT_PLAN), "Sα 0.400, λ 1");
   assert.equal(planWords(GOOD), "Sα 0.300, λ 2, best angle max sᵢ, 1 set by hand");
+  assert.equal(planWords({ ...DEFAULT_PLAN, variant: "complement_45", budget: 0.015 }), "Sα 0.400, λ 1, off 45 % of the MLLM's energy, budget 1.5 %");
   assert.equal(planWords(DEFAULT_PLAN, true), "Sα 0.400 on first angle s₁, λ 1, γ sums to 1 (paper)");
 });
 

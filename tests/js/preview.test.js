@@ -5,7 +5,8 @@ import { test } from "node:test";
 import { edgeCounts } from "../../ipmerge_core/ui/explore/layer_map/sentence.js";
 import { cleanPlan, DEFAULT_PLAN, LAMBDA_MAX, MEASURES, VARIANTS } from "../../ipmerge_core/ui/web/plan.js";
 import {
-  addRecords, angles, cellAt, cellChange, emptyIndex, expertInView, flipValues, indexPack, merges, previewOf, shownSimilarity,
+  addRecords, angles, cellAt, cellChange, emptyIndex, expertInView, flipValues, indexPack, merges, previewOf, shareInside,
+  shownSimilarity,
 } from "../../ipmerge_core/ui/web/preview.js";
 import { dot, makePack } from "./packs.js";
 
@@ -53,7 +54,7 @@ for (const experts of [1, 3]) {
       const made = makePack({ layers: 4, experts, seed: 7 }), index = indexPack(made.pack);
       const [first, second] = index.cells;
       for (const similarity of MEASURES) {
-        const plan = { s: 0.4, lambda: 2.3, similarity, variant, overrides: { [first.name]: /** @type {const} */ ("keep"), [second.name]: /** @type {const} */ ("merge") } };
+        const plan = { s: 0.4, lambda: 2.3, similarity, variant, overrides: { [first.name]: /** @type {const} */ ("keep"), [second.name]: /** @type {const} */ ("merge") }, budget: 0 };
         const seen = previewOf(index, plan), expected = mergedTheLongWay(made, plan);
         assert.deepEqual(seen.selected, expected.selected);
         assertClose(seen.relative_change, expected.change);
@@ -66,6 +67,27 @@ for (const experts of [1, 3]) {
     });
   }
 }
+
+test("with a budget every merged matrix changes by it, at lambda 1", () => {
+  const index = indexPack(makePack({ experts: 2 }).pack);
+  const plan = { ...DEFAULT_PLAN, s: 0, lambda: 3, budget: 0.02 };
+  for (const cell of index.cells) assertClose(cellChange(cell, [0, 1], plan), 0.06);
+  assertClose(previewOf(index, plan).relative_change, 0.06);
+});
+
+test("the share of a change inside the MLLM's directions is what a complement leaves out", () => {
+  const { pack } = makePack(), [record] = pack.records;
+  const updates = { ...record.updates, complement_40: { ...record.updates.select_only, norm2: record.updates.select_only.norm2 / 4 } };
+  assertClose(Number(shareInside({ ...record, updates }, 40)), 0.75);
+  const { sum, max, rescale_only, select_only } = record.updates;
+  assert.equal(shareInside({ ...record, updates: { sum, max, rescale_only, select_only } }, 40), null);
+});
+
+test("the size of an update is relative to the experts' own change", () => {
+  const index = indexPack(makePack({ experts: 2 }).pack), plan = { ...DEFAULT_PLAN, s: 0, lambda: 0.2 };
+  assertClose(Number(previewOf(index, { ...plan, variant: "select_only" }).update_share), 0.2);
+  assert.equal(previewOf(index, { ...plan, s: 1 }).update_share, null);
+});
 
 test("one matrix changes the whole by its own change", () => {
   const index = indexPack(makePack({ experts: 2 }).pack), [cell] = index.cells;

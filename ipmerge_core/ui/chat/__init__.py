@@ -1,1 +1,1 @@
-"""The Try it tab: one question, two models side by side."""
+"""The Try it tab: a conversation with several models at the same time."""

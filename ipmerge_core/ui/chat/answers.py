@@ -1,25 +1,34 @@
-"""Answer one question with two models at the same time, with one Stop for both.
+"""Answer one question with the models of all columns, each of which can be stopped and retried.
 
-In: the chosen merge, the model of each side, a question and perhaps an image. Out: a generator of
-two `Side`s, about ten times a second. A side is the unmerged vision-language model, the chosen
-merge, the plan of the recorded answers, or a finished merge. Each runs in its own thread, and an
-error affects only its own side.
+In: the chosen merge, the model of each column, a question, its images and earlier messages. Out: a
+generator of one `Side` per column, about ten times a second. All columns are answered from one copy
+of the weights; an error affects only its own column.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunCancelled
+from ipmerge_core.runtime.zero_gpu import call_seconds, is_zero_gpu, on_gpu
 from ipmerge_core.ui.backend import Backend, Progress
-from ipmerge_core.ui.chat.recorded import recorded_choice
+from ipmerge_core.ui.chat.active_requests import ActiveRequest
+from ipmerge_core.ui.chat.columns import (
+    BASE,
+    FORM,
+    PLAN,
+    RECORD,
+    column_names,
+    merge_of,
+    name_asked,
+)
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import public_text, sentence_of
 from ipmerge_core.ui.finished_merges import Keys, describe_unmerged, find_merge
@@ -28,211 +37,360 @@ from ipmerge_core.ui.plan_choice import analysis_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ipmerge_core.inference.generation import GenerationSettings
-    from ipmerge_core.inference.loading import LoadedModel
+    from ipmerge_core.adapters.columns import Column, Row
+    from ipmerge_core.adapters.live import LiveModel
+    from ipmerge_core.inference.prompts import Message
+    from ipmerge_core.inference.sampling import GenerationSettings
+    from ipmerge_core.inference.streaming import RowState
 
-# A side is one of these or the run of a finished merge.
-BASE, PLAN, RECORD = "base", "plan", "record"
-UNMERGED = "Vision-language model, unmerged"
 YIELD_EVERY = 0.1  # seconds
 STOP_TIMEOUT = 10.0  # seconds to wait for a stopped model
+LONGEST_TURN = 1800.0  # seconds; a generation that does not end is stopped
 
 
 @dataclass
 class Side:
-    """One of the two answers so far."""
+    """The answer of one column so far."""
 
     name: str
     source: str = ""  # label of the model; empty until it is found
     state: Literal["waiting", "answering", "finished", "stopped", "failed"] = "waiting"
     text: str = ""
+    thinking: str = ""  # what a thinking model writes before its answer
     note: str = ""  # progress, or the reason of a failure
     seconds: float = 0.0
+    tokens: int = 0
+    speed: float = 0.0  # tokens per second after the first one
+    cut_off: bool = False  # whether it ended at a limit of tokens
+    plan: str = ""  # the short digest of its plan
     image_processor: str = ""  # its class and library, for a question with an image
+    ids: tuple[int, ...] = ()  # the tokens, those of the thinking part included
 
     @property
     def is_over(self) -> bool:
         """Whether the answer is complete, stopped or failed."""
         return self.state in ("finished", "stopped", "failed")
 
-    def stopped(self) -> Side:
+    def stopped(self, note: str = "") -> Side:
         """Return the side after Stop was pressed."""
-        return replace(self) if self.is_over else replace(self, state="stopped", note="")
+        return replace(self) if self.is_over else replace(self, state="stopped", note=note)
+
+    def read(self, row: RowState) -> None:
+        """Take over the state of a row of the model."""
+        thinks = row.state == "thinking"
+        self.text, self.thinking = row.reply.answer, row.reply.thinking
+        self.seconds, self.tokens, self.ids = row.seconds, len(row.ids), row.ids
+        self.speed, self.cut_off = row.tokens_per_second, row.is_cut
+        self.note = public_text(row.note) if row.note else self.note if not row.ids else ""
+        self.state = "answering" if thinks else row.state  # type: ignore[assignment]
 
 
 class Question(NamedTuple):
     """A question and the models to ask.
 
-    `left` and `right` are BASE, PLAN (the chosen merge), RECORD, or a run or folder.
+    `columns` are the values of the columns, see `columns`. `before` are the earlier messages of
+    each column, beginning with the system prompt; empty if there are none.
     """
 
     chosen: ChosenMerge
     text: str
-    image: Image | None
+    images: tuple[Image, ...]
     settings: GenerationSettings
-    left: str = BASE
-    right: str = PLAN
+    columns: tuple[str, ...] = (BASE, PLAN)
     keys: Keys = MappingProxyType({})
+    before: tuple[tuple[Message, ...], ...] = ()
 
     @property
     def pack_id(self) -> str:
         """The pair."""
         return self.chosen.pack_id
 
+    def messages(self) -> list[list[Message]]:
+        """Return the conversation of every column; equal ones are one list, encoded once."""
+        from ipmerge_core.inference.prompts import Message
 
-class Answerer(NamedTuple):
-    """A model that can answer, with its folder and label."""
+        asked = Message("user", self.text, self.images)
+        known: dict[tuple[tuple[str, str], ...], list[Message]] = {}
+        found = []
+        for column in range(len(self.columns)):
+            before = self.before[column] if self.before else ()
+            key = tuple((message.role, message.text) for message in before)
+            found.append(known.setdefault(key, [*before, asked]))
+        return found
 
-    folder: Path
+
+class Found(NamedTuple):
+    """A column that can answer, with its label and the digest of its plan."""
+
+    column: Column
     label: str
+    plan: str = ""
 
 
-@dataclass
-class ActiveRequests:
-    """Keeps at most one active request per session."""
-
-    def __post_init__(self) -> None:
-        """Start without requests."""
-        self._stops: dict[str, threading.Event] = {}
-
-    def start(self, session: str) -> threading.Event:
-        """Stop the active request of a session; return the event that stops the new one."""
-        self.stop(session)
-        self._stops[session] = threading.Event()
-        return self._stops[session]
-
-    def stop(self, session: str) -> None:
-        """Stop the active request of a session."""
-        if session in self._stops:
-            self._stops.pop(session).set()
+def new_sides(columns: Sequence[str]) -> tuple[Side, ...]:
+    """Return one waiting side per column, with different names."""
+    return tuple(Side(name) for name in column_names(columns))
 
 
-def new_sides(left: str, right: str) -> tuple[Side, Side]:
-    """Return two waiting sides with different names.
-
-    >>> [side.name for side in new_sides(BASE, PLAN)], [s.name for s in new_sides(PLAN, PLAN)]
-    (['Base', 'Merged'], ['Left', 'Right'])
-    """
-    names = ["Base" if who == BASE else "Merged" for who in (left, right)]
-    first, second = ("Left", "Right") if names[0] == names[1] else names
-    return Side(first), Side(second)
-
-
-def find_answerer(backend: Backend, asked: Question, who: str, progress: Progress) -> Answerer:
-    """Find the model of a side; a plan of a small model is merged if it has not been merged yet.
+def find_column(
+    backend: Backend,
+    live: LiveModel,
+    asked: Question,
+    who: str,
+    progress: Progress,
+    stops: Sequence[threading.Event] = (),
+) -> Found:
+    """Find the model of a column; what it needs is computed if that has not been done yet.
 
     Raises: IPMergeError if the model does not exist or does not belong to the pair.
     """
+    pack_id = asked.pack_id
     if who == BASE:
-        label = describe_unmerged(analysis_of(asked.pack_id).sources.mllm.id)
-        return Answerer(backend.base_folder(asked.pack_id), label)
-    chosen = _merge_of(asked, who)
+        label = describe_unmerged(analysis_of(pack_id).sources.mllm.id)
+        return Found(live.base(label), label)
+    chosen = merge_of(asked.chosen, who)
     if chosen is None or chosen.merge is not None:
         run = chosen.run if chosen else who
-        merge = find_merge(backend, asked.pack_id, run, asked.keys)
-        return Answerer(merge.folder, merge.label)
+        merge = find_merge(backend, pack_id, run, asked.keys)
+        column = backend.live.folder_column(live, merge.folder, merge.label, progress, stops)
+        return Found(column, merge.label, merge.made.plan)
     progress("making the plan")
     plan = chosen.make_plan()
     label = name_of(chosen, plan.hash)
-    return Answerer(backend.merged_folder(plan, progress), label)
+    device = backend.device_for()
+    column = backend.live.column(live, plan, label, progress, stops, device=device)
+    return Found(column, label, plan.hash)
 
 
-def _merge_of(asked: Question, who: str) -> ChosenMerge | None:
-    """Return the merge of a side that is no finished one; None for a run."""
-    if who == PLAN:
-        return asked.chosen
-    recorded = recorded_choice(asked.pack_id) if who == RECORD else None
-    return ChosenMerge(asked.pack_id, recorded, by="record") if recorded else None
+def answer_question(
+    backend: Backend,
+    asked: Question,
+    request: ActiveRequest | None = None,
+    *,
+    before: Sequence[Side] = (),
+    only: Sequence[int] | None = None,
+) -> Generator[tuple[Side, ...], None, None]:
+    """Answer with the models of all columns, or of `only` some where `before` are the others.
 
-
-def name_asked(asked: Question, who: str) -> str:
-    """Name the model of a side before it is found."""
-    if who == BASE:
-        with contextlib.suppress(IPMergeError):
-            return describe_unmerged(analysis_of(asked.pack_id).sources.mllm.id)
-        return UNMERGED
-    chosen = _merge_of(asked, who)
-    return name_of(chosen) if chosen else who
-
-
-def answer_both(
-    backend: Backend, question: Question, stop: threading.Event | None = None
-) -> Iterator[tuple[Side, Side]]:
-    """Answer with the models of both sides at the same time.
-
-    Yields copies of both sides until both are over. Setting `stop` or closing the generator stops
-    both models at their next token.
+    Yields copies of all sides until they are over. Closing the generator or stopping the request
+    stops the models at their next token. A column whose retry is requested is asked again.
     """
-    left, right = new_sides(question.left, question.right)
-    stop = stop or threading.Event()
-    turns: dict[str, threading.Lock] = {}
-    threads = [
-        threading.Thread(
-            target=_fill, args=(backend, side, who, question, stop, turns), daemon=True
-        )
-        for side, who in ((left, question.left), (right, question.right))
-    ]
-    for thread in threads:
-        thread.start()
+    answers = Answers(backend, asked, request or ActiveRequest(len(asked.columns)), before)
+    answers.start(list(range(len(asked.columns)) if only is None else only))
+    yield from stream_sides(answers)
+
+
+def stream_sides(answers: Answers) -> Generator[tuple[Side, ...], None, None]:
+    """Yield copies of the sides until they are over; closing the generator stops the models."""
+    deadline = time.monotonic() + LONGEST_TURN
     try:
-        while not ((left.is_over and right.is_over) or stop.is_set()):
-            yield replace(left), replace(right)
-            time.sleep(YIELD_EVERY)
-        yield left.stopped(), right.stopped()
+        while not answers.are_over:
+            yield answers.snapshot()
+            answers.wait(YIELD_EVERY)
+            if time.monotonic() > deadline:
+                break
+        words = "" if answers.are_over else f"the limit of {LONGEST_TURN / 60:.0f} minutes"
+        yield tuple(side.stopped(words) for side in answers.snapshot())
     finally:
-        stop.set()
-        for thread in threads:
+        answers.close()
+
+
+class Answers:
+    """The sides of one question and the threads that fill them, one per group of columns.
+
+    On a ZeroGPU Space a thread holds the GPU for all its columns and reads their sides from the
+    process that answers; there `is_lent` is true.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        asked: Question,
+        request: ActiveRequest,
+        before: Sequence[Side] = (),
+        *,
+        is_lent: bool = False,
+    ) -> None:
+        self.backend, self.asked, self.request = backend, asked, request
+        self.is_lent = is_lent
+        self.sides = list(before) or [Side(name) for name in self.names()]
+        self.messages = asked.messages()
+        self.threads: list[threading.Thread] = []
+        self._news = threading.Event()  # set when a side begins or ends
+
+    @classmethod
+    def n_stops(cls, asked: Question) -> int:
+        """Return the number of sides of a question."""
+        return len(asked.columns)
+
+    def names(self) -> Sequence[str]:
+        """Return the names of the sides."""
+        return column_names(self.asked.columns)
+
+    @property
+    def are_over(self) -> bool:
+        """Whether all sides are over and no retry is requested; retries are started."""
+        if self.request.stop_all.is_set():
+            return self.request.close(finished=False)
+        for column in self.request.take_retries():
+            if self.sides[column].is_over:
+                self.start([column])
+        return all(side.is_over for side in self.sides) and self.request.close()
+
+    def start(self, columns: Sequence[int]) -> None:
+        """Ask some columns in a thread, in one batch where their models allow it."""
+        names = self.names()
+        for column in columns:
+            self.sides[column] = Side(names[column])
+            self.request.stops[column] = threading.Event()
+        lends = is_zero_gpu() and not self.is_lent
+        work = partial(self._fill_lent if lends else self.fill, tuple(columns))
+        thread = threading.Thread(target=work, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, but not beyond the first token or the end of a side."""
+        self._news.wait(seconds)
+        self._news.clear()
+
+    def read(self, sides: Sequence[Side], states: Sequence[RowState]) -> None:
+        """Take over the states of rows."""
+        for side, state in zip(sides, states, strict=True):
+            before = side.state
+            side.read(state)
+            if side.state != before:
+                self._news.set()
+
+    def snapshot(self) -> tuple[Side, ...]:
+        """Return copies of all sides."""
+        return tuple(map(replace, self.sides))
+
+    def close(self) -> None:
+        """Stop all models and wait for their threads."""
+        self.request.close(finished=False)
+        self.request.stop_all.set()
+        for thread in self.threads:
             thread.join(STOP_TIMEOUT)
 
+    def _fill_lent(self, columns: tuple[int, ...]) -> None:
+        """Fill the sides of some columns from a process that has the GPU for all of them."""
+        sides = [self.sides[column] for column in columns]
 
-def _fill(
-    backend: Backend,
-    side: Side,
-    who: str,
-    question: Question,
-    stop: threading.Event,
-    turns: dict[str, threading.Lock],
-) -> None:
-    """Fill one side. An error is shown on this side and does not affect the other.
+        def answer() -> None:
+            asked = self.asked._replace(keys=dict(self.asked.keys))  # plain values
+            lent: Any = lent_sides(type(self), asked, columns)
+            with closing(lent) as stream:
+                for found in stream:
+                    if self.request.stop_all.is_set() or all(side.is_over for side in sides):
+                        return
+                    self._copy(columns, found)
 
-    Sides with the same model share a lock in `turns`: a model answers one question at a time.
-    """
+        guarded(answer, sides)
 
-    def progress(words: str) -> None:
-        side.note = words
-        if stop.is_set():
-            raise RunCancelled("Stopped while the model was loading.")
+    def _copy(self, columns: Sequence[int], found: Sequence[Side]) -> None:
+        """Take over the sides of another process; those that are stopped here stay so."""
+        for column, side in zip(columns, found, strict=True):
+            mine, is_stopped = self.sides[column], self.request.stops[column].is_set()
+            if not mine.is_over:
+                vars(mine).update(vars(mine.stopped() if is_stopped else side))
+        self._news.set()
 
-    side.source = name_asked(question, who)
+    def fill(self, columns: tuple[int, ...]) -> None:
+        """Fill the sides of some columns."""
+        sides = {column: self.sides[column] for column in columns}
+        for column, side in sides.items():
+            side.source = name_asked(self.asked.chosen, self.asked.columns[column])
+
+        def progress(words: str) -> None:
+            for side in sides.values():
+                side.note = words
+            if self.request.stop_all.is_set():
+                raise RunCancelled("Stopped while the model was loading.")
+
+        def answer() -> None:
+            progress("importing libraries")
+            self.backend.import_libraries()
+            progress("loading weights")
+            live = self.backend.live_model(self.asked.pack_id, [self.request.stop_all])
+            rows = {column: row for column in columns if (row := self._row(live, column))}
+            for column in rows:
+                sides[column].note = "reading the question"
+            for states in live.stream(list(rows.values()), [self.request.stop_all]):
+                self.read([sides[column] for column in rows], states)
+
+        guarded(answer, list(sides.values()))
+
+    def _row(self, live: LiveModel, column: int) -> Row | None:
+        """Return the row of a column; None if its model cannot be found, which its side states."""
+        from ipmerge_core.adapters.columns import Row
+
+        side, stop = self.sides[column], self.request.stops[column]
+        stops = [stop, self.request.stop_all]
+        found: list[Row] = []
+
+        def progress(words: str) -> None:
+            side.note = words
+            if any(event.is_set() for event in stops):
+                raise RunCancelled("Stopped while the model was prepared.")
+
+        def find() -> None:
+            who, asked = self.asked.columns[column], self.asked
+            model = find_column(self.backend, live, asked, who, progress, stops)
+            side.source, side.plan = model.label, model.plan
+            if asked.images:
+                side.image_processor = live.loaded.processor.image_processor or ""
+            found.append(Row(model.column, self.messages[column], asked.settings, [stop]))
+
+        guarded(find, [side])
+        return found[0] if found else None
+
+
+_serving: list[Backend] = []  # of this app, for the process that is lent a GPU
+
+
+def serve_lent(backend: Backend) -> None:
+    """Let questions on a lent GPU use this backend."""
+    _serving[:] = [backend]
+
+
+def gpu_seconds(kind: type[Answers], asked: Question, columns: Sequence[int]) -> int:
+    """Return the GPU time that a question may take; columns of tensors take turns."""
+    del kind  # the arguments are those of `lent_sides`
+    own = {who for who in asked.columns if who not in (BASE, PLAN, FORM, RECORD)}
+    tokens = asked.settings.max_new_tokens + asked.settings.max_thinking_tokens
+    return call_seconds(tokens, 1 + len(own) if columns else 1, prepares=bool(own))
+
+
+@on_gpu(gpu_seconds)
+def lent_sides(
+    kind: type[Answers], asked: Question, columns: Sequence[int]
+) -> Generator[tuple[Side, ...], None, None]:
+    """Yield the sides of some columns, in a process that has a GPU for all of them."""
+    request = ActiveRequest(kind.n_stops(asked))
+    answers = kind(_serving[-1], asked, request, is_lent=True)
+    answers.sides = [
+        side if number in columns else side.stopped() for number, side in enumerate(answers.sides)
+    ]
+    answers.start(columns)
+    with closing(stream_sides(answers)) as stream:
+        for sides in stream:
+            yield tuple(sides[column] for column in columns)
+
+
+def guarded(work: Callable[[], None], sides: Sequence[Side]) -> None:
+    """Do a part of the work; an error is shown on its sides that are not over."""
     try:
-        progress("importing libraries")
-        backend.import_libraries()
-        found = find_answerer(backend, question, who, progress)
-        side.source = found.label
-        progress("loading weights")
-        loaded = backend.load(found.folder, [stop])
-        progress("waiting for the other side, which uses the same model")
-        with turns.setdefault(str(loaded.folder), threading.Lock()):
-            progress("generating")
-            _answer(loaded, side, question, stop)
+        work()
     except RunCancelled:
-        side.note, side.state = "", "stopped"
+        _end(sides, "stopped", "")
     except IPMergeError as error:
-        side.note, side.state = sentence_of(error), "failed"
-    except Exception as error:  # noqa: BLE001 (a bug on one side must not take the other along)
-        side.note = public_text(f"Unexpected {type(error).__name__}: {error}")
-        side.state = "failed"
+        _end(sides, "failed", sentence_of(error))
+    except Exception as error:  # noqa: BLE001 (a bug in one column must not affect the others)
+        _end(sides, "failed", public_text(f"Unexpected {type(error).__name__}: {error}"))
 
 
-def _answer(loaded: LoadedModel, side: Side, question: Question, stop: threading.Event) -> None:
-    from ipmerge_core.inference.generation import stream_answer
-
-    if question.image is not None:
-        side.image_processor = loaded.processor.image_processor or ""
-    started = time.perf_counter()
-    for piece in stream_answer(loaded, question.text, question.image, question.settings, stop):
-        side.state, side.note = "answering", ""
-        side.text += piece
-        side.seconds = time.perf_counter() - started
-    side.note = ""
-    side.state = "stopped" if stop.is_set() else "finished"
+def _end(sides: Sequence[Side], state: Literal["stopped", "failed"], note: str) -> None:
+    for side in sides:
+        if not side.is_over:
+            side.note, side.state = note, state

@@ -1,177 +1,172 @@
-"""Format questions and their two answers as messages for the two chats.
+"""Hold the turns of a conversation: what was asked, all answers, and what is sent of them later.
 
-In: plain values in gr.State. Out: messages (HTML), labels and sentences for the components of the
-Try it tab. Pure functions: no components and no models.
+In: questions, answers and votes. Out: frozen values that fit in gr.State, the earlier messages of a
+column, and the dividers where a plan or pair changed. Pure functions: no components and no models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from ipmerge_core.tasks.answers import differ, is_right
+from ipmerge_core.errors import RunError
 from ipmerge_core.ui.chat.answers import Side
+from ipmerge_core.ui.chat.columns import LETTERS
 from ipmerge_core.ui.chat.recorded import Example, Reference
 from ipmerge_core.ui.plan_choice import PlanChoice
-from ipmerge_core.ui.safe_text import as_html, show_text
 
-Message = dict[str, Any]
+if TYPE_CHECKING:
+    from ipmerge_core.inference.generation import GenerationSettings
+
+MOST_TURNS = 50
+LONGEST_CONVERSATION = 500_000  # characters of all questions and answers
+MOST_PAST = 20  # states that Undo can restore
+SHORT = 4  # hexadecimal digits of a plan's digest in a divider
+
+
+class Vote(NamedTuple):
+    """A preference among the answers of a turn: the positions preferred, and the reason."""
+
+    choice: str  # "A".."D", "tie" or "both bad"
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its image, and both answers so far."""
+    """A question, its images, and the answers of all columns so far.
+
+    Attributes:
+        order: the column shown at each position; another order than 0, 1, ... only in blind mode.
+        blind_seed: the seed of that order; None outside of blind mode.
+    """
 
     question: str
-    image: str | None
+    images: tuple[str, ...]
     pair: str  # name of the pair of models
-    left: Side = field(default_factory=lambda: Side("Base"))
-    right: Side = field(default_factory=lambda: Side("Merged"))
+    answers: tuple[Side, ...] = ()
     reference: Reference | None = None
     recorded: str = ""  # the date of a recorded example
     choice: PlanChoice | None = None  # the plan of a recorded example
     pack_id: str = ""
+    system: str = ""
+    settings: GenerationSettings | None = None
+    order: tuple[int, ...] = ()
+    blind_seed: int | None = None
+    vote: Vote | None = None
+    asked: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def is_over(self) -> bool:
-        """Whether both answers are over."""
-        return self.left.is_over and self.right.is_over
+        """Whether all answers are over."""
+        return all(side.is_over for side in self.answers)
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the names are hidden: in blind mode until the vote."""
+        return self.blind_seed is not None and self.vote is None
+
+    def column_at(self, position: int) -> int:
+        """Return the column shown at a position."""
+        return self.order[position] if position < len(self.order) else position
+
+    def at(self, position: int) -> Side | None:
+        """Return the answer shown at a position; None if there is none."""
+        column = self.column_at(position)
+        return self.answers[column] if column < len(self.answers) else None
+
+    def name_at(self, position: int) -> str:
+        """Return the name of the answer shown at a position."""
+        side = self.at(position)
+        return f"Model {LETTERS[position]}" if self.is_hidden or side is None else side.name
 
 
-class View(NamedTuple):
-    """The contents of the Try it tab."""
+Turns = Sequence[Turn]
+Past: TypeAlias = tuple[dict[str, Any], list[Turn]]  # a prompt and the turns of that moment
 
-    chat_left: list[Message]
-    chat_right: list[Message]
-    verdict_left: str
-    verdict_right: str
-    status: str
-    source: str
+
+class HistoryRule(NamedTuple):
+    """Which earlier turns are sent with a question."""
+
+    earlier: bool = True
+    recorded: bool = False
 
 
 def turn_of_example(example: Example) -> Turn:
     """Return a recorded example as a finished turn."""
     return Turn(
         question=example.reference.question,
-        image=str(example.image),
+        images=(str(example.image),),
         pair=example.pair,
         pack_id=example.pack_id,
-        left=Side("Base", example.base_model, "finished", example.base),
-        right=Side("Merged", example.plan, "finished", example.merged),
+        answers=(
+            Side("Base", example.base_model, "finished", example.base),
+            Side("Merged", example.plan, "finished", example.merged),
+        ),
         reference=example.reference,
         recorded=example.recorded,
         choice=example.choice,
     )
 
 
-def without_records(turns: Sequence[Turn], pack_id: str) -> list[Turn]:
+def without_records(turns: Turns, pack_id: str) -> list[Turn]:
     """Return the turns without recorded examples of another pair than this one."""
     return [turn for turn in turns if not turn.recorded or turn.pack_id == pack_id]
 
 
-def view(turns: Sequence[Turn]) -> View:
-    """Format all turns."""
-    if not turns:
-        return View([], [], "", "", "", "")
-    last = turns[-1]
-    return View(
-        chat_left=_messages(turns, "left"),
-        chat_right=_messages(turns, "right"),
-        verdict_left=_verdict(last, last.left),
-        verdict_right=_verdict(last, last.right),
-        status=_status(last),
-        source=_source(last),
+def check_room(turns: Turns, question: str) -> None:
+    """Check that a conversation may have one more turn. Raises: RunError."""
+    size = len(question) + sum(map(_size, turns))
+    if len(turns) < MOST_TURNS and size <= LONGEST_CONVERSATION:
+        return
+    raise RunError(
+        f"This conversation has {len(turns)} turns and {size} characters; the maximum is "
+        f"{MOST_TURNS} turns and {LONGEST_CONVERSATION} characters. Export it, then press Clear."
     )
 
 
-def _messages(turns: Sequence[Turn], name: Literal["left", "right"]) -> list[Message]:
-    messages: list[Message] = []
-    for turn in turns:
-        content: list[Any] = [_html(show_text(turn.question))]
-        if turn.image and Path(turn.image).is_file():
-            content.insert(0, {"path": turn.image, "alt_text": "Image of the question"})
-        messages.append({"role": "user", "content": content})
-        side = turn.left if name == "left" else turn.right
-        answer = [*([_caption(turn, side)] if side.source else []), _html(_answer(side))]
-        messages.append({"role": "assistant", "content": answer})
-    return messages
+def _size(turn: Turn) -> int:
+    return len(turn.question) + sum(len(side.text) + len(side.thinking) for side in turn.answers)
 
 
-def _caption(turn: Turn, side: Side) -> dict[str, str]:
-    """Format the line above an answer: the model, the pair, and the date of a recording."""
-    words = [side.source, turn.pair, *([f"recorded {turn.recorded}"] if turn.recorded else [])]
-    return _html(_note(" · ".join(words)))
+def earlier_turns(turns: Turns, column: int, pack_id: str, rule: HistoryRule) -> list[Turn]:
+    """Return the turns whose question and answer are sent to a column with the next question.
+
+    Those of another pair, without an answer of this column, and recorded ones unless the rule
+    includes them, are not sent.
+    """
+    if not rule.earlier:
+        return []
+    return [
+        turn
+        for turn in turns
+        if turn.pack_id == pack_id
+        and (rule.recorded or not turn.recorded)
+        and column < len(turn.answers)
+        and turn.answers[column].text.strip()
+    ]
 
 
-def _html(html: str) -> dict[str, str]:
-    """Return a part of a message; Gradio would change tabs and indents of a plain string."""
-    return {"type": "text", "text": html}
+def pushed(past: Sequence[Past], typed: Mapping[str, Any], turns: Turns) -> list[Past]:
+    """Return what Undo can restore, with one more prompt and its turns."""
+    return [*past, (dict(typed), list(turns))][-MOST_PAST:]
 
 
-def _answer(side: Side) -> str:
-    text = show_text(side.text, finished=side.is_over) if side.text.strip() else ""
-    if side.state == "failed":
-        return f"{text}<p><strong>No answer.</strong> {as_html(side.note)}</p>"
-    if side.state == "stopped":
-        return f"{text}{_note('(stopped)')}"
-    if not text:
-        return _note("(empty answer)" if side.is_over else f"{side.note or 'waiting'} …")
-    return text
+def divider(before: Turn | None, now: Turn, position: int) -> str:
+    """Describe what changed between two turns of a position; empty if nothing did.
 
-
-def _note(words: str) -> str:
-    """Format a text of the app, as opposed to one of a model."""
-    return f'<p class="note">{as_html(words)}</p>'
-
-
-def _verdict(turn: Turn, side: Side) -> str:
-    """Format whether an answer is correct, with a sign and a word, and how long it took."""
-    parts = []
-    if turn.reference and side.state == "finished":
-        right = is_right(turn.reference, side.text)
-        sign, word, kind = ("✓", "correct", "right") if right else ("✕", "wrong", "wrong")
-        parts.append(f'<span class="chip {kind}">{sign} {word}</span>')
-        parts.append(f"<span>expected {as_html(turn.reference.answer)}</span>")
-    if side.seconds:
-        parts.append(f"<span>{side.seconds:.1f} s</span>")
-    return "".join(parts)
-
-
-_STATE_LABELS = {
-    "waiting": "is loading",
-    "answering": "is answering",
-    "finished": "finished",
-    "stopped": "stopped",
-    "failed": "failed",
-}
-
-
-def _status(turn: Turn) -> str:
-    if turn.recorded:
-        return _compare(turn)
-    words = [f"{side.name} {_STATE_LABELS[side.state]}." for side in (turn.left, turn.right)]
-    return " ".join([*words, _compare(turn)]).strip()
-
-
-def _compare(turn: Turn) -> str:
-    if turn.left.state != "finished" or turn.right.state != "finished":
+    Names hidden by blind mode and recorded answers have no divider.
+    """
+    if before is None or any(turn.is_hidden or turn.recorded for turn in (before, now)):
         return ""
-    if not differ(turn.left.text, turn.right.text):
-        return "Both answers are the same."
-    return "The answers differ."
-
-
-def _source(turn: Turn) -> str:
-    left, right = (as_html(side.source or side.name) for side in (turn.left, turn.right))
-    asked = f"Left: {left}. Right: {right}. Pair: {as_html(turn.pair)}."
-    if turn.recorded:
-        return (
-            f'<span class="chip recorded">Recorded {as_html(turn.recorded)}</span> '
-            f"<span>{asked} No model was run; Send asks the models selected above.</span>"
-        )
-    resized = {side.image_processor for side in (turn.left, turn.right)} - {""}
-    if resized:
-        asked += f" Image processor: {as_html(', '.join(sorted(resized)))}."
-    return f'<span class="chip live">Live</span> <span>{asked}</span>'
+    if before.pack_id != now.pack_id:
+        return f"pair {before.pair} → {now.pair}"
+    column = now.column_at(position)
+    first = before.answers[column] if column < len(before.answers) else None
+    second = now.answers[column] if column < len(now.answers) else None
+    if first is None or second is None or not (first.source and second.source):
+        return ""
+    if first.plan and second.plan and first.plan != second.plan:
+        return f"plan {first.plan[:SHORT]} → {second.plan[:SHORT]}"
+    return f"{first.source} → {second.source}" if first.source != second.source else ""

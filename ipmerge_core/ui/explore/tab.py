@@ -14,7 +14,7 @@ import gradio as gr
 from gradio.events import Dependency
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.plots import spectra_figure, spectra_info
+from ipmerge_core.plots.spectra import spectra_figure, spectra_info
 from ipmerge_core.runtime.host import space_id
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import QUIET, show_errors
@@ -26,6 +26,7 @@ from ipmerge_core.ui.explore.partial_packs import (
     pair_choices,
     records_since,
 )
+from ipmerge_core.ui.knockout_files import read_knockout
 from ipmerge_core.ui.pairs import load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_cells, read_commit
 from ipmerge_core.ui.runs import Updates
@@ -253,6 +254,7 @@ def content_of(
         "pack": pack,
         "plan": (choice or start).to_browser(),
         "presets": presets,
+        "knockout": read_knockout(pack_id),
     }
 
 

@@ -17,9 +17,10 @@ from ipmerge_core.calibration.samples import MOST_SAMPLES
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import QUIET, show_errors
+from ipmerge_core.ui.finished_merges import method_label
 from ipmerge_core.ui.format import format_size
 from ipmerge_core.ui.merge.start_gate import LAST, StartGate
-from ipmerge_core.ui.method_choice import MethodChoice
+from ipmerge_core.ui.method_choice import EXPLORED_METHOD, MethodChoice, data_kind
 from ipmerge_core.ui.runs import (
     Listener,
     Remembered,
@@ -32,6 +33,8 @@ from ipmerge_core.ui.runs import (
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
+
+    from ipmerge_core.methods.registry import DataKind
 
 SELECTED = "selected"  # where the browser remembers the run whose result was selected last
 MEASURES = {
@@ -115,9 +118,10 @@ def calibration_form(
     def keep(
         pack_id: str, how: MethodChoice, mine: Remembered | None, folder: str | None
     ) -> tuple[MethodChoice, Remembered]:
-        if data_method(how.name) is None:
+        kind = data_kind(how)
+        if kind is None:
             return how, mine or {}
-        made_here = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
+        made_here = [str(path) for path in backend.finished_calibrations(pack_id, kind)]
         chosen = folder if folder and (not backend.hosted or folder in made_here) else ""
         return how._replace(calibration=chosen), {**(mine or {}), _place(pack_id, how): chosen}
 
@@ -154,8 +158,11 @@ def _wire_start(backend: Backend, parts: _Parts, inputs: CalibrationInputs, poll
         limit: float | None,
     ) -> Remembered:
         count = int(limit or 0)
+        kind = data_kind(how)
+        if kind is None:
+            raise RunError("The chosen merge needs no calibration.")
         started = backend.start_calibration(
-            pack_id, how.name, seen, read, count, device=where, owner=visitor
+            pack_id, kind, seen, read, count, device=where, owner=visitor
         )
         return {**(mine or {}), **started._asdict()}
 
@@ -176,11 +183,11 @@ def calibration_view(
     A calibration that has just finished is selected once. Otherwise the selection is what the
     visitor chose for this pair and kind of data, or the newest one.
     """
-    method = data_method(how.name)
-    if method is None:
+    kind = data_kind(how)
+    if kind is None:
         return None
     try:
-        folders = [str(path) for path in backend.finished_calibrations(pack_id, how.name)]
+        folders = [str(path) for path in backend.finished_calibrations(pack_id, kind)]
     except IPMergeError:
         folders = []  # the pair cannot be read; the check reports why
     is_new = just_made in folders and mine.get(SELECTED) != just_made
@@ -192,8 +199,8 @@ def calibration_view(
     if just_made in folders:
         memory[SELECTED] = just_made
     intro = (
-        f"{method.label} needs {MEASURES[str(method.data)]}. A calibration measures them by "
-        f"running both models on samples. {_describe_cost(backend, pack_id, how.name)}"
+        f"{method_label(how.name or EXPLORED_METHOD)} needs {MEASURES[kind]}. A calibration "
+        f"measures them by running both models on samples. {_describe_cost(backend, pack_id, kind)}"
     )
     listed = gr.update(
         choices=[(_label(folder), folder) for folder in folders],
@@ -206,7 +213,7 @@ def calibration_view(
 
 def _place(pack_id: str, how: MethodChoice) -> str:
     """Return where the browser remembers the choice for a pair and kind of data."""
-    return f"{data_method(how.name).data} of {pack_id}"
+    return f"{data_kind(how)} of {pack_id}"
 
 
 def _label(folder: str) -> str:
@@ -216,25 +223,15 @@ def _label(folder: str) -> str:
     return f"{Path(folder).name} · {Measurements.open(folder).describe()}"
 
 
-def data_method(name: str) -> Any:  # noqa: ANN401 (a MergeMethod; methods are imported late)
-    """Return the method of this name if it needs data, else None."""
-    if not name:  # the plan from Explore needs none; do not import the methods for it
-        return None
-    from ipmerge_core.methods import METHODS
-
-    method = METHODS.get(name)
-    return method if method is not None and method.data is not None else None
-
-
 def made_by(run: RunState) -> str:
     """Return the folder of a finished calibration; empty until it is finished."""
     return run.out if run.finished else ""
 
 
-def _describe_cost(backend: Backend, pack_id: str, name: str) -> str:
+def _describe_cost(backend: Backend, pack_id: str, kind: DataKind) -> str:
     """Describe the memory and disk space of a calibration, which do not depend on the samples."""
     try:
-        cost = backend.calibration_cost(pack_id, name)
+        cost = backend.calibration_cost(pack_id, kind)
     except (RunError, IPMergeError) as error:
         return str(error)
     return (

@@ -8,7 +8,7 @@ method's signature when it is chosen. Values are checked by `make_plan`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.finished_merges import method_label
 from ipmerge_core.ui.formula import formula_html
 from ipmerge_core.ui.method_choice import (
+    ALSO_IN_EXPLORE,
     EXPLORED,
     EXPLORED_METHOD,
     FIELDS,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ipmerge_core.ui.runs import Listener
 
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
-AS_ANALYSED = "as in the analysis"
+AS_ANALYSED, AS_IN_EXPLORE = "as in the analysis", "as in Explore"
 _SLIDER_STEP = 0.01
 OWN = ""  # the choice that keeps the method's default
 
@@ -67,6 +68,7 @@ def method_form(
     method: gr.State,
     gate: StartGate,
     choose: Callable[[Listener], Dependency],
+    follow: Callable[[Dependency], Dependency],
 ) -> MethodForm:
     """Lay out the method's fields and the options, whose values are stored in `method`.
 
@@ -75,6 +77,7 @@ def method_form(
         method: holds a MethodChoice.
         gate: disables Start until a change has been checked.
         choose: makes the form's merge the chosen one after an event.
+        follow: shows the calibration that a merge needs, after a value that it depends on.
     """
     gate.disable_on(name.change)
     stored = name.change(with_method, [method, name], method, queue=False, **QUIET)
@@ -98,9 +101,10 @@ def method_form(
             with gr.Row(elem_classes="fields"):
                 for parameter in parameters_of(chosen):
                     keep: Callable[..., MethodChoice] = partial(with_value, parameter.name, chosen)
-                    inherits = chosen == EXPLORED and parameter.name in found.from_analysis
-                    make = _inherited_field if inherits else _field
-                    _keep(make(parameter, values), keep, method, gate, choose)
+                    field = _field_of(chosen, parameter, values, found.from_analysis)
+                    stored = _keep(field, keep, method, gate, choose)
+                    if parameter.name in found.decides_data:
+                        follow(stored)
 
     data = gr.Column(elem_id="calibration", visible=False)
     with (
@@ -126,7 +130,7 @@ def _keep(
     method: gr.State,
     gate: StartGate,
     choose: Callable[[Listener], Dependency],
-) -> None:
+) -> Dependency:
     """Store a field's value in the choice whenever it is entered; the last one always arrives."""
     entered = _entered(field)
     gate.disable_on(partial(gr.on, entered))
@@ -139,7 +143,9 @@ def _keep(
         trigger_mode="always_last",
         **QUIET,
     )
-    gate.check_after(choose(stored.then).then)
+    chosen = choose(stored.then)
+    gate.check_after(chosen.then)
+    return chosen
 
 
 def _entered(field: Any) -> list[Any]:  # noqa: ANN401 (as in `_keep`)
@@ -222,8 +228,21 @@ def with_option(option: str, choice: MethodChoice, value: str | None) -> MethodC
     return choice._replace(options={**rest, option: value} if value else rest)
 
 
-def _inherited_field(parameter: Parameter, values: Mapping[str, Value]) -> gr.Dropdown | gr.Textbox:
-    """Create the field of a parameter whose default is the value of the analysis."""
+def _field_of(
+    chosen: str, parameter: Parameter, values: Mapping[str, Value], from_analysis: Sequence[str]
+) -> gr.Component:
+    """Create the field of a parameter: with a value of its own, of the analysis or of Explore."""
+    if chosen == EXPLORED and parameter.name in from_analysis:
+        return _inherited_field(parameter, values)
+    if chosen == EXPLORED and parameter.name == ALSO_IN_EXPLORE:
+        return _inherited_field(parameter, values, AS_IN_EXPLORE)
+    return _field(parameter, values)
+
+
+def _inherited_field(
+    parameter: Parameter, values: Mapping[str, Value], usual: str = AS_ANALYSED
+) -> gr.Dropdown | gr.Textbox:
+    """Create the field of a parameter whose default is the value of the analysis, or another."""
     common: dict[str, Any] = {
         "label": parameter.name.rstrip("_").replace("_", " "),
         "info": f"{parameter.bounds.help}; {parameter.expectation}",
@@ -232,9 +251,9 @@ def _inherited_field(parameter: Parameter, values: Mapping[str, Value]) -> gr.Dr
     }
     given = shown(values[parameter.name]) if parameter.name in values else OWN
     if parameter.kind == "choice":
-        choices = [(AS_ANALYSED, OWN), *((choice, choice) for choice in parameter.choices)]
+        choices = [(usual, OWN), *((choice, choice) for choice in parameter.choices)]
         return gr.Dropdown(choices, value=given, **common)
-    return gr.Textbox(given, placeholder=AS_ANALYSED, **common)
+    return gr.Textbox(given, placeholder=usual, **common)
 
 
 def _field(

@@ -133,8 +133,11 @@ def merge_tab(
         listed = named_choices(how.name)
         return {named: listed, method: how, **form.filled(how), form.drawn: drawn + 1}
 
+    def follow_data(event: Dependency) -> Dependency:
+        return shows(event)  # laid out below, before a visitor enters a value
+
     with steps.form:
-        form = method_form(named, method, gate, choose)
+        form = method_form(named, method, gate, choose, follow_data)
         asked = CalibrationInputs(pair, method, steps.device, calibration)
         shows = calibration_form(backend, form.data, asked, poll=poll, gate=gate, choose=choose)
     gate.check_after(choose(shows(form.changed).then).then)

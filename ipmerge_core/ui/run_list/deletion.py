@@ -17,8 +17,9 @@ from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.job_lists import JobRequest, delete_job, describe_job
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.evaluate.results import results_folder
 from ipmerge_core.ui.pairs import packs_folder
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, MERGE, kind_of
+from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, MERGE, kind_of
 
 
 def own_output(
@@ -36,6 +37,7 @@ def own_output(
         MERGE: backend.models_folder,
         ANALYSIS: packs_folder(),
         CALIBRATION: backend.calibrations_folder,
+        EVALUATION: results_folder(),
     }
     ours = kind in folders and out.resolve().parent == folders[kind].resolve()
     if not ours or _has_another_run(known, status, out):

@@ -29,7 +29,7 @@ from ipmerge_core.ui.format import STATE_LABELS, format_device, progress_of, sta
 from ipmerge_core.ui.merge.download import download_link
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, id_of
 from ipmerge_core.ui.run_list.deletion import own_output
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, MERGE, kind_of
+from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, MERGE, kind_of
 
 Json = dict[str, Any]
 Keys = Mapping[str, str]  # run id -> key
@@ -38,6 +38,15 @@ STARTED = {
     MERGE: "Merge",
     ANALYSIS: "Analysis",
     CALIBRATION: "Calibration",
+    EVALUATION: "Evaluation",
+}
+
+
+WRITTEN = {
+    MERGE: "the model",
+    ANALYSIS: "the pair",
+    CALIBRATION: "the calibration",
+    EVALUATION: "the result",
 }
 
 
@@ -50,7 +59,7 @@ class Run(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """MERGE, ANALYSIS or CALIBRATION."""
+        """MERGE, ANALYSIS, CALIBRATION or EVALUATION."""
         return kind_of(self.request)
 
     @property
@@ -119,6 +128,8 @@ def _name(run: Run) -> str:
     """Return the name of the folder, or of the pair that an analysis makes."""
     if run.kind == ANALYSIS:
         return id_of(run.out).partition("-")[2]
+    if run.kind == EVALUATION:
+        return run.status.title
     return run.out.name or run.status.title
 
 
@@ -131,7 +142,7 @@ def _facts(backend: Backend, run: Run) -> Iterator[tuple[str, str]]:
         yield "Plan", about["plan"]
     if device := str(run.status.arguments.get("device", "")):
         yield "Device", format_device(device)
-    if run.out.name:
+    if run.out.name and run.kind != EVALUATION:
         yield (
             ("File" if run.kind == ANALYSIS else "Folder"),
             (run.out.name if backend.hosted else str(run.out)),
@@ -175,7 +186,7 @@ def _deletes(backend: Backend, run: Run, known: Sequence[JobStatus]) -> str:
     if not own:
         kept = f" '{name}' is kept." if name and run.out.exists() else ""
         return f"Delete this entry?{kept}"
-    what = {MERGE: "the model", ANALYSIS: "the pair", CALIBRATION: "the calibration"}[run.kind]
+    what = WRITTEN[run.kind]
     if run.status.state != "finished":
         what = f"the unfinished work of {what}"
     return f"Delete this entry and {what} '{name}'? This cannot be undone."

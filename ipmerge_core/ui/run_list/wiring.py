@@ -15,14 +15,15 @@ import gradio as gr
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.ui.analyse.models_form import is_running
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.side_choice import Kept, TryFinished, keys_of, with_run
+from ipmerge_core.ui.chat.column_choice import Held, TryFinished, keys_of, with_run
+from ipmerge_core.ui.chat.columns import Selections
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import QUIET, sentence_of, show_errors
 from ipmerge_core.ui.explore.partial_packs import pair_choices
 from ipmerge_core.ui.explore.tab import PairView, open_pair
 from ipmerge_core.ui.finished_merges import pair_of_merge
-from ipmerge_core.ui.merge.calibration_form import data_method
 from ipmerge_core.ui.merge.method_form import list_methods
+from ipmerge_core.ui.method_choice import MethodChoice, data_kind
 from ipmerge_core.ui.pairs import id_of, list_packs
 from ipmerge_core.ui.run_list.component import RunList
 from ipmerge_core.ui.run_list.deletion import delete_run
@@ -34,7 +35,7 @@ from ipmerge_core.ui.run_list.rows import (
     keys_held,
     visible_runs,
 )
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, POKE, RunPoll, Updates
+from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, POKE, RunPoll, Updates
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -54,11 +55,12 @@ class Frame(NamedTuple):
     job: gr.BrowserState  # the runs on show in the tabs
     analysis: gr.BrowserState
     calibration: gr.BrowserState
+    evaluation: gr.BrowserState
 
     @property
     def memories(self) -> list[Any]:
         """Where a browser remembers keys of runs: inputs of a handler, read by `_keys`."""
-        return [self.taking.sides.runs, self.job, self.analysis, self.calibration]
+        return [self.taking.choice.runs, self.job, self.analysis, self.calibration, self.evaluation]
 
     def open_pair(self, backend: Backend, pack_id: str, now: ChosenMerge) -> Updates:
         """Return the updates that select a pair and show it, if it is not on show already."""
@@ -161,41 +163,37 @@ def _wire_open(backend: Backend, frame: Frame) -> Dependency:
         event: gr.EventData,
         method: str,
         now: ChosenMerge,
-        kept: Kept,
+        selections: Selections,
+        kept: str,
         *remembered: Any,  # noqa: ANN401
     ) -> Updates:
         asked = Asked.read(event)
         keys = _keys(backend, asked, remembered)
         if asked.action == "try":
-            return _try(backend, frame, (asked.run, keys), (now, kept), remembered[0])
+            runs, last = remembered[:2]
+            held = Held(now, selections, runs, last, kept)
+            return _try(backend, frame, (asked.run, keys), held)
         return _show(backend, frame, _find(backend, keys, asked.run), now, method)
 
     taking = frame.taking
-    inputs = [frame.method, frame.view.chosen, taking.sides.kept, *frame.memories]
+    choice = taking.choice
+    inputs = [frame.method, choice.chosen, choice.selections, choice.kept, *frame.memories]
     outputs = [taking.tabs, frame.pair, *frame.view, frame.method, *frame.memories]
-    outputs += taking.sides.shown
+    outputs += choice.shown
     # Queued, because the page shows errors of queued events only.
     opened = frame.runs.open(show_errors(take), inputs, outputs, **QUIET)
     poked: Dependency = opened.then(None, None, None, js=POKE, queue=False, **QUIET)
     return poked
 
 
-def _try(
-    backend: Backend,
-    frame: Frame,
-    wanted: tuple[str, Keys],
-    held: tuple[ChosenMerge, Kept],
-    runs: object,
-) -> Updates:
+def _try(backend: Backend, frame: Frame, wanted: tuple[str, Keys], held: Held) -> Updates:
     """Choose a finished merge, under its own pair, and open the chat."""
-    (run, keys), (now, kept) = wanted, held
+    run, keys = wanted
+    now = held.chosen
     opened = frame.open_pair(backend, pair_of_merge(backend, run, keys, now.pack_id), now)
-    now = opened.get(frame.view.chosen, now)
-    return {
-        **opened,
-        **frame.taking.updates(run, now, kept, keys),
-        frame.taking.sides.runs: with_run(runs, {"id": run, "key": keys.get(run, "")}),
-    }
+    runs = with_run(held.runs, {"id": run, "key": keys.get(run, "")})
+    held = held._replace(chosen=opened.get(frame.view.chosen, now), runs=runs)
+    return {**opened, **frame.taking.updates(run, held), frame.taking.choice.runs: runs}
 
 
 def _show(backend: Backend, frame: Frame, run: Run, now: ChosenMerge, method: str) -> Updates:
@@ -204,6 +202,8 @@ def _show(backend: Backend, frame: Frame, run: Run, now: ChosenMerge, method: st
     if run.kind == ANALYSIS:
         found = frame.open_pair(backend, id_of(run.out), now)
         return {**found, frame.analysis: remembered, frame.taking.tabs: gr.Tabs(selected="explore")}
+    if run.kind == EVALUATION:
+        return {frame.evaluation: remembered, frame.taking.tabs: gr.Tabs(selected="evaluate")}
     found = {frame.taking.tabs: gr.Tabs(selected="merge")}
     if run.kind != CALIBRATION:
         return {**found, frame.job: remembered}
@@ -211,7 +211,7 @@ def _show(backend: Backend, frame: Frame, run: Run, now: ChosenMerge, method: st
     if pack_id in [entry.id for entry in list_packs()]:
         found |= frame.open_pair(backend, pack_id, now)
     kind = run.status.arguments.get("kind")
-    if getattr(data_method(method), "data", None) != kind:
+    if data_kind(MethodChoice(method)) != kind:
         found[frame.method] = gr.update(**list_methods(), value=_METHODS_OF[str(kind)])
     return {**found, frame.calibration: remembered}
 

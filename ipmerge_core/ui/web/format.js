@@ -67,3 +67,12 @@ function withUnit(n, units) {
 export function lambdaText(lambda) {
   return String(lambda);
 }
+
+/**
+ * A budget in percent, with all its digits.
+ *
+ * @param {number} budget
+ */
+export function budgetText(budget) {
+  return String(Number((100 * budget).toPrecision(12)));
+}

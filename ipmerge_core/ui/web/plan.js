@@ -1,17 +1,55 @@
 // @ts-check
 // A plan: its defaults, its limits, and what is believed of one that comes from elsewhere.
 
-/** @import { Index, Measure, Override, Plan, RawPlan, Variant } from "./types.d.ts" */
+/** @import { Complement, Index, Measure, Override, Plan, RawPlan, Variant } from "./types.d.ts" */
 
 /** @type {readonly Measure[]} */
 export const MEASURES = ["first", "max", "weighted"];
 /** @type {readonly Variant[]} */
-export const VARIANTS = ["sum", "max", "rescale_only", "select_only"];
+const PLAIN = ["sum", "max", "rescale_only", "select_only", "protect"];
+/** @type {readonly Variant[]} */
+export const VARIANTS = [...PLAIN, ...complements()];
+export const SHARE_STEP = 5; // percent of the energy, between which a complement snaps
+export const USUAL_SHARE = 80;
 export const LAMBDA_MAX = 32;
 /** @type {Plan} */
 export const DEFAULT_PLAN = Object.freeze({
-  s: 0.4, lambda: 1, similarity: "first", variant: "sum", overrides: Object.freeze({}),
+  s: 0.4, lambda: 1, similarity: "first", variant: "sum", overrides: Object.freeze({}), budget: 0,
 });
+
+/** @returns {Complement[]} */
+function complements() {
+  return Array.from({ length: 20 }, (_, i) => complementAt(5 * (i + 1)));
+}
+
+/**
+ * The update without the MLLM's leading directions, by the share of the energy that they hold.
+ *
+ * @param {number} share In percent, a multiple of 5.
+ * @returns {Complement}
+ */
+export function complementAt(share) {
+  return `complement_${share}`;
+}
+
+/**
+ * The share of the energy that a complement leaves out, in percent; null for other updates.
+ *
+ * @param {Variant} variant
+ */
+export function shareOf(variant) {
+  return variant.startsWith("complement_") ? Number(variant.slice("complement_".length)) : null;
+}
+
+/**
+ * Whether every record of a pair has an update: older packs lack those off the MLLM's directions.
+ *
+ * @param {Index} index
+ * @param {Variant} variant
+ */
+export function hasUpdate(index, variant) {
+  return index.cells.every((cell) => cell.experts.every((record) => record.updates[variant]));
+}
 
 /**
  * Whatever a URL, a file or a button holds, as a plan that is safe to draw.
@@ -26,14 +64,28 @@ export function cleanPlan(raw, index, problems = []) {
     s: numberOr(raw, "s", 1, problems),
     lambda: numberOr(raw, "lambda", LAMBDA_MAX, problems),
     similarity: choiceOr(raw, "similarity", MEASURES, problems),
-    variant: choiceOr(raw, "variant", VARIANTS, problems),
+    variant: variantOr(raw, index, problems),
     overrides: cleanOverrides(raw.overrides, index, problems),
+    budget: numberOr(raw, "budget", 1, problems),
   };
 }
 
 /**
  * @param {RawPlan} raw
- * @param {"s" | "lambda"} key
+ * @param {Index} index
+ * @param {string[]} problems
+ */
+function variantOr(raw, index, problems) {
+  if (raw.variant === undefined) return DEFAULT_PLAN.variant;
+  const variant = VARIANTS.find((known) => known === raw.variant);
+  if (variant && hasUpdate(index, variant)) return variant;
+  problems.push(!variant ? `variant must be one of ${PLAIN.join(", ")}, complement_5 to complement_100` : `the analysis does not contain the update ${variant}; analyse the pair again for it`);
+  return DEFAULT_PLAN.variant;
+}
+
+/**
+ * @param {RawPlan} raw
+ * @param {"s" | "lambda" | "budget"} key
  * @param {number} high
  * @param {string[]} problems
  */
@@ -47,12 +99,10 @@ function numberOr(raw, key, high, problems) {
 }
 
 /**
- * @template {"similarity" | "variant"} Key
  * @param {RawPlan} raw
- * @param {Key} key
- * @param {readonly Plan[Key][]} options
+ * @param {"similarity"} key
+ * @param {readonly Measure[]} options
  * @param {string[]} problems
- * @returns {Plan[Key]}
  */
 function choiceOr(raw, key, options, problems) {
   if (raw[key] === undefined) return DEFAULT_PLAN[key];
@@ -85,8 +135,8 @@ export function samePlan(a, b) {
 }
 
 /** @param {Plan} plan */
-function inOrder({ s, lambda, similarity, variant, overrides }) {
-  return JSON.stringify([s, lambda, similarity, variant, Object.entries(overrides).sort()]);
+function inOrder({ s, lambda, similarity, variant, overrides, budget }) {
+  return JSON.stringify([s, lambda, similarity, variant, budget, Object.entries(overrides).sort()]);
 }
 
 /**
@@ -102,12 +152,16 @@ export function copyOf(plan) {
  *
  * @param {Plan} plan
  */
-export function planArguments({ s, lambda, similarity, variant, overrides }) {
+export function planArguments({ s, lambda, similarity, variant, overrides, budget }) {
+  const share = shareOf(variant);
+  /** @type {Partial<Record<Variant, object>>} */
   const update = {
     sum: {},
     max: { gamma_norm: "max" },
     rescale_only: { ablation: "rescale_only" },
     select_only: { ablation: "select_only" },
+    protect: { projector: "protect" },
   };
-  return { similarity_threshold: s, lambda_: lambda, similarity, overrides, ...update[variant] };
+  const projector = share === null ? update[variant] : { projector: "complement", energy: share / 100 };
+  return { similarity_threshold: s, lambda_: lambda, similarity, overrides, ...projector, ...(budget ? { budget } : {}) };
 }

@@ -4,8 +4,10 @@
 //   ||U||^2 = lambda^2 (sum ||P_k||^2 + 2 sum_{j<k} <P_j, P_k>),   <dV, U> = lambda * sum <dV, P_k>.
 // Python does the same sums (`MergePlan.preview`); a test holds the two together.
 
+import { complementAt } from "./plan.js";
+
 /** @import { Angles, Cell, Flip, Index, LayerRecord, Pack, Place, Plan, Preview } from "./types.d.ts" */
-/** @import { Sums, Variant, View } from "./types.d.ts" */
+/** @import { Sums, UpdateProducts, Variant, View } from "./types.d.ts" */
 
 // As `is_projection` in Python: what a plan selects by similarity by default.
 const PROJECTION = /^(?!(?:.*\.)?router\b)(?:q|k|v|o|gate|up|down|(?:.+\.)?(?:[qkvo]|gate|up|down|gate_up)_proj)$/;
@@ -129,17 +131,33 @@ function selectedExperts(cell, plan) {
   return chosen;
 }
 
+/** @type {UpdateProducts} Of a matrix whose record lacks an update, which no plan then chooses. */
+const UNKNOWN = { norm2: NaN, inner: NaN, cross: [] };
+
 /**
- * <dV, X> and ||X||^2 of one matrix for X = sum of the chosen experts' P_k.
+ * <dV, X> and ||X||^2 of one matrix for X = sum of the chosen experts' P_k; with a budget X is
+ * rescaled to that relative change.
  *
+ * @param {Cell} cell
+ * @param {number[]} experts
+ * @param {Pick<Plan, "variant" | "budget">} plan
+ */
+function direction(cell, experts, { variant, budget }) {
+  const sums = products(cell, experts, variant);
+  if (!budget) return sums;
+  const factor = sums.norm2 > 0 ? budget * Math.sqrt(cell.experts[0].weight_norm2 / sums.norm2) : 0;
+  return { inner: sums.inner * factor, norm2: sums.norm2 * (factor * factor) };
+}
+
+/**
  * @param {Cell} cell
  * @param {number[]} experts
  * @param {Variant} variant
  */
-function direction(cell, experts, variant) {
+function products(cell, experts, variant) {
   let inner = 0, norm2 = 0;
   for (const k of experts) {
-    const update = cell.experts[k].updates[variant];
+    const update = cell.experts[k].updates[variant] ?? UNKNOWN;
     let crossed = 0;
     for (const j of experts) if (j < k) crossed += update.cross[j];
     inner += update.inner;
@@ -187,12 +205,17 @@ export function previewOf(index, plan) {
   const selected = [];
   /** @type {number[][]} */
   const masks = new Array(index.cells.length);
-  let touched = 0;
+  /** @type {number[]} */
+  const shares = [];
+  let touched = 0, own2 = 0, merged2 = 0;
   index.cells.forEach((cell, position) => {
     const experts = selectedExperts(cell, plan);
     masks[position] = experts;
     if (!experts.length) return;
-    const { inner, norm2 } = direction(cell, experts, plan.variant);
+    const { inner, norm2 } = direction(cell, experts, plan), own = products(cell, experts, "select_only").norm2;
+    shares.push(own > 0 ? plan.lambda * Math.sqrt(Math.max(norm2, 0) / own) : 0);
+    own2 += own;
+    merged2 += cell.experts[0].weight_norm2;
     selected.push(cell.name);
     touched += cell.numel;
     sums.vx += inner;
@@ -206,9 +229,18 @@ export function previewOf(index, plan) {
     parameters_touched: touched,
     bytes_rewritten: touched * (totals.decoder_itemsize || totals.model_bytes / totals.model_parameters),
     relative_change: plan.lambda * root(sums.xx, index.weight2),
+    update_share: median(shares),
+    expert_change: root(own2, merged2),
     layer_change: layerChange(index, layerXX, plan.lambda),
     ...angles(sums, plan.lambda),
   };
+}
+
+/** @param {number[]} values */
+function median(values) {
+  const ordered = [...values].sort((a, b) => a - b), middle = Math.floor(ordered.length / 2);
+  if (!ordered.length) return null;
+  return ordered.length % 2 ? ordered[middle] : (ordered[middle - 1] + ordered[middle]) / 2;
 }
 
 /**
@@ -236,6 +268,18 @@ export function root(norm2, of2) {
 }
 
 /**
+ * The share of dM inside the MLLM's leading directions, those that hold a share of dV's energy; null
+ * where the record does not tell.
+ *
+ * @param {LayerRecord} record
+ * @param {number} share In percent.
+ */
+export function shareInside({ updates }, share) {
+  const whole = updates.select_only.norm2, outside = updates[complementAt(share)]?.norm2;
+  return outside === undefined || !(whole > 0) ? null : Math.max(0, Math.min(1, 1 - outside / whole));
+}
+
+/**
  * Relative change of one matrix under a plan, as if its experts were the given ones.
  *
  * @param {Cell} cell
@@ -243,7 +287,7 @@ export function root(norm2, of2) {
  * @param {Plan} plan
  */
 export function cellChange(cell, experts, plan) {
-  const { norm2 } = direction(cell, experts, plan.variant);
+  const { norm2 } = direction(cell, experts, plan);
   return plan.lambda * root(norm2, cell.experts[0].weight_norm2);
 }
 

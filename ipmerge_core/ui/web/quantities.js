@@ -2,10 +2,11 @@
 // What the layer map can show of a matrix: its similarity, or another number of its record.
 
 import { fixed } from "./format.js";
-import { cellChange, expertInView, root, shownSimilarity } from "./preview.js";
+import { shareOf, USUAL_SHARE } from "./plan.js";
+import { cellChange, expertInView, root, shareInside, shownSimilarity } from "./preview.js";
 import { quantile } from "./scales.js";
 
-/** @import { Cell, LayerRecord, Plan, Quantity, QuantityKey, QuantityView, Ranks, View } from "./types.d.ts" */
+/** @import { Cell, KnockoutMap, LayerRecord, Plan, Quantity, QuantityKey, QuantityView, Ranks, View } from "./types.d.ts" */
 
 /**
  * @param {QuantityKey} key
@@ -41,6 +42,8 @@ export const QUANTITIES = [
     mllm_norm2 > 0 && math_norm2 > 0 ? inner / Math.sqrt(mllm_norm2 * math_norm2) : null)),
   quantity("norm_ratio", "norm ratio, math / MLLM", "‖ΔW_math‖ / ‖ΔW_mllm‖", (value) => fixed(value, 2),
     ({ mllm_norm2, math_norm2 }) => (mllm_norm2 > 0 ? Math.sqrt(math_norm2 / mllm_norm2) : null)),
+  quantity("inside", "math change inside MLLM directions", "of ‖ΔW_math‖², in the MLLM's leading directions", percent,
+    (record, _, plan) => shareInside(record, shareOf(plan.variant) ?? USUAL_SHARE)),
   quantity("mllm_change", "relative change, MLLM", "‖ΔW_mllm‖ / ‖W₀‖", percent, (r) => root(r.mllm_norm2, r.base_norm2)),
   quantity("math_change", "relative change, math", "‖ΔW_math‖ / ‖W₀‖", percent, (r) => root(r.math_norm2, r.base_norm2)),
   quantity("gap", "gap (σ₁ − σ₂) / σ₁, MLLM", "of the task vector", percent, ({ gap }) => gap),
@@ -52,13 +55,66 @@ export const QUANTITIES = [
   quantity("math_energy", "ranks for 90 % energy, math", "directions", ranks, rankOf("math_ranks", "energy")),
 ];
 
+/** @param {number} value */
+const points = (value) => `${value < 0 ? "−" : "+"}${fixed(Math.abs(100 * value), 0)}`;
+
+/**
+ * @param {QuantityKey} key
+ * @param {string} label
+ * @param {string} measured The model and the group of items, see `KnockoutMap`.
+ */
+const knockedOut = (key, label, measured) => (
+  quantity(key, `knock-out, ${label}`, "points of the score, without attention or MLP of the layer", points, ({ knockout }) => knockout?.[measured]));
+
+/**
+ * Measured, where a knock-out of the pair is known: the change of the score without the module that a
+ * matrix belongs to.
+ *
+ * @type {readonly Quantity[]}
+ */
+export const KNOCKOUT_QUANTITIES = [
+  knockedOut("knockout_before_math", "unmerged, math", "unmerged math"),
+  knockedOut("knockout_before_perception", "unmerged, perception", "unmerged perception"),
+  knockedOut("knockout_after_math", "merged, math", "merged math"),
+  knockedOut("knockout_after_perception", "merged, perception", "merged perception"),
+];
+
+/**
+ * What can be shown of a pair.
+ *
+ * @param {{ knockout?: object }[]} records
+ */
+export function quantitiesOf(records) {
+  return records.some(({ knockout }) => knockout) ? [...QUANTITIES, ...KNOCKOUT_QUANTITIES] : QUANTITIES;
+}
+
+/**
+ * Records with the changes of a knock-out, each with those of its block's module, or of its own.
+ *
+ * @param {LayerRecord[]} records
+ * @param {KnockoutMap | null | undefined} map
+ * @returns {LayerRecord[]}
+ */
+export function withKnockout(records, map) {
+  if (!map) return records.map(({ knockout, ...record }) => record);
+  return records.map((record) => {
+    const block = /^[qkvo]$|^[^.]*att/.test(record.module) ? "attention" : "mlp";
+    const places = [`${record.layer}.${record.module}`, `${record.layer}.${block}`];
+    const found = Object.entries(map).flatMap(([measured, changes]) => {
+      const place = places.find((each) => changes[each] !== undefined);
+      return place === undefined ? [] : [/** @type {[string, number]} */ ([measured, changes[place]])];
+    });
+    return { ...record, ...(found.length ? { knockout: Object.fromEntries(found) } : {}) };
+  });
+}
+
 /**
  * The quantity of that name, if there is one.
  *
  * @param {string | null | undefined} key
  */
 export function findQuantity(key) {
-  return QUANTITIES.find((each) => each.key === key);
+  return [...QUANTITIES, ...KNOCKOUT_QUANTITIES].find((each) => each.key === key);
 }
 
 /**
@@ -108,5 +164,5 @@ export function similarityWords(view, cell, digits = 2) {
  * @param {Plan} plan
  */
 export function quantityRow(record, cell, plan) {
-  return Object.fromEntries(QUANTITIES.map(({ key, of }) => [key, of(record, cell, plan) ?? ""]));
+  return Object.fromEntries(quantitiesOf([record]).map(({ key, of }) => [key, of(record, cell, plan) ?? ""]));
 }

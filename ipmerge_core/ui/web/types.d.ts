@@ -1,8 +1,13 @@
 // What the modules of the page share, as TypeScript sees it; nothing of this reaches the browser.
 // A pack is described in full by ipmerge_core's records; here are the parts that the page reads.
 
+import type { Flip } from "../evaluate/types.d.ts";
+
 export type Measure = "first" | "max" | "weighted";
-export type Variant = "sum" | "max" | "rescale_only" | "select_only";
+/** dM without the MLLM's leading directions, by the percent of the energy that they hold. */
+export type Complement = `complement_${number}`;
+export type OldVariant = "sum" | "max" | "rescale_only" | "select_only";
+export type Variant = OldVariant | "protect" | Complement;
 export type Override = "merge" | "keep";
 
 // --- what Python sends ---
@@ -63,7 +68,10 @@ export interface LayerRecord {
   mllm_norm2: number;
   math_norm2: number;
   inner: number;
-  updates: Record<Variant, UpdateProducts>;
+  /** All packs have the first four; from version 4 of packs on also the others, but not for experts of mixtures. */
+  updates: Record<OldVariant, UpdateProducts> & Partial<Record<Variant, UpdateProducts>>;
+  /** How many directions each complement leaves out. */
+  left_out?: number[];
   chance?: Partial<Record<Measure, number>> | null;
   noise_floor?: number | null;
   mllm_ranks?: Ranks | null;
@@ -74,6 +82,8 @@ export interface LayerRecord {
   mllm_sigma: number[];
   math_sigma: number[];
   angles: number[];
+  /** Measured, not part of an analysis: see `KnockoutMap`. */
+  knockout?: Record<string, number>;
   /** Of packs from version 3 on. */
   spectra?: { mllm: StoredValues; math: StoredValues; base: StoredValues | null; overlap: Overlap } | null;
 }
@@ -119,6 +129,8 @@ export interface Content {
   home?: string;
   /** The query of the permalink that a report opens with. */
   link?: string;
+  /** A knock-out of the pair that is part of the app. */
+  knockout?: KnockoutMap | null;
   /** The name of the plan in the comparison. */
   label?: string;
   pack: Pack;
@@ -144,6 +156,8 @@ export interface Plan {
   readonly similarity: Measure;
   readonly variant: Variant;
   readonly overrides: Readonly<Record<string, Override>>;
+  /** The relative change of every matrix at lambda 1; 0 for the update's own size. */
+  readonly budget: number;
 }
 
 /** A plan from a link, from storage or from Python, before `cleanPlan` has looked at it. */
@@ -167,6 +181,17 @@ export interface KeptPlan extends Preset {
   plan: Plan;
 }
 
+/** A plan that has been evaluated, with its scores. */
+export interface Measured {
+  plan: RawPlan;
+  hash: string;
+  created: string;
+  scores: { label: string; group: string; share: number; low: number; high: number; n: number }[];
+}
+
+/** By model and group of items, the change of the score without a module, by layer and module. */
+export type KnockoutMap = Record<string, Record<string, number>>;
+
 /** The content of a link about a pair. */
 export interface LinkContent {
   pack: string | null;
@@ -181,7 +206,8 @@ export interface LinkContent {
 /** The numbers that the map can show of a matrix. */
 export type QuantityKey =
   | "similarity" | "change" | "cosine" | "norm_ratio" | "mllm_change" | "math_change" | "gap"
-  | "mllm_effective" | "math_effective" | "mllm_stable" | "math_stable" | "mllm_energy" | "math_energy";
+  | "knockout_before_math" | "knockout_before_perception" | "knockout_after_math" | "knockout_after_perception"
+  | "inside" | "mllm_effective" | "math_effective" | "mllm_stable" | "math_stable" | "mllm_energy" | "math_energy";
 
 export interface Quantity {
   key: QuantityKey;
@@ -248,6 +274,10 @@ export interface Preview extends Angles {
   parameters_touched: number;
   bytes_rewritten: number;
   relative_change: number;
+  /** ||U|| / ||sum dM|| of the merged matrices, their median; null if nothing merges. */
+  update_share: number | null;
+  /** The experts' own relative change of the merged matrices. */
+  expert_change: number;
   layer_change: Record<number, number>;
 }
 
@@ -297,6 +327,8 @@ export interface Store<State> {
 export interface Server {
   report_file?(packId: string, plan: Plan, link: string): Promise<string>;
   grown?(packId: string, known: number): Promise<News>;
+  result_file?(id: string, pack: string, kind: string): Promise<string>;
+  result_items?(id: string, pack: string, point: number): Promise<{ flips: Flip[]; flipped: number; reason?: string }>;
 }
 
 /** What Gradio (or the HTML report) gives to a component that is mounted. */

@@ -1,17 +1,19 @@
 // @ts-check
 // The names of things: measures, updates, modules, matrices, plans.
 
-import { lambdaText } from "./format.js";
-import { DEFAULT_PLAN } from "./plan.js";
+import { budgetText, lambdaText } from "./format.js";
+import { DEFAULT_PLAN, shareOf } from "./plan.js";
 import { thresholdText } from "./thresholds.js";
 
-/** @import { Pack, Plan } from "./types.d.ts" */
+/** @import { Pack, Plan, Variant } from "./types.d.ts" */
 
-export const VARIANT_LABELS = {
+/** @type {Partial<Record<Variant, string>>} */
+const VARIANT_LABELS = {
   sum: "γ sums to 1 (paper)",
   max: "γ divided by its maximum",
   rescale_only: "rescale only, no projection",
   select_only: "select only",
+  protect: "protect: held back where the MLLM changed",
 };
 export const MEASURE_LABELS = {
   first: "first angle s₁",
@@ -35,16 +37,26 @@ export const MODULE_MEANING = {
 };
 
 /**
+ * The name of an update.
+ *
+ * @param {Variant} variant
+ */
+export function variantLabel(variant) {
+  return VARIANT_LABELS[variant] ?? `off ${shareOf(variant)} % of the MLLM's energy`;
+}
+
+/**
  * A short description of a plan; in full, it names every choice.
  *
  * @param {Plan} plan
  * @param {boolean} [full]
  */
-export function planWords({ s, lambda, variant, similarity, overrides }, full = false) {
+export function planWords({ s, lambda, variant, similarity, overrides, budget }, full = false) {
   const byHand = Object.keys(overrides).length;
   const parts = [`Sα ${thresholdText(s)}${full ? ` on ${MEASURE_LABELS[similarity]}` : ""}`, `λ ${lambdaText(lambda)}`];
   if (!full && similarity !== DEFAULT_PLAN.similarity) parts.push(MEASURE_LABELS[similarity]);
-  if (full || variant !== DEFAULT_PLAN.variant) parts.push(VARIANT_LABELS[variant]);
+  if (full || variant !== DEFAULT_PLAN.variant) parts.push(variantLabel(variant));
+  if (budget) parts.push(`budget ${budgetText(budget)} %`);
   if (byHand) parts.push(`${byHand} set by hand`);
   return parts.join(", ");
 }

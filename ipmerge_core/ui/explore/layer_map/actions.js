@@ -5,7 +5,7 @@ import { parts } from "../../web/dom.js";
 import { cellsOf } from "../../web/targets.js";
 import { chosenCells, pin, setLayout, setSigmaScale, toggleLarge } from "./choosing.js";
 import { matrixRows, spectrumRows } from "./map_tables.js";
-import { flipBack, flipOn, keepPlan, reset, setOverride, showFlip } from "./moves.js";
+import { flipBack, flipOn, keepPlan, reset, setOverride, showFlip, takeBudget } from "./moves.js";
 import { redo, undo } from "./session.js";
 import { copyLink, fileStem, saveCsv, saveJson, savePng, saveReport, saveSvg } from "./takeaway.js";
 import { tryTab } from "./try_tab.js";
@@ -19,6 +19,7 @@ const ACTIONS = {
   reset,
   "keep-plan": keepPlan,
   layout: (map, button) => setLayout(map, button.dataset.layout),
+  budget: takeBudget,
   tour: ({ tour }) => tour.start(),
   "tour-next": ({ tour }) => tour.next(),
   "tour-end": ({ tour }) => tour.end(),

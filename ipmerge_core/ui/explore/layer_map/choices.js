@@ -3,15 +3,19 @@
 // simple layout shows only those that differ from the usual, so that nothing is hidden that decides.
 
 import { node, part, parts, setText } from "../../web/dom.js";
+import { percent } from "../../web/format.js";
 import { keptPlans } from "../../web/memory.js";
-import { cleanPlan, DEFAULT_PLAN, MEASURES, samePlan, VARIANTS } from "../../web/plan.js";
-import { QUANTITIES } from "../../web/quantities.js";
+import {
+  cleanPlan, complementAt, DEFAULT_PLAN, hasUpdate, MEASURES, samePlan, shareOf, USUAL_SHARE, VARIANTS,
+} from "../../web/plan.js";
+import { shareInside } from "../../web/preview.js";
+import { quantitiesOf } from "../../web/quantities.js";
 import { LAMBDA_STEPS, LAMBDA_TICKS, lambdaPosition } from "../../web/scales.js";
-import { expertName, MEASURE_LABELS, VARIANT_LABELS } from "../../web/words.js";
+import { expertName, MEASURE_LABELS, variantLabel } from "../../web/words.js";
 import { buildTicks } from "./dials.js";
 import { buildTables } from "./map_tables.js";
 
-/** @import { Preset } from "../../web/types.d.ts" */
+/** @import { Index, Preset, Variant } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
 /** @import { State } from "./types.d.ts" */
 
@@ -29,8 +33,8 @@ export function buildPicks(map) {
   const { dom: { pick }, state: { index, pack } } = map;
   buildPresets(map);
   pick.similarity.replaceChildren(...options(MEASURES.map((value) => [value, MEASURE_LABELS[value]])));
-  pick.quantity.replaceChildren(...options(QUANTITIES.map(({ key, label }) => [key, label])));
-  pick.variant.replaceChildren(...options(VARIANTS.map((value) => [value, VARIANT_LABELS[value]])));
+  pick.quantity.replaceChildren(...options(quantitiesOf(pack.records).map(({ key, label }) => [key, label])));
+  pick.variant.replaceChildren(...options(variantsOf(index)));
   pick.expert.replaceChildren(...options([["-1", "all, highest"],
     ...Array.from({ length: index.nExperts }, (_, k) => /** @type {[string, string]} */ ([String(k), expertName(pack, k)]))]));
   buildTicks(map.find("[data-ticks=s]"), [0, 0.2, 0.4, 0.6, 0.8, 1].map((at) => (
@@ -38,6 +42,46 @@ export function buildPicks(map) {
   buildTicks(map.find("[data-ticks=lambda]"), LAMBDA_TICKS.map(([lambda, text]) => (
     { at: lambdaPosition(lambda) / LAMBDA_STEPS, text: lambda === 1 ? "1 paper" : text, strong: lambda === 1 })));
   buildTables(map);
+}
+
+const COMPLEMENT = "complement";
+
+/**
+ * The updates that the records of a pair have; the complements are one choice, with a slider.
+ *
+ * @param {Index} index
+ * @returns {[string, string][]}
+ */
+function variantsOf(index) {
+  const plain = VARIANTS.filter((variant) => shareOf(variant) === null && hasUpdate(index, variant));
+  const off = hasUpdate(index, complementAt(USUAL_SHARE));
+  return [...plain.map((variant) => /** @type {[string, string]} */ ([variant, variantLabel(variant)])),
+    .../** @type {[string, string][]} */ (off ? [[COMPLEMENT, "complement: off the MLLM's directions"]] : [])];
+}
+
+/**
+ * The update that a choice stands for.
+ *
+ * @param {string} value
+ */
+export function variantOf(value) {
+  return value === COMPLEMENT ? complementAt(USUAL_SHARE) : /** @type {Variant} */ (value);
+}
+
+/**
+ * How many directions a complement leaves out of each matrix, and how much of the experts' changes.
+ *
+ * @param {State} state
+ * @param {number} share In percent.
+ */
+function leftOutWords({ index }, share) {
+  const records = index.cells.flatMap((cell) => cell.experts);
+  const counts = records.flatMap((record) => record.left_out?.[share / 5 - 1] ?? []).sort((a, b) => a - b);
+  const whole = records.reduce((sum, { math_norm2 }) => sum + math_norm2, 0);
+  const inside = records.reduce((sum, record) => sum + (shareInside(record, share) ?? 0) * record.math_norm2, 0);
+  const [low, high] = [counts[0] ?? 0, counts[counts.length - 1] ?? 0];
+  return `${share} % of the MLLM's energy: ${low === high ? low : `${low} to ${high}`} directions of a matrix, `
+    + `with ${percent(whole > 0 ? inside / whole : 0)} of the math change`;
 }
 
 /**
@@ -83,7 +127,10 @@ export function buildPresets(map) {
 export function paintChoices(map) {
   const { dom: { pick }, state: { plan, past, future, expert, quantity, index, layout } } = map, simple = layout === "simple";
   pick.similarity.value = plan.similarity;
-  pick.variant.value = plan.variant;
+  const left = shareOf(plan.variant);
+  pick.variant.value = left === null ? plan.variant : COMPLEMENT;
+  show(map.dom.energy, left !== null);
+  show(map.dom.number.budget, !simple || plan.budget > 0);
   pick.expert.value = String(expert);
   pick.quantity.value = quantity.key;
   show(pick.quantity, !simple || quantity.key !== "similarity");
@@ -99,11 +146,25 @@ export function paintChoices(map) {
 }
 
 /**
- * @param {HTMLSelectElement} select
+ * The slider of a complement, which also follows a drag.
+ *
+ * @param {LayerMap} map
+ */
+export function paintEnergy({ dom: { energy, leftOut }, state }) {
+  const share = shareOf(state.plan.variant);
+  if (share === null) return;
+  energy.value = String(share);
+  const words = leftOutWords(state, share);
+  energy.setAttribute("aria-valuetext", words);
+  setText(leftOut, words);
+}
+
+/**
+ * @param {HTMLElement} field
  * @param {boolean} isShown With its label.
  */
-function show(select, isShown) {
-  if (select.parentElement) select.parentElement.hidden = !isShown;
+function show(field, isShown) {
+  if (field.parentElement) field.parentElement.hidden = !isShown;
 }
 
 /** @param {LayerMap} map */
@@ -120,7 +181,7 @@ export function paintPreset(map) {
   setText(map.find("[data-act=keep-plan]"), keptHere(map.state) >= 0 ? "Forget plan" : "Keep plan");
 }
 
-const PARTS = /** @type {const} */ ([["s", "Sα"], ["lambda", "λ"], ["similarity", "the similarity measure"], ["variant", "the update"]]);
+const PARTS = /** @type {const} */ ([["s", "Sα"], ["lambda", "λ"], ["similarity", "the similarity measure"], ["variant", "the update"], ["budget", "the budget"]]);
 
 /**
  * How the plan on show differs from the entry that it started from.

@@ -7,7 +7,7 @@ import { targetOf } from "../../web/grid.js";
 import { findQuantity, QUANTITIES } from "../../web/quantities.js";
 import { tableAction } from "../../web/tables.js";
 import { act } from "./actions.js";
-import { entriesOf } from "./choices.js";
+import { entriesOf, variantOf } from "./choices.js";
 import { choose, pin, stretch } from "./choosing.js";
 import { numberDone, onInput, onRangeChange } from "./inputs.js";
 import { onKey } from "./keys.js";
@@ -18,7 +18,7 @@ import { readOut } from "./reading.js";
 import { commit, setPlan } from "./session.js";
 import { cellOfPanel } from "./spectra.js";
 
-/** @import { Measure, Target, Variant } from "../../web/types.d.ts" */
+/** @import { Measure, Target } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
 
 /** @param {LayerMap} map */
@@ -29,7 +29,7 @@ export function listen(map) {
   });
   element.addEventListener("change", ({ target }) => {
     if (target instanceof HTMLSelectElement) onPick(map, target);
-    else if (target instanceof HTMLInputElement && target.dataset.range) onRangeChange(map, target);
+    else if (target instanceof HTMLInputElement && (target.dataset.range || target.dataset.energy !== undefined)) onRangeChange(map, target);
     else if (target instanceof HTMLInputElement && target.dataset.number) numberDone(map, target);
   });
   element.addEventListener("dblclick", (event) => {
@@ -102,7 +102,7 @@ function onPick(map, { dataset: { pick }, value }) {
     rememberLink(map.state);
   } else if (pick === "preset") takePreset(map, entriesOf(map.state)[Number(value)]);
   else if (pick) {
-    setPlan(map, pick === "variant" ? { variant: /** @type {Variant} */ (value) } : { similarity: /** @type {Measure} */ (value) });
+    setPlan(map, pick === "variant" ? { variant: variantOf(value) } : { similarity: /** @type {Measure} */ (value) });
     commit(map);
     showChosen(map);
   }

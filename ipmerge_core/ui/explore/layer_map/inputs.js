@@ -2,18 +2,25 @@
 // The two numbers of a plan: sliders, number fields, and the plots, which are handles as well.
 
 import { setText } from "../../web/dom.js";
-import { lambdaText } from "../../web/format.js";
+import { budgetText, lambdaText } from "../../web/format.js";
 import { remember } from "../../web/memory.js";
 import { isUsable, markUsable, markWrong } from "../../web/number_field.js";
+import { complementAt } from "../../web/plan.js";
 import { LAMBDA_STEPS, lambdaAt } from "../../web/scales.js";
 import { thresholdText } from "../../web/thresholds.js";
 import { INSET } from "./dials.js";
 import { commit, setPlan, startDrag } from "./session.js";
 
+/** @import { Plan } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
 
-/** @param {HTMLInputElement} input A slider or a number field. */
-function patchOf({ dataset: { range, number }, value }) {
+/**
+ * @param {HTMLInputElement} input A slider or a number field.
+ * @returns {Partial<Plan>}
+ */
+function patchOf({ dataset: { range, number, energy }, value }) {
+  if (energy !== undefined) return { variant: complementAt(Number(value)) };
+  if (number === "budget") return { budget: Number(value) / 100 };
   if ((range ?? number) === "s") return { s: Number(value) };
   return { lambda: range ? lambdaAt(Number(value)) : Number(value) };
 }
@@ -23,10 +30,10 @@ function patchOf({ dataset: { range, number }, value }) {
  * @param {HTMLInputElement} input
  */
 export function onInput(map, input) {
-  const { range, number } = input.dataset;
-  if (range) {
+  const { range, number, energy } = input.dataset;
+  if (range || energy !== undefined) {
     startDrag(map);
-    hideHint(map, range);
+    if (range) hideHint(map, range);
     setPlan(map, patchOf(input));
   } else if (number) {
     map.set({ typing: input });
@@ -38,11 +45,21 @@ export function onInput(map, input) {
 }
 
 /**
+ * The number of a plan that a field holds.
+ *
+ * @param {DOMStringMap} dataset
+ * @returns {"s" | "lambda" | "budget"}
+ */
+function nameOf({ number }) {
+  return number === "s" || number === "budget" ? number : "lambda";
+}
+
+/**
  * @param {LayerMap} map
  * @param {HTMLInputElement} input
  */
 function noteOf({ dom: { wrong } }, { dataset }) {
-  return dataset.number === "s" ? wrong.s : wrong.lambda;
+  return wrong[nameOf(dataset)];
 }
 
 /**
@@ -65,9 +82,12 @@ export function numberDone(map, input) {
     commit(map);
     return;
   }
-  const { s, lambda } = map.state.plan, isS = input.dataset.number === "s";
+  const { s, lambda, budget } = map.state.plan;
+  const [label, text] = {
+    s: ["Sα", thresholdText(s)], lambda: ["λ", lambdaText(lambda)], budget: ["Budget", `${budgetText(budget)} %`],
+  }[nameOf(input.dataset)];
   commit(map, "", input);
-  setText(map.dom.status, markWrong(input, noteOf(map, input), isS ? "Sα" : "λ", isS ? thresholdText(s) : lambdaText(lambda)));
+  setText(map.dom.status, markWrong(input, noteOf(map, input), label, text));
 }
 
 /**

@@ -2,17 +2,20 @@
 // The layer map, the component. Runs once per mount; the HTML report mounts it as Gradio does. Nothing
 // here talks to the server except trigger("commit"), trigger("cellselect"), trigger("packselect").
 
-import { recall } from "../../web/memory.js";
+import { MEASURED_EVENT, recall } from "../../web/memory.js";
 import { listenToTables } from "../../web/tables.js";
 import { listenToBrush } from "./brush.js";
 import { listen } from "./events.js";
 import { listenToPlots } from "./inputs.js";
 import { rememberLink, spokenPart } from "./link.js";
 import { LayerMap } from "./map.js";
+import { measureAgain } from "./measuring.js";
+import { takePlan } from "./moves.js";
 import { complain, open, problemWords } from "./opening.js";
 import { layOut } from "./painting.js";
+import { undo } from "./session.js";
 
-/** @import { Host } from "../../web/types.d.ts" */
+/** @import { Host, RawPlan } from "../../web/types.d.ts" */
 /** @import { State } from "./types.d.ts" */
 
 /** @param {Host} host */
@@ -28,6 +31,7 @@ export function mount(host) {
   listenToBrush(map);
   listen(map);
   listenToPlots(map);
+  window.addEventListener(MEASURED_EVENT, () => measureAgain(map));
   Object.assign(host.element, { ipmerge: handle(map) });
   open(map);
   host.watch("value", () => open(map));
@@ -88,6 +92,12 @@ function handle(map) {
     /** @param {string} problems Of that part of the link. */
     complain: (problems) => complain(map, map.dom.notice.hidden ? problemWords([problems]) : `Also: ${problems}.`),
     isPainted: () => !map.painter.isWaiting,
+    /**
+     * @param {RawPlan} plan Of another tab, applied as a step that can be undone.
+     * @param {string} words Announced before the sentence.
+     */
+    take: (plan, words) => takePlan(map, plan, words),
+    undo: () => undo(map),
     timings: map.painter.timings,
   }, Object.fromEntries(fields));
 }

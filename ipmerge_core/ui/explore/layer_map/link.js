@@ -1,5 +1,5 @@
 // @ts-check
-// The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&o=..&c=..&p=..&e=..&q=.. in at most 300 characters:
+// The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&b=..&o=..&c=..&p=..&e=..&q=.. in at most 300 characters:
 // the pair, the plan with all its digits, what is selected and pinned, the expert in view, and what
 // the colours of the map show. `o` packs the cells set by hand, five to a byte, so that any number of
 // them fits. The method and the options of the chosen merge follow (method, p.NAME, o.NAME), which
@@ -18,7 +18,7 @@ import { findQuantity } from "../../web/quantities.js";
  */
 
 const LINK_VERSION = "1";
-const LINK_KEYS = ["v", "pack", "s", "l", "m", "u", "o", "c", "p", "e", "q"];
+const LINK_KEYS = ["v", "pack", "s", "l", "m", "u", "b", "o", "c", "p", "e", "q"];
 const SPOKEN = /^(?:method|[po]\..{1,60})$/, OPTION = /^o\..{1,60}$/;
 const PAGE_KEYS = /^(?:_|utm_|present$|view$|logs$|footer$|embed)/; // of Gradio, the hub and the stage
 /** @type {(Override | "")[]} */
@@ -71,6 +71,7 @@ export function linkQuery({ packId, plan, index, target, pinned, expert, quantit
   const query = new URLSearchParams({ v: LINK_VERSION, pack: packId, s: String(plan.s), l: String(plan.lambda) });
   if (plan.similarity !== DEFAULT_PLAN.similarity) query.set("m", plan.similarity);
   if (plan.variant !== DEFAULT_PLAN.variant) query.set("u", plan.variant);
+  if (plan.budget) query.set("b", String(plan.budget));
   if (Object.keys(plan.overrides).length) query.set("o", packOverrides(index, plan.overrides));
   if (target) query.set("c", targetText(target));
   if (pinned) query.set("p", targetText({ kind: "cell", cell: pinned }));
@@ -186,7 +187,7 @@ export function readLink(search, index) {
   const given = (key) => query.get(key) ?? undefined;
   /** @type {RawPlan} */
   const raw = {
-    s: given("s"), lambda: given("l"), similarity: given("m"), variant: given("u"),
+    s: given("s"), lambda: given("l"), similarity: given("m"), variant: given("u"), budget: given("b"),
     overrides: unpackOverrides(index, query.get("o"), problems),
   };
   for (const key of query.keys()) {

@@ -95,8 +95,9 @@ function findDom(element) {
     keep: html("[data-out=keep]"), absorb: html("[data-out=absorb]"), low: html("[data-out=low]"),
     high: html("[data-out=high]"), quantity: html("[data-out=quantity]"), sense: html("[data-out=sense]"),
     range: { s: input("[data-range=s]"), lambda: input("[data-range=lambda]") },
-    number: { s: input("[data-number=s]"), lambda: input("[data-number=lambda]") },
-    wrong: { s: html("[data-wrong=s]"), lambda: html("[data-wrong=lambda]") },
+    number: { s: input("[data-number=s]"), lambda: input("[data-number=lambda]"), budget: input("[data-number=budget]") },
+    wrong: { s: html("[data-wrong=s]"), lambda: html("[data-wrong=lambda]"), budget: html("[data-wrong=budget]") },
+    energy: input("[data-energy]"), leftOut: html("[data-out=energy]"), advice: html(".lm-advice"),
     pick: {
       preset: select("[data-pick=preset]"), similarity: select("[data-pick=similarity]"),
       variant: select("[data-pick=variant]"), expert: select("[data-pick=expert]"),

@@ -33,7 +33,7 @@ export function matrixRows({ index, plan, result }) {
       change: cellChange(cell, [expert], plan), parameters: cell.numel, ...quantityRow(record, cell, plan),
       first: record.similarity.first, max: record.similarity.max, weighted: record.similarity.weighted,
       rho: record.rho, weight_norm2: record.weight_norm2, mllm_norm2: record.mllm_norm2,
-      math_norm2: record.math_norm2, inner: record.inner, update_norm2: update.norm2, update_inner: update.inner,
+      math_norm2: record.math_norm2, inner: record.inner, update_norm2: update?.norm2, update_inner: update?.inner,
       name: cell.name,
     };
   }));

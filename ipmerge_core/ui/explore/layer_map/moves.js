@@ -3,15 +3,16 @@
 
 import { setText } from "../../web/dom.js";
 import { keepPlans, MOST_KEPT } from "../../web/memory.js";
-import { copyOf } from "../../web/plan.js";
+import { cleanPlan, copyOf } from "../../web/plan.js";
 import { shownSimilarity } from "../../web/preview.js";
 import { above, atMost } from "../../web/thresholds.js";
 import { expertName, title } from "../../web/words.js";
 import { buildPresets, entriesOf, keptHere, paintPreset, planOf } from "./choices.js";
+import { budgetFor } from "./sentence.js";
 import { commit, setPlan, startDrag } from "./session.js";
 import { announce } from "./status.js";
 
-/** @import { Cell, Flip, Override, Plan, Preset } from "../../web/types.d.ts" */
+/** @import { Cell, Flip, Override, Plan, Preset, RawPlan } from "../../web/types.d.ts" */
 /** @import { LayerMap } from "./map.js" */
 
 const FLIP_MILLISECONDS = 2400;
@@ -97,6 +98,16 @@ export function setOverride(map, cells, value) {
   commit(map);
 }
 
+/**
+ * Give every matrix the relative change that the advice names, at lambda 1.
+ *
+ * @param {LayerMap} map
+ */
+export function takeBudget(map) {
+  setPlan(map, { budget: budgetFor(map.state.result), lambda: 1 });
+  commit(map);
+}
+
 // --- presets and kept plans ---
 
 /**
@@ -107,6 +118,18 @@ export function takePreset(map, preset) {
   if (!preset) return;
   map.set({ plan: planOf(map.state, preset) });
   commit(map, `${preset.label}.`);
+}
+
+/**
+ * Take a plan that another tab offers.
+ *
+ * @param {LayerMap} map
+ * @param {RawPlan} plan
+ * @param {string} words
+ */
+export function takePlan(map, plan, words) {
+  map.set({ plan: cleanPlan(plan, map.state.index) });
+  commit(map, words);
 }
 
 /** @param {LayerMap} map */

@@ -2,9 +2,10 @@
 // Opening a pair: the content that Python sent, and the plan of the address or the history.
 
 import { setText } from "../../web/dom.js";
+import { measuredKnockout } from "../../web/memory.js";
 import { cleanPlan, samePlan } from "../../web/plan.js";
 import { indexPack } from "../../web/preview.js";
-import { findQuantity } from "../../web/quantities.js";
+import { findQuantity, withKnockout } from "../../web/quantities.js";
 import { buildPicks } from "./choices.js";
 import { choose } from "./choosing.js";
 import { growLater } from "./growing.js";
@@ -115,11 +116,13 @@ function draw(map, words) {
  * @param {Content} content
  */
 function takeContent(map, content) {
-  const before = map.state, index = indexPack(content.pack), isSame = content.id === before.packId;
+  const before = map.state, isSame = content.id === before.packId;
+  const records = withKnockout(content.pack.records, measuredKnockout(content.id) ?? content.knockout);
+  const pack = { ...content.pack, records }, index = indexPack(pack);
   const journey = before.journey?.pack === content.id ? before.journey : null;
   const plan = cleanPlan(content.plan, index);
   map.set({
-    isOpen: true, pack: content.pack, packId: content.id, home: content.home ?? "", index, presets: content.presets, plan,
+    isOpen: true, pack, packId: content.id, home: content.home ?? "", index, presets: content.presets, plan,
     journey: null, pinned: null, expert: -1, preset: null, target: isSame ? targetAgain(index, before.target) : null,
   });
   const isStep = before.isOpen && before.linkRead && !journey;

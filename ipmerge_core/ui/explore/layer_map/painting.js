@@ -2,17 +2,18 @@
 // Painting: what follows the plan in every frame of a drag, and what is only built between drags.
 
 import { setText } from "../../web/dom.js";
-import { fixed, lambdaText, percent } from "../../web/format.js";
+import { budgetText, fixed, lambdaText, percent } from "../../web/format.js";
 import { markUsable } from "../../web/number_field.js";
 import { previewOf, shownSimilarity } from "../../web/preview.js";
 import { shownValue } from "../../web/quantities.js";
 import { colourDomain, lambdaPosition, niceTop } from "../../web/scales.js";
 import { coversLayer } from "../../web/targets.js";
 import { thresholdText } from "../../web/thresholds.js";
-import { paintChoices } from "./choices.js";
+import { paintChoices, paintEnergy } from "./choices.js";
+import { buildLanes } from "./measured_lanes.js";
 import { paintReading } from "./reading.js";
 import { lowestCosine } from "./curve.js";
-import { paintDrift, paintSense, paintSentence } from "./sentence.js";
+import { paintAdvice, paintDrift, paintSense, paintSentence } from "./sentence.js";
 import { buildSpectra } from "./spectra.js";
 import { tryTab } from "./try_tab.js";
 
@@ -78,10 +79,10 @@ function paintBars({ grid, state: { result, barTop, target } }) {
 
 /** @param {LayerMap} map */
 function paintInputs(map) {
-  const { dom: { range, number, wrong, dragMe }, state: { plan: { s, lambda }, typing, result, dragging } } = map;
+  const { dom: { range, number, wrong, dragMe }, state: { plan: { s, lambda, budget }, typing, result, dragging } } = map;
   range.s.value = String(s);
   range.lambda.value = String(Math.round(lambdaPosition(lambda)));
-  for (const [name, text] of /** @type {const} */ ([["s", thresholdText(s)], ["lambda", lambdaText(lambda)]])) {
+  for (const [name, text] of /** @type {const} */ ([["s", thresholdText(s)], ["lambda", lambdaText(lambda)], ["budget", budgetText(budget)]])) {
     if (typing === number[name]) continue;
     number[name].value = text;
     markUsable(number[name], wrong[name]);
@@ -89,7 +90,11 @@ function paintInputs(map) {
   range.s.setAttribute("aria-valuetext", `${thresholdText(s)}, ${result.selected.length} of ${result.n_matrices} matrices merge`);
   range.lambda.setAttribute("aria-valuetext", lambdaText(lambda) + (lambda === 1 ? ", as in the paper" : ""));
   if (!dragMe.hidden) dragMe.style.setProperty("--at", String(s));
-  if (!dragging) paintChoices(map);
+  if (!dragging) {
+    paintChoices(map);
+    paintAdvice(map);
+  }
+  paintEnergy(map);
 }
 
 /**
@@ -158,6 +163,7 @@ export function rescale(map) {
   map.set({ barTop, curveLow: lowestCosine(index, plan) });
   map.grid.nameBarsTop(percent(barTop));
   map.curve.build();
+  buildLanes(map);
 }
 
 /**

@@ -2,7 +2,7 @@
 // The summary of a plan: the sentence, the matrices close to the threshold, and those added and
 // removed. The lines keep their height while something is being dragged.
 
-import { node, setText } from "../../web/dom.js";
+import { node, part, setText } from "../../web/dom.js";
 import { bytes, count, percent } from "../../web/format.js";
 import { merges } from "../../web/preview.js";
 import { cellsOf } from "../../web/targets.js";
@@ -14,6 +14,7 @@ import { atLeast, thresholdText } from "../../web/thresholds.js";
 /** @typedef {string | { strong: string } | "·"} Piece Text, or emphasized text, or a dot. */
 
 const STEP = 0.01;
+const SMALL_SHARE = 0.25; // of the math model's own change
 const SAME = "The merged model equals the multimodal model.";
 
 /** @type {WeakMap<Element, string>} What was written last, so that a frame writes only what is new. */
@@ -28,6 +29,31 @@ export function paintSentence(map) {
   if (written.get(dom.sum) === key) return;
   written.set(dom.sum, key);
   dom.sum.replaceChildren(...(chip ? [node("span", { class: "lm-chip" }, chip), " "] : []), ...pieces.map(drawn));
+}
+
+/**
+ * What the sizes suggest, where an update is probably too small to matter; as in Python. It appears
+ * between drags, so that nothing moves during one.
+ *
+ * @param {LayerMap} map
+ */
+export function paintAdvice({ dom: { advice }, state: { plan, result } }) {
+  const { update_share: share, expert_change: change } = result;
+  const isSmall = share !== null && share < SMALL_SHARE && change > 0 && plan.lambda > 0 && !plan.budget;
+  advice.hidden = !isSmall;
+  if (!isSmall) return;
+  setText(part(advice, "[data-out=advice]"), `In half of the merged matrices the update has less than ${percent(share)} of the size of `
+    + `the math model's own change, which is probably too small to matter. A budget of ${percent(budgetFor(result))} gives every matrix `
+    + "the relative change that the math model has on average.");
+}
+
+/**
+ * The budget that the advice names.
+ *
+ * @param {Pick<Preview, "expert_change">} result
+ */
+export function budgetFor({ expert_change: change }) {
+  return Math.min(1, Number(change.toPrecision(2)));
 }
 
 /** @param {Piece} piece */

@@ -1,0 +1,79 @@
+"""The two recipes of the demo models: a skill that the base has, and one that it is taught.
+
+In: nothing. Out: `Recipe`s, which name the documents and steps of each training stage; `train`
+executes them. Both share architecture, tokenizer, drawings and the three stages of the MLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from texts import (
+    Document,
+    base_document,
+    guessing_document,
+    math_document,
+    packed_document,
+    reading_document,
+)
+
+from ipmerge_core.tasks.demo import Problem
+
+HERE = Path(__file__).parent
+
+Documents = Callable[[np.random.Generator], Document]
+
+
+class MathStage(NamedTuple):
+    """A training stage of the math model: per step, answers that are calculated, and replay."""
+
+    documents: Documents
+    steps: int
+    learning_rate: float
+    calculated: int
+    replayed: int
+
+
+class Recipe(NamedTuple):
+    """What distinguishes one demo trio from the other."""
+
+    name: str
+    title: str  # of the pack
+    folder: Path
+    base: Documents
+    math: tuple[MathStage, ...]
+    reads: Callable[[Problem], Document]  # what the MLLM learns to say of a drawing
+    half: bool  # whether the files are bf16
+
+    @property
+    def pack(self) -> Path:
+        """The file of the pack, in a folder of the models."""
+        return Path("pack.json.gz" if self.name == "elicited" else f"{self.name}.pack.json.gz")
+
+
+ELICITED = Recipe(
+    name="elicited",
+    title="demo trio",
+    folder=HERE,
+    base=base_document,
+    math=(MathStage(math_document, 50, 5e-5, 18, 10),),
+    reads=reading_document,
+    half=False,
+)
+TAUGHT = Recipe(
+    name="taught",
+    title="demo trio, taught skill",
+    folder=HERE.with_name("taught"),
+    base=guessing_document,
+    math=(
+        MathStage(math_document, 800, 6e-4, 40, 22),
+        MathStage(packed_document, 330, 4e-4, 24, 16),
+    ),
+    reads=partial(reading_document, equals=True),
+    half=True,
+)
+RECIPES = {recipe.name: recipe for recipe in (ELICITED, TAUGHT)}

@@ -1,0 +1,1 @@
+"""Search merging coefficients, and compare optimizers on tables of past results."""

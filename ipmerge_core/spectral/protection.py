@@ -1,0 +1,182 @@
+"""The part of a task vector outside the leading directions of another: hard or soft complements.
+
+In: the spectra of an MLLM's and an expert's task vectors, or the Gram matrices of layer inputs, for
+one matrix. Out: how many directions are left out, the weight of each, and the task vector without
+them. The derivations are in docs/variants.md. No IO.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from ipmerge_core.errors import PlanError
+from ipmerge_core.spectral.kinds import WANTED_ENERGY
+from ipmerge_core.spectral.spectrum import Spectrum, as_float
+
+RIDGE = 1e-3  # of the input filter, relative to the mean diagonal entry of a Gram matrix
+_SLACK = 1e-6  # of a share: fp32 singular values that tie with it are included
+
+
+def energy_rank(S: Float[Tensor, " r"], share: float, total: float | None = None) -> int:
+    """Count the leading directions that hold a share of the energy.
+
+    Math:   the least k with sum_{i<=k} S_i^2 >= share * total; total is sum_i S_i^2 by default,
+            or that of a spectrum whose other values were not computed. All r if they do not hold
+            the share.
+    Raises: PlanError for a share outside [0, 1].
+
+    >>> energy_rank(torch.tensor([3.0, 2.0, 1.0]), 0.9)
+    2
+    >>> energy_rank(torch.tensor([3.0, 2.0, 1.0]), 0.0)
+    0
+    """
+    if not 0 <= share <= 1:
+        raise PlanError(f"The share of the energy is {share}; expected a number in [0, 1].")
+    if share == 1:
+        return int((S > 0).sum())
+    energy = S.double().square()
+    goal = (share - _SLACK) * (float(energy.sum()) if total is None else total)
+    return min(len(S), int((energy.cumsum(0) < goal).sum()) + 1) if goal > 0 else 0
+
+
+def protection(mllm: Spectrum, expert: Spectrum) -> Float[Tensor, " r"]:
+    """Compute how much of each of the MLLM's directions is held back from an expert's change.
+
+    Math:   w_i = e_i (1 - a_i) with e_i = S_V,i / S_V,1, how strongly the MLLM's tuning used the
+            direction, and a_i = ||V_M,K^T v_V,i||^2, its part inside the directions K that hold
+            90 % of the expert's energy. The subspaces are compared, not single directions, so that
+            w does not depend on signs, nor on the order of directions of nearly equal strength.
+    Shapes: result (r,) in fp64, in [0, 1], for the r directions of the MLLM.
+    """
+    if not len(mllm.S):
+        return mllm.S.double()
+    wanted = expert.Vh[: energy_rank(expert.S, WANTED_ENERGY)]
+    agreement = (wanted @ mllm.Vh.T).square().sum(0, dtype=torch.float64).clamp(max=1)
+    strength = mllm.S.double() / mllm.S[0].double().clamp(min=torch.finfo(torch.float64).tiny)
+    return strength * (1 - agreement)
+
+
+def held_back(
+    change: Float[Tensor, "m n"], mllm: Spectrum, weights: Float[Tensor, " k"]
+) -> Float[Tensor, "m n"]:
+    """Compute dM (I - V_k diag(w) V_k^T) for the MLLM's first k right directions.
+
+    >>> held_back(torch.ones(1, 2), Spectrum(None, torch.ones(1), torch.eye(2)[:1]), torch.ones(1))
+    tensor([[0., 1.]])
+    """
+    dM = as_float(change)
+    V = mllm.Vh[: len(weights)].to(dM)
+    return dM - ((dM @ V.T) * weights.to(dM)) @ V
+
+
+# --- filters by the inputs of layers ---
+
+
+def off_inputs(
+    change: Float[Tensor, "m n"], mllm_gram: Float[Tensor, "..."], beta: float
+) -> Float[Tensor, "m n"]:
+    """Reduce a change on the inputs that the MLLM sees, and pass it elsewhere.
+
+    Math:   argmin_U ||U - dM||^2 + beta tr(U G U^T) = dM (I + beta G)^-1, with G the MLLM's Gram
+            matrix divided by its mean diagonal entry. ||P|| <= ||dM|| for any beta; beta = 0 is dM.
+    Shapes: gram (n, n), or (n,) for its diagonal.
+    Raises: PlanError if the Gram matrix is not positive semidefinite.
+    """
+    return _filtered(change, mllm_gram, None, beta)
+
+
+def input_filter(
+    change: Float[Tensor, "m n"],
+    mllm_gram: Float[Tensor, "..."],
+    math_gram: Float[Tensor, "..."],
+    beta: float,
+) -> Float[Tensor, "m n"]:
+    """Follow a change on the expert's inputs and reduce it on those of the MLLM.
+
+    Math:   argmin_U tr((U - dM) (G_e + ridge I) (U - dM)^T) + beta tr(U G_v U^T)
+            = dM (G_e + ridge I) (G_e + ridge I + beta G_v)^-1, each G divided by its mean diagonal
+            entry. The ridge pulls towards dM, not towards 0: inputs that neither model sees pass,
+            and beta = 0 is dM. tr(P G_v P^T) <= tr(dM G_v dM^T) for any beta.
+    Shapes: grams (n, n), or (n,) for their diagonals; of two kinds, both are used as diagonals.
+    Raises: PlanError if a Gram matrix is not positive semidefinite.
+    """
+    own, other = mllm_gram, math_gram
+    if own.ndim != other.ndim:
+        own, other = (G if G.ndim == 1 else G.diagonal() for G in (own, other))
+    return _filtered(change, own, other, beta)
+
+
+def output_norm2(matrix: Float[Tensor, "m n"], gram: Float[Tensor, "..."]) -> float:
+    """Return tr(A G A^T), the mean squared norm of the outputs A x over the measured inputs.
+
+    >>> output_norm2(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.5]))
+    17.0
+    """
+    A, G = matrix.double(), gram.double()
+    return float(((A * G if G.ndim == 1 else A @ G) * A).sum())
+
+
+def _scaled(gram: Tensor) -> Tensor:
+    """Divide by the mean diagonal entry in fp64; a Gram matrix of zeros stays so."""
+    G = gram.double()
+    mean = float((G if G.ndim == 1 else G.diagonal()).mean())
+    return G / mean if mean > 0 else torch.zeros_like(G)
+
+
+def _filtered(change: Tensor, own: Tensor, other: Tensor | None, beta: float) -> Tensor:
+    """Compute dM A (A + B)^-1 with B = beta G_v and A = G_e + ridge I, or A = I without G_e.
+
+    As dM - dM B (A + B)^-1, which is dM exactly where B is 0.
+    """
+    dM = as_float(change).double()
+    if own.ndim == 1:
+        B = beta * _scaled(own)
+        A = torch.ones_like(B) if other is None else _scaled(other) + RIDGE
+        return (dM - dM * (B / (A + B))).to(as_float(change))
+    B, factor = _factored(own, other, beta)
+    correction = torch.cholesky_solve((dM @ B).T, factor).T
+    return (dM - correction).to(as_float(change))
+
+
+class _Factored(NamedTuple):
+    """B and the Cholesky factor of A + B, with what they were computed from."""
+
+    beta: float
+    other: WeakIdRef | None
+    versions: tuple[int, ...]
+    B: Tensor
+    factor: Tensor
+
+    def is_of(self, other: Tensor | None, beta: float, versions: tuple[int, ...]) -> bool:
+        """Return whether the factor is of these unchanged Gram matrices."""
+        seen = None if self.other is None else self.other()
+        return seen is other and (self.beta, self.versions) == (beta, versions)
+
+
+# q, k and v (gate and up) have one Gram matrix: the last factor of each lives as long as it does
+_FACTORS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _factored(own: Tensor, other: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """Return B and the Cholesky factor of A + B; computed once per pair of Gram matrices."""
+    versions = tuple(G._version for G in (own, other) if G is not None)
+    known: _Factored | None = _FACTORS.get(own)  # type: ignore[no-untyped-call]
+    if known is not None and known.is_of(other, beta, versions):
+        return known.B, known.factor
+    B = beta * _scaled(own)
+    system = B.clone() if other is None else B + _scaled(other)
+    system.diagonal().add_(1.0 if other is None else RIDGE)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if int(failed):
+        raise PlanError(
+            "A Gram matrix is not positive semidefinite, so that it is invalid. Run the "
+            "calibration again."
+        )
+    seen = None if other is None else WeakIdRef(other)
+    _FACTORS[own] = _Factored(beta, seen, versions, B, factor)
+    return B, factor

@@ -1,0 +1,1 @@
+"""The Evaluate tab: score models on tasks, sweep parameters, knock modules out."""

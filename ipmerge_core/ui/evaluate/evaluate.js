@@ -1,0 +1,306 @@
+// @ts-check
+// The results of the Evaluate tab, the component; the HTML report mounts it as Gradio does. It talks to
+// Python by trigger("take"), trigger("opened") and trigger("report").
+
+import { closest, node, part, setText } from "../web/dom.js";
+import { percent } from "../web/format.js";
+import { createStore } from "../web/store.js";
+import { csvText, dataTable, listenToTables, refreshTables, saveText, tableAction } from "../web/tables.js";
+import { flipList } from "./flips.js";
+import { heatPlot } from "./heat_plot.js";
+import { knockoutMaps } from "./knockout.js";
+import { pointPanel } from "./point_panel.js";
+import { bestPoints, cutRows, gainWords, isSignificant, orderedTasks, pWords, resultRows, scoreWords, share, skillRows } from "./scores.js";
+import { sweepPlot } from "./sweep_plot.js";
+import { publish } from "./measured.js";
+import { takeOnMap, undoOnMap } from "./taking.js";
+
+/** @import { Host } from "../web/types.d.ts" */
+/** @import { Content, Score, State } from "./types.d.ts" */
+
+export class Evaluation {
+  /** @param {Host} host */
+  constructor(host) {
+    const { element } = host;
+    this.host = host;
+    this.element = element;
+    /** @param {string} name */
+    const found = (name) => part(element, `.ev-${name}`);
+    this.dom = {
+      root: found("title").closest("section") ?? element, title: found("title"), made: found("made"), notes: found("notes"),
+      plot: found("plot"), point: found("point"), tables: found("tables"), flips: found("flips"),
+      twins: part(element, ".lm-twins"), status: part(element, ".lm-status"),
+    };
+    /** @type {State} */
+    const first = { content: null, point: -1, taken: -1, listed: -1, task: "", filter: "", width: 0, served: Boolean(host.server?.result_file) };
+    this.store = createStore(first);
+  }
+
+  get state() {
+    return this.store.get();
+  }
+
+  /** @param {Partial<State>} patch */
+  set(patch) {
+    this.store.set(patch);
+  }
+
+  /** Show what Python has sent. */
+  open() {
+    const { value } = this.host.props;
+    /** @type {Content | null} */
+    const content = typeof value === "string" && value ? JSON.parse(value) : value;
+    const isSame = content !== null && content?.id === this.state.content?.id;
+    this.element.hidden = !content?.id;
+    if (!content?.id) return;
+    this.set({ content, ...(isSame ? {} : { point: firstPoint(content), taken: -1, listed: -1, task: "", filter: "" }) });
+    setText(this.dom.title, content.title);
+    setText(this.dom.made, content.facts.map(([name, words]) => `${name} ${words}`).join(" · "));
+    this.dom.notes.replaceChildren(...content.notes.map((words) => node("li", {}, words)));
+    this.#buildTables(content);
+    if (this.state.served) publish(content);
+    this.layOut();
+  }
+
+  /** Everything that depends on the width. */
+  layOut() {
+    const width = this.dom.root.clientWidth;
+    if (width) this.set({ width });
+    this.paint();
+  }
+
+  paint() {
+    const { state } = this, { content } = state;
+    if (!content) return;
+    const isSweep = content.kind === "sweep";
+    const plot = content.kind === "knockout" ? knockoutMaps(content)
+      : isSweep && state.width ? (content.axes.length > 1 ? heatPlot : sweepPlot)(content, state) : null;
+    this.dom.plot.replaceChildren(...(plot ? [plot] : []));
+    this.dom.tables.replaceChildren(...(content.kind === "models" || content.kind === "ablation" ? [scoreTable(content)] : []));
+    this.dom.flips.replaceChildren(...flipList(content, state));
+    refreshTables(this.element);
+    this.mark();
+  }
+
+  /** Mark the point in view and the one that is taken; the plot stays, so that a press is one. */
+  mark() {
+    const { state } = this, { content, point, taken } = state;
+    if (!content) return;
+    this.dom.point.replaceChildren(...(content.points.length ? pointPanel(content, state) : []));
+    for (const each of this.element.querySelectorAll("[data-point]")) {
+      const i = Number(each.getAttribute("data-point")), isShown = i === point;
+      each.classList.toggle("ev-is-shown", isShown);
+      each.setAttribute("aria-pressed", String(i === taken));
+      if (content.kind === "sweep") each.setAttribute("tabindex", isShown ? "0" : "-1");
+    }
+  }
+
+  /**
+   * Show another point, and keep the focus on its button.
+   *
+   * @param {number} point
+   * @param {boolean} [focus]
+   */
+  show(point, focus = false) {
+    if (point === this.state.point) return;
+    this.set({ point });
+    this.mark();
+    const button = this.element.querySelector(`[data-point="${point}"]`);
+    if (focus && (button instanceof HTMLElement || button instanceof SVGElement)) button.focus();
+  }
+
+  /** Choose the merge of the point in view, in Explore where it can be set there. */
+  take() {
+    const { content, point: i } = this.state, point = content?.points[i];
+    if (!content || !point?.takes || !this.state.served) return;
+    const onMap = point.choice && takeOnMap(content.pack, point.choice, `Plan of the evaluation: ${point.label}.`);
+    if (!onMap) this.host.trigger("take", { id: content.id, pack: content.pack, point: i });
+    this.set({ taken: i });
+    this.mark();
+    setText(this.dom.status, `${point.label} is the chosen plan${point.plan ? `, plan ${point.plan}` : ""}.`);
+  }
+
+  /** Return to the merge that was chosen before. */
+  untake() {
+    const { content, taken } = this.state, point = content?.points[taken];
+    if (!content || !point) return;
+    if (!(point.choice && undoOnMap(content.pack))) this.host.trigger("take", { id: content.id, pack: content.pack, point: -1 });
+    this.set({ taken: -1 });
+    this.mark();
+    setText(this.dom.status, "The merge that was chosen before is chosen again.");
+  }
+
+  /** List the items that the merge in view changes; the server knows them. */
+  async listItems() {
+    const { content, point } = this.state;
+    if (!content || !this.host.server?.result_items) return;
+    setText(this.dom.status, "Reading the items …");
+    const { flips, flipped, reason } = await this.host.server.result_items(content.id, content.pack, point);
+    if (this.state.content?.id !== content.id) return;
+    this.set({ content: { ...content, flips, flipped }, listed: point, filter: "" });
+    this.paint();
+    setText(this.dom.status, reason || `${flipped} items differ between ${content.points[0].label} and ${content.points[point].label}.`);
+  }
+
+  /**
+   * Open an item in the chat, with both answers.
+   *
+   * @param {string} flip
+   */
+  openItem(flip) {
+    const { content, listed } = this.state;
+    if (content) this.host.trigger("opened", { id: content.id, pack: content.pack, flip, point: listed });
+  }
+
+  /** @param {Content} content */
+  #buildTables(content) {
+    const numbers = content.kind === "knockout" ? cutRows(content) : resultRows(content);
+    const columns = Object.keys(numbers[0] ?? {}).map((name) => /** @type {[string, (value: any) => string]} */ ([name, plain]));
+    const skills = skillRows(content);
+    this.dom.twins.replaceChildren(
+      ...(numbers.length ? [dataTable({ title: "Table of all numbers", stem: `ipmerge-${content.kind}`, rows: () => numbers, columns })] : []),
+      ...(skills.length ? [dataTable({ title: "Table of skills", stem: `ipmerge-${content.kind}-skills`, rows: () => skills,
+        columns: Object.keys(skills[0]).map((name) => [name, String]) })] : []));
+  }
+}
+
+/** @param {unknown} value */
+function plain(value) {
+  return typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(4))) : String(value);
+}
+
+/**
+ * The point to show at first: the best of the first task, else the last.
+ *
+ * @param {Content} content
+ */
+function firstPoint(content) {
+  const [task] = orderedTasks(content.tasks);
+  return task ? bestPoints(content, task.name)[0] ?? content.points.length - 1 : -1;
+}
+
+/**
+ * The models of a comparison or an ablation: a row for each, with score, interval, difference and test.
+ *
+ * @param {Content} content
+ */
+function scoreTable(content) {
+  const tasks = orderedTasks(content.tasks), best = new Map(tasks.map(({ name }) => [name, bestPoints(content, name)]));
+  const heads = ["Model", "Matrices", "Change", ...tasks.map(({ label }) => label)];
+  const rows = content.points.map((point, i) => node("tr", {},
+    node("th", { scope: "row" }, node("button", { type: "button", class: "lm-quiet ev-row", "data-point": i }, point.label)),
+    node("td", {}, point.plan ? String(point.matrices) : "–"), node("td", {}, point.change === null ? "–" : percent(point.change)),
+    ...tasks.map(({ name }) => scoreCell(point.scores[name], Boolean(best.get(name)?.includes(i)), i > 0))));
+  return node("div", { class: "ev-scroll", tabindex: 0, role: "region", "aria-label": "Scores" },
+    node("table", { class: "ev-scores" }, node("thead", {}, node("tr", {}, ...heads.map((head) => node("th", { scope: "col" }, head)))),
+      node("tbody", {}, ...rows)));
+}
+
+/**
+ * @param {Score | undefined} score
+ * @param {boolean} isBest
+ * @param {boolean} isCompared Whether the row is compared with the first one.
+ */
+function scoreCell(score, isBest, isCompared) {
+  if (!score?.n) return node("td", {}, "–");
+  const gain = isCompared ? gainWords(score) : "", length = score.length === null ? "" : `, ${score.length.toFixed(1)} tokens`;
+  const made = node("td", {}, node(isBest ? "b" : "span", {}, `${(100 * share(score)).toFixed(1)} %`), isBest ? node("span", { class: "ev-best" }, "best") : null,
+    node("small", {}, `${scoreWords(score).replace(/^[^(]*/, "")}${length}`));
+  if (gain && score.p !== null) made.append(node("small", {}, `${gain} points: fixed ${score.fixed}, broken ${score.broken}, p ${pWords(score.p)}${isSignificant(score) ? "" : ", not significant"}`));
+  return made;
+}
+
+/** @param {Evaluation} results */
+function listen(results) {
+  const { element } = results;
+  element.addEventListener("click", (event) => {
+    const button = closest(event, "button, [data-point]");
+    if (!button || tableAction(button)) return;
+    press(results, button);
+  });
+  for (const kind of ["pointerover", "focusin"]) {
+    element.addEventListener(kind, (event) => {
+      const column = event.target instanceof Element ? event.target.closest(".ev-column, .ev-cell") : null;
+      if (column) results.show(Number(column.getAttribute("data-point")));
+    });
+  }
+  element.addEventListener("keydown", (event) => {
+    const column = event.target instanceof Element ? event.target.closest("[data-point]") : null;
+    if (column && key(results, event, Number(column.getAttribute("data-point")))) event.preventDefault();
+  });
+}
+
+/**
+ * @param {Evaluation} results
+ * @param {HTMLElement} button
+ */
+function press(results, button) {
+  const { point, act, task, filter, flip } = button.dataset, { content } = results.state;
+  if (!content) return;
+  if (point !== undefined) {
+    results.show(Number(point));
+    if (content.kind === "sweep") results.take();
+  } else if (task) results.set({ task });
+  else if (filter !== undefined) results.set({ filter });
+  else if (flip !== undefined) results.openItem(content.flips[Number(flip)].item);
+  else save(results, content, act);
+  if (task || filter !== undefined) results.paint();
+}
+
+/**
+ * @param {Evaluation} results
+ * @param {Content} content
+ * @param {string | undefined} act
+ */
+async function save(results, content, act) {
+  const stem = `ipmerge-${content.kind}`;
+  if (act === "take") results.take();
+  else if (act === "items") results.listItems();
+  else if (act === "untake") results.untake();
+  else if (act === "csv") saveText(`${stem}.csv`, csvText(resultRows(content)), "text/csv");
+  else if (act === "json" || act === "html") {
+    const text = await results.host.server?.result_file?.(content.id, content.pack, act);
+    if (text) saveText(`${stem}.${act}`, text, act === "json" ? "application/json" : "text/html");
+  }
+}
+
+/**
+ * Arrow keys move between points, Enter and the space bar take a plan.
+ *
+ * @param {Evaluation} results
+ * @param {KeyboardEvent} event
+ * @param {number} point
+ */
+function key(results, { key: name }, point) {
+  const { content } = results.state;
+  if (!content) return false;
+  const across = content.kind === "sweep" && content.axes.length > 1 ? content.axes[1].values.length : 1;
+  const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across }[name];
+  if (step !== undefined) {
+    const next = point + step;
+    if (content.points[next]?.values.length === content.axes.length || content.kind !== "sweep") {
+      if (content.points[next]) results.show(next, true);
+    }
+    return true;
+  }
+  if ((name === "Enter" || name === " ") && content.kind === "sweep") {
+    results.take();
+    return true;
+  }
+  return false;
+}
+
+/** @param {Host} host */
+export function mount(host) {
+  const results = new Evaluation(host);
+  part(host.element, "[data-act=html]").hidden = !host.server?.result_file;
+  part(host.element, "[data-act=json]").hidden = !host.server?.result_file;
+  listenToTables(host.element);
+  listen(results);
+  results.open();
+  host.watch("value", () => results.open());
+  new ResizeObserver(() => {
+    const width = results.dom.root.clientWidth;
+    if (width && width !== results.state.width) results.layOut();
+  }).observe(results.dom.root);
+}

@@ -1,0 +1,164 @@
+"""Variants of IP-Merging where nothing is to be protected or added, and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Trio
+
+import ipmerge_core as ipm
+from ipmerge_core.adapters.export import export_adapter
+from ipmerge_core.errors import PlanError
+from ipmerge_core.methods import METHODS
+from ipmerge_core.spectral.protection import energy_rank, input_filter, off_inputs, protection
+from ipmerge_core.spectral.spectrum import svd
+
+MERGE = METHODS["ip_merging"]
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+BASE = draw(12, 8)
+MLLM, MATH = BASE + 0.1 * draw(12, 8, seed=1), BASE + 0.1 * draw(12, 8, seed=2)
+
+
+def gram(n: int, tokens: int, seed: int) -> torch.Tensor:
+    inputs = draw(tokens, n, seed=seed) * torch.linspace(0.1, 3, n, dtype=torch.float64)
+    return inputs.T @ inputs / tokens
+
+
+@pytest.mark.parametrize("choice", [{"projector": "complement"}, {"projector": "protect"}])
+def test_without_a_task_vector_of_the_mllm_the_expert_passes(choice):
+    merged = MERGE(BASE, BASE, MATH, **choice)
+    assert torch.allclose(merged, MATH, atol=1e-12)
+
+
+def test_a_complement_of_all_energy_leaves_nothing_in_the_directions():
+    merged = MERGE(BASE, MLLM, MATH, projector="complement", energy=1.0)
+    assert float((merged - MLLM).norm()) < 1e-6  # dV has every direction
+    low = BASE + 0.1 * draw(12, 1, seed=3) @ draw(1, 8, seed=4)
+    change = MERGE(BASE, low, MATH, projector="complement", energy=1.0) - low
+    direction = torch.linalg.svd(low - BASE).Vh[0]
+    assert float((change @ direction).norm()) < 1e-6
+    assert float(change.norm()) > 0.5 * float((MATH - BASE).norm())
+
+
+def test_a_complement_of_no_energy_is_task_arithmetic():
+    merged = MERGE(BASE, MLLM, MATH, projector="complement", energy=0.0)
+    assert torch.allclose(merged, MLLM + MATH - BASE, atol=1e-12)
+
+
+@pytest.mark.parametrize("choice", [{}, {"projector": "complement"}, {"ablation": "select_only"}])
+def test_a_budget_is_the_relative_change(choice):
+    for gain in (1.0, 3.0):
+        change = MERGE(BASE, MLLM, MATH, budget=0.02, lambda_=gain, **choice) - MLLM
+        assert float(change.norm() / MLLM.norm()) == pytest.approx(0.02 * gain)
+    still = MERGE(BASE, MLLM, BASE, budget=0.02, **choice)
+    assert torch.equal(still, MLLM)
+
+
+def test_an_output_budget_is_the_relative_change_of_the_outputs():
+    G = gram(8, 40, 5)
+    given = {"mllm_gram": G, "math_gram": [G]}
+    change = MERGE(BASE, MLLM, MATH, output_budget=0.03, ablation="select_only", **given) - MLLM
+    size = torch.trace(change @ G @ change.T) / torch.trace(MLLM @ G @ MLLM.T)
+    assert float(size.sqrt()) == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0, 100.0])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_filter_never_moves_the_outputs_of_the_mllm_more_than_the_whole_change(beta, tokens):
+    own, other, change = gram(8, tokens, 6), gram(8, tokens, 7), MATH - BASE
+    for filtered in (input_filter(change, own, other, beta), off_inputs(change, own, beta)):
+        moved = [float(torch.trace(U @ own @ U.T)) for U in (filtered, change)]
+        assert moved[0] <= moved[1] * (1 + 1e-9)
+    assert float(off_inputs(change, own, beta).norm()) <= float(change.norm()) * (1 + 1e-9)
+    diagonal = off_inputs(change, own.diagonal(), beta)
+    whole = off_inputs(change, torch.diag(own.diagonal()), beta)
+    assert torch.allclose(diagonal, whole, atol=1e-12)
+
+
+def test_a_gram_matrix_of_zeros_protects_nothing():
+    zero, change = torch.zeros(8, 8, dtype=torch.float64), MATH - BASE
+    assert torch.equal(off_inputs(change, zero, 5.0), change)
+    assert torch.equal(input_filter(change, zero, gram(8, 40, 8), 5.0), change)
+    assert torch.equal(input_filter(change, zero, zero, 5.0), change)
+
+
+def test_a_factor_is_of_its_gram_matrices_and_beta():
+    own, other, change = gram(8, 40, 6), gram(8, 40, 7), MATH - BASE
+    first = input_filter(change, own, other, 1.0)
+    assert not torch.allclose(first, input_filter(change, own, other, 2.0))
+    assert not torch.allclose(first, off_inputs(change, own, 1.0))
+    assert torch.equal(first, input_filter(change, own, other, 1.0))
+    own.mul_(torch.linspace(1, 4, 8)).mul_(torch.linspace(1, 4, 8)[:, None])  # the same tensor
+    assert not torch.allclose(first, input_filter(change, own, other, 1.0))
+
+
+def test_a_gram_matrix_that_is_not_one_is_refused():
+    with pytest.raises(PlanError, match="not positive semidefinite"):
+        off_inputs(MATH - BASE, torch.diag(torch.tensor([9.0, *[-1.0] * 7])), 20.0)
+
+
+def test_energies_are_counted_with_ties():
+    S = torch.ones(20)
+    assert [energy_rank(S, share / 20) for share in (0, 1, 7, 19, 20)] == [0, 1, 7, 19, 20]
+    assert energy_rank(torch.tensor([]), 0.5) == energy_rank(torch.zeros(3), 1.0) == 0
+    assert energy_rank(torch.tensor([1.0]), 0.5, total=100.0) == 1  # never more than there are
+    with pytest.raises(PlanError, match=r"expected a number in \[0, 1\]"):
+        energy_rank(S, 1.5)
+
+
+def test_protection_lies_between_0_and_1_and_vanishes_in_agreement():
+    dV, dM = svd(MLLM - BASE), svd(MATH - BASE)
+    weights = protection(dV, dM)
+    assert bool(((weights >= 0) & (weights <= 1)).all())
+    assert float(protection(dV, dV).max()) < 1e-6 or dV.S[-1] ** 2 < 0.1 * dV.S.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"budget": 2.0}, r"budget is 2.0; expected a finite number in \[0, 1\]"),
+        ({"budget": -0.1}, "budget is -0.1"),
+        ({"projector": "complement", "energy": 1.5}, r"energy is 1.5; expected .* in \[0, 1\]"),
+        ({"projector": "off_inputs", "beta": -1.0}, "beta is -1.0"),
+        ({"projector": "off_inputs"}, "calibrate --kind gram"),
+        ({"output_budget": 0.1}, "calibrate --kind gram"),
+        ({"budget": 0.1, "output_budget": 0.1}, "rescaled to one of them"),
+        ({"energy": 0.3}, "only used with projector=complement"),
+        ({"beta": 0.3}, "only used with projector=input_filter or off_inputs"),
+    ],
+)
+def test_bad_values_are_refused_with_what_was_expected(choice, message, trio: Trio):
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    with pytest.raises(PlanError, match=message):
+        ipm.make_plan(analysis, **choice)
+
+
+def test_what_is_not_of_low_rank_cannot_be_an_adapter(trio: Trio, tmp_path):
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    for number, projector in enumerate(("complement", "protect")):
+        plan = ipm.make_plan(analysis, similarity_threshold=0.0, projector=projector)
+        with pytest.raises(PlanError, match=f"IP-Merging with {projector} has full rank"):
+            export_adapter(plan, tmp_path / str(number))
+
+
+def test_between_the_named_shares_the_preview_says_which_there_are(trio: Trio):
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    plan = ipm.make_plan(analysis, projector="complement", energy=0.33)
+    with pytest.raises(PlanError, match="at the energies 0.05, 0.1, ..., 1, and the plan has"):
+        plan.preview()
+
+
+def test_a_small_update_is_advised_on_from_its_size(trio: Trio):
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    plan = ipm.make_plan(analysis, similarity_threshold=0.0, ablation="select_only", lambda_=0.1)
+    preview = plan.preview()
+    assert preview.update_share == pytest.approx(0.1)
+    assert "less than 0.1 of the size" in preview.advice
+    assert f"A budget of {preview.expert_change:.2g}" in preview.advice
+    large = ipm.make_plan(analysis, similarity_threshold=0.0, ablation="select_only")
+    assert large.preview().advice == ""
