@@ -43,7 +43,7 @@ def forbid_decompositions(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("a matrix was decomposed again")
 
-    module = sys.modules["ipmerge_core.methods.ip_merging"]  # its name is also a function's
+    module = sys.modules["ipmerge_core.methods.projections"]
     monkeypatch.setattr(module, "svd", refused)
     monkeypatch.setattr(module, "existing", refused)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ipmerge_core.adapters.factors import LowRank, reduce_rank, unit_updates
-from ipmerge_core.analysis.updates import UpdateStore, Variant
+from ipmerge_core.analysis.updates import UpdateStore, Variant, has_updates
 from ipmerge_core.errors import PlanError, RunCancelled
 from ipmerge_core.merging.parts import held_by
 from ipmerge_core.models.matrix_kinds import is_expert
@@ -162,7 +162,7 @@ def _updates(
 
 
 def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
-    if plan.method != "ip_merging" or plan.parameters["ablation"] != "none":
+    if not has_updates(plan.method, plan.parameters):
         raise PlanError(
             f"The change of plan {plan.hash} ({plan.method}) has full rank. Only IP-Merging with "
             f"projection has factors."

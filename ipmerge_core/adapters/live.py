@@ -23,7 +23,7 @@ from ipmerge_core.adapters.factor_set import FactorSet
 from ipmerge_core.adapters.first_difference import TokenChoice, next_choices
 from ipmerge_core.adapters.hooks import Additions, FactorHooks
 from ipmerge_core.errors import IPMergeError, ModelLoadError, PlanError, explained
-from ipmerge_core.inference.batching import combine_inputs
+from ipmerge_core.inference.batched_generation import join
 from ipmerge_core.inference.generation import encode_messages, on_device, run_in_turns
 from ipmerge_core.inference.loading import LoadedModel
 from ipmerge_core.inference.prompts import Message
@@ -196,7 +196,7 @@ class LiveModel:
         found: list[tuple[list[int], dict[str, Any]]] = []
         for numbers in places.values():
             given = [inputs for n in numbers if (inputs := encoded[n]) is not None]
-            batch = combine_inputs(given, pad) if self._batches or len(given) == 1 else None
+            batch = join(given, pad) if self._batches or len(given) == 1 else None
             if batch is not None:
                 found.append((numbers, batch))
             else:

@@ -27,6 +27,7 @@ from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.version import __version__
 
 _VERSION = 1
+_THIN = ("softmax", "top_k")  # projectors on few directions, which need no measurements
 SMALL = 4 << 20  # bytes; the factors of one matrix are always kept up to this size
 _LARGEST_SHARE = 4  # kept are at most min(m, n) / 4 directions of a larger matrix
 
@@ -46,6 +47,15 @@ class Variant(NamedTuple):
     def of(cls, parameters: Mapping[str, Any], anchor: Anchor = "two_base") -> Variant:
         """Take the variant from the parameters of a plan."""
         return cls(**{name: parameters[name] for name in cls._fields[:-1]}, anchor=anchor)
+
+
+def has_updates(method: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether a plan's change is IP-Merging's projected update, which is of low rank.
+
+    Other projectors, such as a complement, change a matrix in all of its directions.
+    """
+    projects = parameters.get("ablation") == "none" and parameters.get("projector") in _THIN
+    return method == "ip_merging" and projects
 
 
 class KeptSize(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ipmerge_core.analysis.analyse import working_set
 from ipmerge_core.analysis.comparison import Options
-from ipmerge_core.analysis.updates import UpdateStore, Variant
+from ipmerge_core.analysis.updates import UpdateStore, Variant, has_updates
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.errors import CheckpointError
 from ipmerge_core.merging.parts import (
@@ -68,7 +68,7 @@ def find_updates(
     plan: MergePlan, pair: ModelPair, folder: str | Path | None, device: torch.device
 ) -> UpdateStore | None:
     """Open the kept updates that a plan can use; None for a method that has none."""
-    if folder is None or plan.method != "ip_merging" or plan.parameters["ablation"] != "none":
+    if folder is None or not has_updates(plan.method, plan.parameters):
         return None
     return UpdateStore(resolve_path(folder), pair, Variant.of(plan.parameters, plan.anchor), device)
 
