@@ -118,10 +118,9 @@ def measure_keys(page: Page) -> list[float]:
     page.get_by_label("number input for Maximum new tokens").fill("2048")
     page.get_by_label("number input for Maximum new tokens").press("Tab")
     ask(page)
-    for chat in ("#chat-a", "#chat-b"):
-        expect(page.locator(f"{chat} [data-testid=bot] .written").last).to_be_visible(
-            timeout=PATIENCE
-        )
+    status = page.locator("#answers-status")
+    expect(status).to_contain_text(re.compile("A is answering.*B is answering"), timeout=PATIENCE)
+    expect(page.get_by_role("textbox", name="Question")).to_have_value("")
     page.evaluate(WATCH_KEYS)
     box = page.get_by_role("textbox", name="Question")
     box.focus()

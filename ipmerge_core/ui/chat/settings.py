@@ -100,7 +100,7 @@ def lay_out_settings(pack_id: str) -> SettingFields:
                 elem_id="chat-blind",
             )  # fmt: skip
             scrolling = gr.Checkbox(
-                True, label="Link scrolling", info="All columns scroll together",
+                True, interactive=True, label="Link scrolling", info="All columns scroll together",
                 elem_id="chat-scrolling",
             )  # fmt: skip
         gr.Markdown(KEYS, elem_classes="caption")
