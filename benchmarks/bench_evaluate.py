@@ -146,9 +146,19 @@ def mathvista_rule(case: Case, extracted: str) -> bool:
         value, wanted = float(extracted), float(item.answer)
     except ValueError:
         return False
-    if item.precision:
-        return round(value, item.precision) == wanted
+    precision = item.precision or len(item.answer.partition(".")[2])  # it gives one for floats
+    if precision:
+        return round(value, precision) == wanted
     return str(int(value)) == item.answer
+
+
+def needs_no_extraction(case: Case) -> bool:
+    """Whether MathVista's rules apply to a reply without the extraction by a language model."""
+    if case.item.kind == "choice":
+        is_letter = re.fullmatch(r"\([a-zA-Z]\)|[A-Z]", case.reply) is not None
+        return is_letter or case.reply in case.item.choices
+    numbers = re.compile(r"-?[0-9]*\.?[0-9]+")
+    return all(numbers.fullmatch(text) for text in (case.reply, case.item.answer))
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -195,7 +205,7 @@ def print_agreement() -> None:
     short = [
         (case, outcome == "right", mathvista_rule(case, case.reply))
         for case, outcome in zip(every, ours, strict=True)
-        if case.item.kind in ("choice", "number") and len(case.reply.split()) == 1
+        if case.item.kind in ("choice", "number") and needs_no_extraction(case)
     ]
     letters = [
         (case, outcome == "right", theirs)
@@ -204,14 +214,13 @@ def print_agreement() -> None:
     ]
     rows = [
         ["table of the tests", f"{len(every)}", f"{100 * right / len(every):.1f} %", "-", "-"],
-        ["MathVista, replies of one word", *agreement(short)],
+        ["MathVista, replies that need no extraction", *agreement(short)],
         ["MMMU, choices it does not guess", *agreement(letters)],
     ]
     head = ["rules", "cases", "agreement", "right by ours only", "right by theirs only"]
     print(table(head, rows))
     print(
-        "\nTheirs only: a language model extracts before MathVista's rules; its integers are "
-        "truncated, so that 42.5 is 42, and any text is the closest choice. MMMU takes the last "
+        "\nTheirs only: MathVista truncates integers, so that 42.5 is 42; MMMU takes the last "
         "letter in thinking parts and in hedges. Ours only: other notations of the same answer."
     )
 

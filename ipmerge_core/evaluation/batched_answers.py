@@ -8,12 +8,10 @@ or score answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ipmerge_core.inference.batched_generation import generate_rows
 from ipmerge_core.tasks.demo import Problem
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LONGEST_REPLY = 20  # tokens; the longest correct answer of the demo has 18
 
@@ -35,21 +33,12 @@ def answer_all(
         batch_size: Problems per batch; the replies do not depend on it.
         max_new_tokens: Maximum length of a reply.
     """
-    import torch
-
     tokenizer = getattr(processor, "tokenizer", processor)
     replies: list[str] = []
     for chunk in _chunks(problems, batch_size):
         inputs = _inputs(processor, chunk).to(model.device)
-        with torch.inference_mode():
-            tokens: Tensor = model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        rows = generate_rows(model, inputs, max_new_tokens)
+        decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
         replies.extend(reply.strip() for reply in decoded)
     return replies
 
