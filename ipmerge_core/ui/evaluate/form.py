@@ -59,7 +59,7 @@ class Form(NamedTuple):
     values2: gr.Textbox
     knockout: gr.Column
     replace_by: gr.Dropdown
-    modules: gr.CheckboxGroup
+    modules: gr.Dropdown
     stride: gr.Number
     start: gr.Button
 
@@ -126,10 +126,13 @@ def lay_out_form(*, hosted: bool) -> Form:
             label="Replace the weights by",
             elem_id="evaluate-replace",
         )
-        modules = gr.CheckboxGroup(
+        modules = gr.Dropdown(
             ["attention", "mlp"],
             value=["attention", "mlp"],
+            multiselect=True,
+            allow_custom_value=True,
             label="Modules",
+            info="Or single ones, such as q and down",
             elem_id="evaluate-modules",
         )
         stride = gr.Number(
