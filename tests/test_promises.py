@@ -335,7 +335,7 @@ COMPONENTS = {
         for name in ("parameter", "values")
         for number in ("", "2")
     },
-    **dict.fromkeys(("evaluate-replace", "evaluate-stride"), "knockout.cuts"),
+    **dict.fromkeys(("evaluate-replace", "evaluate-modules", "evaluate-stride"), "knockout.cuts"),
     "evaluation-history": "display",
 }
 IN_THE_MAP = {"option-overrides"}  # set per matrix in the map of Explore, as `PlanChoice`

@@ -59,7 +59,7 @@ class Form(NamedTuple):
     values2: gr.Textbox
     knockout: gr.Column
     replace_by: gr.Dropdown
-    modules: gr.CheckboxGroup
+    modules: gr.Dropdown
     stride: gr.Number
     start: gr.Button
 
@@ -126,10 +126,13 @@ def lay_out_form(*, hosted: bool) -> Form:
             label="Replace the weights by",
             elem_id="evaluate-replace",
         )
-        modules = gr.CheckboxGroup(
+        modules = gr.Dropdown(
             ["attention", "mlp"],
             value=["attention", "mlp"],
+            multiselect=True,
+            allow_custom_value=True,
             label="Modules",
+            info="Or single ones, such as q and down",
             elem_id="evaluate-modules",
         )
         stride = gr.Number(
@@ -202,13 +205,18 @@ def asked_of(values: Sequence[Any]) -> Asked:
     ) if name]  # fmt: skip
     return Asked(
         kind=str(kind),
-        tasks=tuple(tasks or ()),
+        tasks=_listed(tasks),
         limit=int(limit) if limit is not None else None,
         seed=int(seed or 0),
         varied=tuple(varied),
-        merges=tuple(merges or ()),
+        merges=_listed(merges),
         replace_by=str(replace_by),
-        modules=tuple(modules or ()),
+        modules=_listed(modules),
         stride=int(stride or 0),
         device=str(device or "auto"),
     )
+
+
+def _listed(values: object) -> tuple[str, ...]:
+    """Return the texts of a list of choices; a page may send anything."""
+    return tuple(map(str, values)) if isinstance(values, list | tuple) else ()

@@ -218,8 +218,13 @@ def listed_results(backend: Backend, visitor: str, chosen: str | None = None) ->
     return gr.update(**update)
 
 
-def shown_result(made: str) -> Json:
-    """Return the content of a result, by its id and pair. Raises: RunError, PlanError."""
+def shown_result(made: str | None) -> Json | None:
+    """Return the content of a result, by its id and pair; None without one.
+
+    Raises: RunError, PlanError.
+    """
+    if not made:
+        return None
     result, _, pack_id = made.partition(_SEPARATOR)
     return read_result(result, pack_id).content
 
