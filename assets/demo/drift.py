@@ -72,6 +72,7 @@ class Bench:
     def measure(self, model: Path, last: DriftStep | None = None) -> Outcome:
         """Answer all problems with a model."""
         loaded = load_weights(Checkpoint.open(model)).eval()
+        loaded.generation_config.eos_token_id = self.processor.tokenizer.eos_token_id
         replies = answer_all(loaded, self.processor, self.problems)
         right = [is_right(p, r) for p, r in zip(self.problems, replies, strict=True)]
         found = {
