@@ -229,7 +229,7 @@ class Measurements:
         if known is not None and known[0] == key:
             return known[1]
         found = self._read(model, name).to(device)
-        if list(model.places.values()).count(place) > 1:  # others are read once
+        if sum(other == place for other in model.places.values()) > 1:  # others are read once
             self._recent[number] = key, found
         return found
 
