@@ -21,6 +21,7 @@ from ipmerge_core.errors import ModelLoadError, PlanError, RunCancelled, explain
 from ipmerge_core.inference.encoding import explain_loading
 from ipmerge_core.inference.loading import LoadedModel
 from ipmerge_core.inference.module_names import model_on_meta, renamed_tensors
+from ipmerge_core.inference.placement import reported_loading
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.runtime.imports import IMPORTING
 from ipmerge_core.runtime.turns import Turns
@@ -69,7 +70,8 @@ def _load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     mapping = get_model_conversion_mapping(model)
     how = LoadStateDictConfig(weight_mapping=mapping, dtype=torch.float32)
-    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), how, None)
+    with reported_loading(lambda _: None, ()):  # no bar of its own per merge
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), how, None)
     found = [*info.unexpected_keys, *info.conversion_errors]
     if found:
         raise ModelLoadError(
