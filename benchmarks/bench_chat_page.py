@@ -147,6 +147,7 @@ def rows(runs: int) -> list[list[str]]:
                 executable_path=find_chromium(playwright), headless=True, args=CHROMIUM_FLAGS
             )
             page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.set_default_timeout(PATIENCE)
             page.add_init_script(SEEN_BEFORE)
             page.goto(url)
             open_tab(page, "Try it")
