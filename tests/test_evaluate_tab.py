@@ -6,9 +6,12 @@ import base64
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import pytest
+from event_loops import in_loop
 from PIL import Image
 
 from ipmerge_core.errors import IPMergeError, PlanError, RunError
@@ -21,6 +24,7 @@ from ipmerge_core.tasks.registry import find_tasks
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.evaluate.content import recipe_of_point
+from ipmerge_core.ui.evaluate.form import lay_out_form, listed_tasks
 from ipmerge_core.ui.evaluate.results import read_result
 from ipmerge_core.ui.evaluate.start import Asked, Varied, start_evaluation
 from ipmerge_core.ui.evaluate.tab import result_file, result_items, taken, turn_of_item
@@ -253,6 +257,31 @@ def test_what_cannot_be_evaluated_is_refused_before_a_run(backend, asked, messag
         backend = Backend()
     with pytest.raises(IPMergeError, match=message):
         start_evaluation(backend, ChosenMerge(PAIR, PLAN), asked)
+
+
+def laid_out():
+    with gr.Blocks():
+        return lay_out_form(hosted=False)
+
+
+@pytest.mark.parametrize(
+    ("expert", "tasks"),
+    [
+        ("elyza/Llama-3-ELYZA-JP-8B", ["mmmu", "mathvista:general"]),
+        ("/models/unknown", ["mathvista:math", "mathvista:general", "mathverse", "mmmu"]),
+    ],
+)
+def test_tasks_are_proposed_for_the_skill_of_the_experts(monkeypatch, expert, tasks):
+    analysis = analysis_of(PAIR)
+    sources = replace(analysis.sources, math=(replace(analysis.sources.math[0], id=expert),))
+    monkeypatch.setattr(
+        "ipmerge_core.ui.evaluate.form.analysis_of", lambda _: replace(analysis, sources=sources)
+    )
+    form = in_loop(laid_out)
+    found = listed_tasks(form, ChosenMerge(PAIR, PLAN), hosted=False)[form.tasks]
+    assert found["choices"][3:] == tasks
+    assert find_tasks(tasks)
+    assert listed_tasks(form, ChosenMerge(PAIR, PLAN), hosted=True) == {}
 
 
 def test_a_space_evaluates_the_demo_task_with_few_items(backend, monkeypatch, tmp_path):

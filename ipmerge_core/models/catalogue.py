@@ -9,6 +9,7 @@ network, no torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -102,6 +103,17 @@ def load_catalogue() -> Catalogue:
             for entry in content["scenarios"]
         },
     )
+
+
+def skill_of(experts: Iterable[str]) -> str | None:
+    """Return the skill of the first known expert among model ids; None if none is known.
+
+    >>> skill_of(["somewhere/unknown", "elyza/Llama-3-ELYZA-JP-8B@main"])
+    'language'
+    """
+    models = load_catalogue().models
+    known = (models.get(name.partition("@")[0]) for name in experts)
+    return next((model.skill for model in known if model and model.skill), None)
 
 
 def scenario_of(skill: str | None) -> Scenario:

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from ipmerge_core.models.catalogue import scenario_of, skill_of
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.device_choice import device_field
 from ipmerge_core.ui.evaluate.content import LABELS
 from ipmerge_core.ui.evaluate.start import Asked, Varied
 from ipmerge_core.ui.method_choice import EXPLORED_METHOD
+from ipmerge_core.ui.plan_choice import analysis_of
 from ipmerge_core.ui.runs import Updates
 
 KINDS = {
@@ -38,6 +40,8 @@ PROPOSED = {  # values of a sweep, by parameter
     "alpha": "0.5, 0.7, 0.8, 0.9, 0.95",
     "density": "0.1, 0.2, 0.4, 0.6, 0.8",
 }
+DEMO_TASKS = ("demo", "demo:math", "demo:perception")
+GUARDED = "Math tasks are evaluated together with their perception part"
 DEFAULT_ITEMS = 25
 NONE = ""
 
@@ -82,12 +86,12 @@ def lay_out_form(*, hosted: bool) -> Form:
     )
     with gr.Row(elem_classes="fields"):
         tasks = gr.Dropdown(
-            ["demo", "demo:math", "demo:perception"],
+            list(DEMO_TASKS),
             value=["demo"],
             multiselect=True,
             allow_custom_value=not hosted,
             label="Tasks",
-            info="Math tasks are evaluated together with their perception part",
+            info=GUARDED,
             elem_id="evaluate-tasks",
         )
         limit = gr.Number(
@@ -187,6 +191,19 @@ def listed_parameters(form: Form, chosen: ChosenMerge, first: str, second: str) 
         form.parameter2: gr.update(choices=[("none", NONE), *listed], value=other),
         **({} if value == first else {form.values: PROPOSED.get(str(value), "")}),
     }
+
+
+def listed_tasks(form: Form, chosen: ChosenMerge, *, hosted: bool) -> Updates:
+    """Return the update that proposes tasks for the skill of the pair's experts.
+
+    A Space has the demo tasks only: others are downloaded.
+    """
+    if hosted:
+        return {}
+    skill = skill_of(model.id for model in analysis_of(chosen.pack_id).sources.math)
+    tasks = scenario_of(skill).tasks
+    words = f"Proposed for {skill or 'math'}: {', '.join(tasks)}. {GUARDED}"
+    return {form.tasks: gr.update(choices=[*DEMO_TASKS, *tasks], info=words)}
 
 
 def proposed_values(parameter: str | None) -> str:

@@ -30,6 +30,7 @@ from ipmerge_core.ui.evaluate.form import (
     asked_of,
     lay_out_form,
     listed_parameters,
+    listed_tasks,
     proposed_values,
     shown_groups,
 )
@@ -139,11 +140,14 @@ def _wire_form(
         return {
             form.merges: gr.update(choices=listed, value=kept),
             **listed_parameters(form, now, first, second),
+            **listed_tasks(form, now, hosted=backend.hosted),
             parts.history: listed_results(backend, visitor),
         }
 
     asked = [chosen, poll.visitor, form.parameter, form.parameter2, form.merges]
-    filled = [form.merges, form.parameter, form.parameter2, form.values, parts.history]
+    filled = [
+        form.merges, form.parameter, form.parameter2, form.values, form.tasks, parts.history,
+    ]  # fmt: skip
     opened = after_commits(tab.select, pair).then(show_errors(fill), asked, filled, **QUIET)
     opened.then(chosen_line, chosen, line, **QUIET)
     opened.then(lambda: list_devices(backend), None, form.device, **QUIET)
