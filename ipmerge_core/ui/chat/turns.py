@@ -148,9 +148,10 @@ def earlier_turns(turns: Turns, column: int, pack_id: str, rule: HistoryRule) ->
     ]
 
 
-def pushed(past: Sequence[Past], typed: Mapping[str, Any], turns: Turns) -> list[Past]:
+def pushed(past: Sequence[Past], typed: Mapping[str, Any] | None, turns: Turns) -> list[Past]:
     """Return what Undo can restore, with one more prompt and its turns."""
-    return [*past, (dict(typed), list(turns))][-MOST_PAST:]
+    kept = dict(typed or {"text": "", "files": []})  # a page may send nothing
+    return [*past, (kept, list(turns))][-MOST_PAST:]
 
 
 def divider(before: Turn | None, now: Turn, position: int) -> str:
