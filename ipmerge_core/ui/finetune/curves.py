@@ -32,8 +32,8 @@ CHARTS = (
         "Cosine with the prior D",
         (("of the gradient, cos(g, D)", "cosine"), ("of the change so far", "moved_cosine")),
     ),
-    _Chart("Distance, relative to the start", (("to the start", "to_start"),)),
-    _Chart("Distance to the expert", (("to the expert", "to_expert"),)),
+    _Chart("Distance to the start, relative", (("to the start", "to_start"),)),
+    _Chart("Distance to the expert, relative", (("to the expert", "to_expert"),)),
 )
 
 

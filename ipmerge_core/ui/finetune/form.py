@@ -24,9 +24,9 @@ from ipmerge_core.finetuning.settings import (
 from ipmerge_core.ui.device_choice import device_field
 
 RULES = {
-    "adaptive": "adaptive: along the prior where both agree (default)",
+    "adaptive": "adaptive: stronger where the gradient agrees with the prior",
     "grad_norm": "grad_norm: the prior at the norm of the gradient",
-    "absolute": "absolute: the prior as it is",
+    "absolute": "absolute: the prior itself",
     "none": "none: plain fine-tuning",
 }
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
