@@ -51,11 +51,12 @@ UI_ORDER = [
     {"errors", "plan_choice", "web_security", "knockout_files"},
     {"backend"},
     {"finished_merges", "runs", "method_choice", "device_choice", "live_answers", "api_requests"},
-    {"chosen_merge"},
+    {"chosen_merge", "finetuned_models"},
     {"explore"},
     {"analyse", "chat", "compare", "merge", "cite"},
     {"run_list"},
     {"evaluate"},
+    {"finetune"},
     {"api"},
     {"app"},
 ]

@@ -337,6 +337,25 @@ COMPONENTS = {
     },
     **dict.fromkeys(("evaluate-replace", "evaluate-modules", "evaluate-stride"), "knockout.cuts"),
     "evaluation-history": "display",
+    **{f"finetune-{name}": f"manifest.sources.{name}" for name in ("mllm", "math")},
+    "finetune-math-base": "manifest.prior.hierarchical",
+    **dict.fromkeys(("finetune-data", "finetune-limit"), "manifest.data"),
+    "finetune-name": "folder",
+    "finetune-device": "manifest.device",
+    "finetune-force": "argument of the run",
+    **{
+        f"finetune-{name}": "manifest.settings.prior"
+        for name in ("rule", "strength", "placement", "per-micro-batch", "normalize")
+    },
+    **{
+        f"finetune-{name}": "manifest.settings.prior.scope"
+        for name in ("modules", "first-layer", "last-layer", "biases", "strengths")
+    },
+    **{
+        f"finetune-{name.replace('_', '-')}": f"manifest.settings.training.{name}"
+        for name in (*DRIFT_TRAINING, "tokens")
+        if name != "report_to"
+    },
 }
 IN_THE_MAP = {"option-overrides"}  # set per matrix in the map of Explore, as `PlanChoice`
 

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ipmerge_core.errors import PairingError, RunError
+from ipmerge_core.finetuning.provenance import FORMAT
 from ipmerge_core.models.checkpoint import DTYPES, Checkpoint, count_non_finite, tensor_bytes
 from ipmerge_core.models.writer import MANIFEST, CheckpointWriter, in_file_order
 from ipmerge_core.runtime.pipeline import keep_freed_memory
-
-FORMAT = "ipmerge-finetuning"
 
 
 class WriteStep(NamedTuple):

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ipmerge_core.errors import PlanError
@@ -160,6 +161,20 @@ class DriftSettings:
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return content
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> DriftSettings:
+        """Return the settings that `as_json` returned. Raises: PlanError for other content."""
+        try:
+            prior, training = dict(content["prior"]), dict(content["training"])
+            scope = dict(prior.pop("scope"))
+            scope["strengths"] = tuple((str(p), float(s)) for p, s in scope["strengths"])
+            scope["modules"] = tuple(scope["modules"])
+            training |= {name: tuple(training[name]) for name in ("tokens", "report_to")}
+            made = PriorSettings(scope=Scope(**scope), **prior)
+            return cls(made, TrainingSettings(**training))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"The settings of the run are damaged ({error}).") from error
+
     def digest(self, sources: Mapping[str, str]) -> str:
         """Return the SHA-256 of everything that determines the result, to resume the same work.
 
@@ -171,6 +186,15 @@ class DriftSettings:
             content["training"].pop(name)
         text = json.dumps({**content, "sources": dict(sources)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def training_folder(out: Path) -> Path:
+    """Return the folder of the checkpoints of an unfinished run.
+
+    >>> training_folder(Path("models/a")).name
+    'a.training'
+    """
+    return out.with_name(f"{out.name}.training")
 
 
 def _check_choice(what: str, value: object, available: tuple[str, ...]) -> None:

@@ -32,7 +32,7 @@ from ipmerge_core.finetuning.guidance import GradientGuide, find_guided
 from ipmerge_core.finetuning.matching import PriorMatch, match_prior
 from ipmerge_core.finetuning.prior import ReasoningPrior
 from ipmerge_core.finetuning.result import documents_of, iter_write, stored_parameters
-from ipmerge_core.finetuning.settings import DriftSettings
+from ipmerge_core.finetuning.settings import DriftSettings, training_folder
 from ipmerge_core.finetuning.trainer import (
     COMPLETE,
     TrainerHooks,
@@ -57,7 +57,6 @@ from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.runtime.pipeline import with_reports
 from ipmerge_core.runtime.processes import Ranks
 
-TRAINING = ".training"  # suffix of the folder of an unfinished run
 _RUN = "run.json"
 _START = "start"  # the model with added tokens
 _RECORD = FileKind("the record of a training run", "Delete its folder and start again.", RunError)
@@ -119,8 +118,7 @@ class DriftRequest:
     @property
     def folder(self) -> Path:
         """The folder of the unfinished run."""
-        out = resolve_path(self.out)
-        return out.parent / (out.name + TRAINING)
+        return training_folder(resolve_path(self.out))
 
 
 class DriftCheck(NamedTuple):

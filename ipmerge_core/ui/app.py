@@ -37,6 +37,7 @@ from ipmerge_core.ui.compare.tab import compare_tab
 from ipmerge_core.ui.errors import QUIET, public_text
 from ipmerge_core.ui.evaluate.tab import evaluate_tab
 from ipmerge_core.ui.explore.tab import ExploreTab, explore_tab, start_choice
+from ipmerge_core.ui.finetune.tab import Elsewhere, finetune_tab
 from ipmerge_core.ui.merge.download import download_route
 from ipmerge_core.ui.merge.permalink import Permalink
 from ipmerge_core.ui.merge.tab import MergeTab, merge_tab
@@ -66,7 +67,11 @@ QUEUE = 1000  # waiting calls of all kinds
 WAITING = {"models": 32}  # waiting calls of the kinds that take long
 SCRIPT = Path(__file__).with_name("page.js")
 STORAGE = SCRIPT.parent / "web" / "storage.js"
-STYLES = (ROOT / "assets" / "style.css", SCRIPT.parent / "chat" / "style.css")
+STYLES = (
+    ROOT / "assets" / "style.css",
+    SCRIPT.parent / "chat" / "style.css",
+    SCRIPT.parent / "finetune" / "style.css",
+)
 
 
 def left_out() -> str:
@@ -114,12 +119,13 @@ def build_app(backend: Backend | None = None) -> gr.Blocks:
         if not packs:
             gr.Markdown(NO_PACKS.format(folder=backend.packs_folder), elem_id="no-packs")
         else:
-            parts = _add_tabs(app, backend, pair, chosen, poll)
+            parts = _add_tabs(app, backend, pair, chosen, poll, analysis)
             view, tabs = parts.explore.view, parts.taking.tabs
             arrived = wire_panel(app, backend, panel, pair, view, tabs, poll)
             # The analysis of the chosen pair may have finished.
             parts.merging.gate.check_after(arrived.success)
-            remembered = (parts.job, analysis, parts.calibration, parts.evaluation)
+            lasts = (parts.calibration, parts.evaluation, parts.finetuning)
+            remembered = (parts.job, analysis, *lasts)
             frame = Frame(runs, pair, view, parts.taking, parts.merging.method, *remembered)
             parts.link.write_after(wire_run_list(backend, frame, poll))
         add_endpoints(backend)
@@ -138,12 +144,19 @@ class _Parts(NamedTuple):
     job: gr.BrowserState
     calibration: gr.BrowserState
     evaluation: gr.BrowserState
+    finetuning: gr.BrowserState
 
 
 def _add_tabs(
-    app: gr.Blocks, backend: Backend, pair: gr.Dropdown, chosen: gr.State, poll: RunPoll
+    app: gr.Blocks,
+    backend: Backend,
+    pair: gr.Dropdown,
+    chosen: gr.State,
+    poll: RunPoll,
+    analysis: gr.BrowserState,
 ) -> _Parts:
-    job, calibration, evaluation = map(remembered_run, ("job", "calibration", "evaluation"))
+    names = ("job", "calibration", "evaluation", "finetuning")
+    job, calibration, evaluation, finetuning = map(remembered_run, names)
     runs, link = remembered_merges(), Permalink(chosen)
     with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
         with gr.Tab("Explore", id="explore", elem_id="tab-explore"):
@@ -175,6 +188,9 @@ def _add_tabs(
                 memory=evaluation,
                 tab=evaluating,
             )
+        with gr.Tab("Fine-tune", id="finetune", elem_id="tab-finetune") as tuning:
+            elsewhere = Elsewhere(taking, evaluated.form, analysis)
+            finetune_tab(backend, pair, elsewhere, poll=poll, memory=finetuning, tab=tuning)
         with gr.Tab("Compare", id="compare", elem_id="tab-compare") as comparing:
             compare_tab(pair, chosen, comparing, explore.opened)
         with gr.Tab("API & cite", id="cite", elem_id="tab-cite") as cite:
@@ -182,7 +198,7 @@ def _add_tabs(
     link.read(app)
     for event in (explore.opened, taken, *trying.chose, *evaluated.chose):
         link.write_after(event)
-    return _Parts(explore, merging, taking, link, job, calibration, evaluation)
+    return _Parts(explore, merging, taking, link, job, calibration, evaluation, finetuning)
 
 
 def page_script() -> str:

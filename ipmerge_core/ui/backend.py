@@ -355,10 +355,12 @@ class Backend:
         return str(FolderInUseError(str(out), job, same_work=False)) if job else ""
 
     def _is_free(self, name: str) -> bool:
+        from ipmerge_core.finetuning.settings import training_folder
         from ipmerge_core.models.writer import run_folders
 
         place = run_folders(self.output_folder(name))
-        taken = place.out.exists() or place.run.exists()
+        training = training_folder(place.out)
+        taken = any(path.exists() for path in (place.out, place.run, training))
         return not taken and self.store.writer_of(place.out) is None
 
     def base_folder(self, pack_id: str) -> Path:

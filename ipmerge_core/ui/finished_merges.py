@@ -45,7 +45,7 @@ def merges_of_pair(backend: Backend, pack_id: str, keys: Keys) -> list[FinishedM
     Raises: PlanError for an unknown pair or one whose analysis has not finished.
     """
     sources = analysis_of(pack_id).sources
-    visible = _visible(backend, keys)
+    visible = visible_statuses(backend, keys)
     writers = _last_writers(backend) if visible else {}
     found = [_opened(status) for status in visible if writers.get(_folder(status)) == status.id]
     return [merge for merge in found if merge and _same(merge.made.sources, sources)]
@@ -102,7 +102,7 @@ def pair_of_merge(backend: Backend, run: str, keys: Keys, preferred: str) -> str
 
 def describe_lost(backend: Backend, run: str, keys: Keys) -> str:
     """Return a label for a merge that is selected but no longer exists."""
-    names = (_folder(status).name for status in _visible(backend, keys) if status.id == run)
+    names = (_folder(status).name for status in visible_statuses(backend, keys) if status.id == run)
     return f"{next(names, 'This merge')} · no longer available"
 
 
@@ -122,7 +122,7 @@ def describe_unmerged(source_id: str) -> str:
     return f"{_model_name(source_id)}, unmerged"
 
 
-def _visible(backend: Backend, keys: Keys) -> list[JobStatus]:
+def visible_statuses(backend: Backend, keys: Keys) -> list[JobStatus]:
     """List the runs that a user may use, newest first."""
     if not backend.hosted:
         return backend.store.all()
@@ -139,7 +139,9 @@ def _owned(backend: Backend, keys: Keys) -> Iterator[JobStatus]:
 def _find_run(backend: Backend, wanted: str, keys: Keys) -> JobStatus:
     """Find a run by its id or the name of its folder; of that name, the newest finished one."""
     found = [
-        status for status in _visible(backend, keys) if wanted in (status.id, _folder(status).name)
+        status
+        for status in visible_statuses(backend, keys)
+        if wanted in (status.id, _folder(status).name)
     ]
     if not found or not wanted:
         raise RunError(

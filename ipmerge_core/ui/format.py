@@ -102,7 +102,7 @@ def progress_html(status: JobStatus) -> str:
 
 def _unit(step: Mapping[str, Any]) -> str:
     """Return the prefix of a step's counters: cost of an analysis, passes, items, or bytes."""
-    counted = "groups" in step or "subject" in step
+    counted = "groups" in step or "subject" in step or _trains(step)
     return "cost_" if "cost_total" in step else "" if counted else "nbytes_"
 
 
@@ -114,6 +114,8 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
         return [f"{step['done']} of {step['total']} passes"]
     if "subject" in step:
         return [f"{step['done']} of {step['total']} items"]
+    if _trains(step):
+        return [_counted_training(step)]
     if "cost_total" in step:
         percent = 100 * step["cost_done"] // max(step["cost_total"], 1)
         return [f"{step['number']} of {step['total']} matrices", f"{percent} % of the work"]
@@ -125,11 +127,51 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _trains(step: Mapping[str, Any]) -> bool:
+    """Whether a step is one of a fine-tuning."""
+    return "to_expert" in step
+
+
+_TRAINING_UNITS = {
+    "encoded": "conversations encoded",
+    "prior": "parameters of the prior computed",
+    "trained": "optimizer steps",
+    "evaluated": "optimizer steps",
+}
+
+
+def _counted_training(step: Mapping[str, Any]) -> str:
+    """Format the counts of a step of a fine-tuning; its last phase counts bytes.
+
+    >>> _counted_training({"action": "trained", "done": 3, "total": 12})
+    '3 of 12 optimizer steps'
+    """
+    if step["action"] in _TRAINING_UNITS:
+        return f"{step['done']} of {step['total']} {_TRAINING_UNITS[step['action']]}"
+    return f"{format_size(step['done'])} of {format_size(step['total'])} written"
+
+
+def _figures_of(step: Mapping[str, Any]) -> str:
+    """Format the figures of a step of a fine-tuning, or the parameter that it concerns."""
+    named = (
+        ("loss", "loss", ".4f"),
+        ("eval_loss", "held-out loss", ".4f"),
+        ("cosine", "cos(g, D)", ".3f"),
+        ("to_start", "distance to the start", ".2%"),
+        ("to_expert", "distance to the expert", ".2%"),
+    )
+    found = [
+        f"{label} {step[name]:{form}}" for name, label, form in named if step[name] is not None
+    ]
+    what = str(step["what"])
+    return ", ".join(found) or (f"<code>{escape(what)}</code>" if what else "")
+
+
 def stage_of(status: JobStatus) -> str:
     """Describe what a run does before its first step and after its last; "" between them."""
     if not status.step:
         return PHASE_LABELS[status.phase]
-    if "subject" in status.step:
+    if "subject" in status.step or status.step.get("action") in _TRAINING_UNITS:
         return ""
     return "verifying and finishing" if progress_of(status).share >= 1 else ""
 
@@ -143,6 +185,8 @@ def _current(step: Mapping[str, Any]) -> str:
         doing = {"loading": "loading or merging", "resumed": "reading stored replies of"}
         words = f"{doing.get(step['action'], '')} {step['subject']} {step['task']}"
         return escape(words.strip())
+    if _trains(step):
+        return _figures_of(step)
     name = str(step["matrix"] if "matrix" in step else step["tensor"])
     return f"<code>{escape(name)}</code>" if name else "reading weights"
 

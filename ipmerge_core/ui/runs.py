@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gradio.events import Dependency
 
 MERGE, ANALYSIS, CALIBRATION, EVALUATION = "merge", "analysis", "calibration", "evaluation"
+FINETUNING = "drift"
 _KINDS = {"iter_merge": MERGE, "iter_pack": ANALYSIS, "iter_calibration_of": CALIBRATION}
 # In the page: ask for the state of all runs at once; see `run_list`.
 POKE = "() => { document.querySelector('#run-list .rl')?.parentNode.ipmerge?.ask(); }"
@@ -37,6 +38,11 @@ Listener = Callable[..., Any]  # an event such as `app.load`, `button.click` or 
 def results_folder() -> Path:
     """Return the folder of the results of evaluations."""
     return home_folder() / "results"
+
+
+def curves_folder() -> Path:
+    """Return the folder of the curves of fine-tunings."""
+    return home_folder() / "curves"
 
 
 class RunState(NamedTuple):

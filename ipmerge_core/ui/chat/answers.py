@@ -31,6 +31,8 @@ from ipmerge_core.ui.chat.columns import (
 )
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import public_text, sentence_of
+from ipmerge_core.ui.finetuned_models import PREFIX as FINETUNED
+from ipmerge_core.ui.finetuned_models import find_finetuned
 from ipmerge_core.ui.finished_merges import Keys, describe_unmerged, find_merge
 from ipmerge_core.ui.plan_choice import analysis_of
 
@@ -148,6 +150,10 @@ def find_column(
     if who == BASE:
         label = describe_unmerged(analysis_of(pack_id).sources.mllm.id)
         return Found(live.base(label), label)
+    if who.startswith(FINETUNED):
+        model = find_finetuned(backend, pack_id, who, asked.keys)
+        column = backend.live.folder_column(live, model.folder, model.label, progress, stops)
+        return Found(column, model.label)
     chosen = merge_of(asked.chosen, who)
     if chosen is None or chosen.merge is not None:
         run = chosen.run if chosen else who

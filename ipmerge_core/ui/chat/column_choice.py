@@ -37,6 +37,8 @@ from ipmerge_core.ui.chat.columns import (
 from ipmerge_core.ui.chosen_merge import ChosenMerge, chosen_line
 from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.explore.tab import after_commits
+from ipmerge_core.ui.finetuned_models import PREFIX as FINETUNED
+from ipmerge_core.ui.finetuned_models import find_finetuned, finetuned_of_pair
 from ipmerge_core.ui.finished_merges import Keys, describe_lost, find_merge, merges_of_pair
 from ipmerge_core.ui.runs import Remembered, Updates
 
@@ -143,7 +145,7 @@ class TryFinished(NamedTuple):
     @property
     def outputs(self) -> list[Any]:
         """The outputs of a handler that returns `updates`."""
-        return [self.choice.chosen, *self.choice.shown, self.tabs]
+        return [self.choice.chosen, self.choice.selections, *self.choice.shown, self.tabs]
 
     def updates(self, run: str, held: Held) -> Updates:
         """Choose the merge of a run for the pair of the chosen merge.
@@ -154,6 +156,21 @@ class TryFinished(NamedTuple):
         now = held._replace(chosen=held.chosen.with_merge(merge))
         return {
             self.choice.chosen: now.chosen,
+            **self.choice.updates(self.backend, now),
+            self.tabs: gr.Tabs(selected="try"),
+        }
+
+    def finetuned(self, run: str, keys: Keys, held: Held) -> Updates:
+        """Ask the fine-tuned model of a run in the last column, and open the chat.
+
+        Raises: as `find_finetuned`.
+        """
+        model = find_finetuned(self.backend, held.chosen.pack_id, run, keys)
+        others = [who for who in held.columns if who != model.value]
+        kept = others[: max(len(held.columns) - 1, FEWEST_COLUMNS - 1)]
+        now = held.select((*kept, model.value))
+        return {
+            self.choice.selections: now.selections,
             **self.choice.updates(self.backend, now),
             self.tabs: gr.Tabs(selected="try"),
         }
@@ -234,6 +251,8 @@ def choices_of(backend: Backend, held: Held, *, methods: bool = True) -> Choices
     pack_id = held.chosen.pack_id
     try:
         merges = [(merge.label, merge.run) for merge in merges_of_pair(backend, pack_id, held.keys)]
+        tuned = finetuned_of_pair(backend, pack_id, held.keys)
+        merges += [(f"Fine-tuned · {model.label}", model.value) for model in tuned]
     except PlanError:  # the analysis of the pair has not finished
         merges = []
     options = [*own_choices(held.chosen), *kept_choices(pack_id, held.kept), *merges]
@@ -247,7 +266,7 @@ def _lost_label(backend: Backend, value: str, held: Held) -> str:
     if value == FORM or value.startswith((KEPT_PREFIX, METHOD_PREFIX)):
         name = name_asked(held.chosen, value)
         return name[:1].upper() + name[1:]
-    return describe_lost(backend, value, held.keys)
+    return describe_lost(backend, value.removeprefix(FINETUNED), held.keys)
 
 
 def remembered_merges() -> gr.BrowserState:

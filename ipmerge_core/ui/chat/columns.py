@@ -17,12 +17,14 @@ from typing import NamedTuple
 from ipmerge_core.errors import IPMergeError, PlanError
 from ipmerge_core.ui.chat.recorded import recorded_choice
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
+from ipmerge_core.ui.finetuned_models import PREFIX as FINETUNED
 from ipmerge_core.ui.finished_merges import describe_unmerged
 from ipmerge_core.ui.method_choice import EXPLORED_METHOD, MethodChoice
 from ipmerge_core.ui.pairs import load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, read_commit
 
-# A column is one of these, begins with one of the prefixes, or is the run of a finished merge.
+# A column is one of these, begins with one of the prefixes, or is the run of a finished merge or,
+# after `FINETUNED`, of a fine-tuned model.
 BASE, PLAN, FORM, RECORD = "base", "plan", "form", "record"
 KEPT_PREFIX, METHOD_PREFIX = "kept:", "method:"
 UNMERGED = "Vision-language model, unmerged"
@@ -164,6 +166,8 @@ def name_asked(chosen: ChosenMerge, who: str) -> str:
         with contextlib.suppress(IPMergeError):
             return describe_unmerged(analysis_of(chosen.pack_id).sources.mllm.id)
         return UNMERGED
+    if who.startswith(FINETUNED):
+        return "Fine-tuned model"
     with contextlib.suppress(PlanError):
         found = merge_of(chosen, who)
         return name_of(found) if found else who

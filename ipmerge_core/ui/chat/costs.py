@@ -24,8 +24,11 @@ from ipmerge_core.ui.chat.layout import Parts
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import QUIET
+from ipmerge_core.ui.finetuned_models import PREFIX as FINETUNED
+from ipmerge_core.ui.finetuned_models import find_finetuned
 from ipmerge_core.ui.finished_merges import find_merge
 from ipmerge_core.ui.format import format_estimate, format_size
+from ipmerge_core.ui.plan_choice import analysis_of
 from ipmerge_core.ui.runs import Listener, Updates
 from ipmerge_core.ui.safe_text import as_html
 
@@ -71,6 +74,9 @@ def column_costs(backend: Backend, held: Held) -> list[ColumnCost]:
     found: dict[str, ColumnCost] = {}
     for letter, who in zip(LETTERS, held.columns, strict=False):
         with contextlib.suppress(IPMergeError, OSError):
+            if who.startswith(FINETUNED):
+                found.setdefault(who, _finetuned_cost(backend, held, letter, who))
+                continue
             chosen = _merge(backend, held, who)
             cost = _cost(backend, letter, chosen) if chosen else None
             if cost is not None:
@@ -97,6 +103,14 @@ def _cost(backend: Backend, letter: str, chosen: ChosenMerge) -> ColumnCost | No
     device = backend.device_for()
     seconds = 0.0 if chosen.merge else _seconds(plan, device)
     return ColumnCost(letter, name_of(chosen), in_memory_cost(plan).nbytes, seconds, device)
+
+
+def _finetuned_cost(backend: Backend, held: Held, letter: str, who: str) -> ColumnCost:
+    """Return the cost of a fine-tuned model: all tensors of its language model."""
+    model = find_finetuned(backend, held.chosen.pack_id, who, held.keys)
+    totals = analysis_of(held.chosen.pack_id).totals
+    nbytes = totals.llm_parameters * totals.decoder_itemsize
+    return ColumnCost(letter, model.label, nbytes, 0.0, backend.device_for())
 
 
 def _seconds(plan: MergePlan, device: str) -> float:

@@ -111,7 +111,7 @@ def lay_out_form(*, hosted: bool) -> Form:
             [],
             value=[],
             multiselect=True,
-            label="Finished merges to compare",
+            label="Finished merges and fine-tuned models to compare",
             elem_id="evaluate-merges",
         )
     with (

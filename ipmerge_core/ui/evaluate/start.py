@@ -16,6 +16,8 @@ from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.planning.options import read_value
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.evaluate.content import LABELS
+from ipmerge_core.ui.finetuned_models import PREFIX as FINETUNED
+from ipmerge_core.ui.finetuned_models import find_finetuned
 from ipmerge_core.ui.finished_merges import find_merge
 from ipmerge_core.ui.pairs import find_pack
 from ipmerge_core.ui.plan_choice import analysis_of
@@ -205,9 +207,13 @@ def _work(
 def _folders(
     backend: Backend, pack_id: str, asked: Asked, keys: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the folders of finished merges by their labels. Raises: RunError."""
+    """Return the folders of finished merges and fine-tuned models by label. Raises: RunError."""
     found = {}
     for merge in asked.merges:
+        if str(merge).startswith(FINETUNED):
+            model = find_finetuned(backend, pack_id, str(merge), keys)
+            found[model.label] = str(model.folder)
+            continue
         known = find_merge(backend, pack_id, str(merge), dict(keys))
         found[known.label] = str(known.folder)
     return found

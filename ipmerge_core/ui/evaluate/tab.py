@@ -43,9 +43,10 @@ from ipmerge_core.ui.evaluate.results import (
 )
 from ipmerge_core.ui.evaluate.start import result_of, start_evaluation
 from ipmerge_core.ui.explore.tab import after_commits
+from ipmerge_core.ui.finetuned_models import finetuned_of_pair
 from ipmerge_core.ui.finished_merges import merges_of_pair
 from ipmerge_core.ui.pairs import pair_name
-from ipmerge_core.ui.run_list.rows import keys_held, visible_runs
+from ipmerge_core.ui.run_list.rows import Keys, keys_held, visible_runs
 from ipmerge_core.ui.runs import (
     EVALUATION,
     Remembered,
@@ -64,8 +65,12 @@ _SEPARATOR = "|"  # between the id of a result and that of its pair
 
 
 class EvaluateTab(NamedTuple):
-    """What the app uses of this tab: the events after which another merge is chosen."""
+    """What the app uses of this tab.
 
+    `chose` are the events after which another merge is chosen; the form selects models to evaluate.
+    """
+
+    form: Form
     chose: list[Dependency]
 
 
@@ -109,7 +114,7 @@ def evaluate_tab(
     _wire_run(backend, parts, chosen, poll, memory)
     _wire_history(parts)
     _wire_items(parts, chat, tabs)
-    return EvaluateTab([_wire_taking(parts, chosen)])
+    return EvaluateTab(parts.form, [_wire_taking(parts, chosen)])
 
 
 def _lay_out(*, hosted: bool) -> _Parts:
@@ -134,9 +139,8 @@ def _wire_form(
     form = parts.form
 
     def fill(now: ChosenMerge, visitor: str, first: str, second: str, merges: list[str]) -> Updates:
-        found = merges_of_pair(backend, now.pack_id, keys_held(backend, visitor, {}))
-        listed = [(merge.label, merge.run) for merge in found]
-        kept = [run for run in merges or [] if run in {merge.run for merge in found}]
+        listed = listed_models(backend, now.pack_id, keys_held(backend, visitor, {}))
+        kept = [value for value in merges or [] if value in {known for _, known in listed}]
         return {
             form.merges: gr.update(choices=listed, value=kept),
             **listed_parameters(form, now, first, second),
@@ -158,6 +162,13 @@ def _wire_form(
         (form.parameter2, form.values2),
     ):
         parameter.input(proposed_values, parameter, values, queue=False, **QUIET)
+
+
+def listed_models(backend: Backend, pack_id: str, keys: Keys) -> list[tuple[str, str]]:
+    """List the finished merges and the fine-tuned models of a pair, as choices of a dropdown."""
+    merges = [(merge.label, merge.run) for merge in merges_of_pair(backend, pack_id, keys)]
+    tuned = finetuned_of_pair(backend, pack_id, keys)
+    return merges + [(model.label, model.value) for model in tuned]
 
 
 def _wire_run(

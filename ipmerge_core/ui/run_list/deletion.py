@@ -13,12 +13,23 @@ from pathlib import Path
 
 from ipmerge_core.analysis.partial import journal_of
 from ipmerge_core.errors import RunError
+from ipmerge_core.finetuning.provenance import read_finetuning
+from ipmerge_core.finetuning.settings import training_folder
 from ipmerge_core.merging.provenance import read_provenance
 from ipmerge_core.runtime.job_lists import JobRequest, delete_job, describe_job
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.pairs import packs_folder
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, MERGE, kind_of, results_folder
+from ipmerge_core.ui.runs import (
+    ANALYSIS,
+    CALIBRATION,
+    EVALUATION,
+    FINETUNING,
+    MERGE,
+    curves_folder,
+    kind_of,
+    results_folder,
+)
 
 
 def own_output(
@@ -32,22 +43,38 @@ def own_output(
     from ipmerge_core.models.writer import run_folders
 
     kind, out = kind_of(request), Path(str(status.arguments.get("out", "")))
+    curves = _curves_of(status) if kind == FINETUNING else []
     folders = {
         MERGE: backend.models_folder,
         ANALYSIS: packs_folder(),
         CALIBRATION: backend.calibrations_folder,
         EVALUATION: results_folder(),
+        FINETUNING: backend.models_folder,
     }
     ours = kind in folders and out.resolve().parent == folders[kind].resolve()
     if not ours or _has_another_run(known, status, out):
-        return []
+        return curves
     if kind == ANALYSIS:
         places = [out, journal_of(out)]
     elif kind == MERGE and status.state == "finished":
         places = [out] if _holds_plan(out, request.about.get("plan", "")) else []
+    elif kind == FINETUNING:
+        places = _trained(out) if status.state == "finished" else [training_folder(out)]
+        places += [run_folders(out).run, *curves]
     else:
         places = [run_folders(out).run] if kind == MERGE else [out]
     return [place for place in places if place.exists() and not place.is_symlink()]
+
+
+def _trained(out: Path) -> list[Path]:
+    """Return the folder of a fine-tuned model, unless something else is there now."""
+    return [out] if read_finetuning(out) is not None else []
+
+
+def _curves_of(status: JobStatus) -> list[Path]:
+    """Return the file of the curves of a fine-tuning, if it is where the app keeps them."""
+    path = Path(str(status.arguments.get("curves", "")))
+    return [path] if path.parent == curves_folder() and path.is_file() else []
 
 
 def delete_run(backend: Backend, job: str, key: str) -> None:

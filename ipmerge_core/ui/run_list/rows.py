@@ -29,7 +29,14 @@ from ipmerge_core.ui.format import STATE_LABELS, format_device, progress_of, sta
 from ipmerge_core.ui.merge.download import download_link
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, id_of
 from ipmerge_core.ui.run_list.deletion import own_output
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, MERGE, kind_of
+from ipmerge_core.ui.runs import (
+    ANALYSIS,
+    CALIBRATION,
+    EVALUATION,
+    FINETUNING,
+    MERGE,
+    kind_of,
+)
 
 Json = dict[str, Any]
 Keys = Mapping[str, str]  # run id -> key
@@ -39,6 +46,7 @@ STARTED = {
     ANALYSIS: "Analysis",
     CALIBRATION: "Calibration",
     EVALUATION: "Evaluation",
+    FINETUNING: "Fine-tuning",
 }
 
 
@@ -47,6 +55,7 @@ WRITTEN = {
     ANALYSIS: "the pair",
     CALIBRATION: "the calibration",
     EVALUATION: "the result",
+    FINETUNING: "the model",
 }
 
 
@@ -59,7 +68,7 @@ class Run(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """MERGE, ANALYSIS, CALIBRATION or EVALUATION."""
+        """The kind of the run, a key of STARTED."""
         return kind_of(self.request)
 
     @property
@@ -160,7 +169,7 @@ def _actions(run: Run, *, replaced: bool) -> list[str]:
     is_merged = status.state == "finished" and (run.out / MANIFEST).is_file()
     possible = {
         "show": not gone and (run.kind != ANALYSIS or _has_pack(run)),
-        "try": run.kind == MERGE and is_merged and not replaced,
+        "try": run.kind in (MERGE, FINETUNING) and is_merged and not replaced,
         "cancel": owned and status.state == "running",
         "resume": owned and status.can_resume,
         "delete": owned and not status.is_running,

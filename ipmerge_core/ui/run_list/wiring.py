@@ -21,6 +21,7 @@ from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import QUIET, sentence_of, show_errors
 from ipmerge_core.ui.explore.partial_packs import pair_choices
 from ipmerge_core.ui.explore.tab import PairView, open_pair
+from ipmerge_core.ui.finetuned_models import pair_of_finetuned
 from ipmerge_core.ui.finished_merges import pair_of_merge
 from ipmerge_core.ui.merge.method_form import list_methods
 from ipmerge_core.ui.method_choice import MethodChoice, data_kind
@@ -35,7 +36,15 @@ from ipmerge_core.ui.run_list.rows import (
     keys_held,
     visible_runs,
 )
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, POKE, RunPoll, Updates
+from ipmerge_core.ui.runs import (
+    ANALYSIS,
+    CALIBRATION,
+    EVALUATION,
+    FINETUNING,
+    POKE,
+    RunPoll,
+    Updates,
+)
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
@@ -56,11 +65,13 @@ class Frame(NamedTuple):
     analysis: gr.BrowserState
     calibration: gr.BrowserState
     evaluation: gr.BrowserState
+    finetuning: gr.BrowserState
 
     @property
     def memories(self) -> list[Any]:
         """Where a browser remembers keys of runs: inputs of a handler, read by `_keys`."""
-        return [self.taking.choice.runs, self.job, self.analysis, self.calibration, self.evaluation]
+        lasts = [self.job, self.analysis, self.calibration, self.evaluation, self.finetuning]
+        return [self.taking.choice.runs, *lasts]
 
     def open_pair(self, backend: Backend, pack_id: str, now: ChosenMerge) -> Updates:
         """Return the updates that select a pair and show it, if it is not on show already."""
@@ -179,7 +190,7 @@ def _wire_open(backend: Backend, frame: Frame) -> Dependency:
     choice = taking.choice
     inputs = [frame.method, choice.chosen, choice.selections, choice.kept, *frame.memories]
     outputs = [taking.tabs, frame.pair, *frame.view, frame.method, *frame.memories]
-    outputs += choice.shown
+    outputs += [choice.selections, *choice.shown]
     # Queued, because the page shows errors of queued events only.
     opened = frame.runs.open(show_errors(take), inputs, outputs, **QUIET)
     poked: Dependency = opened.then(None, None, None, js=POKE, queue=False, **QUIET)
@@ -190,6 +201,11 @@ def _try(backend: Backend, frame: Frame, wanted: tuple[str, Keys], held: Held) -
     """Choose a finished merge, under its own pair, and open the chat."""
     run, keys = wanted
     now = held.chosen
+    if _find(backend, keys, run).kind == FINETUNING:
+        pack_id = pair_of_finetuned(backend, run, keys, now.pack_id)
+        opened = frame.open_pair(backend, pack_id, now)
+        held = held._replace(chosen=opened.get(frame.view.chosen, now))
+        return {**opened, **frame.taking.finetuned(run, keys, held)}
     opened = frame.open_pair(backend, pair_of_merge(backend, run, keys, now.pack_id), now)
     runs = with_run(held.runs, {"id": run, "key": keys.get(run, "")})
     held = held._replace(chosen=opened.get(frame.view.chosen, now), runs=runs)
@@ -204,6 +220,8 @@ def _show(backend: Backend, frame: Frame, run: Run, now: ChosenMerge, method: st
         return {**found, frame.analysis: remembered, frame.taking.tabs: gr.Tabs(selected="explore")}
     if run.kind == EVALUATION:
         return {frame.evaluation: remembered, frame.taking.tabs: gr.Tabs(selected="evaluate")}
+    if run.kind == FINETUNING:
+        return {frame.finetuning: remembered, frame.taking.tabs: gr.Tabs(selected="finetune")}
     found = {frame.taking.tabs: gr.Tabs(selected="merge")}
     if run.kind != CALIBRATION:
         return {**found, frame.job: remembered}
