@@ -176,6 +176,11 @@ def forms_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
             "own base": [files["own.json.gz"], "--ablation", "--tasks", "demo:math"],
             "nothing": [pack, "--tasks", "demo:math"],
         },
+        "experiment": {
+            f"{form}{dry}": [*models, *tasks, *dry.split()]
+            for form, tasks in (("usual", []), ("math", ["--tasks", "demo:math"]))
+            for dry in ("", " --dry-run")
+        },
         "knockout": {
             "plan": [files["ip.json"], "--tasks", "demo:math"],
             "app": [files["choice.json"], "--tasks", "demo:math"],
@@ -250,6 +255,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "max_thinking_tokens": ["--max-thinking-tokens", "7"],
         "precision": ["--precision", "bf16"],
         "prompts": ["--prompts", str(files["more.jsonl"])],
+        "max_reply_tokens": ["--max-reply-tokens", "3"],
         "models": [str(moved.math_2)],
         "tasks": ["--tasks", "demo:shape"],
         "seed": ["--seed", "5"],
@@ -355,6 +361,8 @@ WORK = {
     "ipmerge_core.plots.replay_report.iter_replay_report": "replay",
     "ipmerge_core.evaluation.sweeps.iter_sweep": "sweep",
     "ipmerge_core.evaluation.sweeps.iter_ablation": "sweep",
+    "ipmerge_core.evaluation.experiment.iter_experiment": "experiment",
+    "ipmerge_core.evaluation.experiment_estimate.estimate_experiment": "experiment",
     "ipmerge_core.evaluation.knockout.iter_knockout": "knockout",
     "ipmerge_core.evaluation.knockout.iter_model_knockout": "knockout",
     "ipmerge_core.ui.app.launch": "app",

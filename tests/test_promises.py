@@ -176,6 +176,17 @@ COMMANDS: dict[str, dict[str, str]] = {
         "force": "sibling check",
         "output": "sweep",
     },
+    "experiment": {
+        **MODELS,
+        **PLAN_FIELDS,
+        **dict.fromkeys(("set", "force_merge", "force_keep"), "plan of the experiment"),
+        **{name: place for name, place in EVALUATED.items() if name not in ("store", "resume")},
+        "prompts": "examples",
+        "max_reply_tokens": "max_new_tokens",
+        "dry_run": "estimate",
+        "force": "sibling check",
+        "output": "folder of the experiment",
+    },
     "knockout": {
         **MODELS,
         "pack": "report.subjects",

@@ -48,7 +48,7 @@ def check_combination(options: argparse.Namespace) -> None:
         given = next((name for name in rule.names if is_given(options, name)), None)
         if given and (reason := rule.reason(options)):
             raise PlanError(f"{flag_of(given)} has no effect {reason}. Omit it.")
-    if options.run.__name__ in ("plan", "sweep", "search"):
+    if options.run.__name__ in ("plan", "sweep", "search", "experiment"):
         _check_rules(options)
 
 
@@ -146,6 +146,10 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule(("lambda_",), _unless_scaled),
     ),
     "search": (
+        Rule(("similarity_threshold", "similarity"), _unless_selecting),
+        Rule(("lambda_",), _unless_scaled),
+    ),
+    "experiment": (
         Rule(("similarity_threshold", "similarity"), _unless_selecting),
         Rule(("lambda_",), _unless_scaled),
     ),

@@ -36,19 +36,28 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tasks(parser: argparse.ArgumentParser) -> None:
+def add_tasks(
+    parser: argparse.ArgumentParser, *, required: bool = True, stored: bool = True
+) -> None:
     """Add the tasks of an evaluation, which items are used, and where replies are stored."""
     parser.add_argument(
         "--tasks",
         metavar="TASK",
         action="append",
-        required=True,
+        required=required,
         help="tasks, comma-separated: demo, demo:math, mathvista, mathverse, mmmu, jsonl:FILE, ...",
     )
     parser.add_argument("--limit", type=int, help="items per task (demo: per skill)")
     parser.add_argument("--seed", type=int, help="selects the items (0 by default)")
     parser.add_argument("--max-new-tokens", type=int, help="token limit; default: the task's")
     parser.add_argument("--batch-size", type=int, help="prompts per batch (64 by default)")
+    if stored:
+        add_store(parser)
+    add_flag(parser, "--no-guard", "leave out the perception guard of math tasks")
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Add where replies are stored, and whether they are used."""
     parser.add_argument(
         "--store", metavar="FOLDER", help="folder of stored replies; default: in the home folder"
     )
@@ -57,7 +66,6 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="use stored replies of the same model content (default)",
     )
-    add_flag(parser, "--no-guard", "leave out the perception guard of math tasks")
 
 
 def add_plan(parser: argparse.ArgumentParser, *, own_base: bool = True) -> None:

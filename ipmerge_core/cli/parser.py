@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ipmerge_core.cli import commands
 from ipmerge_core.cli.evaluating import evaluate, optional_file
+from ipmerge_core.cli.experimenting import add_experiment, experiment
 from ipmerge_core.cli.finetuning import add_drift_options, drift
 from ipmerge_core.cli.option_groups import (
     add_calibration,
@@ -248,6 +249,12 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     add_device(parser, fp64=False)
 
 
+def _experiment(parser: argparse.ArgumentParser) -> None:
+    add_experiment(parser)
+    add_output(parser, "FOLDER", "folder of the experiment, which is continued if it exists")
+    add_device(parser)
+
+
 def _drift(parser: argparse.ArgumentParser) -> None:
     add_drift_options(parser)
     add_output(parser, "FOLDER", "output folder of the model")
@@ -284,6 +291,11 @@ COMMANDS = (
     (sweep, "score the plans of a sweep or an ablation, without writing a model", _sweep),
     (knockout, "score a model with one module of one layer replaced at a time", _knockout),
     (evaluate, "score models on tasks, with intervals and paired tests", _evaluate),
+    (
+        experiment,
+        "analyse, merge and evaluate a pair in one run, from its models to a report",
+        _experiment,
+    ),
     (drift, "fine-tune the MLLM with a reasoning prior in its gradient (DRIFT)", _drift),
     (commands.app, "start the web app", _app),
 )

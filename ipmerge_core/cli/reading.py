@@ -153,7 +153,7 @@ def read_evaluation_settings(options: argparse.Namespace) -> EvaluationSettings:
         max_new_tokens=options.max_new_tokens,
         batch_size=BATCH_SIZE if options.batch_size is None else options.batch_size,
         device=options.device,
-        resume=options.resume is not False,
+        resume=getattr(options, "resume", None) is not False,
     )
 
 

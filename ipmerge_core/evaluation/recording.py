@@ -3,19 +3,21 @@
 In: a plan of IP-Merging and prompts with images and reference answers. Out: a file that the app
 shows as recorded answers, next to the pack of the pair: questions, both replies and their verdict,
 with the plan, the date, the device and the versions. Both replies come from one copy of the weights
-(`adapters.live`). Regressions are kept: every prompt is recorded.
+(`adapters.live`); those of a merge that is written already come from one model after the other, and
+are stored. Regressions are kept: every prompt is recorded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -23,11 +25,13 @@ from ipmerge_core.adapters.columns import Row
 from ipmerge_core.adapters.live import LiveModel
 from ipmerge_core.adapters.live_cache import LiveCache
 from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.evaluation.replies import Journal, Reply, ReplyStore
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import ModelCache
 from ipmerge_core.inference.precisions import Precision
 from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.sampling import GenerationSettings
+from ipmerge_core.inference.streaming import RowState
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.files import local_copy
 from ipmerge_core.planning.plan import MergePlan
@@ -42,6 +46,9 @@ from ipmerge_core.runtime.input_files import (
 from ipmerge_core.runtime.paths import input_file, output_file
 from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.version import __version__
+
+if TYPE_CHECKING:
+    from ipmerge_core.evaluation.subjects import Subject
 
 MOST_PROMPTS = 1000
 _LONGEST_LINE = MEGABYTE
@@ -138,7 +145,8 @@ def iter_recording(
     column = cache.column(live, plan, "merged", device=device)
     examples: list[dict[str, Any]] = []
     for number, prompt in enumerate(prompts, 1):
-        replies = _replies(live, [live.base("base"), column], prompt, settings)
+        states = _states(live, [live.base("base"), column], prompt, settings)
+        replies = [state.text for state in states]
         image = _copied(prompt.image, out, number)
         examples.append(_example(prompt, image, replies))
         yield RecordStep(number, len(prompts), examples[-1]["verdict"])
@@ -148,6 +156,98 @@ def iter_recording(
         "examples": examples,
     }
     write_whole(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def iter_model_recording(
+    models: Sequence[Subject],
+    plan: MergePlan,
+    prompts: Sequence[Prompt],
+    out: str | Path,
+    store: ReplyStore,
+    *,
+    settings: GenerationSettings | None = None,
+    device: str = "cpu",
+) -> Iterator[RecordStep]:
+    """Answer every prompt with the unmerged model and with its finished merge, and write `out`.
+
+    The models are in memory one after the other. Replies are stored as those of an evaluation, so
+    that an interrupted recording continues at its next prompt, and a finished one loads no model.
+    A plan that the app cannot express is recorded without its choice, and the app does not show it.
+
+    Args:
+        models: the unmerged model and the merge.
+        plan: the plan of the merge.
+        prompts: the questions with their images.
+        out: the file; images that are elsewhere are copied next to it.
+        store: where replies are stored.
+        settings: of the replies.
+        device: a torch device name.
+
+    Raises: as `iter_recording`, except for such a plan.
+    """
+    out, settings = output_file(out), settings or GenerationSettings()
+    keys = [_key(prompt) for prompt in prompts]
+    total, known = len(models) * len(prompts), list[dict[str, Reply]]()
+    facts: dict[str, Any] = {}
+    for number, subject in enumerate(models):
+        journal = _journal(store, subject, settings, device)
+        known.append({key: reply for key, reply in journal.read().items() if key in keys})
+        done = number * len(prompts) + sum(key in known[-1] for key in keys)
+        yield RecordStep(done, total, f"{subject.name}: {len(known[-1])} replies are stored")
+        missing = {key: p for key, p in zip(keys, prompts, strict=True) if key not in known[-1]}
+        if missing:
+            yield RecordStep(done, total, f"loading {subject.name}")
+            for reply in _answered(subject, missing, journal, settings, device):
+                known[-1][reply.item] = reply
+                done = number * len(prompts) + sum(key in known[-1] for key in keys)
+                yield RecordStep(done, total, subject.name)
+        facts = facts or journal.read_facts()
+    examples = [
+        _example(prompt, _copied(prompt.image, out, number), [each[key].text for each in known])
+        for number, (key, prompt) in enumerate(zip(keys, prompts, strict=True), 1)
+    ]
+    how = {**facts, "pair": plan.name, "plan": _described(plan), "plan_hash": plan.hash}
+    content = {**how, "choice": _choice_if_any(plan), "examples": examples}
+    write_whole(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _key(prompt: Prompt) -> str:
+    """Return a hash of a question and its image. Raises: RunError if it cannot be read."""
+    image = input_file(prompt.image, "image").read_bytes()
+    return hashlib.sha256(prompt.question.encode() + b"\0" + image).hexdigest()
+
+
+def _journal(
+    store: ReplyStore, subject: Subject, settings: GenerationSettings, device: str
+) -> Journal:
+    how = {**asdict(settings), "device": device.partition(":")[0]}
+    return store.journal(subject.key, "chat", how)
+
+
+def _answered(
+    subject: Subject,
+    missing: Mapping[str, Prompt],
+    journal: Journal,
+    settings: GenerationSettings,
+    device: str,
+) -> Iterator[Reply]:
+    """Answer prompts by key with one model, storing each reply, and how they were made."""
+    with subject.loaded(device) as loaded:
+        live = LiveModel(loaded)
+        journal.write_facts(_circumstances(live, device, settings))
+        for key, prompt in missing.items():
+            (state,) = _states(live, [live.base(subject.name)], prompt, settings)
+            tokens = len(state.ids) + (not state.is_cut)  # with the one that ends it
+            reply = Reply(key, state.text, tokens, state.is_cut, state.seconds)
+            journal.append([reply])
+            yield reply
+
+
+def _choice_if_any(plan: MergePlan) -> dict[str, Any] | None:
+    try:
+        return choice_of(plan)
+    except PlanError:
+        return None
 
 
 def choice_of(plan: MergePlan) -> dict[str, Any]:
@@ -179,15 +279,15 @@ def verdict(prompt: Prompt, base: str, merged: str) -> str:
     return "better" if now else "worse"
 
 
-def _replies(
+def _states(
     live: LiveModel, columns: Sequence[Any], prompt: Prompt, settings: GenerationSettings
-) -> list[str]:
+) -> list[RowState]:
     messages = [Message("user", prompt.question, (open_image(prompt.image),))]
     *_, states = live.stream([Row(column, messages, settings) for column in columns])
     failed = next((state for state in states if state.state == "failed"), None)
     if failed is not None:
         raise RunError(f"The prompt '{prompt.question[:80]}' was not answered: {failed.note}")
-    return [state.text for state in states]
+    return states
 
 
 def _copied(image: Path, out: Path, number: int) -> str:
@@ -219,6 +319,16 @@ def _example(prompt: Prompt, image: str, replies: Sequence[str]) -> dict[str, An
 def _facts(
     plan: MergePlan, live: LiveModel, device: str, settings: GenerationSettings
 ) -> dict[str, Any]:
+    return {
+        **_circumstances(live, device, settings),
+        "pair": plan.name,
+        "plan": _described(plan),
+        "plan_hash": plan.hash,
+    }
+
+
+def _circumstances(live: LiveModel, device: str, settings: GenerationSettings) -> dict[str, Any]:
+    """Describe how replies are made: date, machine, versions and settings."""
     import transformers
 
     processor = live.loaded.processor.image_processor
@@ -234,9 +344,6 @@ def _facts(
         "device": device,
         "dtype": str(live.loaded.model.dtype).removeprefix("torch."),
         "versions": versions,
-        "pair": plan.name,
-        "plan": _described(plan),
-        "plan_hash": plan.hash,
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
@@ -244,6 +351,8 @@ def _facts(
 
 
 def _described(plan: MergePlan) -> str:
+    if plan.method != "ip_merging":
+        return f"{find_method(plan.method).label} (plan {plan.hash})"
     gain, norm = plan.parameters["lambda_"], plan.parameters["gamma_norm"]
     chosen, total = len(plan.selected), len(plan.decisions)
     which = "all matrices" if chosen == total else f"{chosen} of {total} matrices"

@@ -122,6 +122,8 @@ class Journal:
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Store how the replies were made, such as the class of the image processor."""
+        with writing(self._facts):
+            self._facts.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._facts, json.dumps(facts, indent=1))
 
     def read_facts(self) -> dict[str, Any]:

@@ -188,13 +188,13 @@ class _Run:
             )
         if report is None:
             return None
-        found = [_described(point) for point in self.points]
+        found = [swept_point(point) for point in self.points]
         found += [_described_folder(name, Path(path)) for name, path in folders.items()]
         return Sweep(kind, self.analysis.name, sources, axes, tuple(found), report)
 
 
-def _described(point: Point) -> SweptPoint:
-    """Return a point without its records."""
+def swept_point(point: Point) -> SweptPoint:
+    """Return a point of a sweep without the records of its plan."""
     plan = point.plan
     if plan is None:
         return SweptPoint(point.label)
