@@ -336,6 +336,12 @@ COMPONENTS = {
         for number in ("", "2")
     },
     **dict.fromkeys(("evaluate-replace", "evaluate-stride"), "knockout.cuts"),
+    **dict.fromkeys(
+        ("search-method", "search-optimizer", "search-ranges", "search-validation"), "search"
+    ),
+    **dict.fromkeys(
+        ("search-evaluations", "search-minutes", "search-seed", "search-racing"), "evaluations"
+    ),
     "evaluation-history": "display",
 }
 IN_THE_MAP = {"option-overrides"}  # set per matrix in the map of Explore, as `PlanChoice`

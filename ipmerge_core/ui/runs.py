@@ -39,6 +39,11 @@ def results_folder() -> Path:
     return home_folder() / "results"
 
 
+def study_folder(result: Path) -> Path:
+    """Return the folder of the evaluations of a search, next to its result."""
+    return result.with_suffix(".study")
+
+
 class RunState(NamedTuple):
     """A run as one browser sees it."""
 

@@ -18,7 +18,15 @@ from ipmerge_core.runtime.job_lists import JobRequest, delete_job, describe_job
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.pairs import packs_folder
-from ipmerge_core.ui.runs import ANALYSIS, CALIBRATION, EVALUATION, MERGE, kind_of, results_folder
+from ipmerge_core.ui.runs import (
+    ANALYSIS,
+    CALIBRATION,
+    EVALUATION,
+    MERGE,
+    kind_of,
+    results_folder,
+    study_folder,
+)
 
 
 def own_output(
@@ -46,7 +54,7 @@ def own_output(
     elif kind == MERGE and status.state == "finished":
         places = [out] if _holds_plan(out, request.about.get("plan", "")) else []
     else:
-        places = [run_folders(out).run] if kind == MERGE else [out]
+        places = [run_folders(out).run] if kind == MERGE else [out, study_folder(out)]
     return [place for place in places if place.exists() and not place.is_symlink()]
 
 
