@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ipmerge_core.errors import IPMergeError, PlanError, RunError
+from ipmerge_core.runtime.job_lists import JobRequest
 from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.search.runs import SearchProgress, iter_search_to
 from ipmerge_core.search.study import COMPLETE
@@ -20,13 +21,19 @@ from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.evaluate.form import asked_of
 from ipmerge_core.ui.evaluate.results import read_result
 from ipmerge_core.ui.evaluate.search_figures import SearchFigures
-from ipmerge_core.ui.evaluate.search_form import search_asked_of, usual_ranges
+from ipmerge_core.ui.evaluate.search_form import (
+    lay_out_search,
+    listed_methods,
+    search_asked_of,
+    usual_ranges,
+)
 from ipmerge_core.ui.evaluate.search_start import LONGEST_RANGES, SearchAsked, search_work
 from ipmerge_core.ui.evaluate.start import Asked, start_evaluation
 from ipmerge_core.ui.evaluate.tab import result_file, result_items, taken
 from ipmerge_core.ui.format import progress_html, progress_of
 from ipmerge_core.ui.method_choice import MethodChoice
 from ipmerge_core.ui.plan_choice import PlanChoice
+from ipmerge_core.ui.run_list.deletion import own_output
 from ipmerge_core.ui.runs import results_folder, study_folder
 
 PAIR = "pack"
@@ -161,6 +168,31 @@ def test_a_space_limits_the_evaluations() -> None:
     for count in (None, 1000):
         with pytest.raises(RunError, match="at most 100 evaluations"):
             search_work(PAIR, plan, SearchAsked(evaluations=count, minutes=1), hosted=True)
+
+
+def test_the_form_proposes_the_method_of_the_chosen_merge_once() -> None:
+    import gradio as gr
+
+    with gr.Blocks():
+        fields = lay_out_search()
+    ties = ChosenMerge(PAIR, method=MethodChoice("ties", {}), by="merge")
+    first = listed_methods(fields, ties, "ip_merging", "")
+    assert first[fields.method]["value"] == "ties"
+    assert first[fields.ranges] == usual_ranges("ties")
+    names = [name for _, name in first[fields.method]["choices"]]
+    assert {"ip_merging", "task_arithmetic", "ties", "dare_linear"} <= set(names)
+    later = listed_methods(fields, ties, "ip_merging", "lambda=1:2")
+    assert "value" not in later[fields.method]
+
+
+def test_a_deleted_run_takes_its_study_along(home: Path) -> None:
+    out = home / "results" / f"search-{'3' * 16}.json"
+    study_folder(out).mkdir()
+    status = JobStatus("a" * 32, "Search", "cancelled", {}, {"out": str(out)})
+    request = JobRequest("iter_search_to", {"kind": "evaluation"})
+    assert own_output(Backend(), status, request, []) == [study_folder(out)]
+    out.write_text("{}")
+    assert own_output(Backend(), status, request, []) == [out, study_folder(out)]
 
 
 # --- results ---

@@ -259,7 +259,8 @@ function listen(results) {
   }
   element.addEventListener("keydown", (event) => {
     const column = event.target instanceof Element ? event.target.closest("[data-point]") : null;
-    if (column && key(results, event, Number(column.getAttribute("data-point")))) event.preventDefault();
+    const hasButtons = results.state.content?.kind === "search"; // which need no other keys
+    if (column && !hasButtons && key(results, event, Number(column.getAttribute("data-point")))) event.preventDefault();
   });
 }
 

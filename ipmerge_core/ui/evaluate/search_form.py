@@ -116,8 +116,14 @@ def _lay_out_numbers() -> tuple[gr.Number, gr.Number, gr.Number, gr.Number]:
     return evaluations, minutes, validation, seed
 
 
-def listed_methods(fields: SearchFields, chosen: ChosenMerge, method: str | None) -> Updates:
-    """Return the updates that list the methods with numbers; the chosen one at first."""
+def listed_methods(
+    fields: SearchFields, chosen: ChosenMerge, method: str | None, ranges: str | None
+) -> Updates:
+    """Return the updates that list the methods with numbers.
+
+    The first time, the chosen merge's method is proposed with its usual space; later the fields
+    stay as they are.
+    """
     from ipmerge_core.methods import METHODS
 
     listed = [
@@ -125,11 +131,14 @@ def listed_methods(fields: SearchFields, chosen: ChosenMerge, method: str | None
         for name, each in METHODS.items()
         if any(parameter.kind in ("float", "int") for parameter in each.parameters)
     ]
-    names = [name for _, name in listed]
+    if (ranges or "").strip():
+        return {fields.method: gr.update(choices=listed), fields.ranges: gr.skip()}
     own = chosen.recipe.method.name or EXPLORED_METHOD
-    value = own if chosen.by != "start" and own in names else method or EXPLORED_METHOD
-    update: Updates = {fields.method: gr.update(choices=listed, value=value)}
-    return update
+    value = own if own in {name for _, name in listed} else method or EXPLORED_METHOD
+    return {
+        fields.method: gr.update(choices=listed, value=value),
+        fields.ranges: usual_ranges(value),
+    }
 
 
 def usual_ranges(method: str | None) -> str:

@@ -8,6 +8,7 @@ results of finished runs are listed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -165,11 +166,9 @@ def _wire_form(
 
 def _wire_search(fields: SearchFields, opened: Dependency, chosen: gr.State) -> None:
     """List the methods when the tab is opened, and propose the usual space of the chosen one."""
-    opened.then(
-        show_errors(lambda now, method: listed_methods(fields, now, method)),
-        [chosen, fields.method], fields.method, **QUIET,
-    )  # fmt: skip
-    fields.method.change(show_errors(usual_ranges), fields.method, fields.ranges, **QUIET)
+    asked, filled = [chosen, fields.method, fields.ranges], [fields.method, fields.ranges]
+    opened.then(show_errors(partial(listed_methods, fields)), asked, filled, **QUIET)
+    fields.method.input(show_errors(usual_ranges), fields.method, fields.ranges, **QUIET)
 
 
 def _wire_run(
