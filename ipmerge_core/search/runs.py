@@ -18,7 +18,7 @@ from ipmerge_core.tasks.registry import find_tasks
 
 
 class SearchProgress(NamedTuple):
-    """Progress of a run: how many evaluations are done, and the last one in words."""
+    """Progress of a run: how many evaluations are done, and a description of the last."""
 
     evaluations_done: int
     evaluations_total: int
@@ -42,7 +42,7 @@ def iter_search_to(
         pack: file of the analysis.
         out: file of the result, written at the end.
         tasks: names of tasks; perception guards are added.
-        study: folder of the evaluations; a run that is resumed goes on with those it has.
+        study: folder of the evaluations; a run that is resumed keeps those it has.
         how: fields of `SearchSettings` except the budget, as JSON values.
         budget: fields of `Budget`.
         device: a torch device name.

@@ -81,7 +81,7 @@ def _facts(found: SearchResult) -> Iterator[tuple[str, str]]:
 
 
 def _notes(found: SearchResult) -> Iterator[str]:
-    """Yield the best plan in words, and what limits its meaning."""
+    """Describe the best plan, and what limits its meaning."""
     best = found.best_evaluation
     if best is None:
         reasons = [each.reason for each in found.evaluations if each.reason]
