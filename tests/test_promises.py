@@ -347,6 +347,12 @@ COMPONENTS = {
         for number in ("", "2")
     },
     **dict.fromkeys(("evaluate-replace", "evaluate-modules", "evaluate-stride"), "knockout.cuts"),
+    **dict.fromkeys(
+        ("search-method", "search-optimizer", "search-ranges", "search-validation"), "search"
+    ),
+    **dict.fromkeys(
+        ("search-evaluations", "search-minutes", "search-seed", "search-racing"), "evaluations"
+    ),
     "evaluation-history": "display",
     **{f"finetune-{name}": f"manifest.sources.{name}" for name in ("mllm", "math")},
     "finetune-math-base": "manifest.prior.hierarchical",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
+from ipmerge_core.plots.spectra import INK
 from ipmerge_core.search.optimizers import OPTIMIZERS
 from ipmerge_core.search.study import COMPLETE, FAILED, Evaluation
 
@@ -180,6 +181,20 @@ def importance_bars(shares: dict[str, float]) -> go.Figure:
     figure = go.Figure(go.Bar(x=[shares[name] for name in names], y=names, orientation="h"))
     figure.update_layout(title="Parameter importance (fANOVA)", **_LAYOUT)
     figure.update_xaxes(title="share of variance")
+    return figure
+
+
+def on_page(figure: go.Figure, *, dark: bool, narrow: bool) -> go.Figure:
+    """Return a figure for the app: transparent, in the colours of the page, without a title."""
+    figure.update_layout(
+        template="plotly_dark" if dark else "plotly_white",
+        title=None,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": INK[dark], "family": "IBM Plex Sans, system-ui, sans-serif"},
+        margin={"l": 56, "r": 12, "t": 16, "b": 96 if narrow else 72},
+        legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
+    )
     return figure
 
 

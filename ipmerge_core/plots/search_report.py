@@ -29,24 +29,40 @@ def write_search(folder: Path, result: SearchResult) -> None:
 
     Raises: RunError if the folder cannot be written.
     """
-    objectives = _objectives(result)
-    front = [each for each in result.evaluations if each.number in result.front]
-    drawn = [
-        *_landscapes(result),
-        *([figures.pareto(result.evaluations, front, objectives)] if len(objectives) > 1 else []),
-        *([figures.importance_bars(result.importance)] if result.importance else []),
-    ]
-    date = datetime.now(UTC).date().isoformat()
-    optimizer = OPTIMIZERS[result.optimizer]
-    texts = [f"{date}. {optimizer.label}: {optimizer.settings}.", *describe(result).splitlines()]
     files = {
-        REPORT: figures.page(f"Search of {result.method} on {result.name}", texts, drawn),
-        EVALUATIONS: as_csv([_row(each) for each in result.evaluations]),
+        REPORT: report_page(result),
+        EVALUATIONS: evaluations_csv(result),
         UNSEEN: as_csv(list(_unseen_rows(result))),
     }
     for name, text in files.items():
         write_whole(folder / name, text.encode())
     result.save(folder / RESULT)
+
+
+def report_page(result: SearchResult) -> str:
+    """Return the report as one HTML page, which needs no network."""
+    date = datetime.now(UTC).date().isoformat()
+    optimizer = OPTIMIZERS[result.optimizer]
+    texts = [f"{date}. {optimizer.label}: {optimizer.settings}.", *describe(result).splitlines()]
+    drawn = list(search_figures(result).values())
+    return figures.page(f"Search of {result.method} on {result.name}", texts, drawn)
+
+
+def evaluations_csv(result: SearchResult) -> str:
+    """Return all evaluations as CSV."""
+    return as_csv([_row(each) for each in result.evaluations])
+
+
+def search_figures(result: SearchResult) -> dict[str, Any]:
+    """Return the figures that the evaluations determine: landscape, front, importance."""
+    objectives = _objectives(result)
+    front = [each for each in result.evaluations if each.number in result.front]
+    drawn = dict(zip(["landscape"], _landscapes(result), strict=False))  # if it is determined
+    if len(objectives) > 1:
+        drawn["front"] = figures.pareto(result.evaluations, front, objectives)
+    if result.importance:
+        drawn["importance"] = figures.importance_bars(result.importance)
+    return drawn
 
 
 def _objectives(result: SearchResult) -> tuple[str, ...]:

@@ -121,6 +121,14 @@ class SearchResult(ResultFile):
         """The best evaluation, if any."""
         return next((each for each in self.evaluations if each.number == self.best), None)
 
+    def arguments_at(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Return the arguments of `make_plan` at an evaluation; empty if none is complete."""
+        if not self.arguments:
+            return {}
+        whole = {axis.name for axis in self.axes if axis.whole}
+        values = {n: int(v) if n in whole else v for n, v in evaluation.parameters.items()}
+        return {**self.arguments, **values}
+
 
 def iter_search(
     analysis: Analysis,

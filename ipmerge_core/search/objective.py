@@ -39,6 +39,20 @@ FULL = (1.0,)
 RUNGS = (0.25, 0.5, 1.0)  # shares of the validation items, for racing
 
 
+def check_items(groups: Sequence[str], validation: float) -> None:
+    """Check the groups of items and the share that a search sees. Raises: RunError."""
+    if not 0 < validation < 1:
+        raise RunError(
+            f"The validation share is {validation:g}; expected a number between 0 and 1."
+        )
+    unknown = sorted(set(groups) - set(GROUPS))
+    if unknown or not groups:
+        raise RunError(
+            f"Unknown group of items {', '.join(unknown) or 'none'}. Available: "
+            f"{', '.join(GROUPS)}."
+        )
+
+
 def part_of(task: Task, low: float, high: float) -> Task:
     """Return a task with the items whose rank, a hash of their names, lies in [low, high).
 
@@ -93,16 +107,7 @@ class MergeObjective:
 
     def __post_init__(self) -> None:
         """Check the share of items and the groups. Raises: RunError."""
-        if not 0 < self.validation < 1:
-            raise RunError(
-                f"The validation share is {self.validation:g}; expected a number between 0 and 1."
-            )
-        unknown = sorted(set(self.groups) - set(GROUPS))
-        if unknown or not self.groups:
-            raise RunError(
-                f"Unknown group of items {', '.join(unknown) or 'none'}. Available: "
-                f"{', '.join(GROUPS)}."
-            )
+        check_items(self.groups, self.validation)
 
     def plan_at(self, parameters: Mapping[str, float]) -> MergePlan:
         """Make the plan of a point. Raises: PlanError for values that do not go together."""

@@ -101,7 +101,9 @@ def progress_html(status: JobStatus) -> str:
 
 
 def _unit(step: Mapping[str, Any]) -> str:
-    """Return the prefix of a step's counters: cost of an analysis, passes, items, or bytes."""
+    """Return the prefix of a step's counters: evaluations, cost, passes, items, or bytes."""
+    if "evaluations_total" in step:
+        return "evaluations_"
     counted = "groups" in step or "subject" in step or _trains(step)
     return "cost_" if "cost_total" in step else "" if counted else "nbytes_"
 
@@ -110,6 +112,8 @@ def _counted(step: Mapping[str, Any]) -> list[str]:
     """Format the counts of a step."""
     if not step:
         return []
+    if "evaluations_total" in step:
+        return [f"{step['evaluations_done']} of {step['evaluations_total']} evaluations"]
     if "groups" in step:
         return [f"{step['done']} of {step['total']} passes"]
     if "subject" in step:
@@ -178,6 +182,8 @@ def stage_of(status: JobStatus) -> str:
 
 def _current(step: Mapping[str, Any]) -> str:
     """Format what a run is working on."""
+    if "evaluations_total" in step:
+        return escape(step["last"])
     if "groups" in step:
         model = "vision-language model" if step["role"] == "mllm" else "math model"
         return f"{model}, part {step['group'] + 1} of {step['groups']}"

@@ -45,6 +45,11 @@ def curves_folder() -> Path:
     return home_folder() / "curves"
 
 
+def study_folder(result: Path) -> Path:
+    """Return the folder of the evaluations of a search, next to its result."""
+    return result.with_suffix(".study")
+
+
 class RunState(NamedTuple):
     """A run as one browser sees it."""
 

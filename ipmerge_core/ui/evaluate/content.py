@@ -136,6 +136,13 @@ def recipe_of_point(point: SweptPoint) -> Recipe | None:
     return Recipe(recipe.plan, recipe.method._replace(options=options))
 
 
+def map_choice(recipe: Recipe | None) -> Json | None:
+    """Return the plan of a recipe as the map sets it; None if it cannot be set there."""
+    if recipe is None or recipe.method.name or recipe.method.values or recipe.method.options:
+        return None
+    return recipe.plan.to_browser()
+
+
 def _usual_anchor(point: SweptPoint) -> str:
     """Return the anchor of a point's method if none is chosen. Raises: PlanError."""
     from ipmerge_core.methods import find_method
@@ -216,8 +223,6 @@ def _point(
     modules: Sequence[str],
 ) -> Json:
     recipe = recipe_of_point(point)
-    on_map = recipe is not None and not (recipe.method.name or recipe.method.values)
-    on_map = on_map and recipe is not None and not recipe.method.options
     merged = {places[name] for name in point.selected if name in places}
     marks = ("1" if (layer, module) in merged else "0" for layer in layers for module in modules)
     skills = {
@@ -231,7 +236,7 @@ def _point(
         "label": point.label,
         "plan": point.plan,
         "values": list(point.values.values()),
-        "choice": recipe.plan.to_browser() if recipe is not None and on_map else None,
+        "choice": map_choice(recipe),
         "takes": recipe is not None,
         "matrices": len(point.selected),
         "change": point.relative_change,

@@ -54,9 +54,10 @@ def evaluation_endpoints(
 
         The kind is models (the unmerged model, the plan, and finished `merges` by run id or folder
         name, on a Space with their `keys`), sweep (over `parameter` with `values`, separated by
-        commas, and perhaps a second one), ablation, or knockout. The plan is described as for
-        /preview. Math tasks are evaluated together with their perception part. /evaluation_result
-        returns the result when the run has finished.
+        commas, and perhaps a second one), ablation, knockout, or search (40 evaluations in the
+        usual space of the plan's method). The plan is described as for /preview. Math tasks are
+        evaluated together with their perception part. /evaluation_result returns the result when
+        the run has finished.
         """
         chosen = (similarity_threshold, lambda_, similarity, variant, overrides)
         plan = read_plan(pack, chosen, (method, parameters, options, calibration))

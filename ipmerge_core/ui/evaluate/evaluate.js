@@ -1,6 +1,6 @@
 // @ts-check
 // The results of the Evaluate tab, the component; the HTML report mounts it as Gradio does. It talks to
-// Python by trigger("take"), trigger("opened") and trigger("report").
+// Python by trigger("take"), trigger("opened") and trigger("drawn").
 
 import { closest, node, part, setText } from "../web/dom.js";
 import { percent } from "../web/format.js";
@@ -9,14 +9,20 @@ import { csvText, dataTable, listenToTables, refreshTables, saveText, tableActio
 import { flipList } from "./flips.js";
 import { heatPlot } from "./heat_plot.js";
 import { knockoutMaps } from "./knockout.js";
-import { pointPanel } from "./point_panel.js";
+import { pointPanel, takenPanel } from "./point_panel.js";
 import { bestPoints, cutRows, gainWords, isSignificant, orderedTasks, pWords, resultRows, scoreWords, share, skillRows } from "./scores.js";
+import { searchTables } from "./search_tables.js";
 import { sweepPlot } from "./sweep_plot.js";
 import { publish } from "./measured.js";
 import { takeOnMap, undoOnMap } from "./taking.js";
 
 /** @import { Host } from "../web/types.d.ts" */
 /** @import { Content, Score, State } from "./types.d.ts" */
+
+/** @type {Record<string, string>} */
+const TYPES = { csv: "text/csv", json: "application/json", html: "text/html" };
+/** The order of a search's evaluations at first. */
+const BEST_FIRST = { key: "score", down: true };
 
 export class Evaluation {
   /** @param {Host} host */
@@ -32,7 +38,7 @@ export class Evaluation {
       twins: part(element, ".lm-twins"), status: part(element, ".lm-status"),
     };
     /** @type {State} */
-    const first = { content: null, point: -1, taken: -1, listed: -1, task: "", filter: "", width: 0, served: Boolean(host.server?.result_file) };
+    const first = { content: null, sort: BEST_FIRST, point: -1, taken: -1, listed: -1, task: "", filter: "", width: 0, served: Boolean(host.server?.result_file) };
     this.store = createStore(first);
   }
 
@@ -53,13 +59,24 @@ export class Evaluation {
     const isSame = content !== null && content?.id === this.state.content?.id;
     this.element.hidden = !content?.id;
     if (!content?.id) return;
-    this.set({ content, ...(isSame ? {} : { point: firstPoint(content), taken: -1, listed: -1, task: "", filter: "" }) });
+    this.set({ content, ...(isSame ? {} : { point: firstPoint(content), taken: -1, listed: -1, task: "", filter: "", sort: BEST_FIRST }) });
     setText(this.dom.title, content.title);
     setText(this.dom.made, content.facts.map(([name, words]) => `${name} ${words}`).join(" · "));
     this.dom.notes.replaceChildren(...content.notes.map((words) => node("li", {}, words)));
     this.#buildTables(content);
     if (this.state.served) publish(content);
     this.layOut();
+    if (this.state.served) this.#draw(content);
+  }
+
+  /**
+   * Let Python draw the figures of a search, in the colours of the page, or hide those of another one.
+   *
+   * @param {Content} content
+   */
+  #draw({ id, pack }) {
+    const { width } = this.state;
+    this.host.trigger("drawn", { id, pack, dark: document.body.classList.contains("dark"), narrow: width > 0 && width < 620 });
   }
 
   /** Everything that depends on the width. */
@@ -76,7 +93,7 @@ export class Evaluation {
     const plot = content.kind === "knockout" ? knockoutMaps(content)
       : isSweep && state.width ? (content.axes.length > 1 ? heatPlot : sweepPlot)(content, state) : null;
     this.dom.plot.replaceChildren(...(plot ? [plot] : []));
-    this.dom.tables.replaceChildren(...(content.kind === "models" || content.kind === "ablation" ? [scoreTable(content)] : []));
+    this.dom.tables.replaceChildren(...(content.kind === "models" || content.kind === "ablation" ? [scoreTable(content)] : searchTables(content, state)));
     this.dom.flips.replaceChildren(...flipList(content, state));
     refreshTables(this.element);
     this.mark();
@@ -86,7 +103,8 @@ export class Evaluation {
   mark() {
     const { state } = this, { content, point, taken } = state;
     if (!content) return;
-    this.dom.point.replaceChildren(...(content.points.length ? pointPanel(content, state) : []));
+    const panel = content.kind === "search" ? takenPanel(content, state) : content.points.length ? pointPanel(content, state) : [];
+    this.dom.point.replaceChildren(...panel);
     for (const each of this.element.querySelectorAll("[data-point]")) {
       const i = Number(each.getAttribute("data-point")), isShown = i === point;
       each.classList.toggle("ev-is-shown", isShown);
@@ -130,6 +148,20 @@ export class Evaluation {
     setText(this.dom.status, "The merge that was chosen before is chosen again.");
   }
 
+  /**
+   * Order the evaluations of a search; a second press turns the order, numbers start with the largest.
+   *
+   * @param {string} column
+   */
+  sortBy(column) {
+    const { key: sorted, down } = this.state.sort;
+    this.set({ sort: { key: column, down: sorted === column ? !down : column !== "evaluation" && column !== "state" } });
+    this.paint();
+    const heads = [...this.element.querySelectorAll("[data-sort]")];
+    const head = heads.find((each) => each.getAttribute("data-sort") === column);
+    if (head instanceof HTMLElement) head.focus();
+  }
+
   /** List the items that the merge in view changes; the server knows them. */
   async listItems() {
     const { content, point } = this.state;
@@ -154,6 +186,7 @@ export class Evaluation {
 
   /** @param {Content} content */
   #buildTables(content) {
+    if (content.kind === "search") return this.dom.twins.replaceChildren(); // its table is in view
     const numbers = content.kind === "knockout" ? cutRows(content) : resultRows(content);
     const columns = Object.keys(numbers[0] ?? {}).map((name) => /** @type {[string, (value: any) => string]} */ ([name, plain]));
     const skills = skillRows(content);
@@ -226,7 +259,8 @@ function listen(results) {
   }
   element.addEventListener("keydown", (event) => {
     const column = event.target instanceof Element ? event.target.closest("[data-point]") : null;
-    if (column && key(results, event, Number(column.getAttribute("data-point")))) event.preventDefault();
+    const hasButtons = results.state.content?.kind === "search"; // which need no other keys
+    if (column && !hasButtons && key(results, event, Number(column.getAttribute("data-point")))) event.preventDefault();
   });
 }
 
@@ -235,12 +269,13 @@ function listen(results) {
  * @param {HTMLElement} button
  */
 function press(results, button) {
-  const { point, act, task, filter, flip } = button.dataset, { content } = results.state;
+  const { point, act, task, filter, flip, sort } = button.dataset, { content } = results.state;
   if (!content) return;
   if (point !== undefined) {
     results.show(Number(point));
-    if (content.kind === "sweep") results.take();
-  } else if (task) results.set({ task });
+    if (content.kind === "sweep" || content.kind === "search") results.take();
+  } else if (sort) results.sortBy(sort);
+  else if (task) results.set({ task });
   else if (filter !== undefined) results.set({ filter });
   else if (flip !== undefined) results.openItem(content.flips[Number(flip)].item);
   else save(results, content, act);
@@ -257,10 +292,10 @@ async function save(results, content, act) {
   if (act === "take") results.take();
   else if (act === "items") results.listItems();
   else if (act === "untake") results.untake();
-  else if (act === "csv") saveText(`${stem}.csv`, csvText(resultRows(content)), "text/csv");
-  else if (act === "json" || act === "html") {
+  else if (act === "csv" && content.kind !== "search") saveText(`${stem}.csv`, csvText(resultRows(content)), "text/csv");
+  else if (act && act in TYPES) {
     const text = await results.host.server?.result_file?.(content.id, content.pack, act);
-    if (text) saveText(`${stem}.${act}`, text, act === "json" ? "application/json" : "text/html");
+    if (text) saveText(`${stem}.${act}`, text, TYPES[act]);
   }
 }
 

@@ -15,6 +15,11 @@ from ipmerge_core.models.catalogue import scenario_of, skill_of
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.device_choice import device_field
 from ipmerge_core.ui.evaluate.content import LABELS
+from ipmerge_core.ui.evaluate.search_form import (
+    SearchFields,
+    lay_out_search,
+    search_asked_of,
+)
 from ipmerge_core.ui.evaluate.start import Asked, Varied
 from ipmerge_core.ui.method_choice import EXPLORED_METHOD
 from ipmerge_core.ui.plan_choice import analysis_of
@@ -25,6 +30,7 @@ KINDS = {
     "sweep": "Sweep: values of one or two parameters",
     "ablation": "Ablation: parts of IP-Merging and of its layers",
     "knockout": "Layer knock-out: one module at a time",
+    "search": "Search: the best parameters of a method",
 }
 REPLACEMENTS = {
     "constant": "1/N, N the number of output features",
@@ -65,7 +71,16 @@ class Form(NamedTuple):
     replace_by: gr.Dropdown
     modules: gr.Dropdown
     stride: gr.Number
+    search: SearchFields
     start: gr.Button
+
+    @property
+    def groups(self) -> dict[str, gr.Column]:
+        """The fields of one kind of evaluation only, by kind."""
+        return {
+            "models": self.models, "sweep": self.sweep, "knockout": self.knockout,
+            "search": self.search.column,
+        }  # fmt: skip
 
     @property
     def fields(self) -> list[Any]:
@@ -73,6 +88,7 @@ class Form(NamedTuple):
         return [
             self.kind, self.tasks, self.limit, self.seed, self.device, self.merges, self.parameter,
             self.values, self.parameter2, self.values2, self.replace_by, self.modules, self.stride,
+            *self.search.inputs,
         ]  # fmt: skip
 
 
@@ -142,10 +158,11 @@ def lay_out_form(*, hosted: bool) -> Form:
         stride = gr.Number(
             1, label="Every n-th layer", precision=0, minimum=1, elem_id="evaluate-stride"
         )
+    search = lay_out_search()
     start = gr.Button("Start evaluation", variant="primary", elem_id="start-evaluation")
     return Form(
         kind, tasks, limit, seed, device, models, merges, sweep, parameter, values, parameter2,
-        values2, knockout, replace_by, modules, stride, start,
+        values2, knockout, replace_by, modules, stride, search, start,
     )  # fmt: skip
 
 
@@ -171,7 +188,7 @@ def _label(name: str) -> str:
 
 def shown_groups(form: Form, kind: str) -> Updates:
     """Return the updates that show the fields of a kind of evaluation."""
-    groups = {"models": form.models, "sweep": form.sweep, "knockout": form.knockout}
+    groups = form.groups
     return {group: gr.update(visible=name == kind) for name, group in groups.items()}
 
 
@@ -215,7 +232,7 @@ def asked_of(values: Sequence[Any]) -> Asked:
     """Return what the fields of the form describe; the types are those of the components."""
     (
         kind, tasks, limit, seed, device, merges, parameter, typed, parameter2, typed2, replace_by,
-        modules, stride,
+        modules, stride, *searched,
     ) = values  # fmt: skip
     varied = [Varied(str(name), str(text or "")) for name, text in (
         (parameter or "", typed), (parameter2 or "", typed2)
@@ -231,6 +248,7 @@ def asked_of(values: Sequence[Any]) -> Asked:
         modules=_listed(modules),
         stride=int(stride or 0),
         device=str(device or "auto"),
+        search=search_asked_of(searched),
     )
 
 

@@ -30,6 +30,21 @@ export function pointPanel(content, { point: i, taken, served }) {
 }
 
 /**
+ * The evaluation of a search whose plan was taken, with Undo; nothing before one is.
+ *
+ * @param {Content} content
+ * @param {State} state
+ */
+export function takenPanel({ points }, { taken }) {
+  const point = points[taken];
+  if (!point) return [];
+  return [
+    node("div", { class: "ev-point-words" }, node("h3", {}, `Chosen: ${point.label}`, node("code", {}, ` plan ${point.plan}`))),
+    node("span", { class: "ev-take" }, actionButton("untake", "Undo")),
+  ];
+}
+
+/**
  * @param {Content} content
  * @param {Point} point
  */

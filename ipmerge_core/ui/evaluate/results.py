@@ -10,7 +10,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,7 @@ from ipmerge_core.ui.evaluate.content import (
     knockout_content,
     sweep_content,
 )
+from ipmerge_core.ui.evaluate.search_content import search_content, search_points
 from ipmerge_core.ui.pairs import load_pack
 from ipmerge_core.ui.runs import results_folder
 
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
     from ipmerge_core.evaluation.knockout import Knockout
     from ipmerge_core.evaluation.report import Report
-    from ipmerge_core.evaluation.sweeps import Sweep
+    from ipmerge_core.evaluation.sweeps import Sweep, SweptPoint
+    from ipmerge_core.search.coefficients import SearchResult
 
 _ID = re.compile(r"[a-z]{5,10}-[0-9a-f]{16}")
 _SIDE = 112  # pixels of a small image
@@ -54,12 +56,13 @@ def result_path(result: str) -> Path:
 
 
 class Found(NamedTuple):
-    """A result that was read: a sweep or a knock-out, and the id of its pair."""
+    """A result that was read: a sweep, a knock-out or a search, and the id of its pair."""
 
     result: str
     pack_id: str
-    sweep: Sweep | None
-    knockout: Knockout | None
+    sweep: Sweep | None = None
+    knockout: Knockout | None = None
+    search: SearchResult | None = None
 
     @property
     def content(self) -> Json:
@@ -67,15 +70,26 @@ class Found(NamedTuple):
         if self.sweep is not None:
             pack = load_pack(self.pack_id)
             return sweep_content(self.result, self.pack_id, self.sweep, pack)
-        assert self.knockout is not None, "a result is a sweep or a knock-out"
+        if self.search is not None:
+            return search_content(self.result, self.pack_id, self.search)
+        assert self.knockout is not None, "a result is one of three kinds"
         return knockout_content(self.result, self.pack_id, self.knockout)
 
     @property
     def report(self) -> Report:
-        """The report of a sweep. Raises: RunError for a knock-out."""
+        """The report of a sweep. Raises: RunError for another result."""
         if self.sweep is None:
-            raise RunError("A knock-out has no list of items that differ.")
+            raise RunError("A knock-out or a search has no list of items that differ.")
         return self.sweep.report
+
+    @property
+    def points(self) -> Sequence[SweptPoint]:
+        """The points whose plans can be chosen. Raises: RunError for a knock-out."""
+        if self.search is not None:
+            return search_points(self.search)
+        if self.sweep is None:
+            raise RunError("A knock-out has no plan to choose.")
+        return self.sweep.points
 
 
 def read_result(result: str, pack_id: str) -> Found:
@@ -89,10 +103,14 @@ def _read(path: Path, _version: FileVersion, pack_id: str) -> Found:
     if path.name.startswith("knockout"):
         from ipmerge_core.evaluation.knockout import Knockout
 
-        return Found(path.stem, pack_id, None, Knockout.load(path))
+        return Found(path.stem, pack_id, knockout=Knockout.load(path))
+    if path.name.startswith("search"):
+        from ipmerge_core.search.coefficients import SearchResult
+
+        return Found(path.stem, pack_id, search=SearchResult.load(path))
     from ipmerge_core.evaluation.sweeps import Sweep
 
-    return Found(path.stem, pack_id, Sweep.load(path), None)
+    return Found(path.stem, pack_id, Sweep.load(path))
 
 
 def listed_items(found: Found, point: int) -> Json:
@@ -169,6 +187,6 @@ def _small(item_of: Callable[[str, str], Any], row: Changed) -> str:
 
 def result_json(found: Found) -> str:
     """Return the file of a result: all numbers and all replies."""
-    whole = found.sweep or found.knockout
-    assert whole is not None, "a result is a sweep or a knock-out"
+    whole = found.sweep or found.knockout or found.search
+    assert whole is not None, "a result is one of three kinds"
     return json.dumps(whole.to_dict(), indent=1)

@@ -16,12 +16,13 @@ from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.planning.options import read_value
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.evaluate.content import LABELS
+from ipmerge_core.ui.evaluate.search_start import SearchAsked, search_work
 from ipmerge_core.ui.finetuned_models import PREFIX as FINETUNED
 from ipmerge_core.ui.finetuned_models import find_finetuned
 from ipmerge_core.ui.finished_merges import find_merge
 from ipmerge_core.ui.pairs import find_pack
 from ipmerge_core.ui.plan_choice import analysis_of
-from ipmerge_core.ui.runs import results_folder
+from ipmerge_core.ui.runs import results_folder, study_folder
 from ipmerge_core.ui.serving import current_visitor
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ipmerge_core.runtime.jobs import Started
     from ipmerge_core.ui.backend import Backend
 
-Kind = Literal["models", "sweep", "ablation", "knockout"]
+Kind = Literal["models", "sweep", "ablation", "knockout", "search"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MOST_HOSTED = 300  # items of a task on a Space
 LONGEST_VALUES = 400  # characters of a list of values
@@ -48,7 +49,7 @@ class Asked(NamedTuple):
     """What to evaluate.
 
     Attributes:
-        kind: models, sweep, ablation or knockout.
+        kind: models, sweep, ablation, knockout or search.
         tasks: names of tasks.
         limit: items per task (of the demo task: per skill).
         seed: selects the items.
@@ -58,6 +59,7 @@ class Asked(NamedTuple):
         modules: the modules that are knocked out.
         stride: every n-th layer is knocked out.
         device: "auto" or a torch device.
+        search: what a search varies, and how.
     """
 
     kind: str = "models"
@@ -70,6 +72,7 @@ class Asked(NamedTuple):
     modules: Sequence[str] = ("attention", "mlp")
     stride: int = 1
     device: str = "auto"
+    search: SearchAsked = SearchAsked()
 
 
 def start_evaluation(
@@ -102,7 +105,7 @@ def start_evaluation_of(
         backend: the app's runs and models.
         pack_id: the pair.
         plan: compared with the unmerged model, varied by a sweep, taken apart by an ablation, or
-            cut by a knock-out.
+            cut by a knock-out; a search starts from its parameters.
         name: the name of the plan, for the list of runs.
         asked: what to evaluate.
         owner: the visitor's secret, see `JobStore.start`.
@@ -113,8 +116,11 @@ def start_evaluation_of(
     if asked.kind not in KINDS:
         raise RunError(f"Unknown kind '{asked.kind[:40]}'. Available: {', '.join(KINDS)}.")
     tasks = _checked_tasks(backend, asked)
-    target, arguments = _work(backend, pack_id, plan, asked, keys or {})
     out = results_folder() / f"{asked.kind}-{secrets.token_hex(8)}.json"
+    target, arguments = _work(backend, pack_id, plan, asked, keys or {})
+    if asked.kind == "search":
+        arguments["study"] = str(study_folder(out))
+        name = f"{arguments['how']['method']}, {asked.search.optimizer}"
     results_folder().mkdir(parents=True, exist_ok=True)
     return backend.store.start(
         target,
@@ -144,6 +150,7 @@ _TITLES = {
     "sweep": "a sweep",
     "ablation": "the ablation",
     "knockout": "a layer knock-out",
+    "search": "the points of a search",
 }
 
 
@@ -180,6 +187,10 @@ def _work(
     from ipmerge_core.planning.description import arguments_of
 
     pack = str(find_pack(pack_id).path)
+    if asked.kind == "search":
+        from ipmerge_core.search.runs import iter_search_to
+
+        return iter_search_to, search_work(pack_id, plan, asked.search, hosted=backend.hosted)
     if asked.kind == "models":
         folders = _folders(backend, pack_id, asked, keys)
         named = {"plan": plan, "plan_name": f"chosen merge, plan {plan.hash}"}

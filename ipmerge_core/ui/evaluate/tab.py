@@ -8,6 +8,7 @@ results of finished runs are listed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +42,8 @@ from ipmerge_core.ui.evaluate.results import (
     result_json,
     result_path,
 )
+from ipmerge_core.ui.evaluate.search_figures import SearchFigures
+from ipmerge_core.ui.evaluate.search_form import SearchFields, listed_methods, usual_ranges
 from ipmerge_core.ui.evaluate.start import result_of, start_evaluation
 from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.finetuned_models import finetuned_of_pair
@@ -59,6 +62,8 @@ from ipmerge_core.ui.runs import (
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
+
+    from ipmerge_core.search.coefficients import SearchResult
 
 NO_RUN = '<p class="waiting">No evaluation yet.</p>'
 _SEPARATOR = "|"  # between the id of a result and that of its pair
@@ -82,6 +87,7 @@ class _Parts(NamedTuple):
     made: gr.Textbox  # the result of a run that has just finished, and its pair
     history: gr.Dropdown
     view: EvaluationView
+    figures: SearchFigures
     before: gr.State  # the merge that was chosen before a point was taken
 
 
@@ -114,6 +120,7 @@ def evaluate_tab(
     _wire_run(backend, parts, chosen, poll, memory)
     _wire_history(parts)
     _wire_items(parts, chat, tabs)
+    parts.figures.wire(parts.view)
     return EvaluateTab(parts.form, [_wire_taking(parts, chosen)])
 
 
@@ -123,7 +130,7 @@ def _lay_out(*, hosted: bool) -> _Parts:
     made = gr.Textbox("", visible="hidden", elem_id="evaluation-made")
     history = gr.Dropdown([], label="Result", elem_id="evaluation-history", visible=False)
     view = EvaluationView(None, server_functions=[result_file, result_items])
-    return _Parts(form, run, made, history, view, gr.State(None))
+    return _Parts(form, run, made, history, view, SearchFigures(), gr.State(None))
 
 
 def _wire_form(
@@ -155,8 +162,9 @@ def _wire_form(
     opened = after_commits(tab.select, pair).then(show_errors(fill), asked, filled, **QUIET)
     opened.then(chosen_line, chosen, line, **QUIET)
     opened.then(lambda: list_devices(backend), None, form.device, **QUIET)
-    groups = [form.models, form.sweep, form.knockout]
+    groups = list(form.groups.values())
     form.kind.change(lambda kind: shown_groups(form, kind), form.kind, groups, **QUIET)
+    _wire_search(form.search, opened, chosen)
     for parameter, values in (
         (form.parameter, form.values),
         (form.parameter2, form.values2),
@@ -169,6 +177,13 @@ def listed_models(backend: Backend, pack_id: str, keys: Keys) -> list[tuple[str,
     merges = [(merge.label, merge.run) for merge in merges_of_pair(backend, pack_id, keys)]
     tuned = finetuned_of_pair(backend, pack_id, keys)
     return merges + [(model.label, model.value) for model in tuned]
+
+
+def _wire_search(fields: SearchFields, opened: Dependency, chosen: gr.State) -> None:
+    """List the methods when the tab is opened, and propose the usual space of the chosen one."""
+    asked, filled = [chosen, fields.method, fields.ranges], [fields.method, fields.ranges]
+    opened.then(show_errors(partial(listed_methods, fields)), asked, filled, **QUIET)
+    fields.method.input(show_errors(usual_ranges), fields.method, fields.ranges, **QUIET)
 
 
 def _wire_run(
@@ -272,13 +287,13 @@ def taken(now: ChosenMerge, data: Mapping[str, Any]) -> ChosenMerge:
     """Return the merge of a point as the chosen one. Raises: RunError, PlanError."""
     pack_id, point = str(data.get("pack")), data.get("point")
     found = read_result(str(data.get("id")), pack_id)
-    if found.sweep is None or not isinstance(point, int):
-        raise RunError("A knock-out has no plan to choose.")
+    points = found.points
+    if not isinstance(point, int):
+        raise RunError("Select a point of the result to choose its plan.")
     if now.pack_id != pack_id:
         raise PlanError(
             f"The result is about the pair '{pair_name(pack_id)}'. Select that pair first."
         )
-    points = found.sweep.points
     recipe = recipe_of_point(points[point]) if 0 <= point < len(points) else None
     if recipe is None:
         raise PlanError("This model cannot be chosen: it is a control, or a finished folder.")
@@ -342,15 +357,24 @@ def turn_of_item(data: Mapping[str, Any], cache: str) -> Turn:
 
 
 def result_file(asked: object) -> str:
-    """Return the JSON or HTML file of a result for `[id, pack, kind]`. Raises: RunError."""
+    """Return the JSON, HTML or (of a search) CSV file for `[id, pack, kind]`. Raises: RunError."""
     result, pack_id, kind = _several(asked, 3)
     found = read_result(str(result), str(pack_id))
     if kind == "json":
         return result_json(found)
+    if found.search is not None:
+        return _search_file(found.search, str(kind))
     content = found.content
     if content["kind"] != "knockout" and len(content["points"]) > 1:
         content = {**content, **listed_items(found, _best(content))}
     return report(content)
+
+
+def _search_file(found: SearchResult, kind: str) -> str:
+    """Return the CSV file of all evaluations, or the HTML report."""
+    from ipmerge_core.plots.search_report import evaluations_csv, report_page
+
+    return evaluations_csv(found) if kind == "csv" else report_page(found)
 
 
 def _best(content: Json) -> int:

@@ -1,8 +1,8 @@
 // What Python sends to the results of the Evaluate tab, and their state.
 
-import type { RawPlan, Value } from "../web/types.d.ts";
+import type { RawPlan, Sorting, Value } from "../web/types.d.ts";
 
-export type Kind = "models" | "sweep" | "ablation" | "knockout";
+export type Kind = "models" | "sweep" | "ablation" | "knockout" | "search";
 export type Group = "math" | "perception" | "other";
 
 export interface TaskInfo {
@@ -73,6 +73,40 @@ export interface CutRow {
   scores: Record<string, Score>;
 }
 
+/** An evaluation of a search; scores are in percent, null if it failed. */
+export interface SearchRow {
+  number: number;
+  values: number[];
+  state: string;
+  score: number | null;
+  /** The standard error of the score. */
+  error: number;
+  items: number;
+  scores: Record<string, number>;
+  merged: number | null;
+  reason: string;
+  best: boolean;
+  front: boolean;
+}
+
+/** The score of a model on the items of a group that a search has not seen; shares are in [0, 1]. */
+export interface UnseenRow {
+  model: string;
+  task: string;
+  part: string;
+  right: number;
+  n: number;
+  low: number;
+  high: number;
+}
+
+export interface Searched {
+  parameters: string[];
+  /** In the order of the points. */
+  rows: SearchRow[];
+  unseen: UnseenRow[];
+}
+
 export interface Content {
   id: string;
   kind: Kind;
@@ -90,10 +124,13 @@ export interface Content {
   /** The number of flips, which may be more than are listed. */
   flipped: number;
   cuts: CutRow[];
+  searched?: Searched;
 }
 
 export interface State {
   content: Content | null;
+  /** The order of the evaluations of a search. */
+  sort: Sorting;
   /** The point in view, and the one whose plan is chosen. */
   point: number;
   taken: number;

@@ -29,6 +29,7 @@ from ipmerge_core.ui.runs import (
     curves_folder,
     kind_of,
     results_folder,
+    study_folder,
 )
 
 
@@ -62,7 +63,7 @@ def own_output(
         places = _trained(out) if status.state == "finished" else [training_folder(out)]
         places += [run_folders(out).run, *curves]
     else:
-        places = [run_folders(out).run] if kind == MERGE else [out]
+        places = [run_folders(out).run] if kind == MERGE else [out, study_folder(out)]
     return [place for place in places if place.exists() and not place.is_symlink()]
 
 
