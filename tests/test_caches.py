@@ -154,7 +154,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_loaded_model_is_loaded_again_after_a_change(
     name: str, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load_model", lambda folder, device, stops: object())
+    monkeypatch.setattr(loading, "load_model", lambda folder, device, stops, **_: object())
     cache = loading.ModelCache()
     first = cache.get(demo / "mllm")
     assert cache.get(demo / "mllm") is first

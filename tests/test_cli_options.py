@@ -586,7 +586,7 @@ def test_every_command_that_computes_refuses_a_device_that_is_not_there(
 ) -> None:
     for command, parser in parsers().items():
         if "device" not in {action.dest for action in parser._actions}:
-            assert command in ("check", "recipe"), f"{command} computes without --device"
+            assert command in ("check", "recipe", "replay"), f"{command} computes without --device"
             continue
         forms = forms_of(command, files)
         form = forms["measure"] if command == "plan" else next(iter(forms.values()))

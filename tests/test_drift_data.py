@@ -165,7 +165,7 @@ def test_the_demo_answers_with_its_chain_of_thought():
 
 def test_the_prompt_is_that_of_the_chat_and_only_the_answer_is_learned(encoder):
     found = encoder.encode(conversation("What is it?", "6*4=24."))
-    prompt = encoder.processor.encode([Message("user", "What is it?", PICTURE)])
+    prompt = encoder.processor.encode([Message("user", "What is it?", (PICTURE,))])
     n = prompt["input_ids"].shape[1]
     assert torch.equal(found.inputs["input_ids"][:, :n], prompt["input_ids"])
     assert torch.equal(found.inputs["pixel_values"], prompt["pixel_values"])
@@ -263,7 +263,7 @@ def test_every_family_encodes_the_prompt_of_its_chat(name, tmp_path):
     family = CHAT_FAMILIES[name]
     processor = ModelProcessor(build_chat(family, tmp_path / "model"), takes_images=True)
     found = Encoder(processor).encode(conversation("What is it?", "A cat."))
-    prompt = processor.encode([Message("user", "What is it?", PICTURE)])["input_ids"]
+    prompt = processor.encode([Message("user", "What is it?", (PICTURE,))])["input_ids"]
     assert torch.equal(found.inputs["input_ids"][:, : prompt.shape[1]], prompt)
     text = processor.tokenizer.decode(learned(found))
     assert text.strip() == "A cat.</s>"

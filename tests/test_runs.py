@@ -140,7 +140,7 @@ def test_every_run_of_the_app_is_asked_to_use_the_gpu(machine, asked, monkeypatc
     assert [run["device"] for run in asked] == devices_asked
     loaded: list[str] = []
     monkeypatch.setattr(
-        type(backend.models), "get", lambda _, folder, device, stops: loaded.append(device)
+        type(backend.models), "get", lambda _, folder, device, stops, **_k: loaded.append(device)
     )
     backend.load(tmp_path)
     merges: list[str] = []

@@ -173,4 +173,4 @@ def test_packs_of_earlier_versions_open_without_spectra(version: int) -> None:
         del record["spectra"]
     analysis = ipm.Analysis.from_dict({**pack, "version": version})
     assert all(record.spectra is None for record in analysis.records)
-    assert analysis.to_dict()["version"] == 3
+    assert analysis.to_dict()["version"] == 4

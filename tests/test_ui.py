@@ -418,7 +418,7 @@ def test_a_view_says_what_all_sides_do():
     assert shown.status == "Base finished. Merged finished. The answers differ."
     assert "✕ wrong" in shown.verdicts[0]
     assert "✓ correct" in shown.verdicts[1]
-    failed = (both[0], Side("Merged", "", "failed", "", "No <room>."))
+    failed = (both[0], Side("Merged", "", "failed", note="No <room>."))
     shown = view([Turn("How many?", (), "p", failed)], 2)
     assert shown.status == "Base finished. Merged failed."
     text = shown.chats[1][-1]["content"][-1]["text"]
@@ -520,9 +520,9 @@ def test_names_in_html_are_escaped():
     ]
     assert not any("<script" in piece for piece in pieces)
     assert "expected &lt;script" in view(
-        [Turn("q", None, evil, Side("Base", evil, "finished", "1"),
-              Side("Merged", evil, "finished", "1"), Reference("q", "i", evil, True))]
-    ).verdict_left  # fmt: skip
+        [Turn("q", (), evil, (Side("Base", evil, "finished", "1"),
+              Side("Merged", evil, "finished", "1")), Reference("q", "i", evil, True))], 2
+    ).verdicts[0]  # fmt: skip
 
 
 def test_a_choice_is_described_in_a_few_words():

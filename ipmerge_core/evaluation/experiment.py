@@ -241,8 +241,9 @@ class _Run:
             resumed = known or step.action == "resumed"
             return _step("merge", step.nbytes_done, step.nbytes_total, what, resumed=resumed)
 
-        how = {"device": self.experiment.evaluation.device, "force": self.experiment.force}
-        yield from map(step_of, iter_merge(plan, self.folder.model, **how))
+        device, force = self.experiment.evaluation.device, self.experiment.force
+        steps = iter_merge(plan, self.folder.model, device=device, force=force)
+        yield from map(step_of, steps)
 
     def record(
         self, plan: MergePlan, subjects: Sequence[Subject], prompts: Sequence[Prompt]

@@ -165,6 +165,7 @@ def merging_of(
     method: MergeMethod,
     matrix: MatrixMatch,
     models: tuple[Tensor, Tensor, list[Tensor]],
+    /,  # a method may have a parameter of these names
     **keywords: Any,  # noqa: ANN401
 ) -> Tensor:
     """Merge one matrix; rows of a vocabulary are merged one by one.

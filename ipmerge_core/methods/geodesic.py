@@ -227,7 +227,7 @@ def multislerp(
 @merge_method(
     label="Model Stock",
     source="arXiv 2403.19522",
-    formula="W = W0 + t mean_i dW_i, t = N c / (1 + (N - 1) c), c the mean cosine of the dW_i",
+    formula="W = W0 + t sum_i dW_i / N, t = N c / (1 + (N - 1) c), c the mean cosine of the dW_i",
     several_experts=True,
     unknown="it depends on the angles between all task vectors",
 )

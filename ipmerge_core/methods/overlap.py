@@ -31,7 +31,7 @@ BoostCap: TypeAlias = Annotated[
 @merge_method(
     label="RAM",
     source="arXiv 2601.13572",
-    formula="W = W0 + sum_i dW_i / c where c > 1 models changed, l_i dW_i where only i did",
+    formula="W = W0 + sum_i l_i dW_i / c, c models changed the element, l_i = 1 unless c = 1",
     several_experts=True,
     unknown="it depends on which elements each model has changed",
 )

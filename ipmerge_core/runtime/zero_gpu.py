@@ -42,7 +42,7 @@ def call_seconds(tokens: int, batches: int, *, prepares: bool = False) -> int:
         prepares: whether factors or tensors are computed first.
 
     >>> call_seconds(256, 1), call_seconds(256, 3, prepares=True), call_seconds(10**6, 1)
-    (28, 114, 300)
+    (28, 113, 300)
     """
     found = STARTING + PER_TOKEN * tokens * batches + (PREPARING if prepares else 0)
     return min(LONGEST, round(found))

@@ -67,7 +67,7 @@ def search_work(
     _check_size(asked, hosted=hosted)
     method = asked.method or plan.method
     fixed = arguments_of(plan) if plan.method == method else {}
-    how = {
+    how: dict[str, Any] = {
         "method": method,
         "optimizer": asked.optimizer,
         "ranges": [line.strip() for line in asked.ranges.splitlines() if line.strip()],
