@@ -146,9 +146,9 @@ def matrix_records(
                 "math_nuclear": float(sigma_math.sum()),
                 "updates": {
                     variant: {
-                        "norm2": float(found[k] @ found[k]),
-                        "inner": float(vision @ found[k]),
-                        "cross": [float(found[k] @ found[j]) for j in range(k)],
+                        "norm2": stored(variant, found[k] @ found[k]),
+                        "inner": stored(variant, vision @ found[k]),
+                        "cross": [stored(variant, found[k] @ found[j]) for j in range(k)],
                     }
                     for variant, found in directions.items()
                 },
@@ -164,6 +164,11 @@ def matrix_records(
         )
     assert all(a < b for a, b in pairwise(index))
     return records
+
+
+def stored(variant: str, value: float) -> float:
+    """Eight digits of the products of a complement, as an analysis keeps them."""
+    return float(f"{value:.8g}") if variant in COMPLEMENTS else float(value)
 
 
 def rounded(values: np.ndarray) -> list[float]:

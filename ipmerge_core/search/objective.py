@@ -162,12 +162,13 @@ def scored(report: Report, subject: str, groups: Sequence[str]) -> Measured:
     Raises: PlanError if a group has no judged items.
     """
     counts = {group: [0, 0] for group in GROUPS}
+    whole = {task.name: task.group for task in report.tasks}
     for result in report.results:
         if result.subject != subject:
             continue
         parts = [part for part in result.parts if part.kind == "group"]
-        if not parts:  # a task of other items only
-            parts = [replace(result.parts[0], part="other")]
+        if not parts:  # all items are of one group
+            parts = [replace(result.parts[0], part=whole[result.task])]
         for part in parts:
             counts[part.part][0] += part.right
             counts[part.part][1] += part.n
