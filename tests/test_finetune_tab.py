@@ -130,6 +130,9 @@ def test_an_untouched_form_describes_the_defaults_of_the_command(form: Form) -> 
     asked = asked_for(form)
     assert asked.settings == DriftSettings()
     assert (asked.data, asked.math_base, asked.device, asked.force) == ("demo", None, "auto", False)
+    empty = [field.value for field in form.inputs.values() if isinstance(field, gr.Number)]
+    assert None not in empty  # Gradio shows it as 0
+    assert asked_for(form, limit=0).limit is None
 
 
 CHANGED = {
@@ -190,6 +193,8 @@ def test_every_field_arrives_in_what_is_started(form: Form) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"limit": -2}, "limit of -2 rows"),
+        ({"last_layer": -2}, "expected 0 <= first <= last"),
         ({"mllm": " "}, "Missing: vision-language model"),
         ({"math": "", "data": ""}, "Missing: expert, data"),
         ({"modules": []}, "No modules are selected"),
