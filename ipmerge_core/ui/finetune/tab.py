@@ -96,7 +96,7 @@ def finetune_tab(
     memory: gr.BrowserState,
     tab: gr.Tab,
 ) -> None:
-    """Lay out the tab inside the open `tab` and wire it; on a Space, only say how to run it.
+    """Lay out the tab inside the open `tab` and wire it; on a Space, only show how to run it.
 
     Args:
         backend: the app's runs and models.
