@@ -211,6 +211,11 @@ def _wire_run(backend: Backend, parts: _Parts, poll: RunPoll, memory: gr.Browser
     for ends in (pressed.success, pressed.failure):
         parts.run.follow(ends)
 
+    def enable_again(ready: Asked | None) -> dict[str, Any]:
+        return _enabled(ready is not None)
+
+    pressed.failure(enable_again, parts.checked, form.start, queue=False, **QUIET)
+
 
 def drawn_curves(run: RunState) -> str:
     """Return the curves of a run so far; empty if it has none."""
