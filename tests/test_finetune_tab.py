@@ -337,6 +337,7 @@ def test_curves_are_drawn_with_every_value_as_a_tooltip_and_as_csv() -> None:
     assert html.count("<svg") == 2  # loss, cosine; nothing was measured for the others
     assert "step 2, held-out 0.6" in html
     assert "download=" in html
+    assert "download=" not in curves_html(points, growing=True)
     assert as_csv(points).splitlines()[2] == "2,8,0.4,0.6,,,,,,"
     assert curves_html([]) == ""
     assert "nan" not in curves_html([CurvePoint(1, 1, loss=0.0)]).lower()

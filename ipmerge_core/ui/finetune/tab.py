@@ -221,7 +221,7 @@ def drawn_curves(run: RunState) -> str:
     """Return the curves of a run so far; empty if it has none."""
     path = str(run.status.arguments.get("curves", "")) if run.status else ""
     try:
-        return curves_html(read_points(Path(path))) if path else ""
+        return curves_html(read_points(Path(path)), growing=run.running) if path else ""
     except RunError as error:
         return f'<p class="failure">✕ {as_html(sentence_of(error))}</p>'
 
