@@ -53,7 +53,7 @@ class _Scale(NamedTuple):
 def curves_html(points: Sequence[CurvePoint], *, growing: bool = False) -> str:
     """Return all figures that have a point; empty without points.
 
-    A link to all values follows, unless the curves are still growing: it would be sent every second.
+    A link to all values follows, unless the curves still grow: it would be sent every second.
     """
     drawn = [chart for chart in CHARTS if any(_series(points, name) for _, name in chart.curves)]
     if not drawn:
