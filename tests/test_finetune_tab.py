@@ -252,7 +252,7 @@ def test_a_check_shows_names_memory_and_masked_examples(form: Form, backend: Bac
     html = found_html(found, "out")
     assert f"acts on {found.parameters} parameters" in html
     assert "GB are free" in html
-    assert html.count("<pre>") == 2
+    assert html.count("<pre>") == html.count("<mark>") == html.count("</mark>") == 2
     assert "\N{LEFT WHITE SQUARE BRACKET}" in found.examples[0]
 
 
