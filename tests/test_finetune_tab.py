@@ -130,6 +130,9 @@ def test_an_untouched_form_describes_the_defaults_of_the_command(form: Form) -> 
     asked = asked_for(form)
     assert asked.settings == DriftSettings()
     assert (asked.data, asked.math_base, asked.device, asked.force) == ("demo", None, "auto", False)
+    empty = [field.value for field in form.inputs.values() if isinstance(field, gr.Number)]
+    assert None not in empty  # Gradio shows it as 0
+    assert asked_for(form, limit=0).limit is None
 
 
 CHANGED = {
@@ -190,6 +193,8 @@ def test_every_field_arrives_in_what_is_started(form: Form) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"limit": -2}, "limit of -2 rows"),
+        ({"last_layer": -2}, "expected 0 <= first <= last"),
         ({"mllm": " "}, "Missing: vision-language model"),
         ({"math": "", "data": ""}, "Missing: expert, data"),
         ({"modules": []}, "No modules are selected"),
@@ -247,7 +252,7 @@ def test_a_check_shows_names_memory_and_masked_examples(form: Form, backend: Bac
     html = found_html(found, "out")
     assert f"acts on {found.parameters} parameters" in html
     assert "GB are free" in html
-    assert html.count("<pre>") == 2
+    assert html.count("<pre>") == html.count("<mark>") == html.count("</mark>") == 2
     assert "\N{LEFT WHITE SQUARE BRACKET}" in found.examples[0]
 
 
@@ -332,6 +337,7 @@ def test_curves_are_drawn_with_every_value_as_a_tooltip_and_as_csv() -> None:
     assert html.count("<svg") == 2  # loss, cosine; nothing was measured for the others
     assert "step 2, held-out 0.6" in html
     assert "download=" in html
+    assert "download=" not in curves_html(points, growing=True)
     assert as_csv(points).splitlines()[2] == "2,8,0.4,0.6,,,,,,"
     assert curves_html([]) == ""
     assert "nan" not in curves_html([CurvePoint(1, 1, loss=0.0)]).lower()

@@ -50,12 +50,17 @@ class _Scale(NamedTuple):
         return round(self.first + share * (self.last - self.first), 1)
 
 
-def curves_html(points: Sequence[CurvePoint]) -> str:
-    """Return all figures that have a point, and a link to their values; empty without points."""
+def curves_html(points: Sequence[CurvePoint], *, growing: bool = False) -> str:
+    """Return all figures that have a point; empty without points.
+
+    A link to all values follows, unless the curves still grow: it would be sent every second.
+    """
     drawn = [chart for chart in CHARTS if any(_series(points, name) for _, name in chart.curves)]
     if not drawn:
         return ""
     figures = "".join(_figure(chart, points) for chart in drawn)
+    if growing:
+        return f'<div class="ft-curves">{figures}</div>'
     link = f"data:text/csv;charset=utf-8,{quote(as_csv(points))}"
     return (
         f'<div class="ft-curves">{figures}</div>'

@@ -24,20 +24,20 @@ from ipmerge_core.finetuning.settings import (
 from ipmerge_core.ui.device_choice import device_field
 
 RULES = {
-    "adaptive": "adaptive: stronger where the gradient agrees with the prior",
-    "grad_norm": "grad_norm: the prior at the norm of the gradient",
-    "absolute": "absolute: the prior itself",
+    "adaptive": "adaptive",
+    "grad_norm": "grad_norm",
+    "absolute": "absolute",
     "none": "none: plain fine-tuning",
 }
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 _USUAL = TrainingSettings()
 _NUMBERS = {  # field of TrainingSettings -> label, information, whether it is an integer
     "epochs": ("Epochs", "Passes over the data", False),
-    "max_steps": ("Optimizer steps", "Instead of epochs; empty for none", True),
+    "max_steps": ("Optimizer steps", "Instead of epochs; 0 for none", True),
     "learning_rate": ("Learning rate", "Peak", False),
     "batch_size": ("Batch size", "Conversations of a micro-batch", True),
     "held_out": ("Held-out share", "0 to 0.5, to evaluate the loss on", False),
-    "patience": ("Patience", "Evaluations without a lower held-out loss; empty for none", True),
+    "patience": ("Patience", "Evaluations without a lower held-out loss; 0 for none", True),
     "seed": ("Seed", "Of the order of the data", True),
 }
 _MORE_NUMBERS = {
@@ -45,7 +45,7 @@ _MORE_NUMBERS = {
     "warmup": ("Warmup", "Share of the steps in which the learning rate rises", False),
     "weight_decay": ("Weight decay", "Of AdamW", False),
     "max_grad_norm": ("Maximum gradient norm", "After the rule; 0 for none", False),
-    "save_every": ("Save every", "Steps between checkpoints; empty for an epoch", True),
+    "save_every": ("Save every", "Steps between checkpoints; 0 for an epoch", True),
     "log_every": ("Log every", "Steps between points of the curves", True),
     "longest": ("Maximum number of tokens", "Longer conversations are skipped", True),
     "most_pixels": ("Maximum number of pixels", "Larger images are scaled down", True),
@@ -109,12 +109,12 @@ def lay_out_form() -> Form:
 
 
 def _text(name: str, label: str, info: str, value: str = "") -> gr.Textbox:
-    return gr.Textbox(value, label=label, info=info, elem_id=_id(name))
+    return gr.Textbox(value, label=label, info=info, max_lines=1, elem_id=_id(name))
 
 
 def _number(name: str, label: str, info: str, whole: bool) -> gr.Number:
     return gr.Number(
-        getattr(_USUAL, name),
+        getattr(_USUAL, name) or 0,
         label=label,
         info=info,
         precision=0 if whole else None,
@@ -142,7 +142,7 @@ def _models() -> dict[str, Any]:
             "data", "Data", "demo, demo:TASKS, datasets:NAME:SPLIT, or a jsonl file", "demo"
         ),
         "limit": gr.Number(
-            None, label="Rows", info="Only the first; empty for all", precision=0,
+            0, label="Rows", info="Only the first; 0 for all", precision=0,
             elem_id=_id("limit"),
         ),
         "name": _text("name", "Output folder", "A name, or an absolute path; empty for a new name"),
@@ -180,7 +180,7 @@ def _more_prior() -> dict[str, Any]:
             elem_id=_id("first_layer"),
         ),
         "last_layer": gr.Number(
-            None, label="Last layer", info="Empty for the last of the model", precision=0,
+            -1, label="Last layer", info="-1 for the last of the model", precision=0,
             elem_id=_id("last_layer"),
         ),
         "strengths": _text(
@@ -228,7 +228,7 @@ def read_form(values: Mapping[str, Any]) -> Asked:
     scope = Scope(
         tuple(map(str, values.get("modules") or ())),
         int(values.get("first_layer") or 0),
-        _whole(values.get("last_layer")),
+        _last(values.get("last_layer")),
         bool(values.get("biases", True)),
         tuple(map(_strength, str(values.get("strengths") or "").split())),
     )
@@ -275,7 +275,13 @@ def _given(values: Mapping[str, Any], name: str, otherwise: float) -> float:
 
 
 def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
+    """Return an integer; None for 0 and an empty field, which Gradio shows as 0."""
+    return int(value) if value else None
+
+
+def _last(value: float | None) -> int | None:
+    """Return a layer; None for -1 and an empty field."""
+    return None if value is None or value == -1 else int(value)
 
 
 def _strength(text: str) -> tuple[str, float]:

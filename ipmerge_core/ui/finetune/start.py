@@ -138,12 +138,18 @@ def found_html(found: DriftCheck, out: str) -> str:
     )
     rows = "".join(f"<dt>{name}</dt><dd>{as_html(text)}</dd>" for name, text in facts)
     notes = "".join(f'<li class="warning">{as_html(text)}</li>' for text in found.warnings)
-    shown = "".join(f"<li><pre>{as_html(text)}</pre></li>" for text in found.examples)
+    shown = "".join(f"<li><pre>{_marked(text)}</pre></li>" for text in found.examples)
     return (
         f'<dl class="facts">{rows}</dl>'
         + (f'<ul class="findings">{notes}</ul>' if notes else "")
-        + f"<p>First examples; the loss is on the text in ⟦⟧:</p><ol>{shown}</ol>"
+        + f"<p>First examples; the loss is on the marked text:</p><ol>{shown}</ol>"
     )
+
+
+def _marked(text: str) -> str:
+    """Escape an example, and mark its learned parts, which `show_masked` puts in brackets."""
+    opening, closing = "\N{LEFT WHITE SQUARE BRACKET}", "\N{RIGHT WHITE SQUARE BRACKET}"
+    return as_html(text).replace(opening, "<mark>").replace(closing, "</mark>")
 
 
 def _request(backend: Backend, asked: Asked) -> DriftRequest:

@@ -96,7 +96,7 @@ def finetune_tab(
     memory: gr.BrowserState,
     tab: gr.Tab,
 ) -> None:
-    """Lay out the tab inside the open `tab` and wire it; on a Space, only say how to run it.
+    """Lay out the tab inside the open `tab` and wire it; on a Space, only show how to run it.
 
     Args:
         backend: the app's runs and models.
@@ -211,12 +211,17 @@ def _wire_run(backend: Backend, parts: _Parts, poll: RunPoll, memory: gr.Browser
     for ends in (pressed.success, pressed.failure):
         parts.run.follow(ends)
 
+    def enable_again(ready: Asked | None) -> dict[str, Any]:
+        return _enabled(ready is not None)
+
+    pressed.failure(enable_again, parts.checked, form.start, queue=False, **QUIET)
+
 
 def drawn_curves(run: RunState) -> str:
     """Return the curves of a run so far; empty if it has none."""
     path = str(run.status.arguments.get("curves", "")) if run.status else ""
     try:
-        return curves_html(read_points(Path(path))) if path else ""
+        return curves_html(read_points(Path(path)), growing=run.running) if path else ""
     except RunError as error:
         return f'<p class="failure">✕ {as_html(sentence_of(error))}</p>'
 

@@ -201,7 +201,8 @@ def _try(backend: Backend, frame: Frame, wanted: tuple[str, Keys], held: Held) -
     """Choose a finished merge, under its own pair, and open the chat."""
     run, keys = wanted
     now = held.chosen
-    if _find(backend, keys, run).kind == FINETUNING:
+    tuned = [known.status.id for known in visible_runs(backend, keys) if known.kind == FINETUNING]
+    if run in tuned:
         pack_id = pair_of_finetuned(backend, run, keys, now.pack_id)
         opened = frame.open_pair(backend, pack_id, now)
         held = held._replace(chosen=opened.get(frame.view.chosen, now))
