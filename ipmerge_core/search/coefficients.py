@@ -3,7 +3,7 @@
 In: the analysis of a pair, a method, tasks and settings. Out: a step per evaluation, and a
 `SearchResult`: all evaluations, the best plan, its scores on items that the search has not seen,
 and the Pareto front of skill against perception. Evaluations are stored as they end, so that a
-search that is run again, or by several workers, goes on where it was.
+search that is run again, or by several workers, resumes.
 """
 
 from __future__ import annotations
