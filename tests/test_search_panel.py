@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from event_loops import in_loop
 
 from ipmerge_core.errors import IPMergeError, PlanError, RunError
 from ipmerge_core.runtime.job_lists import JobRequest
@@ -171,10 +172,7 @@ def test_a_space_limits_the_evaluations() -> None:
 
 
 def test_the_form_proposes_the_method_of_the_chosen_merge_once() -> None:
-    import gradio as gr
-
-    with gr.Blocks():
-        fields = lay_out_search()
+    fields = in_loop(lay_out_search)
     ties = ChosenMerge(PAIR, method=MethodChoice("ties", {}), by="merge")
     first = listed_methods(fields, ties, "ip_merging", "")
     assert first[fields.method]["value"] == "ties"
@@ -249,10 +247,7 @@ def test_files_have_all_evaluations_and_need_no_network(home: Path) -> None:
 
 
 def test_figures_are_drawn_where_the_evaluations_determine_them() -> None:
-    import gradio as gr
-
-    with gr.Blocks():
-        figures = SearchFigures()
+    figures = in_loop(SearchFigures)
     data = {"id": TIES, "pack": PAIR, "dark": True, "narrow": True}
     updates = {name: figures.updates(data)[plot] for name, plot in figures.plots.items()}
     assert updates["front"]["visible"]
