@@ -46,9 +46,9 @@ def models(tmp_path: Path) -> dict[str, Path]:
     return {role: shutil.copytree(DEMO / role, tmp_path / "models" / role) for role in ROLES}
 
 
-def experiment_of(models: dict[str, Path], **more: Any) -> Experiment:
+def experiment_of(places: dict[str, Path], /, **more: Any) -> Experiment:
     values = {
-        "models": Models(str(models["mllm"]), (str(models["math"]),), str(models["base"])),
+        "models": Models(str(places["mllm"]), (str(places["math"]),), str(places["base"])),
         "tasks": find_tasks(["demo:math"]),
         "plan": {"method": "ip_merging", "similarity_threshold": 0.1, "lambda_": 4.0},
         "evaluation": EvaluationSettings(limit=1, batch_size=4),
