@@ -26,9 +26,18 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def open_tab(page: Page, url: str) -> Page:
     page.goto(url)
     expect(page.locator("#layer-map .sum")).not_to_be_empty()
-    page.evaluate("document.querySelector('#tab-finetune-button').click()")  # also in the overflow
+    select_tab(page)
     expect(page.get_by_label("Vision-language model", exact=True)).not_to_have_value("")
     return page
+
+
+def select_tab(page: Page) -> None:
+    tab = page.get_by_role("tab", name="Fine-tune")
+    if tab.is_visible():
+        tab.click()
+        return
+    page.locator(".overflow-menu > button").click()  # of a narrow page
+    page.locator(".overflow-dropdown button", has_text="Fine-tune").click()
 
 
 def fill(page: Page, name: str, value: str) -> None:
@@ -65,7 +74,8 @@ def test_a_run_draws_curves_can_be_cancelled_and_resumed_and_opens_in_the_chat(
     page.locator("#cancel-finetune").click()
     expect(page.locator("#finetune-status")).to_contain_text("Cancelled", timeout=LOADING)
     page.reload()
-    page.evaluate("document.querySelector('#tab-finetune-button').click()")
+    expect(page.locator("#layer-map .sum")).not_to_be_empty()
+    select_tab(page)
     page.locator("#resume-finetune").click()
     expect(page.locator("#finetune-status")).to_contain_text("Finished", timeout=LOADING)
     expect(page.locator("#finetune-curves svg")).to_have_count(4)

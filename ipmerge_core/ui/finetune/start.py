@@ -148,8 +148,9 @@ def found_html(found: DriftCheck, out: str) -> str:
 
 def _marked(text: str) -> str:
     """Escape an example, and mark its learned parts, which `show_masked` puts in brackets."""
-    opening, closing = "\N{LEFT WHITE SQUARE BRACKET}", "\N{RIGHT WHITE SQUARE BRACKET}"
-    return as_html(text).replace(opening, "<mark>").replace(closing, "</mark>")
+    from ipmerge_core.finetuning.examples import CLOSE, OPEN
+
+    return as_html(text).replace(OPEN, "<mark>").replace(CLOSE, "</mark>")
 
 
 def _request(backend: Backend, asked: Asked) -> DriftRequest:
