@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import gradio as gr
 import pytest
 from event_loops import in_loop
 
@@ -37,6 +38,7 @@ from ipmerge_core.ui.plan_choice import PlanChoice
 from ipmerge_core.ui.run_list.deletion import own_output
 from ipmerge_core.ui.runs import results_folder, study_folder
 
+T = TypeVar("T")
 PAIR = "pack"
 CHOSEN = ChosenMerge(PAIR, PlanChoice(0.1, 8.0))
 IP, TIES = f"search-{'1' * 16}", f"search-{'2' * 16}"
@@ -53,6 +55,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         asked = SearchAsked("ties", "density=0.2,0.6", "grid", FEW, validation=0.5)
         searched(TIES, asked)
         yield folder
+
+
+def laid_out(make: Callable[[], T]) -> T:
+    """Call a function that lays out components, inside an app."""
+
+    def inside() -> T:
+        with gr.Blocks():
+            return make()
+
+    return in_loop(inside)
 
 
 def searched(result: str, asked: SearchAsked) -> list[SearchProgress]:
@@ -172,7 +184,7 @@ def test_a_space_limits_the_evaluations() -> None:
 
 
 def test_the_form_proposes_the_method_of_the_chosen_merge_once() -> None:
-    fields = in_loop(lay_out_search)
+    fields = laid_out(lay_out_search)
     ties = ChosenMerge(PAIR, method=MethodChoice("ties", {}), by="merge")
     first = listed_methods(fields, ties, "ip_merging", "")
     assert first[fields.method]["value"] == "ties"
@@ -247,7 +259,7 @@ def test_files_have_all_evaluations_and_need_no_network(home: Path) -> None:
 
 
 def test_figures_are_drawn_where_the_evaluations_determine_them() -> None:
-    figures = in_loop(SearchFigures)
+    figures = laid_out(SearchFigures)
     data = {"id": TIES, "pack": PAIR, "dark": True, "narrow": True}
     updates = {name: figures.updates(data)[plot] for name, plot in figures.plots.items()}
     assert updates["front"]["visible"]
