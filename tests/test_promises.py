@@ -348,7 +348,14 @@ COMPONENTS = {
     },
     **dict.fromkeys(("evaluate-replace", "evaluate-modules", "evaluate-stride"), "knockout.cuts"),
     **dict.fromkeys(
-        ("search-method", "search-optimizer", "search-ranges", "search-validation"), "search"
+        (
+            "search-method",
+            "search-optimizer",
+            "search-ranges",
+            "search-validation",
+            "search-groups",
+        ),
+        "search",
     ),
     **dict.fromkeys(
         ("search-evaluations", "search-minutes", "search-seed", "search-racing"), "evaluations"

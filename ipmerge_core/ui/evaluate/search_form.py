@@ -37,7 +37,7 @@ class SearchFields(NamedTuple):
     method: gr.Dropdown
     optimizer: gr.Dropdown
     ranges: gr.Textbox
-    groups: gr.CheckboxGroup
+    groups: gr.Dropdown
     evaluations: gr.Number
     minutes: gr.Number
     validation: gr.Number
@@ -71,9 +71,10 @@ def lay_out_search() -> SearchFields:
             ranges = gr.Textbox(
                 "", lines=3, label="Ranges", info=RANGES_INFO, elem_id="search-ranges"
             )
-            groups = gr.CheckboxGroup(
+            groups = gr.Dropdown(
                 list(GROUPS),
                 value=["math", "perception"],
+                multiselect=True,
                 label="Maximise the mean score of",
                 info="Groups of items",
                 elem_id="search-groups",
