@@ -43,25 +43,18 @@ METHODS_STUDIED = ("task_arithmetic", "dare_linear", "ties", "ip_merging")
 CSV, PAGE = ROOT / "docs" / "search.csv", ROOT / "docs" / "search.md"
 # The ranking of the cross-modal study (arXiv 2605.19523) as far as its text states it.
 PAPER = "Gaussian process optimisation first, CMA-ES weak in two dimensions"
-PAGE_TEXT = """\
-# Searching coefficients
+MARK = "<!-- measured by `python benchmarks/search_study.py --write` -->"
+PAGE_TEXT = """
 
-Written by `python benchmarks/search_study.py --write`. The models are the demo's, of about a
-million parameters: the numbers compare optimizers and show what a search can find, they do not
-predict results for large models.
+The models are the demo's, of about a million parameters: the numbers compare optimizers, they do not
+predict results for large models. {machine}. {items} items of the demo task per merge, {validation} of
+them for the search, the others unseen; the score is the mean of image+math and perception, in
+percent.
 
-{machine}. {items} items of the demo task per merge, {validation} of them for the search, the others
-unseen; the score is the mean of image+math and perception, in percent.
-
-## Full grids of merges
-
-Every point is a merge in memory. The leave-one-out error is that of the surrogate at interior
-points of the grid. The last columns are the best score minus the best one among weights whose sum
-is one, relative to it.
+The leave-one-out error is that of the surrogate at interior points of the grid. The last columns are
+the best score minus the best one among weights whose sum is one, relative to it.
 
 {facts}
-
-## Optimizers on surrogates of the grids
 
 {seeds} seeds; 40 evaluations with two parameters, 60 with three. Mean normalized regret at the end
 (0: the surrogate's maximum, 1: its minimum), the median over tables of the ratio to random search,
@@ -70,19 +63,8 @@ the mean by method, and the regret of the chosen plan on unseen items.
 {ranking}
 
 The order here: {order}. The cross-modal study's text (arXiv 2605.19523) has {paper}; its grids are
-of large models and were not available here.
-
-## Settings
-
-{settings}
-
-Local methods start again from a uniform point when they converge, until the budget is spent. The
-Gaussian process is Optuna's, with priors on its parameters and log expected improvement, not a
-maximum likelihood fit with expected improvement. CMA-ES is the `cmaes` package and not Optuna's
-sampler, which stores its state as a pickle.
-
-Replays took {seconds} s. All results: [search.csv](search.csv); `ipmerge replay docs/search.csv -o
-FOLDER` draws the landscapes and curves from it.
+of large models and were not available here. Replays took {seconds} s; all results are in
+[search.csv](search.csv).
 """
 
 
@@ -164,9 +146,8 @@ def ranking_table(replays: Sequence[Replay]) -> str:
 
 
 def page(tables: Sequence[Table], replays: Sequence[Replay], limit: int, spent: float) -> str:
-    """Return the text of docs/search.md."""
+    """Return the measured part of docs/search.md."""
     ranked = [OPTIMIZERS[row.optimizer].label for row in ranking(standings(replays))]
-    settings = [f"* **{each.label}**: {each.settings}." for each in OPTIMIZERS.values()]
     return PAGE_TEXT.format(
         machine=machine(),
         items=9 * limit,
@@ -176,7 +157,6 @@ def page(tables: Sequence[Table], replays: Sequence[Replay], limit: int, spent: 
         ranking=ranking_table(replays),
         order=", ".join(ranked),
         paper=PAPER,
-        settings="\n".join(settings),
         seconds=f"{spent:.0f}",
     )
 
@@ -204,7 +184,7 @@ def main() -> None:
         print(text)
         if options.write:
             CSV.write_text(as_csv(rows))
-            PAGE.write_text(text)
+            PAGE.write_text(PAGE.read_text().split(MARK)[0] + MARK + text)
 
 
 if __name__ == "__main__":
