@@ -46,13 +46,13 @@ PAPER = "Gaussian process optimisation first, CMA-ES weak in two dimensions"
 MARK = "<!-- measured by `python benchmarks/search_study.py --write` -->"
 PAGE_TEXT = """
 
-The models are the demo's, of about a million parameters: the numbers compare optimizers, they do not
-predict results for large models. {machine}. {items} items of the demo task per merge, {validation} of
-them for the search, the others unseen; the score is the mean of image+math and perception, in
-percent.
+The models are the demo's, of about a million parameters: the numbers compare optimizers, they do
+not predict results for large models. {machine}. {items} items of the demo task per merge,
+{validation} of them for the search, the others unseen; the score is the mean of image+math and
+perception, in percent.
 
-The leave-one-out error is that of the surrogate at interior points of the grid. The last columns are
-the best score minus the best one among weights whose sum is one, relative to it.
+The leave-one-out error is that of the surrogate at interior points of the grid. The last columns
+are the best score minus the best one among weights whose sum is one, relative to it.
 
 {facts}
 
