@@ -330,8 +330,8 @@ def test_what_needs_the_whole_analysis_says_so(page, place):
     tabs.get_by_role("tab", name="Try it").click()
     page.locator("#prompt textarea").fill("How many?")
     page.locator("#prompt textarea").press("Enter")
-    for side in ("base", "merged"):
-        expect(page.locator(f"#chat-{side}")).to_contain_text(words, timeout=LOADING)
+    for column in ("a", "b"):
+        expect(page.locator(f"#chat-{column}")).to_contain_text(words, timeout=LOADING)
     expect(page.get_by_test_id("toast-body")).to_have_count(0)
     page.locator("#dismiss-analysis").click()
     expect(page.get_by_role("combobox", name="Pair")).to_have_value("demo trio")

@@ -79,7 +79,7 @@ def test_everything_works_from_the_keyboard(chromium_page: Page, explore_url: st
     open_map(page, explore_url)
     page.get_by_label("Preset").focus()
     slider = page.get_by_role("slider", name=THRESHOLD)
-    for _ in range(12):
+    for _ in range(20):
         page.keyboard.press("Tab")
         if slider.evaluate("node => node === document.activeElement"):
             break

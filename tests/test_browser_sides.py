@@ -92,7 +92,7 @@ def choose(page: Page, name: str, option: str) -> None:
 
 def choose_pair(page: Page, option: str) -> None:
     page.get_by_role("combobox", name="Pair").click()
-    page.get_by_role("option", name=option).click()
+    page.get_by_role("option", name=option, exact=True).click()
     expect(page.get_by_role("combobox", name="Pair")).to_have_value(option)
 
 
@@ -238,6 +238,7 @@ def test_what_answers_fits_on_a_phone(place, new_page):
     page = new_page(width=390, height=844)
     page.goto(place.url)
     open_tab(page, "Try it")
+    page.locator("#column-tabs").get_by_role("tab").nth(1).click()
     expect(page.get_by_role("combobox", name="Model B")).to_have_value(RECORDED)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
