@@ -191,9 +191,10 @@ def test_matrices_come_onto_the_map_as_python_knows_them_and_the_plan_stays(page
     number = page.get_by_label("S alpha as a number")
     number.fill("0.8")
     number.press("Enter")
+    cell = page.get_by_role("button", name="Layer 0, q,")
+    cell.scroll_into_view_if_needed()  # the click below does not move the page then
     box = page.locator("#layer-map .lm-grid").bounding_box()
     before = known(page)
-    cell = page.get_by_role("button", name="Layer 0, q,")
     cell.click()
     wait_for(page, f"map.index.cells.length >= {before + 4}")
     assert page.locator("#layer-map .lm-grid").bounding_box() == box, "the layout jumped"

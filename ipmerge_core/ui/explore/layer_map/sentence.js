@@ -33,13 +33,13 @@ export function paintSentence(map) {
 
 /**
  * What the sizes suggest, where an update is probably too small to matter; as in Python. It appears
- * between drags, so that nothing moves during one.
+ * between drags, so that nothing moves during one, and not while an analysis runs.
  *
  * @param {LayerMap} map
  */
-export function paintAdvice({ dom: { advice }, state: { plan, result } }) {
+export function paintAdvice({ dom: { advice }, state: { pack, plan, result } }) {
   const { update_share: share, expert_change: change } = result;
-  const isSmall = share !== null && share < SMALL_SHARE && change > 0 && plan.lambda > 0 && !plan.budget;
+  const isSmall = !pack.growing && share !== null && share < SMALL_SHARE && change > 0 && plan.lambda > 0 && !plan.budget;
   advice.hidden = !isSmall;
   if (!isSmall) return;
   setText(part(advice, "[data-out=advice]"), `In half of the merged matrices the update has less than ${percent(share)} of the size of `
