@@ -203,9 +203,14 @@ def as_it_was(plan: MergePlan) -> dict[str, Any]:
     parameters = content["parameters"]
     if "normalize" in parameters:
         parameters["normalize"] = parameters["normalize"] == "weights"
-    for method, later in (("dare_ties", "election"), ("della", "election"), ("knots_ties", "trim")):
-        if plan.method == method:
-            del parameters[later]
+    for method, later in (
+        ("dare_ties", ["election"]),
+        ("della", ["election"]),
+        ("knots_ties", ["trim"]),
+        ("ip_merging", ["energy", "beta", "budget", "output_budget"]),
+    ):
+        for name in later if plan.method == method else ():
+            del parameters[name]
     fingerprints = [source.fingerprint for source in plan.sources.all()]
     chosen = [[d.name, list(d.experts)] for d in plan.decisions if d.experts]
     hashed: list[Any] = [plan.method, dict(sorted(parameters.items())), [], chosen, fingerprints]
