@@ -177,6 +177,18 @@ class Draw:
         drawn = sorted(range(len(rows)), key=lambda index: ranks[index])[: self.limit]
         return [rows[index] for index in sorted(drawn)]
 
+    def convert(
+        self, rows: Sequence[_T], ids: Sequence[str], item_of: Callable[[_T, str], Item]
+    ) -> ItemSet:
+        """Convert the drawn rows; a row for which `item_of` raises RunError becomes a fault."""
+        items, faults = [], []
+        for row, name in self.select(list(zip(rows, ids, strict=True)), ids):
+            try:
+                items.append(item_of(row, name))
+            except RunError as error:
+                faults.append(Fault(name, str(error)))
+        return ItemSet(tuple(items), tuple(faults), len(rows))
+
 
 @dataclass(frozen=True)
 class Task:

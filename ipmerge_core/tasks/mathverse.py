@@ -16,7 +16,6 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.tasks.items import (
     AnswerKind,
     Draw,
-    Fault,
     Item,
     ItemSet,
     Task,
@@ -76,15 +75,7 @@ def _load(name: DatasetName, version: str | None, draw: Draw) -> ItemSet:
         if version in (None, as_text(rows[index].get("problem_version")))
     ]
     ids = [as_text(rows[index].get("sample_index")) or str(index) for index in wanted]
-    items, faults = [], []
-    for index in draw.select(wanted, ids):
-        row = rows[index]
-        sample = as_text(row.get("sample_index")) or str(index)
-        try:
-            items.append(_item(row, sample))
-        except RunError as error:
-            faults.append(Fault(sample, str(error)))
-    return ItemSet(tuple(items), tuple(faults), len(wanted))
+    return draw.convert(wanted, ids, lambda index, name: _item(rows[index], name))
 
 
 def _item(row: Mapping[str, Any], sample: str) -> Item:

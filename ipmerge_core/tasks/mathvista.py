@@ -15,7 +15,6 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.tasks.items import (
     AnswerKind,
     Draw,
-    Fault,
     Item,
     ItemSet,
     Task,
@@ -72,15 +71,7 @@ def _load(name: DatasetName, category: str | None, draw: Draw) -> ItemSet:
         if category in (None, _metadata(rows[index], "category"))
     ]
     ids = [as_text(rows[index].get("pid")) or str(index) for index in wanted]
-    items, faults = [], []
-    for index in draw.select(wanted, ids):
-        row = rows[index]
-        pid = as_text(row.get("pid")) or str(index)
-        try:
-            items.append(_item(row, pid))
-        except RunError as error:
-            faults.append(Fault(pid, str(error)))
-    return ItemSet(tuple(items), tuple(faults), len(wanted))
+    return draw.convert(wanted, ids, lambda index, name: _item(rows[index], name))
 
 
 def _metadata(row: Mapping[str, Any], name: str) -> str:

@@ -18,7 +18,6 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.tasks.items import (
     AnswerKind,
     Draw,
-    Fault,
     Item,
     ItemSet,
     Picture,
@@ -68,13 +67,7 @@ def mmmu_task(part: str = "", source: str = "") -> Task:
 def _load(name: DatasetName, draw: Draw) -> ItemSet:
     rows = all_rows(name)
     ids = [as_text(rows[index].get("id")) or str(index) for index in range(len(rows))]
-    items, faults = [], []
-    for index in draw.select(range(len(rows)), ids):
-        try:
-            items.append(_item(rows[index], ids[index]))
-        except RunError as error:
-            faults.append(Fault(ids[index], str(error)))
-    return ItemSet(tuple(items), tuple(faults), len(rows))
+    return draw.convert(range(len(rows)), ids, lambda index, name: _item(rows[index], name))
 
 
 def _item(row: Mapping[str, Any], name: str) -> Item:
