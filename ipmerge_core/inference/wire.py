@@ -40,7 +40,9 @@ def pack_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], by
     plain: list[dict[str, Any]] = []
     pixels: list[bytes] = []
     for role, text, images in messages:
-        pixels += [image.convert("RGB").tobytes() for image in images]
+        pixels += [
+            (image if image.mode == "RGB" else image.convert("RGB")).tobytes() for image in images
+        ]
         plain.append({"role": role, "text": text, "sizes": [image.size for image in images]})
     return plain, b"".join(pixels)
 

@@ -309,8 +309,7 @@ def draw(marks: Drawing) -> Image.Image:
 
 def _draw_digit(page: Image.Image, mark: Mark) -> None:
     left, top, right, bottom = mark.box
-    pixels = (_digits()[0][mark.glyph] * (255 / 16)).astype(np.uint8)  # values 0 to 16
-    ink = Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    ink = _glyph(mark.glyph).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
     ink = ink.rotate(mark.tilt, Image.Resampling.BILINEAR)
     page.paste(_INK, (left, top), ink)
 
@@ -364,6 +363,11 @@ def _digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
     bunch = load_digits()
     return bunch.images, bunch.target
+
+
+@functools.cache
+def _glyph(row: int) -> Image.Image:
+    return Image.fromarray((_digits()[0][row] * (255 / 16)).astype(np.uint8))  # values 0 to 16
 
 
 @functools.cache
