@@ -41,6 +41,7 @@ from ipmerge_core.evaluation.subjects import subject_of_model  # noqa: E402
 from ipmerge_core.inference.encoding import ModelProcessor  # noqa: E402
 from ipmerge_core.inference.loading import LoadedModel, load_model  # noqa: E402
 from ipmerge_core.methods.declarations import drained  # noqa: E402
+from ipmerge_core.runtime.pipeline import keep_freed_memory  # noqa: E402
 from ipmerge_core.tasks.demo import TASKS, Problem, problems  # noqa: E402
 from ipmerge_core.tasks.judging import judge  # noqa: E402
 from ipmerge_core.tasks.registry import find_task  # noqa: E402
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the command line does
     started = time.perf_counter()
     print(machine(), end="\n\n")
     print_speed(options.items, options.repeats)

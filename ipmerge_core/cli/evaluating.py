@@ -27,7 +27,9 @@ def evaluate(options: argparse.Namespace) -> int:
     """Evaluate models on tasks, resuming from stored replies."""
     from ipmerge_core.evaluation.evaluate import iter_evaluation
     from ipmerge_core.methods.declarations import drained, relayed
+    from ipmerge_core.runtime.pipeline import keep_freed_memory
 
+    keep_freed_memory()
     if options.harness:
         return run_harness(options)
     tasks, settings = read_tasks(options), read_evaluation_settings(options)

@@ -70,7 +70,9 @@ def _settings(options: argparse.Namespace) -> SearchSettings:
 def _shown(options: argparse.Namespace, steps: Any) -> SearchResult:  # noqa: ANN401
     """Run a search with a progress bar and return its result."""
     from ipmerge_core.methods.declarations import drained, relayed
+    from ipmerge_core.runtime.pipeline import keep_freed_memory
 
+    keep_freed_memory()
     with Progress(options) as progress:
 
         def show(step: SearchStep) -> None:

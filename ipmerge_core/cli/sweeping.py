@@ -144,7 +144,9 @@ def _shown(
 ) -> _Found:
     """Run the steps with a progress bar and return their result."""
     from ipmerge_core.methods.declarations import drained, relayed
+    from ipmerge_core.runtime.pipeline import keep_freed_memory
 
+    keep_freed_memory()
     with Progress(options) as progress:
 
         def show(step: EvaluationStep) -> None:

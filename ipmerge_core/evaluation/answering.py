@@ -24,7 +24,6 @@ from ipmerge_core.inference.image_features import FeatureCache, kept_features
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.processor_rows import decode_rows, encode_rows
 from ipmerge_core.inference.prompts import Message
-from ipmerge_core.runtime.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,7 +117,6 @@ class Answerer:
             RunCancelled: one of the events was set.
         """
         self._refuse_pictures(items.values())
-        keep_freed_memory()
         size, pairs = self.batch_size * _WINDOW, list(items.items())
         windows = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         kept = kept_features(self.loaded.model, self.caches.features)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ipmerge_core.errors import ModelLoadError
+from ipmerge_core.errors import ModelLoadError, explained, first_line
 from ipmerge_core.inference.prompts import Message, render_chat
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ def _together(
             texts[row] = prompt.text
     images = [image for row in texts for message in conversations[row] for image in message.images]
     try:
-        inputs = model.call(list(texts.values()), images, padding=True, padding_side="left")
-    except Exception:  # noqa: BLE001 (of untrusted files; the single calls raise and describe it)
+        with explained(lambda error: ModelLoadError(first_line(error))):
+            inputs = model.call(list(texts.values()), images, padding=True, padding_side="left")
+    except ModelLoadError:  # the single calls describe it
         return None
     split = _split(inputs, len(texts))
     if split is None:

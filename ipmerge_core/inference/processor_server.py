@@ -31,7 +31,6 @@ from ipmerge_core.inference.wire import (
     unpack_conversations,
     unpack_messages,
 )
-from ipmerge_core.runtime.allocator import keep_freed_memory
 from ipmerge_core.runtime.imports import find_torchvision
 
 IDLE_SECONDS = 600.0  # after which a process without requests ends
@@ -149,7 +148,6 @@ def _import_libraries() -> None:
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer  # noqa: F401 (side effect)
 
     torch.set_num_threads(1)
-    keep_freed_memory()
 
 
 def _run(connection: int, memory: int) -> None:
