@@ -25,6 +25,7 @@ from torch import nn
 
 from ipmerge_core.errors import PairingError, RunError
 from ipmerge_core.finetuning.conversations import load_conversations
+from ipmerge_core.finetuning.curves import FIGURES, StepFigures
 from ipmerge_core.finetuning.dataset import Datasets, first_examples
 from ipmerge_core.finetuning.estimates import MemoryEstimate, estimate_memory
 from ipmerge_core.finetuning.examples import Encoder, show_masked
@@ -62,29 +63,17 @@ _START = "start"  # the model with added tokens
 _RECORD = FileKind("the record of a training run", "Delete its folder and start again.", RunError)
 
 
-class DriftStep(NamedTuple):
-    """One step of a run; figures that it does not have are None.
+@dataclass(frozen=True)
+class DriftStep(StepFigures):
+    """One step of a run, with the figures of the optimizer step if it is one.
 
     `action` is "prior", "encoded", "trained" (a point of the curves), "evaluated" or "written".
-    `cosine` is the mean of cos(g, D) over the parameters since the last point. Distances are
-    relative to the norm of the start; `moved_cosine` is the cosine of the change and D.
     """
 
     action: str
     done: int
     total: int
     what: str = ""
-    loss: float | None = None
-    eval_loss: float | None = None
-    learning_rate: float | None = None
-    grad_norm: float | None = None
-    cosine: float | None = None
-    to_start: float | None = None
-    to_expert: float | None = None
-    moved_cosine: float | None = None
-
-
-_FIGURES = DriftStep._fields[4:]
 
 
 @dataclass(frozen=True)
@@ -335,7 +324,7 @@ class _Run:
         def log(step: int, total: int, logs: Mapping[str, float]) -> None:
             action = "evaluated" if "eval_loss" in logs else "trained" if "loss" in logs else ""
             if action:
-                figures: dict[str, Any] = {name: _number(logs.get(name)) for name in _FIGURES}
+                figures: dict[str, Any] = {name: _number(logs.get(name)) for name in FIGURES}
                 report(DriftStep(action, step, total, **figures))
 
         self.trainer = make_trainer(
