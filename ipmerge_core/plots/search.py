@@ -18,6 +18,7 @@ from ipmerge_core.search.optimizers import OPTIMIZERS
 from ipmerge_core.search.study import COMPLETE, FAILED, Evaluation
 
 if TYPE_CHECKING:
+    from ipmerge_core.search.consistency import AnswerPath
     from ipmerge_core.search.replay import Table
     from ipmerge_core.search.summary import Curve, Standing
     from ipmerge_core.search.surrogate import Surrogate
@@ -172,6 +173,33 @@ def pareto(
     figure.update_layout(title="Pareto front", **_LAYOUT)
     figure.update_xaxes(title=second)
     figure.update_yaxes(title=first)
+    return figure
+
+
+def answer_path(path: AnswerPath, evaluations: Sequence[Evaluation], name: str) -> go.Figure:
+    """Draw disagreements with neighbours along a path, above the scores of the labels."""
+    from plotly.subplots import make_subplots
+
+    numbered = {each.number: each for each in evaluations}
+    ordered = [numbered[number] for number in path.numbers]
+    x = [each.parameters[name] for each in ordered]
+    figure = make_subplots(2, 1, shared_xaxes=True)
+    for row, (label, values) in enumerate(
+        (
+            ("disagreements", path.disagreements),
+            ("score by labels", [each.value for each in ordered]),
+        ),
+        1,
+    ):
+        chosen = path.chosen if row == 1 else path.by_labels
+        figure.add_scatter(
+            x=x, y=values, mode="lines+markers", name=label, customdata=[[n] for n in path.numbers],
+            marker={"size": [13 if number == chosen else 7 for number in path.numbers]},
+            hovertemplate="evaluation %{customdata[0]}: %{y:.4g}<extra></extra>", row=row, col=1,
+        )  # fmt: skip
+        figure.update_yaxes(title=label, row=row, col=1)
+    figure.update_layout(title="Agreement with neighbouring values", **_LAYOUT)
+    figure.update_xaxes(title=name, row=2, col=1)
     return figure
 
 

@@ -18,6 +18,7 @@ from ipmerge_core.ui.runs import Updates
 
 LABELS = {
     "landscape": "Validation score (surrogate through the evaluations)",
+    "path": "Agreement with neighbouring values, and scores of the labels",
     "front": "Pareto front on validation items",
     "importance": "Parameter importance (fANOVA)",
 }

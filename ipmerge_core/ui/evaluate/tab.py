@@ -43,7 +43,12 @@ from ipmerge_core.ui.evaluate.results import (
     result_path,
 )
 from ipmerge_core.ui.evaluate.search_figures import SearchFigures
-from ipmerge_core.ui.evaluate.search_form import SearchFields, listed_methods, usual_ranges
+from ipmerge_core.ui.evaluate.search_form import (
+    SearchFields,
+    fitting_optimizer,
+    listed_methods,
+    usual_ranges,
+)
 from ipmerge_core.ui.evaluate.start import result_of, start_evaluation
 from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.finetuned_models import finetuned_of_pair
@@ -184,6 +189,10 @@ def _wire_search(fields: SearchFields, opened: Dependency, chosen: gr.State) -> 
     asked, filled = [chosen, fields.method, fields.ranges], [fields.method, fields.ranges]
     opened.then(show_errors(partial(listed_methods, fields)), asked, filled, **QUIET)
     fields.method.input(show_errors(usual_ranges), fields.method, fields.ranges, **QUIET)
+    fields.unlabelled.input(
+        partial(fitting_optimizer, fields), fields.unlabelled, fields.optimizer, queue=False,
+        **QUIET,
+    )  # fmt: skip
 
 
 def _wire_run(
