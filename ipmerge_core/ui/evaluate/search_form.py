@@ -7,15 +7,20 @@ that their values describe.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.chosen_merge import ChosenMerge
+from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.evaluate.search_start import BUDGET, GRID, OPTIMIZER, SearchAsked
 from ipmerge_core.ui.method_choice import EXPLORED_METHOD
 from ipmerge_core.ui.runs import Updates
+
+if TYPE_CHECKING:
+    from gradio.events import Dependency
 
 OPTIMIZERS = {
     "gp-bo": "Gaussian process (gp-bo)",
@@ -110,9 +115,9 @@ def _lay_out_numbers() -> tuple[gr.Number, gr.Number, gr.Number, gr.Number]:
             elem_id="search-evaluations",
         )
         minutes = gr.Number(
-            None,
+            0,  # Gradio shows an empty number as 0
             label="Minutes",
-            info="The run ends after this time; empty: no limit",
+            info="The run ends after this time; 0: no limit",
             elem_id="search-minutes",
         )
         validation = gr.Number(
@@ -124,6 +129,17 @@ def _lay_out_numbers() -> tuple[gr.Number, gr.Number, gr.Number, gr.Number]:
         )
         seed = gr.Number(0, label="Seed of the optimizer", precision=0, elem_id="search-seed")
     return evaluations, minutes, validation, seed
+
+
+def wire_search(fields: SearchFields, opened: Dependency, chosen: gr.State) -> None:
+    """List the methods when the tab is opened, and propose the usual space of the chosen one."""
+    asked, filled = [chosen, fields.method, fields.ranges], [fields.method, fields.ranges]
+    opened.then(show_errors(partial(listed_methods, fields)), asked, filled, **QUIET)
+    fields.method.input(show_errors(usual_ranges), fields.method, fields.ranges, **QUIET)
+    fields.unlabelled.input(
+        partial(fitting_optimizer, fields), fields.unlabelled, fields.optimizer, queue=False,
+        **QUIET,
+    )  # fmt: skip
 
 
 def listed_methods(
@@ -181,7 +197,7 @@ def search_asked_of(values: Sequence[Any]) -> SearchAsked:
         ranges=str(ranges or ""),
         optimizer=str(optimizer),
         evaluations=int(evaluations) if evaluations is not None else None,
-        minutes=float(minutes) if minutes is not None else None,
+        minutes=float(minutes) if minutes else None,
         groups=tuple(groups or ()),
         validation=float(validation or 0),
         racing=racing,
