@@ -14,6 +14,7 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.plots import search as figures
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.search.coefficients import SearchResult
+from ipmerge_core.search.consistency import AnswerPath, describe_path
 from ipmerge_core.search.optimizers import OPTIMIZERS
 from ipmerge_core.search.space import SearchSpace
 from ipmerge_core.search.study import FAILED, PRUNED, Evaluation
@@ -50,14 +51,16 @@ def report_page(result: SearchResult) -> str:
 
 def evaluations_csv(result: SearchResult) -> str:
     """Return all evaluations as CSV."""
-    return as_csv([_row(each) for each in result.evaluations])
+    return as_csv([_row(each, result.path) for each in result.evaluations])
 
 
 def search_figures(result: SearchResult) -> dict[str, Any]:
-    """Return the figures that the evaluations determine: landscape, front, importance."""
+    """Return the figures that the evaluations determine: landscape, path, front, importance."""
     objectives = _objectives(result)
     front = [each for each in result.evaluations if each.number in result.front]
     drawn = dict(zip(["landscape"], _landscapes(result), strict=False))  # if it is determined
+    if result.path is not None:
+        drawn["path"] = figures.answer_path(result.path, result.evaluations, result.axes[0].name)
     if len(objectives) > 1:
         drawn["front"] = figures.pareto(result.evaluations, front, objectives)
     if result.importance:
@@ -84,8 +87,9 @@ def _landscapes(result: SearchResult) -> Iterator[Any]:
         yield figures.landscape(surrogate, space.names, ranges, title, known)
 
 
-def _row(evaluation: Evaluation) -> dict[str, object]:
+def _row(evaluation: Evaluation, path: AnswerPath | None) -> dict[str, object]:
     scores = evaluation.facts.get("scores", {})
+    disagreement = path.disagreement(evaluation.number) if path else None
     return {
         "number": evaluation.number,
         **evaluation.parameters,
@@ -94,6 +98,7 @@ def _row(evaluation: Evaluation) -> dict[str, object]:
         "error": f"{evaluation.error:.4g}",
         "items": evaluation.items,
         **{f"score_{name}": f"{value:.6g}" for name, value in scores.items()},
+        **({} if path is None else {"disagreement": "" if disagreement is None else disagreement}),
         "plan": evaluation.facts.get("plan", ""),
         "reason": evaluation.reason,
     }
@@ -127,9 +132,12 @@ def describe(result: SearchResult, output: str = "") -> str:
     if best is None:
         reasons = [each.reason for each in result.evaluations if each.reason]
         return "\n".join([*lines, f"No evaluation is complete. {reasons[0] if reasons else ''}"])
+    if result.path is not None:
+        lines.append(describe_path(result.path, result.evaluations))
     values = " ".join(f"{name}={value:.4g}" for name, value in best.parameters.items())
+    verb = "Best" if result.path is None else "Chosen"
     lines.append(
-        f"Best: evaluation {best.number} with {values}: {best.value:.1f} on {best.items} "
+        f"{verb}: evaluation {best.number} with {values}: {best.value:.1f} on {best.items} "
         f"validation items (standard error {best.error:.1f})."
     )
     lines += _unseen_lines(result)
