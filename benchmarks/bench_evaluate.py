@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,7 @@ from test_judging import Case, cases  # noqa: E402
 
 from ipmerge_core.evaluation.answering import Caches  # noqa: E402
 from ipmerge_core.evaluation.evaluate import (  # noqa: E402
+    BATCH_SIZE,
     EvaluationSettings,
     iter_evaluation,
 )
@@ -49,21 +50,30 @@ TARGET = 400  # items per second
 ALONE = 45  # items that are answered one at a time
 
 
-def processor_seconds() -> float:
-    """Return the processor time of this process and its children."""
-    mine = psutil.Process()
-    times = [mine.cpu_times(), *(child.cpu_times() for child in mine.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+class Spent(NamedTuple):
+    """Seconds of this process and its children: of the processors, as user, and on the clock."""
+
+    processor: float
+    user: float
+    clock: float
+
+    @classmethod
+    def now(cls) -> Spent:
+        """Return the seconds until now."""
+        mine = psutil.Process()
+        times = [mine.cpu_times(), *(child.cpu_times() for child in mine.children(recursive=True))]
+        user = sum(each.user for each in times)
+        return cls(user + sum(each.system for each in times), user, time.perf_counter())
 
 
-def least(run: Callable[[], list[str]], repeats: int) -> tuple[float, list[str]]:
-    """Return the least processor seconds of some repeats, and the replies."""
-    seconds, replies = [], []
+def least(run: Callable[[], list[str]], repeats: int) -> tuple[Spent, list[str]]:
+    """Return the least seconds of some repeats, and the replies."""
+    spent, replies = [], []
     for _ in range(repeats):
-        started = processor_seconds()
+        started = Spent.now()
         replies = run()
-        seconds.append(processor_seconds() - started)
-    return min(seconds), replies
+        spent.append(Spent(*(b - a for a, b in zip(started, Spent.now(), strict=True))))
+    return Spent(*map(min, zip(*spent, strict=True))), replies
 
 
 def by_generate(
@@ -88,7 +98,7 @@ def by_generate(
 def evaluated(loaded: LoadedModel, count: int, caches: Caches | None) -> list[str]:
     """Answer as an evaluation does, into a store that is empty."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = EvaluationSettings(limit=count, batch_size=150)
+        settings = EvaluationSettings(limit=count)
         subject = subject_of_model("mllm", loaded, "benchmark")
         steps = iter_evaluation(
             [subject], [find_task("demo")], settings, ReplyStore(folder), caches=caches
@@ -113,14 +123,20 @@ def print_speed(count: int, repeats: int) -> None:
     rows = [
         ["generate, one at a time", len(few), alone, None],
         ["generate, batches of 150", len(items), batched, wanted],
-        ["evaluate, first model", len(items), cold, first],
+        [f"evaluate, batches of {BATCH_SIZE}, first model", len(items), cold, first],
         ["evaluate, next model (prompts and features kept)", len(items), warm, again],
     ]
     shown = [
-        [name, f"{n}", f"{n / seconds:.0f}", "-" if texts is None else str(texts == wanted)]
-        for name, n, seconds, texts in rows
+        [
+            name,
+            f"{n}",
+            *(f"{n / seconds:.0f}" for seconds in spent),
+            "-" if texts is None else str(texts == wanted),
+        ]
+        for name, n, spent, texts in rows
     ]
-    print(table(["way", "items", "items per processor second", "same replies"], shown))
+    head = ["way", "items", "items per processor second", "per user second", "per second"]
+    print(table([*head, "same replies"], shown))
     print(f"\nTarget: {TARGET} items per second; drawing the pictures is part of `evaluate`.\n")
 
 

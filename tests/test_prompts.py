@@ -589,10 +589,10 @@ def test_every_image_of_a_conversation_is_encoded(mllm: ModelProcessor) -> None:
 def test_images_that_a_processor_refuses_are_counted(
     mllm: ModelProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_only(text: str, images: list[object]) -> dict[str, object]:
+    def one_only(texts: list[str], images: list[object]) -> dict[str, object]:
         raise ValueError(f"expected 1 image, got {len(images)}")
 
-    monkeypatch.setattr(mllm, "_encode", one_only)
+    monkeypatch.setattr(mllm, "call", one_only)
     with pytest.raises(ModelLoadError, match=r"with 2 images .* not every model takes several"):
         mllm.encode([Message("user", "Which?", (PICTURE, PICTURE))])
     with pytest.raises(ModelLoadError, match="files those of this model"):

@@ -9,7 +9,7 @@ control token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,17 +19,19 @@ from ipmerge_core.inference.prompts import (
     ChatFormat,
     Layouts,
     Message,
+    added_begin,
     chat_template,
     control_tokens,
     render_chat,
     split_verbatim,
-    without_begin,
 )
 from ipmerge_core.inference.thinking import MARKERS
 from ipmerge_core.runtime.imports import find_torchvision
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ipmerge_core.inference.batch_encoding import Sizes
 
 _LEAST_SHARE = 10  # the tokenizer has at least this fraction of the model's vocabulary
 _WORD_START = "▁"  # SentencePiece's prefix of the first word of a text
@@ -54,7 +56,9 @@ class ModelProcessor:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.takes_images = Path(folder).name, takes_images
-        self._layouts: Layouts = {}
+        self.layouts: Layouts = {}
+        # By the sizes of pictures, whether one call encodes several conversations as single calls.
+        self.exact_batches: dict[Sizes, bool] = {}
         options = {"local_files_only": True, "trust_remote_code": False}
         what = "processor" if takes_images else "tokenizer"
         with explained(partial(explain_loading, str(folder), what)):
@@ -111,12 +115,12 @@ class ModelProcessor:
 
         Raises: ModelLoadError if the template or the processor cannot be used.
         """
-        prompt = render_chat(self.chat_format, messages, self._layouts)
+        prompt = render_chat(self.chat_format, messages, self.layouts)
         images = [image for message in messages for image in message.images]
         with explained(partial(self._refused_images, len(images))):
             for mark in prompt.verbatim:
                 self._add_mark(mark)
-            inputs = self._encode(prompt.text, images)
+            inputs = self.call([prompt.text], images)
             plain = {
                 self.tokenizer.convert_tokens_to_ids(mark): self._plain_ids(text)
                 for mark, text in prompt.verbatim.items()
@@ -165,15 +169,26 @@ class ModelProcessor:
             f"({first_line(error)}). {remedy}"
         )
 
-    def _encode(self, text: str, images: Sequence[Any]) -> dict[str, Any]:
+    def call(self, texts: Sequence[str], images: Sequence[Any], **padding: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Encode rendered prompts, with the images of all of them in order.
+
+        Raises: Exception (any error of the processor).
+        """
         if self.takes_images:
             more = {"images": list(images)} if images else {}
-            text = without_begin(self.tokenizer, text)
-            return dict(self.processor(text=[text], return_tensors="pt", **more))
+            texts = [text.removeprefix(self._added_begin) for text in texts]
+            return dict(self.processor(text=texts, return_tensors="pt", **more, **padding))
         # A chat template contains the special tokens; without one the tokenizer adds them.
         special = chat_template(self.chat_format) is None
-        tokens = self.tokenizer([text], return_tensors="pt", add_special_tokens=special)
+        tokens = self.tokenizer(
+            list(texts), return_tensors="pt", add_special_tokens=special, **padding
+        )
         return {name: value for name, value in tokens.items() if name != "token_type_ids"}
+
+    @cached_property
+    def _added_begin(self) -> str:
+        """The BOS token that a rendered template must not contain, since encoding adds it."""
+        return added_begin(self.tokenizer)
 
     def _add_mark(self, mark: str) -> None:
         """Make a mark one token; adding it again has no effect."""

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ipmerge_core.errors import IPMergeError, ModelLoadError
+from ipmerge_core.inference.batch_encoding import encode_batch
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.wire import (
     pack_inputs,
@@ -121,18 +122,10 @@ def _answer(
 def _encode_rows(
     model: ModelProcessor, conversations: list[dict[str, Any]], data: bytes
 ) -> tuple[dict[str, Any], bytes]:
-    """Encode conversations one by one; an error of one does not affect the others."""
-    prompts: list[dict[str, Any]] = []
-    errors: list[str | None] = []
-    for messages in unpack_conversations(conversations, data):
-        try:
-            prompts.append(model.encode(messages))
-            errors.append(None)
-        except IPMergeError as error:
-            if isinstance(error.__cause__, MemoryError):
-                raise
-            prompts.append({})
-            errors.append(str(error))
+    """Encode conversations; an error of one does not affect the others."""
+    found = encode_batch(model, unpack_conversations(conversations, data))
+    errors = [str(each) if isinstance(each, ModelLoadError) else None for each in found]
+    prompts = [{} if isinstance(each, ModelLoadError) else each for each in found]
     try:
         plain, blob = pack_many(prompts)
     except TypeError as error:

@@ -357,14 +357,7 @@ def _marked(
     return marked, verbatim
 
 
-def without_begin(tokenizer: Any, text: str) -> str:  # noqa: ANN401
-    """Remove the BOS token from a rendered template if encoding would add it again."""
-    begin = tokenizer.bos_token
-    if begin and text.startswith(begin) and _adds_begin(tokenizer):
-        return text.removeprefix(begin)
-    return text
-
-
-def _adds_begin(tokenizer: Any) -> bool:  # noqa: ANN401
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
+def added_begin(tokenizer: Any) -> str:  # noqa: ANN401
+    """Return the BOS token if encoding adds it to a text, otherwise an empty text."""
+    begin, ids = tokenizer.bos_token, tokenizer("a")["input_ids"]
+    return str(begin) if begin and ids and ids[0] == tokenizer.bos_token_id else ""

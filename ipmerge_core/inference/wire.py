@@ -6,6 +6,7 @@ Nothing is pickled, since unpickling runs code and one side reads untrusted file
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ipmerge_core.inference.prompts import Message
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _MOST_JSON, _MOST_DATA = 1 << 24, 1 << 30  # bytes of one message
@@ -98,23 +100,46 @@ def unpack_conversations(
 
 
 def pack_many(prompts: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], bytes]:
-    """Separate the outputs of a processor for several prompts, as `pack_inputs` does for one."""
-    merged = {f"{row}|{name}": v for row, p in enumerate(prompts) for name, v in p.items()}
-    plain, blob = pack_inputs(merged)
-    rows: list[dict[str, Any]] = [{} for _ in prompts]
-    for name, value in plain.items():
-        row, _, key = name.partition("|")
-        rows[int(row)][key] = value
-    return rows, blob
+    """Separate the outputs of a processor for several prompts, as `pack_inputs` does for one.
+
+    The tensors of all prompts with one name and dtype are one tensor of the binary data.
+    """
+    import torch
+
+    flat: dict[str, list[Tensor]] = {}
+    rows: list[dict[str, Any]] = []
+    for prompt in prompts:
+        tensors = {n: v for n, v in prompt.items() if isinstance(v, torch.Tensor)}
+        for name, value in tensors.items():
+            flat.setdefault(_joint(name, value.dtype), []).append(value.reshape(-1))
+        rows.append(
+            {
+                "plain": {n: v for n, v in prompt.items() if n not in tensors},
+                "shapes": {n: [_joint(n, v.dtype), *v.shape] for n, v in tensors.items()},
+            }
+        )
+        json.dumps(rows[-1]["plain"])
+    return rows, pack_inputs({key: torch.cat(values) for key, values in flat.items()})[1]
 
 
-def unpack_many(plain: Sequence[Mapping[str, Any]], data: bytes) -> list[dict[str, Any]]:
+def unpack_many(rows: Sequence[Mapping[str, Any]], data: bytes) -> list[dict[str, Any]]:
     """Reverse `pack_many`."""
-    rows = [dict(row) for row in plain]
-    for name, value in unpack_inputs({}, data).items():
-        row, _, key = name.partition("|")
-        rows[int(row)][key] = value
-    return rows
+    flat = unpack_inputs({}, data)
+    start = dict.fromkeys(flat, 0)
+    prompts = []
+    for row in rows:
+        prompt = dict(row["plain"])
+        for name, (key, *shape) in row["shapes"].items():
+            stop = start[key] + math.prod(shape)
+            # A copy, since a kept prompt would keep the tensors of all.
+            prompt[name] = flat[key][start[key] : stop].reshape(shape).clone()
+            start[key] = stop
+        prompts.append(prompt)
+    return prompts
+
+
+def _joint(name: str, dtype: torch.dtype) -> str:
+    return f"{name}|{dtype}"
 
 
 def unpack_inputs(plain: Mapping[str, Any], data: bytes) -> dict[str, Any]:
