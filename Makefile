@@ -5,6 +5,7 @@
 #   make lint    ruff, mypy, eslint and tsc only
 #   make demo    train the demo models in assets/demo again
 #   make demo-135m build a trio on SmolLM2-135M in assets/smollm2 (an hour on 2 cores, minutes on a GPU)
+#   make cases   train the models of the study in cases/ (resumes where it was interrupted)
 #   make attack  attack a running app on this machine and print what held
 #   make bench   print the figures of benchmarks/README.md
 #   make harness run lmms-eval, in an environment of its own, on a tiny task with the demo MLLM
@@ -23,7 +24,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(su
 PY := $(VENV)/bin/python
 NPM := PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/npm
 
-.PHONY: help app test lint lint-python lint-javascript demo demo-135m bench attack harness clean
+.PHONY: help app test lint lint-python lint-javascript demo demo-135m cases bench attack harness clean
 .DELETE_ON_ERROR:
 
 help:
@@ -65,6 +66,9 @@ demo: $(VENV)/.app
 
 demo-135m: $(VENV)/.smollm2
 	$(PY) assets/smollm2/build.py
+
+cases: $(VENV)/.app
+	$(PY) assets/demo/cases.py
 
 bench: $(VENV)/.dev
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) $$script || exit 1; done

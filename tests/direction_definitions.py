@@ -201,4 +201,21 @@ def wudi(
     return base + scale * X
 
 
-DIRECTIONS = {f.__name__: f for f in (ip_merging, tsv, iso_c, iso_cts, knots_ties, wudi)}
+def star(base, tuned, *, mllm_weight, math_weight, eta, combine, noise=None):
+    parts = []
+    for tau in living(base, tuned, mllm_weight, math_weight):
+        if eta == 1:
+            parts.append(tau)
+            continue
+        U, S, V = decomposed(tau, noise)
+        count, held = 0, 0.0
+        while held < (eta - 1e-6) * float(S.sum()):
+            held += float(S[count])
+            count += 1
+        parts.append(U[:, :count] @ torch.diag(S[:count] * S.sum() / held) @ V[:, :count].T)
+    if not parts:
+        return base
+    return base + sum(parts) / (len(parts) if combine == "mean" else 1)
+
+
+DIRECTIONS = {f.__name__: f for f in (ip_merging, tsv, iso_c, iso_cts, knots_ties, star, wudi)}

@@ -139,6 +139,7 @@ _NUMBERS: dict[str, list[dict[str, Any]]] = {
     "sce": [{"select_topk": 0.4}],
     "dare_linear": [{"mllm_density": 1.0, "math_density": 0.2}],
     "tsv": [{"mllm_weight": 0.8, "math_weight": 0.4, "scale": 0.7}],
+    "star": [{"eta": 1.0}, {"eta": 0.8, "combine": "sum", "math_weight": 0.5}],
     "iso_c": [{"mllm_weight": 0.8, "math_weight": 0.6, "scale": 0.7}],
     "iso_cts": [{"common_fraction": 0.0}, {"common_fraction": 1.0}],
     "knots_ties": [{"density": 1.0, "normalize": False}],

@@ -162,6 +162,11 @@ def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
             f"The change of {what} has full rank and cannot be a LoRA adapter. Use IP-Merging "
             f"with projection, or write the merged model instead."
         )
+    if plan.options.input_share < 1:
+        raise PlanError(
+            f"The plan has input_share {plan.options.input_share:g}, which rescales the columns of "
+            f"the merged matrices and not of an update. Write the merged model instead."
+        )
     if not 0 < tolerance < 1:
         raise PlanError(f"The tolerance is {tolerance}; expected a number in (0, 1).")
     if max_rank < 1:
