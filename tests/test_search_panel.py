@@ -142,7 +142,7 @@ def test_empty_fields_select_the_usual_space_and_another_method_its_defaults() -
     assert "math_weight" not in own["fixed"]
     other = search_work(PAIR, plan, SearchAsked("task_arithmetic"), hosted=False)["how"]
     assert other["fixed"] == {}
-    assert search_asked_of(["", "", "", "", (), 5, 0, *[None] * 4]).minutes is None
+    assert search_asked_of(["", "", "", (), 5, 0, *[None] * 4]).minutes is None
     assert search_asked_of(["", "", *[None] * 8]).groups == ()
     assert usual_ranges("ip_merging").splitlines() == [
         "lambda_=0.5,1,2,4,8", "similarity_threshold=0.1,0.3,0.5,0.7,0.9",

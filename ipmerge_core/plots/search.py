@@ -20,7 +20,7 @@ from ipmerge_core.search.study import COMPLETE, FAILED, Evaluation
 if TYPE_CHECKING:
     from ipmerge_core.search.consistency import AnswerPath
     from ipmerge_core.search.replay import Table
-    from ipmerge_core.search.summary import Curve, Standing
+    from ipmerge_core.search.summary import Curve, Standing, TableFacts
     from ipmerge_core.search.surrogate import Surrogate
 
 # Okabe-Ito colours with a dash and a marker each, in the order of `OPTIMIZERS`.
@@ -169,6 +169,26 @@ def ratio_boxes(found: Sequence[Standing], by: str = "optimizer") -> go.Figure:
     figure.update_layout(title=f"Regret over random, by {by}", boxmode="group", **_LAYOUT)
     figure.update_yaxes(title="ratio of mean regrets")
     return figure
+
+
+def error_table(found: Sequence[TableFacts]) -> go.Figure:
+    """Draw a table of the surrogates' leave-one-out errors and of the price of sum one."""
+    head = {
+        "table": [" ".join(filter(None, (each.method, each.task))) or "results" for each in found],
+        "points": [each.points for each in found],
+        "best score": [f"{each.best:.4g}" for each in found],
+        "leave-one-out error, % of the range": [_percent(each.loo) for each in found],
+        "the same, 20 draws": [_percent(each.loo_of_draws) for each in found],
+        "cost of weights with sum 1, %": [_percent(each.sum_one) for each in found],
+        "of sum 1 within a step, %": [_percent(each.sum_near) for each in found],
+    }
+    figure = go.Figure(go.Table(header={"values": [*head]}, cells={"values": [*head.values()]}))
+    figure.update_layout(title="Quality of the surrogates", **_LAYOUT)
+    return figure
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def pareto(

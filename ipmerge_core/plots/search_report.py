@@ -14,7 +14,7 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.plots import search as figures
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.search.coefficients import SearchResult
-from ipmerge_core.search.consistency import AnswerPath, describe_path
+from ipmerge_core.search.consistency import describe_path
 from ipmerge_core.search.optimizers import OPTIMIZERS
 from ipmerge_core.search.space import SearchSpace
 from ipmerge_core.search.study import FAILED, PRUNED, Evaluation
@@ -22,17 +22,18 @@ from ipmerge_core.search.summary import as_csv
 from ipmerge_core.search.surrogate import Surrogate
 
 RESULT, REPORT = "search.json", "report.html"
-EVALUATIONS, UNSEEN = "evaluations.csv", "unseen.csv"
+EVALUATIONS, IMPORTANCE, UNSEEN = "evaluations.csv", "importance.csv", "unseen.csv"
 
 
 def write_search(folder: Path, result: SearchResult) -> None:
-    """Write search.json, report.html, evaluations.csv and unseen.csv into a folder.
+    """Write search.json, report.html and the CSV files of a search into a folder.
 
     Raises: RunError if the folder cannot be written.
     """
     files = {
         REPORT: report_page(result),
         EVALUATIONS: evaluations_csv(result),
+        IMPORTANCE: as_csv([{"parameter": n, "share": s} for n, s in result.importance.items()]),
         UNSEEN: as_csv(list(_unseen_rows(result))),
     }
     for name, text in files.items():
@@ -51,7 +52,7 @@ def report_page(result: SearchResult) -> str:
 
 def evaluations_csv(result: SearchResult) -> str:
     """Return all evaluations as CSV."""
-    return as_csv([_row(each, result.path) for each in result.evaluations])
+    return as_csv([_row(each, result) for each in result.evaluations])
 
 
 def search_figures(result: SearchResult) -> dict[str, Any]:
@@ -87,8 +88,9 @@ def _landscapes(result: SearchResult) -> Iterator[Any]:
         yield figures.landscape(surrogate, space.names, ranges, title, known)
 
 
-def _row(evaluation: Evaluation, path: AnswerPath | None) -> dict[str, object]:
+def _row(evaluation: Evaluation, result: SearchResult) -> dict[str, object]:
     scores = evaluation.facts.get("scores", {})
+    path = result.path
     disagreement = path.disagreement(evaluation.number) if path else None
     return {
         "number": evaluation.number,
@@ -98,6 +100,7 @@ def _row(evaluation: Evaluation, path: AnswerPath | None) -> dict[str, object]:
         "error": f"{evaluation.error:.4g}",
         "items": evaluation.items,
         **{f"score_{name}": f"{value:.6g}" for name, value in scores.items()},
+        "front": int(evaluation.number in result.front),
         **({} if path is None else {"disagreement": "" if disagreement is None else disagreement}),
         "plan": evaluation.facts.get("plan", ""),
         "reason": evaluation.reason,
@@ -145,7 +148,7 @@ def describe(result: SearchResult, output: str = "") -> str:
         shares = ", ".join(f"{n} {share:.0%}" for n, share in result.importance.items())
         lines.append(f"Importance (fANOVA): {shares}.")
     if output:
-        lines.append(f"Wrote {output}: {RESULT}, {REPORT}, {EVALUATIONS}, {UNSEEN}.")
+        lines.append(f"Wrote {output}: {RESULT}, {REPORT}, {EVALUATIONS}, {IMPORTANCE}, {UNSEEN}.")
     return "\n".join(lines)
 
 
