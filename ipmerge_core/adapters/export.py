@@ -154,7 +154,8 @@ def iter_adapter(
 
 
 def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
-    if plan.method != "ip_merging" or plan.parameters["ablation"] != "none":
+    projects = plan.parameters.get("ablation") == "none" or plan.parameters.get("math_energy") != 1
+    if plan.method != "ip_merging" or not projects:
         label = find_method(plan.method).label
         ablation = plan.parameters.get("ablation", "none")
         what = label if ablation == "none" else f"{label} with ablation '{ablation}'"
