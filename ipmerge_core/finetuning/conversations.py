@@ -74,6 +74,12 @@ class Conversation:
         return found
 
     @property
+    def where(self) -> str:
+        """The place of its image, for messages."""
+        is_file = isinstance(self.picture, Path)
+        return f"'{self.picture}'" if is_file else "an image of a dataset"
+
+    @property
     def identity(self) -> str:
         """What distinguishes it from others: its turns, and the name and size of its image."""
         if isinstance(self.picture, Path):

@@ -45,4 +45,10 @@ def _check_range(
     least, most = ends
     is_valid = is_one and not isinstance(value, bool) and least <= value <= most  # type: ignore[operator]
     if not is_valid:
-        raise PlanError(f"The {what} is {value!s:.80}; expected {kind} from {least:g} to {most:g}.")
+        raise PlanError(
+            f"The {what} is {value!s:.80}; expected {kind} from {_shown(least)} to {_shown(most)}."
+        )
+
+
+def _shown(end: float) -> str:
+    return str(end) if isinstance(end, int) else f"{end:g}"
