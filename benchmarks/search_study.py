@@ -1,23 +1,24 @@
 """Study searches of coefficients on the demo models, and write docs/search.md.
 
-    python benchmarks/search_study.py [--write] [--limit 50] [--seeds 10] [--folder FOLDER]
+    python benchmarks/search_study.py [--write] [--limit 130 60] [--seeds 10] [--folder FOLDER]
 
 First the full grid of task arithmetic, DARE, TIES and IP-Merging, every point a merge in memory:
-its score on the validation items (20 %) and on all others. Then every optimizer on surrogates of
-these grids, with several seeds. Replies are stored in the folder, so that the study continues after
-an interruption and answers nothing twice. With --write the page and its table of results (CSV) are
-written to docs/.
+its score on the validation items (20 %) and on as many others. Then every optimizer on surrogates
+of these grids, with several seeds. Replies are stored in the folder, so that the study continues
+after an interruption and answers nothing twice. With --write the page and its table of results
+(CSV) are written to docs/.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package, when it is not installed
 
@@ -40,6 +41,7 @@ from ipmerge_core.tasks.registry import find_tasks
 
 ROOT = Path(__file__).parents[1]
 METHODS_STUDIED = ("task_arithmetic", "dare_linear", "ties", "ip_merging")
+UNSEEN = 2 * VALIDATION  # the rank at which the unseen items end
 CSV, PAGE = ROOT / "docs" / "search.csv", ROOT / "docs" / "search.md"
 # The ranking of the cross-modal study (arXiv 2605.19523) as far as its text states it.
 PAPER = "Gaussian process optimisation first, CMA-ES weak in two dimensions"
@@ -47,9 +49,8 @@ MARK = "<!-- measured by `python benchmarks/search_study.py --write` -->"
 PAGE_TEXT = """
 
 The models are the demo's, of about a million parameters: the numbers compare optimizers, they do
-not predict results for large models. {machine}. {items} items of the demo task per merge,
-{validation} of them for the search, the others unseen; the score is the mean of image+math and
-perception, in percent.
+not predict results for large models. {machine}. Every merge answers items of the demo task:
+{items}. The score is the mean of image+math and perception, in percent.
 
 The leave-one-out error is that of the surrogate at interior points of the grid. The last columns
 are the best score minus the best one among weights whose sum is one, relative to it.
@@ -74,11 +75,19 @@ def packs() -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(found)}
 
 
-def grid_rows(name: str, pack: Path, limit: int, store: ReplyStore) -> list[dict[str, Any]]:
+class Grids(NamedTuple):
+    """A row for every point of every method's grid on one set of models, and the items it has."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    items: dict[str, int]  # by column of scores
+
+
+def score_grids(name: str, pack: Path, limit: int, store: ReplyStore) -> Grids:
     """Score every point of every method's grid on both parts of the items."""
     analysis, tasks = Analysis.load(pack), find_tasks(["demo"])
     groups = SearchSettings().groups
-    rows = []
+    rows, items = [], {}
     with MergedModels(analysis.sources) as models:
         caches = Caches()
         for method in METHODS_STUDIED:
@@ -92,14 +101,15 @@ def grid_rows(name: str, pack: Path, limit: int, store: ReplyStore) -> list[dict
                 plan = objective.plan_at(parameters)
                 row = {"method": method, "task": name, "domain": "", **parameters}
                 for column, (low, high) in {
-                    "score": (0.0, VALIDATION), "test": (VALIDATION, 1.0),
+                    "score": (0.0, VALIDATION), "test": (VALIDATION, UNSEEN),
                 }.items():  # fmt: skip
                     report = objective.evaluated([Point(plan.hash, plan)], low, high)
-                    row[column] = round(scored(report, plan.hash, groups).value, 6)
+                    measured = scored(report, plan.hash, groups)
+                    row[column], items[column] = round(measured.value, 6), measured.items
                 rows.append(row)
             seconds = time.monotonic() - started
             print(f"{name} {method}: {len(space.grid())} merges, {seconds:.0f} s", flush=True)
-    return rows
+    return Grids(name, rows, items)
 
 
 def facts_table(tables: Sequence[Table]) -> str:
@@ -145,13 +155,18 @@ def ranking_table(replays: Sequence[Replay]) -> str:
     return table(["optimizer", "regret", "over random", *labels, "unseen regret"], rows)
 
 
-def page(tables: Sequence[Table], replays: Sequence[Replay], limit: int, spent: float) -> str:
+def page(
+    grids: Sequence[Grids], tables: Sequence[Table], replays: Sequence[Replay], spent: float
+) -> str:
     """Return the measured part of docs/search.md."""
     ranked = [OPTIMIZERS[row.optimizer].label for row in ranking(standings(replays))]
     return PAGE_TEXT.format(
         machine=machine(),
-        items=9 * limit,
-        validation=f"{VALIDATION:.0%}",
+        items="; ".join(
+            f"of the {each.name} models {each.items['score']} for the search and "
+            f"{each.items['test']} unseen ones"
+            for each in grids
+        ),
         facts=facts_table(tables),
         seeds=len({replay.seed for replay in replays}),
         ranking=ranking_table(replays),
@@ -165,22 +180,28 @@ def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write docs/search.md and search.csv")
-    parser.add_argument("--limit", type=int, default=50, help="items per skill of the demo task")
+    parser.add_argument(
+        "--limit", type=int, nargs="+", default=[130, 60],
+        help="items per skill of the demo task, for each set of models; the last for all others",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--folder", type=Path, help="where replies are stored")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for name, pack in packs().items():
-            rows += grid_rows(name, pack, options.limit, ReplyStore(folder))
+        limits = itertools.chain(options.limit, itertools.repeat(options.limit[-1]))
+        grids = [
+            score_grids(name, pack, limit, ReplyStore(folder))
+            for (name, pack), limit in zip(packs().items(), limits, strict=False)
+        ]
+        rows = [row for each in grids for row in each.rows]
         results = folder / "search.csv"
         results.write_text(as_csv(rows))
         tables = read_tables(results)
         started = time.monotonic()
         replays = [step.replay for step in iter_replays(tables, seeds=options.seeds)]
-        text = page(tables, replays, options.limit, time.monotonic() - started)
+        text = page(grids, tables, replays, time.monotonic() - started)
         print(text)
         if options.write:
             CSV.write_text(as_csv(rows))

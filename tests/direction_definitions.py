@@ -74,8 +74,8 @@ def living(base, tuned, mllm_weight, math_weight):
 
 def ip_merging(
     base, tuned, *, lambda_, temperature, gamma_norm, projector, top_k, energy, beta, budget,
-    output_budget, rank, ablation, directions="existing", noise=None, mllm_gram=None,
-    math_gram=None,
+    output_budget, rank, ablation, math_energy=1.0, directions="existing", noise=None,
+    mllm_gram=None, math_gram=None,
 ):  # fmt: skip
     noise = 0.0 if directions == "all" else noise
     dV, *changes = (W - base for W in tuned)
@@ -85,9 +85,16 @@ def ip_merging(
         U_M, S_M, Vh_M = torch.linalg.svd(dM, full_matrices=False)
         q = len(S_M) if rank is None else min(rank, len(S_M))
         own, other = exist(S_V, noise)[:q], exist(S_M, noise)[:q]
+        if math_energy < 1:
+            held = S_M[:q][other].square().cumsum(0) / S_M[:q][other].square().sum()
+            count = int((held < math_energy - 1e-6).sum()) + 1
+            other = other & (torch.arange(len(other), device=other.device) < count)
         total = float(S_M[:q][other].sum())
         rho = float(S_V[:q][own].sum()) / total if total else 0.0
         cut = dM if rank is None else (U_M[:, :q] * S_M[:q]) @ Vh_M[:q]
+        if math_energy < 1:
+            r = int(other.sum())
+            cut = (U_M[:, :r] * S_M[:r]) @ Vh_M[:r]
         both = own & other
         s = (Vh_V[:q] * Vh_M[:q]).sum(1).abs()[both]
         gamma = torch.softmax(temperature * s, dim=0)
@@ -113,7 +120,11 @@ def ip_merging(
             A = torch.eye(len(G_v), dtype=dM.dtype, device=dM.device)
             A = A if projector == "off_inputs" else G_e + 1e-3 * A
             P = cut @ A @ torch.linalg.inv(A + beta * G_v)
-        updates.append({"none": P, "rescale_only": rho * cut, "select_only": dM}[ablation])
+        updates.append(
+            {"none": P, "rescale_only": rho * cut, "select_only": dM if math_energy == 1 else cut}[
+                ablation
+            ]
+        )
     change, W = sum(updates), tuned[0]
     if limit := budget or output_budget:
         G = mllm_gram if output_budget else torch.eye(W.shape[1]).to(W)
@@ -201,4 +212,21 @@ def wudi(
     return base + scale * X
 
 
-DIRECTIONS = {f.__name__: f for f in (ip_merging, tsv, iso_c, iso_cts, knots_ties, wudi)}
+def star(base, tuned, *, mllm_weight, math_weight, eta, combine, noise=None):
+    parts = []
+    for tau in living(base, tuned, mllm_weight, math_weight):
+        if eta == 1:
+            parts.append(tau)
+            continue
+        U, S, V = decomposed(tau, noise)
+        count, held = 0, 0.0
+        while held < (eta - 1e-6) * float(S.sum()):
+            held += float(S[count])
+            count += 1
+        parts.append(U[:, :count] @ torch.diag(S[:count] * S.sum() / held) @ V[:, :count].T)
+    if not parts:
+        return base
+    return base + sum(parts) / (len(parts) if combine == "mean" else 1)
+
+
+DIRECTIONS = {f.__name__: f for f in (ip_merging, tsv, iso_c, iso_cts, knots_ties, star, wudi)}

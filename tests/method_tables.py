@@ -40,7 +40,7 @@ def _options() -> str:
     lines = ["| option | default | values | meaning |", "|---|---|---|---|"]
     for option in OPTIONS.values():
         values = ", ".join(f"`{value}`" for value in option.choices or ()) or "text"
-        values = {"factors": "numbers", "rules": "`merge`, `keep`, by name"}.get(
+        values = {"factors": "numbers", "share": "0 to 1", "rules": "`merge`, `keep`, by name"}.get(
             option.kind, values
         )
         default = f"`{option.default!r}`"

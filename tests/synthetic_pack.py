@@ -13,7 +13,7 @@ import numpy as np
 
 from ipmerge_core.analysis.records import VERSION
 from ipmerge_core.analysis.singular_values import LEADING, Overlap, SingularValues, Spectra
-from ipmerge_core.spectral.kinds import COMPLEMENTS, ENERGY_SHARES
+from ipmerge_core.spectral.kinds import COMPLEMENTS, ENERGY_SHARES, KEPT_SHARES, TRUNCATIONS
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 PLACES = {
@@ -25,7 +25,7 @@ PLACES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-VARIANTS = ("sum", "max", "rescale_only", "select_only", "protect", *COMPLEMENTS)
+VARIANTS = ("sum", "max", "rescale_only", "select_only", "protect", *COMPLEMENTS, *TRUNCATIONS)
 BASE_SIMILARITY = {"q": 0.36, "k": 0.4, "v": 0.3, "o": 0.28, "gate": 0.34, "up": 0.3, "down": 0.16}
 
 
@@ -112,6 +112,10 @@ def matrix_records(
             name: [(1 - 0.6 * share) * m for m in maths]
             for name, share in zip(COMPLEMENTS, ENERGY_SHARES, strict=True)
         },
+        **{
+            name: [share**0.5 * m for m in maths]
+            for name, share in zip(TRUNCATIONS, KEPT_SHARES, strict=True)
+        },
     }
     index = log_spaced(rank)
     ranks = np.array(index)
@@ -167,8 +171,8 @@ def matrix_records(
 
 
 def stored(variant: str, value: float) -> float:
-    """Eight digits of the products of a complement, as an analysis keeps them."""
-    return float(f"{value:.8g}") if variant in COMPLEMENTS else float(value)
+    """Eight digits of the products of a complement or a truncation, as an analysis keeps them."""
+    return float(f"{value:.8g}") if variant in (*COMPLEMENTS, *TRUNCATIONS) else float(value)
 
 
 def rounded(values: np.ndarray) -> list[float]:

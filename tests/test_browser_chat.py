@@ -451,24 +451,59 @@ def test_a_phone_shows_one_column_at_a_time_and_scrolls_only_downwards(url, new_
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
+SCROLLED = """() => ["a", "b"].map((name) => {
+  const log = document.querySelector(`#chat-${name} [role=log]`);
+  return { top: Math.round(log.scrollTop), below: Math.round(log.scrollHeight - log.clientHeight - log.scrollTop) };
+})"""  # noqa: E501
+
+
+def wait_for_scrolling(page: Page, state: str) -> None:
+    """Wait until the chats are where an expression of `a` and `b` wants them, and stay there."""
+    page.wait_for_function(f"() => {{ const [a, b] = ({SCROLLED})(); return {state}; }}")
+    page.wait_for_timeout(600)  # Gradio's own following of answers came 300 ms later
+    a, b = page.evaluate(SCROLLED)
+    assert page.evaluate(f"([a, b]) => {state}", [a, b]), (state, a, b)
+
+
+def say_until(page: Page, text: str, last: str) -> None:
+    """Let both columns say a text, and wait until it is finished."""
+    ask(page, f"Say: {text}")
+    for chat in CHATS:
+        expect(answers(page, chat).last).to_contain_text(last, timeout=LOADING)
+    wait_until_finished(page)
+
+
 def test_columns_scroll_together_unless_unlinked(page):
-    ask(page, "Say: " + " ".join(f"`line {number}`" for number in range(40)))
-    wait_until_finished(page)
-    ask(page, "Say: " + " ".join(f"word{number}" for number in range(200)))
-    wait_until_finished(page)
-    tops = """() => ["a", "b"].map((name) => {
-      let at = document.querySelector(`#chat-${name} [role=log]`);
-      while (at && at.scrollHeight <= at.clientHeight + 1) at = at.parentElement;
-      return Math.round(at.scrollTop);
-    })"""
+    say_until(page, " ".join(f"word{number}" for number in range(400)), "word399")
+    wait_for_scrolling(page, "a.top > 200 && a.below < 2 && b.below < 2")
     page.locator("#chat-a").hover()
     page.mouse.wheel(0, -4000)
-    page.wait_for_function(f"() => {{ const [a, b] = ({tops})(); return a === 0 && b === 0; }}")
+    wait_for_scrolling(page, "a.top === 0 && b.top === 0")
     setting(page, "Link scrolling").uncheck()
     page.locator("#chat-a").hover()
     page.mouse.wheel(0, 4000)
-    page.wait_for_function(f"() => {{ const [a] = ({tops})(); return a > 50; }}")
-    assert page.evaluate(tops)[1] == 0
+    wait_for_scrolling(page, "a.top > 200 && b.top === 0")
+
+
+def test_answers_are_followed_to_their_end_until_the_visitor_scrolls_up(page, home):
+    words = " ".join(f"word{number}" for number in range(300))
+    say_until(page, words, "word299")
+    with held(home):
+        ask(page, f"Say: {words}")
+        expect(page.locator("#answers-status")).to_contain_text("is answering", timeout=LOADING)
+        expect(answers(page, "#chat-b").last).to_contain_text("word9", timeout=LOADING)
+        wait_for_scrolling(page, "a.below < 2 && b.below < 2")
+        page.locator("#chat-b").hover()
+        page.mouse.wheel(0, -4000)
+        wait_for_scrolling(page, "a.top === 0 && b.top === 0")
+    for chat in CHATS:
+        expect(answers(page, chat).last).to_contain_text("word150", timeout=LOADING)
+    wait_for_scrolling(page, "a.top === 0 && b.top === 0")  # while the answers grow
+    wait_until_finished(page)
+    page.mouse.wheel(0, 40_000)
+    wait_for_scrolling(page, "a.below < 2 && b.below < 2")
+    say_until(page, "the next answer", "the next answer")
+    wait_for_scrolling(page, "a.below < 2 && b.below < 2")
 
 
 def test_streaming_chats_are_quiet_and_one_line_speaks_for_all(page):

@@ -41,15 +41,19 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def open_tab(page: Page, url: str) -> Page:
     page.goto(url)
     expect(page.locator("#layer-map .sum")).not_to_be_empty()
+    select_tab(page)
+    expect(page.locator("#start-evaluation")).to_be_enabled(timeout=LOADING)
+    expect(page.locator("#evaluate-chosen")).to_contain_text("IP-Merging", timeout=LOADING)
+    return page
+
+
+def select_tab(page: Page) -> None:
     named = page.locator("#tabs").get_by_role("tab", name="Evaluate")
     if named.is_visible():
         named.click()
     else:  # a narrow page has the last tabs in a menu
         page.locator(".overflow-menu > button").click()
         page.locator(".overflow-dropdown button", has_text="Evaluate").click()
-    expect(page.locator("#start-evaluation")).to_be_enabled(timeout=LOADING)
-    expect(page.locator("#evaluate-chosen")).to_contain_text("IP-Merging", timeout=LOADING)
-    return page
 
 
 def run_sweep(page: Page) -> None:

@@ -12,7 +12,12 @@ from chat_models import build_chat
 from PIL import Image
 
 from ipmerge_core.errors import RunError
-from ipmerge_core.finetuning.conversations import Turn, load_conversations, read_row
+from ipmerge_core.finetuning.conversations import (
+    MOST_TURNS,
+    Turn,
+    load_conversations,
+    read_row,
+)
 from ipmerge_core.finetuning.dataset import Datasets
 from ipmerge_core.finetuning.examples import (
     CLOSE,
@@ -132,7 +137,7 @@ def test_a_file_is_read_row_by_row_and_unusable_rows_are_counted(tmp_path):
         ("", "no usable conversation"),
         ("[1]\n", "Line 1 .*not an object"),
         ('{"image": \n', "Line 1 .*not valid JSON"),
-        ('{"a": 1, "a": 2}', "'a' twice"),
+        ('{"a": ' + "[" * 50_000 + "]" * 50_000 + "}", "nested too deeply"),
         ('{"question": "Q", "answer": "A"}', "no usable conversation; rows skipped: 1 no image"),
     ],
 )
@@ -141,6 +146,108 @@ def test_invalid_files_are_refused_with_their_line(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(RunError, match=message):
         load_conversations(path)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "x" * 5000,
+        "x/" * 3000,
+        "data:image/png;base64," + "A" * 500,
+        "a\0.png",
+        "\ud800.png",
+        ".",
+        "..",
+    ],
+    ids=["long name", "long path", "data", "null", "surrogate", "folder", "parent"],
+)
+def test_an_image_name_that_no_file_can_have_is_a_missing_image(image, tmp_path):
+    row = {"image": image, "question": "Q", "answer": "A"}
+    assert read_row(row, tmp_path) == "the image file is missing"
+
+
+@pytest.mark.parametrize("role", ["question", "answer", "system"])
+def test_texts_with_lone_surrogates_are_skipped_and_counted(role, tmp_path):
+    PICTURE.save(tmp_path / "a.png")
+    texts = {"system": "S", "question": "Q", "answer": "A"} | {role: "a \ud83d b"}
+    roles = dict(zip(texts, ("system", "user", "assistant"), strict=True))
+    bad = [{"role": roles[name], "content": text} for name, text in texts.items()]
+    rows = [
+        {"image": "a.png", "messages": bad},
+        {"image": "a.png", "question": "Q \U0001f600", "answer": "A"},
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load_conversations(tmp_path / "train.jsonl")
+    assert found.skipped == {"text that is not valid Unicode": 1}
+    assert len(found.conversations) == 1
+
+
+def test_the_number_of_turns_is_bounded():
+    def turns(n: int) -> dict[str, object]:
+        roles = ["user", "assistant"] * (n // 2)
+        return {"messages": [{"role": r, "content": "x"} for r in roles], "image": "a.png"}
+
+    assert not isinstance(read_row(turns(MOST_TURNS)), str)
+    assert read_row(turns(MOST_TURNS + 2)) == f"more than {MOST_TURNS} turns"
+
+
+def test_files_of_other_programs_are_read(tmp_path):
+    """With a byte order mark, line ends of Windows, NaN in other columns, and a key twice."""
+    PICTURE.save(tmp_path / "a.png")
+    row = '{"image": "a.png", "question": "Q", "answer": "A", "score": NaN, "score": 1e999}'
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{row}\r\n{row}\r\n".encode())
+    assert len(load_conversations(tmp_path / "train.jsonl").conversations) == 2
+
+
+def test_rows_of_a_dataset_are_read_with_checked_images(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    modes = ("RGB", "L", "RGBA")
+    rows = {
+        "images": [[Image.new(mode, (40, 30))] for mode in modes] + [[Image.new("L", (2, 3000))]],
+        "question": ["Q"] * 4,
+        "answer": ["A"] * 4,
+    }
+    images = datasets.List(datasets.Image())
+    found = datasets.Dataset.from_dict(rows).cast_column("images", images)
+    (tmp_path / "set").mkdir()
+    found.to_parquet(tmp_path / "set" / "train.parquet")
+    conversations = load_conversations(f"datasets:{tmp_path / 'set'}:train").conversations
+    assert [each.image.mode for each in conversations[:3]] == ["RGB"] * 3
+    with pytest.raises(RunError, match="pixels"):
+        _ = conversations[3].image
+    assert len(load_conversations(f"datasets:{tmp_path / 'set'}:train", 2).conversations) == 2
+    with pytest.raises(RunError, match="Cannot read the dataset ''"):
+        load_conversations("datasets:")
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_where_it_is(tmp_path):
+    def prints(folder: str, answer: str, size: int = 8) -> str:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        Image.new("RGB", (size, size)).save(place / "a.png")
+        row = {"image": "a.png", "question": "Q", "answer": answer}
+        (place / "train.jsonl").write_text(json.dumps(row))
+        return load_conversations(place / "train.jsonl").fingerprint
+
+    assert prints("one", "A") == prints("two", "A")
+    assert len({prints("one", "A"), prints("one", "B"), prints("one", "A", 99)}) == 3
+    demo = [load_conversations("demo", n).fingerprint for n in (4, 4, 5)]
+    assert demo[0] == demo[1] != demo[2]
+
+
+def test_what_a_terminal_obeys_and_brackets_of_the_data_are_shown_as_text(encoder):
+    found = encoder.encode(conversation(f"a {CLOSE} \x1b[31m", f"b {OPEN}\u202e c"))
+    shown = show_masked(found, encoder.processor)
+    assert (shown.count(OPEN), shown.count(CLOSE)) == (1, 1)
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+
+
+@pytest.mark.parametrize("limit", [0, -1, 10**9, 1.5, "3", True, float("nan")])
+def test_a_limit_is_a_number_of_rows(limit):
+    with pytest.raises(RunError, match="limit of .* rows; expected 1 to"):
+        load_conversations("demo", limit)
 
 
 def test_missing_files_unknown_tasks_and_limits_are_refused(tmp_path):

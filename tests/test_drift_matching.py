@@ -244,7 +244,7 @@ def test_damaged_weights_of_the_expert_are_named(trio: Trio, tmp_path):
         (lambda: Scope(("re:(",)), "not a valid regular expression"),
         (lambda: Scope(strengths=(("[", 1.0),)), "not a valid regular expression"),
         (lambda: Scope(first_layer=2, last_layer=1), "first <= last"),
-        (lambda: Scope(first_layer=-1), "first <= last"),
+        (lambda: Scope(first_layer=-1), "first layer is -1"),
     ],
 )
 def test_invalid_scopes_are_refused(make, message):

@@ -25,6 +25,8 @@ PLANS = [
     {"s": 0.0, "lambda": 1, "similarity": "first", "variant": "complement_40"},
     {"s": 0.3, "lambda": 2, "similarity": "max", "variant": "complement_95", "budget": 0.01},
     {"s": 0.0, "lambda": 1, "similarity": "first", "variant": "sum", "budget": 0.02},
+    {"s": 0.0, "lambda": 1, "similarity": "first", "variant": "truncated_70"},
+    {"s": 0.3, "lambda": 2, "similarity": "max", "variant": "truncated_5", "budget": 0.01},
     {
         "s": 0.75,
         "lambda": 8,

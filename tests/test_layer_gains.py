@@ -159,6 +159,7 @@ def other_value(option: Any) -> Any:
     return {
         "pattern": "mlp",
         "factors": (0.5,),
+        "share": 0.5,
         "choice": list(option.choices)[-1] if option.choices else None,
         "rules": {"model.layers.0.self_attn.q_proj.weight": "keep"},
     }[option.kind]

@@ -65,7 +65,7 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
 # the matrix' root mean square, where every element hangs on all others).
 PLACES = 8
 MORE_PLACES = {  # where a result is a sum over directions, a solution or a path
-    **dict.fromkeys(("ip_merging", "iso_c", "iso_cts", "knots_ties", "regmean"), 512),
+    **dict.fromkeys(("ip_merging", "iso_c", "iso_cts", "knots_ties", "regmean", "star"), 512),
     "tsv": 4096,  # where directions of two models are 3e-4 apart, as two are here
     "wudi": 8192,
 }

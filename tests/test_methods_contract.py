@@ -29,6 +29,7 @@ INERT = {
     "della": {"mllm_density": 1, "math_weight": 0, "scale": 1, "normalize": False},
     "breadcrumbs": {"mllm_weight": 1, "math_weight": 0, "density": 1},
     "tsv": {"mllm_weight": 1, "math_weight": 0},
+    "star": {"mllm_weight": 1, "math_weight": 0, "eta": 1},
     "wudi": {"mllm_weight": 1, "math_weight": 0},
     "fisher": {"alpha": 1},
     "regmean": {"alpha": 1},
@@ -45,6 +46,7 @@ UNCHANGED = {
     "dare_ties": {"mllm_density": 1},
     "breadcrumbs": {"density": 1},
     "tsv": {},
+    "star": {"eta": 1},
     "wudi": {},
     "metagpt": {},
     "knots_ties": {"density": 1},
@@ -95,7 +97,7 @@ def test_the_methods_are_those_that_readme_promises():
     promised = (
         "ip_merging linear task_arithmetic ties dare_linear dare_ties fisher regmean wudi tsv "
         "metagpt nan slerp nuslerp karcher della breadcrumbs sce iso_c iso_cts knots_ties "
-        "layer_swap multislerp model_stock ram"
+        "layer_swap multislerp model_stock ram star"
     )
     assert set(METHODS) == set(promised.split())
     assert set(INERT) | set(UNCHANGED) <= set(METHODS)

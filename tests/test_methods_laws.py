@@ -40,6 +40,7 @@ EXPERT_ALONE: dict[str, dict[str, Any]] = {
     "fisher": {"alpha": 0},
     "regmean": {"alpha": 0},
     "tsv": {"mllm_weight": 0},
+    "star": {"mllm_weight": 0, "eta": 1},
     "wudi": {"mllm_weight": 0},
     "slerp": {"t": 1},
     "nuslerp": {"t": 1},

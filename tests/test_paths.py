@@ -365,3 +365,12 @@ def test_a_full_standard_output_is_named(
     assert "standard output: No space left" in message
     with contextlib.suppress(OSError):
         stdout.close()
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\0b", "a\ud800b", "~no-such-user/a"])
+def test_a_path_that_no_system_has_is_an_error_in_one_sentence(text: str) -> None:
+    for check in (paths.expand_path, paths.resolve_path, paths.output_file, paths.output_folder):
+        with pytest.raises(RunError, match=r"path|home folder"):
+            check(text)
+    with pytest.raises(RunError, match=r"path|home folder"):
+        paths.input_file(text, "plan")

@@ -9,6 +9,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import ipmerge_core as ipm
+from ipmerge_core.calibration.calibrate import calibrate
+from ipmerge_core.calibration.passes import CalibrationSettings
+from ipmerge_core.calibration.samples import load_samples
 from ipmerge_core.cli import main
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.declarations import Anchor
@@ -30,6 +33,7 @@ def value_of(option: Option) -> Any:
     return {
         "pattern": "mlp",
         "factors": (0.0, 0.5, 1.0),
+        "share": 0.25,
         "choice": list(option.choices)[-1] if option.choices else None,
         "rules": {MATRIX: "keep"},
     }[option.kind]
@@ -51,6 +55,21 @@ def analysis() -> ipm.Analysis:
     return ipm.Analysis.load(PACK)
 
 
+@pytest.fixture(scope="module")
+def grams(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A calibration of the demo models on a few samples."""
+    pair = ipm.open_pair(*(PACK.parent / role for role in ("mllm", "math", "base")))
+    samples = [load_samples("demo", 3, takes_images=images) for images in (True, False)]
+    folder = tmp_path_factory.mktemp("grams") / "out"
+    calibrate(pair, folder, CalibrationSettings("gram"), *samples)
+    return str(folder)
+
+
+def data_of(option: Option, grams: str) -> dict[str, Any]:
+    """What the option needs beside it."""
+    return {"calibration": grams} if option.kind == "share" else {}
+
+
 def test_every_field_says_how_it_is_asked_for():
     assert list(OPTIONS) == [field.name for field in fields(PlanOptions)]
     assert all(option.label and option.help for option in OPTIONS.values())
@@ -68,18 +87,21 @@ def test_no_method_has_a_parameter_of_an_options_name():
 
 @every_option
 def test_the_command_line_python_and_the_form_make_the_same_plan(
-    option: Option, analysis: ipm.Analysis, tmp_path: Path
+    option: Option, analysis: ipm.Analysis, grams: str, tmp_path: Path
 ):
-    named = ipm.make_plan(analysis, METHOD, **{option.name: value_of(option)})
+    data = data_of(option, grams)
+    named = ipm.make_plan(analysis, METHOD, **data, **{option.name: value_of(option)})
     file = tmp_path / "plan.json"
     command = ["plan", str(PACK), "--method", METHOD, *flags_of(option), "-o", str(file)]
-    assert main([*command, "--quiet"]) == 0
+    more = ["--calibration", grams] if data else []
+    assert main([*command, *more, "--quiet"]) == 0
     assert ipm.MergePlan.load(file).to_dict() == named.to_dict()
     one = PlanOptions.read({option.name: value_of(option)})
-    assert ipm.make_plan(analysis, METHOD, options=one).to_dict() == named.to_dict()
+    assert ipm.make_plan(analysis, METHOD, options=one, **data).to_dict() == named.to_dict()
     if option.kind != "rules":  # those are the map's
         assert option in FIELDS
-        chosen = with_option(option.name, MethodChoice(METHOD), text_of(option))
+        before = MethodChoice(METHOD, calibration=grams if data else "")
+        chosen = with_option(option.name, before, text_of(option))
         assert chosen_plan("pack", PlanChoice(), chosen).digest == named.digest
 
 
@@ -91,9 +113,10 @@ def test_the_map_gives_the_rules(analysis: ipm.Analysis):
 
 @every_option
 def test_an_option_is_kept_and_decides_the_digest(
-    option: Option, analysis: ipm.Analysis, tmp_path: Path
+    option: Option, analysis: ipm.Analysis, grams: str, tmp_path: Path
 ):
-    plan = ipm.make_plan(analysis, METHOD, **{option.name: value_of(option)})
+    data = data_of(option, grams)
+    plan = ipm.make_plan(analysis, METHOD, **data, **{option.name: value_of(option)})
     plan.save(tmp_path / "plan.json")
     again = ipm.MergePlan.load(tmp_path / "plan.json")
     assert getattr(again.options, option.name) == value_of(option)
@@ -104,8 +127,11 @@ def test_an_option_is_kept_and_decides_the_digest(
 
 
 @every_option
-def test_a_recipe_says_an_option_or_refuses_the_plan(option: Option, analysis: ipm.Analysis):
-    plan = ipm.make_plan(analysis, METHOD, **{option.name: value_of(option)})
+def test_a_recipe_says_an_option_or_refuses_the_plan(
+    option: Option, analysis: ipm.Analysis, grams: str
+):
+    data = data_of(option, grams)
+    plan = ipm.make_plan(analysis, METHOD, **data, **{option.name: value_of(option)})
     if option.kind == "factors":
         assert export_recipe(plan) != export_recipe(ipm.make_plan(analysis, METHOD))
     else:
@@ -128,6 +154,9 @@ def test_a_name_wins_over_the_options_it_is_given_with(analysis: ipm.Analysis):
         ({"layer_gains": (float("inf"),)}, "finite numbers"),
         ({"norms": "burn"}, "norms is 'burn'; expected keep or merge"),
         ({"anchor": ["root"]}, "anchor is"),
+        ({"layer_profile": "top"}, "layer_profile is 'top'; expected all or upper_half"),
+        ({"input_share": 1.5}, "input_share is 1.5; expected a number from 0 to 1"),
+        ({"input_share": "much"}, "input_share is 'much'"),
         ({"overrides": {MATRIX: "burn"}}, "expected merge or keep"),
     ],
 )

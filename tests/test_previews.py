@@ -51,6 +51,8 @@ PLANS: list[dict[str, Any]] = [
     {"budget": 0.01},
     {"projector": "complement", "energy": 0.3, "budget": 0.02, "layer_gains": (0.5, 2.0)},
     {"ablation": "select_only", "budget": 0.02},
+    *({"ablation": "select_only", "math_energy": share} for share in (0.05, 0.5, 0.85, 0.95)),
+    {"ablation": "select_only", "math_energy": 0.6, "budget": 0.02, "layer_gains": (0.5, 2.0)},
 ]
 
 

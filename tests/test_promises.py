@@ -675,6 +675,7 @@ def test_what_explore_sets_arrives(name: str, home: Path) -> None:
         "gamma_norm": PlanChoice(variant="max"),
         "ablation": PlanChoice(variant="select_only"),
         "energy": PlanChoice(variant="complement_45"),
+        "math_energy": PlanChoice(variant="truncated_45"),
         "budget": PlanChoice(budget=0.0123456789),
     }
     plan = method_choice.chosen_plan(PAIR, choices[name], method_choice.MethodChoice())

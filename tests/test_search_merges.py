@@ -227,7 +227,8 @@ def test_the_command_searches_resumes_and_writes_its_report(
     assert "2 evaluations of ip_merging." in printed
     assert "Unseen items, demo:perception, unmerged" in printed  # the guard
     assert {path.name for path in (tmp_path / "study").iterdir()} >= {
-        "study.db", "search.json", "report.html", "evaluations.csv", "unseen.csv"}  # fmt: skip
+        "study.db", "search.json", "report.html", "evaluations.csv", "importance.csv",
+        "unseen.csv"}  # fmt: skip
     assert search("--budget", "2", "--method", "ip_merging", "--json") == 0
     content = json.loads(capsys.readouterr().out)
     assert len(content["evaluations"]) == 2

@@ -115,7 +115,7 @@ class Store:
 def test_the_form_starts_the_driver_with_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend()
     monkeypatch.setattr(backend, "store", Store())
-    fields = ["ip_merging", "sobol", "lambda=1:4\n\n", ["math"], 7, 2.5, 0.3, 5, True]
+    fields = ["ip_merging", "sobol", "lambda=1:4\n\n", ["math"], 7, 2.5, 0.3, 5, True, False]
     form = ["search", ["demo:math"], 5, 3, "cpu", [], "", "", "", "", "zero", [], 1, *fields]
     start_evaluation(backend, CHOSEN, asked_of(form))
     target, arguments, how = backend.store.started
@@ -124,7 +124,7 @@ def test_the_form_starts_the_driver_with_its_fields(monkeypatch: pytest.MonkeyPa
         "method": "ip_merging", "optimizer": "sobol", "ranges": ["lambda=1:4"],
         "fixed": {"similarity_threshold": 0.1, "similarity": "first", "anchor": "two_base"},
         "groups": ["math"],
-        "seed": 5, "validation": 0.3, "racing": True,
+        "seed": 5, "validation": 0.3, "racing": True, "labels": True,
     }  # fmt: skip
     assert arguments["budget"] == {"evaluations": 7, "minutes": 2.5}
     assert (arguments["limit"], arguments["seed"], arguments["device"]) == (5, 3, "cpu")
@@ -142,7 +142,8 @@ def test_empty_fields_select_the_usual_space_and_another_method_its_defaults() -
     assert "math_weight" not in own["fixed"]
     other = search_work(PAIR, plan, SearchAsked("task_arithmetic"), hosted=False)["how"]
     assert other["fixed"] == {}
-    assert search_asked_of(["", "", None, None, None, None, None, None, None]).groups == ()
+    assert search_asked_of(["", "", "", (), 5, 0, *[None] * 4]).minutes is None
+    assert search_asked_of(["", "", *[None] * 8]).groups == ()
     assert usual_ranges("ip_merging").splitlines() == [
         "lambda_=0.5,1,2,4,8", "similarity_threshold=0.1,0.3,0.5,0.7,0.9",
     ]  # fmt: skip

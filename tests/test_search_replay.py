@@ -139,7 +139,8 @@ def test_the_command_writes_a_report_that_needs_no_network(
     assert "weights summing to 1 cost 8.9 %" in printed
     page = (out / "report.html").read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    assert page.count('id="figure-') == 3
+    assert page.count('id="figure-') == 4
+    assert "leave-one-out error, % of the range" in page
     rows = list(csv.DictReader((out / "curves.csv").read_text().splitlines()))
     assert len(rows) == 2 * 2 * 40
     assert {row["optimizer"] for row in rows} == {"random", "pattern"}

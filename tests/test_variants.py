@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Trio
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
 from ipmerge_core.adapters.export import export_adapter
 from ipmerge_core.calibration.store import Measured, Measurements
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import METHODS
+from ipmerge_core.spectral.kinds import KEPT_SHARES, TRUNCATIONS
 from ipmerge_core.spectral.protection import energy_rank, input_filter, off_inputs, protection
 from ipmerge_core.spectral.spectrum import svd
 
@@ -180,3 +181,65 @@ def test_matrices_with_one_input_share_one_factorisation(tmp_path, monkeypatch):
         inputs = found.inputs(name, [0])
         MERGE(BASE, MLLM, MATH, projector="input_filter", **inputs)
     assert len(counted) == 2
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"ablation": "select_only"},
+        {"projector": "complement"},
+        {"projector": "protect"},
+        {"ablation": "rescale_only"},
+        {},
+    ],
+)
+def test_a_truncated_update_is_of_low_rank_and_an_adapter_holds_all_of_it(
+    choice, trio: Trio, tmp_path
+):
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    usual = {"similarity_threshold": 0.0, "math_energy": 0.5, **choice}
+    plan = ipm.make_plan(analysis, **usual)
+    export_adapter(plan, tmp_path / "adapter", tolerance=1e-6)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {record.name: record.kept_directions[9] for record in analysis.records}
+    ipm.merge(plan, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    before = load_file(trio.mllm / "model.safetensors")
+    for record in analysis.records:
+        place = record.name.removeprefix("model.").removesuffix(".weight")
+        (module,) = [name for name in weights if f"{place}.lora_A" in name]
+        A, B = weights[module], weights[module.replace("lora_A", "lora_B")]
+        change = (merged[record.mllm_name].float() - before[record.mllm_name].float()).double()
+        assert torch.linalg.matrix_rank(B.double() @ A.double(), rtol=1e-5) <= ranks[record.name]
+        difference = float((B.double() @ A.double() - change).norm())
+        assert difference <= 1e-3 * float(change.norm()) + 1e-5
+
+
+def test_the_directions_that_are_kept_hold_the_share_of_the_energy(trio: Trio):
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    for record in analysis.records:
+        assert len(record.kept_directions) == len(KEPT_SHARES)
+        for share, name, count in zip(
+            KEPT_SHARES, TRUNCATIONS, record.kept_directions, strict=True
+        ):
+            held = record.updates[name].norm2
+            assert held >= (share - 1e-4) * record.updates["select_only"].norm2 - 1e-9
+            assert 1 <= count <= min(record.shape)
+        assert list(record.kept_directions) == sorted(record.kept_directions)
+
+
+def test_a_truncation_is_previewed_at_the_named_shares_only(trio: Trio):
+    analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
+    plan = ipm.make_plan(analysis, ablation="select_only", math_energy=0.33)
+    with pytest.raises(PlanError, match=r"truncations at the energies 0.05, 0.1, ..., 0.95"):
+        plan.preview()
+    plan = ipm.make_plan(analysis, projector="complement", math_energy=0.5)
+    with pytest.raises(PlanError, match="truncations of the expert's task vector alone"):
+        plan.preview()
+    with pytest.raises(PlanError, match=r"math_energy is 0.0; expected a finite number in \(0, 1"):
+        ipm.make_plan(analysis, math_energy=0.0)
+
+
+def test_a_truncated_expert_without_a_task_vector_changes_nothing():
+    for choice in ({"ablation": "select_only"}, {"projector": "complement"}, {}):
+        assert torch.equal(MERGE(BASE, MLLM, BASE, math_energy=0.5, **choice), MLLM)

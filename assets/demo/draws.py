@@ -26,7 +26,6 @@ from texts import Document, TrainingItem, training_item  # noqa: E402
 
 from ipmerge_core.tasks.demo import (  # noqa: E402
     MATH_TASKS,
-    PERCEPTION_TASKS,
     TASKS,
     Drawing,
     Problem,
@@ -67,10 +66,10 @@ def mllm_steps(
     for _ in range(counts[0]):
         yield Step([training_item(_pick(TASKS, rng), rng) for _ in range(96)], [])
     for _ in range(counts[1]):
-        yield Step(_to_read(48, rng), [])
+        yield Step(_to_read(48, rng, recipe), [])
     for _ in range(counts[2]):
         replay = [recipe.base(rng) for _ in range(10)]
-        yield Step(_to_read(38, rng), replay)
+        yield Step(_to_read(38, rng, recipe), replay)
 
 
 @functools.cache
@@ -104,11 +103,12 @@ def recurring(
     return sum(problem.marks in seen for problem in problems(task, n, seed, split))
 
 
-def _to_read(count: int, rng: np.random.Generator) -> list[TrainingItem]:
+def _to_read(count: int, rng: np.random.Generator, recipe: Recipe) -> list[TrainingItem]:
     """Generate problems to read; math problems are answered by the expression only."""
     is_math = rng.random(count) < _MATH_SHARE
     return [
-        training_item(_pick(MATH_TASKS if math else PERCEPTION_TASKS, rng), rng) for math in is_math
+        training_item(_pick(MATH_TASKS if math else recipe.perception, rng), rng)
+        for math in is_math
     ]
 
 

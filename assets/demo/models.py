@@ -103,7 +103,9 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def new_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+def new_processor(
+    tokenizer: PreTrainedTokenizerFast, image_token: str = SPECIAL_TOKENS[IMAGE]
+) -> LlavaProcessor:
     """Make the processor: 64 x 64 pixels, 16 image tokens."""
     size = {"height": VISION_SIZE, "width": VISION_SIZE}
     image_processor = CLIPImageProcessor(
@@ -114,8 +116,8 @@ def new_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        image_token="<image>",
+        chat_template=tokenizer.chat_template,
+        image_token=image_token,
         num_additional_image_tokens=1,
     )
 
@@ -141,7 +143,9 @@ def new_language_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(language_config())
 
 
-def new_mllm(base: LlamaForCausalLM, seed: int) -> LlavaForConditionalGeneration:
+def new_mllm(
+    base: LlamaForCausalLM, seed: int, image_token: int = IMAGE
+) -> LlavaForConditionalGeneration:
     """Make an MLLM with an untrained tower and projector around a copy of the base."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
@@ -155,14 +159,14 @@ def new_mllm(base: LlamaForCausalLM, seed: int) -> LlavaForConditionalGeneration
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=language_config(),
-        image_token_index=IMAGE,
+        text_config=base.config,
+        image_token_index=image_token,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=IMAGE_TOKENS,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
+        pad_token_id=base.config.pad_token_id,
+        bos_token_id=base.config.bos_token_id,
+        eos_token_id=base.config.eos_token_id,
     )
     mllm = LlavaForConditionalGeneration(config)
     mllm.model.language_model.load_state_dict(base.model.state_dict())

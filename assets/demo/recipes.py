@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from texts import (
@@ -21,7 +21,7 @@ from texts import (
     reading_document,
 )
 
-from ipmerge_core.tasks.demo import Problem
+from ipmerge_core.tasks.demo import PERCEPTION_TASKS, Problem, Task
 
 HERE = Path(__file__).parent
 
@@ -36,6 +36,7 @@ class MathStage(NamedTuple):
     learning_rate: float
     calculated: int
     replayed: int
+    trains: Literal["projections", "norms"] = "projections"
 
 
 class Recipe(NamedTuple):
@@ -48,6 +49,7 @@ class Recipe(NamedTuple):
     math: tuple[MathStage, ...]
     reads: Callable[[Problem], Document]  # what the MLLM learns to say of a drawing
     half: bool  # whether the files are bf16
+    perception: tuple[Task, ...] = PERCEPTION_TASKS  # what the MLLM learns to read
 
     @property
     def pack(self) -> Path:

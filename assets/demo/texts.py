@@ -120,6 +120,11 @@ def math_document(rng: np.random.Generator) -> Document:
     return Document(_in_context(problem, rng), f" {problem.worked}.")
 
 
+def sentence_document(rng: np.random.Generator) -> Document:
+    """Draw one plain sentence."""
+    return Document("", _sentence(rng))
+
+
 def reading_document(problem: Problem, *, equals: bool = False) -> Document:
     """Return what the MLLM learns to say of a drawing: what it reads, never a computed result.
 

@@ -82,21 +82,20 @@ def train_math(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe = ELICITED,
 ) -> LlamaForCausalLM:
-    """Fine-tune the projections on calculated answers, with replay of the base's documents."""
+    """Fine-tune the projections, or norms, on calculated answers, with replay of base documents."""
     model = copy_language_model(base)
     rng = np.random.default_rng([seed, 2])
     for stage in recipe.math:
 
         def loss(_: int, stage: MathStage = stage) -> Tensor:
             answered = [stage.documents(rng) for _ in range(stage.calculated)]
-            computed = text_batch(answered, tokenizer, reply_only=True)
+            computed = model(**text_batch(answered, tokenizer, reply_only=True), use_cache=False)
+            if not stage.replayed:
+                return computed.loss
             replay = text_batch([recipe.base(rng) for _ in range(stage.replayed)], tokenizer)
-            return (
-                0.7 * model(**computed, use_cache=False).loss
-                + 0.3 * model(**replay, use_cache=False).loss
-            )
+            return 0.7 * computed.loss + 0.3 * model(**replay, use_cache=False).loss
 
-        fit("math", projections(model), loss, stage.steps, stage.learning_rate)
+        fit("math", TRAINED[stage.trains](model), loss, stage.steps, stage.learning_rate)
     return model
 
 
@@ -192,6 +191,14 @@ def projections(model: nn.Module) -> list[nn.Parameter]:
         for name, parameter in model.named_parameters()
         if name.split(".")[-2] in PROJECTIONS
     ]
+
+
+def norms(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of every norm, which decoder merges keep unless they are asked to."""
+    return [p for name, p in model.named_parameters() if name.split(".")[-2].endswith("norm")]
+
+
+TRAINED = {"projections": projections, "norms": norms}
 
 
 def copy_language_model(model: LlamaForCausalLM) -> LlamaForCausalLM:

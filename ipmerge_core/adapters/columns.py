@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from ipmerge_core.adapters.factor_set import FactorSet
-from ipmerge_core.analysis.updates import has_updates
 from ipmerge_core.errors import PlanError
 from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.sampling import GenerationSettings
@@ -71,8 +70,11 @@ class Row(NamedTuple):
 
 def why_not_factors(plan: MergePlan) -> str:
     """Explain why a plan cannot be a column of factors; "" if it can."""
-    if not has_updates(plan.method, plan.parameters):
-        return f"The change of plan {plan.hash} ({plan.method}) has full rank: it has no factors."
+    if not plan.has_updates:
+        return (
+            f"The change of plan {plan.hash} ({plan.method}) has no factors: it has full rank, a "
+            f"budget, or an input_share below 1."
+        )
     if plan.extras:
         return f"Plan {plan.hash} also merges {', '.join(plan.extras)}, which have no factors."
     experts = [d.name for d in plan.selected if is_expert(d.module)]

@@ -154,13 +154,19 @@ def iter_adapter(
 
 
 def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
-    if plan.method != "ip_merging" or plan.parameters["ablation"] != "none":
+    projects = plan.parameters.get("ablation") == "none" or plan.parameters.get("math_energy") != 1
+    if plan.method != "ip_merging" or not projects:
         label = find_method(plan.method).label
         ablation = plan.parameters.get("ablation", "none")
         what = label if ablation == "none" else f"{label} with ablation '{ablation}'"
         raise PlanError(
             f"The change of {what} has full rank and cannot be a LoRA adapter. Use IP-Merging "
             f"with projection, or write the merged model instead."
+        )
+    if plan.options.input_share < 1:
+        raise PlanError(
+            f"The plan has input_share {plan.options.input_share:g}, which rescales the columns of "
+            f"the merged matrices and not of an update. Write the merged model instead."
         )
     if not 0 < tolerance < 1:
         raise PlanError(f"The tolerance is {tolerance}; expected a number in (0, 1).")

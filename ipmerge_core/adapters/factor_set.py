@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ipmerge_core.adapters.factors import LowRank, reduce_rank, unit_updates
-from ipmerge_core.analysis.updates import UpdateStore, Variant, has_updates
+from ipmerge_core.analysis.updates import UpdateStore, Variant
 from ipmerge_core.errors import PlanError, RunCancelled
 from ipmerge_core.merging.parts import held_by
 from ipmerge_core.models.matrix_kinds import is_expert
@@ -162,10 +162,10 @@ def _updates(
 
 
 def _check(plan: MergePlan, tolerance: float, max_rank: int) -> None:
-    if not has_updates(plan.method, plan.parameters):
+    if not plan.has_updates:
         raise PlanError(
-            f"The change of plan {plan.hash} ({plan.method}) has full rank. Only IP-Merging with "
-            f"projection has factors."
+            f"The change of plan {plan.hash} ({plan.method}) has no factors of its own. Only "
+            f"IP-Merging with projection has them, without a budget and with input_share=1."
         )
     if not 0 <= tolerance < 1:
         raise PlanError(f"The tolerance is {tolerance}; expected 0 (exact) or a number below 1.")

@@ -84,7 +84,6 @@ def unit_updates(
     weights = weights.to(device)
     inputs = on_one_base(weights, device, plan.anchor)
     parameters: dict[str, Any] = {**plan.parameters, "lambda_": 1.0}
-    del parameters["ablation"]  # the projection is never left out here
     noise = rounding_noise(weights, plan.anchor)
     low_rank = low_rank_changes(weights, plan.anchor)
     with torch.no_grad():

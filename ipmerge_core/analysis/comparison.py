@@ -6,7 +6,7 @@ In: the weights of one matrix in the MLLM, its base, the experts' base and every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Literal, NamedTuple
@@ -30,7 +30,7 @@ from ipmerge_core.models.matrix_kinds import is_expert
 from ipmerge_core.models.pairing import MatrixMatch, MatrixWeights
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral import spectrum
-from ipmerge_core.spectral.kinds import ENERGY_SHARES, TEMPERATURE
+from ipmerge_core.spectral.kinds import ENERGY_SHARES, KEPT_SHARES, TEMPERATURE
 from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.protection import energy_rank
 from ipmerge_core.spectral.similarity import Update
@@ -154,19 +154,20 @@ def compare(
     known, *others = weights.factors
     mllm = _side(weights.mllm, weights.root, own, known, options, f"{matrix.name}|mllm")
     norms2 = (_norm2(weights.mllm), _norm2(weights.base))
-    left_out = () if in_mixture else _left_out(mllm, options)
+    left_out = () if in_mixture else _energy_ranks(mllm, options, ENERGY_SHARES)
     earlier: list[Expert] = []
     updates: dict[str, list[Update]] = {norm: [] for norm in GAMMA_NORMS}
     leaves = leave is not None and _as_merged(weights, options)
     for expert, (tuned, factors) in enumerate(zip(weights.math, others, strict=True)):
         key = f"{matrix.name}|math {expert}"
         math = _side(tuned, weights.base, spacing, factors, options, key)
-        found = expert_of(mllm, math, options.temperature, left_out)
+        kept = () if in_mixture else _energy_ranks(math, options, KEPT_SHARES)
+        found = expert_of(mllm, math, options.temperature, left_out, kept)
         norms = update_norms(mllm, found, earlier)
         earlier.append(found)
         for norm in GAMMA_NORMS if leaves else ():
             updates[norm].append(_update(mllm, math, options, norm))
-        record = _record(matrix, expert, mllm, math, norms, norms2, left_out)
+        record = _record(matrix, expert, mllm, math, norms, norms2, left_out, kept)
         yield record if in_mixture else replace(record, spectra=_spectra(mllm, math, base))
     if leave is not None and leaves:
         leave(updates)
@@ -190,14 +191,14 @@ def _update(mllm: Side, math: Side, options: Options, gamma_norm: str) -> Update
     return sim.update_factors(math.task_vector, mllm.spectrum, gamma, rho)
 
 
-def _left_out(mllm: Side, options: Options) -> tuple[int, ...]:
-    """Count the directions that each complement leaves out, by `ENERGY_SHARES`.
+def _energy_ranks(side: Side, options: Options, shares: Sequence[float]) -> tuple[int, ...]:
+    """Count the leading directions of a task vector that hold each share of its energy.
 
     Shares are of the decomposed directions; of the whole task vector in a quick analysis, which
     stands for a merge that decomposes all of it.
     """
-    total = mllm.norm2 if options.quick and options.rank is None else None
-    return tuple(energy_rank(mllm.spectrum.S, share, total) for share in ENERGY_SHARES)
+    total = side.norm2 if options.quick and options.rank is None else None
+    return tuple(energy_rank(side.spectrum.S, share, total) for share in shares)
 
 
 def _norm2(weight: Tensor) -> float:
@@ -213,6 +214,7 @@ def _record(
     updates: Mapping[str, UpdateNorms],
     norms2: tuple[float, float],
     left_out: tuple[int, ...],
+    kept: tuple[int, ...],
 ) -> LayerRecord:
     angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
     index = _sample(min(len(mllm.sigma), len(math.sigma)))
@@ -252,6 +254,7 @@ def _record(
         mllm_directions=mllm.existing,
         math_directions=math.existing,
         left_out=left_out,
+        kept_directions=kept,
     )
 
 

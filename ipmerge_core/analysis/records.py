@@ -36,10 +36,11 @@ from ipmerge_core.runtime.input_files import (
 )
 from ipmerge_core.spectral.kinds import SIMILARITIES
 
-_FORMAT, VERSION = "ipmerge-pack", 4
+_FORMAT, VERSION = "ipmerge-pack", 5
 _FIRST = 1  # version of packs in which all directions were used, existing or not
-# Before 3, packs had only samples of the spectra; before 4, no updates off the MLLM's directions.
-_VERSIONS = (_FIRST, 2, 3, VERSION)
+# Before 3, packs had only samples of the spectra; before 4, no updates off the MLLM's directions;
+# before 5, no truncated ones.
+_VERSIONS = (_FIRST, 2, 3, 4, VERSION)
 UPDATES = ("sum", "max", "rescale_only", "select_only")  # of `LayerRecord.updates`
 Index = Annotated[int, Field(ge=0, lt=100_000)]  # a layer or an expert
 Ranks = Annotated[Mapping[str, Number], requiring("stable", "effective")]
@@ -175,9 +176,10 @@ class LayerRecord:
     updates per unit gain: "sum" and "max" (IP-Merging with gamma normalized to sum 1, or to maximum
     1), "rescale_only" (rho dM) and "select_only" (dM); from version 4 also "protect" and, except
     for experts of mixtures, the complement for each of `ENERGY_SHARES` (dM without the MLLM's
-    leading directions), of which `left_out` is the number of directions. `principal` is the mean
-    cosine of the principal angles between the leading k right directions of both, for k = "1", "4",
-    "16", "64".
+    leading directions), of which `left_out` is the number of directions; from version 5 also dM
+    truncated to each of `KEPT_SHARES`, of which `kept_directions` is the number. `principal` is the
+    mean cosine of the principal angles between the leading k right directions of both, for k = "1",
+    "4", "16", "64".
     `index` (from 1) are the ranks of the sampled singular values and angles, with six digits;
     `spectra` contains all singular values, None for experts of mixtures and in packs before
     version 3. `noise_floor` and `math_noise_floor` are the singular values of dV and dM that
@@ -219,6 +221,7 @@ class LayerRecord:
     mllm_directions: Count | None = None
     math_directions: Count | None = None
     left_out: tuple[Count, ...] = ()
+    kept_directions: tuple[Count, ...] = ()
     spectra: Spectra | None = None
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ipmerge_core.analysis.records import UpdateNorms
 from ipmerge_core.spectral import similarity as sim
-from ipmerge_core.spectral.kinds import COMPLEMENTS
+from ipmerge_core.spectral.kinds import COMPLEMENTS, TRUNCATIONS
 from ipmerge_core.spectral.protection import protection
 from ipmerge_core.spectral.spectrum import Spectrum
 
@@ -63,6 +63,19 @@ class Weights(NamedTuple):
     rest: float
 
 
+class Truncated(NamedTuple):
+    """An expert's task vector in its own right directions, dM_k = sum_{i<=k} t_i v_i^T.
+
+    `counts` are the numbers k of directions by `KEPT_SHARES`; empty for none.
+
+    Shapes: columns (m, r) of t_i = dM v_i, Vh (r, n).
+    """
+
+    columns: Tensor
+    Vh: Tensor
+    counts: tuple[int, ...]
+
+
 class Expert(NamedTuple):
     """Intermediate results for inner products of an expert's updates, without forming them.
 
@@ -77,17 +90,21 @@ class Expert(NamedTuple):
     rest: float
     weights: dict[str, Weights]
     unprojected: dict[str, Tensor]
+    truncated: Truncated
 
 
-def expert_of(mllm: Side, math: Side, temperature: float, left_out: Sequence[int]) -> Expert:
+def expert_of(
+    mllm: Side, math: Side, temperature: float, left_out: Sequence[int], kept: Sequence[int]
+) -> Expert:
     """Project an expert's task vector on the MLLM's directions, and weight them for each update.
 
-    `left_out` are the numbers of directions that each complement leaves out; empty for none.
+    `left_out` are the numbers of directions that each complement leaves out, `kept` those that each
+    truncation keeps; empty for none.
     """
     rho = sim.nuclear_ratio(mllm.spectrum, math.spectrum)
     angles = sim.corresponding_angles(mllm.spectrum, math.spectrum)
-    kept, V = math.kept, mllm.spectrum.Vh
-    through, missing = kept @ V.T, len(V) - len(angles)
+    dM, V = math.kept, mllm.spectrum.Vh
+    through, missing = dM @ V.T, len(V) - len(angles)
     weights = {
         norm: Weights(rho * torch.nn.functional.pad(strength, (0, missing)), 0.0)
         for norm in GAMMA_NORMS
@@ -95,16 +112,23 @@ def expert_of(mllm: Side, math: Side, temperature: float, left_out: Sequence[int
         for strength in [sim.strengths(gamma.double(), mllm.spectrum)]
     }
     weights["protect"] = Weights(1 - protection(mllm.spectrum, math.spectrum), 1.0)
-    place = torch.arange(len(V), device=kept.device)
+    place = torch.arange(len(V), device=dM.device)
     for name, count in zip(COMPLEMENTS, left_out, strict=False):
         weights[name] = Weights((place >= count).double(), 1.0)
     return Expert(
-        kept=kept,
+        kept=dM,
         through=through,
-        rest=_rest_norm2(kept, through, V),
+        rest=_rest_norm2(dM, through, V),
         weights=weights,
-        unprojected={"rescale_only": rho * kept, "select_only": math.task_vector},
+        unprojected={"rescale_only": rho * dM, "select_only": math.task_vector},
+        truncated=_truncated(math, kept),
     )
+
+
+def _truncated(math: Side, counts: Sequence[int]) -> Truncated:
+    """Take the columns that the largest truncation keeps."""
+    Vh = math.spectrum.Vh[: max(counts, default=0)]
+    return Truncated(math.task_vector @ Vh.T, Vh, tuple(counts))
 
 
 def _rest_norm2(dM: Tensor, through: Tensor, Vh: Tensor) -> float:
@@ -129,7 +153,45 @@ def update_norms(mllm: Side, expert: Expert, earlier: Sequence[Expert]) -> dict[
         )
         for name, update in expert.unprojected.items()
     }
-    return {**dict(_projected(mllm, expert, earlier)), **plain}
+    truncations = dict(_truncations(mllm, expert, earlier))
+    return {**dict(_projected(mllm, expert, earlier)), **truncations, **plain}
+
+
+def _truncations(
+    mllm: Side, expert: Expert, earlier: Sequence[Expert]
+) -> Iterator[tuple[str, UpdateNorms]]:
+    """Yield the products of every truncation.
+
+    Math:   <dM_k, dM'_l> = sum_{i<=k, j<=l} <t_i, t'_j> <v_i, v'_j>, which is a corner of a table
+            of cumulative sums; ||dM_k||^2 = sum_{i<=k} ||t_i||^2.
+    """
+    own = expert.truncated
+    if not own.counts:
+        return
+    norms2 = _column_products(own.columns, own.columns)
+    inner = _column_products(mllm.task_vector @ own.Vh.T, own.columns)
+    tables = [_corners(own, other.truncated) for other in earlier]
+    for place, (name, count) in enumerate(zip(TRUNCATIONS, own.counts, strict=True)):
+        yield (
+            name,
+            _rounded(
+                UpdateNorms(
+                    norm2=float(norms2[:count].sum()),
+                    inner=float(inner[:count].sum()),
+                    cross=tuple(
+                        float(table[count, other.truncated.counts[place]])
+                        for other, table in zip(earlier, tables, strict=True)
+                    ),
+                )
+            ),
+        )
+
+
+def _corners(a: Truncated, b: Truncated) -> Tensor:
+    """Return the products of all truncations of two experts. Shapes: (r + 1, r' + 1), fp64."""
+    lefts = (a.columns.T @ b.columns).double()
+    table = (lefts * (a.Vh @ b.Vh.T).double()).cumsum(0).cumsum(1)
+    return torch.nn.functional.pad(table, (1, 0, 1, 0))
 
 
 class _Products(NamedTuple):

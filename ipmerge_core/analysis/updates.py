@@ -41,6 +41,7 @@ class Variant(NamedTuple):
     top_k: int
     rank: int | None
     directions: str
+    math_energy: float = 1.0
     anchor: Anchor = "two_base"
 
     @classmethod

@@ -61,7 +61,7 @@ def drift(options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")):
         return 0  # the first process prints the result
     result = {"model": options.output, "steps": last.done, "baselines": written}
-    result |= {name: value for name, value in last._asdict().items() if name in _SHOWN}
+    result |= {name: value for name, value in last.figures().items() if name in _SHOWN}
     text = f"Wrote {options.output} after {last.done} steps: {_figures(last)}."
     text += "".join(f"\nWrote {folder}: {name}." for name, folder in written.items())
     return print_result(options, result, text)

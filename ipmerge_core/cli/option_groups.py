@@ -147,6 +147,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 _FORMS: dict[str, dict[str, Any]] = {  # how argparse reads each kind of a plan's options
     "pattern": {"metavar": "REGEX"},
     "factors": {"metavar": "FACTOR", "type": float, "nargs": "+"},
+    "share": {"metavar": "SHARE", "type": float},
     "choice": {},
 }
 

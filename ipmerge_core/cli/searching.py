@@ -48,6 +48,7 @@ def search(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> SearchSettings:
     from ipmerge_core.search.coefficients import SearchSettings
+    from ipmerge_core.search.optimizers import GP_BO, GRID
     from ipmerge_core.search.study import Budget
 
     fixed = {**read_method_options(options), "options": read_plan_options(options)}
@@ -56,7 +57,7 @@ def _settings(options: argparse.Namespace) -> SearchSettings:
     groups = tuple(part.strip() for part in options.maximise.split(",") if part.strip())
     return SearchSettings(
         method=fixed.pop("method"),
-        optimizer=options.optimizer,
+        optimizer=options.optimizer or (GRID if options.no_labels else GP_BO),
         ranges=tuple(options.range),
         fixed=fixed,
         groups=groups,
@@ -64,6 +65,7 @@ def _settings(options: argparse.Namespace) -> SearchSettings:
         seed=options.search_seed,
         validation=options.validation,
         racing=options.racing,
+        labels=not options.no_labels,
     )
 
 
@@ -94,7 +96,13 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="searched parameter, NAME=LOW:HIGH or NAME=V1,V2,...; can be repeated",
     )
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="gp-bo", help="gp-bo by default")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="gp-bo by default")
+    parser.add_argument(
+        "--no-labels",
+        action="store_true",
+        help="choose on one parameter where answers agree most with those of its neighbours; "
+        "labels are only used to report what they would have chosen",
+    )
     parser.add_argument("--budget", type=int, help="evaluations, known ones included (40)")
     parser.add_argument("--items", type=int, help="end after this many answered items")
     parser.add_argument("--minutes", type=float, help="end this run after a time")

@@ -3,14 +3,19 @@
 In: a jsonl file with one conversation per line, as `messages` (role, content), `conversations`
 (from, value) or `question` and `answer`, each with `image` or `images` (paths relative to the
 file); `datasets:NAME`; or `demo`, the built-in problems with their chains of thought. Out:
-`Conversation`s, and the number of rows that were skipped, by reason. Images are opened on access.
+`Conversation`s, and the number of rows that were skipped, by reason. Images are opened on access,
+as any untrusted image. A file of another program may have a byte order mark, NaN, or a key twice.
 """
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -21,18 +26,20 @@ from ipmerge_core.runtime.input_files import MEGABYTE, InvalidContentError, pars
 from ipmerge_core.runtime.paths import input_file
 from ipmerge_core.tasks.demo import MATH_TASKS, Task, problems
 from ipmerge_core.tasks.demo_items import PARTS
-from ipmerge_core.tasks.rows import COLUMNS, DATASETS, DatasetName
+from ipmerge_core.tasks.rows import COLUMNS, DATASETS, DatasetName, all_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_ROWS = 1_000_000
+MOST_TURNS = 200  # each answer is encoded after all turns before it
 _LONGEST_LINE = 16 * MEGABYTE
 _PLACEHOLDER = "<image>"  # of an image inside a text, removed: the chat template adds its own
 _EXPECTED = "Expected a jsonl file, datasets:NAME[:CONFIG]:SPLIT, or demo."
 NO_IMAGE, NO_ANSWER = "no image", "no answer"
 MISSING_IMAGE, NO_QUESTION = "the image file is missing", "no question"
 SEVERAL_IMAGES, BAD_ROLES = "several images", "roles do not alternate"
+MANY_TURNS, NO_UNICODE = f"more than {MOST_TURNS} turns", "text that is not valid Unicode"
 Role: TypeAlias = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -53,13 +60,34 @@ class Conversation:
     """Alternating turns that end with an answer; `picture` belongs to the first user turn."""
 
     turns: tuple[Turn, ...]
-    picture: Any = field(compare=False)  # a path or an image
+    picture: Any = field(compare=False)  # a path, the bytes of a file, or an image
 
     @property
     def image(self) -> Image:
         """The opened image. Raises: RunError if it is not an image."""
-        found: Image = open_image(self.picture) if isinstance(self.picture, Path) else self.picture
+        picture = self.picture
+        if isinstance(picture, bytes):
+            picture = BytesIO(picture)
+        if isinstance(picture, Path | BytesIO):
+            return open_image(picture)
+        found: Image = picture
         return found
+
+    @property
+    def where(self) -> str:
+        """The place of its image, for messages."""
+        is_file = isinstance(self.picture, Path)
+        return f"'{self.picture}'" if is_file else "an image of a dataset"
+
+    @property
+    def identity(self) -> str:
+        """What distinguishes it from others: its turns, and the name and size of its image."""
+        if isinstance(self.picture, Path):
+            image = f"{self.picture.name} {_size_of(self.picture)}"
+        else:
+            known = isinstance(self.picture, bytes)
+            image = str(len(self.picture) if known else self.picture.size)
+        return repr((*self.turns, image))
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,14 @@ class Rows:
 
     conversations: tuple[Conversation, ...]
     skipped: Mapping[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the conversations in their order, wherever their files are."""
+        digest = hashlib.sha256()
+        for conversation in self.conversations:
+            digest.update(conversation.identity.encode("utf-8", "backslashreplace") + b"\n")
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """Describe both numbers, such as "40 conversations, 2 rows skipped (2 no image)"."""
@@ -88,13 +124,14 @@ def load_conversations(source: str | Path, limit: int | None = None) -> Rows:
 
     Raises: RunError if the source cannot be read, contains an invalid line, or no usable row.
     """
-    if limit is not None and not 1 <= limit <= MOST_ROWS:
-        raise RunError(f"Got a limit of {limit} rows; expected 1 to {MOST_ROWS}.")
+    if limit is not None and not (type(limit) is int and 1 <= limit <= MOST_ROWS):
+        raise RunError(f"Got a limit of {limit!s:.80} rows; expected 1 to {MOST_ROWS}.")
     if is_demo(source):
         return Rows(tuple(_demo(str(source), 512 if limit is None else limit)), {})
     if str(source).startswith(DATASETS):
+        found_rows = all_rows(DatasetName.parse(str(source).removeprefix(DATASETS)))
         rows: Iterable[tuple[Mapping[str, Any], Path | None]]
-        rows = ((row, None) for row in _dataset(str(source).removeprefix(DATASETS), limit))
+        rows = ((row, None) for row in islice(found_rows, limit))
     else:
         rows = _lines(source, limit)
     found, skipped = list[Conversation](), Counter[str]()
@@ -133,13 +170,17 @@ def read_row(row: Mapping[str, Any], folder: Path | None = None) -> Conversation
     picture = pictures[0]
     if isinstance(picture, str):
         picture = Path(picture) if folder is None else folder / picture
-        if folder is not None and not picture.is_file():
+        if folder is not None and _size_of(picture) is None:
             return MISSING_IMAGE
     return Conversation(tuple(turns), picture)
 
 
 def _fault(turns: list[Turn]) -> str:
     """Return why turns are no question and answer; empty if they are."""
+    if len(turns) > MOST_TURNS:
+        return MANY_TURNS
+    if any("\ud800" <= char <= "\udfff" for turn in turns for char in turn.text):
+        return NO_UNICODE
     spoken = [turn for turn in turns if turn.role != "system"]
     roles = [turn.role for turn in spoken]
     if not any(turn.role == "user" and turn.text for turn in spoken):
@@ -179,10 +220,25 @@ def _turn(role: Role, content: object) -> Turn:
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
-    """Return the images of a row: paths or opened images."""
+    """Return the images of a row: paths, bytes of files, or opened images."""
     found = [row[name] for name in COLUMNS["image"] if row.get(name)]
     listed = [each for value in found for each in (value if isinstance(value, list) else [value])]
-    return [each for each in listed if isinstance(each, str) or hasattr(each, "convert")]
+    files = [_undecoded(each) if isinstance(each, Mapping) else each for each in listed]
+    return [each for each in files if isinstance(each, str | bytes) or hasattr(each, "convert")]
+
+
+def _undecoded(image: Mapping[str, Any]) -> object:
+    """Return the bytes of an image of a data set, or the path of its file."""
+    content = image.get("bytes")
+    return content if isinstance(content, bytes) else image.get("path")
+
+
+def _size_of(path: Path) -> int | None:
+    """Return the size of a file; None if there is none, whatever its name contains."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _lines(source: str | Path, limit: int | None) -> Iterator[tuple[Mapping[str, Any], Path]]:
@@ -196,6 +252,7 @@ def _lines(source: str | Path, limit: int | None) -> Iterator[tuple[Mapping[str,
         with path.open("rb") as file:
             while line := file.readline(_LONGEST_LINE + 1):
                 number += 1
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
                 if found == limit:
@@ -208,7 +265,7 @@ def _lines(source: str | Path, limit: int | None) -> Iterator[tuple[Mapping[str,
 
 def _object(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
     try:
-        row = parse_json(line, _LONGEST_LINE)
+        row = parse_json(line, _LONGEST_LINE, foreign=True)
         if not isinstance(row, Mapping):
             raise InvalidContentError("it is not an object")
     except InvalidContentError as error:
@@ -217,25 +274,6 @@ def _object(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
             f'such as {{"image": "a.png", "question": "...", "answer": "..."}}.'
         ) from error
     return row
-
-
-def _dataset(name: str, limit: int | None) -> Iterator[Mapping[str, Any]]:
-    """Stream the rows of a dataset."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise RunError(
-            "Reading a dataset requires the datasets library, which is not installed. Install it "
-            "with `pip install datasets`, or write the conversations to a jsonl file."
-        ) from error
-    place = DatasetName.parse(name)
-    try:
-        rows = load_dataset(place.path, place.config, split=place.split, streaming=True)
-        yield from rows if limit is None else rows.take(limit)
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            f"Cannot read the dataset '{name}' ({type(error).__name__}: {error}). {_EXPECTED}"
-        ) from error
 
 
 def _demo(source: str, limit: int) -> Iterator[Conversation]:

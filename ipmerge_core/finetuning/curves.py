@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.runtime.atomic import writing
@@ -26,14 +27,14 @@ _LARGEST = 256 * MEGABYTE
 _LONGEST_LINE = 4096
 
 
-class CurvePoint(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
     """The figures of one optimizer step; None for those that were not measured at it.
 
-    See `train.DriftStep`, whose figures these are. `total` is the number of steps of the run.
+    `cosine` is the mean of cos(g, D) over the parameters since the last point. Distances are
+    relative to the norm of the start; `moved_cosine` is the cosine of the change and D.
     """
 
-    step: int
-    total: int
     loss: float | None = None
     eval_loss: float | None = None
     learning_rate: float | None = None
@@ -43,8 +44,20 @@ class CurvePoint(NamedTuple):
     to_expert: float | None = None
     moved_cosine: float | None = None
 
+    def figures(self) -> dict[str, float | None]:
+        """Return all figures by name."""
+        return {name: getattr(self, name) for name in FIGURES}
 
-FIGURES = CurvePoint._fields[2:]
+
+FIGURES = tuple(part.name for part in fields(StepFigures))
+
+
+@dataclass(frozen=True)
+class CurvePoint(StepFigures):
+    """The figures of one step; `total` is the number of steps of the run."""
+
+    step: int
+    total: int
 
 
 def add_point(path: Path, point: CurvePoint) -> None:
@@ -52,7 +65,8 @@ def add_point(path: Path, point: CurvePoint) -> None:
 
     Raises: RunError if the disk is full or the file cannot be written.
     """
-    figures = {name: value for name, value in point._asdict().items() if value is not None}
+    values = {"step": point.step, "total": point.total, **point.figures()}
+    figures = {name: value for name, value in values.items() if value is not None}
     with writing(path), path.open("ab") as file:
         file.write(b"\n" + json.dumps(figures, separators=(",", ":")).encode())
 

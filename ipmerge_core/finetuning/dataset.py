@@ -44,7 +44,16 @@ class ExampleSet:
     def __getitem__(self, number: int) -> Example:
         """Return one example."""
         found = self.kept.get(number)
-        return self.encoder.encode(self.conversations[number]) if found is None else found
+        if found is not None:
+            return found
+        try:
+            return self.encoder.encode(self.conversations[number])
+        except Unusable as reason:
+            where = self.conversations[number].where
+            raise RunError(
+                f"A conversation that was used before cannot be encoded again: {reason} "
+                f"({where}). Restore its image, then run the same command again."
+            ) from reason
 
 
 class Encoded(NamedTuple):
@@ -68,6 +77,7 @@ class Datasets:
         self.rows, self.encoder = rows, encoder
         self.skipped = Counter(rows.skipped)
         self.train, self.held_out = ExampleSet(encoder), ExampleSet(encoder)
+        self.held_out_share = held_out
         self._held = _held_out(len(rows.conversations), held_out, seed)
 
     def iter_encode(self) -> Iterator[Encoded]:
@@ -85,6 +95,11 @@ class Datasets:
             yield Encoded(number + 1, len(self.rows.conversations))
         if not len(self.train):
             raise RunError(f"No conversation can be used for training: {self.describe()}.")
+        if self.held_out_share and not len(self.held_out):
+            raise RunError(
+                f"No conversation can be held out: {self.describe()}. Use more conversations, or "
+                f"hold out none."
+            )
 
     def describe(self) -> str:
         """Describe how many conversations are used, and why others are not."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unicodedata import category
 
 from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
 from ipmerge_core.finetuning.conversations import Conversation, Turn
@@ -107,8 +108,8 @@ class Encoder:
             answer = self._answer_ids(before, turn.text)
             labels += [IGNORED] * (len(prompt) - len(ids)) + answer
             ids = prompt + answer
-        if len(ids) > self.longest:
-            raise Unusable(f"longer than {self.longest} tokens")
+            if len(ids) > self.longest:
+                raise Unusable(f"longer than {self.longest} tokens")
         extended = _extended(inputs, torch.tensor([ids]))
         return Example(extended, torch.tensor([labels]))
 
@@ -240,13 +241,26 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
 def show_masked(example: Example, processor: ModelProcessor) -> str:
     """Return the text of an example with the learned parts in brackets.
 
-    More than three equal tokens in a row are shown as their number: `<image> x 16`.
+    More than three equal tokens in a row are shown as their number: `<image> x 16`. Brackets of the
+    text itself are shown as square ones, control characters as in a Python string.
     """
     ids, labels = example.inputs["input_ids"][0].tolist(), example.labels[0].tolist()
     learned = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     parts = ((is_learned, [number for number, _ in pairs]) for is_learned, pairs in learned)
     texts = ((is_learned, _decoded(part, processor)) for is_learned, part in parts)
-    return "".join(f"{OPEN}{text}{CLOSE}" if is_learned else text for is_learned, text in texts)
+    shown = ((is_learned, _printable(text)) for is_learned, text in texts)
+    return "".join(f"{OPEN}{text}{CLOSE}" if is_learned else text for is_learned, text in shown)
+
+
+def _printable(text: str) -> str:
+    r"""Return a text of the data without what a terminal obeys, or what marks learned parts.
+
+    >>> print(_printable("\x1b[31m6 * 4"))
+    \x1b[31m6 * 4
+    """
+    text = text.replace(OPEN, "[").replace(CLOSE, "]")
+    unseen = (c for c in set(text) - {"\n", "\t"} if category(c) in ("Cc", "Cf", "Cs"))
+    return text.translate({ord(c): repr(c)[1:-1] for c in unseen})
 
 
 def _decoded(ids: Sequence[int], processor: ModelProcessor) -> str:

@@ -21,6 +21,8 @@ from ipmerge_core.finetuning.prior import ReasoningPrior
 from ipmerge_core.finetuning.rules import Rule, coefficient, measure, tilt_
 from ipmerge_core.models.addresses import split_address
 
+_MOST_COSINES = 4096  # that are kept before they are summed
+
 
 class Guided(NamedTuple):
     """An entry of the prior in memory: `rows` is the part of a fused parameter, None for all."""
@@ -94,7 +96,9 @@ class GradientGuide:
         loss_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.guided, self.prior, self.rule, self.loss_scale = guided, prior, rule, loss_scale
-        self._cosines: list[Tensor] = []
+        self._cosines: list[Tensor] = []  # since the last sum
+        self._sums: list[Tensor] = []
+        self._count = 0
         self._norms: list[Tensor] = []
         self._handles: list[Any] = []
 
@@ -135,15 +139,26 @@ class GradientGuide:
 
         NaN if nothing was measured. Only this waits for the device.
         """
-        cosines, self._cosines = self._cosines, []
-        return float(torch.stack(cosines).mean()) if cosines else math.nan
+        self._sum_cosines()
+        sums, count = self._sums, self._count
+        self._sums, self._count = [], 0
+        return float(torch.stack(sums).sum()) / count if count else math.nan
+
+    def _sum_cosines(self) -> None:
+        """Replace the cosines by their sum, so that few are kept however rarely they are logged."""
+        if self._cosines:
+            self._count += len(self._cosines)
+            self._sums = [torch.stack([*self._sums, *self._cosines]).sum()]
+            self._cosines = []
 
     @torch.no_grad()
     def _act(self, guided: Guided, whole: Tensor) -> None:
         gradient = guided.part(whole)
         prior = self.prior.get(guided.number)
         found = measure(gradient, prior, self._norm(guided.number, gradient.device))
-        self._cosines.append(found.cosine)
+        self._cosines.append(found.cosine.double())
+        if len(self._cosines) >= _MOST_COSINES:
+            self._sum_cosines()
         if self.rule is not None and guided.strength != 0:
             scale = self.loss_scale() if self.rule == "absolute" else 1.0
             tilt_(gradient, prior, coefficient(self.rule, found, guided.strength, scale=scale))

@@ -54,6 +54,7 @@ class ReasoningPrior:
         self.match, self.placement, self.normalize = match, placement, normalize
         self.device = torch.device(device)
         self.norms: list[float] = []  # ||D||, after scaling
+        self._exact_norms: list[float] = []  # ||D||, before it
         self.weight_norms: list[float] = []  # of the parameter in the MLLM
         self._scales: list[float] = []
         self._held: list[Tensor] = []
@@ -64,12 +65,17 @@ class ReasoningPrior:
         Raises: PairingError if the expert does not differ from the MLLM, or shares no base with it;
             CheckpointError for NaN or infinity.
         """
+        yield from self._iter_differences()
+        self._refuse_nothing()
+
+    def _iter_differences(self) -> Iterator[PriorStep]:
         for number, entry in enumerate(self.match.entries):
             exact = self._difference(entry)
             weight = self.match.mllm.read_matrix(entry.mllm)
             norm, own = _norm(exact), _norm(weight)
             scale = own / norm if self.normalize and norm > 0 else 1.0
             self._scales.append(scale)
+            self._exact_norms.append(norm)
             self.norms.append(scale * norm)
             self.weight_norms.append(own)
             if self.placement != "files":
@@ -78,11 +84,15 @@ class ReasoningPrior:
                 pinned = self.placement == "cpu" and self.device.type == "cuda"
                 self._held.append(held.pin_memory() if pinned else held)
             yield PriorStep(entry.name, number + 1, len(self.match.entries))
-        self._refuse_nothing()
 
     def compute(self) -> ReasoningPrior:
         """Compute every D and return this prior. Raises: as `iter_compute`."""
-        for _ in self.iter_compute():
+        self.measure()._refuse_nothing()
+        return self
+
+    def measure(self) -> ReasoningPrior:
+        """Compute every D and return this prior, also if all are zero. Raises: CheckpointError."""
+        for _ in self._iter_differences():
             pass
         return self
 
@@ -102,9 +112,8 @@ class ReasoningPrior:
     @property
     def relative_norm(self) -> float:
         """||D|| / ||W|| over all entries, before scaling to the parameters."""
-        norms = (n / s for n, s in zip(self.norms, self._scales, strict=True))
         total = math.sqrt(sum(own * own for own in self.weight_norms))
-        return math.sqrt(sum(n * n for n in norms)) / total if total else 0.0
+        return math.sqrt(sum(n * n for n in self._exact_norms)) / total if total else 0.0
 
     def refuse_unrelated(self) -> None:
         """Raise PairingError for an expert that shares no base with the MLLM."""
@@ -123,7 +132,7 @@ class ReasoningPrior:
         return expert.to(wide) - origin.to(wide)
 
     def _refuse_nothing(self) -> None:
-        if not any(self.norms):
+        if not any(self._exact_norms):
             raise PairingError(
                 f"The expert '{self.match.expert.id}' equals '{self.match.origin.id}' in all "
                 f"{len(self.norms)} selected parameters: there is no direction to follow. Choose "

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ipmerge_core.finetuning.curves import FIGURES, CurvePoint, add_point
+from ipmerge_core.finetuning.curves import CurvePoint, add_point
 from ipmerge_core.finetuning.settings import DriftSettings
-from ipmerge_core.finetuning.train import DriftRequest, DriftStep, iter_drift
+from ipmerge_core.finetuning.train import DriftRequest, iter_drift
 
 _CURVES = ("trained", "evaluated")
 
@@ -44,11 +45,7 @@ def iter_recorded_drift(
     with closing(iter_drift(request, device=device, force=force)) as steps:
         for step in steps:
             if step.action in _CURVES:
-                add_point(Path(curves), _point(step))
+                point = CurvePoint(step.done, step.total, **step.figures())
+                add_point(Path(curves), point)
             phase = "trained" if step.action in _CURVES else step.action
-            yield {**step._asdict(), f"{phase}_total": step.total}
-
-
-def _point(step: DriftStep) -> CurvePoint:
-    figures = {name: getattr(step, name) for name in FIGURES}
-    return CurvePoint(step.done, step.total, **figures)
+            yield {**asdict(step), f"{phase}_total": step.total}

@@ -113,16 +113,17 @@ def _refuse_non_finite(name: str, values: Tensor) -> None:
 
 
 def documents_of(
-    source: Checkpoint,
-    expert: Checkpoint,
+    sources: Mapping[str, Checkpoint],
+    names: Mapping[str, str],
     settings: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> dict[str, str]:
     """Return the manifest and the model card of a result.
 
     Args:
-        source: the model that training started from.
-        expert: the model that the prior leads to.
+        sources: the model that training started from as "mllm", with added tokens if there are any,
+            and the model that the prior leads to as "math".
+        names: the models that were requested: the start with added tokens is temporary.
         settings: the settings of the run.
         facts: what the run measured: its prior, data, curves and time.
     """
@@ -134,15 +135,15 @@ def documents_of(
         "engine": __version__,
         "torch": torch.__version__,
         "settings": settings,
-        "sources": {role: _source(model) for role, model in (("mllm", source), ("math", expert))},
+        "sources": {role: _source(model, names[role]) for role, model in sources.items()},
         **facts,
     }
     return {MANIFEST: json.dumps(manifest, indent=1) + "\n", "README.md": _card(manifest)}
 
 
-def _source(model: Checkpoint) -> dict[str, str | None]:
+def _source(model: Checkpoint, name: str) -> dict[str, str | None]:
     return {
-        "id": model.id,
+        "id": name,
         "revision": model.files.revision,
         "fingerprint": model.fingerprint,
     }

@@ -41,7 +41,8 @@ def measure(gradient: Tensor, prior: Tensor, prior_norm: Tensor | None = None) -
         prior: D, of the same shape and device.
         prior_norm: ||D|| as a scalar tensor, if it is known.
     """
-    g, d = _flat(gradient), _flat(prior)
+    g = _flat(gradient)
+    d = _flat(prior).to(g.dtype)
     norm = torch.linalg.vector_norm(d) if prior_norm is None else prior_norm
     return Alignment(torch.dot(g, d), torch.linalg.vector_norm(g), norm.to(g))
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.finetuning.validation import check_flag, check_integer, check_number, check_texts
 from ipmerge_core.models.matrix_kinds import is_router, module_of
 from ipmerge_core.runtime.patterns import Pattern, compile_pattern
 
 SETS = ("attn", "mlp", "norm", "embed", "head")
 PRESETS = {"default": ("attn", "mlp"), "full": SETS}
+MOST_STRENGTH = 1000
+_MOST_LAYERS = 100_000
 PATTERN = "re:"  # prefix of a regular expression in the list of modules
 
 
@@ -38,6 +41,7 @@ class Scope:
 
     def __post_init__(self) -> None:
         """Validate the values. Raises: PlanError."""
+        check_texts("modules", self.modules)
         if not self.modules:
             raise PlanError(f"No modules are selected. {_expected()}")
         for name in self.modules:
@@ -45,10 +49,13 @@ class Scope:
                 _compiled(name.removeprefix(PATTERN))
             elif name not in SETS and name not in PRESETS:
                 raise PlanError(f"Unknown modules '{name[:80]}'. {_expected()}")
-        for pattern, _ in self.strengths:
-            _compiled(pattern)
+        _check_strengths(self.strengths)
+        check_flag("biases", self.biases)
+        check_integer("first layer", self.first_layer, 0, _MOST_LAYERS)
+        if self.last_layer is not None:
+            check_integer("last layer", self.last_layer, 0, _MOST_LAYERS)
         last = self.first_layer if self.last_layer is None else self.last_layer
-        if not 0 <= self.first_layer <= last:
+        if self.first_layer > last:
             raise PlanError(
                 f"The layers {self.first_layer} to {self.last_layer} are selected; expected "
                 f"0 <= first <= last."
@@ -110,6 +117,16 @@ def set_of(name: str) -> str | None:
     if "self_attn" in parts:
         return "attn"
     return "mlp" if "mlp" in parts else None
+
+
+def _check_strengths(pairs: object) -> None:
+    """Check the (pattern, strength) pairs. Raises: PlanError."""
+    if not (isinstance(pairs, tuple) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs)):
+        raise PlanError(f"The strengths are {pairs!r:.80}; expected (pattern, strength) pairs.")
+    for pattern, strength in pairs:
+        check_texts("patterns of strengths", (pattern,))
+        _compiled(pattern)
+        check_number(f"strength of '{pattern[:80]}'", strength, -MOST_STRENGTH, MOST_STRENGTH)
 
 
 def _expected() -> str:

@@ -7,23 +7,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.finetuning.scope import Scope
+from ipmerge_core.finetuning.scope import MOST_STRENGTH, Scope
+from ipmerge_core.finetuning.validation import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_texts,
+)
 
 RuleName = Literal["adaptive", "grad_norm", "absolute", "none"]
 PlacementName = Literal["cpu", "device", "files"]
 Precision = Literal["auto", "fp32", "bf16-mixed", "fp16-mixed", "bf16"]
 Trained = Literal["language", "all"]
+Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 PLACEMENT_NAMES: tuple[PlacementName, ...] = get_args(PlacementName)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TRAINED: tuple[Trained, ...] = get_args(Trained)
+_NUMBERS = (  # of TrainingSettings, with their ranges
+    ("learning_rate", 1e-12, 1.0),
+    ("epochs", 1e-3, 10_000),
+    ("warmup", 0, 1),
+    ("weight_decay", 0, 1),
+    ("max_grad_norm", 0, 1e9),
+    ("held_out", 0, 0.5),
+)
+_INTEGERS = (  # with their names in messages, where these are others
+    *((name, "", 1, 10_000_000) for name in ("max_steps", "batch_size", "accumulation")),
+    *((name, "", 1, 10_000_000) for name in ("patience", "save_every")),
+    ("log_every", "", 1, 1_000_000),
+    ("seed", "", 0, 2**32 - 1),
+    ("longest", "maximum number of tokens", 16, 1_000_000),
+    ("most_pixels", "maximum number of pixels", 64, 100_000_000),
+)
+_OPTIONAL = ("max_steps", "patience", "save_every")
 
 
 @dataclass(frozen=True)
@@ -49,9 +73,11 @@ class PriorSettings:
 
     def __post_init__(self) -> None:
         """Validate the values. Raises: PlanError."""
-        _check_choice("rule", self.rule, RULE_NAMES)
-        _check_choice("placement of the prior", self.placement, PLACEMENT_NAMES)
-        _check_number("strength", self.strength, -1000, 1000)
+        check_choice("rule", self.rule, RULE_NAMES)
+        check_choice("placement of the prior", self.placement, PLACEMENT_NAMES)
+        check_number("strength", self.strength, -MOST_STRENGTH, MOST_STRENGTH)
+        check_flag("per_micro_batch", self.per_micro_batch)
+        check_flag("normalize", self.normalize)
 
     @property
     def warnings(self) -> list[str]:
@@ -99,7 +125,7 @@ class TrainingSettings:
     batch_size: int = 1
     accumulation: int = 1
     warmup: float = 0.05
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    schedule: Schedule = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -117,26 +143,18 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Validate the values. Raises: PlanError."""
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("trained part", self.trained, TRAINED)
-        _check_choice("schedule", self.schedule, ("cosine", "linear", "constant_with_warmup"))
-        for name, least, most in (
-            ("learning_rate", 1e-12, 1.0),
-            ("epochs", 1e-3, 10_000),
-            ("warmup", 0, 1),
-            ("weight_decay", 0, 1),
-            ("max_grad_norm", 0, 1e9),
-            ("held_out", 0, 0.5),
-        ):
-            _check_number(name.replace("_", " "), getattr(self, name), least, most)
-        for name in ("max_steps", "batch_size", "accumulation", "patience", "save_every"):
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("trained part", self.trained, TRAINED)
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        check_flag("gradient_checkpointing", self.gradient_checkpointing)
+        for name, least, most in _NUMBERS:
+            check_number(name.replace("_", " "), getattr(self, name), least, most)
+        for name, words, first, last in _INTEGERS:
             value = getattr(self, name)
-            if value is not None:
-                _check_number(name.replace("_", " "), value, 1, 10_000_000)
-        _check_number("log every", self.log_every, 1, 1_000_000)
-        _check_number("seed", self.seed, 0, 2**32 - 1)
-        _check_number("maximum number of tokens", self.longest, 16, 1_000_000)
-        _check_number("maximum number of pixels", self.most_pixels, 64, 100_000_000)
+            if value is not None or name not in _OPTIONAL:
+                check_integer(words or name.replace("_", " "), value, first, last)
+        check_texts("added tokens", self.tokens)
+        check_texts("integrations", self.report_to)
         if self.patience is not None and not self.held_out:
             raise PlanError(
                 "Early stopping needs a loss that training does not minimise: set a held-out share "
@@ -167,7 +185,7 @@ class DriftSettings:
         try:
             prior, training = dict(content["prior"]), dict(content["training"])
             scope = dict(prior.pop("scope"))
-            scope["strengths"] = tuple((str(p), float(s)) for p, s in scope["strengths"])
+            scope["strengths"] = tuple((pattern, s) for pattern, s in scope["strengths"])
             scope["modules"] = tuple(scope["modules"])
             training |= {name: tuple(training[name]) for name in ("tokens", "report_to")}
             made = PriorSettings(scope=Scope(**scope), **prior)
@@ -195,13 +213,3 @@ def training_folder(out: Path) -> Path:
     'a.training'
     """
     return out.with_name(f"{out.name}.training")
-
-
-def _check_choice(what: str, value: object, available: tuple[str, ...]) -> None:
-    if value not in available:
-        raise PlanError(f"Unknown {what} '{str(value)[:80]}'. Available: {', '.join(available)}.")
-
-
-def _check_number(what: str, value: float, least: float, most: float) -> None:
-    if isinstance(value, bool) or not (math.isfinite(value) and least <= value <= most):
-        raise PlanError(f"The {what} is {value}; expected {least:g} to {most:g}.")

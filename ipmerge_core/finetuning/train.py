@@ -9,8 +9,6 @@ closing it stops training after the current step, with a checkpoint. Under `torc
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,8 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ipmerge_core.errors import PairingError, RunError
+from ipmerge_core.errors import PairingError
+from ipmerge_core.finetuning.checkpoints import TrainingFolder
 from ipmerge_core.finetuning.conversations import load_conversations
+from ipmerge_core.finetuning.curves import FIGURES, StepFigures
 from ipmerge_core.finetuning.dataset import Datasets, first_examples
 from ipmerge_core.finetuning.estimates import MemoryEstimate, estimate_memory
 from ipmerge_core.finetuning.examples import Encoder, show_masked
@@ -34,15 +34,22 @@ from ipmerge_core.finetuning.prior import ReasoningPrior
 from ipmerge_core.finetuning.result import documents_of, iter_write, stored_parameters
 from ipmerge_core.finetuning.settings import DriftSettings, training_folder
 from ipmerge_core.finetuning.trainer import (
-    COMPLETE,
     TrainerHooks,
     join_processes,
+    load_finished,
     make_trainer,
+    refuse_integrations,
     refuse_partitioning,
     resolve_precision,
     without_progress_bars,
 )
-from ipmerge_core.finetuning.vocabulary import add_tokens, missing_tokens, write_with_tokens
+from ipmerge_core.finetuning.validation import check_integer
+from ipmerge_core.finetuning.vocabulary import (
+    add_tokens,
+    missing_tokens,
+    refuse_resized,
+    write_with_tokens,
+)
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.loading import load_weights
 from ipmerge_core.inference.module_names import parameter_names
@@ -50,41 +57,26 @@ from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.files import LocalFiles
 from ipmerge_core.models.opening import open_model
 from ipmerge_core.models.writer import check_output
-from ipmerge_core.runtime.atomic import write_whole, writing
 from ipmerge_core.runtime.devices import resolve_device
-from ipmerge_core.runtime.input_files import FileKind
 from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.runtime.pipeline import with_reports
 from ipmerge_core.runtime.processes import Ranks
 
-_RUN = "run.json"
 _START = "start"  # the model with added tokens
-_RECORD = FileKind("the record of a training run", "Delete its folder and start again.", RunError)
+_MOST_SHOWN = 1000
 
 
-class DriftStep(NamedTuple):
-    """One step of a run; figures that it does not have are None.
+@dataclass(frozen=True)
+class DriftStep(StepFigures):
+    """One step of a run, with the figures of the optimizer step if it is one.
 
     `action` is "prior", "encoded", "trained" (a point of the curves), "evaluated" or "written".
-    `cosine` is the mean of cos(g, D) over the parameters since the last point. Distances are
-    relative to the norm of the start; `moved_cosine` is the cosine of the change and D.
     """
 
     action: str
     done: int
     total: int
     what: str = ""
-    loss: float | None = None
-    eval_loss: float | None = None
-    learning_rate: float | None = None
-    grad_norm: float | None = None
-    cosine: float | None = None
-    to_start: float | None = None
-    to_expert: float | None = None
-    moved_cosine: float | None = None
-
-
-_FIGURES = DriftStep._fields[4:]
 
 
 @dataclass(frozen=True)
@@ -139,11 +131,13 @@ def check_drift(request: DriftRequest, *, device: str = "cpu", shown: int = 2) -
     Raises: as `iter_drift` before its first step.
     """
     refuse_partitioning()
+    refuse_integrations(request.settings.training.report_to)
+    check_integer("number of examples to show", shown, 0, _MOST_SHOWN)
     device = resolve_device(device, fp64=False)
     check_output(request.out)
     match = request.match()
     rows = load_conversations(request.data, request.limit)
-    encoder = _encoder(request, match.mllm)
+    encoder = _encoder(request, match)
     examples = first_examples(rows, encoder, shown)
     texts = [f"{e.length} tokens: {show_masked(e, encoder.processor)}" for e in examples]
     return DriftCheck(
@@ -181,6 +175,7 @@ def iter_drift(
         CheckpointError: the output folder exists and is not empty.
     """
     refuse_partitioning()
+    refuse_integrations(request.settings.training.report_to)
     device = resolve_device(device, fp64=False)
     check_output(request.out)
     match = request.match()
@@ -192,12 +187,16 @@ def iter_drift(
     with ranks:
         run = _Run(request, match, ranks.device(device), ranks.rank, force=force)
         newest = ranks.led(lambda: run.open_folder(resume=resume))
-        run.start_from(ranks.led(run.extend_vocabulary))
-    with without_progress_bars():
-        yield from run.prepare()
-        stopped = yield from _reported(partial(run.train, newest))
-        if not stopped:
-            yield from run.write(memory, keep_checkpoints=keep_checkpoints)
+    try:
+        with ranks:
+            run.start_from(ranks.led(run.extend_vocabulary))
+        with without_progress_bars():
+            yield from run.prepare()
+            stopped = yield from _reported(partial(run.train, newest))
+            if not stopped:
+                yield from run.write(memory, keep_checkpoints=keep_checkpoints)
+    finally:
+        run.place.release()
 
 
 def _reported(
@@ -239,55 +238,30 @@ class _Run:
         self, request: DriftRequest, match: PriorMatch, device: str, rank: int, *, force: bool
     ) -> None:
         self.request, self.match, self.device, self.force = request, match, device, force
-        self.settings, self.folder, self.rank = request.settings, request.folder, rank
+        self.settings, self.rank = request.settings, rank
+        self.place = TrainingFolder(request.folder)
+        self.requested = match
         self.started = time.monotonic()
         self.trainer: Any = None
         sources = {"mllm": match.mllm.fingerprint, "math": match.expert.fingerprint}
         if match.expert_base is not None:
             sources["math_base"] = match.expert_base.fingerprint
         self.rows = load_conversations(request.data, request.limit)
-        content = f"{request.data} {len(self.rows.conversations)}"
-        self.digest = self.settings.digest({**sources, "data": content})
+        self.digest = self.settings.digest({**sources, "data": self.rows.fingerprint})
 
     def open_folder(self, *, resume: bool) -> str | None:
-        """Find an unfinished run of the same work and its newest checkpoint, or start over."""
-        record = self.folder / _RUN
-        if record.is_file() and resume:
-            if str(_RECORD.content(record).get("digest")) != self.digest:
-                raise RunError(
-                    f"'{self.folder}' contains an unfinished run with other models, data or "
-                    f"settings. Finish it with those, start over with --no-resume, or choose "
-                    f"another output folder."
-                )
-            return self._newest()
-        if self.folder.exists():
-            if not record.is_file() and any(self.folder.iterdir()):
-                raise RunError(
-                    f"'{self.folder}' exists and was not created by a training run. Choose another "
-                    f"output folder."
-                )
-            shutil.rmtree(self.folder)
-        with writing(self.folder):
-            self.folder.mkdir(parents=True)
-        content = {"digest": self.digest, "settings": self.settings.as_json()}
-        write_whole(record, json.dumps(content) + "\n")
-        return None
-
-    def _newest(self) -> str | None:
-        """Return the newest complete checkpoint; those of killed processes are removed."""
-        found: list[str] = []
-        for folder in self.folder.glob("checkpoint-*"):
-            if (folder / COMPLETE).is_file():
-                found.append(str(folder))
-            else:
-                shutil.rmtree(folder)
-        return max(found, key=_number_of, default=None)
+        """Return the newest checkpoint of the same work, or start over."""
+        return self.place.open(self.digest, self.settings.as_json(), resume=resume)
 
     def extend_vocabulary(self) -> str | None:
         """Write a model with the new tokens next to the checkpoints; None if there are none."""
         tokens, mllm = self.settings.training.tokens, self.match.mllm
-        new = missing_tokens(ModelProcessor(mllm.id, takes_images=True), tokens) if tokens else []
-        start = self.folder / _START
+        if not tokens:
+            return None
+        processor = ModelProcessor(mllm.id, takes_images=True)
+        new = missing_tokens(processor, tokens)
+        refuse_resized(self.match, processor, new)
+        start = self.place.path / _START
         if new and not start.exists():
             write_with_tokens(mllm, self.match.prefix, new, start)
         return str(start) if new else None
@@ -297,7 +271,7 @@ class _Run:
         if mllm is not None:
             self.match = replace(self.request, mllm=mllm).match()
         how = self.settings.training
-        encoder = _encoder(self.request, self.match.mllm)
+        encoder = _encoder(self.request, self.match)
         self.data = Datasets(self.rows, encoder, how.held_out, how.seed)
 
     def prepare(self) -> Iterator[DriftStep]:
@@ -335,7 +309,7 @@ class _Run:
         def log(step: int, total: int, logs: Mapping[str, float]) -> None:
             action = "evaluated" if "eval_loss" in logs else "trained" if "loss" in logs else ""
             if action:
-                figures: dict[str, Any] = {name: _number(logs.get(name)) for name in _FIGURES}
+                figures: dict[str, Any] = {name: _number(logs.get(name)) for name in FIGURES}
                 report(DriftStep(action, step, total, **figures))
 
         self.trainer = make_trainer(
@@ -343,14 +317,15 @@ class _Run:
             self.guide,
             self.data,
             self.settings,
-            self.folder,
+            self.place.path,
             self.device,
             TrainerHooks(log, stop.is_set),
         )
         if self.settings.prior.per_micro_batch:
             self.guide.act_on_each_backward()
         try:
-            self.trainer.train(resume_from_checkpoint=checkpoint)
+            if checkpoint is None or not load_finished(self.trainer, checkpoint):
+                self.trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             self.guide.release()
             if self.trainer.args.world_size > 1:
@@ -381,20 +356,22 @@ class _Run:
             "data": {"source": Path(self.request.data).name, "used": self.data.describe()},
             "history": [entry for entry in state.log_history if _is_curve(entry)],
         }
-        documents = documents_of(self.match.mllm, self.match.expert, self.settings.as_json(), facts)
+        names = {"mllm": self.requested.mllm.id, "math": self.match.expert.id}
+        sources = {"mllm": self.match.mllm, "math": self.match.expert}
+        documents = documents_of(sources, names, self.settings.as_json(), facts)
         out = resolve_path(self.request.out)
         steps = iter_write(self.match.mllm, self.model, self.stored, out, self.digest, documents)
         for step in steps:
             yield DriftStep("written", step.nbytes_done, step.nbytes_total, step.name)
         if not keep_checkpoints:
-            with writing(self.folder):
-                shutil.rmtree(self.folder)
+            self.place.remove()
 
 
-def _encoder(request: DriftRequest, mllm: Checkpoint) -> Encoder:
+def _encoder(request: DriftRequest, match: PriorMatch) -> Encoder:
     how = request.settings.training
-    processor = ModelProcessor(mllm.id, takes_images=True)
+    processor = ModelProcessor(match.mllm.id, takes_images=True)
     if new := missing_tokens(processor, how.tokens):  # of a dry run
+        refuse_resized(match, processor, new)
         add_tokens(processor, new)
     return Encoder(processor, how.longest, how.most_pixels, how.tokens)
 
@@ -416,21 +393,23 @@ def _load_model(mllm: Checkpoint, settings: DriftSettings, device: str) -> nn.Mo
 
 
 def _sampled_norm(match: PriorMatch, count: int = 3) -> float:
-    """Return ||D|| / ||W|| over a few entries: the first, the last and some between."""
+    """Return ||D|| / ||W|| over a few entries: the first, the last and some between.
+
+    If D is zero in all of these, as for an adapter of few matrices, it is measured over all
+    entries. Raises: PairingError if it is zero in all entries.
+    """
     last = len(match.entries) - 1
     places = sorted({n * last // max(count - 1, 1) for n in range(count)})
     few = replace(match, entries=tuple(match.entries[n] for n in places))
-    return ReasoningPrior(few, "files").compute().relative_norm
+    sampled = ReasoningPrior(few, "files").measure()
+    prior = sampled if any(sampled.norms) else ReasoningPrior(match, "files").compute()
+    return prior.relative_norm
 
 
 def _number(value: object) -> float | None:
     """Return a finite number as a float; None for anything else."""
     found = float(value) if isinstance(value, int | float) else None
     return found if found is not None and abs(found) < float("inf") else None
-
-
-def _number_of(folder: str) -> int:
-    return int(folder.rpartition("-")[2])
 
 
 def _is_curve(entry: Mapping[str, Any]) -> bool:

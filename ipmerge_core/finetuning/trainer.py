@@ -1,16 +1,14 @@
-"""A `transformers.Trainer` whose gradients are tilted by a `GradientGuide`.
+"""Set up a `GuidedTrainer` from the settings of a run, and refuse what it cannot train.
 
 In: a model, its guide, examples and `TrainingSettings`. Out: a Trainer that reports every step and
-can be stopped at any of them, with a checkpoint. The rule acts after the gradients of all
-micro-batches and processes are averaged and before they are clipped. Parameters that are
-partitioned over processes (FSDP, DeepSpeed) are refused: the rule needs norms of whole tensors.
+can be stopped at any of them, with a checkpoint. Parameters that are partitioned over processes
+(FSDP, DeepSpeed) are refused: the rule needs norms of whole tensors.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,17 +19,12 @@ import torch
 from ipmerge_core.errors import RunError, explained, first_line
 from ipmerge_core.finetuning.dataset import Datasets
 from ipmerge_core.finetuning.examples import collate
-from ipmerge_core.finetuning.guidance import GradientGuide, measure_distances
+from ipmerge_core.finetuning.guidance import GradientGuide
+from ipmerge_core.finetuning.guided_trainer import Logs, guided_trainer, unreadable
 from ipmerge_core.finetuning.settings import DriftSettings, Precision, TrainingSettings
-from ipmerge_core.runtime.atomic import write_whole, writing
 
-COMPLETE = "ipmerge-complete.json"  # written last: a checkpoint without it is of a killed process
 _PARTITIONING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-_SMALL = 50_000_000  # elements of the prior up to which distances are measured with every log
 KEPT_CHECKPOINTS = 2
-_KEPT = "complete checkpoints are kept"
-
-Logs = dict[str, float]
 
 
 class TrainerHooks(NamedTuple):
@@ -53,6 +46,21 @@ def refuse_partitioning(environment: Mapping[str, str] = os.environ) -> None:
                 f"whole gradients, which {name} partitions over the processes. Launch with plain "
                 f"data parallelism (accelerate launch --multi_gpu, or torchrun)."
             )
+
+
+def refuse_integrations(names: Sequence[str]) -> None:
+    """Refuse integrations of the Trainer that are unknown or not installed. Raises: RunError."""
+    if not names:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    missing = next((name for name in names if name not in available), None)
+    if missing is not None:
+        raise RunError(
+            f"The integration '{missing[:80]}' is unknown or not installed. Available here: "
+            f"{', '.join(available) or 'none'}. Install it, or omit --report-to."
+        )
 
 
 @contextmanager
@@ -91,12 +99,6 @@ def join_processes(device: str) -> None:
 def _refuse_partitioned(trainer: Any) -> None:  # noqa: ANN401
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         refuse_partitioning(dict.fromkeys(_PARTITIONING, "true"))
-
-
-def _loss_scale(accelerator: Any) -> float:  # noqa: ANN401
-    """Return the factor of the loss, which only fp16 training has."""
-    scaler = accelerator.scaler
-    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def resolve_precision(precision: Precision, device: str) -> Precision:
@@ -181,44 +183,65 @@ def make_trainer(
     hooks: TrainerHooks,
 ) -> Any:  # noqa: ANN401
     """Return a Trainer for a model whose trainable parameters require a gradient."""
-    from transformers import EarlyStoppingCallback, PrinterCallback
+    from transformers import PrinterCallback
 
     how = settings.training
     pad = data.encoder.processor.tokenizer.pad_token_id
     evaluates = len(data.held_out) > 0
-    callbacks: list[Any] = [_reporting(hooks)]
-    if how.patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=how.patience))
-    trainer = _guided_trainer()(
+    trainer = guided_trainer()(
         guide=guide,
+        patience=how.patience,
         on_each_backward=settings.prior.per_micro_batch,
         model=model,
         args=training_arguments(how, folder, device, evaluates=evaluates),
         train_dataset=data.train,
         eval_dataset=data.held_out if evaluates else None,
         data_collator=partial(collate, pad=0 if pad is None else pad),
-        callbacks=callbacks,
+        callbacks=[_reporting(hooks, how.patience)],
     )
+    _refuse_partitioned(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def refuse_incomplete(model: torch.nn.Module, loaded: Any) -> None:  # noqa: ANN401
-    """Raise RunError if a checkpoint did not have every weight of a model; tied ones count once."""
-    weights = model.state_dict()
-    found = {weights[n].data_ptr() for n in weights if n not in set(loaded.missing_keys)}
-    missing = [n for n in loaded.missing_keys if weights[n].data_ptr() not in found]
-    wrong = [*missing, *loaded.unexpected_keys]
-    if wrong:
-        raise RunError(
-            f"The checkpoint does not fit the model: {len(missing)} weights are missing and "
-            f"{len(loaded.unexpected_keys)} unexpected, such as '{wrong[0]}'. It is damaged or of "
-            f"another version of transformers; start over with --no-resume."
-        )
+def evaluations_without_gain(history: Sequence[Mapping[str, Any]]) -> int:
+    """Count the evaluations since the one with the lowest held-out loss.
+
+    >>> evaluations_without_gain([{"eval_loss": 2.0}, {"loss": 0.1}, {"eval_loss": 2.0}])
+    1
+    """
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def _reporting(hooks: TrainerHooks) -> Any:  # noqa: ANN401
-    """Return a callback that reports logs and stops after a step, with a checkpoint."""
+def load_finished(trainer: Any, checkpoint: str) -> bool:  # noqa: ANN401
+    """Load the result of a training that ended at a checkpoint, or return False.
+
+    The Trainer itself would train to the end of an epoch that it has begun. Raises: RunError if the
+    checkpoint cannot be read.
+    """
+    from transformers.trainer_callback import TrainerState
+
+    with explained(partial(unreadable, checkpoint)):
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        spent = evaluations_without_gain(state.log_history)
+        stopped_early = trainer.patience is not None and spent >= trainer.patience
+        if state.global_step < state.max_steps and not stopped_early:
+            return False
+        trainer.state = state
+        if state.best_model_checkpoint is None:
+            trainer._load_from_checkpoint(checkpoint)
+        else:
+            trainer._load_best_model()
+        return True
+
+
+def _reporting(hooks: TrainerHooks, patience: int | None) -> Any:  # noqa: ANN401
+    """Return a callback that reports logs and stops after a step, with a checkpoint.
+
+    It also stops early: how long the loss has not fallen follows from the history, which a
+    checkpoint has, so that a resumed run stops at the same step.
+    """
     from transformers import TrainerCallback
 
     class Reporting(TrainerCallback):  # type: ignore[misc]
@@ -227,6 +250,10 @@ def _reporting(hooks: TrainerHooks) -> Any:  # noqa: ANN401
         def on_log(self, args: Any, state: Any, control: Any, logs: Logs, **_: Any) -> None:  # noqa: ANN401
             hooks.log(state.global_step, state.max_steps, logs)
             self._stop(args, control)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+            if patience is not None and evaluations_without_gain(state.log_history) >= patience:
+                control.should_training_stop = True
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
             self._stop(args, control)
@@ -245,94 +272,3 @@ def _agreed(stop: bool, arguments: Any) -> bool:  # noqa: ANN401
     flag = torch.tensor(float(stop), device=arguments.device)
     torch.distributed.all_reduce(flag)
     return bool(flag > 0)
-
-
-def _refuse_non_finite(loss: torch.Tensor, step: int) -> None:
-    if not torch.isfinite(loss):
-        raise RunError(
-            f"The loss is {float(loss)} in step {step}. The last checkpoint is kept; train with a "
-            f"lower learning rate or a smaller strength."
-        )
-
-
-@contextmanager
-def _completed(folder: Path, *, first: bool) -> Iterator[None]:
-    """Mark a checkpoint as complete at the end, or remove it; a full disk becomes a RunError.
-
-    `first` is whether this process is the one that writes the mark.
-    """
-    try:
-        with writing(folder, _KEPT):
-            yield
-    except BaseException:
-        if first:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if first and folder.is_dir():
-        write_whole(folder / COMPLETE, "{}\n", _KEPT)
-
-
-@contextmanager
-def _stream_errors(folder: Path) -> Iterator[None]:
-    """Convert the error with which torch.save reports a full disk."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            raise
-        raise RunError(
-            f"Cannot write the checkpoint '{folder}' ({first_line(error)}). Free some space, then "
-            f"run the same command again; {_KEPT}."
-        ) from error
-
-
-def _guided_trainer() -> Any:  # noqa: ANN401
-    """Return the subclass of Trainer; transformers is imported when it is first needed."""
-    from transformers import Trainer
-
-    class GuidedTrainer(Trainer):  # type: ignore[misc]
-        """A Trainer that applies a guide, logs the alignment, and saves checkpoints safely."""
-
-        def __init__(self, guide: GradientGuide, on_each_backward: bool, **how: Any) -> None:  # noqa: ANN401
-            super().__init__(**how)
-            self.guide, self.on_each_backward = guide, on_each_backward
-            guide.loss_scale = partial(_loss_scale, self.accelerator)
-            _refuse_partitioned(self)
-
-        def training_step(self, *arguments: Any, **how: Any) -> torch.Tensor:  # noqa: ANN401
-            """Compute the gradients of a micro-batch, and tilt them after the last of a step."""
-            loss: torch.Tensor = super().training_step(*arguments, **how)
-            _refuse_non_finite(loss, self.state.global_step + 1)
-            if not self.on_each_backward and self.accelerator.sync_gradients:
-                self.guide.act()
-            return loss
-
-        def log(self, logs: Logs, *arguments: Any, **how: Any) -> None:  # noqa: ANN401
-            """Add the alignment and the distances, for all integrations."""
-            if "loss" in logs:
-                logs["cosine"] = self.guide.take_cosine()
-            if "eval_loss" in logs or self.guide.prior.match.numel <= _SMALL:
-                logs |= measure_distances(self.guide.guided, self.guide.prior)._asdict()
-            super().log(logs, *arguments, **how)
-
-        def _save_checkpoint(self, *arguments: Any, **how: Any) -> None:  # noqa: ANN401
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            with _completed(folder, first=self.args.should_save), _stream_errors(folder):
-                super()._save_checkpoint(*arguments, **how)
-
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
-            """Save the weights by their names in memory, which is what the Trainer loads.
-
-            By default a vision-language model is saved by the names of the hub, and the Trainer
-            then loads none of its weights when it resumes, without an error.
-            """
-            if self.args.should_save:
-                folder = self.args.output_dir if output_dir is None else output_dir
-                self.model.save_pretrained(
-                    folder, state_dict=state_dict, save_original_format=False
-                )
-
-        def _issue_warnings_after_load(self, load_result: Any) -> None:  # noqa: ANN401
-            refuse_incomplete(self.model, load_result)
-
-    return GuidedTrainer

@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ipmerge_core.errors import ModelLoadError, explained, first_line
+from ipmerge_core.errors import ModelLoadError, PairingError, explained, first_line
+from ipmerge_core.finetuning.matching import PriorMatch
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.decoders import output_head
+from ipmerge_core.models.writer import files_to_copy
 from ipmerge_core.runtime.atomic import atomic_path, writing
 
 _INNER = ("text_config", "llm_config", "language_config")
@@ -68,8 +70,8 @@ def write_with_tokens(mllm: Checkpoint, prefix: str, tokens: Sequence[str], out:
     size = add_tokens(processor, tokens)
     with writing(out), atomic_path(out) as folder:
         folder.mkdir()
-        for path in source.iterdir():
-            _link(path, folder / path.name)
+        for name in (*files_to_copy(mllm), *mllm.shards):
+            _link(source / name, folder / name)
         _write_tokenizer(processor, folder)
         grown = _grown(mllm, prefix, size)
         for shard in sorted({mllm.spec(name).shard for name in grown}):
@@ -82,9 +84,7 @@ def write_with_tokens(mllm: Checkpoint, prefix: str, tokens: Sequence[str], out:
 
 def _link(path: Path, target: Path) -> None:
     """Link a file, or copy it where the disk has no links or it is on another one."""
-    if path.is_dir():
-        shutil.copytree(path, target)
-        return
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(path.resolve(), target)
     except OSError:
@@ -102,13 +102,29 @@ def _write_tokenizer(processor: ModelProcessor, folder: Path) -> None:
     shutil.rmtree(apart)
 
 
+def refuse_resized(match: PriorMatch, processor: ModelProcessor, tokens: Sequence[str]) -> None:
+    """Raise PairingError if the prior acts on a matrix that new tokens add rows to."""
+    resized = _too_short(match.mllm, match.prefix, len(processor.tokenizer) + len(tokens))
+    found = next((e.mllm for e in match.entries if e.mllm in resized), None) if tokens else None
+    if found is not None:
+        raise PairingError(
+            f"The added tokens {', '.join(map(repr, tokens))} add rows to '{found}' of the mllm "
+            f"'{match.mllm.id}', for which the expert has no counterpart. Leave embed and head out "
+            f"of the modules, or add no tokens."
+        )
+
+
+def _too_short(mllm: Checkpoint, prefix: str, size: int) -> list[str]:
+    """Return the names of the embeddings and the output head that have fewer than `size` rows."""
+    names = dict.fromkeys((f"{prefix}embed_tokens.weight", output_head(mllm)))
+    known = [name for name in names if name is not None and name in mllm.tensors]
+    return [name for name in known if mllm.spec(name).shape[0] < size]
+
+
 def _grown(mllm: Checkpoint, prefix: str, size: int) -> dict[str, Tensor]:
     """Return the embeddings and the output head with `size` rows, where they have fewer."""
-    names = [f"{prefix}embed_tokens.weight", output_head(mllm)]
     found = {}
-    for name in names:
-        if name is None or name not in mllm.tensors or mllm.spec(name).shape[0] >= size:
-            continue
+    for name in _too_short(mllm, prefix, size):
         rows = mllm.read_matrix(name)
         mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
         found[name] = torch.cat([rows, mean.expand(size - len(rows), -1)])

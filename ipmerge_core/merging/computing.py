@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ipmerge_core.analysis.analyse import working_set
 from ipmerge_core.analysis.comparison import Options
-from ipmerge_core.analysis.updates import UpdateStore, Variant, has_updates
+from ipmerge_core.analysis.updates import UpdateStore, Variant
 from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.errors import CheckpointError
 from ipmerge_core.merging.parts import (
@@ -43,6 +43,7 @@ from ipmerge_core.planning.scope import method_anchor
 from ipmerge_core.runtime.devices import stream, streams, warn_of_cpu
 from ipmerge_core.runtime.paths import resolve_path
 from ipmerge_core.runtime.pipeline import Load, compute_ahead, read_ahead
+from ipmerge_core.spectral.protection import activation_informed
 from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.spectral.spectrum import as_float
 
@@ -68,7 +69,7 @@ def find_updates(
     plan: MergePlan, pair: ModelPair, folder: str | Path | None, device: torch.device
 ) -> UpdateStore | None:
     """Open the kept updates that a plan can use; None for a method that has none."""
-    if folder is None or not has_updates(plan.method, plan.parameters):
+    if folder is None or not plan.has_updates:
         return None
     return UpdateStore(resolve_path(folder), pair, Variant.of(plan.parameters, plan.anchor), device)
 
@@ -101,11 +102,18 @@ class PartMerger:
 
     def known_statistic(self) -> tuple[float, ...] | None:
         """Return the method's statistic from the calibration or the plan; None if unknown."""
-        if self.measurements is not None and self.method.needs_statistic(self.plan.parameters):
+        measured = self.measurements is not None and self._uses_data
+        if measured and self.method.needs_statistic(self.plan.parameters):
             assert self.method.statistic is not None, "the method has no statistic"
             numbers = self.method.statistic.calibrated(self.plan.parameters)
+            assert self.measurements is not None, "it was measured"
             return self.measurements.statistic(numbers)
         return self.plan.statistic
+
+    @property
+    def _uses_data(self) -> bool:
+        """Whether the method takes the measurements; AIM uses them after any method."""
+        return self.method.data_for(self.plan.parameters) is not None
 
     def budget(self, cut: list[Part]) -> int:
         """Return how many bytes may be read ahead of merging."""
@@ -225,13 +233,16 @@ class PartMerger:
     def _merging_on(
         self, device: torch.device, chosen: Chosen, weights: MatrixWeights, report: Report | None
     ) -> Tensor:
-        """Call the method on one matrix with its statistic, noise and measurements."""
+        """Call the method on one matrix with its statistic, noise and measurements; then AIM."""
         matrix, experts = chosen
         supplied: dict[str, Any] = {}
         if self.statistic is not None:
             supplied["statistic"] = self.statistic
+        measured: dict[str, Any] = {}
         if self.measurements is not None and matrix.module not in EXTRAS:
-            supplied |= self.measurements.inputs(matrix.name, experts, device)
+            measured = self.measurements.inputs(matrix.name, experts, device)
+        if self._uses_data:
+            supplied |= measured
         anchor, weights = method_anchor(self.method, self.plan.anchor), weights.to(device)
         if "noise" in self.method.inputs and matrix.module not in EXTRAS:
             supplied["noise"] = rounding_noise(weights, anchor)
@@ -242,4 +253,7 @@ class PartMerger:
         models = on_one_base(weights, device, anchor)
         parameters = self.plan.parameters_for(matrix.layer)
         merged = merging_of(self.method, matrix, models, **parameters, **supplied)
+        share = self.plan.options.input_share
+        if share < 1:
+            merged = activation_informed(merged, models[1], measured["mllm_gram"], share)
         return scale_change(merged, models[1], self.plan.change_scale(matrix.layer))

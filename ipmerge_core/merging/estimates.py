@@ -69,6 +69,7 @@ RATES = {
     "multislerp": Rate(2.2e-4, 6.6e8),
     "model_stock": Rate(2.2e-4, 6.6e8),
     "ram": Rate(1.9e-4, 1.5e8),
+    "star": Rate(4.1e-3, 3.4e9),
 }
 STEP_RATE = Rate(2.0e-4, 5.2e10)  # of one step of an iterated method; work is `step_cost`
 # Per task vector on one core, as printed by benchmarks/bench_analysis.py.

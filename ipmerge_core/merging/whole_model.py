@@ -63,8 +63,9 @@ def iter_first_pass(
 
 def is_due(plan: MergePlan) -> bool:
     """Return whether the plan's method needs a first pass that has not been run yet."""
-    unknown = plan.statistic is None and plan.calibration is None
     method = find_method(plan.method)
+    calibrated = method.data_for(plan.parameters) is not None  # then it supplies the statistic
+    unknown = plan.statistic is None and not calibrated
     return unknown and bool(plan.selected) and method.needs_statistic(plan.parameters)
 
 

@@ -16,6 +16,7 @@ from ipmerge_core.methods.subspace import iso_c, iso_cts, knots_ties, tsv
 from ipmerge_core.methods.coefficients import metagpt, nan
 from ipmerge_core.methods.geodesic import karcher, model_stock, multislerp, nuslerp, slerp
 from ipmerge_core.methods.overlap import ram
+from ipmerge_core.methods.truncation import star
 
 # isort: on
 from ipmerge_core.methods.declarations import AffineUpdate, Statistic
@@ -49,6 +50,7 @@ __all__ = [
     "regmean",
     "sce",
     "slerp",
+    "star",
     "task_arithmetic",
     "ties",
     "tsv",

@@ -35,7 +35,13 @@ from ipmerge_core.methods.registry import (
     as_list,
     merge_method,
 )
-from ipmerge_core.spectral.kinds import ENERGY, ENERGY_SHARES, complement_at
+from ipmerge_core.spectral.kinds import (
+    ENERGY,
+    ENERGY_SHARES,
+    KEPT_SHARES,
+    complement_at,
+    truncation_at,
+)
 from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.similarity import Update
 from ipmerge_core.spectral.spectrum import as_float
@@ -81,6 +87,18 @@ Energy = Annotated[
         "previews are exact at multiples of 0.05",
         before=ENERGY,
         only_with=(("projector", ("complement",)), _PROJECTS),
+    ),
+]
+MathEnergy = Annotated[
+    float,
+    Range(
+        low=0,
+        high=1,
+        low_open=True,
+        help="share of the energy of the expert's task vector whose directions are kept; 1: all. "
+        "Below 1 the update is of low rank; with ablation=select_only previews are exact at "
+        "multiples of 0.05",
+        before=1.0,
     ),
 ]
 Beta = Annotated[
@@ -142,6 +160,9 @@ _DECOMPOSED_WITH = ("rank", "directions")  # analysis options that the direction
 def _direction(parameters: Mapping[str, Any]) -> str:
     """Return the name of the update in a record; for some parameters none has that name."""
     ablation, projector = parameters["ablation"], parameters["projector"]
+    if parameters["math_energy"] < 1:
+        named = _named_share(parameters["math_energy"], KEPT_SHARES)
+        return truncation_at(parameters["math_energy"]) if named else "truncated between"
     if ablation != "none":
         return str(ablation)
     if projector == "softmax":
@@ -149,8 +170,13 @@ def _direction(parameters: Mapping[str, Any]) -> str:
     if projector != "complement":
         return str(projector)
     share = parameters["energy"]
-    named = any(abs(share - each) < _SAME_SHARE for each in ENERGY_SHARES)
+    named = _named_share(share, ENERGY_SHARES)
     return complement_at(share) if named else f"complement of {share:g}"
+
+
+def _named_share(share: float, shares: Sequence[float]) -> bool:
+    """Return whether an analysis measured the update at a share."""
+    return any(abs(share - each) < _SAME_SHARE for each in shares)
 
 
 def _affine(parameters: Mapping[str, Any]) -> AffineUpdate | None:
@@ -174,7 +200,17 @@ def _unknown(parameters: Mapping[str, Any]) -> str:
     """Return why a preview cannot be exact; empty if it can."""
     if parameters["output_budget"]:
         return "the budget of the outputs depends on the calibration"
-    direction = _direction(parameters)
+    direction, kept = _direction(parameters), parameters["math_energy"]
+    if kept < 1 and parameters["ablation"] != "select_only":
+        return (
+            f"the analysis measured truncations of the expert's task vector alone, and the plan "
+            f"projects or rescales one of math_energy {kept:g}"
+        )
+    if direction == "truncated between":
+        return (
+            f"the analysis measured truncations at the energies 0.05, 0.1, ..., 0.95, and the plan "
+            f"has math_energy {kept:g}"
+        )
     if direction in BY_INPUTS:
         return "the filter depends on the calibration"
     if direction == "top_k":
@@ -229,6 +265,7 @@ def ip_merging(
     projector: Projector = "softmax",
     top_k: TopK = 64,
     energy: Energy = ENERGY,
+    math_energy: MathEnergy = 1.0,
     beta: Beta = 1.0,
     budget: Budget = 0.0,
     output_budget: OutputBudget = 0.0,
@@ -260,6 +297,9 @@ def ip_merging(
             MLLM's directions that hold the share `energy` of ||dV||^2; `"protect"` P = dM (I - V
             diag(w) V^T), w_i = (S_V,i / S_V,1) (1 - agreement_i) (`protection`); `"off_inputs"` and
             `"input_filter"` reduce dM on the MLLM's inputs, weighted by `beta` (`protection`).
+            `math_energy` < 1 first truncates every dM_k to the least number of its directions that
+            hold this share of its energy, as if the expert had no others: the update of any variant
+            is then of low rank.
             `budget` > 0 rescales the sum of the P_k so that it changes the matrix by
             lambda * budget * ||W_v||; `output_budget` so that it changes the outputs on the MLLM's
             inputs X by lambda * output_budget * ||W_v X||.
@@ -272,8 +312,9 @@ def ip_merging(
     """
     models = Models(base, mllm, as_list(math), noise, low_rank)
     asked = Projection(
-        temperature, gamma_norm, projector, top_k, energy, beta, rank, ablation, directions
-    )
+        temperature, gamma_norm, projector, top_k, energy, beta, rank, ablation, directions,
+        math_energy,
+    )  # fmt: skip
     by_outputs = output_budget > 0
     grams: list[Tensor] = []
     if asked.filters or by_outputs:
@@ -313,13 +354,13 @@ def ip_updates(
         what = asked.projector if asked.ablation == "none" else asked.ablation
         raise PlanError(
             f"The update of IP-Merging with {what} has full rank: it is the expert's task vector, "
-            f"or most of it. Write the merged model instead of an adapter, or use projector "
-            f"softmax or top_k."
+            f"or most of it. Write the merged model instead of an adapter, use projector softmax "
+            f"or top_k, or truncate it with math_energy below 1."
         )
-    if output_budget:
+    if output_budget or asked.filters:
         raise PlanError(
-            "An adapter cannot be computed with an output_budget, which needs calibration data. "
-            "Use a budget, or write the merged model instead."
+            "An adapter cannot be computed with an output_budget or a filter, which need "
+            "calibration data. Use a budget, or write the merged model instead."
         )
     models = Models(base, mllm, experts, noise, low_rank)
     found = (update for update in updates_of(models, asked) if isinstance(update, Update))

@@ -34,6 +34,7 @@ from ipmerge_core.spectral.similarity import (
 )
 from ipmerge_core.spectral.spectrum import (
     Spectrum,
+    as_float,
     existing,
     noise_floor,
     svd,
@@ -56,6 +57,7 @@ class Projection(NamedTuple):
     rank: int | None = None
     ablation: str = "none"
     directions: str = "existing"
+    math_energy: float = 1.0
 
     @property
     def filters(self) -> bool:
@@ -65,7 +67,7 @@ class Projection(NamedTuple):
     @property
     def is_low_rank(self) -> bool:
         """Whether the updates are of low rank, and yielded as factors."""
-        return self.ablation == "none" and self.projector in ON_DIRECTIONS
+        return self.math_energy < 1 or (self.ablation == "none" and self.projector in ON_DIRECTIONS)
 
 
 class Models(NamedTuple):
@@ -98,6 +100,11 @@ def updates_of(
     vision = None if plain or filters else models.spectrum(0, asked)
     for number, expert in enumerate(models.experts, 1):
         change = task_vector(expert, models.base)
+        if asked.math_energy < 1:
+            found = models.spectrum(number, asked)
+            found = found.leading(energy_rank(found.S, asked.math_energy))
+            yield _of_truncated(change, vision, found, asked, grams, number)
+            continue
         if plain:
             yield change
             continue
@@ -111,6 +118,33 @@ def updates_of(
             yield nuclear_ratio(vision, own) * kept
         else:
             yield _projected(change, kept, vision, own, asked)
+
+
+def _of_truncated(
+    change: Tensor,
+    vision: Spectrum | None,
+    own: Spectrum,
+    asked: Projection,
+    grams: Sequence[Tensor],
+    number: int,
+) -> Update | Tensor:
+    """Return the update of dM V_M V_M^T for the kept directions V_M, as factors.
+
+    Math:   whatever P is, it is linear in dM from the right: P(dM V_M V_M^T) = (dM V_M) P(V_M^T).
+    """
+    basis = own.Vh.to(as_float(change))
+    left = as_float(change) @ basis.T
+    if asked.ablation == "select_only":
+        return Update(left, basis)
+    if vision is None:
+        return Update(left, _filtered(basis, asked, grams, number))
+    if asked.ablation == "rescale_only":
+        return Update(left * nuclear_ratio(vision, own), basis)
+    if asked.projector in ON_DIRECTIONS:
+        return _projected(change, left @ basis, vision, own, asked)
+    found = _projected(basis, basis, vision, own, asked)
+    assert isinstance(found, Tensor), "it is off the MLLM's directions"
+    return Update(left, found)
 
 
 def _projected(

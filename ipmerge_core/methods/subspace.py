@@ -114,7 +114,7 @@ def mean_of_changes(parameters: Mapping[str, Any], experts: int) -> tuple[float,
     return parameters["mllm_weight"] / count, parameters["math_weight"] / count
 
 
-def _start(
+def start(
     base: Tensor,
     mllm: Tensor,
     math: Experts,
@@ -123,6 +123,7 @@ def _start(
     noise: Sequence[float] | None,
     low_rank: Sequence[LowRank | None] | None,
 ) -> tuple[Tensor, Tensor, list[Change]]:
+    """Return the base and the MLLM in the result's precision, and the weighted changes."""
     experts = as_list(math)
     weights = [mllm_weight] + [math_weight] * len(experts)
     dtype = result_dtype(base, mllm, *experts)
@@ -214,7 +215,7 @@ def tsv(
             polar factor of directions shared by two models is not unique; here both get the
             common direction.
     """
-    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
+    W0, W_v, changes = start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
     vectors = [change.vector for change in changes]
     if len(vectors) < 2:
         return add_to_base(W0, W_v, vectors[0] if vectors else torch.zeros_like(W0), scale)
@@ -259,7 +260,7 @@ def iso_c(
     Shapes: all (m, n).
     Source: Isotropic merging, arXiv 2502.04959, where a_i = 1 and s is tuned.
     """
-    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
+    W0, W_v, changes = start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
     delta = torch.zeros_like(W0)
     if changes:
         found = _sum(changes).existing()
@@ -299,7 +300,7 @@ def iso_cts(
             `iso_c`. Decomposed in fp64, since the task-specific residual is small.
     Source: Isotropic merging in common and task-specific subspaces, arXiv 2502.04959.
     """
-    W0, W_v, changes = _start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
+    W0, W_v, changes = start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
     if not changes:
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
     r, tasks = min(W0.shape), len(changes)
@@ -367,7 +368,7 @@ def knots_ties(
             code trims like trim "official". The cutoff is relative here (1e-5 absolute in the
             authors' code), so that small changes are kept.
     """
-    W0, W_v, changes = _start(base, mllm, math, 1.0, 1.0, None, None)
+    W0, W_v, changes = start(base, mllm, math, 1.0, 1.0, None, None)
     if not changes:
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
     models = [task_vector_of(matrix, base).to(W0) for matrix in (mllm, *as_list(math))]

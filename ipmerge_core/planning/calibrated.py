@@ -33,8 +33,11 @@ class Calibrated:
         kind: DataKind | None,
         folder: str | Path | None,
         sources: Sources,
+        reason: str = "",
     ) -> Calibrated | None:
         """Open the calibration of a kind in a folder for a method; None if it needs none.
+
+        `reason` is the option that needs it, if the method itself does not.
 
         Raises:
             PlanError: the calibration is missing, or the method does not use one.
@@ -49,7 +52,7 @@ class Calibrated:
             return None
         if folder is None:
             raise PlanError(
-                f"{method.label} requires {_NEEDED[kind]} of every model. Run `ipmerge "
+                f"{method.label}{reason} requires {_NEEDED[kind]} of every model. Run `ipmerge "
                 f"calibrate --kind {kind}` and pass its output folder as calibration, or "
                 f"choose a method that needs no calibration data."
             )

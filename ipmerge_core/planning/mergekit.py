@@ -85,6 +85,12 @@ def _check_expressible(plan: MergePlan) -> None:
             f"The plan's anchor is {plan.anchor}; a recipe has one base for all task vectors. "
             f"Export a plan with the anchor {own}."
         )
+    if plan.options.layer_profile != "all" or plan.options.input_share < 1:
+        name = "layer_profile" if plan.options.layer_profile != "all" else "input_share"
+        raise PlanError(
+            f"The plan has the {name} {getattr(plan.options, name)}, which a recipe cannot "
+            f"express. Export a plan without it."
+        )
     if plan.options.layer_gains and not _has_grades(plan):
         raise PlanError(
             f"The plan has layer gains, which scale the change of every matrix; a recipe can only "

@@ -23,13 +23,22 @@ Override = Literal["merge", "keep"]
 Norms = Literal["keep", "merge"]
 Embeddings = Literal["keep", "merge-shared"]
 Modules = Literal["projections", "all", "all-and-router"]
-Kind = Literal["pattern", "factors", "choice", "rules"]
+LayerProfile = Literal["all", "upper_half", "lower_half", "middle_half", "rising", "falling"]
+Kind = Literal["pattern", "factors", "share", "choice", "rules"]
 _MOST_FACTORS = 1000
 
 MODULE_CHOICES = {
     "projections": "q, k, v, o, gate, up and down, also of experts",
     "all": "every matrix of a layer except routers",
     "all-and-router": "every matrix of a layer",
+}
+LAYER_PROFILES = {
+    "all": "every layer alike",
+    "upper_half": "only the half nearest to the output",
+    "lower_half": "only the half nearest to the input",
+    "middle_half": "only the layers between the first and the last quarter",
+    "rising": "from none in the first layer to all in the last",
+    "falling": "from all in the first layer to none in the last",
 }
 ANCHORS = {
     "inject": "add the experts' task vectors to the MLLM",
@@ -42,9 +51,9 @@ ANCHORS = {
 class Option(NamedTuple):
     """The label, help and kind of one field of `PlanOptions`, for forms and parsers.
 
-    A "pattern" is a regular expression, "factors" are numbers >= 0, a "choice" is one of `choices`
-    (with their meanings), and "rules" map names of matrices to "merge" or "keep": they are
-    set per matrix in the map, not in a form field.
+    A "pattern" is a regular expression, "factors" are numbers >= 0, a "share" is a number in
+    [0, 1], a "choice" is one of `choices` (with their meanings), and "rules" map names of matrices
+    to "merge" or "keep": they are set per matrix in the map, not in a form field.
     """
 
     name: str
@@ -76,6 +85,10 @@ class PlanOptions:
         layer_gains: factors on the change of the MLLM's weights, evenly spaced from the first to
             the last layer and interpolated: (0, 1) increases linearly. 0 keeps the weights of a
             layer, 1 is the method's result. SLERP turns by that share of its angle.
+        layer_profile: a preset of layer gains for any number of layers (`LAYER_PROFILES`), which
+            multiplies `layer_gains`.
+        input_share: 1, or AIM's omega: the change keeps this share in the MLLM's most active input
+            channel, and more in less active ones (`activation_informed`); needs a calibration.
         norms: "merge" also merges the decoder's norms and biases, as one-row matrices.
         embeddings: "merge-shared" also merges the embedding and head rows of tokens shared by all
             models, row by row. Include and exclude apply to both.
@@ -124,6 +137,24 @@ class PlanOptions:
             "factors",
             "Layer gains",
             "update scale per layer, interpolated from first to last layer; 0 1 increases linearly",
+        ),
+    )
+    layer_profile: LayerProfile = field(
+        default="all",
+        metadata=_asked(
+            "choice",
+            "Layer profile",
+            "preset of layer gains for any number of layers; multiplies the layer gains",
+            LAYER_PROFILES,
+        ),
+    )
+    input_share: float = field(
+        default=1.0,
+        metadata=_asked(
+            "share",
+            "Input share (AIM)",
+            "share of the change that stays in the MLLM's most active input channel, more in "
+            "others; 1 is off, AIM's code uses 0.2; needs a calibration",
         ),
     )
     norms: Norms = field(
@@ -205,6 +236,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 (a field's value)
 def _words(value: Any) -> str:  # noqa: ANN401 (a field's value)
     if isinstance(value, Mapping):
         return f"{len(value)} set by hand"
+    if isinstance(value, float):
+        return shown(value)
     return " ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -255,6 +288,19 @@ def _read_factors(option: Option, value: Any) -> tuple[float, ...]:  # noqa: ANN
     return tuple(float(factor) for factor in value)
 
 
+def _read_share(option: Option, value: Any) -> float:  # noqa: ANN401 (whatever was given)
+    try:
+        share = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise PlanError(
+            f"{option.name} is {reprlib.repr(value)}; expected a number from 0 to 1. The default "
+            f"is {shown(option.default)}."
+        )
+    return share
+
+
 def _read_choice(option: Option, value: Any) -> Any:  # noqa: ANN401
     if value != option.default and value not in tuple(option.choices):
         expected = " or ".join(option.choices)
@@ -276,6 +322,7 @@ def _read_rules(option: Option, value: Any) -> dict[str, Override]:  # noqa: ANN
 _READERS: dict[Kind, Callable[[Option, Any], Any]] = {
     "pattern": _read_pattern,
     "factors": _read_factors,
+    "share": _read_share,
     "choice": _read_choice,
     "rules": _read_rules,
 }

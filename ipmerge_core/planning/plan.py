@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ipmerge_core.analysis.analyse import describe
 from ipmerge_core.analysis.records import Analysis, LayerRecord, Sources, Totals
+from ipmerge_core.analysis.updates import has_updates
 from ipmerge_core.errors import PairingError, PlanError
 from ipmerge_core.methods import MergeMethod, find_method
 from ipmerge_core.methods.declarations import AffineUpdate, ParameterValue
@@ -44,7 +45,9 @@ from ipmerge_core.planning.scope import (
     check_layer_gains,
     check_used,
     choose_anchor,
-    spread,
+    data_reason,
+    needed_data,
+    schedule,
 )
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.input_files import (
@@ -112,6 +115,10 @@ class MergePlan:
             content.append(self.anchor)
         if self.statistic:
             content.append(list(self.statistic))
+        if options.layer_profile != "all":
+            content.append(["profile", options.layer_profile])
+        if options.input_share < 1:
+            content.append(["input share", options.input_share])
         if any(contents):
             content.append(["contents", contents])
         if self.method_version > 1:  # 1 is omitted, which keeps the digest of the first plans
@@ -121,7 +128,7 @@ class MergePlan:
     @property
     def _scaling(self) -> tuple[str, ...]:
         """A mark for the digest: layer gains used to multiply the experts' weights."""
-        scaled = self.options.layer_gains and find_method(self.method).gain is None
+        scaled = self._graded and find_method(self.method).gain is None
         return ("change",) if scaled else ()
 
     @property
@@ -175,27 +182,46 @@ class MergePlan:
     def parameters_for(self, layer: int) -> dict[str, ParameterValue]:
         """Return the method's parameters for one layer, its gain scaled by the layer schedule."""
         gain, parameters = find_method(self.method).gain, dict(self.parameters)
-        if gain is not None and self.options.layer_gains:
+        if gain is not None and self._graded:
             value = parameters[gain]
             assert isinstance(value, float), "a gain is a number"
             parameters[gain] = value * self._schedule[layer]
         return parameters
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether the change is a gain times factors that do not depend on the plan's other values.
+
+        A budget rescales the experts' sum, and AIM the merged matrix, so that neither has them.
+        """
+        plain = not self.parameters.get("budget") and self.options.input_share == 1
+        return plain and has_updates(self.method, self.parameters)
 
     def change_scale(self, layer: int) -> float:
         """Return the factor on the change W - W_mllm of one layer's matrices.
 
         1 if the method has a gain, which `parameters_for` scales instead, and without layer gains.
         """
-        if find_method(self.method).gain is not None or not self.options.layer_gains:
+        if find_method(self.method).gain is not None or not self._graded:
             return 1.0
         return self._schedule[layer]
 
     @cached_property
     def _schedule(self) -> dict[int, float]:
-        return spread(self.options.layer_gains, {decision.layer for decision in self.decisions})
+        return schedule(self.options, {decision.layer for decision in self.decisions})
+
+    @property
+    def _graded(self) -> bool:
+        """Whether layers have factors of their own."""
+        return bool(self.options.layer_gains) or self.options.layer_profile != "all"
 
     def _update_of(self, decision: Decision, records: Sequence[LayerRecord]) -> AffineUpdate:
         method, parameters = find_method(self.method), self.parameters_for(decision.layer)
+        if self.options.input_share < 1:
+            raise PlanError(
+                f"{method.label} with input_share {self.options.input_share:g} is not previewable: "
+                f"the change depends on the calibration. The merge itself works."
+            )
         found = known_update(
             method,
             parameters,
@@ -306,7 +332,7 @@ def make_plan(
     check_choice(similarity_threshold, similarity)
     check_used(chosen, similarity_threshold, similarity, own)
     _check_source(chosen, source)
-    kind = chosen.data_for(complete)
+    kind = needed_data(chosen, complete, options)
     scope = Scope.of(options, calibrated=kind is not None)
     threshold = similarity_threshold if chosen.needs_analysis else None
     if isinstance(source, Analysis):
@@ -318,7 +344,7 @@ def make_plan(
     _check_overrides(options.overrides, decisions)
     check_extras(chosen, options, calibrated=kind is not None)
     layers = len({decision.layer for decision in decisions})
-    check_layer_gains(chosen, options.layer_gains, complete, layers)
+    check_layer_gains(chosen, options, complete, layers)
     return MergePlan(
         name=source.name,
         method=method,
@@ -330,7 +356,7 @@ def make_plan(
         totals=totals,
         decisions=tuple(decisions),
         records=records,
-        calibration=Calibrated.find(chosen, kind, calibration, sources),
+        calibration=Calibrated.find(chosen, kind, calibration, sources, data_reason(options)),
         tokens=_share_tokens(source) if options.embeddings == "merge-shared" else None,
         statistic=known_statistic(chosen, complete, records, decisions),
         analysed=analysed or None,

@@ -13,8 +13,9 @@ import numpy as np
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
+from ipmerge_core.methods.registry import DataKind
 from ipmerge_core.models.matrix_kinds import MODULES, is_projection, is_router
-from ipmerge_core.planning.options import Modules, PlanOptions
+from ipmerge_core.planning.options import LayerProfile, Modules, PlanOptions
 from ipmerge_core.runtime.patterns import Pattern, compile_pattern
 from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
@@ -56,12 +57,30 @@ def _compile(pattern: str | None) -> Pattern | None:
     return None if pattern is None else compile_pattern(pattern)
 
 
+def needed_data(
+    method: MergeMethod, parameters: Mapping[str, Any], options: PlanOptions
+) -> DataKind | None:
+    """Return the calibration that a plan needs: that of its method, or Gram matrices for AIM."""
+    return method.data_for(parameters) or ("gram" if options.input_share < 1 else None)
+
+
+def data_reason(options: PlanOptions) -> str:
+    """Return which option needs a calibration, for a message; "" if none does."""
+    return f" with input_share {options.input_share:g}" if options.input_share < 1 else ""
+
+
 def check_extras(method: MergeMethod, options: PlanOptions, *, calibrated: bool) -> None:
     """Check that the method can merge the requested modules and extras. Raises: PlanError."""
     if calibrated and options.modules != "projections":
         raise PlanError(
             f"{method.label} requires calibration data, which are measured for q, k, v, o, gate, "
             f"up and down only. Use modules=projections, or a method without calibration."
+        )
+    if options.input_share < 1 and method.data == "fisher":
+        raise PlanError(
+            f"input_share is {options.input_share:g}, which needs the Gram matrices of the MLLM's "
+            f"inputs, and the calibration of {method.label} has Fisher information only. Use "
+            f"input_share=1, or another method."
         )
     asked = ["norms and biases"] if options.norms != "keep" else []
     asked += ["embeddings"] if options.embeddings != "keep" else []
@@ -86,17 +105,50 @@ def check_choice(threshold: float, similarity: str) -> None:
 
 
 def check_layer_gains(
-    method: MergeMethod, factors: Sequence[float], parameters: Mapping[str, Any], layers: int
+    method: MergeMethod, options: PlanOptions, parameters: Mapping[str, Any], layers: int
 ) -> None:
     """Check that no gain is unused and the method's gain stays in its range. Raises: PlanError."""
+    factors = options.layer_gains
     if len(factors) > layers:
         raise PlanError(
             f"layer_gains has {len(factors)} factors and the model {layers} layers, so that some "
             f"would not be used. Give at most one factor per layer."
         )
     if method.gain is not None:
-        for factor in factors:
+        for factor in (*factors, *schedule(options, range(layers)).values()):
             method.complete({**parameters, method.gain: parameters[method.gain] * factor})
+
+
+def schedule(options: PlanOptions, layers: Iterable[int]) -> dict[int, float]:
+    """Return the factor of every layer: its layer gain times that of the profile.
+
+    >>> schedule(PlanOptions(layer_gains=(2,), layer_profile="upper_half"), range(3))
+    {0: 0.0, 1: 2.0, 2: 2.0}
+    """
+    gains = spread(options.layer_gains or (1.0,), layers)
+    profile = profile_gains(options.layer_profile, len(gains))
+    return {n: gains[n] * factor for n, factor in zip(sorted(gains), profile, strict=True)}
+
+
+def profile_gains(profile: LayerProfile, layers: int) -> list[float]:
+    """Return the factors of a preset, in the order of the layers.
+
+    A layer is in a half by its middle, (i + 1/2) / layers: the lower and the upper half share no
+    layer, and of an odd number the upper half is the larger one.
+
+    >>> profile_gains("middle_half", 4), profile_gains("falling", 3)
+    ([0.0, 1.0, 1.0, 0.0], [1.0, 0.5, 0.0])
+    """
+    if profile in ("rising", "falling"):
+        ends = (0, 1) if profile == "rising" else (1, 0)
+        return list(spread(ends, range(layers)).values())
+    low, high = {
+        "all": (0.0, 1.0),
+        "upper_half": (0.5, 1.0),
+        "lower_half": (0.0, 0.5),
+        "middle_half": (0.25, 0.75),
+    }[profile]
+    return [float(low <= (i + 0.5) / layers < high) for i in range(layers)]
 
 
 def check_used(

@@ -59,6 +59,7 @@ def write_report(folder: Path, tables: Sequence[Table], replays: Sequence[Replay
         *(figures.landscape_of(table) for table in tables[:_MOST_LANDSCAPES]),
         figures.regret_curves(curves(replays)),
         figures.ratio_boxes(found),
+        figures.error_table([table_facts(table) for table in tables]),
     ]
     names = {replay.optimizer for replay in replays}
     settings = [f"{o.label}: {o.settings}." for o in OPTIMIZERS.values() if o.name in names]

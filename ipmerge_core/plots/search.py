@@ -18,8 +18,9 @@ from ipmerge_core.search.optimizers import OPTIMIZERS
 from ipmerge_core.search.study import COMPLETE, FAILED, Evaluation
 
 if TYPE_CHECKING:
+    from ipmerge_core.search.consistency import AnswerPath
     from ipmerge_core.search.replay import Table
-    from ipmerge_core.search.summary import Curve, Standing
+    from ipmerge_core.search.summary import Curve, Standing, TableFacts
     from ipmerge_core.search.surrogate import Surrogate
 
 # Okabe-Ito colours with a dash and a marker each, in the order of `OPTIMIZERS`.
@@ -53,7 +54,7 @@ def landscape(
     at = np.array(surrogate.extremes.at)
     steps = np.linspace(0, 1, _CELLS)
     if len(names) == 1:
-        return _slice(surrogate, names[0], ranges[0], title)
+        return _slice(surrogate, names[0], ranges[0], title, evaluations)
     grid = np.tile(at, (_CELLS * _CELLS, 1))
     grid[:, 0], grid[:, 1] = np.repeat(steps, _CELLS), np.tile(steps, _CELLS)
     (low_x, high_x), (low_y, high_y) = ranges[:2]
@@ -69,31 +70,50 @@ def landscape(
             y=[each[names[1]] for each in points],
             mode="markers",
             name="evaluated",
-            marker={"symbol": "circle-open", "color": "#ffffff", "size": 9, "line": {"width": 2}},
+            marker={"color": "#ffffff", "size": 9, "line": {"color": "#000000", "width": 2}},
+            cliponaxis=False,
             customdata=[[e.number, e.value] for e in evaluations if e.state != FAILED],
             hovertemplate="evaluation %{customdata[0]}: %{customdata[1]:.4g}<extra></extra>",
         )
     if {"mllm_weight", "math_weight"} == set(names[:2]):
         figure.add_scatter(
             x=x, y=1 - x, mode="lines", name="weights sum to 1",
-            line={"color": "#ffffff", "dash": "dash"},
+            line={"color": "#d55e00", "dash": "dash", "width": 3},  # seen on every cell and page
         )  # fmt: skip
     figure.update_layout(title=title, showlegend=True, **_LAYOUT)
-    figure.update_xaxes(title=names[0], range=[low_x, high_x])
-    figure.update_yaxes(title=names[1], range=[low_y, high_y])
+    figure.update_xaxes(title=_title(names[0]), range=[low_x, high_x])
+    figure.update_yaxes(title=_title(names[1]), range=[low_y, high_y])
     return figure
 
 
-def _slice(surrogate: Surrogate, name: str, ends: tuple[float, float], title: str) -> go.Figure:
+def _title(parameter: str) -> str:
+    """Return the name of a parameter as axes show it.
+
+    >>> _title("lambda_"), _title("math_weight")
+    ('lambda', 'math weight')
+    """
+    return parameter.strip("_").replace("_", " ")
+
+
+def _slice(
+    surrogate: Surrogate,
+    name: str,
+    ends: tuple[float, float],
+    title: str,
+    evaluations: Sequence[Evaluation],
+) -> go.Figure:
+    """Draw a surrogate of one parameter with the evaluated points."""
     steps = np.linspace(0, 1, _CELLS)
     x = ends[0] + steps * (ends[1] - ends[0])
     figure = go.Figure(go.Scatter(x=x, y=surrogate.at(steps[:, None]), name="surrogate"))
+    known = [each for each in evaluations if each.state != FAILED]
     figure.add_scatter(
-        x=ends[0] + surrogate.points[:, 0] * (ends[1] - ends[0]), y=surrogate.values,
-        mode="markers", name="evaluated",
+        x=[each.parameters[name] for each in known], y=[each.value for each in known],
+        customdata=[[each.number] for each in known], mode="markers", name="evaluated",
+        hovertemplate="evaluation %{customdata[0]}: %{y:.4g}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(title=title, **_LAYOUT)
-    figure.update_xaxes(title=name)
+    figure.update_xaxes(title=_title(name))
     figure.update_yaxes(title="score")
     return figure
 
@@ -151,6 +171,26 @@ def ratio_boxes(found: Sequence[Standing], by: str = "optimizer") -> go.Figure:
     return figure
 
 
+def error_table(found: Sequence[TableFacts]) -> go.Figure:
+    """Draw a table of the surrogates' leave-one-out errors and of the price of sum one."""
+    head = {
+        "table": [" ".join(filter(None, (each.method, each.task))) or "results" for each in found],
+        "points": [each.points for each in found],
+        "best score": [f"{each.best:.4g}" for each in found],
+        "leave-one-out error, % of the range": [_percent(each.loo) for each in found],
+        "the same, 20 draws": [_percent(each.loo_of_draws) for each in found],
+        "cost of weights with sum 1, %": [_percent(each.sum_one) for each in found],
+        "of sum 1 within a step, %": [_percent(each.sum_near) for each in found],
+    }
+    figure = go.Figure(go.Table(header={"values": [*head]}, cells={"values": [*head.values()]}))
+    figure.update_layout(title="Quality of the surrogates", **_LAYOUT)
+    return figure
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
 def pareto(
     evaluations: Sequence[Evaluation], front: Sequence[Evaluation], objectives: Sequence[str]
 ) -> go.Figure:
@@ -175,10 +215,38 @@ def pareto(
     return figure
 
 
+def answer_path(path: AnswerPath, evaluations: Sequence[Evaluation], name: str) -> go.Figure:
+    """Draw disagreements with neighbours along a path, above the scores of the labels."""
+    from plotly.subplots import make_subplots
+
+    numbered = {each.number: each for each in evaluations}
+    ordered = [numbered[number] for number in path.numbers]
+    x = [each.parameters[name] for each in ordered]
+    figure = make_subplots(2, 1, shared_xaxes=True)
+    for row, (label, values) in enumerate(
+        (
+            ("disagreements", path.disagreements),
+            ("score by labels", [each.value for each in ordered]),
+        ),
+        1,
+    ):
+        chosen = path.chosen if row == 1 else path.by_labels
+        figure.add_scatter(
+            x=x, y=values, mode="lines+markers", name=label, customdata=[[n] for n in path.numbers],
+            marker={"size": [13 if number == chosen else 7 for number in path.numbers]},
+            hovertemplate="evaluation %{customdata[0]}: %{y:.4g}<extra></extra>", row=row, col=1,
+        )  # fmt: skip
+        figure.update_yaxes(title=label, row=row, col=1)
+    figure.update_layout(title="Agreement with neighbouring values", **_LAYOUT)
+    figure.update_xaxes(title=_title(name), row=2, col=1)
+    return figure
+
+
 def importance_bars(shares: dict[str, float]) -> go.Figure:
     """Draw the share of variance that every parameter explains."""
     names = sorted(shares, key=lambda name: shares[name])
-    figure = go.Figure(go.Bar(x=[shares[name] for name in names], y=names, orientation="h"))
+    titles = [_title(name) for name in names]
+    figure = go.Figure(go.Bar(x=[shares[name] for name in names], y=titles, orientation="h"))
     figure.update_layout(title="Parameter importance (fANOVA)", **_LAYOUT)
     figure.update_xaxes(title="share of variance")
     return figure

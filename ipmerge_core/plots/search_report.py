@@ -14,6 +14,7 @@ from ipmerge_core.errors import RunError
 from ipmerge_core.plots import search as figures
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.search.coefficients import SearchResult
+from ipmerge_core.search.consistency import describe_path
 from ipmerge_core.search.optimizers import OPTIMIZERS
 from ipmerge_core.search.space import SearchSpace
 from ipmerge_core.search.study import FAILED, PRUNED, Evaluation
@@ -21,17 +22,18 @@ from ipmerge_core.search.summary import as_csv
 from ipmerge_core.search.surrogate import Surrogate
 
 RESULT, REPORT = "search.json", "report.html"
-EVALUATIONS, UNSEEN = "evaluations.csv", "unseen.csv"
+EVALUATIONS, IMPORTANCE, UNSEEN = "evaluations.csv", "importance.csv", "unseen.csv"
 
 
 def write_search(folder: Path, result: SearchResult) -> None:
-    """Write search.json, report.html, evaluations.csv and unseen.csv into a folder.
+    """Write search.json, report.html and the CSV files of a search into a folder.
 
     Raises: RunError if the folder cannot be written.
     """
     files = {
         REPORT: report_page(result),
         EVALUATIONS: evaluations_csv(result),
+        IMPORTANCE: as_csv([{"parameter": n, "share": s} for n, s in result.importance.items()]),
         UNSEEN: as_csv(list(_unseen_rows(result))),
     }
     for name, text in files.items():
@@ -50,14 +52,16 @@ def report_page(result: SearchResult) -> str:
 
 def evaluations_csv(result: SearchResult) -> str:
     """Return all evaluations as CSV."""
-    return as_csv([_row(each) for each in result.evaluations])
+    return as_csv([_row(each, result) for each in result.evaluations])
 
 
 def search_figures(result: SearchResult) -> dict[str, Any]:
-    """Return the figures that the evaluations determine: landscape, front, importance."""
+    """Return the figures that the evaluations determine: landscape, path, front, importance."""
     objectives = _objectives(result)
     front = [each for each in result.evaluations if each.number in result.front]
     drawn = dict(zip(["landscape"], _landscapes(result), strict=False))  # if it is determined
+    if result.path is not None:
+        drawn["path"] = figures.answer_path(result.path, result.evaluations, result.axes[0].name)
     if len(objectives) > 1:
         drawn["front"] = figures.pareto(result.evaluations, front, objectives)
     if result.importance:
@@ -84,8 +88,10 @@ def _landscapes(result: SearchResult) -> Iterator[Any]:
         yield figures.landscape(surrogate, space.names, ranges, title, known)
 
 
-def _row(evaluation: Evaluation) -> dict[str, object]:
+def _row(evaluation: Evaluation, result: SearchResult) -> dict[str, object]:
     scores = evaluation.facts.get("scores", {})
+    path = result.path
+    disagreement = path.disagreement(evaluation.number) if path else None
     return {
         "number": evaluation.number,
         **evaluation.parameters,
@@ -94,6 +100,8 @@ def _row(evaluation: Evaluation) -> dict[str, object]:
         "error": f"{evaluation.error:.4g}",
         "items": evaluation.items,
         **{f"score_{name}": f"{value:.6g}" for name, value in scores.items()},
+        "front": int(evaluation.number in result.front),
+        **({} if path is None else {"disagreement": "" if disagreement is None else disagreement}),
         "plan": evaluation.facts.get("plan", ""),
         "reason": evaluation.reason,
     }
@@ -127,9 +135,12 @@ def describe(result: SearchResult, output: str = "") -> str:
     if best is None:
         reasons = [each.reason for each in result.evaluations if each.reason]
         return "\n".join([*lines, f"No evaluation is complete. {reasons[0] if reasons else ''}"])
+    if result.path is not None:
+        lines.append(describe_path(result.path, result.evaluations))
     values = " ".join(f"{name}={value:.4g}" for name, value in best.parameters.items())
+    verb = "Best" if result.path is None else "Chosen"
     lines.append(
-        f"Best: evaluation {best.number} with {values}: {best.value:.1f} on {best.items} "
+        f"{verb}: evaluation {best.number} with {values}: {best.value:.1f} on {best.items} "
         f"validation items (standard error {best.error:.1f})."
     )
     lines += _unseen_lines(result)
@@ -137,7 +148,7 @@ def describe(result: SearchResult, output: str = "") -> str:
         shares = ", ".join(f"{n} {share:.0%}" for n, share in result.importance.items())
         lines.append(f"Importance (fANOVA): {shares}.")
     if output:
-        lines.append(f"Wrote {output}: {RESULT}, {REPORT}, {EVALUATIONS}, {UNSEEN}.")
+        lines.append(f"Wrote {output}: {RESULT}, {REPORT}, {EVALUATIONS}, {IMPORTANCE}, {UNSEEN}.")
     return "\n".join(lines)
 
 

@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -119,12 +118,7 @@ class _Supervisor(contextlib.AbstractContextManager["_Supervisor"]):
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop watching."""
         self._over.set()
         self._thread.join()

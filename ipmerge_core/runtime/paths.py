@@ -20,13 +20,21 @@ _LONGEST_PATH = 4096  # bytes; PATH_MAX of Linux (macOS has 1024, which its erro
 def expand_path(path: str | Path) -> Path:
     """Return a path with `~` and `~user` expanded.
 
-    Raises: RunError if it is empty, contains a null character, or there is no such home folder.
+    Raises: RunError if it is empty, contains a null character or a lone surrogate, or there is no
+        such home folder.
     """
     text = os.fspath(path)
     if not text.strip():
         raise RunError("The path is empty; expected the path of a file or a folder.")
     if "\0" in text:
         raise RunError(f"The path {text[:80]!r} contains a null character; choose another path.")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"The path {text[:80]!r} contains a character that no file name can have; choose "
+            f"another path."
+        ) from error
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

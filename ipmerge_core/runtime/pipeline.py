@@ -16,7 +16,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from threading import Event
-from types import TracebackType
 from typing import Generic, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
@@ -140,12 +139,7 @@ class WriteBehind(AbstractContextManager["WriteBehind[_T]"], Generic[_T]):
         self._broken = False
         self._thread = ThreadPoolExecutor(1, "write-behind")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Wait for pending jobs."""
         self._thread.shutdown()
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import psutil
@@ -53,12 +52,7 @@ class Ranks(AbstractContextManager["Ranks"]):
                 self._owned = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Destroy the process group if this object created it."""
         if self._owned:
             import torch.distributed as dist

@@ -25,6 +25,7 @@ from ipmerge_core.methods import find_method
 from ipmerge_core.planning.description import arguments_of
 from ipmerge_core.planning.options import PlanOptions
 from ipmerge_core.runtime.pipeline import with_reports
+from ipmerge_core.search.consistency import FEWEST, AnswerPath, check_path, path_of, path_order
 from ipmerge_core.search.objective import FULL, RUNGS, VALIDATION, MergeObjective
 from ipmerge_core.search.optimizers import GP_BO, GRID, find_optimizer
 from ipmerge_core.search.space import Axis, SearchSpace, space_of
@@ -58,6 +59,8 @@ class SearchSettings:
         seed: of the optimizer.
         validation: share of the items that the search sees.
         racing: give bad points up after a quarter or half of their items (successive halving).
+        labels: choose by scores; False chooses on a path of one parameter by the consistency of
+            answers, and reports what the scores would have chosen.
     """
 
     method: str = METHOD
@@ -69,19 +72,38 @@ class SearchSettings:
     seed: int = 0
     validation: float = VALIDATION
     racing: bool = False
+    labels: bool = True
 
     @property
     def space(self) -> SearchSpace:
-        """The searched space. Raises: PlanError if it is not valid."""
+        """The searched space. Raises: PlanError, RunError if it is not valid."""
         space = space_of(find_method(self.method), self.ranges)
         fixed = sorted(set(space.names) & set(self.fixed))
         if fixed:
             raise RunError(
                 f"'{fixed[0]}' is searched, and has a fixed value too. Omit one of them."
             )
+        if not self.labels:
+            self._check_unlabelled(space)
         if self.optimizer == GRID:
             space.grid()
         return space
+
+    def _check_unlabelled(self, space: SearchSpace) -> None:
+        """Check that all values of one parameter are evaluated completely. Raises: RunError."""
+        check_path(space)
+        if self.optimizer != GRID or self.racing:
+            what = "racing" if self.racing else f"the optimizer '{self.optimizer}'"
+            raise RunError(
+                f"A search without labels evaluates all values of its parameter; got {what}. Use "
+                f"the optimizer '{GRID}' without racing."
+            )
+        count, limit = len(space.axes[0].values), self.budget.evaluations
+        if limit is not None and limit < count:
+            raise RunError(
+                f"The path has {count} values, and the budget is {limit} evaluations. Give at "
+                f"least {count}, or fewer values."
+            )
 
 
 class SearchStep(NamedTuple):
@@ -97,7 +119,8 @@ class SearchResult(ResultFile):
     """The result of a search.
 
     `front` and `best` are numbers of evaluations; `report` scores the unmerged model and their
-    plans on the items that the search did not see. `arguments` make the best plan again.
+    plans on the items that the search did not see. `arguments` make the best plan again. With
+    a `path`, the best plan was chosen without labels.
     """
 
     FORMAT = "ipmerge-search"
@@ -115,11 +138,12 @@ class SearchResult(ResultFile):
     importance: dict[str, float]
     validation: float
     report: Report | None
+    path: AnswerPath | None = None
 
     @property
     def best_evaluation(self) -> Evaluation | None:
         """The best evaluation, if any."""
-        return next((each for each in self.evaluations if each.number == self.best), None)
+        return _numbered(self.evaluations, self.best)
 
     def arguments_at(self, evaluation: Evaluation) -> dict[str, Any]:
         """Return the arguments of `make_plan` at an evaluation; empty if none is complete."""
@@ -194,12 +218,12 @@ def iter_search(
         def search(report: Callable[[SearchStep], None]) -> None:
             def notify(found: Evaluation) -> None:
                 try:
-                    report(SearchStep(found, trials.done + 1, _total(how.budget, trials.done + 1)))
+                    report(SearchStep(found, trials.done + 1, _total(how, trials.done + 1)))
                 except CancelledError:
                     stop.set()
 
             trials = Trials(study, space, objective, how.budget, number, stop=stop, notify=notify)
-            report(SearchStep(None, trials.done, _total(how.budget, trials.done)))
+            report(SearchStep(None, trials.done, _total(how, trials.done)))
             with quiet():
                 run(optimizer, trials, how.seed)
 
@@ -207,8 +231,12 @@ def iter_search(
         return _result(study, objective, how, analysis)
 
 
-def _total(budget: Budget, done: int) -> int:
-    return max(done, budget.evaluations or done)
+def _total(how: SearchSettings, done: int) -> int:
+    """Return how many evaluations there will be, as far as that is known."""
+    limit = how.budget.evaluations or done
+    if how.optimizer == GRID:
+        limit = min(limit, len(how.space.grid()))
+    return max(done, limit)
 
 
 def _definition(
@@ -250,12 +278,14 @@ def _result(
 ) -> SearchResult:
     """Choose the best plan and the front, and score them on the items that were not seen."""
     found = evaluations_of(study)
-    best = best_of(found)
+    path = None if how.labels else _path(objective, how, found)
+    best = best_of(found) if how.labels else _numbered(found, path.chosen if path else None)
     several = [g for g in ("math", "perception", "other") if _has_scores(found, g)]
     front = pareto_front(found, several) if len(several) > 1 else []
     report = None
     if best is not None:
         shown = dict.fromkeys([best.number, *(each.number for each in front[:MOST_SHOWN])])
+        shown |= {path.by_labels: None} if path else {}
         plans = {e.number: objective.plan_at(e.parameters) for e in found if e.number in shown}
         points = [Point(UNMERGED)]
         points += [Point(f"evaluation {number}", plans[number]) for number in shown]
@@ -274,7 +304,25 @@ def _result(
         importance=importances(study),
         validation=how.validation,
         report=report,
+        path=path,
     )
+
+
+def _path(
+    objective: MergeObjective, how: SearchSettings, found: Sequence[Evaluation]
+) -> AnswerPath | None:
+    """Choose on a path by stored replies; None if too few of its models are evaluated."""
+    ordered = path_order(objective.space, found)
+    if len(ordered) < FEWEST:
+        return None
+    plans = [objective.plan_at(each.parameters) for each in ordered]
+    points = [Point(plan.hash, plan) for plan in plans]
+    report = objective.evaluated(points, 0.0, how.validation)
+    return path_of(ordered, [plan.hash for plan in plans], report)
+
+
+def _numbered(found: Sequence[Evaluation], number: int | None) -> Evaluation | None:
+    return next((each for each in found if each.number == number), None)
 
 
 def _has_scores(found: Sequence[Evaluation], group: str) -> bool:

@@ -9,6 +9,7 @@ the first few, then on more, and can be given up in between.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import threading
@@ -106,8 +107,9 @@ class MergeObjective:
     stops: Sequence[threading.Event] = ()
 
     def __post_init__(self) -> None:
-        """Check the share of items and the groups. Raises: RunError."""
+        """Check the share of items and the groups, and load every draw once. Raises: RunError."""
         check_items(self.groups, self.validation)
+        self.tasks = [replace(task, load=functools.cache(task.load)) for task in self.tasks]
 
     def plan_at(self, parameters: Mapping[str, float]) -> MergePlan:
         """Make the plan of a point. Raises: PlanError for values that do not go together."""

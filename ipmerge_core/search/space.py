@@ -157,7 +157,9 @@ def _usual(method: MergeMethod) -> list[Axis]:
 
 
 def _has(method: MergeMethod, name: str) -> bool:
-    return name == THRESHOLD or any(parameter.name == name for parameter in method.parameters)
+    if name == THRESHOLD:
+        return method.needs_analysis
+    return any(parameter.name == name for parameter in method.parameters)
 
 
 def _read(method: MergeMethod, text: str) -> Axis:
@@ -168,9 +170,10 @@ def _read(method: MergeMethod, text: str) -> Axis:
         raise PlanError(f"'{text[:80]}' is not a range; expected NAME=LOW:HIGH or NAME=V1,V2,...")
     if not _has(method, name):
         known = [p.name for p in method.parameters if p.kind in ("float", "int")]
+        known += [THRESHOLD] if method.needs_analysis else []
         raise PlanError(
             f"{method.label} has no parameter '{name[:80]}'. Its numbers are "
-            f"{', '.join([*known, THRESHOLD])}."
+            f"{', '.join(known) or 'none'}."
         )
     parts = given.split(":") if ":" in given else given.split(",")
     try:

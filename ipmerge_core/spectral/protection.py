@@ -111,6 +111,34 @@ def input_filter(
     return _filtered(change, own, other, beta)
 
 
+def activation_informed(
+    merged: Float[Tensor, "m n"],
+    mllm: Float[Tensor, "m n"],
+    mllm_gram: Float[Tensor, "..."],
+    share: float,
+) -> Float[Tensor, "m n"]:
+    """Reduce a merge's change of the input channels that are active in the MLLM (AIM).
+
+    Math:   W' = W_v + (W - W_v) diag(1 - (1 - share) a_j / max a), so that the most active channel
+            keeps `share` of its change and a silent one all of it; share = 1 is W. Channels that
+            are all silent are not reduced.
+    Shapes: gram (n, n), or (n,) for its diagonal.
+    Source: Activation-Informed Merging, arXiv 2502.02421, with the MLLM as the model to preserve.
+            Its a_j is the mean of |x_j| over the samples; here it is sqrt(mean x_j^2) = sqrt(G_jj),
+            which a calibration contains. Both are equal up to the spread of |x_j|.
+
+    >>> W_v, W = torch.zeros(1, 2), torch.ones(1, 2)
+    >>> activation_informed(W, W_v, torch.tensor([4.0, 1.0]), 0.2)
+    tensor([[0.2000, 0.6000]])
+    """
+    diagonal = mllm_gram if mllm_gram.ndim == 1 else mllm_gram.diagonal()
+    activity = diagonal.double().clamp(min=0).sqrt()
+    most = float(activity.max())
+    factor = 1 - (1 - share) * (activity / most if most > 0 else activity)
+    origin = mllm.to(merged)
+    return origin + (merged - origin) * factor.to(merged)
+
+
 def output_norm2(matrix: Float[Tensor, "m n"], gram: Float[Tensor, "..."]) -> float:
     """Return tr(A G A^T), the mean squared norm of the outputs A x over the measured inputs.
 

@@ -399,7 +399,8 @@ def _calibration_folder(backend: Backend, pack: str, asked: PlanRequest) -> str:
     if not asked.calibration:
         return ""
     explored = asked.method == EXPLORED_METHOD
-    kind = data_kind(MethodChoice(EXPLORED if explored else asked.method, asked.parameters))
+    name = EXPLORED if explored else asked.method
+    kind = data_kind(MethodChoice(name, asked.parameters, asked.options))
     if kind is None:
         raise PlanError("These parameters need no calibration. Omit it.")
     folders = backend.finished_calibrations(pack, kind)

@@ -51,13 +51,15 @@ def parameters_of(name: str) -> tuple[Parameter, ...]:
 
 def data_kind(choice: MethodChoice) -> DataKind | None:
     """Return the kind of calibration that a choice needs; None for no kind, or unknown values."""
-    if choice.name == EXPLORED and not choice.values:
+    if choice.name == EXPLORED and not choice.values and "input_share" not in choice.options:
         return None  # without importing the methods
     from ipmerge_core.methods import METHODS
+    from ipmerge_core.planning.scope import needed_data
 
     method = METHODS.get(choice.name or EXPLORED_METHOD)
     try:
-        return method.data_for(choice.values) if method is not None else None
+        options = PlanOptions.read(choice.options)
+        return needed_data(method, choice.values, options) if method is not None else None
     except PlanError:
         return None  # the check of the plan says so
 

@@ -1,8 +1,8 @@
 """List and read the pairs: bundled packs, packs in the user's folder, and unfinished ones.
 
-In: the packs in `assets/demo` and `assets/taught`, and in the folder `packs` of the home folder.
-Out: a list for the dropdown, and the content of a pack as plain values for the browser; for an
-unfinished analysis, the content so far. Reads no weights and does not import torch.
+In: the packs in the folders `BUNDLED` of the repository, and in the folder `packs` of the home
+folder. Out: a list for the dropdown, and the content of a pack as plain values for the browser; for
+an unfinished analysis, the content so far. Reads no weights and does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ipmerge_core.spectral.kinds import TEMPERATURE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"
-BUNDLED = (DEMO, ROOT / "assets" / "taught")
+BUNDLED = (DEMO, ROOT / "assets" / "taught", ROOT / "assets" / "smollm2")
 _ENDING = ".pack.json.gz"
 _OWN = "packs-"  # prefix of the ids of a user's own packs
 SKIP_ALL = sys.maxsize  # for `find_partial`: return no records

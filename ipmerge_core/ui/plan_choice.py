@@ -20,7 +20,13 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.options import shown
 from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.host import is_hosted
-from ipmerge_core.spectral.kinds import COMPLEMENTS, ENERGY_SHARES, SIMILARITIES
+from ipmerge_core.spectral.kinds import (
+    COMPLEMENTS,
+    ENERGY_SHARES,
+    KEPT_SHARES,
+    SIMILARITIES,
+    TRUNCATIONS,
+)
 from ipmerge_core.ui.pairs import ROOT, find_pack
 
 if TYPE_CHECKING:
@@ -37,6 +43,10 @@ VARIANTS: Mapping[str, Mapping[str, str | float]] = MappingProxyType(
             name: {"projector": "complement", "energy": share}
             for name, share in zip(COMPLEMENTS, ENERGY_SHARES, strict=True)
         },
+        **{
+            name: {"ablation": "select_only", "math_energy": share}
+            for name, share in zip(TRUNCATIONS, KEPT_SHARES, strict=True)
+        },
     }
 )
 LARGEST_LAMBDA = 32.0  # upper end of the slider
@@ -50,6 +60,10 @@ VARIANT_LABELS = {
     **{
         name: f"off the directions of {share:.0%} of the MLLM's energy"
         for name, share in zip(COMPLEMENTS, ENERGY_SHARES, strict=True)
+    },
+    **{
+        name: f"truncated to {share:.0%} of the math change's energy"
+        for name, share in zip(TRUNCATIONS, KEPT_SHARES, strict=True)
     },
 }
 

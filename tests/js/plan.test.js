@@ -24,8 +24,8 @@ for (const [raw, problem] of /** @type {[object, RegExp][]} */ ([
   [{ s: 9 }, /^s must be a number from 0 to 1$/], [{ s: "NaN" }, /^s must/], [{ s: -0.1 }, /^s must/], [{ s: {} }, /^s must/],
   [{ lambda: "1e999" }, /^lambda must be a number from 0 to 32$/], [{ lambda: -1 }, /^lambda must/], [{ lambda: "<b>" }, /^lambda must/],
   [{ similarity: "best" }, /^similarity must be one of first, max, weighted$/], [{ similarity: null }, /^similarity/],
-  [{ variant: "\0" }, /^variant must be one of sum, max, rescale_only, select_only, protect, complement_5 to complement_100$/], [{ variant: ["sum"] }, /^variant/],
-  [{ budget: 2 }, /^budget must be a number from 0 to 1$/], [{ variant: "complement_7" }, /^variant must/],
+  [{ variant: "\0" }, /^variant must be one of sum, max, rescale_only, select_only, protect, complement_5 to complement_100, truncated_5 to truncated_95$/], [{ variant: ["sum"] }, /^variant/],
+  [{ budget: 2 }, /^budget must be a number from 0 to 1$/], [{ variant: "complement_7" }, /^variant must/], [{ variant: "truncated_100" }, /^variant must/],
   [{ overrides: { "model.embed_tokens.weight": "merge" } }, /does not match/], [{ overrides: { [NAME]: "delete" } }, /does not match/],
   [{ overrides: "x" }, /does not match/], [{ overrides: { __proto__: null, constructor: "merge" } }, /does not match/],
 ])) {
@@ -69,6 +69,7 @@ test("the arguments are those of make_plan", () => {
 test("the arguments name the projector of an update off the MLLM's directions, and a budget", () => {
   const usual = { similarity_threshold: 0.4, lambda_: 1, similarity: "first", overrides: {} };
   assert.deepEqual(planArguments({ ...DEFAULT_PLAN, variant: "complement_45" }), { ...usual, projector: "complement", energy: 0.45 });
+  assert.deepEqual(planArguments({ ...DEFAULT_PLAN, variant: "truncated_45" }), { ...usual, ablation: "select_only", math_energy: 0.45 });
   assert.deepEqual(planArguments({ ...DEFAULT_PLAN, variant: "protect", budget: 0.02 }), { ...usual, projector: "protect", budget: 0.02 });
 });
 
@@ -88,6 +89,7 @@ test("a plan in a few words names what is unusual, in full everything", () => {
   assert.equal(planWords(DEFAULT_PLAN), "Sα 0.400, λ 1");
   assert.equal(planWords(GOOD), "Sα 0.300, λ 2, best angle max sᵢ, 1 set by hand");
   assert.equal(planWords({ ...DEFAULT_PLAN, variant: "complement_45", budget: 0.015 }), "Sα 0.400, λ 1, off 45 % of the MLLM's energy, budget 1.5 %");
+  assert.equal(planWords({ ...DEFAULT_PLAN, variant: "truncated_90" }), "Sα 0.400, λ 1, truncated to 90 % of the math change's energy");
   assert.equal(planWords(DEFAULT_PLAN, true), "Sα 0.400 on first angle s₁, λ 1, γ sums to 1 (paper)");
 });
 

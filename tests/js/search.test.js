@@ -15,7 +15,7 @@ import { searchColumns, sortedRows } from "../../ipmerge_core/ui/evaluate/search
 function row(number, score) {
   return {
     number, score, values: [number / 10], state: score === null ? "failed" : "complete", error: 1.25, items: 20,
-    scores: score === null ? {} : { math: score }, merged: 1, reason: "", best: false, front: false,
+    scores: score === null ? {} : { math: score }, disagreement: number === 2 ? 4 : null, reason: "", best: false, front: false,
   };
 }
 
@@ -42,9 +42,17 @@ test("an unknown column sorts by evaluation", () => {
   assert.deepEqual(order("other", false), [0, 1, 2, 3, 4]);
 });
 
+test("disagreements with neighbours are a column of a search without labels only", () => {
+  const labelled = searchColumns({ parameters: [], rows: [row(0, 10)], unseen: [] }, []);
+  assert.ok(!labelled.some(({ key }) => key === "disagreement"));
+  const { words } = columns.find(({ key }) => key === "disagreement") ?? columns[0];
+  assert.deepEqual(words(rows[2]), ["4"]);
+  assert.deepEqual(words(rows[0]), ["–"]);
+});
+
 test("a score is shown with its standard error, and a missing one as a dash", () => {
   const { words } = columns[2];
   assert.deepEqual(words(rows[2]), ["30.0 ± 1.3"]);
   assert.deepEqual(words(rows[1]), ["–"]);
-  assert.deepEqual(columns.map(({ key }) => key), ["evaluation", "λ", "score", "math", "items", "state"]);
+  assert.deepEqual(columns.map(({ key }) => key), ["evaluation", "λ", "score", "math", "disagreement", "items", "state"]);
 });

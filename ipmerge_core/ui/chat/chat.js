@@ -1,11 +1,11 @@
 // @ts-check
 // The Try it tab in the page: names and roles that Gradio leaves out, one column at a time on a narrow
-// page, linked scrolling, keys, and the texts that Python hands over to copy or save.
+// page, keys, and the texts that Python hands over to copy or save.
 
 import { saveFile, showText } from "./handing_over.js";
+import { followAnswers, watchScrolling } from "./scrolling.js";
 
 const FIELDS = "input, textarea, select, [contenteditable=true]";
-const USER_SCROLL = 1000; // milliseconds after the last wheel, touch or key in a chat
 /** @type {Record<string, string>} */
 const VOTES = { a: "#vote-a", b: "#vote-b", c: "#vote-c", d: "#vote-d", t: "#vote-tie", 0: "#vote-bad" };
 
@@ -32,7 +32,7 @@ export function watchChat(copy) {
     if (tab instanceof HTMLElement) showColumn(Number(tab.dataset.column));
   });
   document.addEventListener("keydown", pressed);
-  linkScrolling();
+  watchScrolling();
   document.addEventListener("ipmerge-copy", (event) => {
     const { detail } = /** @type {CustomEvent<string>} */ (event);
     if (detail) copy(detail).catch(() => showText(detail));
@@ -43,8 +43,9 @@ export function watchChat(copy) {
   });
 }
 
-/** Show the selected column after a change of the page. */
+/** Show the selected column and the end of the answers after a change of the page. */
 export function repairChat() {
+  followAnswers();
   const tabs = tabsOfColumns();
   if (!tabs.length) return;
   column = Math.min(column, tabs.length - 1);
@@ -106,49 +107,4 @@ function isOpen() {
 function press(selector) {
   const button = document.querySelector(selector);
   if (button instanceof HTMLButtonElement && !button.disabled && button.checkVisibility()) button.click();
-}
-
-// --- linked scrolling ---
-
-function linkScrolling() {
-  /** @type {Element | null} */
-  let moved = null; // the chat that the visitor scrolls
-  let when = 0;
-  const note = (/** @type {Event} */ { target }) => {
-    const chat = target instanceof Element ? target.closest("#chats [id^=chat-]") : null;
-    if (chat) [moved, when] = [chat, performance.now()];
-  };
-  for (const name of ["wheel", "touchmove", "pointerdown", "keydown"]) {
-    document.addEventListener(name, note, { capture: true, passive: true });
-  }
-  document.addEventListener("scroll", ({ target }) => {
-    if (!(target instanceof Element) || !moved?.contains(target) || !isLinked()) return;
-    if (performance.now() - when > USER_SCROLL) return;
-    when = performance.now();
-    follow(moved, target);
-  }, { capture: true, passive: true });
-}
-
-function isLinked() {
-  const box = document.querySelector("#chat-scrolling input");
-  return !(box instanceof HTMLInputElement) || box.checked; // settings that were never opened
-}
-
-/**
- * Scroll the other chats to the same share of their height.
- *
- * @param {Element} moved
- * @param {Element} scroller
- */
-function follow(moved, scroller) {
-  const share = scroller.scrollTop / Math.max(1, scroller.scrollHeight - scroller.clientHeight);
-  const log = moved.querySelector("[role=log]");
-  let levels = 0; // between the list of messages and what scrolls
-  for (let at = log; at && at !== scroller; at = at.parentElement) levels += 1;
-  for (const other of document.querySelectorAll("#chats [id^=chat-]")) {
-    if (other === moved) continue;
-    let at = other.querySelector("[role=log]");
-    for (let level = 0; at && level < levels; level += 1) at = at.parentElement;
-    if (at) at.scrollTop = share * (at.scrollHeight - at.clientHeight);
-  }
 }

@@ -266,6 +266,7 @@ def lay_out_chat(label: str, elem_id: str, value: list[Any]) -> gr.Chatbot:
         show_label=False,
         elem_id=elem_id,
         height=CHAT_HEIGHT,
+        autoscroll=False,  # scrolling.js follows the answers
         render_markdown=False,
         latex_delimiters=DELIMITERS,
         sanitize_html=True,

@@ -1,11 +1,12 @@
 // @ts-check
 // The results of the Evaluate tab, the component; the HTML report mounts it as Gradio does. It talks to
-// Python by trigger("take"), trigger("opened") and trigger("drawn").
+// Python by trigger("take"), trigger("edited"), trigger("opened") and trigger("drawn").
 
 import { closest, node, part, setText } from "../web/dom.js";
 import { percent } from "../web/format.js";
 import { createStore } from "../web/store.js";
 import { csvText, dataTable, listenToTables, refreshTables, saveText, tableAction } from "../web/tables.js";
+import { listenToFigures } from "./figure_points.js";
 import { flipList } from "./flips.js";
 import { heatPlot } from "./heat_plot.js";
 import { knockoutMaps } from "./knockout.js";
@@ -136,6 +137,25 @@ export class Evaluation {
     this.set({ taken: i });
     this.mark();
     setText(this.dom.status, `${point.label} is the chosen plan${point.plan ? `, plan ${point.plan}` : ""}.`);
+  }
+
+  /**
+   * Choose the merge of an evaluation, and open the tab in which its plan is set.
+   *
+   * @param {number} number
+   */
+  openPlan(number) {
+    const point = this.state.content?.searched?.rows.findIndex((row) => row.number === number) ?? -1;
+    if (!this.state.content?.points[point]?.takes) return;
+    this.show(point);
+    this.take();
+    this.openTab();
+  }
+
+  /** Open the tab in which the chosen plan is set: Explore, or Merge for the other methods. */
+  openTab() {
+    const { content, taken } = this.state;
+    if (content?.points[taken]) this.host.trigger("edited", { tab: content.points[taken].choice ? "explore" : "merge" });
   }
 
   /** Return to the merge that was chosen before. */
@@ -292,6 +312,7 @@ async function save(results, content, act) {
   if (act === "take") results.take();
   else if (act === "items") results.listItems();
   else if (act === "untake") results.untake();
+  else if (act === "edit") results.openTab();
   else if (act === "csv" && content.kind !== "search") saveText(`${stem}.csv`, csvText(resultRows(content)), "text/csv");
   else if (act && act in TYPES) {
     const text = await results.host.server?.result_file?.(content.id, content.pack, act);
@@ -332,6 +353,7 @@ export function mount(host) {
   part(host.element, "[data-act=json]").hidden = !host.server?.result_file;
   listenToTables(host.element);
   listen(results);
+  if (results.state.served) listenToFigures((number) => results.openPlan(number));
   results.open();
   host.watch("value", () => results.open());
   new ResizeObserver(() => {

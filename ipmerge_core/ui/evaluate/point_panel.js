@@ -40,7 +40,7 @@ export function takenPanel({ points }, { taken }) {
   if (!point) return [];
   return [
     node("div", { class: "ev-point-words" }, node("h3", {}, `Chosen: ${point.label}`, node("code", {}, ` plan ${point.plan}`))),
-    node("span", { class: "ev-take" }, actionButton("untake", "Undo")),
+    node("span", { class: "ev-take" }, actionButton("edit", point.choice ? "Open in Explore" : "Open in Merge"), actionButton("untake", "Undo")),
   ];
 }
 

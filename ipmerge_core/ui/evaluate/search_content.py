@@ -76,20 +76,26 @@ def _facts(found: SearchResult) -> Iterator[tuple[str, str]]:
     if found.report:
         yield "evaluated", f"{found.report.created} UTC"
     yield "optimizer", find_optimizer(found.optimizer).label
-    yield "maximised", "mean of " + ", ".join(found.groups)
+    scores = "mean of " + ", ".join(found.groups)
+    yield ("maximised", scores) if found.path is None else ("scores of the labels", scores)
     yield "validation share", f"{found.validation:g}"
 
 
 def _notes(found: SearchResult) -> Iterator[str]:
     """Describe the best plan, and what limits its meaning."""
+    from ipmerge_core.search.consistency import describe_path
+
     best = found.best_evaluation
     if best is None:
         reasons = [each.reason for each in found.evaluations if each.reason]
         yield f"No evaluation is complete. {reasons[0] if reasons else ''}".strip()
         return
     values = ", ".join(f"{label_of(name)} {v:.4g}" for name, v in best.parameters.items())
+    if found.path is not None:
+        yield describe_path(found.path, found.evaluations)
+    verb = "Best" if found.path is None else "Chosen"
     yield (
-        f"Best: evaluation {best.number} with {values}: {best.value:.1f} on {best.items} "
+        f"{verb}: evaluation {best.number} with {values}: {best.value:.1f} on {best.items} "
         f"validation items, standard error {best.error:.1f}."
     )
     near = [e for e in found.evaluations if _is_near(e, best)]
@@ -135,7 +141,7 @@ def _row(found: SearchResult, each: Evaluation) -> Json:
         "error": each.error,
         "items": each.items,
         "scores": dict(each.facts.get("scores", {})),
-        "merged": each.facts.get("merged"),
+        "disagreement": None if found.path is None else found.path.disagreement(each.number),
         "reason": each.reason,
         "best": each.number == found.best,
         "front": each.number in found.front,

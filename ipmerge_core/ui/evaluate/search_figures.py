@@ -18,6 +18,7 @@ from ipmerge_core.ui.runs import Updates
 
 LABELS = {
     "landscape": "Validation score (surrogate through the evaluations)",
+    "path": "Agreement with neighbouring values, and scores of the labels",
     "front": "Pareto front on validation items",
     "importance": "Parameter importance (fANOVA)",
 }
@@ -32,13 +33,18 @@ class SearchFigures:
             for name, label in LABELS.items()
         }
 
-    def wire(self, view: EvaluationView) -> None:
-        """Draw the figures of every result that comes into view."""
+    def wire(self, view: EvaluationView, tabs: gr.Tabs) -> None:
+        """Draw the figures of every result that comes into view; open the plan of a point."""
 
         def draw(event: gr.EventData) -> Updates:
             return self.updates(event._data)
 
+        def edit(event: gr.EventData) -> gr.Tabs:
+            is_explored = isinstance(event._data, dict) and event._data.get("tab") == "explore"
+            return gr.Tabs(selected="explore" if is_explored else "merge")
+
         view.drawn(show_errors(draw), None, list(self.plots.values()), **QUIET)
+        view.edited(edit, None, tabs, queue=False, **QUIET)
 
     def updates(self, data: object) -> Updates:
         """Return the updates for a result, named by `id` and `pack`. Raises: RunError."""

@@ -7,15 +7,20 @@ that their values describe.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.ui.chosen_merge import ChosenMerge
-from ipmerge_core.ui.evaluate.search_start import BUDGET, OPTIMIZER, SearchAsked
+from ipmerge_core.ui.errors import QUIET, show_errors
+from ipmerge_core.ui.evaluate.search_start import BUDGET, GRID, OPTIMIZER, SearchAsked
 from ipmerge_core.ui.method_choice import EXPLORED_METHOD
 from ipmerge_core.ui.runs import Updates
+
+if TYPE_CHECKING:
+    from gradio.events import Dependency
 
 OPTIMIZERS = {
     "gp-bo": "Gaussian process (gp-bo)",
@@ -24,7 +29,7 @@ OPTIMIZERS = {
     "powell": "Powell",
     "sobol": "Sobol sequence",
     "random": "Random",
-    "grid": "Grid of the listed values",
+    GRID: "Grid of the listed values",
 }
 GROUPS = ("math", "perception", "other")
 RANGES_INFO = "One per line: NAME=LOW:HIGH or NAME=V1,V2,... Empty: usual space of the method"
@@ -43,6 +48,7 @@ class SearchFields(NamedTuple):
     validation: gr.Number
     seed: gr.Number
     racing: gr.Checkbox
+    unlabelled: gr.Checkbox
 
     @property
     def inputs(self) -> list[Any]:
@@ -80,13 +86,21 @@ def lay_out_search() -> SearchFields:
                 elem_id="search-groups",
             )
         numbers = _lay_out_numbers()
-        racing = gr.Checkbox(
-            value=False,
-            label="Racing",
-            info="Give bad points up after a quarter or half of their items",
-            elem_id="search-racing",
-        )
-    return SearchFields(column, method, optimizer, ranges, groups, *numbers, racing)
+        with gr.Row(elem_classes="fields"):
+            racing = gr.Checkbox(
+                value=False,
+                label="Racing",
+                info="Give bad points up after a quarter or half of their items",
+                elem_id="search-racing",
+            )
+            unlabelled = gr.Checkbox(
+                value=False,
+                label="Without labels",
+                info="One parameter with listed values: choose where answers agree most with "
+                "those of neighbouring values. Optimizer: grid",
+                elem_id="search-unlabelled",
+            )
+    return SearchFields(column, method, optimizer, ranges, groups, *numbers, racing, unlabelled)
 
 
 def _lay_out_numbers() -> tuple[gr.Number, gr.Number, gr.Number, gr.Number]:
@@ -101,9 +115,9 @@ def _lay_out_numbers() -> tuple[gr.Number, gr.Number, gr.Number, gr.Number]:
             elem_id="search-evaluations",
         )
         minutes = gr.Number(
-            None,
+            0,  # Gradio shows an empty number as 0
             label="Minutes",
-            info="The run ends after this time; empty: no limit",
+            info="The run ends after this time; 0: no limit",
             elem_id="search-minutes",
         )
         validation = gr.Number(
@@ -115,6 +129,17 @@ def _lay_out_numbers() -> tuple[gr.Number, gr.Number, gr.Number, gr.Number]:
         )
         seed = gr.Number(0, label="Seed of the optimizer", precision=0, elem_id="search-seed")
     return evaluations, minutes, validation, seed
+
+
+def wire_search(fields: SearchFields, opened: Dependency, chosen: gr.State) -> None:
+    """List the methods when the tab is opened, and propose the usual space of the chosen one."""
+    asked, filled = [chosen, fields.method, fields.ranges], [fields.method, fields.ranges]
+    opened.then(show_errors(partial(listed_methods, fields)), asked, filled, **QUIET)
+    fields.method.input(show_errors(usual_ranges), fields.method, fields.ranges, **QUIET)
+    fields.unlabelled.input(
+        partial(fitting_optimizer, fields), fields.unlabelled, fields.optimizer, queue=False,
+        **QUIET,
+    )  # fmt: skip
 
 
 def listed_methods(
@@ -142,6 +167,11 @@ def listed_methods(
     }
 
 
+def fitting_optimizer(fields: SearchFields, unlabelled: bool) -> Updates:
+    """Return the update that selects the grid, which a search without labels needs."""
+    return {fields.optimizer: gr.update(value=GRID) if unlabelled else gr.skip()}
+
+
 def usual_ranges(method: str | None) -> str:
     """Return the usual space of a method as text, one axis per line; empty if it has none.
 
@@ -160,15 +190,17 @@ def usual_ranges(method: str | None) -> str:
 
 def search_asked_of(values: Sequence[Any]) -> SearchAsked:
     """Return what the fields describe; the types are those of the components."""
-    method, optimizer, ranges, groups, evaluations, minutes, validation, seed, racing = values
+    method, optimizer, ranges, groups, evaluations, minutes, validation, seed, *flags = values
+    racing, unlabelled = map(bool, flags)
     return SearchAsked(
         method=str(method or ""),
         ranges=str(ranges or ""),
         optimizer=str(optimizer),
         evaluations=int(evaluations) if evaluations is not None else None,
-        minutes=float(minutes) if minutes is not None else None,
+        minutes=float(minutes) if minutes else None,
         groups=tuple(groups or ()),
         validation=float(validation or 0),
-        racing=bool(racing),
+        racing=racing,
         seed=int(seed or 0),
+        labels=not unlabelled,
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MOST_HOSTED = 100  # evaluations of a search on a Space
 LONGEST_RANGES = 2000  # characters of all ranges
-OPTIMIZER = "gp-bo"
+OPTIMIZER, GRID = "gp-bo", "grid"
 BUDGET = 40
 
 
@@ -35,6 +35,7 @@ class SearchAsked(NamedTuple):
         validation: the share of items that the search sees.
         racing: give bad points up after a part of their items.
         seed: of the optimizer.
+        labels: choose by scores; False chooses by the consistency of answers.
     """
 
     method: str = ""
@@ -46,6 +47,7 @@ class SearchAsked(NamedTuple):
     validation: float = 0.2
     racing: bool = False
     seed: int = 0
+    labels: bool = True
 
 
 def search_work(
@@ -76,6 +78,7 @@ def search_work(
         "seed": asked.seed,
         "validation": asked.validation,
         "racing": asked.racing,
+        "labels": asked.labels,
     }
     budget = {"evaluations": asked.evaluations, "minutes": asked.minutes}
     settings = read_settings(how, budget)

@@ -57,7 +57,8 @@ function evaluationTable(content, searched, sort, served) {
  * @param {string[]} groups
  * @returns {Column[]}
  */
-export function searchColumns({ parameters }, groups) {
+export function searchColumns({ parameters, rows }, groups) {
+  const hasPath = rows.some(({ disagreement }) => disagreement !== null);
   return [
     { key: "evaluation", value: ({ number }) => number, words: ({ number, best, front }) => [
       String(number), ...(best ? [badge("best")] : []), ...(front ? [badge("front")] : [])] },
@@ -66,6 +67,8 @@ export function searchColumns({ parameters }, groups) {
     { key: "score", value: ({ score }) => score, words: ({ score, error }) => [score === null ? "–" : `${score.toFixed(1)} ± ${error.toFixed(1)}`] },
     ...groups.map((key) => ({ key, value: (/** @type {SearchRow} */ { scores }) => scores[key] ?? null,
       words: (/** @type {SearchRow} */ { scores }) => [key in scores ? scores[key].toFixed(1) : "–"] })),
+    ...(hasPath ? [{ key: "disagreement", value: (/** @type {SearchRow} */ { disagreement }) => disagreement,
+      words: (/** @type {SearchRow} */ { disagreement }) => [disagreement === null ? "–" : String(disagreement)] }] : []),
     { key: "items", value: ({ items }) => items, words: ({ items }) => [String(items)] },
     { key: "state", value: ({ state }) => state, words: ({ state, reason }) => [
       state, ...(reason ? [node("small", {}, reason)] : [])] },

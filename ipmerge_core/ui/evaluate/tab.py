@@ -8,7 +8,6 @@ results of finished runs are listed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,7 +42,7 @@ from ipmerge_core.ui.evaluate.results import (
     result_path,
 )
 from ipmerge_core.ui.evaluate.search_figures import SearchFigures
-from ipmerge_core.ui.evaluate.search_form import SearchFields, listed_methods, usual_ranges
+from ipmerge_core.ui.evaluate.search_form import wire_search
 from ipmerge_core.ui.evaluate.start import result_of, start_evaluation
 from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.finetuned_models import finetuned_of_pair
@@ -109,7 +108,7 @@ def evaluate_tab(
         pair: the pair dropdown.
         chosen: holds the chosen merge.
         chat: the components of the chat, which an item is opened in.
-        tabs: selects the chat.
+        tabs: selects the chat, or the tab in which a plan is set.
         poll: updates the view of the run.
         memory: the run that the browser remembers.
         tab: the tab itself.
@@ -120,7 +119,7 @@ def evaluate_tab(
     _wire_run(backend, parts, chosen, poll, memory)
     _wire_history(parts)
     _wire_items(parts, chat, tabs)
-    parts.figures.wire(parts.view)
+    parts.figures.wire(parts.view, tabs)
     return EvaluateTab(parts.form, [_wire_taking(parts, chosen)])
 
 
@@ -164,7 +163,7 @@ def _wire_form(
     opened.then(lambda: list_devices(backend), None, form.device, **QUIET)
     groups = list(form.groups.values())
     form.kind.change(lambda kind: shown_groups(form, kind), form.kind, groups, **QUIET)
-    _wire_search(form.search, opened, chosen)
+    wire_search(form.search, opened, chosen)
     for parameter, values in (
         (form.parameter, form.values),
         (form.parameter2, form.values2),
@@ -177,13 +176,6 @@ def listed_models(backend: Backend, pack_id: str, keys: Keys) -> list[tuple[str,
     merges = [(merge.label, merge.run) for merge in merges_of_pair(backend, pack_id, keys)]
     tuned = finetuned_of_pair(backend, pack_id, keys)
     return merges + [(model.label, model.value) for model in tuned]
-
-
-def _wire_search(fields: SearchFields, opened: Dependency, chosen: gr.State) -> None:
-    """List the methods when the tab is opened, and propose the usual space of the chosen one."""
-    asked, filled = [chosen, fields.method, fields.ranges], [fields.method, fields.ranges]
-    opened.then(show_errors(partial(listed_methods, fields)), asked, filled, **QUIET)
-    fields.method.input(show_errors(usual_ranges), fields.method, fields.ranges, **QUIET)
 
 
 def _wire_run(

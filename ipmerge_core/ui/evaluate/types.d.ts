@@ -83,7 +83,8 @@ export interface SearchRow {
   error: number;
   items: number;
   scores: Record<string, number>;
-  merged: number | null;
+  /** The items on which it disagrees with a neighbouring value, in a search without labels. */
+  disagreement: number | null;
   reason: string;
   best: boolean;
   front: boolean;

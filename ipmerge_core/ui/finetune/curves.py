@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import quote
 
-from ipmerge_core.finetuning.curves import CurvePoint
+from ipmerge_core.finetuning.curves import FIGURES, CurvePoint
 
 WIDTH, HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 26
@@ -76,8 +76,8 @@ def as_csv(points: Sequence[CurvePoint]) -> str:
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(CurvePoint._fields)
-    rows.writerows(["" if value is None else value for value in point] for point in points)
+    rows.writerow(("step", "total", *FIGURES))
+    rows.writerows((point.step, point.total, *point.figures().values()) for point in points)
     return text.getvalue()
 
 

@@ -225,16 +225,17 @@ def read_form(values: Mapping[str, Any]) -> Asked:
     if missing:
         names = {"mllm": "vision-language model", "math": "expert", "data": "data"}
         raise PlanError(f"Missing: {', '.join(names[name] for name in missing)}.")
+    modules = values.get("modules") or ()
     scope = Scope(
-        tuple(map(str, values.get("modules") or ())),
-        int(values.get("first_layer") or 0),
-        _last(values.get("last_layer")),
+        tuple(modules) if isinstance(modules, list) else modules,
+        _number_of(values, "first_layer", 0),
+        _last(_number_of(values, "last_layer", -1)),
         bool(values.get("biases", True)),
         tuple(map(_strength, str(values.get("strengths") or "").split())),
     )
     prior = PriorSettings(
         rule=values["rule"],
-        strength=_given(values, "strength", PriorSettings().strength),
+        strength=_number_of(values, "strength", PriorSettings().strength),
         scope=scope,
         per_micro_batch=bool(values.get("per_micro_batch")),
         normalize=bool(values.get("normalize")),
@@ -242,7 +243,7 @@ def read_form(values: Mapping[str, Any]) -> Asked:
     )
     return Asked(
         **typed,
-        limit=_whole(values.get("limit")),
+        limit=_number_of(values, "limit", None),
         name=str(values.get("name") or "").strip(),
         math_base=str(values.get("math_base") or "").strip() or None,
         device=str(values.get("device") or "auto"),
@@ -253,12 +254,9 @@ def read_form(values: Mapping[str, Any]) -> Asked:
 
 def _training(values: Mapping[str, Any]) -> TrainingSettings:
     found: dict[str, Any] = {}
-    for name, (_, _, whole) in (_NUMBERS | _MORE_NUMBERS).items():
-        if name in _OPTIONAL:
-            found[name] = _whole(values.get(name))
-        else:
-            number = _given(values, name, getattr(_USUAL, name))
-            found[name] = int(number) if whole else number
+    for name in _NUMBERS | _MORE_NUMBERS:
+        default = None if name in _OPTIONAL else getattr(_USUAL, name)
+        found[name] = _number_of(values, name, default)
     for name in ("precision", "trained", "schedule"):
         found[name] = values.get(name) or getattr(_USUAL, name)
     return TrainingSettings(
@@ -268,20 +266,22 @@ def _training(values: Mapping[str, Any]) -> TrainingSettings:
     )
 
 
-def _given(values: Mapping[str, Any], name: str, otherwise: float) -> float:
-    """Return a number of the form; the default of an empty field."""
+def _number_of(values: Mapping[str, Any], name: str, otherwise: Any) -> Any:  # noqa: ANN401
+    """Return a number of the form as the settings expect it, which check its type and range.
+
+    Integers are fractions in JSON of some browsers. An empty field, and 0 where it stands for no
+    number, are the default.
+    """
     value = values.get(name)
-    return float(otherwise if value is None else value)
+    if value is None or value == "" or (otherwise is None and value == 0):
+        return otherwise
+    is_integer = isinstance(value, float) and value.is_integer()
+    return int(value) if is_integer and abs(value) < 2**53 else value
 
 
-def _whole(value: float | None) -> int | None:
-    """Return an integer; None for 0 and an empty field, which Gradio shows as 0."""
-    return int(value) if value else None
-
-
-def _last(value: float | None) -> int | None:
+def _last(value: Any) -> Any:  # noqa: ANN401
     """Return a layer; None for -1 and an empty field."""
-    return None if value is None or value == -1 else int(value)
+    return None if value is None or value == -1 else value
 
 
 def _strength(text: str) -> tuple[str, float]:

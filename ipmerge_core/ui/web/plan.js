@@ -1,16 +1,17 @@
 // @ts-check
 // A plan: its defaults, its limits, and what is believed of one that comes from elsewhere.
 
-/** @import { Complement, Index, Measure, Override, Plan, RawPlan, Variant } from "./types.d.ts" */
+/** @import { Complement, Index, Measure, Override, Plan, RawPlan, Truncation, Variant } from "./types.d.ts" */
 
 /** @type {readonly Measure[]} */
 export const MEASURES = ["first", "max", "weighted"];
 /** @type {readonly Variant[]} */
 const PLAIN = ["sum", "max", "rescale_only", "select_only", "protect"];
 /** @type {readonly Variant[]} */
-export const VARIANTS = [...PLAIN, ...complements()];
+export const VARIANTS = [...PLAIN, ...complements(), ...complements().slice(0, -1).map((_, i) => truncationAt(5 * (i + 1)))];
 export const SHARE_STEP = 5; // percent of the energy, between which a complement snaps
 export const USUAL_SHARE = 80;
+export const USUAL_KEPT = 90;
 export const LAMBDA_MAX = 32;
 /** @type {Plan} */
 export const DEFAULT_PLAN = Object.freeze({
@@ -39,6 +40,25 @@ export function complementAt(share) {
  */
 export function shareOf(variant) {
   return variant.startsWith("complement_") ? Number(variant.slice("complement_".length)) : null;
+}
+
+/**
+ * The math change truncated to its own leading directions, by the share of the energy that they hold.
+ *
+ * @param {number} share In percent, a multiple of 5 below 100.
+ * @returns {Truncation}
+ */
+export function truncationAt(share) {
+  return `truncated_${share}`;
+}
+
+/**
+ * The share of the energy that a truncation keeps, in percent; null for other updates.
+ *
+ * @param {Variant} variant
+ */
+export function keptOf(variant) {
+  return variant.startsWith("truncated_") ? Number(variant.slice("truncated_".length)) : null;
 }
 
 /**
@@ -79,7 +99,7 @@ function variantOr(raw, index, problems) {
   if (raw.variant === undefined) return DEFAULT_PLAN.variant;
   const variant = VARIANTS.find((known) => known === raw.variant);
   if (variant && hasUpdate(index, variant)) return variant;
-  problems.push(!variant ? `variant must be one of ${PLAIN.join(", ")}, complement_5 to complement_100` : `the analysis does not contain the update ${variant}; analyse the pair again for it`);
+  problems.push(!variant ? `variant must be one of ${PLAIN.join(", ")}, complement_5 to complement_100, truncated_5 to truncated_95` : `the analysis does not contain the update ${variant}; analyse the pair again for it`);
   return DEFAULT_PLAN.variant;
 }
 
@@ -153,7 +173,7 @@ export function copyOf(plan) {
  * @param {Plan} plan
  */
 export function planArguments({ s, lambda, similarity, variant, overrides, budget }) {
-  const share = shareOf(variant);
+  const share = shareOf(variant), kept = keptOf(variant);
   /** @type {Partial<Record<Variant, object>>} */
   const update = {
     sum: {},
@@ -162,6 +182,7 @@ export function planArguments({ s, lambda, similarity, variant, overrides, budge
     select_only: { ablation: "select_only" },
     protect: { projector: "protect" },
   };
-  const projector = share === null ? update[variant] : { projector: "complement", energy: share / 100 };
+  const projector = kept !== null ? { ablation: "select_only", math_energy: kept / 100 }
+    : share === null ? update[variant] : { projector: "complement", energy: share / 100 };
   return { similarity_threshold: s, lambda_: lambda, similarity, overrides, ...projector, ...(budget ? { budget } : {}) };
 }

@@ -6,8 +6,10 @@ import type { Flip } from "../evaluate/types.d.ts";
 export type Measure = "first" | "max" | "weighted";
 /** dM without the MLLM's leading directions, by the percent of the energy that they hold. */
 export type Complement = `complement_${number}`;
+/** dM truncated to its leading directions, by the percent of the energy that they hold. */
+export type Truncation = `truncated_${number}`;
 export type OldVariant = "sum" | "max" | "rescale_only" | "select_only";
-export type Variant = OldVariant | "protect" | Complement;
+export type Variant = OldVariant | "protect" | Complement | Truncation;
 export type Override = "merge" | "keep";
 
 // --- what Python sends ---
@@ -72,6 +74,8 @@ export interface LayerRecord {
   updates: Record<OldVariant, UpdateProducts> & Partial<Record<Variant, UpdateProducts>>;
   /** How many directions each complement leaves out. */
   left_out?: number[];
+  /** How many directions each truncation keeps. */
+  kept_directions?: number[];
   chance?: Partial<Record<Measure, number>> | null;
   noise_floor?: number | null;
   mllm_ranks?: Ranks | null;

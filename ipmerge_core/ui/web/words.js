@@ -2,7 +2,7 @@
 // The names of things: measures, updates, modules, matrices, plans.
 
 import { budgetText, lambdaText } from "./format.js";
-import { DEFAULT_PLAN, shareOf } from "./plan.js";
+import { DEFAULT_PLAN, keptOf, shareOf } from "./plan.js";
 import { thresholdText } from "./thresholds.js";
 
 /** @import { Pack, Plan, Variant } from "./types.d.ts" */
@@ -42,6 +42,8 @@ export const MODULE_MEANING = {
  * @param {Variant} variant
  */
 export function variantLabel(variant) {
+  const kept = keptOf(variant);
+  if (kept !== null) return `truncated to ${kept} % of the math change's energy`;
   return VARIANT_LABELS[variant] ?? `off ${shareOf(variant)} % of the MLLM's energy`;
 }
 

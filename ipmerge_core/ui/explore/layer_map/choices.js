@@ -3,10 +3,11 @@
 // simple layout shows only those that differ from the usual, so that nothing is hidden that decides.
 
 import { node, part, parts, setText } from "../../web/dom.js";
-import { percent } from "../../web/format.js";
+import { bytes, percent } from "../../web/format.js";
 import { keptPlans } from "../../web/memory.js";
 import {
-  cleanPlan, complementAt, DEFAULT_PLAN, hasUpdate, MEASURES, samePlan, shareOf, USUAL_SHARE, VARIANTS,
+  cleanPlan, complementAt, DEFAULT_PLAN, hasUpdate, keptOf, MEASURES, samePlan, shareOf, truncationAt, USUAL_KEPT,
+  USUAL_SHARE, VARIANTS,
 } from "../../web/plan.js";
 import { shareInside } from "../../web/preview.js";
 import { quantitiesOf } from "../../web/quantities.js";
@@ -44,19 +45,21 @@ export function buildPicks(map) {
   buildTables(map);
 }
 
-const COMPLEMENT = "complement";
+const COMPLEMENT = "complement", TRUNCATED = "truncated";
 
 /**
- * The updates that the records of a pair have; the complements are one choice, with a slider.
+ * The updates that the records of a pair have; the complements are one choice, with a slider, and so are truncations.
  *
  * @param {Index} index
  * @returns {[string, string][]}
  */
 function variantsOf(index) {
-  const plain = VARIANTS.filter((variant) => shareOf(variant) === null && hasUpdate(index, variant));
+  const plain = VARIANTS.filter((variant) => shareOf(variant) === null && keptOf(variant) === null && hasUpdate(index, variant));
+  const cut = hasUpdate(index, truncationAt(USUAL_KEPT));
   const off = hasUpdate(index, complementAt(USUAL_SHARE));
   return [...plain.map((variant) => /** @type {[string, string]} */ ([variant, variantLabel(variant)])),
-    .../** @type {[string, string][]} */ (off ? [[COMPLEMENT, "complement: off the MLLM's directions"]] : [])];
+    .../** @type {[string, string][]} */ (off ? [[COMPLEMENT, "complement: off the MLLM's directions"]] : []),
+    .../** @type {[string, string][]} */ (cut ? [[TRUNCATED, "truncated: leading directions of the math change"]] : [])];
 }
 
 /**
@@ -65,6 +68,7 @@ function variantsOf(index) {
  * @param {string} value
  */
 export function variantOf(value) {
+  if (value === TRUNCATED) return truncationAt(USUAL_KEPT);
   return value === COMPLEMENT ? complementAt(USUAL_SHARE) : /** @type {Variant} */ (value);
 }
 
@@ -82,6 +86,21 @@ function leftOutWords({ index }, share) {
   const [low, high] = [counts[0] ?? 0, counts[counts.length - 1] ?? 0];
   return `${share} % of the MLLM's energy: ${low === high ? low : `${low} to ${high}`} directions of a matrix, `
     + `with ${percent(whole > 0 ? inside / whole : 0)} of the math change`;
+}
+
+/**
+ * How many directions a truncation keeps of each matrix, and the size of the adapter that holds them.
+ *
+ * @param {State} state
+ * @param {number} share In percent.
+ */
+function keptWords({ index }, share) {
+  const records = index.cells.flatMap((cell) => cell.experts);
+  const counts = records.map((record) => record.kept_directions?.[share / 5 - 1] ?? 0).sort((a, b) => a - b);
+  const [low, high] = [counts[0] ?? 0, counts[counts.length - 1] ?? 0], rank = high * index.nExperts;
+  const size = index.cells.reduce((sum, { experts: [{ shape }] }) => sum + 4 * rank * (shape[0] + shape[1]), 0);
+  return `${share} % of the math change's energy: ${low === high ? low : `${low} to ${high}`} directions of a matrix; `
+    + `as an adapter of all matrices, rank ${rank}, ${bytes(size)}`;
 }
 
 /**
@@ -127,9 +146,9 @@ export function buildPresets(map) {
 export function paintChoices(map) {
   const { dom: { pick }, state: { plan, past, future, expert, quantity, index, layout } } = map, simple = layout === "simple";
   pick.similarity.value = plan.similarity;
-  const left = shareOf(plan.variant);
-  pick.variant.value = left === null ? plan.variant : COMPLEMENT;
-  show(map.dom.energy, left !== null);
+  const left = shareOf(plan.variant), kept = keptOf(plan.variant);
+  pick.variant.value = left !== null ? COMPLEMENT : kept !== null ? TRUNCATED : plan.variant;
+  show(map.dom.energy, left !== null || kept !== null);
   show(map.dom.number.budget, !simple || plan.budget > 0);
   pick.expert.value = String(expert);
   pick.quantity.value = quantity.key;
@@ -146,15 +165,17 @@ export function paintChoices(map) {
 }
 
 /**
- * The slider of a complement, which also follows a drag.
+ * The slider of a complement or a truncation, which also follows a drag.
  *
  * @param {LayerMap} map
  */
-export function paintEnergy({ dom: { energy, leftOut }, state }) {
-  const share = shareOf(state.plan.variant);
+export function paintEnergy({ dom: { energy, energyLabel, leftOut }, state }) {
+  const left = shareOf(state.plan.variant), kept = keptOf(state.plan.variant), share = left ?? kept;
   if (share === null) return;
+  setText(energyLabel, left === null ? "Kept" : "Left out");
+  energy.max = left === null ? "95" : "100";
   energy.value = String(share);
-  const words = leftOutWords(state, share);
+  const words = left === null ? keptWords(state, share) : leftOutWords(state, share);
   energy.setAttribute("aria-valuetext", words);
   setText(leftOut, words);
 }

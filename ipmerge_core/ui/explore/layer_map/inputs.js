@@ -5,7 +5,7 @@ import { setText } from "../../web/dom.js";
 import { budgetText, lambdaText } from "../../web/format.js";
 import { remember } from "../../web/memory.js";
 import { isUsable, markUsable, markWrong } from "../../web/number_field.js";
-import { complementAt } from "../../web/plan.js";
+import { complementAt, keptOf, truncationAt } from "../../web/plan.js";
 import { LAMBDA_STEPS, lambdaAt } from "../../web/scales.js";
 import { thresholdText } from "../../web/thresholds.js";
 import { INSET } from "./dials.js";
@@ -15,11 +15,12 @@ import { commit, setPlan, startDrag } from "./session.js";
 /** @import { LayerMap } from "./map.js" */
 
 /**
+ * @param {LayerMap} map
  * @param {HTMLInputElement} input A slider or a number field.
  * @returns {Partial<Plan>}
  */
-function patchOf({ dataset: { range, number, energy }, value }) {
-  if (energy !== undefined) return { variant: complementAt(Number(value)) };
+function patchOf({ state }, { dataset: { range, number, energy }, value }) {
+  if (energy !== undefined) return { variant: (keptOf(state.plan.variant) === null ? complementAt : truncationAt)(Number(value)) };
   if (number === "budget") return { budget: Number(value) / 100 };
   if ((range ?? number) === "s") return { s: Number(value) };
   return { lambda: range ? lambdaAt(Number(value)) : Number(value) };
@@ -34,13 +35,13 @@ export function onInput(map, input) {
   if (range || energy !== undefined) {
     startDrag(map);
     if (range) hideHint(map, range);
-    setPlan(map, patchOf(input));
+    setPlan(map, patchOf(map, input));
   } else if (number) {
     map.set({ typing: input });
     if (!isUsable(input)) return; // until the end of typing it may become a number
     markUsable(input, noteOf(map, input));
     startDrag(map);
-    setPlan(map, patchOf(input));
+    setPlan(map, patchOf(map, input));
   }
 }
 
@@ -67,7 +68,7 @@ function noteOf({ dom: { wrong } }, { dataset }) {
  * @param {HTMLInputElement} input
  */
 export function onRangeChange(map, input) {
-  setPlan(map, patchOf(input));
+  setPlan(map, patchOf(map, input));
   commit(map);
 }
 

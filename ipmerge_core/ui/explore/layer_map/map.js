@@ -97,7 +97,7 @@ function findDom(element) {
     range: { s: input("[data-range=s]"), lambda: input("[data-range=lambda]") },
     number: { s: input("[data-number=s]"), lambda: input("[data-number=lambda]"), budget: input("[data-number=budget]") },
     wrong: { s: html("[data-wrong=s]"), lambda: html("[data-wrong=lambda]"), budget: html("[data-wrong=budget]") },
-    energy: input("[data-energy]"), leftOut: html("[data-out=energy]"), advice: html(".lm-advice"),
+    energy: input("[data-energy]"), leftOut: html("[data-out=energy]"), energyLabel: html("[data-out=energy-label]"), advice: html(".lm-advice"),
     pick: {
       preset: select("[data-pick=preset]"), similarity: select("[data-pick=similarity]"),
       variant: select("[data-pick=variant]"), expert: select("[data-pick=expert]"),
