@@ -427,6 +427,62 @@ def test_several_images_for_the_demo_model_are_answered_or_refused_with_a_senten
         expect(answers(page, chat).last).not_to_have_text("")
 
 
+# --- what is typed -----------------------------------------------------------------------------
+
+
+def slow_down(page: Page, milliseconds: int) -> None:
+    """Let every request of a page take longer."""
+    session = page.context.new_cdp_session(page)
+    session.send("Network.enable")
+    limits = {"downloadThroughput": -1, "uploadThroughput": -1}
+    session.send(
+        "Network.emulateNetworkConditions", {"offline": False, "latency": milliseconds, **limits}
+    )
+
+
+@pytest.mark.parametrize("latency", [0, 700])
+def test_what_is_typed_after_enter_stays_while_the_question_is_answered(page, home, latency):
+    clear(page)
+    slow_down(page, latency)
+    box = page.get_by_role("textbox", name="Question")
+    box.fill("Say: " + " ".join(f"word{number}" for number in range(30)))
+    with held(home):
+        page.keyboard.press("Enter")
+        page.keyboard.type("Say: the next")
+        expect(box).to_have_value("Say: the next")
+        expect(answers(page, "#chat-b").last).to_contain_text("word5", timeout=LOADING)
+        expect(box).to_have_value("Say: the next")
+        box.press("Enter")
+        expect(toast(page)).to_contain_text("Answers are still arriving.")
+        expect(box).to_have_value("Say: the next")
+    wait_until_finished(page)
+    expect(page.locator("#chat-b [data-testid=user]")).to_have_count(1)
+    page.locator("#undo-chat").click()
+    expect(answers(page, "#chat-b")).to_have_count(0)
+    expect(box).to_have_value("Say: the next")  # typed since
+    expect(page.locator("#undo-chat")).to_be_enabled()
+    box.press("Enter")
+    expect(answers(page, "#chat-b").last).to_have_text("the next", timeout=LOADING)
+    expect(box).to_have_value("")
+
+
+@pytest.mark.parametrize("latency", [0, 700])
+def test_a_refused_question_does_not_replace_what_was_typed_since(page, latency):
+    clear(page)
+    slow_down(page, latency)
+    box, refused = page.get_by_role("textbox", name="Question"), "x" * 100_000
+    box.fill(refused)
+    page.keyboard.press("Enter")
+    page.keyboard.type("the next")
+    expect(toast(page)).to_contain_text("The question has 100000 characters")
+    expect(box).to_have_value("the next")
+    page.keyboard.type(" question")
+    expect(box).to_have_value("the next question")
+    box.fill("")
+    page.locator("#undo-chat").click()
+    expect(box).to_have_value(refused)
+
+
 # --- narrow pages, keyboard, screen readers ----------------------------------------------------
 
 

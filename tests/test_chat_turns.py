@@ -149,7 +149,7 @@ def test_a_conversation_is_bounded_by_turns_and_characters(monkeypatch):
     past: list = []
     for number in range(MOST_PAST + 5):
         past = pushed(past, {"text": str(number)}, [])
-    assert [typed["text"] for typed, _ in past] == [str(n) for n in range(5, MOST_PAST + 5)]
+    assert [state.typed["text"] for state in past] == [str(n) for n in range(5, MOST_PAST + 5)]
 
 
 # --- dividers and marks ----------------------------------------------------------------------

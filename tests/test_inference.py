@@ -197,8 +197,14 @@ def test_no_question_gets_a_sentence(mllm, question):
 
 
 def test_a_question_that_is_too_long_is_refused_with_its_length(mllm):
-    with pytest.raises(RunError, match="4001 characters; the maximum is 4000"):
-        answer(mllm, "a" * 4001)
+    with pytest.raises(RunError, match="100000 characters; the maximum is 16000, and less if"):
+        answer(mllm, "a" * 100_000)
+
+
+def test_a_question_beyond_the_context_is_refused_with_both_lengths(mllm):
+    assert answer(mllm, "9 " * 50, max_new_tokens=2)
+    with pytest.raises(RunError, match=r"has 1\d\d\d tokens; the context of 'mllm' is 256 tokens"):
+        answer(mllm, "9 " * 500)
 
 
 def test_a_token_without_an_embedding_is_refused_before_the_model_sees_it(tmp_path):

@@ -607,5 +607,5 @@ def test_a_conversation_must_end_with_a_question_of_a_bounded_length() -> None:
             check_conversation(messages)
     with pytest.raises(RunError, match="16001 characters; the maximum is 16000"):
         check_conversation([Message("assistant", "a" * 16_001), question])
-    with pytest.raises(RunError, match="100000 characters; the maximum is 4000"):
+    with pytest.raises(RunError, match="100000 characters; the maximum is 16000"):
         check_conversation([Message("user", "a" * 100_000)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gc
 import io
+import re
 import subprocess
 import sys
 import time
@@ -277,6 +278,17 @@ def test_bad_questions_come_back_as_one_sentence(client, values, words):
     else:
         answer = client.submit(pack=PACK, **values, api_name="/answer_pair").result(timeout=120)
         assert words in answer["base"]["note"]
+
+
+def test_a_long_question_is_a_sentence_of_every_column_with_its_length_and_the_limit(client):
+    for question, words in [
+        ("x" * 100_000, "has 100000 characters; the maximum is 16000"),
+        ("9 " * 500, r"has 1\d\d\d tokens; the context of 'mllm' is 256 tokens"),
+    ]:
+        asked = client.submit(PACK, question, api_name="/answer")
+        columns = asked.result(timeout=180)["columns"]
+        assert [column["state"] for column in columns] == ["failed", "failed"]
+        assert all(re.search(words, column["note"]) for column in columns)
 
 
 # --- start -----------------------------------------------------------------------------------

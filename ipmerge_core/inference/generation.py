@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipmerge_core.errors import ModelLoadError
+from ipmerge_core.errors import ModelLoadError, RunError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.loading import LoadedModel, load_model
 from ipmerge_core.inference.precisions import Precision
@@ -188,7 +188,8 @@ def encode_messages(
 ) -> dict[str, Any]:
     """Render a conversation with the model's chat template and tokenize it: a batch of one.
 
-    Raises: as `encode_prompt` and `check_conversation`.
+    Raises: as `encode_prompt` and `check_conversation`; RunError if the context of the model is
+        shorter than the conversation.
     """
     check_conversation(messages)
     if not loaded.takes_images and any(message.images for message in messages):
@@ -198,7 +199,19 @@ def encode_messages(
         )
     inputs = loaded.processor.encode(messages, stops)
     _refuse_unknown_tokens(loaded, inputs["input_ids"])
+    _check_context(loaded, inputs["input_ids"].shape[-1])
     return inputs
+
+
+def _check_context(loaded: LoadedModel, tokens: int) -> None:
+    """Check that a conversation leaves room for an answer. Raises: RunError."""
+    config = loaded.model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)  # recurrent models have no limit
+    if isinstance(longest, int) and tokens >= longest > 0:
+        raise RunError(
+            f"The conversation has {tokens} tokens; the context of '{loaded.folder.name}' is "
+            f"{longest} tokens, the answer included. Shorten it, or send no earlier turns."
+        )
 
 
 def _refuse_unknown_tokens(loaded: LoadedModel, ids: torch.Tensor) -> None:

@@ -16,8 +16,8 @@ from ipmerge_core.errors import ModelLoadError, RunError, explained, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LONGEST_QUESTION = 4000  # characters
-LONGEST_MESSAGE = 16_000  # of an earlier message or a system prompt
+LONGEST_QUESTION = 16_000  # characters; most models have a shorter context, see `encode_messages`
+LONGEST_MESSAGE = LONGEST_QUESTION  # of an earlier message or a system prompt
 REMEDY = (
     "Fix chat_template.jinja, or chat_template in tokenizer_config.json, in the model folder; "
     "without a template the prompt is 'USER: ... ASSISTANT:'."
@@ -109,7 +109,8 @@ def check_question(question: str) -> str:
     """
     if len(question) > LONGEST_QUESTION:
         raise RunError(
-            f"The question has {len(question)} characters; the maximum is {LONGEST_QUESTION}."
+            f"The question has {len(question)} characters; the maximum is {LONGEST_QUESTION}, and "
+            f"less if the context of the model is shorter. Shorten it."
         )
     question = question.strip()
     if not question:

@@ -3,6 +3,7 @@
 // page, keys, and the texts that Python hands over to copy or save.
 
 import { saveFile, showText } from "./handing_over.js";
+import { watchPrompt } from "./prompt.js";
 import { followAnswers, watchScrolling } from "./scrolling.js";
 
 const FIELDS = "input, textarea, select, [contenteditable=true]";
@@ -32,6 +33,7 @@ export function watchChat(copy) {
     if (tab instanceof HTMLElement) showColumn(Number(tab.dataset.column));
   });
   document.addEventListener("keydown", pressed);
+  watchPrompt();
   watchScrolling();
   document.addEventListener("ipmerge-copy", (event) => {
     const { detail } = /** @type {CustomEvent<string>} */ (event);

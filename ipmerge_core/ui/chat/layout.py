@@ -71,6 +71,7 @@ class Parts(NamedTuple):
     given: gr.State  # the reference answer of a question that was filled in
     accepted: gr.State  # whether a running request has accepted the last retry
     prompt: gr.MultimodalTextbox
+    sent: gr.MultimodalTextbox  # the question that was sent; the prompt may hold the next one
     settings: SettingFields
     tools: Tools
     examples: Examples
@@ -159,6 +160,9 @@ def lay_out(chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState) -> P
     gr.Markdown(INTRODUCTION, elem_classes="lead")
     examples = Examples(content_of(found))
     prompt = _prompt(first[0] if first else None)
+    sent = gr.MultimodalTextbox(
+        label="Sent question", file_count="multiple", visible="hidden", elem_id="sent"
+    )
     tools = _tools()
     settings = lay_out_settings(chosen.value.pack_id)
     line = gr.HTML("", elem_id="try-chosen", elem_classes="chosen-line")
@@ -182,7 +186,7 @@ def lay_out(chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState) -> P
     choice = ColumnChoice(columns, add, remove, gr.State({}), chosen, line, runs, last, kept)
     states = (gr.State(first), gr.State([]), gr.State(None), gr.State(False))
     return Parts(
-        choice, *states, prompt, settings, tools, examples, cost, agree, take, source, status,
+        choice, *states, prompt, sent, settings, tools, examples, cost, agree, take, source, status,
         tabs, vote, sweep, strip, compare, difference, outbox,
     )  # fmt: skip
 

@@ -85,7 +85,7 @@ def lay_out_settings(pack_id: str) -> SettingFields:
                 info="Of sampling, and of the order in blind mode", elem_id="chat-seed",
             )  # fmt: skip
         system = gr.Textbox(
-            "", label="System prompt", lines=1, max_lines=8, max_length=LONGEST_MESSAGE,
+            "", label="System prompt", lines=1, max_lines=8,
             placeholder="None. A model without a system role reads it before the first question.",
             elem_id="chat-system",
         )  # fmt: skip

@@ -30,6 +30,7 @@ from ipmerge_core.ui.chat.differences import wire_difference
 from ipmerge_core.ui.chat.inputs import MODELS, Inputs, inputs_of, session_of
 from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, lay_out
 from ipmerge_core.ui.chat.recorded import Reference
+from ipmerge_core.ui.chat.sending import end_sending, return_refused, wire_send
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chat.sweeping import wire_strip
 from ipmerge_core.ui.chat.turn_actions import (
@@ -116,7 +117,7 @@ def _wire_questions(backend: Backend, parts: Parts, requests: ActiveRequests) ->
     def ask(request: gr.Request, typed: Json, *values: Any) -> Iterator[Updates]:  # noqa: ANN401
         now, read = Inputs.read(values), read_prompt(typed)
         started = _start(now, read, now.turns, now.given)
-        sent = {parts.past: pushed(now.past, typed, now.turns), parts.prompt: EMPTY_PROMPT}
+        sent = {parts.past: pushed(now.past, typed, now.turns, EMPTY_PROMPT)}
         yield from _run(
             backend, parts, _Run(requests, session_of(request), *started, now.turns), sent
         )
@@ -134,14 +135,16 @@ def _wire_questions(backend: Backend, parts: Parts, requests: ActiveRequests) ->
             raise RunError("There is no question yet. Type a question first.")
         check_consent(column_costs(backend, now.held), agreed=agreed)
 
-    asks = [parts.prompt, *inputs_of(parts)]
+    asks, shown = inputs_of(parts), [parts.past, *parts.outputs]
     # Checks have no outputs, so that an error keeps the question and the answers on the page.
     agreed = [parts.agree, *inputs_of(parts)]
-    checked = parts.prompt.submit(show_errors(check), [parts.prompt, *agreed], None, **QUIET)
-    filled = [parts.past, parts.prompt, *parts.outputs]
-    checked.success(show_errors(ask), asks, filled, **MODELS)
+    checked = wire_send(parts).success(show_errors(check), [parts.sent, *agreed], None, **QUIET)
+    asked = checked.success(show_errors(ask), [parts.sent, *asks], shown, **MODELS)
+    for event in (checked, asked):
+        return_refused(parts, event)
+    end_sending(asked)
     again = parts.tools.again.click(show_errors(check_again), agreed, None, **QUIET)
-    again.success(show_errors(ask_again), asks, [parts.past, *parts.outputs], **MODELS)
+    again.success(show_errors(ask_again), [parts.prompt, *asks], shown, **MODELS)
     for event in (checked, again):
         event.success(_waiter(requests), None, parts.status, queue=False, **QUIET)
     parts.tools.stop.click(_stopper(requests), None, None, queue=False, **QUIET)

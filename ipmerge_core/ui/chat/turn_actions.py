@@ -26,7 +26,14 @@ from ipmerge_core.ui.chat.export import KINDS, export
 from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, prompt_value
 from ipmerge_core.ui.chat.recorded import Example, Reference, recorded_examples
 from ipmerge_core.ui.chat.settings import usual_rule
-from ipmerge_core.ui.chat.turns import Past, Turn, pushed, turn_of_example, without_records
+from ipmerge_core.ui.chat.turns import (
+    Past,
+    Turn,
+    is_untouched,
+    pushed,
+    turn_of_example,
+    without_records,
+)
 from ipmerge_core.ui.chosen_merge import chosen_line
 from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.explore.tab import PairView, after_commits, map_content
@@ -84,9 +91,10 @@ def wire_examples(parts: Parts) -> None:
         turn = turn_of_example(example)
         kept = before[:-1] if before and before[-1].recorded else before
         turns = [*kept, turn] if turn.pack_id == held.chosen.pack_id else kept
+        filled = prompt_value(turn.question, turn.images)
         return {
-            parts.prompt: prompt_value(turn.question, turn.images),
-            parts.past: pushed(past, typed, before),
+            parts.prompt: filled,
+            parts.past: pushed(past, typed, before, filled),
             **parts.updates(turns, len(held.columns)),
         }
 
@@ -106,7 +114,8 @@ def wire_random(parts: Parts) -> None:
     fill = FillPrompt(parts)
 
     def draw(typed: dict[str, Any], past: list[Past], turns: list[Turn]) -> Updates:
-        return {**random_example(fill), parts.past: pushed(past, typed, turns)}
+        found = random_example(fill)
+        return {**found, parts.past: pushed(past, typed, turns, found[parts.prompt])}
 
     asked, filled = [parts.prompt, parts.past, parts.turns], [*fill.outputs, parts.past]
     parts.tools.random.click(show_errors(draw), asked, filled, **QUIET)
@@ -127,7 +136,10 @@ def random_example(fill: FillPrompt) -> Updates:
 
 
 def wire_history(parts: Parts) -> None:
-    """Wire Clear and Undo, which restores the prompt and the turns before the last change."""
+    """Wire Clear and Undo, which restores the turns before the last change, and the prompt.
+
+    What was typed since the change is kept.
+    """
 
     def clear(
         typed: dict[str, Any],
@@ -136,24 +148,25 @@ def wire_history(parts: Parts) -> None:
         *held: Any,  # noqa: ANN401
     ) -> Updates:
         return {
-            parts.past: pushed(past, typed, before),
+            parts.past: pushed(past, typed, before, EMPTY_PROMPT),
             parts.prompt: EMPTY_PROMPT,
             parts.strip: None,
             **parts.updates([], len(Held(*held).columns)),
         }
 
-    def undo(past: list[Past], *held: Any) -> Updates:  # noqa: ANN401
+    def undo(typed: dict[str, Any], past: list[Past], *held: Any) -> Updates:  # noqa: ANN401
         if not past:
             raise RunError("There is nothing to undo.")
-        typed, turns = past[-1]
-        shown = parts.updates(turns, len(Held(*held).columns))
-        return {parts.past: past[:-1], parts.prompt: typed, **shown}
+        last = past[-1]
+        shown = parts.updates(last.turns, len(Held(*held).columns))
+        restored = {parts.prompt: last.typed} if is_untouched(typed, last.left) else {}
+        return {parts.past: past[:-1], **restored, **shown}
 
     filled = [parts.past, parts.prompt, *parts.outputs]
     asked = [parts.prompt, parts.past, parts.turns, *parts.choice.asked]
     parts.tools.clear.click(clear, asked, [parts.strip, *filled], queue=False, **QUIET)
     # Queued, because the page shows errors of queued events only.
-    undone = [parts.past, *parts.choice.asked]
+    undone = [parts.prompt, parts.past, *parts.choice.asked]
     parts.tools.undo.click(show_errors(undo), undone, filled, **QUIET)
 
 

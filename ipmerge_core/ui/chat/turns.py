@@ -83,7 +83,15 @@ class Turn:
 
 
 Turns = Sequence[Turn]
-Past: TypeAlias = tuple[dict[str, Any], list[Turn]]  # a prompt and the turns of that moment
+Prompt: TypeAlias = Mapping[str, Any]  # the value of the prompt: text and files
+
+
+class Past(NamedTuple):
+    """The prompt and the turns before a change, and the prompt that the change left."""
+
+    typed: Prompt
+    turns: list[Turn]
+    left: Prompt
 
 
 class HistoryRule(NamedTuple):
@@ -148,10 +156,32 @@ def earlier_turns(turns: Turns, column: int, pack_id: str, rule: HistoryRule) ->
     ]
 
 
-def pushed(past: Sequence[Past], typed: Mapping[str, Any] | None, turns: Turns) -> list[Past]:
-    """Return what Undo can restore, with one more prompt and its turns."""
+def pushed(
+    past: Sequence[Past], typed: Prompt | None, turns: Turns, left: Prompt | None = None
+) -> list[Past]:
+    """Return what Undo can restore, with the state before one more change.
+
+    `left` is the prompt after the change; without it, the change leaves the prompt as it is.
+    """
     kept = dict(typed or {"text": "", "files": []})  # a page may send nothing
-    return [*past, (kept, list(turns))][-MOST_PAST:]
+    return [*past, Past(kept, list(turns), dict(left or kept))][-MOST_PAST:]
+
+
+def is_empty(typed: Prompt | None) -> bool:
+    """Whether a prompt has neither text nor files."""
+    return not (typed and (typed.get("text") or typed.get("files")))
+
+
+def is_untouched(typed: Prompt | None, left: Prompt) -> bool:
+    """Whether a prompt is as a change left it, or empty; of files only the number counts.
+
+    >>> is_untouched({"text": "a", "files": ["/cache/x"]}, {"text": "a", "files": ["x"]})
+    True
+    """
+    if is_empty(typed) or typed is None:
+        return True
+    n_files = len(typed.get("files") or []), len(left.get("files") or [])
+    return typed.get("text") == left.get("text") and n_files[0] == n_files[1]
 
 
 def divider(before: Turn | None, now: Turn, position: int) -> str:
