@@ -49,8 +49,9 @@ MARK = "<!-- measured by `python benchmarks/search_study.py --write` -->"
 PAGE_TEXT = """
 
 The models are the demo's, of about a million parameters: the numbers compare optimizers, they do
-not predict results for large models. {machine}. Every merge answers items of the demo task:
-{items}. The score is the mean of image+math and perception, in percent.
+not predict results for large models. {machine}.
+Every merge answers items of the demo task: {items}.
+The score is the mean of image+math and perception, in percent.
 
 The leave-one-out error is that of the surrogate at interior points of the grid. The last columns
 are the best score minus the best one among weights whose sum is one, relative to it.
@@ -63,9 +64,10 @@ the mean by method, and the regret of the chosen plan on unseen items.
 
 {ranking}
 
-The order here: {order}. The cross-modal study's text (arXiv 2605.19523) has {paper}; its grids are
-of large models and were not available here. Replays took {seconds} s; all results are in
-[search.csv](search.csv).
+The order here: {order}.
+The cross-modal study's text (arXiv 2605.19523) has {paper};
+its grids are of large models and were not available here. Replays took {seconds} s; all results are
+in [search.csv](search.csv).
 """
 
 

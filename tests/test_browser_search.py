@@ -104,11 +104,13 @@ def test_a_search_runs_and_a_button_takes_the_plan_of_an_evaluation(
     rows.nth(0).get_by_role("button").click()
     expect(page.locator("#evaluation .lm-status")).to_contain_text("is the chosen plan")
     assert page.evaluate(COMMITTED) == wanted
+    expect(page.locator("#evaluate-chosen")).to_contain_text(f"λ {wanted:g}")
     page.locator("#evaluation [data-act=edit]").click()
     expect(page.locator(EXPLORED)).to_have_text("Explore")
     select_tab(page)
     page.locator("#evaluation [data-act=untake]").click()
     assert page.evaluate(COMMITTED) == 1
+    expect(page.locator("#evaluate-chosen")).to_contain_text("λ 1 ")
     page.locator("#evaluation [data-sort=evaluation]").click()
     expect(rows.nth(0).locator("th")).to_contain_text("0")
     expect(page.locator("#search-front .js-plotly-plot")).to_be_visible(timeout=LOADING)

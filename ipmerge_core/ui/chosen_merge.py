@@ -226,7 +226,7 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
     options = {
         option.name: _text(content[option.name])
         for option in FIELDS
-        if content.get(option.name) not in (None, option.default, list(option.default or ()))
+        if content.get(option.name) not in (None, option.default, _stored(option.default))
     }
     calibration = content.get("calibration") or {}
     folder = str(calibration.get("folder", "")) if isinstance(calibration, Mapping) else ""
@@ -237,6 +237,11 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
     values |= {name: content[name] for name in selects if content.get(name) is not None}
     rules = PlanChoice(overrides=dict(content.get("overrides") or {}))
     return Recipe(rules, MethodChoice(method.name, values, options, folder))
+
+
+def _stored(default: object) -> object:
+    """Return a default as JSON stores it: a tuple becomes a list."""
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _in_map(values: Mapping[str, Any]) -> frozenset[str]:

@@ -1,6 +1,6 @@
 // @ts-check
 // The results of the Evaluate tab, the component; the HTML report mounts it as Gradio does. It talks to
-// Python by trigger("take"), trigger("edited"), trigger("opened") and trigger("drawn").
+// Python by trigger("take"), trigger("taken"), trigger("edited"), trigger("opened") and trigger("drawn").
 
 import { closest, node, part, setText } from "../web/dom.js";
 import { percent } from "../web/format.js";
@@ -133,7 +133,8 @@ export class Evaluation {
     const { content, point: i } = this.state, point = content?.points[i];
     if (!content || !point?.takes || !this.state.served) return;
     const onMap = point.choice && takeOnMap(content.pack, point.choice, `Plan of the evaluation: ${point.label}.`);
-    if (!onMap) this.host.trigger("take", { id: content.id, pack: content.pack, point: i });
+    if (onMap) this.host.trigger("taken", {});
+    else this.host.trigger("take", { id: content.id, pack: content.pack, point: i });
     this.set({ taken: i });
     this.mark();
     setText(this.dom.status, `${point.label} is the chosen plan${point.plan ? `, plan ${point.plan}` : ""}.`);
@@ -162,7 +163,8 @@ export class Evaluation {
   untake() {
     const { content, taken } = this.state, point = content?.points[taken];
     if (!content || !point) return;
-    if (!(point.choice && undoOnMap(content.pack))) this.host.trigger("take", { id: content.id, pack: content.pack, point: -1 });
+    if (point.choice && undoOnMap(content.pack)) this.host.trigger("taken", {});
+    else this.host.trigger("take", { id: content.id, pack: content.pack, point: -1 });
     this.set({ taken: -1 });
     this.mark();
     setText(this.dom.status, "The merge that was chosen before is chosen again.");

@@ -120,7 +120,7 @@ def evaluate_tab(
     _wire_history(parts)
     _wire_items(parts, chat, tabs)
     parts.figures.wire(parts.view, tabs)
-    return EvaluateTab(parts.form, [_wire_taking(parts, chosen)])
+    return EvaluateTab(parts.form, [_wire_taking(parts, pair, chosen, line)])
 
 
 def _lay_out(*, hosted: bool) -> _Parts:
@@ -259,8 +259,8 @@ def _wire_history(parts: _Parts) -> None:
     )  # fmt: skip
 
 
-def _wire_taking(parts: _Parts, chosen: gr.State) -> Dependency:
-    """Choose the merge of a point that cannot be set in Explore, or the one before."""
+def _wire_taking(parts: _Parts, pair: gr.Dropdown, chosen: gr.State, line: gr.HTML) -> Dependency:
+    """Choose the merge of a point that cannot be set in Explore, or the one before; name it."""
 
     def take(
         event: gr.EventData, now: ChosenMerge, before: ChosenMerge | None
@@ -272,6 +272,8 @@ def _wire_taking(parts: _Parts, chosen: gr.State) -> Dependency:
 
     inputs, outputs = [chosen, parts.before], [chosen, parts.before]
     found: Dependency = parts.view.take(show_errors(take), inputs, outputs, **QUIET)
+    for ends in (found.success, after_commits(parts.view.taken, pair).then):
+        ends(chosen_line, chosen, line, **QUIET)
     return found
 
 
