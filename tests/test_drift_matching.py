@@ -21,6 +21,8 @@ from ipmerge_core.inference.loading import load_weights
 from ipmerge_core.inference.module_names import parameter_names
 from ipmerge_core.models.checkpoint import Checkpoint
 
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+
 PROJECTION = re.compile(
     r"(^|\.)layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down|qkv|gate_up)_proj\.(weight|bias)$"
 )
@@ -254,3 +256,23 @@ def test_invalid_scopes_are_refused(make, message):
 
 def test_the_sets_are_those_of_the_command_line():
     assert Scope(("full",)).sets == frozenset(SETS)
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        (Scope(("attn", "re:no_such")), "'re:no_such' select no parameter"),
+        (Scope(("attn", "mlp"), strengths=(("q_porj", 2.0),)), "'q_porj' of a strength is found"),
+        (Scope(("attn",), strengths=(("mlp", 0.0),)), "'mlp' of a strength is found"),
+    ],
+)
+def test_a_name_or_a_pattern_without_effect_is_refused(scope, message):
+    with pytest.raises(PairingError, match=message):
+        match_prior(Checkpoint.open(DEMO / "mllm"), Checkpoint.open(DEMO / "math"), scope)
+
+
+def test_of_an_expert_with_a_vision_tower_the_language_model_is_matched():
+    mllm = Checkpoint.open(DEMO / "mllm")
+    match = match_prior(mllm, mllm, Scope())
+    assert [entry.expert for entry in match.entries] == [entry.mllm for entry in match.entries]
+    assert len(match.entries) == 28

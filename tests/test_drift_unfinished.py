@@ -268,3 +268,17 @@ def test_an_image_that_is_lost_during_training_is_named(tmp_path: Path, monkeypa
     (tmp_path / "a.png").unlink()
     with pytest.raises(RunError, match=r"a\.png'\)\. Restore its image"):
         list(running)
+
+
+def test_other_work_that_ended_before_a_checkpoint_is_replaced(tmp_path: Path):
+    """As after a mistake in the data: the corrected command starts without an option."""
+    folder = TrainingFolder(tmp_path)
+    for work, step in (("first", None), ("second", 3)):
+        assert folder.open(work, {}, resume=True) is None
+        folder.release()
+        if step is not None:
+            completed(tmp_path, step)
+    with pytest.raises(RunError, match="unfinished run with other models, data or settings"):
+        folder.open("first", {}, resume=True)
+    assert folder.open("second", {}, resume=True) == str(tmp_path / "checkpoint-3")
+    folder.release()

@@ -194,7 +194,7 @@ def test_every_field_arrives_in_what_is_started(form: Form) -> None:
     ("changed", "message"),
     [
         ({"limit": -2}, "limit of -2 rows"),
-        ({"last_layer": -2}, "expected 0 <= first <= last"),
+        ({"last_layer": -2}, "last layer is -2"),
         ({"mllm": " "}, "Missing: vision-language model"),
         ({"math": "", "data": ""}, "Missing: expert, data"),
         ({"modules": []}, "No modules are selected"),

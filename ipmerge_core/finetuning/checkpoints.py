@@ -89,6 +89,8 @@ class TrainingFolder:
     def open(self, digest: str, settings: Mapping[str, Any], *, resume: bool) -> str | None:
         """Return the newest checkpoint of the same work, or start over with an empty folder.
 
+        Other work that ended before its first checkpoint is replaced, since nothing is lost.
+
         Raises: RunError if another run uses the folder, if it is of other work, or of no run.
         """
         self._refuse_foreign()
@@ -98,8 +100,12 @@ class TrainingFolder:
         try:
             record = self.path / _RUN
             if record.is_file() and resume:
-                self._refuse_other_work(digest)
-                return self._newest()
+                newest = self._newest()
+                is_same = _KIND.load(_RECORD, record).digest == digest
+                if newest is not None and not is_same:
+                    raise self._of_other_work()
+                if is_same:
+                    return newest
             self._empty()
             content = {"digest": digest, "settings": settings}
             write_whole(record, json.dumps(content) + "\n")
@@ -141,13 +147,11 @@ class TrainingFolder:
                     f"another output folder."
                 ) from error
 
-    def _refuse_other_work(self, digest: str) -> None:
-        if _KIND.load(_RECORD, self.path / _RUN).digest != digest:
-            raise RunError(
-                f"'{self.path}' contains an unfinished run with other models, data or settings. "
-                f"Finish it with those, start over with --no-resume, or choose another output "
-                f"folder."
-            )
+    def _of_other_work(self) -> RunError:
+        return RunError(
+            f"'{self.path}' contains an unfinished run with other models, data or settings. Finish "
+            f"it with those, start over with --no-resume, or choose another output folder."
+        )
 
     def _newest(self) -> str | None:
         """Return the newest complete checkpoint; incomplete ones are removed."""

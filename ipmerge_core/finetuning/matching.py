@@ -9,8 +9,8 @@ Reads headers only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 from ipmerge_core.errors import PairingError, ShapeError
@@ -19,6 +19,7 @@ from ipmerge_core.models.checkpoint import Checkpoint, TensorSpec
 from ipmerge_core.models.decoders import Decoder, find_decoders, output_head, refuse_unsupported
 from ipmerge_core.models.headers import FLOAT_DTYPES
 
+_EMBEDDINGS = "embed_tokens.weight"
 Key = tuple[int | None, str]  # text layer (None between layers), name in the layer
 
 
@@ -109,6 +110,7 @@ def match_prior(
             f"the layers from {scope.first_layer} to {scope.last_layer or len(found.layers) - 1}; "
             f"it has {len(found.layers)} layers. Select other modules or layers."
         )
+    _refuse_unused(mllm, scope, wanted)
     for role, (model, tensors) in sides.items():
         _refuse_other_layers(mllm, own, role, model, tensors)
         for key, spec in wanted.items():
@@ -122,12 +124,33 @@ def match_prior(
     return PriorMatch(mllm, expert, expert_base, entries, found.prefix)
 
 
+def _refuse_unused(mllm: Checkpoint, scope: Scope, wanted: Iterable[Key]) -> None:
+    """Refuse a name of modules or a pattern that stands for no parameter."""
+    names = {_name(key): key[0] for key in wanted}
+    for module in scope.modules:
+        alone = replace(scope, modules=(module,))
+        if not any(alone.includes(name, layer) for name, layer in names.items()):
+            raise PairingError(
+                f"The modules '{module[:80]}' select no parameter of '{mllm.id}' in these layers, "
+                f"as a head that shares its weights with the embeddings. Omit them."
+            )
+    for pattern, _ in scope.strengths:
+        alone = replace(scope, strengths=((pattern, 1.0),))
+        if not any(alone.strength(name, 0.0) for name in names):
+            raise PairingError(
+                f"The pattern '{pattern[:80]}' of a strength is found in the name of no parameter "
+                f"that has a prior, such as '{next(iter(names))}'. Correct it, or omit it."
+            )
+
+
 def _decoder_like(
     role: str, model: Checkpoint, like: Decoder | None
 ) -> tuple[dict[Key, TensorSpec], Decoder]:
     """Return the tensors of a model's decoder: of the one most like another one, or the largest."""
     decoders = find_decoders(role, model)
-    if like is not None:
+    if like is None:  # of a vision-language model, the part with word embeddings
+        decoders.sort(key=lambda each: each.prefix + _EMBEDDINGS not in model.tensors)
+    else:
         decoders.sort(key=lambda each: -_likeness(each, like))
     refuse_unsupported(model, decoders[0])
     return dict(_tensors(model, decoders[0])), decoders[0]
@@ -146,7 +169,7 @@ def _tensors(model: Checkpoint, decoder: Decoder) -> Iterator[tuple[Key, TensorS
     for key, spec in sorted(decoder.tensors.items(), key=lambda item: item[0]):
         if spec.dtype in FLOAT_DTYPES and spec.numel:
             yield key, spec
-    for name in ("embed_tokens.weight", "norm.weight"):
+    for name in (_EMBEDDINGS, "norm.weight"):
         if decoder.prefix + name in model.tensors:
             yield (None, name), model.spec(decoder.prefix + name)
     if (head := output_head(model)) is not None:
