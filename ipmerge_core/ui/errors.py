@@ -31,8 +31,13 @@ R = TypeVar("R")
 # The folders of an absolute path, up to its last name; not those of a hub id or a web address.
 _PATH = re.compile(r"(?<![\w:/.~-])/(?:[^\s/'\"`<>|:;,()]{1,255}/)+(?=[^\s'\"`])")
 
-# Options of a listener without a progress spinner and without an API endpoint.
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Options of a listener without a progress spinner and without an API endpoint. With every message
+# of the server the page updates each component that shows progress, hidden or not, so none does.
+QUIET: dict[str, Any] = {
+    "show_progress": "hidden",
+    "show_progress_on": [],
+    "api_visibility": "private",
+}
 
 
 def show_errors(handler: Callable[P, R], *, in_page: bool = True) -> Callable[P, R]:

@@ -56,7 +56,7 @@ def wire_difference(backend: Backend, parts: Parts) -> None:
         show_errors(show),
         inputs_of(parts),
         parts.difference,
-        **{**MODELS, "show_progress": "minimal"},
+        **{**MODELS, "show_progress": "minimal", "show_progress_on": None},
     )
 
 

@@ -254,9 +254,7 @@ def wire_records(backend: Backend, parts: Parts, pair: gr.Dropdown, shown: PairV
 
     choice = parts.choice
     filled = [shown.chosen, shown.layer_map, *choice.shown]
-    taken = parts.take.click(
-        show_errors(take), [parts.turns, *choice.asked], filled, show_progress_on=[], **QUIET
-    )
+    taken = parts.take.click(show_errors(take), [parts.turns, *choice.asked], filled, **QUIET)
     taken.success(chosen_line, choice.chosen, choice.line, **QUIET)
     after_commits(pair.change, pair).then(
         drop,
