@@ -5,7 +5,7 @@ import js from "@eslint/js";
 import globals from "globals";
 
 export default [
-  { ignores: ["**/node_modules/", ".venv/", "build/", "htmlcov/", "runs/"] },
+  { ignores: ["**/node_modules/", ".venv/", ".harness-venv/", "build/", "htmlcov/", "runs/"] },
   js.configs.recommended,
   {
     rules: {

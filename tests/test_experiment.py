@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -201,7 +202,7 @@ def test_hub_ids_go_in_and_a_report_comes_out_after_a_kill(hub: Hub, tmp_path: P
     dry = subprocess.run(command(tmp_path, out, "--dry-run"), check=False, **how)
     assert dry.returncode == 0, dry.stderr
     need = json.loads(dry.stdout)
-    assert need["nbytes_mllm"] > 0
+    assert need["nbytes_models"] > 0
     assert need["nbytes_analysis"] > 0
     assert not out.exists()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # read, not stored
@@ -229,6 +230,76 @@ def test_hub_ids_go_in_and_a_report_comes_out_after_a_kill(hub: Hub, tmp_path: P
     assert "MathVista" in page
     assert "http://127.0.0.1" not in page
     assert all((out / name).exists() for name in summary["files"].values())
+
+
+WEIGHTS = "model.safetensors"
+
+
+STAGEWISE = """
+import json, sys
+from ipmerge_core.evaluation.evaluate import EvaluationSettings
+from ipmerge_core.evaluation.experiment import Experiment, Models, iter_experiment
+from ipmerge_core.tasks.registry import find_tasks
+
+models = Models("demo/mllm", ("demo/math",), "demo/base")
+settings = EvaluationSettings(limit=1)
+what = Experiment(models, find_tasks(["demo:math"]), json.loads(sys.argv[1]), evaluation=settings)
+stage = ""
+for step in iter_experiment(what, sys.argv[2]):
+    if step.stage != stage:
+        stage = step.stage
+        print(stage, flush=True)
+        sys.stdin.readline()
+    if stage == "records":
+        break
+"""
+
+
+def sent_by_stage(hub: Hub, folder: Path, plan: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Run an experiment up to its records; return the bytes of weights by stage and role."""
+    totals: dict[str, dict[str, int]] = {}
+    with subprocess.Popen(
+        [sys.executable, "-c", STAGEWISE, json.dumps(plan), str(folder / "out")],
+        env=environment(hub, folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as run:  # fmt: skip
+        assert run.stdout is not None
+        assert run.stdin is not None
+        for stage in run.stdout:
+            totals[stage.strip()] = {role: hub.sent[f"demo/{role}/{WEIGHTS}"] for role in ROLES}
+            run.stdin.write("go\n")
+            run.stdin.flush()
+    assert run.returncode == 0
+    stages = list(totals)
+    return {
+        stage: {role: totals[after][role] - totals[stage][role] for role in ROLES}
+        for stage, after in itertools.pairwise(stages)
+    }
+
+
+@pytest.mark.parametrize(
+    ("plan", "is_stored"),
+    [
+        ({"method": "ip_merging", "similarity_threshold": 0.0, "lambda_": 4.0}, False),
+        ({"method": "ip_merging", "similarity_threshold": 0.0, "temperature": 16.0}, True),
+        ({"method": "task_arithmetic", "math_weight": 0.5}, True),
+    ],
+)
+def test_the_weights_of_hub_models_are_read_once(
+    hub: Hub, tmp_path: Path, plan: dict[str, Any], is_stored: bool
+) -> None:
+    sent = sent_by_stage(hub, tmp_path, plan)
+    sizes = {role: (DEMO / role / WEIGHTS).stat().st_size for role in ROLES}
+    downloaded = ROLES if is_stored else ("mllm",)
+    assert sent["download"] == {role: sizes[role] * (role in downloaded) for role in ROLES}
+    for role in ROLES:
+        assert (sent["analysis"][role] > 0.5 * sizes[role]) == (role not in downloaded)
+        assert sent["analysis"][role] <= sizes[role] * (role not in downloaded)
+        rows = 0 if role in downloaded else sent["check"][role]  # the merge checks the pair again
+        assert sent["merge"][role] <= rows + 20_000, role  # and reads headers
+    pair = ipm.open_pair(*(str(DEMO / role) for role in ROLES))
+    ipm.merge(ipm.make_plan(ipm.analyse(pair), **plan), tmp_path / "merged")
+    made = (tmp_path / "out" / "model" / WEIGHTS).read_bytes()
+    assert made == (tmp_path / "merged" / WEIGHTS).read_bytes()
 
 
 def test_the_command_needs_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

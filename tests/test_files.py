@@ -58,7 +58,7 @@ def hub(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Counting:
             assert revision in (None, "main", SHA)
             return type("Info", (), {"sha": SHA})
 
-    def files_of(name: str, sha: str, _: object, folder: str) -> RemoteFiles:
+    def files_of(name: str, sha: str, _: object, folder: str, __: object) -> RemoteFiles:
         assert folder == f"{name}@{sha}"
         return RemoteFiles(name, sha, system, str(getattr(trio, name.partition("/")[2])))
 
@@ -295,6 +295,16 @@ def test_a_short_answer_is_noticed(trio: Trio) -> None:
     assert found.read("config.json", 5, 5) == b""
     with pytest.raises(RunError, match="returned 9 of 10 requested bytes"):
         found.read("config.json", 0, 10)
+
+
+def test_a_downloaded_file_is_read_instead_of_the_hub_s(trio: Trio) -> None:
+    system, known = Counting(), {"config.json": trio.base / "config.json"}
+    found = RemoteFiles("org/base", SHA, system, str(trio.base), known.get)
+    text = (trio.base / "config.json").read_bytes()
+    assert (found.read("config.json"), found.read("config.json", 2, 5)) == (text, text[2:5])
+    assert not system.reads
+    found.read("model.safetensors", 0, 8)
+    assert system.reads == 1
 
 
 def test_the_hub_s_known_subfolders_are_listed_and_read(own_trio: Trio) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,24 @@ def test_the_configuration_of_vlmevalkit_has_models_and_data(tmp_path: Path) -> 
         kit_config([("m", tmp_path, "llava")], ["MMStar"])
     named = kit_config([("m", tmp_path, "llava")], ["MMStar"], "LLaVA")
     assert named["model"]["m"]["class"] == "LLaVA"
+
+
+def test_a_token_that_the_harness_adds_twice_is_reported(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[1] / "assets" / "demo" / "mllm"
+    plain = Path(shutil.copytree(demo, tmp_path / "plain"))
+    template = (demo / "chat_template.jinja").read_text()
+    (plain / "chat_template.jinja").write_text(template.replace("{{- bos_token }}", "", 1))
+    notes = {}
+    for model in (demo, plain):
+        values = {"tasks": ("mmmu_val",), "environment": {}}
+        run = HarnessRun(
+            model=model, python=stand_in(tmp_path), output=tmp_path / model.name / "out", **values
+        )
+        scores = run_lmms_eval(run)
+        notes[model.name] = scores[0].note
+        assert (notes[model.name] in list(score_lines(scores))) == bool(notes[model.name])
+    assert notes["plain"] == ""
+    assert notes["mllm"].startswith("The chat template of 'mllm' writes the BOS token")
 
 
 def test_the_command_runs_and_writes(

@@ -119,7 +119,7 @@ def test_the_ablation_removes_one_part_at_a_time(analysis, fixed):
     assert points["selection and rescaling"].plan.parameters["ablation"] == "rescale_only"
     for name in ("selection only", "selection and rescaling"):
         assert points[name].plan.selected == full.selected
-    early, late = (points[f"layers {span} only"].plan for span in ("0 to 0", "1 to 3"))
+    early, late = (points[f"{span} only"].plan for span in ("layer 0", "layers 1 to 3"))
     assert {d.name for d in early.selected} | {d.name for d in late.selected} == {
         d.name for d in full.selected
     }

@@ -17,8 +17,10 @@ from ipmerge_core.evaluation.scores import score
 from ipmerge_core.evaluation.subjects import subject_of_folder
 from ipmerge_core.methods.declarations import drained
 from ipmerge_core.models.checkpoint import Checkpoint
+from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.tasks.demo import MATH_TASKS, problems
 from ipmerge_core.tasks.registry import find_tasks
+from ipmerge_core.ui.chat.recorded import Reference, records_of
 from ipmerge_core.ui.pairs import find_pack
 
 TAUGHT = Path(__file__).parents[1] / "assets" / "taught"
@@ -63,6 +65,29 @@ def test_the_mllm_reads_drawings_and_knows_no_results(tmp_path):
     result = drained(steps).result("mllm", "demo")
     assert result.part("perception").share > 0.75
     assert result.part("math").share < 0.25
+
+
+def test_recorded_answers_show_that_only_task_arithmetic_adds_the_skill():
+    examples = records_of("taught")
+    assert len({(each.image.name, each.reference.question) for each in examples}) == 11
+    assert all(each.image.is_file() and each.pair == "demo trio, taught skill" for each in examples)
+    content = json.loads((TAUGHT / "taught.records.json").read_text())
+    analysis = ipm.Analysis.load(TAUGHT / "taught.pack.json.gz")
+    choice = content["choice"]
+    plan = ipm.make_plan(
+        analysis, similarity_threshold=choice["s"], lambda_=choice["lambda"],
+        gamma_norm=choice["variant"],
+    )  # fmt: skip
+    assert content["plan_hash"] == plan.hash
+    computed = [each for each in content["examples"] if each["computed"]]
+    right = {
+        column: sum(
+            is_right(Reference("", "", each["answer"], True), each[column]) for each in computed
+        )
+        for column in ("merged", "task_arithmetic")
+    }
+    assert right["merged"] == 0
+    assert right["task_arithmetic"] > len(computed) / 2
 
 
 # --- the recipe ---

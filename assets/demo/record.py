@@ -1,11 +1,12 @@
-"""Record answers of the demo MLLM and of two merges, which the app shows as examples.
+"""Record answers of a demo MLLM and of two merges, which the app shows as examples.
 
-    python assets/demo/record.py --lambda 4 --math-weight 1 [--trio assets/demo] [--seed 0]
+    python assets/demo/record.py --lambda 4 --math-weight 1 [--recipe taught] [--seed 0]
 
-In: trained models with their pack, and the training seed. Out: recorded.json and the images in
-examples/. To choose the problems, the merges are written to disk and loaded again; the replies of
-the chosen ones are recorded as by `ipmerge record`. Of the problems of a draw the first of each
-task is used, and the first few that become wrong with a merge. Training drawings are excluded.
+In: trained models with their pack, and the training seed. Out: the file of records next to the pack
+and the images in examples/. To choose the problems, the merges are written to disk and loaded
+again; the replies of the chosen ones are recorded as by `ipmerge record`. Of the problems of a draw
+the first of each task is used, and the first few that become wrong with a merge. Training drawings
+are excluded.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installe
 
 import torch  # noqa: E402
 from draws import DRAWS, PER_TASK, evaluation_problems  # noqa: E402
+from recipes import ELICITED, RECIPES, Recipe  # noqa: E402
 
 import ipmerge_core as ipm  # noqa: E402
 from ipmerge_core.evaluation.batched_answers import LONGEST_REPLY, answer_all  # noqa: E402
@@ -30,13 +32,14 @@ from ipmerge_core.inference.loading import load_model  # noqa: E402
 from ipmerge_core.inference.sampling import GenerationSettings  # noqa: E402
 from ipmerge_core.tasks.answers import is_right  # noqa: E402
 from ipmerge_core.tasks.demo import MATH_TASKS, TASKS, Problem  # noqa: E402
+from ipmerge_core.ui.chat.recorded import records_name  # noqa: E402
 
 FIRST_SHOWN = ("mul", "area", "perimeter", "add", "sub", "sides", "shape", "dots")
 
 
-def plans(trio: Path, lambda_: float, math_weight: float) -> dict[str, ipm.MergePlan]:
+def plans(recipe: Recipe, lambda_: float, math_weight: float) -> dict[str, ipm.MergePlan]:
     """Return the two merges that are shown."""
-    analysis = ipm.Analysis.load(trio / "pack.json.gz")
+    analysis = ipm.Analysis.load(recipe.folder / recipe.pack)
     return {
         "merged": ipm.make_plan(
             analysis, similarity_threshold=0.0, lambda_=lambda_, gamma_norm="max"
@@ -48,11 +51,11 @@ def plans(trio: Path, lambda_: float, math_weight: float) -> dict[str, ipm.Merge
 
 
 def collect(
-    trio: Path, chosen: dict[str, ipm.MergePlan], training_seed: int
+    recipe: Recipe, chosen: dict[str, ipm.MergePlan], training_seed: int
 ) -> list[tuple[Problem, dict[str, str]]]:
     """Answer a draw with the MLLM and with every merge."""
-    asked = evaluation_problems(TASKS, PER_TASK["recorded"], "recorded", training_seed)
-    replies = {"base": ask(trio / "mllm", asked)}
+    asked = evaluation_problems(TASKS, PER_TASK["recorded"], "recorded", training_seed, recipe)
+    replies = {"base": ask(recipe.folder / "mllm", asked)}
     for name, plan in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
             ipm.merge(plan, Path(folder) / "model")
@@ -93,7 +96,8 @@ def pick(
         for row in collected
         if row[0].task in MATH_TASKS and not is_right(row[0], row[1]["merged"])
     ]
-    return [*first, *worse[:regressions], *missed[:1]]
+    chosen = [*first, *worse[:regressions]]
+    return [*chosen, *[row for row in missed if row not in chosen][:1]]
 
 
 def draw(number: int, problem: Problem, out: Path) -> Prompt:
@@ -106,26 +110,27 @@ def draw(number: int, problem: Problem, out: Path) -> Prompt:
 def main() -> None:
     """Parse the arguments, merge, ask, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trio", type=Path, default=HERE)
+    parser.add_argument("--recipe", choices=RECIPES, default=ELICITED.name)
     parser.add_argument("--seed", type=int, default=0, help="training seed")
     parser.add_argument("--lambda", dest="lambda_", type=float, required=True)
     parser.add_argument("--math-weight", type=float, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    out = arguments.trio
+    recipe = RECIPES[arguments.recipe]
+    out = recipe.folder
     (out / "examples").mkdir(exist_ok=True)
     for old in (out / "examples").glob("*.png"):
         old.unlink()
-    chosen = plans(out, arguments.lambda_, arguments.math_weight)
-    rows = pick(collect(out, chosen, arguments.seed))
+    chosen = plans(recipe, arguments.lambda_, arguments.math_weight)
+    rows = pick(collect(recipe, chosen, arguments.seed))
     prompts = [draw(number, problem, out) for number, (problem, _) in enumerate(rows, 1)]
-    path = out / "recorded.json"
+    path = out / ("recorded.json" if recipe is ELICITED else records_name(recipe.pack.name))
     for step in iter_recording(
         chosen["merged"], prompts, path, settings=GenerationSettings(max_new_tokens=LONGEST_REPLY)
     ):
         print(f"{step.number} of {step.total}: {step.what}")
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["trio"] = f"assets/demo, problems of seed {DRAWS['recorded'][1]}, greedy decoding"
+    content["trio"] = f"assets/{out.name}, problems of seed {DRAWS['recorded'][1]}, greedy decoding"
     content["task_arithmetic_plan"] = (
         f"Task arithmetic, math_weight {arguments.math_weight:g} "
         f"(plan {chosen['task_arithmetic'].hash})"

@@ -208,10 +208,14 @@ def _stores(
             "An analysis of leading directions (a rank, or quick) does not compute the updates of "
             "a merge, so that it cannot keep them. Analyse all directions, or do not keep updates."
         )
-    variant = Variant(options.temperature, "sum", "softmax", 64, None, options.directions)
-    variants = {norm: variant._replace(gamma_norm=norm) for norm in GAMMA_NORMS}
-    where = output_folder(folder)
+    where, variants = output_folder(folder), kept_variants(options)
     return {norm: UpdateStore(where, pair, found, device) for norm, found in variants.items()}
+
+
+def kept_variants(options: Options) -> dict[str, Variant]:
+    """Return the variants of IP-Merging whose updates an analysis can keep, by `gamma_norm`."""
+    variant = Variant(options.temperature, "sum", "softmax", 64, None, options.directions)
+    return {norm: variant._replace(gamma_norm=norm) for norm in GAMMA_NORMS}
 
 
 def _open_journal(path: Path, pair: ModelPair, options: Options) -> Journal:

@@ -113,9 +113,9 @@ def _estimate_lines(need: ExperimentEstimate, options: argparse.Namespace) -> It
 
     most = "" if need.is_exact else "at most "
     yield (
-        f"Downloads: the MLLM, {giga(need.nbytes_mllm)} unless it is in the hub's cache (about "
-        f"{need.seconds_download:.0f} s); {giga(need.nbytes_analysis)} for the analysis and "
-        f"{most}{giga(need.nbytes_merge)} for the merge, which are not stored."
+        f"Downloads: {giga(need.nbytes_models)} of models unless they are in the hub's cache "
+        f"(about {need.seconds_download:.0f} s); {giga(need.nbytes_analysis)} read by the analysis "
+        f"without storing them, at most {giga(need.nbytes_merge)} of them again by the merge."
     )
     yield f"Data: {', '.join(need.tasks)}; their sizes are known after the download."
     yield (

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ipmerge_core.analysis.analyse import AnalysisStep, describe, iter_pack_of
+from ipmerge_core.analysis.analyse import AnalysisStep, describe, iter_pack_of, kept_variants
 from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.analysis.records import Analysis
+from ipmerge_core.analysis.updates import Variant, has_updates
 from ipmerge_core.errors import IPMergeError, PlanError, RunError
 from ipmerge_core.evaluation.evaluate import EvaluationSettings, EvaluationStep, iter_evaluation
 from ipmerge_core.evaluation.experiment_folder import ExperimentFolder, Models
@@ -39,14 +40,17 @@ from ipmerge_core.merging.estimates import check_space
 from ipmerge_core.merging.merge import iter_merge
 from ipmerge_core.merging.provenance import is_finished, read_provenance
 from ipmerge_core.merging.steps import MergeStep
+from ipmerge_core.methods import find_method
 from ipmerge_core.methods.declarations import relayed
 from ipmerge_core.models.pairing import TO_FORCE, Finding, ModelPair
 from ipmerge_core.planning.options import PlanOptions
 from ipmerge_core.planning.plan import MergePlan, make_plan
+from ipmerge_core.planning.scope import choose_anchor
 from ipmerge_core.runtime.atomic import write_whole
 from ipmerge_core.runtime.processes import Ranks
 
 if TYPE_CHECKING:
+    from ipmerge_core.models.checkpoint import Checkpoint
     from ipmerge_core.tasks.items import Task
 
 Stage = Literal["check", "download", "analysis", "plan", "merge", "records", "evaluation", "report"]
@@ -80,6 +84,21 @@ class Experiment:
     prompts: str | Path | None = None
     lengths: GenerationSettings = field(default_factory=GenerationSettings)
     force: bool = False
+
+    @property
+    def keeps_updates(self) -> bool:
+        """Whether the analysis keeps the updates that the merge adds. Raises: PlanError."""
+        method = find_method(self.plan["method"])
+        names = {parameter.name for parameter in method.parameters}
+        own = method.complete({n: v for n, v in self.plan.items() if n in names})
+        if not has_updates(method.name, own):
+            return False
+        anchor = choose_anchor(method, self.options.anchor, own)
+        return Variant.of(own, anchor) in kept_variants(Options()).values()
+
+    def downloaded(self, pair: ModelPair) -> list[Checkpoint]:
+        """Return the models whose files are downloaded; tensors of the others are only read."""
+        return [pair.mllm] if self.keeps_updates else [model for _, model in pair.roles()]
 
 
 class ExperimentStep(NamedTuple):
@@ -185,17 +204,20 @@ class _Run:
     def download(self, pair: ModelPair) -> Generator[ExperimentStep, None, Path]:
         """Download the data of the tasks and the MLLM, which answers; return its folder.
 
-        Of the other models only the tensors that are compared and merged are read.
+        Of the other models the analysis reads what it compares, and keeps the updates of a merge.
+        A plan whose change is not kept reads their weights again, so that they are downloaded.
         """
         tasks = self.experiment.tasks
-        total = len(tasks) + 1
+        models = self.experiment.downloaded(pair)
+        total = len(tasks) + len(models)
         for number, task in enumerate(tasks):
             yield _step("download", number, total, task.source)
             task.load(self.experiment.evaluation.draw)
-        yield _step("download", len(tasks), total, pair.mllm.id)
-        folder = pair.mllm.files.local_folder()
+        for number, model in enumerate(models, len(tasks)):
+            yield _step("download", number, total, model.id)
+            model.files.local_folder()
         yield _step("download", total, total, "")
-        return folder
+        return pair.mllm.files.local_folder()
 
     def analyse(self, pair: ModelPair) -> Generator[ExperimentStep, None, Analysis]:
         """Write the pack, or read that of an earlier run."""
@@ -210,8 +232,9 @@ class _Run:
             what = f"{step.number}/{step.total} {step.matrix}"
             return _step("analysis", step.cost_done, step.cost_total, what, resumed=resumed)
 
-        device = self.experiment.evaluation.device
-        yield from map(step_of, iter_pack_of(pair, self.folder.pack, how, device=device))
+        device, kept = self.experiment.evaluation.device, self._kept_updates
+        steps = iter_pack_of(pair, self.folder.pack, how, device=device, updates=kept)
+        yield from map(step_of, steps)
         return Analysis.load(self.folder.pack)
 
     def make_plan(self, analysis: Analysis) -> Generator[ExperimentStep, None, MergePlan]:
@@ -242,8 +265,14 @@ class _Run:
             return _step("merge", step.nbytes_done, step.nbytes_total, what, resumed=resumed)
 
         device, force = self.experiment.evaluation.device, self.experiment.force
-        steps = iter_merge(plan, self.folder.model, device=device, force=force)
+        steps = iter_merge(
+            plan, self.folder.model, device=device, force=force, updates=self._kept_updates
+        )
         yield from map(step_of, steps)
+
+    @property
+    def _kept_updates(self) -> Path | None:
+        return self.folder.updates if self.experiment.keeps_updates else None
 
     def record(
         self, plan: MergePlan, subjects: Sequence[Subject], prompts: Sequence[Prompt]

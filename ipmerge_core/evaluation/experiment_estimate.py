@@ -16,6 +16,7 @@ from ipmerge_core.analysis.comparison import Options
 from ipmerge_core.evaluation.experiment_folder import ExperimentFolder
 from ipmerge_core.merging.estimates import (
     HUB_RATE,
+    AnalysisEstimate,
     Estimate,
     check_space,
     estimate_analysis,
@@ -37,9 +38,10 @@ class ExperimentEstimate(NamedTuple):
     """Estimated resources of what an experiment has not done yet. Bytes and seconds.
 
     Attributes:
-        nbytes_mllm: the MLLM, downloaded to the hub's cache unless it is there.
-        nbytes_analysis: downloaded by the analysis, and not stored.
-        nbytes_merge: downloaded by the merge, and not stored.
+        nbytes_models: the MLLM, and the other models if the merge needs their weights again;
+            downloaded to the hub's cache unless they are there.
+        nbytes_analysis: read over the network by the analysis, and not stored.
+        nbytes_merge: at most read again by the merge: matrices whose update is too large to keep.
         nbytes_written: the pack and the merged model, in the folder.
         nbytes_free: on the disk of the folder.
         nbytes_memory: the largest of what a stage needs, excluding the interpreter.
@@ -52,7 +54,7 @@ class ExperimentEstimate(NamedTuple):
         replies: models that answer each item and prompt.
     """
 
-    nbytes_mllm: int
+    nbytes_models: int
     nbytes_analysis: int
     nbytes_merge: int
     nbytes_written: int
@@ -80,22 +82,32 @@ def estimate_experiment(experiment: Experiment, out: str | Path) -> ExperimentEs
     pack = folder.finished_pack(describe(pair)[0], Options()._asdict())
     analysis = estimate_analysis(pair, Options(), device)
     merge, is_exact = _merge_of(experiment, folder, pair, pack, analysis.seconds)
-    nbytes_mllm = pair.mllm.nbytes if pair.mllm.files.remote else 0
+    nbytes_read = _read_only(experiment, pair, analysis)
+    stored = [model for model in experiment.downloaded(pair) if model.files.remote]
+    nbytes_models = sum(model.nbytes for model in stored)
     nbytes_pack = analysis.nbytes_written if pack is None else 0
     return ExperimentEstimate(
-        nbytes_mllm=nbytes_mllm,
-        nbytes_analysis=analysis.nbytes_fetched if pack is None else 0,
-        nbytes_merge=merge.nbytes_fetched,
+        nbytes_models=nbytes_models,
+        nbytes_analysis=nbytes_read if pack is None else 0,
+        nbytes_merge=min(nbytes_read, merge.nbytes_fetched),
         nbytes_written=nbytes_pack + merge.nbytes_written,
         nbytes_free=shutil.disk_usage(existing_parent(folder.path)).free,
         nbytes_memory=max(analysis.nbytes_memory, merge.nbytes_memory, pair.mllm.nbytes),
-        seconds_download=nbytes_mllm / HUB_RATE,
+        seconds_download=nbytes_models / HUB_RATE,
         seconds_analysis=analysis.seconds if pack is None else 0.0,
         seconds_merge=merge.seconds,
         is_exact=is_exact,
         tasks=tuple(task.name for task in experiment.tasks),
         limit=experiment.evaluation.limit,
     )
+
+
+def _read_only(experiment: Experiment, pair: ModelPair, analysis: AnalysisEstimate) -> int:
+    """Return the bytes of the analysed matrices of models that are not downloaded."""
+    if not experiment.keeps_updates:
+        return 0
+    mllm = sum(pair.mllm.read_size(matrix.mllm) for matrix in pair.matrices)
+    return analysis.nbytes_fetched - mllm * pair.mllm.files.remote
 
 
 def _merge_of(

@@ -69,6 +69,7 @@ class ExperimentFolder:
         self.state = self.path / "state.json"
         self.pack = self.path / "pair.pack.json.gz"
         self.plan = self.path / "plan.json"
+        self.updates = self.path / "updates"
         self.model = self.path / "model"
         self.records = self.path / "pair.records.json"
         self.replies = self.path / "replies"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ipmerge_core.errors import RunError
+from ipmerge_core.errors import ModelLoadError, RunError
 from ipmerge_core.runtime.input_files import MEGABYTE, FileKind, InvalidContentError, parse_json
 
 LMMS_EVAL, VLMEVALKIT = "lmms-eval", "vlmevalkit"
@@ -68,12 +68,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """The metrics of one task; `missing` counts samples without an answer of the judge."""
+    """The metrics of one task; `missing` counts samples without an answer of the judge.
+
+    `note` names what distinguishes its prompts from those of this package.
+    """
 
     task: str
     metrics: tuple[Metric, ...]
     n: int
     missing: int
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,31 @@ def run_lmms_eval(run: HarnessRun) -> list[HarnessScore]:
             f"{LMMS_EVAL} wrote no results to '{run.output}': {_reason(run.output)} Its output is "
             f"in '{run.output / 'lmms-eval.log'}'."
         )
-    return found
+    note = _prompt_note(run.model)
+    return [replace(score, note=note) for score in found]
+
+
+def _prompt_note(model: Path) -> str:
+    """Describe a BOS token that the harness adds twice; empty if it does not.
+
+    Its classes render the chat template and encode the text, where a tokenizer adds the token.
+    """
+    from ipmerge_core.inference.processor_process import RemoteProcessor
+
+    processor = RemoteProcessor(model, takes_images=True)
+    try:
+        twice = processor.begins_twice()
+    except ModelLoadError:  # a processor that this environment cannot load
+        return ""
+    finally:
+        processor.close()
+    if not twice:
+        return ""
+    return (
+        f"The chat template of '{model.name}' writes the BOS token, which its tokenizer adds again "
+        f"when {LMMS_EVAL} encodes the rendered text: these prompts begin with two, those of this "
+        f"package with one. Compare the score with others of {LMMS_EVAL} only."
+    )
 
 
 def _reason(output: Path) -> str:
@@ -319,6 +347,7 @@ def score_lines(scores: Sequence[HarnessScore]) -> Iterator[str]:
                 f"{score.task}: the judge gave no answer for {score.missing} of {score.n} samples. "
                 f"The harness counts them as 0, so that this score is too low."
             )
+    yield from dict.fromkeys(score.note for score in scores if score.note)
 
 
 def as_values(scores: Sequence[HarnessScore]) -> list[dict[str, Any]]:

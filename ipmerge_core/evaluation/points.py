@@ -169,10 +169,13 @@ def _thirds(plan: MergePlan) -> list[tuple[str, set[int]]]:
     layers = sorted({decision.layer for decision in plan.decisions})
     first = layers[: max(1, len(layers) // 3)]
     rest = layers[len(first) :]
-    named = [(f"layers {first[0]} to {first[-1]} only", set(first))]
-    if rest:
-        named.append((f"layers {rest[0]} to {rest[-1]} only", set(rest)))
-    return named
+    return [(f"{_span(part)} only", set(part)) for part in (first, rest) if part]
+
+
+def _span(layers: Sequence[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    return f"layers {layers[0]} to {layers[-1]}"
 
 
 def _only(plan: MergePlan, layers: set[int]) -> dict[str, str]:

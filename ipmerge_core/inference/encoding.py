@@ -110,6 +110,15 @@ class ModelProcessor:
         """The class of the image processor and its library; None for a tokenizer."""
         return name_image_processor(self.processor)
 
+    @property
+    def begins_twice(self) -> bool:
+        """Whether the template writes the BOS token that encoding its text adds again.
+
+        Raises: ModelLoadError if the template cannot be used.
+        """
+        prompt = render_chat(self.chat_format, [Message("user", "?")], self.layouts)
+        return bool(self._added_begin) and prompt.text.startswith(self._added_begin)
+
     def encode(self, messages: Sequence[Message]) -> dict[str, Any]:
         """Render a conversation with the chat template and encode it: a batch of one.
 

@@ -108,6 +108,10 @@ class RemoteProcessor:
         ids: list[int] = reply["ids"]
         return ids
 
+    def begins_twice(self, stops: Sequence[threading.Event] = ()) -> bool:
+        """Whether the template writes the BOS token that encoding its text adds again."""
+        return bool(self.ask({"call": "begins_twice"}, stops)[0]["begins_twice"])
+
     def decode(
         self,
         ids: Sequence[int] | int,

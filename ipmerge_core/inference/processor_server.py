@@ -112,6 +112,8 @@ def _answer(
             return _encode_rows(model, request["conversations"], data)
         case "decode_rows":
             return {"texts": [model.decode(ids) for ids in request["rows"]]}, b""
+        case "begins_twice":
+            return {"begins_twice": model.begins_twice}, b""
         case "encode_text":
             return {"ids": model.encode_text(request["text"])}, b""
         case _:

@@ -8,6 +8,7 @@ network errors are converted to a readable message. Independent of file formats.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ from ipmerge_core.runtime.descriptors import Descriptors
 from ipmerge_core.runtime.paths import expand_path
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fsspec import AbstractFileSystem
 
 _LONGEST_ID = 300  # characters of a hub id with its revision
@@ -178,13 +181,24 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """A model folder on any fsspec file system, read by byte ranges; used for the hub."""
+    """A model folder on any fsspec file system, read by byte ranges; used for the hub.
+
+    `cached` returns the path of a file that has been downloaded, which is read instead.
+    """
 
     remote = True
 
-    def __init__(self, id: str, revision: str, system: AbstractFileSystem, folder: str) -> None:  # noqa: A002
+    def __init__(
+        self,
+        id: str,  # noqa: A002
+        revision: str,
+        system: AbstractFileSystem,
+        folder: str,
+        cached: Callable[[str], Path | None] = lambda _name: None,
+    ) -> None:
         self.id = id
         self.revision: str | None = revision
+        self._cached = cached
         self._system, self._folder = system, folder
         entries = self._ask(lambda: system.ls(folder, detail=True))
         found = {_last_name(entry): entry for entry in entries if entry["type"] == "file"}
@@ -221,10 +235,12 @@ class RemoteFiles:
         return None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
-        """Read the bytes [start, stop) by one range request."""
+        """Read the bytes [start, stop) from a downloaded file, or by one range request."""
         stop = self._sizes[name] if stop is None else stop
         if stop <= start:
             return bytearray()
+        if path := self._cached(name):
+            return LocalFiles(path.parent).read(path.name, start, stop)
         data: bytearray = self._ask(lambda: self._range(f"{self._folder}/{name}", start, stop))
         if len(data) != stop - start:
             raise RunError(
@@ -335,7 +351,17 @@ def open_hub(hub_id: str) -> Files:
             ) from error
         return cached
     assert sha is not None
-    return RemoteFiles(name, sha, HfFileSystem(), f"{name}@{sha}")
+    return RemoteFiles(
+        name, sha, HfFileSystem(), f"{name}@{sha}", functools.partial(_cached_file, name, sha)
+    )
+
+
+def _cached_file(model: str, commit: str, name: str) -> Path | None:
+    """Return the path of a file in the local hub cache, if it was downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, name, revision=commit)
+    return Path(found) if isinstance(found, str) else None
 
 
 def local_copy(name: str, revision: str | None, *, download: bool = False) -> Path:

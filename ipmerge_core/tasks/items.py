@@ -180,14 +180,21 @@ class Draw:
     def convert(
         self, rows: Sequence[_T], ids: Sequence[str], item_of: Callable[[_T, str], Item]
     ) -> ItemSet:
-        """Convert the drawn rows; a row for which `item_of` raises RunError becomes a fault."""
-        items, faults = [], []
+        """Convert the drawn rows; one for which `item_of` raises RunError becomes a fault.
+
+        So does an item with the id of an earlier one.
+        """
+        items: dict[str, Item] = {}
+        faults = []
         for row, name in self.select(list(zip(rows, ids, strict=True)), ids):
             try:
-                items.append(item_of(row, name))
+                item = item_of(row, name)
+                if item.id in items:
+                    raise RunError(f"Another item has the same id '{item.id[:80]}'.")
+                items[item.id] = item
             except RunError as error:
                 faults.append(Fault(name, str(error)))
-        return ItemSet(tuple(items), tuple(faults), len(rows))
+        return ItemSet(tuple(items.values()), tuple(faults), len(rows))
 
 
 @dataclass(frozen=True)

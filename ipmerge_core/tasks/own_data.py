@@ -21,7 +21,6 @@ from ipmerge_core.tasks.items import (
     MOST_ITEMS,
     AnswerKind,
     Draw,
-    Fault,
     Group,
     Item,
     ItemSet,
@@ -101,32 +100,31 @@ def _task(name: str, label: str, source: str, load: Any) -> Task:  # noqa: ANN40
 
 def _from_file(path: Path, draw: Draw) -> ItemSet:
     lines = list(jsonl_lines(path, "task", MOST_ITEMS, _EXPECTED))
-    items, faults = [], []
-    for number, line in draw.select(lines, [str(number) for number, _ in lines]):
-        try:
-            entry = _LINE.validate(parse_json(line, LONGEST_LINE))
-            images = entry.image if isinstance(entry.image, list) else [entry.image]
-            pictures = tuple(PictureFile(path.parent / image) for image in images if image)
-            items.append(_item(entry, str(entry.id or f"line {number}"), pictures))
-        except (InvalidContentError, RunError) as error:
-            faults.append(Fault(f"line {number}", str(error)))
-    return _unique(ItemSet(tuple(items), tuple(faults), len(lines)))
+    names = [f"line {number}" for number, _ in lines]
+    return draw.convert(
+        [line for _, line in lines], names, lambda line, name: _item_of_line(path, line, name)
+    )
 
 
-def _from_dataset(name: DatasetName, draw: Draw) -> ItemSet:
-    rows = all_rows(name)
-    numbers = [str(number) for number in range(len(rows))]
-    items, faults = [], []
-    for number in draw.select(range(len(rows)), numbers):
-        row = rows[number]
-        columns = {kind: column_of(list(row), kind) for kind in ("question", "answer")}
-        if columns["question"] is None:
-            raise no_question(name, list(row))
-        try:
-            items.append(_item_of_row(row, f"row {number}"))
-        except (InvalidContentError, RunError) as error:
-            faults.append(Fault(f"row {number}", str(error)))
-    return _unique(ItemSet(tuple(items), tuple(faults), len(rows)))
+def _item_of_line(path: Path, line: bytes, name: str) -> Item:
+    """Convert a line of a jsonl file. Raises: RunError."""
+    try:
+        entry = _LINE.validate(parse_json(line, LONGEST_LINE))
+    except InvalidContentError as error:
+        raise RunError(str(error)) from error
+    images = entry.image if isinstance(entry.image, list) else [entry.image]
+    pictures = tuple(PictureFile(path.parent / image) for image in images if image)
+    return _item(entry, str(entry.id or name), pictures)
+
+
+def _from_dataset(dataset: DatasetName, draw: Draw) -> ItemSet:
+    rows = all_rows(dataset)
+    if column_of(list(rows[0]), "question") is None:
+        raise no_question(dataset, list(rows[0]))
+    names = [f"row {number}" for number in range(len(rows))]
+    return draw.convert(
+        range(len(rows)), names, lambda number, name: _item_of_row(rows[number], name)
+    )
 
 
 def _item_of_row(row: Mapping[str, Any], name: str) -> Item:
@@ -232,16 +230,3 @@ def _letter(answer: str, choices: Sequence[str]) -> str:
         f"The reference {answer[:80]!r} is neither a letter of the {len(choices)} choices nor the "
         f"text of one of them."
     )
-
-
-def _unique(found: ItemSet) -> ItemSet:
-    """Move items whose id recurs to the faults."""
-    names: set[str] = set()
-    items, faults = [], list(found.faults)
-    for item in found.items:
-        if item.id in names:
-            faults.append(Fault(item.id, "Another item has the same id."))
-        else:
-            names.add(item.id)
-            items.append(item)
-    return ItemSet(tuple(items), tuple(faults), found.total)

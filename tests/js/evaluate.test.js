@@ -6,7 +6,7 @@ import { test } from "node:test";
 import { scaleOf, shownTicks } from "../../ipmerge_core/ui/evaluate/axes.js";
 import {
   bestPoints, cutRows, dropOf, gainWords, isSignificant, orderedTasks, pointWords, pWords, scoreRows, scoreWords,
-  skillRows, testWords, valueWords,
+  skillRows, testWords, uncutWords, valueWords,
 } from "../../ipmerge_core/ui/evaluate/scores.js";
 
 /** @import { Content, Score } from "../../ipmerge_core/ui/evaluate/types.d.ts" */
@@ -43,6 +43,13 @@ test("a score has its interval and its number of items, and a small sample is ma
   assert.doesNotMatch(scoreWords(scored(10, 200)), /small sample/);
   assert.equal(scoreWords(undefined), "–");
   assert.equal(scoreWords(scored(0, 0)), "–");
+});
+
+test("a cut is compared with the score of the model with all modules", () => {
+  const [{ scores }] = content().cuts;
+  assert.equal(uncutWords(scores.p), "90.0 %");
+  assert.equal(uncutWords(scored(30, 60, { fixed: 6, broken: 12 })), "60.0 %");
+  assert.equal(uncutWords(scored(1, 2)), "–");
 });
 
 test("differences are paired: fixed minus broken items, with the p value of their test", () => {

@@ -189,7 +189,7 @@ def _notes(report: Report, parts: Sequence[TaskPart]) -> Iterator[str]:
 
     small = [part.label for part in parts if part.n < SMALL_SAMPLE]
     if small:
-        yield f"Small sample (fewer than {SMALL_SAMPLE} items): {', '.join(small)}."
+        yield f"Small sample (fewer than {SMALL_SAMPLE} items): {'; '.join(small)}."
     needed = [c.test.needed for c in report.comparisons if c.kind == "all" and c.test.needed]
     if needed:
         counts = f"{min(needed)} to {max(needed)}" if min(needed) < max(needed) else f"{needed[0]}"

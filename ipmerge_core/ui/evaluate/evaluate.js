@@ -225,13 +225,14 @@ function plain(value) {
 }
 
 /**
- * The point to show at first: the best of the first task, else the last.
+ * The point to show at first: the best of the first task, else the plan itself or the last.
  *
  * @param {Content} content
  */
 function firstPoint(content) {
   const [task] = orderedTasks(content.tasks);
-  return task ? bestPoints(content, task.name)[0] ?? content.points.length - 1 : -1;
+  const own = content.points.findIndex(({ label }) => label === "full"); // of an ablation
+  return task ? bestPoints(content, task.name)[0] ?? (own >= 0 ? own : content.points.length - 1) : -1;
 }
 
 /**
@@ -244,22 +245,33 @@ function scoreTable(content) {
   const heads = ["Model", "Matrices", "Change", ...tasks.map(({ label }) => label)];
   const rows = content.points.map((point, i) => node("tr", {},
     node("th", { scope: "row" }, node("button", { type: "button", class: "lm-quiet ev-row", "data-point": i }, point.label)),
-    node("td", {}, point.plan ? String(point.matrices) : "–"), node("td", {}, point.change === null ? "–" : percent(point.change)),
-    ...tasks.map(({ name }) => scoreCell(point.scores[name], Boolean(best.get(name)?.includes(i)), i > 0))));
+    cell("Matrices", point.plan ? String(point.matrices) : "–"), cell("Change", point.change === null ? "–" : percent(point.change)),
+    ...tasks.map(({ name, label }) => scoreCell(label, point.scores[name], Boolean(best.get(name)?.includes(i)), i > 0))));
   return node("div", { class: "ev-scroll", tabindex: 0, role: "region", "aria-label": "Scores" },
-    node("table", { class: "ev-scores" }, node("thead", {}, node("tr", {}, ...heads.map((head) => node("th", { scope: "col" }, head)))),
+    node("table", { class: "ev-scores ev-models" }, node("thead", {}, node("tr", {}, ...heads.map((head) => node("th", { scope: "col" }, head)))),
       node("tbody", {}, ...rows)));
 }
 
 /**
+ * A cell that names its column, since narrow pages show each row as a block.
+ *
+ * @param {string} label
+ * @param {...(Node | string | null)} parts
+ */
+function cell(label, ...parts) {
+  return node("td", { "data-label": label }, ...parts);
+}
+
+/**
+ * @param {string} label
  * @param {Score | undefined} score
  * @param {boolean} isBest
  * @param {boolean} isCompared Whether the row is compared with the first one.
  */
-function scoreCell(score, isBest, isCompared) {
-  if (!score?.n) return node("td", {}, "–");
+function scoreCell(label, score, isBest, isCompared) {
+  if (!score?.n) return cell(label, "–");
   const gain = isCompared ? gainWords(score) : "", length = score.length === null ? "" : `, ${score.length.toFixed(1)} tokens`;
-  const made = node("td", {}, node(isBest ? "b" : "span", {}, `${(100 * share(score)).toFixed(1)} %`), isBest ? node("span", { class: "ev-best" }, "best") : null,
+  const made = cell(label, node(isBest ? "b" : "span", {}, `${(100 * share(score)).toFixed(1)} %`), isBest ? node("span", { class: "ev-best" }, "best") : null,
     node("small", {}, `${scoreWords(score).replace(/^[^(]*/, "")}${length}`));
   if (gain && score.p !== null) made.append(node("small", {}, `${gain} points: fixed ${score.fixed}, broken ${score.broken}, p ${pWords(score.p)}${isSignificant(score) ? "" : ", not significant"}`));
   return made;

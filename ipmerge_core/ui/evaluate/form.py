@@ -33,7 +33,7 @@ KINDS = {
     "search": "Search: the best parameters of a method",
 }
 REPLACEMENTS = {
-    "constant": "1/N, N the number of output features",
+    "constant": "constant 1/N (N output features)",
     "zero": "zeros",
     "base": "weights of the base",
     "math": "weights of the math model",

@@ -3,7 +3,7 @@
 
 import { node } from "../web/dom.js";
 import { readableOn, rgb } from "../web/scales.js";
-import { dropOf, isSignificant, orderedTasks, scoreWords, testWords } from "./scores.js";
+import { dropOf, isSignificant, orderedTasks, scoreWords, testWords, uncutWords } from "./scores.js";
 
 /** @import { Content, CutRow } from "./types.d.ts" */
 
@@ -25,7 +25,7 @@ function cutMap(cuts, heading, task) {
   const rows = modules.map((module) => node("tr", {}, node("th", { scope: "row" }, module),
     ...layers.map((layer) => cell(cuts.find((cut) => cut.layer === layer && cut.module === module), task))));
   return node("figure", { class: "lm-figure" },
-    node("figcaption", {}, `${heading}; change in points without the module, * p < 0.05`),
+    node("figcaption", {}, `${heading}, ${uncutWords(cuts[0]?.scores[task])} with all modules; change in points without the module, * p < 0.05`),
     node("div", { class: "ev-scroll", tabindex: 0, role: "region", "aria-label": heading },
       node("table", { class: "ev-heat" }, node("thead", {}, head), node("tbody", {}, ...rows))));
 }

@@ -23,7 +23,7 @@ export function pointPanel(content, { point: i, taken, served }) {
   return [
     thumbnail(content, point),
     node("div", { class: "ev-point-words" },
-      node("h3", {}, point.label, ...(point.plan ? [node("code", {}, ` plan ${point.plan}`)] : [])),
+      node("h3", {}, point.label, ...(point.plan && !point.label.includes(point.plan) ? [node("code", {}, ` plan ${point.plan}`)] : [])),
       node("p", {}, planWords(content, point)), node("ul", {}, ...lines)),
     ...(served ? [node("span", { class: "ev-take" }, ...takeButtons(point, i === taken), ...itemsButton(i))] : []),
   ];

@@ -188,6 +188,16 @@ export function dropOf(row, task) {
   return score?.n && score.fixed !== null && score.broken !== null ? (score.fixed - score.broken) / score.n : null;
 }
 
+/**
+ * The share of the uncut model, which a cut is compared with, in percent.
+ *
+ * @param {Score | undefined} score
+ */
+export function uncutWords(score) {
+  if (!score?.n || score.fixed === null || score.broken === null) return "–";
+  return `${percentPoints((score.right - score.fixed + score.broken) / score.n)} %`;
+}
+
 /** @param {Axis} axis */
 export function isNumeric({ values }) {
   return values.every((value) => typeof value === "number");
