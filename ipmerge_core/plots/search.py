@@ -80,7 +80,16 @@ def landscape(
             x=x, y=1 - x, mode="lines", name="weights sum to 1",
             line={"color": "#d55e00", "dash": "dash", "width": 3},  # seen on every cell and page
         )  # fmt: skip
-    figure.update_layout(title=title, showlegend=True, **_LAYOUT)
+    fixed = ", ".join(
+        f"{_title(name)} {low + share * (high - low):.3g}"
+        for name, share, (low, high) in zip(names[2:], at[2:], ranges[2:], strict=True)
+    )
+    figure.update_layout(
+        title=f"{title}, {fixed}" if fixed else title,
+        showlegend=True,
+        legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},  # clear of the scale
+        **_LAYOUT,
+    )
     figure.update_xaxes(title=_title(names[0]), range=[low_x, high_x])
     figure.update_yaxes(title=_title(names[1]), range=[low_y, high_y])
     return figure
@@ -149,15 +158,17 @@ def regret_curves(found: Sequence[Curve]) -> go.Figure:
                 )  # fmt: skip
     figure.update_layout(title="Mean normalized regret", **_LAYOUT)
     figure.update_xaxes(title="evaluations")
-    figure.update_yaxes(title="regret", type="log", col=1)
+    figure.update_yaxes(title="regret", col=1)
+    figure.update_yaxes(type="log")  # both: they share the ticks
     return figure
 
 
-def ratio_boxes(found: Sequence[Standing], by: str = "optimizer") -> go.Figure:
+def ratio_boxes(found: Sequence[Standing]) -> go.Figure:
     """Draw the regret over random of every table, as one box per optimizer and domain."""
     figure = go.Figure()
     names = [name for name in OPTIMIZERS if name != "random"]
-    for domain in sorted({each.domain for each in found}):
+    domains = sorted({each.domain for each in found})
+    for domain in domains:
         own = [e for e in found if e.domain == domain and e.over_random is not None]
         rows = [each for each in own if each.optimizer in names]
         figure.add_box(
@@ -166,6 +177,7 @@ def ratio_boxes(found: Sequence[Standing], by: str = "optimizer") -> go.Figure:
             name=domain or "all", boxpoints="all",
         )  # fmt: skip
     figure.add_hline(y=1, line_dash="dash", annotation_text="random")
+    by = "optimizer and domain" if len(domains) > 1 else "optimizer"
     figure.update_layout(title=f"Regret over random, by {by}", boxmode="group", **_LAYOUT)
     figure.update_yaxes(title="ratio of mean regrets")
     return figure

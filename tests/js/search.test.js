@@ -3,6 +3,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { evaluationOf } from "../../ipmerge_core/ui/evaluate/figure_points.js";
 import { searchColumns, sortedRows } from "../../ipmerge_core/ui/evaluate/search_tables.js";
 
 /** @import { SearchRow } from "../../ipmerge_core/ui/evaluate/types.d.ts" */
@@ -55,4 +56,11 @@ test("a score is shown with its standard error, and a missing one as a dash", ()
   assert.deepEqual(words(rows[2]), ["30.0 ± 1.3"]);
   assert.deepEqual(words(rows[1]), ["–"]);
   assert.deepEqual(columns.map(({ key }) => key), ["evaluation", "λ", "score", "math", "disagreement", "items", "state"]);
+});
+
+test("a click is on an evaluation if one of its points has a number, and not on the surface below", () => {
+  assert.equal(evaluationOf([{ customdata: undefined }, { customdata: [7, 54.5] }]), 7);
+  assert.equal(evaluationOf([{ customdata: [0] }]), 0);
+  assert.equal(evaluationOf([{ customdata: ["7"] }, {}]), null);
+  assert.equal(evaluationOf([]), null);
 });
