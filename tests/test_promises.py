@@ -37,6 +37,7 @@ from ipmerge_core.planning import plan as planning
 from ipmerge_core.planning.description import arguments_of, facts_of, settings_of
 from ipmerge_core.planning.options import OPTIONS, PlanOptions
 from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.planning.scope import needed_data
 from ipmerge_core.runtime.jobs import Started
 from ipmerge_core.ui import api, method_choice
 from ipmerge_core.ui.backend import Backend
@@ -506,6 +507,8 @@ VALUES = {
     "include": "mlp",
     "exclude": "down",
     "layer_gains": (0.0, 0.5123456789, 1.0),
+    "layer_profile": "rising",
+    "input_share": 0.2123456789,
     "norms": "merge",
     "embeddings": "merge-shared",
     "anchor": "root",
@@ -547,7 +550,8 @@ def data_of(case: Case, calibrations: Mapping[str, str]) -> dict[str, str]:
     method = METHODS[case.method]
     known = {parameter.name for parameter in method.parameters}
     given = {**case.needs, case.name: case.value}
-    kind = method.data_for({name: value for name, value in given.items() if name in known})
+    values = {name: value for name, value in given.items() if name in known}
+    kind = needed_data(method, values, PlanOptions.read(given))
     return {"calibration": calibrations[kind]} if kind else {}
 
 

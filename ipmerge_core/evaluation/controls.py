@@ -57,10 +57,11 @@ def permuted_tensors(
 def check_permutable(plan: MergePlan) -> None:
     """Raise PlanError if a plan has no gamma, several experts, or merges other tensors."""
     projects = plan.method == "ip_merging" and plan.parameters["ablation"] == "none"
+    projects = projects and plan.parameters["math_energy"] == 1
     if not projects or plan.parameters["projector"] != "softmax":
         raise PlanError(
             f"Plan {plan.hash} ({find_method(plan.method).label}) has no weights of directions to "
-            f"permute; expected IP-Merging with its softmax projection."
+            f"permute; expected IP-Merging with its softmax projection, not truncated."
         )
     if len(plan.sources.math) > 1 or plan.extras:
         raise PlanError(

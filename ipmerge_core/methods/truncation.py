@@ -61,7 +61,7 @@ def _weights_for_vectors(parameters: Mapping[str, Any], experts: int) -> tuple[f
 @merge_method(
     label="STAR",
     source="arXiv 2502.10339",
-    formula="W = W0 + sum_i a_i c_i dW_i,k, c_i = ||dW_i||_* / ||dW_i,k||_*, k directions hold eta",
+    formula="W = W0 + sum_i a_i c_i dW_i,k, k directions hold eta of the norm that c_i restores",
     several_experts=True,
     unknown="it leaves out directions of every task vector",
     vectors=_weights_for_vectors,

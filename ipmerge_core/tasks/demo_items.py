@@ -79,14 +79,15 @@ def _load(skills: tuple[Task, ...], draw: Draw) -> ItemSet:
     count = PER_SKILL if draw.limit is None else draw.limit
     return ItemSet(
         tuple(
-            _item(problem, f"{skill}-{draw.seed}-{number}")
+            item_of(problem, f"{skill}-{draw.seed}-{number}")
             for skill in skills
             for number, problem in enumerate(problems(skill, count, draw.seed, _SPLIT))
         )
     )
 
 
-def _item(problem: Problem, name: str) -> Item:
+def item_of(problem: Problem, name: str) -> Item:
+    """Return a problem as an item of a task."""
     return Item(
         id=name,
         question=problem.question,

@@ -1,0 +1,281 @@
+"""The page of the variants study: paired tests, tables and text from the results of its cases.
+
+In: the results of cases, as `variants_study` stores them. Out: the measured part of
+docs/variants-study.md, and with `write` the page and its figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from report import machine, table
+from study_figure import Mark, figure
+from study_rows import BASELINE
+
+from ipmerge_core.evaluation.comparisons import PairedTest, holm, paired_test
+from ipmerge_core.evaluation.scores import Score
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, FIGURE = DOCS / "variants-study.md", DOCS / "variants-study.svg"
+MARK = "<!-- measured by `python benchmarks/variants_study.py --write` -->"
+LEVEL = 0.05
+NEEDED = 0.9  # of tuned task arithmetic, which the one setting should reach
+GROUPS = ("math", "perception")
+Result = Mapping[str, Any]
+
+
+class Line(NamedTuple):
+    """One row in all seeds of a group of cases, against task arithmetic."""
+
+    group: str
+    label: str
+    gains: tuple[float | None, ...]
+    size: float
+    scores: dict[str, list[Score]]  # by measure, one per seed
+    tests: dict[str, PairedTest]
+
+    def pooled(self, measure: str) -> Score:
+        """Score over all seeds."""
+        return sum(self.scores[measure], Score(0, 0))
+
+
+def page(results: Sequence[Result], *, write: bool) -> str:
+    """Return the measured part of the page; with `write`, write it and the figure."""
+    complete = [result for result in results if BASELINE in result["rows"]]
+    if not complete:
+        return f"No case has results of {BASELINE} yet."
+    lines = [line for _, cases in grouped(complete) for line in lines_of(cases)]
+    adjusted = corrected(lines)
+    parts = [
+        _head(complete),
+        *_verdicts(lines, adjusted),
+        *_setting(complete),
+        *_controls(complete),
+        *_overlaps(complete),
+        *_tables(lines, adjusted, complete),
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    if write:
+        before = PAGE.read_text(encoding="utf-8").split(MARK)[0]
+        PAGE.write_text(f"{before}{MARK}\n\n{text}\n", encoding="utf-8")
+        FIGURE.write_text(figure(_marks(lines)), encoding="utf-8")
+    return text
+
+
+def grouped(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    """Group the cases that differ in their training seed only."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        facts = result["facts"]
+        few = ", few picture tasks" if facts["kind"] == "few" else ""
+        found.setdefault(f"{facts['trio']}, {' + '.join(facts['experts'])}{few}", []).append(result)
+    return list(found.items())
+
+
+def lines_of(cases: Sequence[Result]) -> Iterator[Line]:
+    """Yield a line for every row that all cases of a group have, and did not refuse."""
+    ((group, _),) = grouped(cases)
+    for label in cases[0]["rows"]:
+        own = [case["rows"].get(label, {}) for case in cases]
+        if not all("test" in row for row in own):
+            continue
+        yield Line(
+            group,
+            label,
+            tuple(row["gain"] for row in own),
+            sum(row["size"] for row in own) / len(own),
+            {m: [_score(row["test"][m]) for row in own] for m in GROUPS},
+            {
+                m: paired_test(
+                    [x for case in cases for x in case["rows"][BASELINE]["test"][m]],
+                    [x for row in own for x in row["test"][m]],
+                )
+                for m in GROUPS
+            },
+        )
+
+
+def corrected(lines: Sequence[Line]) -> dict[tuple[str, str, str], float]:
+    """Return the p values of all tests, corrected together; by group, row and measure.
+
+    Task arithmetic is not tested against itself.
+    """
+    keys = [(x.group, x.label, m) for x in lines for m in GROUPS if x.label != BASELINE]
+    tests = [x.tests[m].p_value for x in lines for m in GROUPS if x.label != BASELINE]
+    return dict(zip(keys, holm(tests), strict=True))
+
+
+def seed_interval(shares: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % t interval of a mean over seeds; None for one seed.
+
+    >>> low, high = seed_interval([0.5, 0.6, 0.7])
+    >>> round(low, 3), round(high, 3)
+    (0.352, 0.848)
+    """
+    n = len(shares)
+    if n < 2:
+        return None
+    from scipy.stats import t
+
+    mean = sum(shares) / n
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in shares) / (n - 1))
+    reach = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return mean - reach, mean + reach
+
+
+# --- parts of the page ---
+
+
+def _head(results: Sequence[Result]) -> str:
+    counts = [result["what"]["counts"] for result in results]
+    fewest = min(c["test"] for c in counts), min(c["validation"] for c in counts)
+    return (
+        f"{machine()}. {len(results)} cases with toy models of about a million parameters; at "
+        f"least {fewest[0]} test and {fewest[1]} validation problems per task. Intervals over "
+        f"items are Wilson's, over seeds Student's, both at 95 %. Paired tests are exact sign "
+        f"tests against {BASELINE} with its own chosen weight, Holm-corrected over all rows, "
+        f"cases and both measures together."
+    )
+
+
+def _verdicts(lines: Sequence[Line], adjusted: Mapping[tuple[str, str, str], float]) -> list[str]:
+    """List what survives the correction, in both directions."""
+    found = []
+    for measure in GROUPS:
+        rows = []
+        for line in lines:
+            p = adjusted.get((line.group, line.label, measure), 1.0)
+            if p < LEVEL:
+                test = line.tests[measure]
+                difference = f"{100 * test.difference:+.1f} ({_range(test.low, test.high)})"
+                rows.append([line.group, line.label, difference, f"{p:.2g}"])
+        rows.sort(key=lambda row: -float(row[2].split()[0]))
+        word = "Image+math" if measure == "math" else "Perception"
+        head = f"### {word}: differences from {BASELINE} that survive the correction"
+        body = table(["cases", "row", "difference, points", "p, corrected"], rows)
+        found += [head, body if rows else f"None of {len(adjusted) // len(GROUPS)}."]
+    return found
+
+
+def _setting(results: Sequence[Result]) -> list[str]:
+    """Report the setting for all cases beside methods at their own defaults or tuned weights."""
+    found = [result for result in results if "test" in result.get("setting", {})]
+    if not found:
+        return ["### One setting for all cases", "None has been chosen yet (`--choose`)."]
+    own = found[0]["setting"]
+    rows, reached = [], 0
+    for result in found:
+        test, tuned = result["setting"]["test"], result["rows"][BASELINE]["test"]
+        mllm = result["unmerged"]["test"]
+        scores = {m: _score(test[m]) for m in GROUPS}
+        ratio = scores["math"].share / (_score(tuned["math"]).share or math.nan)
+        keeps = scores["perception"].share >= _score(mllm["perception"]).interval[0]
+        reached += ratio >= NEEDED and keeps
+        exact, ties = (_cell(result, label) for label in ("IP-Merging", "TIES"))
+        rows.append([
+            result["case"], str(scores["math"]), f"{ratio:.2f}", str(scores["perception"]),
+            str(_score(mllm["perception"])), _cell(result, BASELINE), exact, ties,
+            "yes" if ratio >= NEEDED and keeps else "no",
+        ])  # fmt: skip
+    head = ["case", "image+math, %", "of tuned task arithmetic", "perception, %",
+            "perception of the MLLM, %", f"{BASELINE}, tuned", "IP-Merging, tuned",
+            "TIES, tuned", "reached"]  # fmt: skip
+    words = (
+        f"{own['row']} at {own['at']:g}, chosen from the validation draws of seed 0 and reported "
+        f"on {len(found)} other cases. At least {NEEDED:g} of tuned task arithmetic, with "
+        f"perception inside or above the MLLM's interval, is reached in {reached} of {len(found)}."
+    )
+    return ["### One setting for all cases, no tuning", words, table(head, rows)]
+
+
+def _cell(result: Result, label: str) -> str:
+    test = result["rows"].get(label, {}).get("test")
+    if test is None:
+        return "not applicable"
+    return " / ".join(f"{100 * _score(test[m]).share:.1f}" for m in GROUPS)
+
+
+def _controls(results: Sequence[Result]) -> list[str]:
+    rows = []
+    for result in results:
+        for label, control in result["controls"].items():
+            pooled = {
+                m: sum((_score(draw[m]) for draw in control["draws"]), Score(0, 0)) for m in GROUPS
+            }
+            rows.append([
+                result["case"], f"{label} ({len(control['draws'])} draws)", str(pooled["math"]),
+                str(pooled["perception"]), control["of"], _cell(result, control["of"]),
+            ])  # fmt: skip
+    if not rows:
+        return []
+    head = ["case", "control, equal size", "image+math, %", "perception, %", "of", "its scores"]
+    return ["### Controls of equal size", table(head, rows)]
+
+
+def _overlaps(results: Sequence[Result]) -> list[str]:
+    rows = [
+        [
+            result["case"],
+            *(f"{result['overlaps'][n]:.2f}" for n in ("inputs", "chance", "inside", "on_inputs")),
+        ]
+        for result in results
+    ]
+    head = [
+        "case",
+        "MLLM's directions in those of its inputs",
+        "chance",
+        "math change inside the MLLM's directions",
+        "math change on the MLLM's inputs",
+    ]
+    return ["### Directions, inputs and the math change", table(head, rows)]
+
+
+def _tables(
+    lines: Sequence[Line],
+    adjusted: Mapping[tuple[str, str, str], float],
+    results: Sequence[Result],
+) -> Iterator[str]:
+    """Yield a table for every group of cases."""
+    head = ["row", "gains", "size / dM", "image+math, %", "over seeds", "perception, %",
+            "over seeds", "p, math", "p, perception"]  # fmt: skip
+    for group, cases in grouped(results):
+        unmerged = {m: [_score(case["unmerged"]["test"][m]) for case in cases] for m in GROUPS}
+        rows = [["MLLM", "", "0", *_cells(unmerged), "", ""]]
+        for line in lines:
+            if line.group != group:
+                continue
+            gains = ", ".join("none" if g is None else f"{g:g}" for g in line.gains)
+            p = [adjusted.get((group, line.label, m)) for m in GROUPS]
+            shown = ["" if each is None else f"{each:.2g}" for each in p]
+            rows.append([line.label, gains, f"{line.size:.2f}", *_cells(line.scores), *shown])
+        refused = {
+            label for case in cases for label, row in case["rows"].items() if "refused" in row
+        }
+        yield f"### {group} ({len(cases)} {'seed' if len(cases) == 1 else 'seeds'})"
+        yield table(head, rows)
+        yield f"Not applicable: {', '.join(sorted(refused))}." if refused else ""
+
+
+def _cells(scores: Mapping[str, Sequence[Score]]) -> Iterator[str]:
+    for measure in GROUPS:
+        yield str(sum(scores[measure], Score(0, 0)))
+        interval = seed_interval([score.share for score in scores[measure]])
+        yield "" if interval is None else f"({_range(*interval)})"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _score(outcomes: Sequence[bool]) -> Score:
+    return Score(sum(outcomes), len(outcomes))
+
+
+def _marks(lines: Sequence[Line]) -> list[Mark]:
+    return [
+        Mark(x.group, x.label, x.pooled("perception").share, x.pooled("math").share, x.size)
+        for x in lines
+    ]
