@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_drift_training import DEMO, losses, moved, request_of, run, stopped_after, weights
 
-from ipmerge_core.errors import PairingError, RunError
+from ipmerge_core.errors import CheckpointError, PairingError, RunError
 from ipmerge_core.finetuning.checkpoints import COMPLETE, TrainingFolder, is_complete
 from ipmerge_core.finetuning.scope import Scope
 from ipmerge_core.finetuning.settings import PriorSettings
@@ -282,3 +282,22 @@ def test_other_work_that_ended_before_a_checkpoint_is_replaced(tmp_path: Path):
         folder.open("first", {}, resume=True)
     assert folder.open("second", {}, resume=True) == str(tmp_path / "checkpoint-3")
     folder.release()
+
+
+def test_checkpoints_that_a_kill_left_next_to_the_result_are_removed(
+    tmp_path: Path, monkeypatch: Any
+):
+    from ipmerge_core.finetuning import checkpoints
+
+    request = request_of(tmp_path / "out", max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", lambda *_: None)
+        run(request)
+    assert (tmp_path / "out.training").is_dir()
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        run(request)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    run(request_of(tmp_path / "kept", max_steps=1), keep_checkpoints=True)
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        run(request_of(tmp_path / "kept", max_steps=1))
+    assert (tmp_path / "kept.training").is_dir()

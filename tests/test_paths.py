@@ -17,6 +17,7 @@ from ipmerge_core import cli
 from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.merging.merge import iter_merge, merge
 from ipmerge_core.models import writer
+from ipmerge_core.models.opening import open_model
 from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.planning.plan import make_plan
 from ipmerge_core.runtime import atomic, host, paths
@@ -367,10 +368,16 @@ def test_a_full_standard_output_is_named(
         stdout.close()
 
 
-@pytest.mark.parametrize("text", ["", " ", "a\0b", "a\ud800b", "~no-such-user/a"])
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "a\0b", "a\ud800b", "~no-such-user/a", "x" * 256, "x/" * 3000, "é" * 128],
+    ids=["empty", "space", "null", "surrogate", "home", "long name", "long path", "bytes"],
+)
 def test_a_path_that_no_system_has_is_an_error_in_one_sentence(text: str) -> None:
     for check in (paths.expand_path, paths.resolve_path, paths.output_file, paths.output_folder):
-        with pytest.raises(RunError, match=r"path|home folder"):
+        with pytest.raises(RunError, match=r"path|home folder|Choose a shorter name"):
             check(text)
-    with pytest.raises(RunError, match=r"path|home folder"):
+    with pytest.raises(RunError, match=r"path|home folder|Choose a shorter name"):
         paths.input_file(text, "plan")
+    with pytest.raises(IPMergeError):
+        open_model(text)

@@ -34,6 +34,7 @@ COMPLETE = "ipmerge-complete.json"  # written last
 KEPT = "complete checkpoints are kept"
 _RUN = "run.json"
 _LOCK = "lock"
+_FINISHED = "finished"  # the result is written, and the folder is being removed
 _LARGEST_MARK = 1 << 20
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})")
 _OF_OTHERS = "rng_state_"  # written by each process for itself
@@ -120,9 +121,15 @@ class TrainingFolder:
 
     def remove(self) -> None:
         """Remove the folder after the result is written. Raises: RunError if it cannot be."""
+        write_whole(self.path / _FINISHED, "")
         with writing(self.path):
             self.release()
             shutil.rmtree(self.path)
+
+    def tidy(self) -> None:
+        """Remove what a process leaves that was killed while it removed the folder."""
+        if (self.path / _FINISHED).is_file():
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _refuse_foreign(self) -> None:
         """Refuse what is no folder, and a folder that no run has created."""

@@ -156,7 +156,7 @@ class GradientGuide:
         gradient = guided.part(whole)
         prior = self.prior.get(guided.number)
         found = measure(gradient, prior, self._norm(guided.number, gradient.device))
-        self._cosines.append(found.cosine.double())
+        self._cosines.append(found.cosine)
         if len(self._cosines) >= _MOST_COSINES:
             self._sum_cosines()
         if self.rule is not None and guided.strength != 0:

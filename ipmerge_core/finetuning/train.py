@@ -177,6 +177,7 @@ def iter_drift(
     refuse_partitioning()
     refuse_integrations(request.settings.training.report_to)
     device = resolve_device(device, fp64=False)
+    TrainingFolder(request.folder).tidy()
     check_output(request.out)
     match = request.match()
     memory = estimate_memory(match, request.settings, device)

@@ -20,8 +20,8 @@ _LONGEST_PATH = 4096  # bytes; PATH_MAX of Linux (macOS has 1024, which its erro
 def expand_path(path: str | Path) -> Path:
     """Return a path with `~` and `~user` expanded.
 
-    Raises: RunError if it is empty, contains a null character or a lone surrogate, or there is no
-        such home folder.
+    Raises: RunError if it is empty or too long, contains a null character or a lone surrogate, or
+        there is no such home folder.
     """
     text = os.fspath(path)
     if not text.strip():
@@ -36,11 +36,13 @@ def expand_path(path: str | Path) -> Path:
             f"another path."
         ) from error
     try:
-        return Path(text).expanduser()
+        found = Path(text).expanduser()
     except RuntimeError as error:
         raise RunError(
             f"Cannot expand '{text[:80]}': there is no such home folder. Specify an absolute path."
         ) from error
+    _check_name(found, "")
+    return found
 
 
 def resolve_path(path: str | Path) -> Path:
