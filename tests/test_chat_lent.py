@@ -6,14 +6,17 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
+from second_process import SecondProcess
 from test_zero_gpu import Lent
 
 from ipmerge_core.adapters.live import LiveModel
+from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.sampling import GenerationSettings
 from ipmerge_core.inference.streaming import RowState
 from ipmerge_core.inference.thinking import Reply
@@ -21,7 +24,6 @@ from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.active_requests import ActiveRequest
 from ipmerge_core.ui.chat.answers import (
     Answers,
-    Question,
     answer_question,
     gpu_seconds,
     serve_lent,
@@ -29,6 +31,7 @@ from ipmerge_core.ui.chat.answers import (
 from ipmerge_core.ui.chat.column_choice import Held
 from ipmerge_core.ui.chat.columns import BASE, PLAN
 from ipmerge_core.ui.chat.costs import gpu_line
+from ipmerge_core.ui.chat.question import Question, pack_question
 from ipmerge_core.ui.chat.recorded import recorded_examples
 from ipmerge_core.ui.chat.strip import GAINS
 from ipmerge_core.ui.chat.sweeping import answer_strip
@@ -36,6 +39,14 @@ from ipmerge_core.ui.chosen_merge import ChosenMerge
 
 CHOSEN = ChosenMerge("pack", by="explore")
 HOW = GenerationSettings(max_new_tokens=8, max_thinking_tokens=16)
+
+
+def endless(live: LiveModel, rows, stops=()) -> Iterator[list[RowState]]:
+    number = 0
+    while not any(stop.is_set() for stop in stops):
+        number += 1
+        yield [RowState("answering", Reply("", f"word{number}", False), (1,)) for _ in rows]
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -78,9 +89,65 @@ def test_all_columns_are_one_call_that_answers_as_without_it(backend, lent, aske
     assert len(lent.calls) == 2
 
 
-def test_a_question_can_be_handed_to_another_process(asked):
-    again = pickle.loads(pickle.dumps(asked._replace(keys=dict(asked.keys))))
+def test_a_question_is_packed_into_plain_values_and_back(asked):
+    before = ((Message("system", "Be brief."), Message("user", "What?", asked.images)), ())
+    packed = pack_question(asked._replace(before=before))
+    again = pickle.loads(pickle.dumps(packed)).unpack()
     assert (again.text, again.chosen, again.columns) == (asked.text, asked.chosen, (BASE, PLAN))
+    assert [m.text for m in again.before[0]] == ["Be brief.", "What?"]
+    for found in (again.images[0], again.before[0][1].images[0]):
+        assert found.tobytes() == asked.images[0].tobytes()
+    noise = Image.effect_noise((1000, 1000), 0).convert("RGB")
+    assert len(pickle.dumps(pack_question(asked._replace(images=(noise,))))) < 50_000
+
+
+# --- a real second process -------------------------------------------------------------------
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], SecondProcess]:
+    """Return a function that makes this a Space with ZeroGPU whose calls are other processes."""
+
+    def lend(method: str) -> SecondProcess:
+        made, module = SecondProcess(method), ModuleType("spaces")
+        module.GPU = made.GPU  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "spaces", module)
+        monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+        return made
+
+    return lend
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process_answers_as_this_one_does(backend, second, asked, method, monkeypatch):
+    process = second(method)
+    *_, found = answer_question(backend, asked)
+    assert [side.state for side in found] == ["finished", "finished"], found
+    assert (process.ended, process.durations) == ([True], [gpu_seconds(Answers, asked, (0, 1))])
+    assert process.sent[0] < 10_000, "an image of the demo and no weights"
+    assert backend._models is None, "the models are those of the other process"
+    monkeypatch.delenv("SPACES_ZERO_GPU")
+    *_, same = answer_question(backend, asked)
+    assert [(s.text, s.source, s.plan, s.ids) for s in found] == [
+        (s.text, s.source, s.plan, s.ids) for s in same
+    ]
+
+
+def test_stops_and_a_visitor_who_leaves_end_the_other_process(
+    backend, second, asked, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(LiveModel, "stream", endless)
+    process, request, states = second("fork"), ActiveRequest(2), []
+    stream = answer_question(backend, asked, request)
+    for sides in stream:
+        states.append([side.state for side in sides])
+        if all(side.text for side in sides):
+            request.stops[0].set()
+        if states[-1] == ["stopped", "answering"]:
+            break
+    stream.close()  # the visitor leaves
+    assert states[-1] == ["stopped", "answering"]
+    assert process.ended == [True], "it ended by itself, not by force"
 
 
 def test_a_used_up_quota_is_a_sentence_on_every_column_and_locks_nothing(backend, lent, asked):
@@ -95,13 +162,6 @@ def test_a_used_up_quota_is_a_sentence_on_every_column_and_locks_nothing(backend
 
 
 def test_stops_end_a_column_or_the_call(backend, lent, asked, monkeypatch):
-    def endless(live: LiveModel, rows, stops=()) -> Iterator[list[RowState]]:
-        number = 0
-        while not any(stop.is_set() for stop in stops):
-            number += 1
-            yield [RowState("answering", Reply("", f"word{number}", False), (1,)) for _ in rows]
-            time.sleep(0.01)
-
     monkeypatch.setattr(LiveModel, "stream", endless)
     request = ActiveRequest(2)
     stream = answer_question(backend, asked, request)

@@ -25,8 +25,9 @@ from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
 from ipmerge_core.ui.api_requests import decoded_image, read_conversation
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import Question, Side, answer_question
+from ipmerge_core.ui.chat.answers import Side, answer_question
 from ipmerge_core.ui.chat.columns import BASE, PLAN
+from ipmerge_core.ui.chat.question import Question
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.errors import public_text, show_errors
 from ipmerge_core.ui.evaluate.endpoints import evaluation_endpoints

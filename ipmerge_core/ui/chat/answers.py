@@ -7,19 +7,20 @@ of the weights; an error affects only its own column.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.runtime.zero_gpu import call_seconds, is_zero_gpu, on_gpu
 from ipmerge_core.ui.backend import Backend, Progress
-from ipmerge_core.ui.chat.active_requests import ActiveRequest
+from ipmerge_core.ui.chat.active_requests import ActiveRequest, StopFiles
 from ipmerge_core.ui.chat.columns import (
     BASE,
     FORM,
@@ -29,20 +30,18 @@ from ipmerge_core.ui.chat.columns import (
     merge_of,
     name_asked,
 )
-from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
+from ipmerge_core.ui.chat.question import PackedQuestion, Question, pack_question
+from ipmerge_core.ui.chosen_merge import name_of
 from ipmerge_core.ui.errors import public_text, sentence_of
 from ipmerge_core.ui.finetuned_models import PREFIX as FINETUNED
 from ipmerge_core.ui.finetuned_models import find_finetuned
-from ipmerge_core.ui.finished_merges import Keys, describe_unmerged, find_merge
+from ipmerge_core.ui.finished_merges import describe_unmerged, find_merge
 from ipmerge_core.ui.plan_choice import analysis_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ipmerge_core.adapters.columns import Column, Row
     from ipmerge_core.adapters.live import LiveModel
-    from ipmerge_core.inference.prompts import Message
-    from ipmerge_core.inference.sampling import GenerationSettings
+    from ipmerge_core.inference.precisions import Precision
     from ipmerge_core.inference.streaming import RowState
 
 YIELD_EVERY = 0.1  # seconds
@@ -85,40 +84,6 @@ class Side:
         self.speed, self.cut_off = row.tokens_per_second, row.is_cut
         self.note = public_text(row.note) if row.note else self.note if not row.ids else ""
         self.state = "answering" if thinks else row.state  # type: ignore[assignment]
-
-
-class Question(NamedTuple):
-    """A question and the models to ask.
-
-    `columns` are the values of the columns, see `columns`. `before` are the earlier messages of
-    each column, beginning with the system prompt; empty if there are none.
-    """
-
-    chosen: ChosenMerge
-    text: str
-    images: tuple[Image, ...]
-    settings: GenerationSettings
-    columns: tuple[str, ...] = (BASE, PLAN)
-    keys: Keys = MappingProxyType({})
-    before: tuple[tuple[Message, ...], ...] = ()
-
-    @property
-    def pack_id(self) -> str:
-        """The pair."""
-        return self.chosen.pack_id
-
-    def messages(self) -> list[list[Message]]:
-        """Return the conversation of every column; equal ones are one list, encoded once."""
-        from ipmerge_core.inference.prompts import Message
-
-        asked = Message("user", self.text, self.images)
-        known: dict[tuple[tuple[str, str], ...], list[Message]] = {}
-        found = []
-        for column in range(len(self.columns)):
-            before = self.before[column] if self.before else ()
-            key = tuple((message.role, message.text) for message in before)
-            found.append(known.setdefault(key, [*before, asked]))
-        return found
 
 
 class Found(NamedTuple):
@@ -284,10 +249,13 @@ class Answers:
         sides = [self.sides[column] for column in columns]
 
         def answer() -> None:
-            asked = self.asked._replace(keys=dict(self.asked.keys))  # plain values
-            lent: Any = lent_sides(type(self), asked, columns)
-            with closing(lent) as stream:
+            folder = tempfile.TemporaryDirectory(prefix="ipmerge-stops-")
+            stops = StopFiles(folder.name)
+            host = LentHost(self.backend.device, self.backend.precision)
+            lent: Any = lent_sides(type(self), pack_question(self.asked), columns, stops, host)
+            with closing(lent) as stream, folder:  # the folder goes first, which ends the process
                 for found in stream:
+                    stops.stop(column for column in columns if self.request.is_stopped(column))
                     if self.request.stop_all.is_set() or all(side.is_over for side in sides):
                         return
                     self._copy(columns, found)
@@ -352,35 +320,68 @@ class Answers:
         return found[0] if found else None
 
 
-_serving: list[Backend] = []  # of this app, for the process that is lent a GPU
+class LentHost(NamedTuple):
+    """The options of an app that the process with the GPU needs to load models as the app does."""
+
+    device: str
+    precision: Precision
+
+
+_serving: dict[int, Backend] = {}  # by process; locks and models of another one cannot be used
 
 
 def serve_lent(backend: Backend) -> None:
-    """Let questions on a lent GPU use this backend."""
-    _serving[:] = [backend]
+    """Let questions on a lent GPU that are answered in this process use this backend."""
+    _serving.clear()
+    _serving[os.getpid()] = backend
 
 
-def gpu_seconds(kind: type[Answers], asked: Question, columns: Sequence[int]) -> int:
+def gpu_seconds(
+    kind: type[Answers], asked: Question | PackedQuestion, columns: Sequence[int]
+) -> int:
     """Return the GPU time that a question may take; columns of tensors take turns."""
-    del kind  # the arguments are those of `lent_sides`
+    del kind  # a strip over lambda is one batch, too
     own = {who for who in asked.columns if who not in (BASE, PLAN, FORM, RECORD)}
     tokens = asked.settings.max_new_tokens + asked.settings.max_thinking_tokens
     return call_seconds(tokens, 1 + len(own) if columns else 1, prepares=bool(own))
 
 
-@on_gpu(gpu_seconds)
+def _lent_seconds(
+    kind: type[Answers],
+    asked: PackedQuestion,
+    columns: Sequence[int],
+    stops: StopFiles,
+    host: LentHost,
+) -> int:
+    """Return the GPU time of `lent_sides`, whose arguments these are."""
+    del stops, host
+    return gpu_seconds(kind, asked, columns)
+
+
+@on_gpu(_lent_seconds)
 def lent_sides(
-    kind: type[Answers], asked: Question, columns: Sequence[int]
+    kind: type[Answers],
+    asked: PackedQuestion,
+    columns: Sequence[int],
+    stops: StopFiles,
+    host: LentHost,
 ) -> Generator[tuple[Side, ...], None, None]:
-    """Yield the sides of some columns, in a process that has a GPU for all of them."""
-    request = ActiveRequest(kind.n_stops(asked))
-    answers = kind(_serving[-1], asked, request, is_lent=True)
+    """Yield the sides of some columns, in a process that has a GPU for all of them.
+
+    The process has a backend of its own, which keeps its models for the next call.
+    """
+    if os.getpid() not in _serving:
+        serve_lent(Backend(device=host.device, precision=host.precision))
+    question = asked.unpack()
+    request = ActiveRequest(kind.n_stops(question))
+    answers = kind(_serving[os.getpid()], question, request, is_lent=True)
     answers.sides = [
         side if number in columns else side.stopped() for number, side in enumerate(answers.sides)
     ]
     answers.start(columns)
     with closing(stream_sides(answers)) as stream:
         for sides in stream:
+            stops.read(request)
             yield tuple(sides[column] for column in columns)
 
 

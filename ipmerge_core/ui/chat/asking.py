@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.prompts import Message, check_question
-from ipmerge_core.ui.chat.answers import Question, new_sides
+from ipmerge_core.ui.chat.answers import new_sides
 from ipmerge_core.ui.chat.blind import shuffled
 from ipmerge_core.ui.chat.column_choice import Held
+from ipmerge_core.ui.chat.question import Question
 from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
 from ipmerge_core.ui.chat.settings import ChatSettings
 from ipmerge_core.ui.chat.turns import Turn, Turns, earlier_turns

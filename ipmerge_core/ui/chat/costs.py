@@ -16,11 +16,12 @@ from ipmerge_core.errors import IPMergeError, RunError
 from ipmerge_core.runtime.host import home_folder
 from ipmerge_core.runtime.zero_gpu import is_zero_gpu
 from ipmerge_core.ui.backend import SMALL_MODEL, Backend
-from ipmerge_core.ui.chat.answers import Answers, Question, gpu_seconds
+from ipmerge_core.ui.chat.answers import Answers, gpu_seconds
 from ipmerge_core.ui.chat.column_choice import Held
 from ipmerge_core.ui.chat.columns import BASE, LETTERS, merge_of
 from ipmerge_core.ui.chat.inputs import Inputs, inputs_of
 from ipmerge_core.ui.chat.layout import Parts
+from ipmerge_core.ui.chat.question import Question
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chosen_merge import ChosenMerge, name_of
 from ipmerge_core.ui.errors import QUIET

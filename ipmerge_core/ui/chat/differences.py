@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.ui.backend import Backend
-from ipmerge_core.ui.chat.answers import Question, find_column
+from ipmerge_core.ui.chat.answers import find_column
 from ipmerge_core.ui.chat.asking import Typed, make_question
 from ipmerge_core.ui.chat.inputs import MODELS, Inputs, inputs_of
 from ipmerge_core.ui.chat.layout import Parts
+from ipmerge_core.ui.chat.question import Question
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chat.turns import Turn
 from ipmerge_core.ui.errors import show_errors

@@ -15,19 +15,13 @@ import gradio as gr
 from ipmerge_core.errors import PlanError, RunCancelled, RunError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.active_requests import ActiveRequest, ActiveRequests
-from ipmerge_core.ui.chat.answers import (
-    Answers,
-    Question,
-    Side,
-    find_column,
-    guarded,
-    stream_sides,
-)
+from ipmerge_core.ui.chat.answers import Answers, Side, find_column, guarded, stream_sides
 from ipmerge_core.ui.chat.asking import Typed, make_question
 from ipmerge_core.ui.chat.column_choice import Held
 from ipmerge_core.ui.chat.columns import PLAN, with_gain
 from ipmerge_core.ui.chat.inputs import MODELS, Inputs, inputs_of, session_of
 from ipmerge_core.ui.chat.layout import Parts
+from ipmerge_core.ui.chat.question import Question
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chat.strip import GAINS, content_of, taken_gain
 from ipmerge_core.ui.chat.turns import Turn

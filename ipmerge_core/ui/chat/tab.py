@@ -17,18 +17,14 @@ import gradio as gr
 from ipmerge_core.errors import RunError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.active_requests import ActiveRequests
-from ipmerge_core.ui.chat.answers import (
-    Question,
-    Side,
-    answer_question,
-    serve_lent,
-)
+from ipmerge_core.ui.chat.answers import Side, answer_question, serve_lent
 from ipmerge_core.ui.chat.asking import Typed, make_question, new_turn, read_prompt
 from ipmerge_core.ui.chat.column_choice import ColumnChoice, wire_choice
 from ipmerge_core.ui.chat.costs import check_consent, column_costs, wire_costs
 from ipmerge_core.ui.chat.differences import wire_difference
 from ipmerge_core.ui.chat.inputs import MODELS, Inputs, inputs_of, session_of
 from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, lay_out
+from ipmerge_core.ui.chat.question import Question
 from ipmerge_core.ui.chat.recorded import Reference
 from ipmerge_core.ui.chat.sending import end_sending, return_refused, wire_send
 from ipmerge_core.ui.chat.settings import read_settings
