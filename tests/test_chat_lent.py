@@ -20,22 +20,25 @@ from ipmerge_core.inference.prompts import Message
 from ipmerge_core.inference.sampling import GenerationSettings
 from ipmerge_core.inference.streaming import RowState
 from ipmerge_core.inference.thinking import Reply
+from ipmerge_core.runtime.zero_gpu import is_zero_gpu
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.active_requests import ActiveRequest
 from ipmerge_core.ui.chat.answers import (
     Answers,
     answer_question,
     gpu_seconds,
-    serve_lent,
 )
 from ipmerge_core.ui.chat.column_choice import Held
 from ipmerge_core.ui.chat.columns import BASE, PLAN
 from ipmerge_core.ui.chat.costs import gpu_line
+from ipmerge_core.ui.chat.differences import _choices, _Compared, _lent_choices
 from ipmerge_core.ui.chat.question import Question, pack_question
 from ipmerge_core.ui.chat.recorded import recorded_examples
 from ipmerge_core.ui.chat.strip import GAINS
 from ipmerge_core.ui.chat.sweeping import answer_strip
 from ipmerge_core.ui.chosen_merge import ChosenMerge
+from ipmerge_core.ui.lending import LentHost, serve_lent
+from ipmerge_core.ui.live_answers import AskedColumn, answer_columns
 
 CHOSEN = ChosenMerge("pack", by="explore")
 HOW = GenerationSettings(max_new_tokens=8, max_thinking_tokens=16)
@@ -131,6 +134,33 @@ def test_another_process_answers_as_this_one_does(backend, second, asked, method
     assert [(s.text, s.source, s.plan, s.ids) for s in found] == [
         (s.text, s.source, s.plan, s.ids) for s in same
     ]
+
+
+def test_the_api_and_the_token_probabilities_are_other_processes_too(
+    backend, second, asked, monkeypatch
+):
+    columns = [AskedColumn(BASE), AskedColumn("plan", plan=CHOSEN.make_plan())]
+    conversation = [Message("user", asked.text, asked.images)]
+
+    def answers() -> list[tuple[str, str, int]]:
+        *_, last = answer_columns(backend, "pack", columns, conversation, HOW)
+        return [(each.state, each.text, each.tokens) for each in last]
+
+    def probabilities() -> object:
+        compared = _Compared((0, 1), tuple(named), sides[0].ids, 1)
+        if is_zero_gpu():
+            return next(_lent_choices(LentHost.of(backend), pack_question(asked), compared))
+        return _choices(backend, asked, compared)
+
+    *_, sides = answer_question(backend, asked)
+    named = [(side.name, side.source, side.plan) for side in sides]
+    expected = answers(), probabilities()
+    assert [state for state, *_ in expected[0]] == ["finished", "finished"]
+    process = second("fork")
+    backend._models = backend._live = None
+    assert (answers(), probabilities()) == expected
+    assert len(process.durations) == 2
+    assert backend._models is None, "the models are those of the other processes"
 
 
 def test_stops_and_a_visitor_who_leaves_end_the_other_process(

@@ -324,7 +324,7 @@ def _asked_column(backend: Backend, pack: str, column: object) -> AskedColumn:
     asked = PlanRequest(**{name: values.pop(name, value) for name, value in rest.items()})
     _refuse_more(values, model)
     plan = _requested_plan(backend, pack, choice, asked)
-    return AskedColumn(f"plan {plan.hash}", plan=lambda: plan)
+    return AskedColumn(f"plan {plan.hash}", plan=plan)
 
 
 def _refuse_more(values: Mapping[str, Any], model: str) -> None:

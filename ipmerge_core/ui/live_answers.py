@@ -6,13 +6,17 @@ several times a second. A column that cannot be prepared fails alone.
 
 from __future__ import annotations
 
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import IPMergeError, RunError
+from ipmerge_core.runtime.zero_gpu import call_seconds, is_zero_gpu, on_gpu
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.errors import sentence_of
+from ipmerge_core.ui.lending import LentHost, PackedMessage, StopFiles
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,10 +32,10 @@ MOST_COLUMNS = 8
 
 
 class AskedColumn(NamedTuple):
-    """A column by its label: the unmerged model, a plan that is made when needed, or a folder."""
+    """A column by its label: the unmerged model, a plan, or a folder."""
 
     label: str
-    plan: Callable[[], MergePlan] | None = None
+    plan: MergePlan | None = None
     folder: Path | None = None
 
 
@@ -80,6 +84,60 @@ def answer_columns(
     """
     if not 1 <= len(asked) <= MOST_COLUMNS:
         raise RunError(f"{len(asked)} columns were requested; expected 1 to {MOST_COLUMNS}.")
+    if not is_zero_gpu():
+        yield from _answer_columns(backend, pack_id, asked, messages, settings, stops)
+        return
+    packed = [PackedMessage.of(message) for message in messages]
+    folder = tempfile.TemporaryDirectory(prefix="ipmerge-stops-")
+    files, host = StopFiles(folder.name), LentHost.of(backend)
+    lent: Any = _lent_columns(host, files, pack_id, tuple(asked), packed, settings)
+    with closing(lent) as stream, folder:  # the folder goes first, which ends the process
+        for found in stream:
+            if any(stop.is_set() for stop in stops):
+                return
+            yield found
+
+
+def _seconds(
+    host: LentHost,
+    files: StopFiles,
+    pack_id: str,
+    asked: Sequence[AskedColumn],
+    packed: Sequence[PackedMessage],
+    settings: GenerationSettings,
+) -> int:
+    """Return the GPU time of `_lent_columns`, whose arguments these are."""
+    del host, files, pack_id, packed
+    own = sum(each.folder is not None or each.plan is not None for each in asked)
+    tokens = settings.max_new_tokens + settings.max_thinking_tokens
+    return call_seconds(tokens, 1 + own, prepares=bool(own))
+
+
+@on_gpu(_seconds)
+def _lent_columns(
+    host: LentHost,
+    files: StopFiles,
+    pack_id: str,
+    asked: Sequence[AskedColumn],
+    packed: Sequence[PackedMessage],
+    settings: GenerationSettings,
+) -> Iterator[list[ColumnAnswer]]:
+    """Answer with all columns, in a process that has a GPU for them."""
+    stop, messages = threading.Event(), [each.unpack() for each in packed]
+    for found in _answer_columns(host.backend(), pack_id, asked, messages, settings, [stop]):
+        files.read(stop)
+        yield found
+
+
+def _answer_columns(
+    backend: Backend,
+    pack_id: str,
+    asked: Sequence[AskedColumn],
+    messages: Sequence[Message],
+    settings: GenerationSettings,
+    stops: Sequence[threading.Event],
+) -> Iterator[list[ColumnAnswer]]:
+    """Prepare the columns and answer, in this process."""
     backend.import_libraries()
     from ipmerge_core.adapters.columns import Row
 
@@ -111,5 +169,5 @@ def _column(
         return backend.live.folder_column(live, asked.folder, asked.label, stops=stops)
     if asked.plan is None:
         return live.base(asked.label)
-    plan, device = asked.plan(), backend.device_for()
-    return backend.live.column(live, plan, asked.label, stops=stops, device=device)
+    device = backend.device_for()
+    return backend.live.column(live, asked.plan, asked.label, stops=stops, device=device)

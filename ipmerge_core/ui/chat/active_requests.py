@@ -7,9 +7,7 @@ the same visitor can stop or extend. Thread-safe.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 @dataclass
@@ -50,29 +48,6 @@ class ActiveRequest:
     def is_stopped(self, column: int) -> bool:
         """Whether a column must stop."""
         return self.stop_all.is_set() or self.stops[column].is_set()
-
-
-@dataclass(frozen=True)
-class StopFiles:
-    """The stops of a request that another process answers, as files that both processes see.
-
-    A file named by the number of a column stops that column. Without the folder everything stops.
-    """
-
-    folder: str
-
-    def stop(self, columns: Iterable[int]) -> None:
-        """Stop some columns; the folder must exist."""
-        for column in columns:
-            (Path(self.folder) / str(column)).touch()
-
-    def read(self, request: ActiveRequest) -> None:
-        """Set the stops of a request as the files state them."""
-        if not Path(self.folder).is_dir():
-            request.stop_all.set()
-        for column, stop in enumerate(request.stops):
-            if (Path(self.folder) / str(column)).exists():
-                stop.set()
 
 
 @dataclass

@@ -7,7 +7,6 @@ of the weights; an error affects only its own column.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ipmerge_core.errors import IPMergeError, RunCancelled
 from ipmerge_core.runtime.zero_gpu import call_seconds, is_zero_gpu, on_gpu
 from ipmerge_core.ui.backend import Backend, Progress
-from ipmerge_core.ui.chat.active_requests import ActiveRequest, StopFiles
+from ipmerge_core.ui.chat.active_requests import ActiveRequest
 from ipmerge_core.ui.chat.columns import (
     BASE,
     FORM,
@@ -36,12 +35,12 @@ from ipmerge_core.ui.errors import public_text, sentence_of
 from ipmerge_core.ui.finetuned_models import PREFIX as FINETUNED
 from ipmerge_core.ui.finetuned_models import find_finetuned
 from ipmerge_core.ui.finished_merges import describe_unmerged, find_merge
+from ipmerge_core.ui.lending import LentHost, StopFiles
 from ipmerge_core.ui.plan_choice import analysis_of
 
 if TYPE_CHECKING:
     from ipmerge_core.adapters.columns import Column, Row
     from ipmerge_core.adapters.live import LiveModel
-    from ipmerge_core.inference.precisions import Precision
     from ipmerge_core.inference.streaming import RowState
 
 YIELD_EVERY = 0.1  # seconds
@@ -251,7 +250,7 @@ class Answers:
         def answer() -> None:
             folder = tempfile.TemporaryDirectory(prefix="ipmerge-stops-")
             stops = StopFiles(folder.name)
-            host = LentHost(self.backend.device, self.backend.precision)
+            host = LentHost.of(self.backend)
             lent: Any = lent_sides(type(self), pack_question(self.asked), columns, stops, host)
             with closing(lent) as stream, folder:  # the folder goes first, which ends the process
                 for found in stream:
@@ -320,22 +319,6 @@ class Answers:
         return found[0] if found else None
 
 
-class LentHost(NamedTuple):
-    """The options of an app that the process with the GPU needs to load models as the app does."""
-
-    device: str
-    precision: Precision
-
-
-_serving: dict[int, Backend] = {}  # by process; locks and models of another one cannot be used
-
-
-def serve_lent(backend: Backend) -> None:
-    """Let questions on a lent GPU that are answered in this process use this backend."""
-    _serving.clear()
-    _serving[os.getpid()] = backend
-
-
 def gpu_seconds(
     kind: type[Answers], asked: Question | PackedQuestion, columns: Sequence[int]
 ) -> int:
@@ -368,20 +351,18 @@ def lent_sides(
 ) -> Generator[tuple[Side, ...], None, None]:
     """Yield the sides of some columns, in a process that has a GPU for all of them.
 
-    The process has a backend of its own, which keeps its models for the next call.
+    The process has a backend of its own.
     """
-    if os.getpid() not in _serving:
-        serve_lent(Backend(device=host.device, precision=host.precision))
     question = asked.unpack()
     request = ActiveRequest(kind.n_stops(question))
-    answers = kind(_serving[os.getpid()], question, request, is_lent=True)
+    answers = kind(host.backend(), question, request, is_lent=True)
     answers.sides = [
         side if number in columns else side.stopped() for number, side in enumerate(answers.sides)
     ]
     answers.start(columns)
     with closing(stream_sides(answers)) as stream:
         for sides in stream:
-            stops.read(request)
+            stops.read(request.stop_all, request.stops)
             yield tuple(sides[column] for column in columns)
 
 

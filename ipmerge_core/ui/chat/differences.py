@@ -6,19 +6,22 @@ columns after the text that they share, as HTML.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ipmerge_core.errors import RunError
+from ipmerge_core.runtime.zero_gpu import call_seconds, is_zero_gpu, on_gpu
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import find_column
 from ipmerge_core.ui.chat.asking import Typed, make_question
 from ipmerge_core.ui.chat.inputs import MODELS, Inputs, inputs_of
 from ipmerge_core.ui.chat.layout import Parts
-from ipmerge_core.ui.chat.question import Question
+from ipmerge_core.ui.chat.question import PackedQuestion, Question, pack_question
 from ipmerge_core.ui.chat.settings import read_settings
 from ipmerge_core.ui.chat.turns import Turn
 from ipmerge_core.ui.errors import show_errors
+from ipmerge_core.ui.lending import LentHost
 from ipmerge_core.ui.safe_text import as_html
 
 if TYPE_CHECKING:
@@ -73,24 +76,59 @@ def find_difference(turn: Turn) -> Difference:
     raise RunError("All answers consist of the same tokens, so that there is no first difference.")
 
 
+class _Compared(NamedTuple):
+    """What to compute: two columns with what answered then, and the tokens of the first one."""
+
+    columns: tuple[int, int]
+    answered: tuple[tuple[str, str, str], ...]  # name, source and plan of each
+    ids: tuple[int, ...]
+    token: int  # where the answers differ
+
+
+_Found: TypeAlias = "tuple[str, list[list[TokenChoice]]]"  # the shared text, and tokens by column
+
+
 def _table(backend: Backend, now: Inputs, last: Turn, where: Difference) -> str:
+    asked = _question(now, last, where)
+    sides = [last.answers[number] for number in (where.first, where.second)]
+    answered = tuple((side.name, side.source, side.plan) for side in sides)
+    compared = _Compared((where.first, where.second), answered, sides[0].ids, where.token)
+    if is_zero_gpu():
+        lent: Any = _lent_choices(LentHost.of(backend), pack_question(asked), compared)
+        with closing(lent) as stream:
+            shared, choices = next(stream)
+    else:
+        shared, choices = _choices(backend, asked, compared)
+    return difference_html([name for name, _, _ in answered], shared, choices)
+
+
+def _choices(backend: Backend, asked: Question, compared: _Compared) -> _Found:
+    """Compute the likely tokens. Raises: RunError if a column asks another model now."""
     from ipmerge_core.adapters.columns import Row
     from ipmerge_core.adapters.first_difference import shared_text
 
-    asked = _question(now, last, where)
     live = backend.live_model(asked.pack_id)
-    columns = [where.first, where.second]
     messages, rows = asked.messages(), []
-    for number in columns:
+    for number, (name, *answered) in zip(compared.columns, compared.answered, strict=True):
         found = find_column(backend, live, asked, asked.columns[number], lambda _: None)
-        answered = last.answers[number]
-        if (found.label, found.plan) != (answered.source, answered.plan):
-            raise RunError(f"The model of {answered.name} is another one now. {STALE}")
+        if [found.label, found.plan] != answered:
+            raise RunError(f"The model of {name} is another one now. {STALE}")
         rows.append(Row(found.column, messages[number], asked.settings))
-    ids = last.answers[where.first].ids
-    choices = live.next_tokens(rows, ids[: where.token], TOP)
-    shared = shared_text(live.loaded, ids, where.token)
-    return difference_html([last.answers[n].name for n in columns], shared, choices)
+    choices = live.next_tokens(rows, compared.ids[: compared.token], TOP)
+    return shared_text(live.loaded, compared.ids, compared.token), choices
+
+
+def _lent_seconds(host: LentHost, asked: PackedQuestion, compared: _Compared) -> int:
+    """Return the GPU time of one pass of two columns, whose factors may have to be prepared."""
+    del host, asked
+    return call_seconds(1, len(compared.columns), prepares=True)
+
+
+@on_gpu(_lent_seconds)
+def _lent_choices(host: LentHost, asked: PackedQuestion, compared: _Compared) -> Iterator[_Found]:
+    """Yield the likely tokens once, in a process that has a GPU."""
+    host.backend().import_libraries()
+    yield _choices(host.backend(), asked.unpack(), compared)
 
 
 def _question(now: Inputs, last: Turn, where: Difference) -> Question:

@@ -6,13 +6,13 @@ small enough to be sent to the process that is lent a GPU, which loads the model
 
 from __future__ import annotations
 
-import io
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ipmerge_core.ui.chat.columns import BASE, PLAN
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.finished_merges import Keys
+from ipmerge_core.ui.lending import PackedMessage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,14 +55,6 @@ class Question(NamedTuple):
         return found
 
 
-class PackedMessage(NamedTuple):
-    """A message whose images are the bytes of PNG files."""
-
-    role: Any
-    text: str
-    images: tuple[bytes, ...]
-
-
 class PackedQuestion(NamedTuple):
     """A question of plain values: strings, numbers and bytes."""
 
@@ -75,13 +67,8 @@ class PackedQuestion(NamedTuple):
 
     def unpack(self) -> Question:
         """Return the question in the process that answers it."""
-        from ipmerge_core.inference.prompts import Message
-
-        def read(packed: PackedMessage) -> Message:
-            return Message(packed.role, packed.text, tuple(map(_read_image, packed.images)))
-
-        asked = read(self.asked)
-        before = tuple(tuple(map(read, column)) for column in self.before)
+        asked = self.asked.unpack()
+        before = tuple(tuple(each.unpack() for each in column) for column in self.before)
         return Question(
             self.chosen, asked.text, asked.images, self.settings, self.columns, self.keys, before
         )
@@ -89,25 +76,9 @@ class PackedQuestion(NamedTuple):
 
 def pack_question(asked: Question) -> PackedQuestion:
     """Pack a question for another process."""
+    from ipmerge_core.inference.prompts import Message
 
-    def pack(message: Message) -> PackedMessage:
-        return PackedMessage(message.role, message.text, tuple(map(_png, message.images)))
-
-    before = tuple(tuple(map(pack, column)) for column in asked.before)
-    question = PackedMessage("user", asked.text, tuple(map(_png, asked.images)))
+    before = tuple(tuple(map(PackedMessage.of, column)) for column in asked.before)
+    question = PackedMessage.of(Message("user", asked.text, asked.images))
     keys = dict(asked.keys)
     return PackedQuestion(asked.chosen, asked.settings, asked.columns, keys, question, before)
-
-
-def _png(image: Image) -> bytes:
-    """Encode an image without loss, fast rather than small."""
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-def _read_image(data: bytes) -> Image:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        return image.convert("RGB")

@@ -17,7 +17,7 @@ import gradio as gr
 from ipmerge_core.errors import RunError
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.active_requests import ActiveRequests
-from ipmerge_core.ui.chat.answers import Side, answer_question, serve_lent
+from ipmerge_core.ui.chat.answers import Side, answer_question
 from ipmerge_core.ui.chat.asking import Typed, make_question, new_turn, read_prompt
 from ipmerge_core.ui.chat.column_choice import ColumnChoice, wire_choice
 from ipmerge_core.ui.chat.costs import check_consent, column_costs, wire_costs
@@ -42,6 +42,7 @@ from ipmerge_core.ui.chat.turn_actions import (
 from ipmerge_core.ui.chat.turns import Turn, check_room, pushed
 from ipmerge_core.ui.errors import QUIET, show_errors
 from ipmerge_core.ui.explore.tab import PairView
+from ipmerge_core.ui.lending import serve_lent
 from ipmerge_core.ui.runs import Updates
 
 if TYPE_CHECKING:
