@@ -83,7 +83,7 @@ def replies(live: LiveModel, column: Column, asked: Sequence[Problem]) -> list[s
     found: list[str] = []
     for start in range(0, len(asked), 100):
         part = asked[start : start + 100]
-        install, remove = live.installed([column] * len(part))
+        install, remove = live.installed([column])  # of all rows, also when some have ended
         install()
         try:
             found += answer_all(live.loaded.model, processor, part, batch_size=100)

@@ -50,6 +50,7 @@ UI_ORDER = [
     {"pairs", "format", "formula"},
     {"errors", "plan_choice", "web_security", "knockout_files"},
     {"backend"},
+    {"lending"},
     {"finished_merges", "runs", "method_choice", "device_choice", "live_answers", "api_requests"},
     {"chosen_merge", "finetuned_models"},
     {"explore"},
