@@ -31,6 +31,7 @@ from ipmerge_core.evaluation.knockout import iter_knockout
 from ipmerge_core.evaluation.points import Axis
 from ipmerge_core.evaluation.replies import ReplyStore
 from ipmerge_core.evaluation.sweeps import iter_sweep
+from ipmerge_core.runtime.pipeline import keep_freed_memory
 from ipmerge_core.tasks.registry import find_tasks
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="items per skill")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the command line does
     print(f"{machine()}, torch {torch.__version__}, one thread\n")
     analysis = ipm.Analysis.load(DEMO / "pack.json.gz")
     tasks, how = find_tasks(["demo"]), EvaluationSettings(limit=options.limit)

@@ -133,3 +133,20 @@ def test_the_results_have_no_accessibility_finding_and_no_sideways_scroll(
     expect(page.locator("#evaluation .ev-item").first).to_be_visible(timeout=LOADING)
     assert findings(page, "#evaluation") == set()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_narrow_page_shows_the_perception_of_every_model(new_page: NewPage, url: str) -> None:
+    page = open_tab(new_page(390, 900), url)
+    page.get_by_label("Items per task").fill("2")
+    page.get_by_label("Items per task").blur()
+    page.locator("#start-evaluation").click()
+    cells = page.locator("#evaluation .ev-models td")
+    expect(cells).to_have_count(8, timeout=LOADING)
+    for label in ("Demo, math", "Demo, perception"):
+        found = page.locator(f"#evaluation .ev-models td[data-label='{label}']")
+        expect(found).to_have_count(2)
+        for each in found.all():
+            box = each.bounding_box()
+            assert box is not None
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 390

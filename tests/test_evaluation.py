@@ -20,6 +20,7 @@ from conftest import TEXT_CONFIG, text_weights, write_model
 
 import ipmerge_core as ipm
 from ipmerge_core.cli import main
+from ipmerge_core.cli.evaluating import report_lines
 from ipmerge_core.errors import CheckpointError, ModelLoadError, RunCancelled, RunError
 from ipmerge_core.evaluation.answering import Caches, PromptCache
 from ipmerge_core.evaluation.batched_answers import answer_all
@@ -403,6 +404,9 @@ def test_bad_items_are_counted_and_the_rest_is_evaluated(
     path = tmp_path / "report.json"
     report.save(path)
     assert Report.load(path) == report
+    shown = list(report_lines(report))
+    assert any(line.startswith("  Item line 2 is not counted: 'broken.png' is") for line in shown)
+    assert sum("is not counted" in line for line in shown) == result.part().missing
 
 
 # --- the command -------------------------------------------------------------------------------

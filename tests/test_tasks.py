@@ -71,6 +71,8 @@ def test_the_guard_of_a_copy_is_in_the_copy() -> None:
         ("mathvista:cooking", "Expected 'mathvista', or 'mathvista:' and one of math, general"),
         ("mathverse:x", "one of text_dominant"),
         ("mmmu:Art", "has no part 'Art'"),
+        ("MIA-Bench", "another harness.* --tasks mia_bench"),
+        ("cmmmu", "another harness.* --tasks cmmmu_val"),
         ("jsonl:", "names no data"),
         ("jsonl:/nowhere/x.jsonl", "Cannot read the task"),
         ("jsonl:/", "it is a folder"),

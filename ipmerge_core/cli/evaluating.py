@@ -163,10 +163,24 @@ def _task_lines(report: Report, facts: TaskFacts) -> Iterator[str]:
         yield f"Small sample: {results[0].parts[0].n} items; intervals are wide."
     for result in results:
         yield f"{_short(result.subject)}: {_described(report, facts, result.subject)}"
-    for name, reason in facts.faults[:_LISTED]:
-        yield f"Row {name} is not used: {reason}"
-    if len(facts.faults) > _LISTED:
-        yield f"... and {len(facts.faults) - _LISTED} more rows that are not used."
+        yield from _listed(list(_uncounted(report, facts, result.subject)), "items")
+    faults = [f"Row {name} is not used: {reason}" for name, reason in facts.faults]
+    yield from _listed(faults, "rows that are not used")
+
+
+def _uncounted(report: Report, facts: TaskFacts, subject: str) -> Iterator[str]:
+    """Yield the items that are neither right nor wrong, with the reason."""
+    for item, reply in zip(facts.items, report.replies[subject][facts.name], strict=True):
+        if not reply.counts:
+            reason = reply.reason or f"rules cannot compare {reply.text[:80]!r} with the reference."
+            yield f"  Item {item['id']} is not counted: {reason}"
+
+
+def _listed(lines: Sequence[str], what: str) -> Iterator[str]:
+    """Yield the first lines, and how many more there are."""
+    yield from lines[:_LISTED]
+    if len(lines) > _LISTED:
+        yield f"... and {len(lines) - _LISTED} more {what}."
 
 
 def _described(report: Report, facts: TaskFacts, subject: str) -> str:

@@ -31,6 +31,11 @@ BENCHMARKS: dict[str, Callable[[str, str], Task]] = {
     "mmmu": mmmu_task,
 }
 OWN_DATA: dict[str, Callable[[str], Task]] = {JSONL: jsonl_task, DATASETS: dataset_task}
+# Benchmarks that other harnesses evaluate, by the start of their names, with lmms-eval's names.
+ELSEWHERE = {
+    "cmmmu": "cmmmu_val", "jmmmu": "jmmmu", "mia": "mia_bench", "wildvision": "wildvision",
+    "mathvision": "mathvision_testmini", "mmstar": "mmstar",
+}  # fmt: skip
 NAMES = ("demo", *BENCHMARKS, *(f"{name}:..." for name in OWN_DATA))
 
 
@@ -52,6 +57,12 @@ def find_task(name: str) -> Task:
         return demo_task(part)
     if first in BENCHMARKS:
         return BENCHMARKS[first](part, source)
+    plain = first.lower().replace("-", "").replace("_", "")
+    if other := next((task for start, task in ELSEWHERE.items() if plain.startswith(start)), None):
+        raise RunError(
+            f"'{name[:80]}' is evaluated by another harness, not by the rules of this package: "
+            f"--harness lmms-eval --harness-python OTHER/bin/python --tasks {other}."
+        )
     close = difflib.get_close_matches(first, NAMES, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise RunError(f"Unknown task '{name[:80]}'.{hint} Available: {', '.join(NAMES)}.")

@@ -33,7 +33,7 @@ KINDS = {
     "search": "Search: the best parameters of a method",
 }
 REPLACEMENTS = {
-    "constant": "constant 1/N (N output features)",
+    "constant": "constant 1/N",
     "zero": "zeros",
     "base": "weights of the base",
     "math": "weights of the math model",
@@ -144,6 +144,7 @@ def lay_out_form(*, hosted: bool) -> Form:
             [(label, name) for name, label in REPLACEMENTS.items()],
             value="constant",
             label="Replace the weights by",
+            info="N: number of output features",
             elem_id="evaluate-replace",
         )
         modules = gr.Dropdown(

@@ -10,7 +10,8 @@ import { dropOf, isSignificant, orderedTasks, scoreWords, testWords, uncutWords 
 /** @param {Content} content */
 export function knockoutMaps(content) {
   const models = [...new Set(content.cuts.map(({ model }) => model))];
-  return node("div", { class: "ev-cuts" }, ...models.flatMap((model) => orderedTasks(content.tasks).map((task) => (
+  return node("div", { class: "ev-cuts" },
+    node("p", { class: "lm-source" }, "Change in points without the module; * p < 0.05."), ...models.flatMap((model) => orderedTasks(content.tasks).map((task) => (
     cutMap(content.cuts.filter((cut) => cut.model === model), `${model}: ${task.label}`, task.name)))));
 }
 
@@ -25,7 +26,7 @@ function cutMap(cuts, heading, task) {
   const rows = modules.map((module) => node("tr", {}, node("th", { scope: "row" }, module),
     ...layers.map((layer) => cell(cuts.find((cut) => cut.layer === layer && cut.module === module), task))));
   return node("figure", { class: "lm-figure" },
-    node("figcaption", {}, `${heading}, ${uncutWords(cuts[0]?.scores[task])} with all modules; change in points without the module, * p < 0.05`),
+    node("figcaption", {}, `${heading}, ${uncutWords(cuts[0]?.scores[task])} with all modules`),
     node("div", { class: "ev-scroll", tabindex: 0, role: "region", "aria-label": heading },
       node("table", { class: "ev-heat" }, node("thead", {}, head), node("tbody", {}, ...rows))));
 }
