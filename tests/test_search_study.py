@@ -193,6 +193,35 @@ def test_budgets_of_items_and_minutes_end_a_search(tmp_path: Path) -> None:
     assert len(evaluations_of(study)) == 5
 
 
+def test_workers_that_start_together_create_one_storage(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from ipmerge_core.search.storage import open_study\n"
+        "import optuna\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "open_study(Path(sys.argv[1]), {'seed': 0})\n"
+    )
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    for worker in workers:
+        worker.communicate()
+
+
 def test_a_storage_of_another_search_is_refused(tmp_path: Path) -> None:
     open_study(tmp_path, DEFINITION)
     with pytest.raises(RunError, match="holds another search: its seed differ"):

@@ -42,7 +42,10 @@ def open_study(
     Raises: RunError if the storage cannot be used, or holds another search.
     """
     where = _without_password(url) if url else str(folder / FILE)
-    with quiet(), _explained(where):
+    from filelock import FileLock
+
+    # Optuna fails where two workers create the tables at the same time.
+    with quiet(), _explained(where), FileLock(folder / ".storage.lock"):
         study = _create(folder, url, pruner)
         stored = study.user_attrs.get(_DEFINITION)
         if stored is None and not study.get_trials(deepcopy=False):
