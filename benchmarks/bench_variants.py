@@ -3,10 +3,10 @@
     python benchmarks/bench_variants.py [--width 1024] [--skip cost previews]
 
 The first table is the CPU time of comparing one matrix of a synthetic pair (as in
-`bench_analysis.py`), with the updates off the MLLM's directions and without. The second merges the
-demo models with every variant, stored in fp32 and in bf16, and compares the change of the files
-with the preview. The MLLM is stored in fp32 in both cases: a merged file in bf16 is rounded once
-more, which no preview contains.
+`bench_analysis.py`), with the updates off the MLLM's directions and truncated, and without. The
+second merges the demo models with every variant, stored in fp32 and in bf16, and compares the
+change of the files with the preview. The MLLM is stored in fp32 in both cases: a merged file in
+bf16 is rounded once more, which no preview contains.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"gamma_norm": "max"},
     {"projector": "protect"},
     *({"projector": "complement", "energy": share} for share in (0.05, 0.5, 0.8, 0.95)),
+    *({"ablation": "select_only", "math_energy": share} for share in (0.05, 0.5, 0.95)),
     {"budget": 0.01},
     {"projector": "complement", "budget": 0.01},
 ]

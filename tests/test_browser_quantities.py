@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect
 from synthetic_pack import make_pack
 
-from ipmerge_core.analysis.records import Analysis
+from ipmerge_core.analysis.records import Analysis, read_pack
 from ipmerge_core.ui.explore.layer_map import report
 from ipmerge_core.ui.explore.tab import content_of
 
@@ -117,3 +117,24 @@ def test_a_phone_shows_them_without_scrolling_sideways(dark, opened):
     )
     expect(page.locator(".lm-heat")).to_have_count(4)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_truncation_is_dragged_with_its_rank_and_the_size_of_its_adapter(opened):
+    pack, analysis = read_pack(Path(__file__).parents[1] / "assets" / "demo" / "pack.json.gz")
+    page = opened(pack)
+    page.locator("[data-pick=variant]").select_option(
+        label="truncated: leading directions of the math change"
+    )
+    slider, words = page.locator("[data-energy]"), page.locator("[data-out=energy]")
+    for share, place in ((90, 17), (50, 9), (95, 18)):
+        slider.fill(str(share))
+        counts = [record.kept_directions[place] for record in analysis.records]
+        size = 4 * max(counts) * sum(sum(record.shape) for record in analysis.records)
+        expect(words).to_contain_text(f"{share} % of the math change's energy")
+        expect(words).to_contain_text(f"{min(counts)} to {max(counts)} directions of a matrix")
+        shown = f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
+        expect(words).to_contain_text(f"rank {max(counts)}, {shown}")
+    assert slider.get_attribute("max") == "95"
+    page.locator("[data-pick=variant]").select_option(label="complement: off the MLLM's directions")
+    expect(page.locator("[data-out=energy-label]")).to_have_text("Left out")
+    assert slider.get_attribute("max") == "100"

@@ -207,7 +207,7 @@ def as_it_was(plan: MergePlan) -> dict[str, Any]:
         ("dare_ties", ["election"]),
         ("della", ["election"]),
         ("knots_ties", ["trim"]),
-        ("ip_merging", ["energy", "beta", "budget", "output_budget"]),
+        ("ip_merging", ["energy", "beta", "budget", "output_budget", "math_energy"]),
     ):
         for name in later if plan.method == method else ():
             del parameters[name]

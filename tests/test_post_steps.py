@@ -20,6 +20,7 @@ from ipmerge_core.methods import METHODS
 from ipmerge_core.planning.options import LAYER_PROFILES
 from ipmerge_core.planning.scope import profile_gains
 from ipmerge_core.spectral.protection import activation_informed
+from ipmerge_core.ui.method_choice import MethodChoice, data_kind
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 SCOPE = "layers[.](0|3)[.](self_attn[.]q_proj|mlp[.]down_proj)"  # two kinds of matrices
@@ -115,15 +116,17 @@ def test_the_profiles_divide_the_layers():
         halves = zip(found["upper_half"], found["lower_half"], strict=True)
         assert [a + b for a, b in halves] == [1.0] * layers
         assert found["all"] == [1.0] * layers
-        assert found["rising"] == found["falling"][::-1]
+        if layers > 1:  # a single layer is the first one
+            assert found["rising"] == pytest.approx(found["falling"][::-1])
         assert sum(found["upper_half"]) == (layers + 1) // 2
     assert profile_gains("upper_half", 4) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ip_merging", "karcher"])
 def test_the_upper_half_is_the_plan_with_these_layer_gains(method, analysis):
+    every = {"similarity_threshold": 0.0} if method == "ip_merging" else {}
     both = [
-        ipm.make_plan(analysis, method, include=SCOPE, **how)
+        ipm.make_plan(analysis, method, include=SCOPE, **every, **how)
         for how in ({"layer_profile": "upper_half"}, {"layer_gains": (0, 0, 1, 1)})
     ]
     if method != "karcher":
@@ -135,8 +138,35 @@ def test_the_upper_half_is_the_plan_with_these_layer_gains(method, analysis):
 
 
 def test_a_profile_multiplies_the_layer_gains(analysis):
-    plan = ipm.make_plan(
-        analysis, "task_arithmetic", layer_gains=(2, 2), layer_profile="rising", math_weight=0.5
-    )
-    gains = [plan.parameters_for(layer)["math_weight"] for layer in range(4)]
+    both = {"layer_gains": (2, 2), "layer_profile": "rising"}
+    plan = ipm.make_plan(analysis, "task_arithmetic", **both)
+    assert [plan.change_scale(n) for n in range(4)] == pytest.approx([0, 2 / 3, 4 / 3, 2])
+    plan = ipm.make_plan(analysis, "ip_merging", lambda_=0.5, **both)
+    gains = [plan.parameters_for(layer)["lambda_"] for layer in range(4)]
     assert gains == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_layers_that_a_profile_keeps_are_not_too_small_an_update(analysis):
+    for profile in LAYER_PROFILES:
+        plan = ipm.make_plan(analysis, "task_arithmetic", math_weight=1.0, layer_profile=profile)
+        preview = plan.preview()
+        assert preview.update_share > 0
+        if profile not in ("rising", "falling"):
+            assert preview.update_share == pytest.approx(1.0)
+            assert preview.advice == ""
+    none = ipm.make_plan(analysis, "task_arithmetic", math_weight=0.0).preview()
+    assert none.update_share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("task_arithmetic", {"input_share": "0.2"}, "gram"),
+        ("task_arithmetic", {"input_share": "1"}, None),
+        ("task_arithmetic", {"input_share": "x"}, None),  # the check of the plan reports it
+        ("", {"input_share": "0.2"}, "gram"),  # the plan of Explore
+        ("fisher", {"input_share": "0.2"}, "fisher"),
+    ],
+)
+def test_the_form_asks_for_the_calibration_that_aim_needs(name, options, kind):
+    assert data_kind(MethodChoice(name, options=options)) == kind

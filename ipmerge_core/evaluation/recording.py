@@ -256,7 +256,7 @@ def choice_of(plan: MergePlan) -> dict[str, Any]:
     own = ("lambda_", "gamma_norm", "temperature", "directions", "rank")
     changed = [n for n, v in plan.parameters.items() if n not in own and v != defaults.get(n)]
     options = plan.options
-    limited = options.include or options.exclude or options.layer_gains
+    limited = set(options.changed()) - {"overrides", "anchor"}
     if plan.method != "ip_merging" or changed or limited:
         raise PlanError(
             f"Plan {plan.hash} cannot be recorded for the app, which shows IP-Merging with a "

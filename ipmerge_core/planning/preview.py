@@ -70,9 +70,9 @@ class Preview:
     why the numbers are approximate; empty if they are exact.
 
     `update_share` is the size of the experts' part of the update relative to the experts' own
-    change, ||b X||_F / ||sum dM_k||_F, as the median over the merged matrices; None if nothing is
-    merged. `expert_change` is the size of the experts' own change, relative to the weights of the
-    merged matrices.
+    change, ||b X||_F / ||sum dM_k||_F, as the median over the merged matrices, without those that a
+    layer gain of 0 keeps; None if nothing is merged. `expert_change` is the size of the experts'
+    own change, relative to the weights of the merged matrices.
     """
 
     selected: tuple[str, ...]
@@ -168,6 +168,7 @@ def preview(
     whole = _Products()
     layers: dict[int, _Products] = {}
     shares: list[float] = []
+    kept_by_layer = 0
     chosen = _Products()
     reasons: set[str] = set()
     for decision in decisions:
@@ -178,6 +179,7 @@ def preview(
         whole.add(products)
         if decision.experts:
             shares.append(products.share)
+            kept_by_layer += update.expert == 0  # by a layer gain, or all by lambda
             chosen.add(products)
         layers.setdefault(decision.layer, _Products()).add(products)
     merged = [decision for decision in decisions if decision.experts]
@@ -193,7 +195,8 @@ def preview(
         layer_change={layer: products.change for layer, products in sorted(layers.items())},
         keep=whole.keep,
         absorb=whole.absorb,
-        update_share=_median(shares),
+        # A layer that keeps its weights says nothing about the size of the update.
+        update_share=_median(sorted(shares)[kept_by_layer:] or shares),
         expert_change=math.sqrt(max(chosen.dd, 0.0) / chosen.weight) if chosen.weight else 0.0,
         approximate="; ".join(sorted(reasons - {""})),
     )
