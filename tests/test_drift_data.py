@@ -12,6 +12,7 @@ from chat_models import build_chat
 from PIL import Image
 
 from ipmerge_core.errors import RunError
+from ipmerge_core.finetuning import conversations
 from ipmerge_core.finetuning.conversations import (
     MOST_TURNS,
     Turn,
@@ -234,6 +235,16 @@ def test_the_fingerprint_is_of_the_content_and_not_of_where_it_is(tmp_path):
     assert len({prints("one", "A"), prints("one", "B"), prints("one", "A", 99)}) == 3
     demo = [load_conversations("demo", n).fingerprint for n in (4, 4, 5)]
     assert demo[0] == demo[1] != demo[2]
+
+
+def test_more_rows_than_memory_is_meant_for_are_refused_unless_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversations, "MOST_ROWS", 2)
+    PICTURE.save(tmp_path / "a.png")
+    row = json.dumps({"image": "a.png", "question": "Q", "answer": "A"})
+    (tmp_path / "train.jsonl").write_text("\n".join([row] * 3))
+    with pytest.raises(RunError, match="more than 2 rows"):
+        load_conversations(tmp_path / "train.jsonl")
+    assert len(load_conversations(tmp_path / "train.jsonl", 2).conversations) == 2
 
 
 def test_what_a_terminal_obeys_and_brackets_of_the_data_are_shown_as_text(encoder):

@@ -135,7 +135,9 @@ def load_conversations(source: str | Path, limit: int | None = None) -> Rows:
     else:
         rows = _lines(source, limit)
     found, skipped = list[Conversation](), Counter[str]()
-    for row, folder in rows:
+    for number, (row, folder) in enumerate(rows):
+        if number == MOST_ROWS:
+            raise RunError(f"'{source}' has more than {MOST_ROWS} rows. Use a limit.")
         result = read_row(row, folder)
         if isinstance(result, str):
             skipped[result] += 1
