@@ -1,6 +1,6 @@
 """Time searches of coefficients on the demo models.
 
-    python benchmarks/bench_search.py [--evaluations 320] [--limit 130]
+    python benchmarks/bench_search.py [--evaluations 400] [--limit 130]
 
 A grid of 25 merges by task arithmetic with 200 validation items, in one process; a search by two
 workers on one storage against one worker; a search that is killed and run again; the surrogate
@@ -63,7 +63,7 @@ def evaluations(folder: Path) -> list[dict[str, str]]:
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--evaluations", type=int, default=320, help="of the search by two workers")
+    parser.add_argument("--evaluations", type=int, default=400, help="of the search by two workers")
     parser.add_argument("--limit", type=int, default=130, help="items per skill")
     options = parser.parse_args()
     print(machine())
