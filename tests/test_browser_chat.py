@@ -481,6 +481,7 @@ def test_a_refused_question_does_not_replace_what_was_typed_since(page, latency)
     expect(box).to_have_value("the next")
     page.keyboard.type(" question")
     expect(box).to_have_value("the next question")
+    page.wait_for_timeout(3000)  # until the server has kept the refused question for Undo
     box.fill("")
     page.locator("#undo-chat").click()
     expect(box).to_have_value(refused)
