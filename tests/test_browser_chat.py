@@ -197,7 +197,11 @@ def test_a_column_that_failed_leaves_the_other_and_can_be_asked_again(page):
     page.locator("#retry-b").click()  # fails again, and nothing is locked
     expect(page.locator("#retry-b")).to_be_enabled()
     expect(page.locator("#answers-status")).to_contain_text("Base finished. Merged failed.")
-    ask(page, "Say: still here")
+    box = page.get_by_role("textbox", name="Question")
+    box.fill("Say: still here")
+    while box.input_value():  # refused as long as the retry, which has no sign of its end, runs
+        box.press("Enter")
+        page.wait_for_timeout(200)
     wait_until_finished(page)
 
 
@@ -477,6 +481,7 @@ def test_a_refused_question_does_not_replace_what_was_typed_since(page, latency)
     expect(box).to_have_value("the next")
     page.keyboard.type(" question")
     expect(box).to_have_value("the next question")
+    page.wait_for_timeout(3000)  # until the server has kept the refused question for Undo
     box.fill("")
     page.locator("#undo-chat").click()
     expect(box).to_have_value(refused)
