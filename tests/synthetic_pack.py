@@ -138,7 +138,7 @@ def matrix_records(
                 "shape": list(shape),
                 "similarity": {"first": first, "max": best, "weighted": first * 0.4},
                 "best_index": int(rng.integers(1, 6)),
-                "gap": float(sigma[0] - sigma[1]) / float(sigma[0]),
+                "gap": float(f"{(sigma[0] - sigma[1]) / sigma[0]:.6g}"),
                 "principal": dict.fromkeys(("1", "4", "16", "64"), first * 0.8),
                 "rho": rhos[k],
                 "weight_norm2": weight**2,
@@ -157,7 +157,7 @@ def matrix_records(
                     for variant, found in directions.items()
                 },
                 "chance": {"first": 0.8 / columns**0.5, "max": 3.2 / columns**0.5},
-                "noise_floor": float(sigma[-1]) * 1.5,
+                "noise_floor": float(f"{sigma[-1] * 1.5:.6g}"),
                 "mllm_ranks": {"stable": 8.1, "effective": 210.0},
                 "math_ranks": {"stable": 5.2, "effective": 96.0},
                 "index": index,
@@ -171,8 +171,8 @@ def matrix_records(
 
 
 def stored(variant: str, value: float) -> float:
-    """Eight digits of the products of a complement or a truncation, as an analysis keeps them."""
-    return float(f"{value:.8g}") if variant in (*COMPLEMENTS, *TRUNCATIONS) else float(value)
+    """Six digits of the products of a complement or a truncation, as an analysis keeps them."""
+    return float(f"{value:.6g}") if variant in (*COMPLEMENTS, *TRUNCATIONS) else float(value)
 
 
 def rounded(values: np.ndarray) -> list[float]:

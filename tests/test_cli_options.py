@@ -27,7 +27,12 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
 COMMON = {"help", "quiet", "json"}  # how a result is shown: tests/test_cli.py, and below
 CONDITIONAL = {"strict", "force"}  # they act where the check has a warning or a refusal
 # Options whose effect needs models that can run, or tokenizers: tested where those are.
-TESTED_ELSEWHERE = {("plan", "calibration"), ("plan", "embeddings"), ("evaluate", "base")}
+TESTED_ELSEWHERE = {
+    ("plan", "calibration"),
+    ("plan", "embeddings"),
+    ("plan", "input_share"),
+    ("evaluate", "base"),
+}
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -238,6 +243,8 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "force_merge": ["--force-merge", NAME, "--similarity-threshold", "1"],
         "force_keep": ["--force-keep", NAME],
         "layer_gains": ["--layer-gains", "0", "1"],
+        "layer_profile": ["--layer-profile", "upper_half"],
+        "input_share": ["--input-share", "0.5"],
         "norms": ["--norms", "merge"],
         "embeddings": ["--embeddings", "merge-shared"],
         "anchor": ["--anchor", "root"],
@@ -287,6 +294,7 @@ def values_of(command: str, files: dict[str, Any]) -> dict[str, list[str]]:
         "maximise": ["--maximise", "math"],
         "validation": ["--validation", "0.3"],
         "racing": ["--racing"],
+        "no_labels": ["--no-labels", "--optimizer", "grid"],
         "search_seed": ["--search-seed", "4"],
         "storage": ["--storage", "sqlite://"],
         "worker": ["--worker", "3"],

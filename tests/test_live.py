@@ -350,10 +350,10 @@ def test_a_continued_prompt_is_what_generation_continues(name: str, tmp_path: Pa
 
 def test_a_plan_without_factors_says_why(demo: Demo) -> None:
     assert why_not_factors(demo.plan) == ""
-    assert "has full rank" in why_not_factors(demo.full_rank)
-    with pytest.raises(PlanError, match="has full rank"):
+    assert "has no factors" in why_not_factors(demo.full_rank)
+    with pytest.raises(PlanError, match="has no factors"):
         demo.live.plan_column("x", demo.full_rank, demo.factors)
-    with pytest.raises(PlanError, match="has full rank"):
+    with pytest.raises(PlanError, match="has no factors"):
         drained(iter_factor_set(demo.full_rank, demo.pair))
 
 

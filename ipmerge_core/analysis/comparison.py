@@ -229,7 +229,7 @@ def _record(
         shape=matrix.shape,
         similarity=sim.similarities(angles, mllm.spectrum, math.spectrum),
         best_index=int(drawn.argmax()) + 1,
-        gap=float(spectrum.spectral_gap(mllm.spectrum)),
+        gap=_six_digits(spectrum.spectral_gap(mllm.spectrum)),
         principal=_principal(mllm.spectrum, math.spectrum),
         rho=float(sim.nuclear_ratio(mllm.spectrum, math.spectrum)),
         weight_norm2=norms2[0],
@@ -243,14 +243,14 @@ def _record(
         chance={
             kind: sim.chance_level(matrix.shape[1], kind, len(angles)) for kind in ("first", "max")
         },
-        noise_floor=mllm.noise,
+        noise_floor=_six_digits(mllm.noise),
         mllm_ranks=mllm.ranks,
         math_ranks=math.ranks,
         index=index,
         mllm_sigma=_rounded(mllm.sigma, picked),
         math_sigma=_rounded(math.sigma, picked),
         angles=_rounded(drawn, picked),
-        math_noise_floor=math.noise,
+        math_noise_floor=_six_digits(math.noise),
         mllm_directions=mllm.existing,
         math_directions=math.existing,
         left_out=left_out,
@@ -291,5 +291,9 @@ def _sample(n: int) -> tuple[int, ...]:
 
 
 def _rounded(values: Tensor, picked: list[int]) -> tuple[float, ...]:
-    """Round the selected values to six significant digits, which suffices for plots."""
-    return tuple(float(f"{float(values[i]):.6g}") for i in picked)
+    return tuple(_six_digits(values[i]) for i in picked)
+
+
+def _six_digits(value: float | Tensor) -> float:
+    """Round to six significant digits, which suffices for plots."""
+    return float(f"{float(value):.6g}")

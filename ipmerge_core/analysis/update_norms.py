@@ -21,7 +21,7 @@ from ipmerge_core.spectral.spectrum import Spectrum
 
 GAMMA_NORMS = ("sum", "max")
 _CANCELS = 0.05  # share of ||dM||^2 below which a difference of sums has too few digits
-_DIGITS = 8  # of a complement's products: a record holds twenty of them
+_DIGITS = 6  # of the products of complements and truncations: a record holds 39 of them
 
 
 class Side(NamedTuple):

@@ -218,7 +218,7 @@ def read_form(values: Mapping[str, Any]) -> Asked:
     >>> usual = {"rule": "adaptive", "modules": ["attn"], "first_layer": 0, "epochs": 2}
     >>> asked = read_form({**usual, "mllm": "a", "math": "b", "data": "demo", "placement": "cpu"})
     >>> asked.settings.training.epochs, asked.settings.prior.scope.modules
-    (2.0, ('attn',))
+    (2, ('attn',))
     """
     typed = {name: str(values.get(name) or "").strip() for name in ("mllm", "math", "data")}
     missing = [name for name, value in typed.items() if not value]
