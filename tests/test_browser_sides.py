@@ -17,6 +17,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ipmerge_core import make_plan
 from ipmerge_core.ui.chat.recorded import recorded_examples
 from ipmerge_core.ui.plan_choice import analysis_of
 
@@ -210,7 +211,8 @@ def test_a_choice_is_used_for_its_own_pair_only_and_a_lost_folder_is_said(page, 
 def test_one_button_takes_over_the_plan_of_a_record(page):
     open_tab(page, "Try it")
     page.locator("#take-record").click()
-    taken = "plan of the recorded answers · IP-Merging, Sα 0, λ 4, γ max · plan d20fc540"
+    plan = make_plan(analysis_of("pack"), **recorded_examples()[0].choice.arguments)
+    taken = f"plan of the recorded answers · IP-Merging, Sα 0, λ 4, γ max · plan {plan.hash}"
     expect(page.locator("#try-chosen")).to_contain_text(taken, timeout=LOADING)
     open_tab(page, "Explore")
     expect(page.get_by_label("lambda as a number")).to_have_value("4")

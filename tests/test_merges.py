@@ -362,8 +362,9 @@ def ask(backend: Backend, *columns: str) -> tuple[Side, ...]:
 def test_the_recorded_plan_gives_the_recorded_answer(backend):
     left, right = ask(backend, BASE, RECORD)
     assert (left.text.strip(), right.text.strip()) == (QUESTION.base, QUESTION.merged)
-    plan = "IP-Merging, Sα 0, λ 4, γ max · plan d20fc540"
-    assert right.source == f"plan of the recorded answers · {plan}"
+    plan = make_plan(analysis_of(PACK), **QUESTION.choice.arguments)
+    named = f"IP-Merging, Sα 0, λ 4, γ max · plan {plan.hash}"
+    assert right.source == f"plan of the recorded answers · {named}"
 
 
 def test_a_method_of_the_merge_tab_answers_as_the_chosen_merge(backend):
