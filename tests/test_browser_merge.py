@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -226,17 +227,18 @@ CHOOSE_AND_PRESS = """async (option) => {
 def test_a_press_right_after_another_choice_makes_what_confirm_showed_or_nothing(page, place):
     before = checked_digest(page)
     expect(page.locator("#confirmation")).to_contain_text("IP-Merging: similarity threshold")
-    page.get_by_label("Output folder").fill("at-once")
+    folder = f"at-once-{time.time_ns()}"  # a second try must not find the run of the first
+    page.get_by_label("Output folder").fill(folder)
     page.get_by_label("Method", exact=True).click()
     shown = page.get_by_role("option", name="TIES", exact=True).evaluate(CHOOSE_AND_PRESS)
     expect(page.locator("#confirmation")).to_contain_text("TIES", timeout=LOADING)
     assert checked_digest(page) != before
     expect(page.locator("#start-note")).not_to_contain_text("Checking")
-    made = merges_into(place, "at-once")
+    made = merges_into(place, folder)
     assert len(made) <= 1
     if made:
         expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
-        assert manifest_of(place, "at-once")["hash"] in shown
+        assert manifest_of(place, folder)["hash"] in shown
 
 
 def own_pair(place: Place) -> str:
