@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from ipmerge_core.inference.streaming import RowState
 
 YIELD_EVERY = 0.1  # seconds
+# The page shows that it waits by itself, and a state without a token would delay the one with it.
+FIRST_STATE = 0.3  # seconds
 STOP_TIMEOUT = 10.0  # seconds to wait for a stopped model
 LONGEST_TURN = 1800.0  # seconds; a generation that does not end is stopped
 
@@ -65,6 +67,11 @@ class Side:
     plan: str = ""  # the short digest of its plan
     image_processor: str = ""  # its class and library, for a question with an image
     ids: tuple[int, ...] = ()  # the tokens, those of the thinking part included
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is text to show; the first token of a reply may be a space."""
+        return bool(self.text or self.thinking)
 
     @property
     def is_over(self) -> bool:
@@ -154,6 +161,7 @@ def stream_sides(answers: Answers) -> Generator[tuple[Side, ...], None, None]:
     """Yield copies of the sides until they are over; closing the generator stops the models."""
     deadline = time.monotonic() + LONGEST_TURN
     try:
+        answers.wait(FIRST_STATE)
         while not answers.are_over:
             yield answers.snapshot()
             answers.wait(YIELD_EVERY)
@@ -220,16 +228,16 @@ class Answers:
         thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Wait, but not beyond the first token or the end of a side."""
+        """Wait, but not beyond the first text or the end of a side."""
         self._news.wait(seconds)
         self._news.clear()
 
     def read(self, sides: Sequence[Side], states: Sequence[RowState]) -> None:
         """Take over the states of rows."""
         for side, state in zip(sides, states, strict=True):
-            before = side.state
+            before = side.has_begun, side.is_over
             side.read(state)
-            if side.state != before:
+            if (side.has_begun, side.is_over) != before:
                 self._news.set()
 
     def snapshot(self) -> tuple[Side, ...]:
