@@ -49,6 +49,7 @@ from ipmerge_core.tasks.registry import find_task  # noqa: E402
 MLLM = ROOT / "assets" / "demo" / "mllm"
 TARGET = 400  # items per second
 ALONE = 45  # items that are answered one at a time
+LARGE = 150  # items of a large batch (`--batch-size 150`)
 
 
 class Spent(NamedTuple):
@@ -96,10 +97,12 @@ def by_generate(
     return [reply.strip() for reply in replies]
 
 
-def evaluated(loaded: LoadedModel, count: int, caches: Caches | None) -> list[str]:
+def evaluated(
+    loaded: LoadedModel, count: int, caches: Caches | None, batch_size: int = LARGE
+) -> list[str]:
     """Answer as an evaluation does, into a store that is empty."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = EvaluationSettings(limit=count)
+        settings = EvaluationSettings(limit=count, batch_size=batch_size)
         subject = subject_of_model("mllm", loaded, "benchmark")
         steps = iter_evaluation(
             [subject], [find_task("demo")], settings, ReplyStore(folder), caches=caches
@@ -117,14 +120,16 @@ def print_speed(count: int, repeats: int) -> None:
     caches = Caches()
     few = items[:: max(1, len(items) // ALONE)]
     alone, _ = least(lambda: by_generate(loaded, processor, few, 1), 1)
-    batched, wanted = least(lambda: by_generate(loaded, processor, items, 150), repeats)
+    batched, wanted = least(lambda: by_generate(loaded, processor, items, LARGE), repeats)
+    small, usual = least(lambda: evaluated(loaded, count, None, BATCH_SIZE), repeats)
     cold, first = least(lambda: evaluated(loaded, count, None), repeats)
     evaluated(loaded, count, caches)
     warm, again = least(lambda: evaluated(loaded, count, caches), repeats)
     rows = [
         ["generate, one at a time", len(few), alone, None],
-        ["generate, batches of 150", len(items), batched, wanted],
-        [f"evaluate, batches of {BATCH_SIZE}, first model", len(items), cold, first],
+        [f"generate, batches of {LARGE}", len(items), batched, wanted],
+        [f"evaluate, batches of {BATCH_SIZE} (default), first model", len(items), small, usual],
+        [f"evaluate, batches of {LARGE}, first model", len(items), cold, first],
         ["evaluate, next model (prompts and features kept)", len(items), warm, again],
     ]
     shown = [
