@@ -4,7 +4,7 @@
 #   make test    install the test tools, then lint, type check and run every test
 #   make lint    ruff, mypy, eslint and tsc only
 #   make demo    train the demo models in assets/demo again
-#   make demo-135m build a trio on SmolLM2-135M in assets/smollm2 (an hour on 2 cores, minutes on a GPU)
+#   make demo-135m build a trio on SmolLM2-135M in assets/smollm2 (resumes where it was interrupted)
 #   make cases   train the models of the study in cases/ (resumes where it was interrupted)
 #   make attack  attack a running app on this machine and print what held
 #   make bench   print the figures of benchmarks/README.md

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ipmerge_core import Analysis
 from ipmerge_core.errors import ModelLoadError
+from ipmerge_core.inference.encoding import ModelProcessor
+from ipmerge_core.inference.generation import answer
 from ipmerge_core.inference.loading import load_model
+from ipmerge_core.inference.prompts import Message
+from ipmerge_core.tasks.demo import problems
 
 ASSETS = Path(__file__).parents[1] / "assets"
 sys.path[:0] = [str(ASSETS / "smollm2"), str(ASSETS / "demo")]  # scripts that import each other
@@ -30,7 +35,9 @@ SHORT = tuple(fitting.Schedule(steps, 1e-3) for steps in (3, 2, 2, 2))
 def source(tmp_path_factory):
     """A tiny Llama model whose tokenizer has the tokens of the chat format."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "demo" / "base")
+    known = AutoTokenizer.from_pretrained(ASSETS / "demo" / "base").backend_tokenizer.to_str()
+    plain = Tokenizer.from_str(json.dumps(json.loads(known) | {"post_processor": None}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>")
     added = ["<|im_start|>", "<|im_end|>", documents.IMAGE_TOKEN]
     tokenizer.add_special_tokens({"extra_special_tokens": added})
     torch.manual_seed(0)
@@ -83,10 +90,18 @@ def test_only_projections_differ_from_the_base(built):
     assert moved == {name for name in base if name.split(".")[-2] in train.PROJECTIONS}
 
 
-def test_the_mllm_answers_a_drawing_in_its_chat_format(built):
+def test_the_mllm_is_asked_in_the_format_it_was_trained_in(built, tokenizer):
     made, _ = built
     loaded = load_model(made.out / "mllm")
     assert loaded.takes_images
+    problem = problems("mul", 1)[0]
+    turn = [Message("user", problem.question, (problem.image,))]
+    asked = ModelProcessor(made.out / "mllm", takes_images=True).encode(turn)
+    trained = documents.text_batch([documents.reading_document(problem)], tokenizer)
+    prompt = trained["input_ids"][trained["labels"] == documents.IGNORED]
+    assert asked["input_ids"].tolist() == [prompt.tolist()]
+    torch.testing.assert_close(asked["pixel_values"], train.pixels([problem]))
+    assert answer(loaded, problem.question, problem.image, max_new_tokens=4)
 
 
 def test_a_complete_stage_is_not_repeated(built):
@@ -211,8 +226,9 @@ def test_a_package_that_pip_cannot_fetch_is_said_with_the_way_out(tmp_path, monk
 
 
 def test_a_source_of_another_kind_is_refused(tmp_path):
-    with pytest.raises((ModelLoadError, OSError, ValueError)):
-        language_model.load_language_model(str(ASSETS / "demo" / "mllm"), tmp_path)
+    for source in (ASSETS / "demo" / "mllm", tmp_path / "nothing"):
+        with pytest.raises(ModelLoadError, match=str(source)):
+            language_model.load_language_model(str(source), tmp_path)
 
 
 def test_a_vocabulary_without_the_placeholder_is_refused():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
 
 from draws import MLLM_STEPS, mllm_steps  # noqa: E402
+from fitting import Schedule, fit  # noqa: E402
 from models import (  # noqa: E402
     BOS,
     EOS,
@@ -72,7 +73,7 @@ def train_base(
         documents = [recipe.base(rng) for _ in range(64)]
         return model(**text_batch(documents, tokenizer), use_cache=False).loss
 
-    fit("base", list(model.parameters()), loss, steps, learning_rate=2.5e-3)
+    fit("base", list(model.parameters()), loss, Schedule(steps, 2.5e-3))
     return model
 
 
@@ -95,7 +96,8 @@ def train_math(
             replay = text_batch([recipe.base(rng) for _ in range(stage.replayed)], tokenizer)
             return 0.7 * computed.loss + 0.3 * model(**replay, use_cache=False).loss
 
-        fit("math", TRAINED[stage.trains](model), loss, stage.steps, stage.learning_rate)
+        schedule = Schedule(stage.steps, stage.learning_rate)
+        fit("math", TRAINED[stage.trains](model), loss, schedule)
     return model
 
 
@@ -137,51 +139,16 @@ def train_mllm(
         seen = image_batch(step.problems(), tokenizer, recipe)
         return 0.8 * mllm(**seen, use_cache=False).loss + 0.2 * mllm(**replay, use_cache=False).loss
 
-    fit("cells", eyes, naming_loss, counts[0], learning_rate=2e-3)
-    fit("eyes", eyes, reading_loss, counts[1], learning_rate=1e-3)
+    fit("cells", eyes, naming_loss, Schedule(counts[0], 2e-3))
+    fit("eyes", eyes, reading_loss, Schedule(counts[1], 1e-3))
     tuned = projections(mllm.model.language_model)
     for parameter in tuned:
         parameter.requires_grad_(True)
-    fit("mllm", [*eyes, *tuned], joint_loss, counts[2], learning_rate=3e-4)
+    fit("mllm", [*eyes, *tuned], joint_loss, Schedule(counts[2], 3e-4))
     return mllm
 
 
 # --- parts of a step -------------------------------------------------------------------------
-
-
-def fit(
-    label: str,
-    parameters: list[nn.Parameter],
-    loss_of_step: Callable[[int], Tensor],
-    steps: int,
-    learning_rate: float,
-) -> None:
-    """Minimise: Adam, 5 % warm-up, then a cosine to zero; gradients clipped at norm 1."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-
-    def schedule(step: int) -> float:
-        warm = min(1.0, (step + 1) / (0.05 * steps))
-        return warm * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    started, recent = time.process_time(), []
-    for step in range(steps):
-        loss = loss_of_step(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        scheduler.step()
-        recent.append(loss.item())
-        if (step + 1) % max(1, steps // 10) == 0:
-            seconds = time.process_time() - started
-            print(
-                f"{label} {step + 1}/{steps}  loss {np.mean(recent):.4f}  {seconds:.0f} s",
-                flush=True,
-            )
-            recent.clear()
 
 
 def projections(model: nn.Module) -> list[nn.Parameter]:

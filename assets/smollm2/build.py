@@ -7,7 +7,7 @@
 In: SmolLM2-135M-Instruct, see `language_model`, and a seed. Out: three transformers folders and
 the pack that the app opens. A stopped build continues: a stage that is complete is not repeated,
 and training continues from its last checkpoint. Training runs in mixed precision (bfloat16 with
-float32 weights); files are float32, because rounding to bfloat16 is as large as the update.
+float32 weights); files are float32, because rounding would add noise to small updates.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def make_base(build: Build) -> dict[str, str]:
 def make_math(build: Build) -> dict[str, str]:
     """Fine-tune the projections of the base on answers that are computed."""
     model, tokenizer, _ = load_base(build)
-    parameters = trainable(model, projections_of(model))
+    parameters = trainable(model, projections(model))
 
     def loss(step: int) -> Tensor:
         documents = math_documents(ROWS, build.rng(0, step))
@@ -145,11 +145,8 @@ def make_mllm(build: Build) -> dict[str, str]:
     model, tokenizer, _ = load_base(build)
     mllm = new_mllm(model, build.seed, int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
     mllm.to(build.device)
-    language = projections_of(mllm.model.language_model)
-    eyes = {
-        **dict(mllm.model.vision_tower.named_parameters(prefix="vision_tower")),
-        **dict(mllm.model.multi_modal_projector.named_parameters(prefix="projector")),
-    }
+    language = projections(mllm.model.language_model)
+    eyes = [*mllm.model.vision_tower.parameters(), *mllm.model.multi_modal_projector.parameters()]
     _, cells_schedule, typed, joint = build.schedules
     backbone = mllm.model.language_model
 
@@ -167,7 +164,7 @@ def make_mllm(build: Build) -> dict[str, str]:
     fit("cells", trainable(mllm, eyes), naming, cells_schedule, build.checkpoint("cells"))
     for label, loss, parameters, schedule in (
         ("typed", typed_loss, language, typed),
-        ("joint", joint_loss, {**eyes, **language}, joint),
+        ("joint", joint_loss, [*eyes, *language], joint),
     ):
         mixed = in_mixed_precision(loss, build.device)
         fit(label, trainable(mllm, parameters), mixed, schedule, build.checkpoint(label))
@@ -236,16 +233,10 @@ def in_mixed_precision(loss: Callable[[int], Tensor], device: str) -> Callable[[
     return mixed
 
 
-def projections_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the seven projection matrices of every block, the only ones that fine-tuning moves."""
-    moved = {id(parameter) for parameter in projections(model)}
-    return {name: p for name, p in model.named_parameters() if id(p) in moved}
-
-
-def trainable(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Freeze all other parameters of a model."""
     model.requires_grad_(False)
-    for parameter in parameters.values():
+    for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
 

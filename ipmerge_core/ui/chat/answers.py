@@ -223,9 +223,13 @@ class Answers:
             self.request.stops[column] = threading.Event()
         lends = is_zero_gpu() and not self.is_lent
         work = partial(self._fill_lent if lends else self.fill, tuple(columns))
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=self._do, args=(work,), daemon=True)
         self.threads.append(thread)
         thread.start()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        work()
+        self._news.set()  # also for a side that has failed
 
     def wait(self, seconds: float) -> None:
         """Wait, but not beyond the first text or the end of a side."""
