@@ -5,7 +5,7 @@
 #   make lint    ruff, mypy, eslint and tsc only
 #   make demo    train the demo models in assets/demo again
 #   make demo-135m build a trio on SmolLM2-135M in assets/smollm2 (resumes where it was interrupted)
-#   make cases   train the models of the study in cases/ (resumes where it was interrupted)
+#   make cases   train the models of the study in runs/cases (resumes where it was interrupted)
 #   make attack  attack a running app on this machine and print what held
 #   make bench   print the figures of benchmarks/README.md
 #   make harness run lmms-eval, in an environment of its own, on a tiny task with the demo MLLM

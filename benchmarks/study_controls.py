@@ -20,6 +20,7 @@ from ipmerge_core.calibration.store import Measurements
 from ipmerge_core.models.pairing import MatrixMatch, ModelPair
 from ipmerge_core.planning.plan import MergePlan, make_plan
 from ipmerge_core.spectral.protection import energy_rank
+from ipmerge_core.spectral.similarity import chance_level
 from ipmerge_core.spectral.spectrum import svd, task_vector
 
 DIRECTIONS = 32  # of which overlaps are measured
@@ -63,7 +64,7 @@ def random_matrices(analysis: Analysis, plan: MergePlan, seed: int) -> MergePlan
     return make_plan(analysis, "task_arithmetic", overrides=overrides, math_weight=weight)
 
 
-def relative_size(plan: MergePlan, pair: ModelPair, merged: Mapping[str, Tensor]) -> float:
+def relative_size(pair: ModelPair, merged: Mapping[str, Tensor]) -> float:
     """Return the norm of the change of the decoder matrices, relative to the first expert's own."""
     change = own = 0.0
     for match in pair.matrices:
@@ -94,6 +95,31 @@ def overlaps(pair: ModelPair, grams: Measurements, count: int = DIRECTIONS) -> d
         sums["inside"] += float((change @ V.T).square().sum()) / whole
         sums["on_inputs"] += float((change @ E.T).square().sum()) / whole
     return {name: value / len(pair.matrices) for name, value in sums.items()}
+
+
+def scale(analysis: Analysis, pair: ModelPair) -> dict[str, float]:
+    """Return what could change with the size of a model, as means over the matrices.
+
+    Of the first expert: its relative change, the share of dM's energy in its first direction, the
+    effective rank of dM relative to the number of its directions, and the similarity of the first
+    direction of dV to dM's, also relative to that of unrelated bases.
+    """
+    records = [record for record in analysis.records if record.expert == 0]
+    means = {
+        "change": [math.sqrt(r.math_norm2 / r.base_norm2) for r in records],
+        "first": [r.math_sigma[0] ** 2 / (r.math_norm2 or 1.0) for r in records],
+        "rank": [r.math_ranks["effective"] / min(r.shape) for r in records],
+        "similarity": [r.similarity["weighted"] for r in records],
+        "chance": [chance_level(r.shape[1], "weighted") for r in records],
+        "principal": [r.principal["16"] for r in records],
+    }
+    sizes = {
+        "parameters": float(analysis.totals.llm_parameters),
+        "layers": float(len({record.layer for record in records})),
+        "width": float(min(records[0].shape)),
+        "matrices": float(len(pair.matrices)),
+    }
+    return {**sizes, **{name: sum(found) / len(found) for name, found in means.items()}}
 
 
 def _merged(plan: MergePlan, pair: ModelPair) -> list[MatrixMatch]:

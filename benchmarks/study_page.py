@@ -23,6 +23,9 @@ PAGE, FIGURE = DOCS / "variants-study.md", DOCS / "variants-study.svg"
 MARK = "<!-- measured by `python benchmarks/variants_study.py --write` -->"
 LEVEL = 0.05
 NEEDED = 0.9  # of tuned task arithmetic, which the one setting should reach
+FULL = 1.0  # the weight at which task arithmetic's cost is compared between cases
+FEWEST = 8  # cases for a rank correlation
+COMPARED = (BASELINE, "IP-Merging", "gamma max", "complement 0.8")
 GROUPS = ("math", "perception")
 Result = Mapping[str, Any]
 
@@ -55,6 +58,7 @@ def page(results: Sequence[Result], *, write: bool) -> str:
         *_setting(complete),
         *_controls(complete),
         *_overlaps(complete),
+        *_scale(complete),
         *_tables(lines, adjusted, complete),
     ]
     text = "\n\n".join(part for part in parts if part)
@@ -130,14 +134,17 @@ def seed_interval(shares: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _head(results: Sequence[Result]) -> str:
+    sizes: dict[str, list[Result]] = {}
+    for result in results:
+        sizes.setdefault(_millions(result), []).append(result)
+    cases = ", ".join(f"{len(own)} of {size} M parameters" for size, own in sizes.items())
     counts = [result["what"]["counts"] for result in results]
     fewest = min(c["test"] for c in counts), min(c["validation"] for c in counts)
     return (
-        f"{machine()}. {len(results)} cases with toy models of about a million parameters; at "
-        f"least {fewest[0]} test and {fewest[1]} validation problems per task. Intervals over "
-        f"items are Wilson's, over seeds Student's, both at 95 %. Paired tests are exact sign "
-        f"tests against {BASELINE} with its own chosen weight, Holm-corrected over all rows, "
-        f"cases and both measures together."
+        f"{machine()}. {len(results)} cases: {cases}. At least {fewest[0]} test and {fewest[1]} "
+        f"validation problems per task. Intervals over items are Wilson's, over seeds Student's, "
+        f"both at 95 %. Paired tests are exact sign tests against {BASELINE} with its own chosen "
+        f"weight, Holm-corrected over all rows, cases and both measures together."
     )
 
 
@@ -230,7 +237,78 @@ def _overlaps(results: Sequence[Result]) -> list[str]:
         "math change inside the MLLM's directions",
         "math change on the MLLM's inputs",
     ]
-    return ["### Directions, inputs and the math change", table(head, rows)]
+    title = "### Directions, inputs and the math change"
+    return [title, *_explanation(results), table(head, rows)]
+
+
+def _explanation(results: Sequence[Result]) -> list[str]:
+    """Test the explanation: the more of dM acts on what the MLLM sees, the more it should cost."""
+    above = sum(r["overlaps"]["inputs"] > r["overlaps"]["chance"] for r in results)
+    words = (
+        f"The hypothesis behind the complement: the leading right directions of dV are directions "
+        f"of the MLLM's inputs on pictures, and the part of dM inside them costs perception. The "
+        f"overlap is above chance in {above} of {len(results)} cases."
+    )
+    found = [(r, cost) for r in results if (cost := _cost(r)) is not None]
+    if len(found) < FEWEST:
+        return [words]
+    from scipy.stats import spearmanr
+
+    costs = [cost for _, cost in found]
+    tests = []
+    for name, meaning in (("inside", "inside the directions"), ("on_inputs", "on the inputs")):
+        rank = spearmanr([r["overlaps"][name] for r, _ in found], costs)
+        tests.append(f"{meaning} {rank.statistic:+.2f} (p {rank.pvalue:.2g})")
+    return [
+        f"{words} Rank correlation, over {len(found)} cases, of the perception that "
+        f"{BASELINE} loses at weight {FULL:g} with the share of dM {' and '.join(tests)}. Cases "
+        f"with a common MLLM are not independent, so the p values are too small."
+    ]
+
+
+def _cost(result: Result) -> float | None:
+    """Return the perception that task arithmetic loses at full weight; None if not tried."""
+    before = _score(result["unmerged"]["validation"]["perception"]).share
+    tried = result["rows"][BASELINE].get("tried", ())
+    return next((before - each["perception"] for each in tried if each["gain"] == FULL), None)
+
+
+def _scale(results: Sequence[Result]) -> list[str]:
+    """Compare the elicited skill at each size of the models."""
+    found = [result for result in results if _compared_by_size(result)]
+    if len({_millions(result) for result in found}) < 2:
+        return []
+    rows = []
+    for result in sorted(found, key=lambda one: one["scale"]["parameters"]):
+        own = result["scale"]
+        chosen = [result["rows"].get(label, {}).get("gain") for label in COMPARED]
+        rows.append([
+            result["case"], f"{_millions(result)} M", f"{own['layers']:.0f} x {own['width']:.0f}",
+            f"{100 * own['change']:.2f} %", f"{own['rank']:.2f}", f"{100 * own['first']:.0f} %",
+            f"{own['similarity'] / own['chance']:.1f}", f"{own['principal']:.2f}",
+            *("none" if gain is None else f"{gain:g}" for gain in chosen),
+        ])  # fmt: skip
+    head = ["case", "parameters", "layers x width", "math change / base",
+            "effective rank / directions", "energy of the first direction",
+            "weighted similarity / chance", "mean cosine of 16 directions",
+            *(f"gain of {label}" for label in COMPARED)]  # fmt: skip
+    words = (
+        "The elicited skill at each size; means over the matrices. The models differ in more than "
+        "size: those of 135 M are a pretrained language model, fine-tuned by other schedules."
+    )
+    return ["### Does it change with size?", words, table(head, rows)]
+
+
+def _compared_by_size(result: Result) -> bool:
+    facts = result["facts"]
+    plain = facts["experts"] == ["math"] and facts["kind"] == "many"
+    return plain and facts["trio"] != "taught"
+
+
+def _millions(result: Result) -> str:
+    """Return the parameters of the language model in millions, with two digits or more."""
+    millions = result["scale"]["parameters"] / 1e6
+    return f"{millions:.0f}" if millions >= 10 else f"{millions:.1f}"
 
 
 def _tables(

@@ -1,9 +1,10 @@
-"""Study every variant and method on the cases of `make cases`, and write docs/variants-study.md.
+"""Study every variant and method on all cases, and write docs/variants-study.md.
 
-    python benchmarks/variants_study.py [--cases cases] [--folder study] [--only NAME ...]
+    python benchmarks/variants_study.py [--cases runs/cases] [--folder runs/study] [--only NAME ...]
         [--limit 100] [--validation 20] [--choose] [--write]
 
-Every row of `study_rows` gets the same number of gains. The gain is chosen on a validation draw
+The cases are those of `make cases`, and the trio of `make demo-135m` where it was built. Every row
+of `study_rows` gets the same number of gains in a case. The gain is chosen on a validation draw
 with other handwriting, and reported on a test draw; both exclude drawings of the training.
 Every finished row is stored in the folder, and so is every reply, so that the study continues after
 an interruption. --choose picks one setting for all cases from the validation draws of seed 0, and
@@ -23,14 +24,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "assets" / "demo"))  # where cases are made
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package, when it is not installed
 
-from cases import CASES, OUT, Case
-from draws import Draw, evaluation_problems
-from study_controls import overlaps, random_matrices, random_subspace, relative_size
+from study_cases import OUT, Draw, StudyCase, available, counts_of, rows_of
+from study_controls import overlaps, random_matrices, random_subspace, relative_size, scale
 from study_page import page
-from study_rows import BASELINE, Row, rows
+from study_rows import BASELINE, TRIES, Row, rows
 
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.calibration.calibrate import calibrate
@@ -44,14 +43,12 @@ from ipmerge_core.evaluation.merged_models import MergedModels
 from ipmerge_core.evaluation.points import UNMERGED, Point
 from ipmerge_core.evaluation.replies import ReplyStore
 from ipmerge_core.evaluation.subjects import Subject
-from ipmerge_core.merging.in_memory import iter_merged_tensors
 from ipmerge_core.methods import METHODS
 from ipmerge_core.methods.declarations import drained
 from ipmerge_core.planning.options import PlanOptions
 from ipmerge_core.planning.plan import MergePlan, make_plan
 from ipmerge_core.planning.scope import needed_data
 from ipmerge_core.runtime.atomic import write_whole
-from ipmerge_core.tasks.demo import MATH_TASKS
 from ipmerge_core.tasks.demo_items import demo_task, item_of
 from ipmerge_core.tasks.items import ItemSet, Task
 
@@ -76,13 +73,19 @@ class CaseStudy:
     """
 
     def __init__(
-        self, case: Case, cases: Path, folder: Path, counts: Mapping[Draw, int], table: list[Row]
+        self,
+        case: StudyCase,
+        cases: Path,
+        folder: Path,
+        counts: Mapping[Draw, int],
+        table: Sequence[Row],
     ) -> None:
-        self.case, self.folder, self.counts, self.table = case, folder, counts, table
+        self.case, self.folder = case, folder
+        self.counts, self.table = counts_of(case, counts), rows_of(case, table)
         self.analysis = Analysis.load(case.pack(cases))
         self.path = folder / f"{case.name}.json"
         self.store, self.caches = ReplyStore(folder / "replies"), Caches()
-        self.tasks = {draw: self._task(draw) for draw in counts}
+        self.tasks = {draw: self._task(draw) for draw in self.counts}
         self.results: dict[str, Any] = self._stored()
 
     def run(self, models: MergedModels, setting: Mapping[str, Any] | None) -> Iterator[str]:
@@ -94,6 +97,7 @@ class CaseStudy:
             }
             grams = Measurements.open(self.calibration("gram"))
             self.results["overlaps"] = overlaps(models.pair, grams)
+            self.results["scale"] = scale(self.analysis, models.pair)
             self._save()
             yield f"{self.case.name}: unmerged"
         for row in self.table:
@@ -126,8 +130,9 @@ class CaseStudy:
         if gain is None:
             return {"gain": None, "size": 0.0, "test": self.results["unmerged"]["test"]}
         plan = self.plan(row, gain)
-        size = relative_size(plan, self.models.pair, tensors_of(plan))
-        found = self.outcomes(Point(plan.hash, plan), "test")
+        point = Point(plan.hash, plan)
+        size = relative_size(self.models.pair, self.models.tensors(point))
+        found = self.outcomes(point, "test")
         return {"gain": gain, "size": size, "plan": plan.hash, "test": found}
 
     def plan(self, row: Row, gain: float) -> MergePlan:
@@ -178,7 +183,8 @@ class CaseStudy:
 
         @contextlib.contextmanager
         def loaded(device: str) -> Iterator[Any]:
-            found = random_subspace(plan, self.models.pair, tensors_of(plan), seed)
+            merged = self.models.tensors(Point(plan.hash, plan))
+            found = random_subspace(plan, self.models.pair, merged, seed)
             with self.models.exchanged(device, found) as model:
                 yield model
 
@@ -220,12 +226,10 @@ class CaseStudy:
         return found
 
     def _task(self, draw: Draw) -> Task:
-        """Return a draw as a task: what the MLLM has learned to read, and mathematics."""
-        recipe = self.case.recipe
+        """Return a draw of the case as a task."""
 
         def load(_: object) -> ItemSet:
-            tasks = (*MATH_TASKS, *recipe.perception)
-            found = evaluation_problems(tasks, self.counts[draw], draw, self.case.seed, recipe)
+            found = self.case.problems(self.counts[draw], draw)
             return ItemSet(tuple(item_of(p, f"{draw}-{i}") for i, p in enumerate(found)))
 
         return replace(demo_task(), name=f"demo@{draw}", load=load)
@@ -240,18 +244,12 @@ class CaseStudy:
             found: dict[str, Any] = json.loads(self.path.read_text())
             if found["what"] == what:
                 return found
-        facts = {"trio": self.case.trio, "seed": self.case.seed, "kind": self.case.kind}
-        facts["experts"] = list(self.case.experts)
-        return {"case": self.case.name, "facts": facts, "what": what, "rows": {}, "controls": {}}
+        made = {"case": self.case.name, "facts": self.case.facts, "what": what}
+        return {**made, "rows": {}, "controls": {}}
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.results))
-
-
-def tensors_of(plan: MergePlan) -> dict[str, Any]:
-    """Return the tensors that a plan changes, by stored name."""
-    return {step.name: step.tensor for step in iter_merged_tensors(plan) if step.tensor is not None}
 
 
 def share(outcomes: Sequence[bool]) -> float:
@@ -314,7 +312,7 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="choose the setting for all cases")
     parser.add_argument("--write", action="store_true", help="write the page and the figure")
     options = parser.parse_args()
-    there = [case for case in CASES if case.pack(options.cases).is_file()]
+    there = available(options.cases)
     named = [c for c in there if not options.only or any(part in c.name for part in options.only)]
     if not named:
         raise SystemExit(f"There are no such cases in {options.cases}. Run `make cases` first.")
@@ -324,7 +322,7 @@ def main() -> None:
     counts: dict[Draw, int] = {"validation": options.validation, "test": options.limit}
     for case in named:
         study = CaseStudy(case, options.cases, options.folder, counts, table)
-        with MergedModels(study.analysis.sources) as models:
+        with MergedModels(study.analysis.sources, kept=TRIES) as models:
             for line in study.run(models, setting):
                 print(line, flush=True)
     results = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]

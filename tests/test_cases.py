@@ -39,7 +39,7 @@ def test_every_case_has_a_name_of_its_own_and_three_seeds():
     for expert in ("math", *cases.EXPERTS):
         seeds = {case.seed for case in cases.CASES if expert in case.experts}
         assert seeds == {0, 1, 2}, expert
-    assert {case.trio for case in cases.CASES} == {"elicited", "taught"}
+    assert {case.trio for case in cases.CASES} == {"elicited", "taught", "larger"}
     assert {case.kind for case in cases.CASES} == {"many", "few"}
 
 

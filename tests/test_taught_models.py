@@ -119,7 +119,7 @@ def test_a_drawing_is_read_up_to_the_sign_and_no_further():
         assert recipes.ELICITED.reads(problem).reply == f" {problem.calculation}"
 
 
-def test_both_recipes_have_folders_and_packs():
-    for recipe in recipes.RECIPES.values():
+def test_both_shipped_recipes_have_folders_and_packs():
+    for recipe in (recipes.ELICITED, recipes.TAUGHT):
         assert (recipe.folder / recipe.pack).is_file()
         assert json.loads((recipe.folder / "mllm" / "config.json").read_text())

@@ -58,15 +58,17 @@ def control_sizes(run: study.CaseStudy) -> dict[str, tuple[float, float]]:
     """The sizes of a control and of what it controls."""
     row = next(r for r in run.table if r.label == "complement 0.8")
     plan = run.plan(row, row.gains[-1])
-    own, pair = study.tensors_of(plan), run.models.pair
+    pair = run.models.pair
+    own = run.models.tensors(study.Point("complement", plan))
     other = study.random_subspace(plan, pair, own, 0)
     row = next(r for r in run.table if r.label.endswith("upper half"))
     upper = run.plan(row, row.gains[-1])
     random = study.random_matrices(run.analysis, upper, 0)
     return {
-        "subspace": (relative_size(plan, pair, own), relative_size(plan, pair, other)),
+        "subspace": (relative_size(pair, own), relative_size(pair, other)),
         "matrices": tuple(
-            relative_size(each, pair, study.tensors_of(each)) for each in (upper, random)
+            relative_size(pair, run.models.tensors(study.Point(each.hash, each)))
+            for each in (upper, random)
         ),
     }
 
@@ -150,6 +152,7 @@ def result_of(case: str, seed: int, rows: dict[str, tuple[float, float]], n: int
         "facts": {"trio": "elicited", "seed": seed, "kind": "many", "experts": ["math"]},
         "what": {"counts": {"test": 1, "validation": 1}},
         "unmerged": {"validation": nothing, "test": nothing},
+        "scale": {"parameters": 9.3e5},
         "overlaps": dict.fromkeys(("inputs", "chance", "inside", "on_inputs"), 0.5),
         "rows": {label: row(*shares) for label, shares in rows.items()},
         "controls": {},

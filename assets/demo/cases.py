@@ -1,6 +1,6 @@
 """Train the cases of the study: seeds of both trios, experts that are hard to merge, two MLLMs.
 
-    python assets/demo/cases.py [--out cases] [--only elicited-0] [--list] [--shorten 1]
+    python assets/demo/cases.py [--out runs/cases] [--only elicited-0] [--list] [--shorten 1]
 
 In: the list of cases below. Out: in the folder, the models of every trio and seed, and a pack per
 case, which the study reads. Each model takes seconds (an expert) to minutes (a base, an MLLM) on
@@ -32,7 +32,7 @@ from case_texts import (  # noqa: E402
     style_document,
     words_document,
 )
-from draws import MLLM_STEPS  # noqa: E402
+from draws import MLLM_STEPS, Draw, evaluation_problems  # noqa: E402
 from models import new_processor, new_tokenizer, save_language_model, save_mllm  # noqa: E402
 from recipes import ELICITED, RECIPES, MathStage, Recipe  # noqa: E402
 from texts import base_document, math_document  # noqa: E402
@@ -41,10 +41,9 @@ from train import load_base, stored, train_base, train_math, train_mllm  # noqa:
 from ipmerge_core.analysis.analyse import analyse  # noqa: E402
 from ipmerge_core.models.pairing import open_pair  # noqa: E402
 from ipmerge_core.runtime.atomic import atomic_path, write_whole  # noqa: E402
-from ipmerge_core.tasks.demo import Task  # noqa: E402
+from ipmerge_core.tasks.demo import MATH_TASKS, Problem, Task  # noqa: E402
 
-OUT = HERE.parents[1] / "cases"
-BASE_STEPS = 1200
+OUT = HERE.parents[1] / "runs" / "cases"
 SEEDS = (0, 1, 2)
 FEW: tuple[Task, ...] = ("sides", "shape")  # what an MLLM of few picture tasks learns to read
 _OWN = ELICITED.math[0]
@@ -85,6 +84,16 @@ class Case(NamedTuple):
         return own._replace(perception=FEW) if self.kind == "few" else own
 
     @property
+    def facts(self) -> dict[str, object]:
+        """What distinguishes the case, in JSON values."""
+        return {**self._asdict(), "experts": list(self.experts)}
+
+    def problems(self, count: int, draw: Draw) -> list[Problem]:
+        """Draw problems of each task: mathematics, and what this MLLM has learned to read."""
+        tasks = (*MATH_TASKS, *self.recipe.perception)
+        return evaluation_problems(tasks, count, draw, self.seed, self.recipe)
+
+    @property
     def folder(self) -> str:
         """Folder of the models, shared by the cases of a trio and seed."""
         return f"{self.trio}-{self.seed}"
@@ -109,6 +118,7 @@ def all_cases() -> Iterator[Case]:
         yield Case("elicited", seed, ("math", "short"))
         for expert in ("math", "style"):
             yield Case("elicited", seed, (expert,), "few")
+    yield Case("larger", 0)
 
 
 CASES = tuple(all_cases())
@@ -161,7 +171,7 @@ class Trainer:
     def _train(self, case: Case, name: str, folder: Path) -> None:
         recipe, where = case.recipe, self.out / case.folder
         if name == "base":
-            base = train_base(case.seed, self.tokenizer, BASE_STEPS // self.shorten, recipe)
+            base = train_base(case.seed, self.tokenizer, self._shortened(recipe))
             save_language_model(stored(base, recipe), self.tokenizer, folder)
         elif name == case.mllm:
             mllm = train_mllm(load_base(where), case.seed, self.tokenizer, self._counts(), recipe)
@@ -170,6 +180,10 @@ class Trainer:
             own = recipe._replace(math=self._stages(case, name))
             expert = train_math(load_base(where), case.seed, self.tokenizer, own)
             save_language_model(stored(expert, recipe), self.tokenizer, folder)
+
+    def _shortened(self, recipe: Recipe) -> Recipe:
+        steps = max(1, recipe.schedule.steps // self.shorten)
+        return recipe._replace(schedule=recipe.schedule._replace(steps=steps))
 
     def _counts(self) -> tuple[int, int, int]:
         first, second, third = (max(1, count // self.shorten) for count in MLLM_STEPS)
@@ -182,8 +196,9 @@ class Trainer:
     def _definition(self, case: Case, name: str) -> dict[str, object]:
         """Return what a model follows from, in JSON, so that another recipe is trained again."""
         recipe = case.recipe
-        common = {"seed": case.seed, "base": _named(recipe.base), "steps": BASE_STEPS}
-        common["steps"] = BASE_STEPS // self.shorten
+        steps, rate = self._shortened(recipe).schedule
+        common = {"seed": case.seed, "base": _named(recipe.base), "size": recipe.size}
+        common |= {"steps": steps, "learning_rate": rate}
         if name == "base":
             return common
         if name == case.mllm:

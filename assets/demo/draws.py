@@ -89,9 +89,13 @@ def evaluation_problems(
     tasks: Sequence[Task], n: int, draw: Draw, training_seed: int = 0, recipe: Recipe = ELICITED
 ) -> list[Problem]:
     """Return `n` problems of each task of a draw, without training drawings."""
+    return drawn(tasks, n, draw, training_drawings(training_seed, recipe=recipe))
+
+
+def drawn(tasks: Sequence[Task], n: int, draw: Draw, without: frozenset[Drawing]) -> list[Problem]:
+    """Return `n` problems of each task of a draw, without some drawings."""
     split, seed = DRAWS[draw]
-    seen = training_drawings(training_seed, recipe=recipe)
-    return [p for task in tasks for p in problems(task, n, seed, split, without=seen)]
+    return [p for task in tasks for p in problems(task, n, seed, split, without=without)]
 
 
 def recurring(

@@ -7,6 +7,7 @@ the Auto classes. The MLLM's tensors have the names of LLaVA checkpoints on the 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -122,14 +123,25 @@ def new_processor(
     )
 
 
-def language_config() -> LlamaConfig:
-    """Return the configuration the three language models share."""
+class Size(NamedTuple):
+    """The dimensions of a language model; an intermediate size is 2.75 times the width."""
+
+    width: int
+    layers: int
+    heads: int
+
+
+SMALL, LARGE = Size(128, 4, 4), Size(320, 8, 8)  # 0.9 and 10.4 million parameters
+
+
+def language_config(size: Size = SMALL) -> LlamaConfig:
+    """Return the configuration the three language models of a trio share."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=size.width,
+        intermediate_size=size.width * 11 // 4,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
         max_position_embeddings=256,
         pad_token_id=PAD,
         bos_token_id=BOS,
@@ -137,10 +149,10 @@ def language_config() -> LlamaConfig:
     )
 
 
-def new_language_model(seed: int) -> LlamaForCausalLM:
+def new_language_model(seed: int, size: Size = SMALL) -> LlamaForCausalLM:
     """Make an untrained language model."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(language_config())
+    return LlamaForCausalLM(language_config(size))
 
 
 def new_mllm(

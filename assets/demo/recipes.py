@@ -1,7 +1,8 @@
-"""The two recipes of the demo models: a skill that the base has, and one that it is taught.
+"""The recipes of the demo models: a skill that the base has, and one that it is taught.
 
 In: nothing. Out: `Recipe`s, which name the documents and steps of each training stage; `train`
-executes them. Both share architecture, tokenizer, drawings and the three stages of the MLLM.
+executes them. All share tokenizer, drawings and the three stages of the MLLM. A third recipe is the
+first at ten times the size, for the study of the variants; its models are not shipped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from fitting import Schedule
+from models import LARGE, SMALL, Size
 from texts import (
     Document,
     base_document,
@@ -50,6 +53,8 @@ class Recipe(NamedTuple):
     reads: Callable[[Problem], Document]  # what the MLLM learns to say of a drawing
     half: bool  # whether the files are bf16
     perception: tuple[Task, ...] = PERCEPTION_TASKS  # what the MLLM learns to read
+    size: Size = SMALL
+    schedule: Schedule = Schedule(1200, 2.5e-3)  # of the base
 
     @property
     def pack(self) -> Path:
@@ -78,4 +83,11 @@ TAUGHT = Recipe(
     reads=partial(reading_document, equals=True),
     half=True,
 )
-RECIPES = {recipe.name: recipe for recipe in (ELICITED, TAUGHT)}
+LARGER = ELICITED._replace(
+    name="larger",
+    title="demo trio of 10 M parameters",
+    folder=HERE.parents[1] / "runs" / "cases" / "larger-0",
+    size=LARGE,
+    schedule=Schedule(700, 1e-3),
+)
+RECIPES = {recipe.name: recipe for recipe in (ELICITED, TAUGHT, LARGER)}

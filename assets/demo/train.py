@@ -11,6 +11,7 @@ What each recipe teaches, and what it never does: see `recipes`, `texts` and REA
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -60,20 +61,17 @@ Batch = dict[str, Tensor]
 
 
 def train_base(
-    seed: int,
-    tokenizer: PreTrainedTokenizerFast,
-    steps: int = 1200,
-    recipe: Recipe = ELICITED,
+    seed: int, tokenizer: PreTrainedTokenizerFast, recipe: Recipe = ELICITED
 ) -> LlamaForCausalLM:
     """Train the base on its mixture; every token counts."""
-    model = new_language_model(seed)
+    model = new_language_model(seed, recipe.size)
     rng = np.random.default_rng([seed, 1])
 
     def loss(_: int) -> Tensor:
         documents = [recipe.base(rng) for _ in range(64)]
         return model(**text_batch(documents, tokenizer), use_cache=False).loss
 
-    fit("base", list(model.parameters()), loss, Schedule(steps, 2.5e-3))
+    fit("base", list(model.parameters()), loss, recipe.schedule)
     return model
 
 
@@ -84,7 +82,7 @@ def train_math(
     recipe: Recipe = ELICITED,
 ) -> LlamaForCausalLM:
     """Fine-tune the projections, or norms, on calculated answers, with replay of base documents."""
-    model = copy_language_model(base)
+    model = copy.deepcopy(base)
     rng = np.random.default_rng([seed, 2])
     for stage in recipe.math:
 
@@ -168,13 +166,6 @@ def norms(model: nn.Module) -> list[nn.Parameter]:
 TRAINED = {"projections": projections, "norms": norms}
 
 
-def copy_language_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Return an independent copy."""
-    copy = new_language_model(0)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
 def text_batch(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, *, reply_only: bool = False
 ) -> Batch:
@@ -221,7 +212,7 @@ def run(recipe: Recipe, seed: int, out: Path, stages: list[str]) -> Iterator[str
     started = time.process_time()
     for stage in stages:
         if stage == "base":
-            base = train_base(seed, tokenizer, recipe=recipe)
+            base = train_base(seed, tokenizer, recipe)
             save_language_model(stored(base, recipe), tokenizer, out / "base")
         elif stage == "math":
             math = train_math(load_base(out), seed, tokenizer, recipe)

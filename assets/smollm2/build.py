@@ -29,12 +29,14 @@ from documents import (
     HERE,
     IGNORED,
     IMAGE_TOKEN,
+    ChatDocument,
     cell_tokens,
     math_documents,
     reading_documents,
     text_batch,
     typed_batch,
 )
+from draws import WITHOUT_HANDWRITING
 from fitting import Schedule, fit
 from language_model import PACKAGED, LanguageModel, load_language_model, prepare_tokenizer
 from models import new_mllm, new_processor, save_language_model, save_mllm
@@ -52,7 +54,7 @@ from ipmerge_core.analysis.analyse import analyse
 from ipmerge_core.errors import IPMergeError
 from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.runtime.devices import resolve_device
-from ipmerge_core.tasks.demo import TASKS, make_problem
+from ipmerge_core.tasks.demo import TASKS, Drawing, Problem, make_problem
 
 STAGES = ("base", "math", "mllm", "pack")
 TITLE = "SmolLM2-135M trio"
@@ -151,11 +153,11 @@ def make_mllm(build: Build) -> dict[str, str]:
     backbone = mllm.model.language_model
 
     def typed_loss(step: int) -> Tensor:
-        documents = reading_documents(ROWS, build.rng(2, step))
+        documents = read_documents(build, 2, step)
         return reply_loss(backbone, mllm.lm_head, typed_batch(documents, tokenizer))
 
     def joint_loss(step: int) -> Tensor:
-        documents = reading_documents(ROWS, build.rng(3, step))
+        documents = read_documents(build, 3, step)
         seen = pixels(row.problem for row in documents if row.problem)
         batch = text_batch(documents, tokenizer) | {"pixel_values": seen}
         return reply_loss(mllm.model, mllm.lm_head, batch)
@@ -179,6 +181,31 @@ def make_pack(build: Build) -> dict[str, str]:
     found = replace(analyse(pair, device=build.device), name=TITLE)
     found.save(build.out / PACK)
     return {"matrices": str(len(found.records))}
+
+
+# --- what is shown ---
+
+
+def shown_problems(build: Build, step: int) -> list[Problem]:
+    """Return the drawings of a step of the tower alone."""
+    rng = build.rng(1, step)
+    tasks = [TASKS[int(index)] for index in rng.integers(len(TASKS), size=SHOWN)]
+    return [make_problem(task, int(rng.integers(2**31)), "train", 0) for task in tasks]
+
+
+def read_documents(build: Build, stage: int, step: int) -> list[ChatDocument]:
+    """Return the drawings to read of a step: typed in stage 2, shown in stage 3."""
+    return reading_documents(ROWS, build.rng(stage, step))
+
+
+def training_drawings(build: Build) -> frozenset[Drawing]:
+    """Collect the training drawings without handwriting; the others cannot recur."""
+    _, cells_schedule, typed, joint = build.schedules
+    seen = [p for step in range(cells_schedule.steps) for p in shown_problems(build, step)]
+    for stage, schedule in ((2, typed), (3, joint)):
+        for step in range(schedule.steps):
+            seen += [d.problem for d in read_documents(build, stage, step) if d.problem]
+    return frozenset(p.marks for p in seen if p.task in WITHOUT_HANDWRITING)
 
 
 # --- parts of a step -------------------------------------------------------------------------
@@ -208,9 +235,7 @@ def naming_loss(
     scale = torch.pdist(names).square().mean()
 
     def loss(step: int) -> Tensor:
-        rng = build.rng(1, step)
-        tasks = [TASKS[int(index)] for index in rng.integers(len(TASKS), size=SHOWN)]
-        seen = [make_problem(task, int(rng.integers(2**31)), "train", 0) for task in tasks]
+        seen = shown_problems(build, step)
         held = torch.tensor([held_of[cell] for problem in seen for cell in cells(problem)])
         shown = pixels(seen).to(build.device)
         features = mllm.model.vision_tower(shown).last_hidden_state[:, 1:]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -139,6 +140,8 @@ class MergedModels(ExchangedModel):
         sources: the models of the pair.
         force: evaluate merges even if the sibling check refuses the models.
         updates: a folder of kept updates of IP-Merging, see `merge`.
+        kept: how many of the last merges stay in memory, so that what evaluates one of them again
+            (another cut, or another draw of items) does not merge again.
         stops: events that cancel merging and loading.
 
     Raises: CheckpointError, PairingError if the models cannot be opened or do not match.
@@ -150,6 +153,7 @@ class MergedModels(ExchangedModel):
         *,
         force: bool = False,
         updates: str | Path | None = None,
+        kept: int = 1,
         stops: Sequence[threading.Event] = (),
     ) -> None:
         self.pair = open_sources(sources)
@@ -157,7 +161,7 @@ class MergedModels(ExchangedModel):
         super().__init__(model_folder(sources.mllm), self.pair.mllm, stops)
         self.force, self.updates = force, updates
         self.matrices: tuple[CutMatrix, ...] = matrices_of_pair(self.pair)
-        self._kept: tuple[str, Tensors] = ("", {})  # the last merge, for many cuts of it
+        self._most_kept, self._kept = kept, OrderedDict[str, Tensors]()
 
     def subject(self, point: Point, cut: Cut | None = None) -> Subject:
         """Return a point as a model to evaluate, with a module knocked out if there is a cut.
@@ -176,7 +180,7 @@ class MergedModels(ExchangedModel):
 
     @contextlib.contextmanager
     def _state(self, point: Point, cut: Cut | None, device: str) -> Iterator[LoadedModel]:
-        tensors = dict(self._tensors(point, device))
+        tensors = dict(self.tensors(point, device))
         if cut is not None:
             mllm = self.pair.mllm
             found = cut_tensors(cut, self.matrices, mllm, pair=self.pair, merged=tensors)
@@ -184,16 +188,18 @@ class MergedModels(ExchangedModel):
         with self.exchanged(device, tensors) as loaded:
             yield loaded
 
-    def _tensors(self, point: Point, device: str) -> Tensors:
-        """Return the tensors of a point by stored name; those of the last plan are kept."""
+    def tensors(self, point: Point, device: str = "cpu") -> Tensors:
+        """Return the tensors of a point that differ from the MLLM's, by stored name."""
         if point.plan is None:
             return {}
-        if self._kept[0] != point.key:
+        if point.key not in self._kept:
+            while len(self._kept) >= self._most_kept:
+                self._kept.popitem(last=False)  # before the next one, for the sake of memory
             merged = self._merged(point.plan, device)
             if point.permuted is not None:
                 merged = dict(permuted_tensors(point.plan, self.pair, merged, point.permuted))
-            self._kept = point.key, merged
-        return self._kept[1]
+            self._kept[point.key] = merged
+        return self._kept[point.key]
 
     def _merged(self, plan: MergePlan, device: str) -> Tensors:
         steps = iter_merged_tensors(
