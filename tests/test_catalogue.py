@@ -12,6 +12,9 @@ from ipmerge_core.models.catalogue import find_model, likely_base, load_catalogu
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.tasks.registry import find_tasks
+from ipmerge_core.ui.explore.tab import map_presets
+from ipmerge_core.ui.merge.method_form import form_presets, preset_choice, preset_of
+from ipmerge_core.ui.plan_choice import PlanChoice
 
 CATALOGUE = load_catalogue()
 
@@ -47,13 +50,25 @@ def test_a_pair_is_made_of_known_models_that_share_a_root(pair: object) -> None:
 
 @pytest.mark.parametrize("preset", CATALOGUE.presets, ids=lambda preset: preset.name)
 def test_a_preset_makes_a_plan_and_says_whose_it_is(preset: object, trio: Trio) -> None:
-    assert preset.origin in ("paper", "public code", "ours")
-    if preset.similarity is not None:
-        method = ipm.METHODS[preset.method]
-        assert method.complete(preset.parameters)
-        return
+    assert preset.origin in ("paper", "public code", "ours", "study")
     pair = ipm.open_pair(trio.mllm, trio.math, trio.base)
-    assert ipm.make_plan(pair, method=preset.method, **preset.parameters).selected
+    needs_analysis = ipm.METHODS[preset.method].needs_analysis
+    known = ipm.analyse(pair) if needs_analysis else pair
+    plan = ipm.make_plan(known, method=preset.method, **preset.arguments)
+    assert plan.selected or preset.name in ("IP-Merging", "Nothing")
+
+
+def test_a_preset_is_drawn_by_the_map_or_filled_into_the_form_exactly_once() -> None:
+    for preset in CATALOGUE.presets:
+        drawn = [p for p in map_presets() if p["label"] == preset.name]
+        filled = [p for p in form_presets() if p.name == preset.name]
+        assert len(drawn) + len(filled) == 1, preset.name
+        if drawn:
+            choice = PlanChoice.from_arguments(preset.arguments)
+            assert choice.arguments.items() >= preset.arguments.items()
+            assert drawn[0]["plan"] == choice.to_browser()
+        else:
+            assert preset_of(preset_choice(preset)) == preset
 
 
 def test_models_are_found_by_id_and_by_folder_name() -> None:

@@ -1,9 +1,9 @@
 """Catalogue of known models, pairs, presets and scenarios, with their sources.
 
-In: `catalogue.json` in this folder. Out: known models, pairs, presets and the tasks of scenarios as
-plain values, and the likely base of a model. Every entry names its source; an unverified licence is
-None, and a preset records whether it comes from a paper, its public code, or this project. No
-network, no torch.
+In: `catalogue.json` in this folder, and `study_presets.json`, which the study of the variants
+writes. Out: known models, pairs, presets and the tasks of scenarios as plain values, and the likely
+base of a model. Every entry names its source; an unverified licence is None, and a preset records
+whether it comes from a paper, its public code, this project, or its study. No network, no torch.
 """
 
 from __future__ import annotations
@@ -47,14 +47,12 @@ class KnownPair:
 
 @dataclass(frozen=True)
 class Preset:
-    """A method with parameter values; `origin` is where the values come from."""
+    """A method with arguments of `make_plan`; `origin` is where their values come from."""
 
     name: str
     method: str
-    similarity: str | None
-    similarity_threshold: float | None
-    parameters: dict[str, Any]
-    origin: Literal["paper", "public code", "ours"]
+    arguments: dict[str, Any]
+    origin: Literal["paper", "public code", "ours", "study"]
     source: str
 
 
@@ -84,18 +82,14 @@ class Catalogue:
 @cache
 def load_catalogue() -> Catalogue:
     """Read the catalogue shipped with the package."""
-    text = (
-        resources.files("ipmerge_core.models")
-        .joinpath("catalogue.json")
-        .read_text(encoding="utf-8")
-    )
-    content = json.loads(text)
+    content = _shipped("catalogue.json")
+    presets = [*content["presets"], *_shipped("study_presets.json")]
     return Catalogue(
         models={entry["id"]: KnownModel(**entry) for entry in content["models"]},
         pairs=tuple(
             KnownPair(**{**entry, "math": tuple(entry["math"])}) for entry in content["pairs"]
         ),
-        presets=tuple(Preset(**entry) for entry in content["presets"]),
+        presets=tuple(Preset(**entry) for entry in presets),
         scenarios={
             entry["skill"]: Scenario(
                 **{**entry, "tasks": tuple(entry["tasks"]), "harness": tuple(entry["harness"])}
@@ -103,6 +97,11 @@ def load_catalogue() -> Catalogue:
             for entry in content["scenarios"]
         },
     )
+
+
+def _shipped(name: str) -> Any:  # noqa: ANN401 (JSON values)
+    text = resources.files("ipmerge_core.models").joinpath(name).read_text(encoding="utf-8")
+    return json.loads(text)
 
 
 def skill_of(experts: Iterable[str]) -> str | None:

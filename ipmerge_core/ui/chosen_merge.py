@@ -26,6 +26,7 @@ from ipmerge_core.ui.method_choice import (
     MethodChoice,
     Value,
     chosen_plan,
+    option_text,
     parameters_of,
 )
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, pair_name
@@ -224,7 +225,7 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
     values = {name: found[name] for name in usual if name in found and found[name] != usual[name]}
     choice = _map_choice(content, values) if method.name == EXPLORED_METHOD else None
     options = {
-        option.name: _text(content[option.name])
+        option.name: option_text(content[option.name])
         for option in FIELDS
         if content.get(option.name) not in (None, option.default, _stored(option.default))
     }
@@ -268,11 +269,6 @@ def _map_choice(content: Mapping[str, Any], values: Mapping[str, Any]) -> PlanCh
         dict(content.get("overrides") or {}),
         float(values.get("budget", 0.0)),
     )
-
-
-def _text(value: object) -> str:
-    """Return an option's value as the form's text."""
-    return " ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
 # --- the permalink ---------------------------------------------------------------------------

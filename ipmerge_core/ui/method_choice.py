@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import PlanError
-from ipmerge_core.planning.options import OPTIONS, PlanOptions
+from ipmerge_core.planning.options import OPTIONS, PlanOptions, shown
 from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, analysis_of, plan_of
 
 if TYPE_CHECKING:
@@ -39,6 +39,15 @@ class MethodChoice(NamedTuple):
     values: Mapping[str, Value] = {}
     options: Mapping[str, str] = {}
     calibration: str = ""
+
+
+def option_text(value: object) -> str:
+    """Return an option's value as the form's text.
+
+    >>> option_text((0.5, 1.0)), option_text("upper_half")
+    ('0.5 1', 'upper_half')
+    """
+    return " ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def parameters_of(name: str) -> tuple[Parameter, ...]:

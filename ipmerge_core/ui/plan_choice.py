@@ -94,6 +94,21 @@ class PlanChoice(NamedTuple):
             **({"budget": self.budget} if self.budget else {}),
         }
 
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> PlanChoice | None:
+        """Return the choice with these arguments of `make_plan`; None if the map has none.
+
+        >>> PlanChoice.from_arguments({"gamma_norm": "max", "lambda_": 4.0}).variant
+        'max'
+        >>> PlanChoice.from_arguments({"rank": 8}) is None
+        True
+        """
+        fields = ("similarity_threshold", "lambda_", "similarity", "budget", "overrides")
+        own = {name: arguments[name] for name in fields if name in arguments}
+        rest = {name: value for name, value in arguments.items() if name not in fields}
+        variant = next((name for name, given in VARIANTS.items() if dict(given) == rest), None)
+        return None if variant is None else cls(**own, variant=variant)
+
     def to_browser(self) -> dict[str, Any]:
         """Return the plan in the format of the layer map.
 

@@ -14,6 +14,7 @@ import gradio as gr
 from gradio.events import Dependency
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.models.catalogue import load_catalogue
 from ipmerge_core.plots.spectra import spectra_figure, spectra_info
 from ipmerge_core.runtime.host import space_id
 from ipmerge_core.ui.chosen_merge import ChosenMerge
@@ -27,46 +28,11 @@ from ipmerge_core.ui.explore.partial_packs import (
     records_since,
 )
 from ipmerge_core.ui.knockout_files import read_knockout
+from ipmerge_core.ui.method_choice import EXPLORED_METHOD
 from ipmerge_core.ui.pairs import load_pack
 from ipmerge_core.ui.plan_choice import PlanChoice, read_cells, read_commit
 from ipmerge_core.ui.runs import Updates
 from ipmerge_core.ui.safe_text import as_html
-
-PRESETS: list[dict[str, Any]] = [
-    {
-        "label": "IP-Merging",
-        "source": "Rule and update of the paper (arXiv 2510.14387). Its thresholds are not "
-        "published; 0.4 is the default of the authors' public code.",
-        "plan": {"s": 0.4},
-    },
-    {
-        "label": "IP-Merging, public code",
-        "source": "As in the authors' public code: the largest similarity of corresponding "
-        "directions is at least 0.4.",
-        "plan": {"s": 0.4, "similarity": "max"},
-    },
-    {
-        "label": "IP-Merging, γ max",
-        "source": "Ours: γ divided by its maximum, so that the best-aligned direction is kept in "
-        "full; all matrices, λ = 4.",
-        "plan": {"s": 0, "variant": "max", "lambda": 4},
-    },
-    {
-        "label": "All, rescaled",
-        "source": "Ours, an ablation: no selection and no projection, only the rescaling ρ.",
-        "plan": {"s": 0, "variant": "rescale_only"},
-    },
-    {
-        "label": "Task arithmetic",
-        "source": "Adds λ times the math task vector to every matrix (arXiv 2212.04089).",
-        "plan": {"s": 0, "variant": "select_only"},
-    },
-    {
-        "label": "Nothing",
-        "source": "λ = 0: the merged model is identical to the vision-language model.",
-        "plan": {"s": 1, "lambda": 0},
-    },
-]
 
 LONGEST_LINK = 4000  # characters of a permalink's query
 
@@ -247,7 +213,7 @@ def content_of(
 ) -> dict[str, Any]:
     """Return what the layer map draws: a pack, the initial plan and the presets."""
     start = start_choice(pack)
-    presets = PRESETS if start == PlanChoice() else [_third(start), *PRESETS]
+    presets = map_presets() if start == PlanChoice() else [_third(start), *map_presets()]
     return {
         "id": pack_id,
         "home": space_page(),
@@ -256,6 +222,16 @@ def content_of(
         "presets": presets,
         "knockout": read_knockout(pack_id),
     }
+
+
+def map_presets() -> list[dict[str, Any]]:
+    """Return the presets of the catalogue that the map can draw, in the browser's format."""
+    known = [preset for preset in load_catalogue().presets if preset.method == EXPLORED_METHOD]
+    return [
+        {"label": preset.name, "source": preset.source, "plan": choice.to_browser()}
+        for preset in known
+        if (choice := PlanChoice.from_arguments(preset.arguments))
+    ]
 
 
 def report_file(asked: object) -> str:

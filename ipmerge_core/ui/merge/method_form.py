@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
+from ipmerge_core.models.catalogue import Preset, load_catalogue
 from ipmerge_core.planning.options import Option, shown
 from ipmerge_core.ui.errors import QUIET
 from ipmerge_core.ui.finished_merges import method_label
@@ -25,6 +26,7 @@ from ipmerge_core.ui.method_choice import (
     FIELDS,
     MethodChoice,
     Value,
+    option_text,
     parameters_of,
 )
 from ipmerge_core.ui.safe_text import as_html
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
     from gradio.events import Dependency
 
     from ipmerge_core.methods import Parameter
+    from ipmerge_core.ui.chosen_merge import ChosenMerge
     from ipmerge_core.ui.merge.start_gate import StartGate
     from ipmerge_core.ui.runs import Listener
 
 EXPLORED_LABEL = "IP-Merging: the plan from Explore"
+NO_PRESET = "none: own values"
 AS_ANALYSED, AS_IN_EXPLORE = "as in the analysis", "as in Explore"
 _SLIDER_STEP = 0.01
 OWN = ""  # the choice that keeps the method's default
@@ -61,6 +65,68 @@ def method_names() -> gr.Dropdown:
     return gr.Dropdown(
         [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
     )
+
+
+def preset_names() -> gr.Dropdown:
+    """Lay out the dropdown of presets: other methods with values that are from somewhere."""
+    return gr.Dropdown(
+        [(NO_PRESET, OWN), *((preset.name, preset.name) for preset in form_presets())],
+        value=OWN,
+        label="Preset",
+        elem_id="merge-preset",
+    )
+
+
+def form_presets() -> list[Preset]:
+    """Return the presets of the catalogue for other methods than that of Explore."""
+    return [preset for preset in load_catalogue().presets if preset.method != EXPLORED_METHOD]
+
+
+def preset_choice(preset: Preset) -> MethodChoice:
+    """Return what the form holds after a preset; values that are the method's default are left out.
+
+    >>> preset_choice(Preset("", "ties", {"density": 0.2, "norms": "merge"}, "ours", ""))[:2]
+    ('ties', {})
+    """
+    from ipmerge_core.methods import find_method
+
+    found = find_method(preset.method)
+    usual = {parameter.name: parameter.default for parameter in found.parameters}
+    values = {
+        name: value
+        for name, value in preset.arguments.items()
+        if name in usual and value != usual[name]
+    }
+    options = {
+        name: option_text(value) for name, value in preset.arguments.items() if name not in usual
+    }
+    return MethodChoice(preset.method, values, options)
+
+
+def preset_of(how: MethodChoice) -> Preset | None:
+    """Return the preset that a choice is, whatever its calibration."""
+    if how.name == EXPLORED:
+        return None
+    own = how._replace(calibration="")
+    return next((p for p in form_presets() if preset_choice(p) == own), None)
+
+
+def with_preset(chosen: ChosenMerge, name: str) -> ChosenMerge:
+    """Choose a preset's method with its values and options; without a name, the plan in Explore.
+
+    The calibration stays, for methods that need one.
+    """
+    found = next((preset for preset in form_presets() if preset.name == name), None)
+    how = preset_choice(found) if found else MethodChoice()
+    return chosen.with_method(how._replace(calibration=chosen.method.calibration))
+
+
+def shown_preset(chosen: ChosenMerge) -> tuple[str, str]:
+    """Return the preset that the chosen merge is, and its source as HTML."""
+    found = preset_of(chosen.method)
+    if found is None:
+        return OWN, ""
+    return found.name, f'<p>{as_html(found.source)}</p>'
 
 
 def method_form(

@@ -26,7 +26,10 @@ from ipmerge_core.ui.merge.method_form import (
     method_form,
     method_names,
     named_choices,
+    preset_names,
+    shown_preset,
     with_method,
+    with_preset,
 )
 from ipmerge_core.ui.merge.permalink import Permalink
 from ipmerge_core.ui.merge.start_gate import Answer, Shown, StartGate
@@ -116,7 +119,9 @@ def merge_tab(
     line = gr.HTML("", elem_id="merge-chosen", elem_classes="chosen-line")
     steps = _steps(backend)
     with steps.form:
-        named = method_names()
+        with gr.Row():
+            named, preset = method_names(), preset_names()
+        origin = gr.HTML("", elem_id="preset-source")
     # `named` is passed too: it may be newer than the method in `method`.
     chosen = [pair, choice, method, named, steps.device]
     gate = _gate(backend, steps, chosen)
@@ -126,12 +131,23 @@ def merge_tab(
             _with_form, [choice, method, named], choice, queue=False, **QUIET
         )
         link.write_after(formed)
+        formed.then(shown_preset, choice, [preset, origin], queue=False, **QUIET)
         return formed
 
     def follow(now: ChosenMerge, drawn: int) -> Updates:
         how = now.method
         listed = named_choices(how.name)
         return {named: listed, method: how, **form.filled(how), form.drawn: drawn + 1}
+
+    def show(event: Dependency) -> Dependency:
+        """Show the chosen merge in the form after an event, and check it."""
+        # In the queue: only its answers tell the page that a State has changed, which draws the
+        # fields.
+        known = event.then(follow, [choice, form.drawn], fields, **QUIET)
+        known.then(shown_preset, choice, [preset, origin], **QUIET)
+        checked = gate.check_after(shows(known).then)
+        checked.then(chosen_line, choice, line, **QUIET)
+        return checked
 
     def follow_data(event: Dependency) -> Dependency:
         return shows(event)  # laid out below, before a visitor enters a value
@@ -151,11 +167,11 @@ def merge_tab(
     opened = tab.select(lambda: READING, None, steps.findings, queue=False, **QUIET)
     # The form shows the chosen merge, wherever it was chosen.
     fields = [named, method, *form.options.values(), form.drawn]
-    committed = after_commits(opened.then, pair)
-    # In the queue: only its answers tell the page that a State has changed, which draws the fields.
-    known = committed.then(follow, [choice, form.drawn], fields, **QUIET)
-    checked = gate.check_after(shows(known).then)
-    checked.then(chosen_line, choice, line, **QUIET)
+    checked = show(after_commits(opened.then, pair))
+    gate.disable_on(preset.input)
+    picked = preset.input(with_preset, [choice, preset], choice, queue=False, **QUIET)
+    link.write_after(picked)
+    show(picked)
     filled = checked.then(list_methods, None, named, **QUIET)
     filled.then(lambda: list_devices(backend), None, steps.device, **QUIET)
     return MergeTab(started, steps.try_it, gate, named)
