@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,10 +17,10 @@ sys.path[:0] = [str(ASSETS.parent), str(ASSETS / "demo"), str(ASSETS / "smollm2"
 
 import build  # noqa: E402
 from cases import CASES, OUT  # noqa: E402
-from draws import Draw, drawn  # noqa: E402
+from draws import Draw  # noqa: E402
 from study_rows import BASELINE, Row  # noqa: E402
 
-from ipmerge_core.tasks.demo import TASKS, Drawing, Problem  # noqa: E402
+from ipmerge_core.tasks.demo import Problem  # noqa: E402
 
 __all__ = ["OUT", "Draw", "SmolLM2Case", "StudyCase", "available", "counts_of", "rows_of"]
 NAMED = (
@@ -73,13 +72,8 @@ class SmolLM2Case(NamedTuple):
 
     def problems(self, count: int, draw: Draw) -> list[Problem]:
         """Draw problems of each task, without drawings of the training."""
-        return drawn(TASKS, count, draw, _training_drawings(self.seed))
-
-
-@cache
-def _training_drawings(seed: int) -> frozenset[Drawing]:
-    trio = build.Build(build.PACKAGED, seed, ASSETS / "smollm2", "cpu")
-    return build.training_drawings(trio)
+        made = build.Build(build.PACKAGED, self.seed, ASSETS / "smollm2", "cpu")
+        return build.evaluation_problems(made, count, draw)
 
 
 SMOLLM2 = SmolLM2Case()

@@ -81,6 +81,36 @@ def test_check_and_confirm_say_what_will_happen(page):
     expect(page.get_by_label("Output folder")).to_have_value(re.compile(r"^mllm-[0-9a-f]{8}$"))
 
 
+def test_a_preset_fills_the_form_until_a_value_changes(page, place):
+    preset, method = page.locator("#merge-preset input"), page.locator("#merge-method input")
+    preset.click()
+    page.get_by_role("option", name="TIES 1.6 / 0.2").click()
+    expect(method).to_have_value("TIES")
+    weight = page.locator("#parameter-math-weight input[type=number]")
+    expect(weight).to_have_value("0.2")
+    expect(page.locator("#preset-source")).to_contain_text("arXiv 2510.15050")
+    expect(page.locator("#merge-chosen")).to_contain_text("mllm_weight 1.6, math_weight 0.2")
+    expect(page).to_have_url(re.compile(r"method=ties&p\.mllm_weight=1\.6"))
+
+    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    start(page, "as-in-drift")
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    made = json.loads((place.home / "models" / "as-in-drift" / "ipmerge.json").read_text())
+    assert made["plan"]["method"] == "ties"
+    assert made["plan"]["parameters"]["mllm_weight"] == 1.6
+
+    weight.fill("0.3")
+    weight.press("Tab")
+    expect(preset).to_have_value("none: own values")
+    expect(page.locator("#preset-source")).to_be_empty()
+    preset.click()
+    page.get_by_role("option", name="Weighted average 0.9").click()
+    expect(method).to_have_value(re.compile("average", re.IGNORECASE))
+    preset.click()
+    page.get_by_role("option", name="none: own values").click()
+    expect(method).to_have_value(re.compile("plan from Explore"))
+
+
 def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):
     with held(place.home):
         start(page, "through-it-all")

@@ -103,6 +103,9 @@ def test_non_finite_values_are_counted(own_trio: Trio, weights_file: Path) -> No
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="The model folder '.*nowhere' does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
+    (tmp_path / "README.md").write_text("Run make.")
+    with pytest.raises(CheckpointError, match=r"README\.md' may say how to make it"):
+        Checkpoint.open(tmp_path / "nowhere")
 
 
 def test_pickled_weights_are_refused_with_the_remedy(own_trio: Trio, weights_file: Path) -> None:

@@ -332,6 +332,7 @@ COMPONENTS = {
     "output-folder": "folder",
     "merge-device": "manifest.device",
     "merge-method": "plan.method",
+    "merge-preset": "plan.method",
     **{f"option-{name.replace('_', '-')}": f"plan.{name}" for name in OPTIONS},
     "calibration-folder": "manifest.calibration.folder",
     "samples-mllm": "manifest.calibration.models",

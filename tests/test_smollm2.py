@@ -1,14 +1,16 @@
 """The build of the SmolLM2 trio, on a tiny Llama model: its data, its stages, and continuing it."""
 
+import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -107,6 +109,29 @@ def test_the_mllm_is_asked_in_the_format_it_was_trained_in(built, tokenizer):
 def test_a_complete_stage_is_not_repeated(built):
     made, _ = built
     assert list(build.iter_build(made)) == [f"{stage}: complete" for stage in build.STAGES]
+
+
+def test_a_pack_of_other_weights_is_made_again(built, tmp_path):
+    made, _ = built
+    folder = shutil.copytree(made.out, tmp_path / "other")
+    other = dataclasses.replace(made, out=folder)
+    assert build.is_pack_of(other)
+    weights = load_file(folder / "math" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 0.01
+    save_file(weights, folder / "math" / "model.safetensors", metadata={"format": "pt"})
+    assert not build.is_pack_of(other)
+    lines = list(build.iter_build(other))
+    assert lines[-1].startswith("pack: built")
+    assert build.is_pack_of(other)
+
+
+def test_evaluation_problems_have_no_training_drawing(built):
+    made, _ = built
+    seen = build.training_drawings(made)
+    assert seen
+    asked = build.evaluation_problems(made, 5, "test")
+    assert len(asked) == 5 * 9
+    assert not {problem.marks for problem in asked} & seen
 
 
 def test_a_build_that_was_stopped_continues_to_the_same_weights(

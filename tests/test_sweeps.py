@@ -22,6 +22,7 @@ from ipmerge_core.evaluation.knockout import (
     iter_model_knockout,
     read_choice,
 )
+from ipmerge_core.evaluation import merged_models
 from ipmerge_core.evaluation.merged_models import MergedModels
 from ipmerge_core.evaluation.points import UNMERGED, Axis, Point
 from ipmerge_core.evaluation.replies import ReplyStore
@@ -153,6 +154,25 @@ def test_the_model_has_its_own_weights_again_after_every_point(analysis):
                 assert any(not torch.equal(inside[name], before[name]) for name in before)
         after = loaded.model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(("kept", "merged"), [(1, 4), (2, 2)])
+def test_the_last_merges_are_kept_and_no_more(analysis, kept, merged, monkeypatch):
+    made, iterate = [], merged_models.iter_merged_tensors
+
+    def counted(plan, **more):
+        made.append(plan)
+        return iterate(plan, **more)
+
+    monkeypatch.setattr(merged_models, "iter_merged_tensors", counted)
+    points = [
+        Point(f"{weight}", ipm.make_plan(analysis, method="task_arithmetic", math_weight=weight))
+        for weight in (0.5, 1.0)
+    ]
+    with MergedModels(analysis.sources, kept=kept) as models:
+        for point in (*points, *points, points[-1]):
+            assert set(models.tensors(point)) == {record.mllm_name for record in analysis.records}
+    assert len(made) == merged
 
 
 def test_a_result_is_read_as_it_was_written_and_damaged_ones_are_refused(swept, tmp_path):

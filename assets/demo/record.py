@@ -1,12 +1,12 @@
-"""Record answers of a demo MLLM and of two merges, which the app shows as examples.
+"""Record answers of an MLLM and of two merges, which the app shows as examples.
 
     python assets/demo/record.py --lambda 4 --math-weight 1 [--recipe taught] [--seed 0]
 
 In: trained models with their pack, and the training seed. Out: the file of records next to the pack
-and the images in examples/. To choose the problems, the merges are written to disk and loaded
-again; the replies of the chosen ones are recorded as by `ipmerge record`. Of the problems of a draw
-the first of each task is used, and the first few that become wrong with a merge. Training drawings
-are excluded.
+and the images in examples/. `record_examples` does it for any trio that answers these problems. To
+choose the problems, the merges are written to disk and loaded again; the replies of the chosen ones
+are recorded as by `ipmerge record`. Of the problems of a draw the first of each task is used, and
+the first few that become wrong with a merge. Training drawings are excluded.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
 
 import torch  # noqa: E402
 from draws import DRAWS, PER_TASK, evaluation_problems  # noqa: E402
-from recipes import ELICITED, RECIPES, Recipe  # noqa: E402
+from recipes import ELICITED, RECIPES  # noqa: E402
 
 import ipmerge_core as ipm  # noqa: E402
 from ipmerge_core.evaluation.batched_answers import LONGEST_REPLY, answer_all  # noqa: E402
@@ -37,32 +38,71 @@ from ipmerge_core.ui.chat.recorded import records_name  # noqa: E402
 FIRST_SHOWN = ("mul", "area", "perimeter", "add", "sub", "sides", "shape", "dots")
 
 
-def plans(recipe: Recipe, lambda_: float, math_weight: float) -> dict[str, ipm.MergePlan]:
+class Recorded(NamedTuple):
+    """A trio whose answers are recorded, and the gains of the two merges that are shown."""
+
+    pack: Path  # beside the folder of the MLLM
+    records: str  # name of the file
+    asked: list[Problem]  # of the draw "recorded"
+    lambda_: float  # of IP-Merging with gamma max
+    math_weight: float  # of task arithmetic
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the trio."""
+        return self.pack.parent
+
+
+def record_examples(what: Recorded) -> None:
+    """Merge, ask, choose, draw the pictures and write the records."""
+    out = what.folder
+    (out / "examples").mkdir(exist_ok=True)
+    for old in (out / "examples").glob("*.png"):
+        old.unlink()
+    chosen = plans(what)
+    rows = pick(collect(what, chosen))
+    prompts = [draw(number, problem, out) for number, (problem, _) in enumerate(rows, 1)]
+    path = out / what.records
+    for step in iter_recording(
+        chosen["merged"], prompts, path, settings=GenerationSettings(max_new_tokens=LONGEST_REPLY)
+    ):
+        print(f"{step.number} of {step.total}: {step.what}")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["trio"] = f"assets/{out.name}, problems of seed {DRAWS['recorded'][1]}, greedy decoding"
+    content["task_arithmetic_plan"] = (
+        f"Task arithmetic, math_weight {what.math_weight:g} (plan {chosen['task_arithmetic'].hash})"
+    )
+    for example, (_, replies) in zip(content["examples"], rows, strict=True):
+        example["task_arithmetic"] = replies["task_arithmetic"]
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"Wrote {path} with {len(rows)} examples.")
+
+
+def plans(what: Recorded) -> dict[str, ipm.MergePlan]:
     """Return the two merges that are shown."""
-    analysis = ipm.Analysis.load(recipe.folder / recipe.pack)
+    analysis = ipm.Analysis.load(what.pack)
     return {
         "merged": ipm.make_plan(
-            analysis, similarity_threshold=0.0, lambda_=lambda_, gamma_norm="max"
+            analysis, similarity_threshold=0.0, lambda_=what.lambda_, gamma_norm="max"
         ),
         "task_arithmetic": ipm.make_plan(
-            analysis, method="task_arithmetic", math_weight=math_weight
+            analysis, method="task_arithmetic", math_weight=what.math_weight
         ),
     }
 
 
 def collect(
-    recipe: Recipe, chosen: dict[str, ipm.MergePlan], training_seed: int
+    what: Recorded, chosen: dict[str, ipm.MergePlan]
 ) -> list[tuple[Problem, dict[str, str]]]:
-    """Answer a draw with the MLLM and with every merge."""
-    asked = evaluation_problems(TASKS, PER_TASK["recorded"], "recorded", training_seed, recipe)
-    replies = {"base": ask(recipe.folder / "mllm", asked)}
+    """Answer the problems with the MLLM and with every merge."""
+    replies = {"base": ask(what.folder / "mllm", what.asked)}
     for name, plan in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
             ipm.merge(plan, Path(folder) / "model")
-            replies[name] = ask(Path(folder) / "model", asked)
+            replies[name] = ask(Path(folder) / "model", what.asked)
     return [
         (problem, {name: given[i] for name, given in replies.items()})
-        for i, problem in enumerate(asked)
+        for i, problem in enumerate(what.asked)
     ]
 
 
@@ -108,7 +148,7 @@ def draw(number: int, problem: Problem, out: Path) -> Prompt:
 
 
 def main() -> None:
-    """Parse the arguments, merge, ask, write."""
+    """Parse the arguments and record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", choices=RECIPES, default=ELICITED.name)
     parser.add_argument("--seed", type=int, default=0, help="training seed")
@@ -116,29 +156,11 @@ def main() -> None:
     parser.add_argument("--math-weight", type=float, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = RECIPES[arguments.recipe]
-    out = recipe.folder
-    (out / "examples").mkdir(exist_ok=True)
-    for old in (out / "examples").glob("*.png"):
-        old.unlink()
-    chosen = plans(recipe, arguments.lambda_, arguments.math_weight)
-    rows = pick(collect(recipe, chosen, arguments.seed))
-    prompts = [draw(number, problem, out) for number, (problem, _) in enumerate(rows, 1)]
-    path = out / ("recorded.json" if recipe is ELICITED else records_name(recipe.pack.name))
-    for step in iter_recording(
-        chosen["merged"], prompts, path, settings=GenerationSettings(max_new_tokens=LONGEST_REPLY)
-    ):
-        print(f"{step.number} of {step.total}: {step.what}")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["trio"] = f"assets/{out.name}, problems of seed {DRAWS['recorded'][1]}, greedy decoding"
-    content["task_arithmetic_plan"] = (
-        f"Task arithmetic, math_weight {arguments.math_weight:g} "
-        f"(plan {chosen['task_arithmetic'].hash})"
-    )
-    for example, (_, replies) in zip(content["examples"], rows, strict=True):
-        example["task_arithmetic"] = replies["task_arithmetic"]
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"Wrote {path} with {len(rows)} examples.")
+    recipe, seed = RECIPES[arguments.recipe], arguments.seed
+    asked = evaluation_problems(TASKS, PER_TASK["recorded"], "recorded", seed, recipe)
+    records = "recorded.json" if recipe is ELICITED else records_name(recipe.pack.name)
+    gains = arguments.lambda_, arguments.math_weight
+    record_examples(Recorded(recipe.folder / recipe.pack, records, asked, *gains))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from documents import (
     text_batch,
     typed_batch,
 )
-from draws import WITHOUT_HANDWRITING
+from draws import WITHOUT_HANDWRITING, Draw, drawn
 from fitting import Schedule, fit
 from language_model import PACKAGED, LanguageModel, load_language_model, prepare_tokenizer
 from models import new_mllm, new_processor, save_language_model, save_mllm
@@ -51,7 +52,9 @@ from transformers import (
 )
 
 from ipmerge_core.analysis.analyse import analyse
+from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import IPMergeError
+from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.runtime.devices import resolve_device
 from ipmerge_core.tasks.demo import TASKS, Drawing, Problem, make_problem
@@ -101,8 +104,8 @@ def iter_build(build: Build, stages: tuple[str, ...] = STAGES) -> Iterator[str]:
         "pack": make_pack,
     }
     for stage in stages:
-        record = build.out / stage / DONE if stage != "pack" else build.out / PACK
-        if record.is_file():
+        record = build.out / stage / DONE
+        if record.is_file() or (stage == "pack" and is_pack_of(build)):
             yield f"{stage}: complete"
             continue
         started = time.monotonic()
@@ -183,6 +186,20 @@ def make_pack(build: Build) -> dict[str, str]:
     return {"matrices": str(len(found.records))}
 
 
+def is_pack_of(build: Build) -> bool:
+    """Whether the pack is there and is that of these models.
+
+    Weights that are built on another machine differ in their last digits from those of the pack
+    that is shipped.
+    """
+    if not (build.out / PACK).is_file():
+        return False
+    sources = Analysis.load(build.out / PACK).sources
+    models = (("mllm", sources.mllm), ("math", sources.math[0]), ("base", sources.base))
+    found = ((Checkpoint.open(build.out / stage), source) for stage, source in models)
+    return not any(source.differs_from(model.fingerprint, model.content) for model, source in found)
+
+
 # --- what is shown ---
 
 
@@ -198,6 +215,12 @@ def read_documents(build: Build, stage: int, step: int) -> list[ChatDocument]:
     return reading_documents(ROWS, build.rng(stage, step))
 
 
+def evaluation_problems(build: Build, n: int, draw: Draw) -> list[Problem]:
+    """Return `n` problems of each task of a draw, without training drawings."""
+    return drawn(TASKS, n, draw, training_drawings(build))
+
+
+@cache
 def training_drawings(build: Build) -> frozenset[Drawing]:
     """Collect the training drawings without handwriting; the others cannot recur."""
     _, cells_schedule, typed, joint = build.schedules

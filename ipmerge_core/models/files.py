@@ -297,9 +297,11 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
         )
     if isinstance(source, str) and is_hub_id(source) and not folder.exists():
         return open_hub(source)
+    readme = folder.parent / "README.md"
+    hint = f" '{readme}' may say how to make it." if readme.is_file() else ""
     raise CheckpointError(
         f"The model folder '{source}' does not exist. Expected a folder with config.json and "
-        f"safetensors files, or a hub id such as 'org/name'."
+        f"safetensors files, or a hub id such as 'org/name'.{hint}"
     )
 
 

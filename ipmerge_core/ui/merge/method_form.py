@@ -126,7 +126,7 @@ def shown_preset(chosen: ChosenMerge) -> tuple[str, str]:
     found = preset_of(chosen.method)
     if found is None:
         return OWN, ""
-    return found.name, f'<p>{as_html(found.source)}</p>'
+    return found.name, f"<p>{as_html(found.source)}</p>"
 
 
 def method_form(
