@@ -1,7 +1,7 @@
 """The page of the variants study: paired tests, tables and text from the results of its cases.
 
 In: the results of cases, as `variants_study` stores them. Out: the measured part of
-docs/variants-study.md, and with `write` the page and its figure.
+docs/variants-study.md, and with `write` the page, its figure, and the presets of the app.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from report import machine, table
 from study_figure import Mark, figure
+from study_presets import presets, write_presets
 from study_rows import BASELINE
 
 from ipmerge_core.evaluation.comparisons import PairedTest, holm, paired_test
@@ -20,6 +21,7 @@ from ipmerge_core.evaluation.scores import Score
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURE = DOCS / "variants-study.md", DOCS / "variants-study.svg"
+PRESETS = DOCS.with_name("ipmerge_core") / "models" / "study_presets.json"
 MARK = "<!-- measured by `python benchmarks/variants_study.py --write` -->"
 LEVEL = 0.05
 NEEDED = 0.9  # of tuned task arithmetic, which the one setting should reach
@@ -66,6 +68,7 @@ def page(results: Sequence[Result], *, write: bool) -> str:
         before = PAGE.read_text(encoding="utf-8").split(MARK)[0]
         PAGE.write_text(f"{before}{MARK}\n\n{text}\n", encoding="utf-8")
         FIGURE.write_text(figure(_marks(lines)), encoding="utf-8")
+        write_presets(presets(lines, complete), PRESETS)
     return text
 
 

@@ -152,7 +152,17 @@ def result_of(case: str, seed: int, rows: dict[str, tuple[float, float]], n: int
         "facts": {"trio": "elicited", "seed": seed, "kind": "many", "experts": ["math"]},
         "what": {"counts": {"test": 1, "validation": 1}},
         "unmerged": {"validation": nothing, "test": nothing},
-        "scale": {"parameters": 9.3e5},
+        "scale": {
+            "parameters": 9.3e5,
+            "layers": 4,
+            "width": 128,
+            "change": 0.01,
+            "rank": 0.2,
+            "first": 0.3,
+            "similarity": 0.2,
+            "chance": 0.1,
+            "principal": 0.5,
+        },  # fmt: skip
         "overlaps": dict.fromkeys(("inputs", "chance", "inside", "on_inputs"), 0.5),
         "rows": {label: row(*shares) for label, shares in rows.items()},
         "controls": {},
@@ -196,12 +206,44 @@ def test_the_page_and_its_figure_are_written(monkeypatch, tmp_path):
     page.write_text(f"Head.\n\n{study_page.MARK}\n\nOld.\n")
     monkeypatch.setattr(study_page, "PAGE", page)
     monkeypatch.setattr(study_page, "FIGURE", picture)
-    study_page.page([result_of("elicited-0-math", 0, rows)], write=True)
+    monkeypatch.setattr(study_page, "PRESETS", tmp_path / "presets.json")
+    result = result_of("elicited-0-math", 0, rows)
+    result["setting"] = {"row": "TIES", "at": 0.5, **result["rows"]["TIES"]}
+    study_page.page([result], write=True)
     assert page.read_text().startswith("Head.")
     assert "Old." not in page.read_text()
     circles = list(ET.fromstring(picture.read_text()).iter("{http://www.w3.org/2000/svg}circle"))
     titles = [circle[0].text for circle in circles if len(circle)]
     assert len(titles) == 3
+    presets = json.loads((tmp_path / "presets.json").read_text())
+    assert [p["name"].split(": ")[1] for p in presets] == [
+        "one setting for all", "complement 0.8", "task arithmetic", "TIES",
+    ]  # fmt: skip
+    setting, complement = presets[:2]
+    assert (setting["method"], setting["arguments"]) == ("ties", {"math_weight": 0.5})
+    assert complement["arguments"]["energy"] == 0.8
+    assert complement["arguments"]["lambda_"] == 1.0
+    assert "toy models" in complement["source"]
+    assert "image+math is 90 % and perception 90 % of 120 answers" in complement["source"]
+
+
+def test_sizes_and_the_explanation_are_compared_over_cases():
+    rows = {"task arithmetic": (0.3, 0.9), "IP-Merging": (0.2, 0.9)}
+    results = []
+    for number in range(8):
+        result = result_of(f"elicited-{number}-math", number, rows)
+        result["overlaps"] = {"inputs": 0.5, "chance": 0.2, "inside": number / 8, "on_inputs": 0.5}
+        tried = result["rows"]["task arithmetic"]["tried"][0]
+        tried["perception"] = 0.9 - number / 10  # the more inside, the more it costs
+        results.append(result)
+    text = study_page.page(results, write=False)
+    assert "above chance in 8 of 8 cases" in text
+    assert "inside the directions +1.00" in text
+    assert "Does it change with size?" not in text
+    results[0]["scale"]["parameters"] = 1.35e8
+    text = study_page.page(results, write=False)
+    assert "1 of 135 M parameters, 7 of 0.9 M parameters" in text
+    assert "| elicited-0-math | 135 M | 4 x 128 | 1.00 % |" in text
     assert "complement 0.8: 90.0 / 90.0, 1.00 dM" in titles
 
 
