@@ -56,6 +56,7 @@ def page(results: Sequence[Result], *, write: bool) -> str:
     adjusted = corrected(lines)
     parts = [
         _head(complete),
+        *_overview(lines, adjusted),
         *_verdicts(lines, adjusted),
         *_setting(complete),
         *_controls(complete),
@@ -149,6 +150,30 @@ def _head(results: Sequence[Result]) -> str:
         f"both at 95 %. Paired tests are exact sign tests against {BASELINE} with its own chosen "
         f"weight, Holm-corrected over all rows, cases and both measures together."
     )
+
+
+def _overview(lines: Sequence[Line], adjusted: Mapping[tuple[str, str, str], float]) -> list[str]:
+    """Count, for each row, the groups of cases in which it survives as better or worse."""
+    rows, groups = [], {line.group for line in lines}
+    for label in dict.fromkeys(line.label for line in lines):
+        own = [line for line in lines if line.label == label]
+        counts = []
+        for measure in GROUPS:
+            sure = [x for x in own if adjusted.get((x.group, label, measure), 1.0) < LEVEL]
+            better = sum(line.tests[measure].difference > 0 for line in sure)
+            counts += ["", ""] if label == BASELINE else [str(better), str(len(sure) - better)]
+        means = (sum(x.pooled(m).share for x in own) / len(own) for m in GROUPS)
+        shown = (f"{100 * mean:.1f}" for mean in means)
+        rows.append([label, str(len(own)), *shown, *counts])
+    rows.sort(key=lambda row: -float(row[2]))
+    words = (
+        f"Means over the groups of cases that a row applies to, and the number of groups in which "
+        f"the difference from {BASELINE} survives the correction. There are {len(groups)} groups: "
+        f"seeds of one kind of case are one. Means of rows with other groups cannot be compared."
+    )
+    head = ["row", "groups", "image+math, %", "perception, %", "math better", "math worse",
+            "perception better", "perception worse"]  # fmt: skip
+    return ["### All rows", words, table(head, rows)]
 
 
 def _verdicts(lines: Sequence[Line], adjusted: Mapping[tuple[str, str, str], float]) -> list[str]:
