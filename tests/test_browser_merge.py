@@ -99,16 +99,37 @@ def test_a_preset_fills_the_form_until_a_value_changes(page, place):
     assert made["plan"]["method"] == "ties"
     assert made["plan"]["parameters"]["mllm_weight"] == 1.6
 
-    weight.fill("0.3")
+    weight.fill("0.4")
     weight.press("Tab")
     expect(preset).to_have_value("none: own values")
     expect(page.locator("#preset-source")).to_be_empty()
+    expect(page.locator("#merge-chosen")).to_contain_text("math_weight 0.4")
     preset.click()
     page.get_by_role("option", name="Weighted average 0.9").click()
     expect(method).to_have_value(re.compile("average", re.IGNORECASE))
     preset.click()
     page.get_by_role("option", name="none: own values").click()
     expect(method).to_have_value(re.compile("plan from Explore"))
+
+
+def test_an_option_that_needs_data_shows_the_calibration_and_merges_with_it(page, place):
+    page.locator("#merge-preset input").click()
+    page.get_by_role("option", name="Task arithmetic 1.0 / 0.3").click()
+    page.get_by_text("Advanced: scope and anchor").click()
+    expect(page.locator("#calibration")).to_be_hidden()
+    page.locator("#option-input-share textarea").fill("0.2")
+    expect(page.locator("#calibration")).to_be_visible()
+    expect(page.locator("#findings")).to_contain_text("needs a calibration")
+    page.get_by_role("button", name="Calibrate").click()
+    expect(page.locator("#merge-chosen")).to_contain_text(
+        re.compile("input share 0.2 · plan"), timeout=LOADING
+    )
+    expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    start(page, "aimed")
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
+    made = json.loads((place.home / "models" / "aimed" / "ipmerge.json").read_text())
+    assert made["plan"]["input_share"] == 0.2
+    assert Path(made["plan"]["calibration"]["folder"]).is_dir()
 
 
 def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):

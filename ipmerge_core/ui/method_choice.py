@@ -25,6 +25,7 @@ _IN_VARIANTS = {name for values in VARIANTS.values() for name in values}
 SET_IN_EXPLORE = frozenset({"lambda_", "budget", *_IN_VARIANTS} - {ALSO_IN_EXPLORE})
 # Rules by matrix are the map's.
 FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
+DECIDE_DATA = frozenset({"input_share"})  # options with which every method needs a calibration
 Value = float | int | bool | str | None
 
 
@@ -60,7 +61,7 @@ def parameters_of(name: str) -> tuple[Parameter, ...]:
 
 def data_kind(choice: MethodChoice) -> DataKind | None:
     """Return the kind of calibration that a choice needs; None for no kind, or unknown values."""
-    if choice.name == EXPLORED and not choice.values and "input_share" not in choice.options:
+    if choice.name == EXPLORED and not choice.values and not DECIDE_DATA & choice.options.keys():
         return None  # without importing the methods
     from ipmerge_core.methods import METHODS
     from ipmerge_core.planning.scope import needed_data

@@ -21,6 +21,7 @@ from ipmerge_core.ui.finished_merges import method_label
 from ipmerge_core.ui.formula import formula_html
 from ipmerge_core.ui.method_choice import (
     ALSO_IN_EXPLORE,
+    DECIDE_DATA,
     EXPLORED,
     EXPLORED_METHOD,
     FIELDS,
@@ -50,6 +51,7 @@ class MethodForm(NamedTuple):
     """The parts of the form that are used outside of it."""
 
     changed: Dependency  # another method was chosen and stored
+    decided: list[Dependency]  # options were stored that decide whether data are needed
     data: gr.Column
     options: dict[str, gr.Dropdown | gr.Textbox]  # by name
     drawn: gr.State  # a number that redraws the method's fields when it changes
@@ -178,9 +180,12 @@ def method_form(
         gr.Row(elem_classes="fields"),
     ):
         options = {option.name: _option_field(option) for option in FIELDS}
-        for option_name, field in options.items():
-            _keep(field, partial(with_option, option_name), method, gate, choose)
-    return MethodForm(changed, data, options, drawn)
+        kept = {
+            name: _keep(field, partial(with_option, name), method, gate, choose)
+            for name, field in options.items()
+        }
+    decided = [kept[name] for name in kept if name in DECIDE_DATA]
+    return MethodForm(changed, decided, data, options, drawn)
 
 
 def _section(chosen: str, *, is_open: bool) -> gr.Column | gr.Accordion:

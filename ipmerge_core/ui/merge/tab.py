@@ -131,8 +131,11 @@ def merge_tab(
             _with_form, [choice, method, named], choice, queue=False, **QUIET
         )
         link.write_after(formed)
-        formed.then(shown_preset, choice, [preset, origin], queue=False, **QUIET)
+        formed.then(describe, choice, [line, preset, origin], queue=False, **QUIET)
         return formed
+
+    def describe(now: ChosenMerge) -> tuple[str, str, str]:
+        return (chosen_line(now), *shown_preset(now))
 
     def follow(now: ChosenMerge, drawn: int) -> Updates:
         how = now.method
@@ -144,10 +147,8 @@ def merge_tab(
         # In the queue: only its answers tell the page that a State has changed, which draws the
         # fields.
         known = event.then(follow, [choice, form.drawn], fields, **QUIET)
-        known.then(shown_preset, choice, [preset, origin], **QUIET)
-        checked = gate.check_after(shows(known).then)
-        checked.then(chosen_line, choice, line, **QUIET)
-        return checked
+        known.then(describe, choice, [line, preset, origin], **QUIET)
+        return gate.check_after(shows(known).then)
 
     def follow_data(event: Dependency) -> Dependency:
         return shows(event)  # laid out below, before a visitor enters a value
@@ -157,6 +158,8 @@ def merge_tab(
         asked = CalibrationInputs(pair, method, steps.device, calibration)
         shows = calibration_form(backend, form.data, asked, poll=poll, gate=gate, choose=choose)
     gate.check_after(choose(shows(form.changed).then).then)
+    for decided in form.decided:
+        shows(decided)
     gate.disable_on(pair.change)
     gate.check_after(shows(after_commits(pair.change, pair)).then)
     gate.disable_on(steps.device.input)
