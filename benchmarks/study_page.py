@@ -177,21 +177,26 @@ def _overview(lines: Sequence[Line], adjusted: Mapping[tuple[str, str, str], flo
 
 
 def _verdicts(lines: Sequence[Line], adjusted: Mapping[tuple[str, str, str], float]) -> list[str]:
-    """List what survives the correction, in both directions."""
+    """List what survives the correction as better, and count what survives as worse."""
     found = []
     for measure in GROUPS:
+        sure = [x for x in lines if adjusted.get((x.group, x.label, measure), 1.0) < LEVEL]
+        better = [line for line in sure if line.tests[measure].difference > 0]
+        better.sort(key=lambda line: -line.tests[measure].difference)
         rows = []
-        for line in lines:
-            p = adjusted.get((line.group, line.label, measure), 1.0)
-            if p < LEVEL:
-                test = line.tests[measure]
-                difference = f"{100 * test.difference:+.1f} ({_range(test.low, test.high)})"
-                rows.append([line.group, line.label, difference, f"{p:.2g}"])
-        rows.sort(key=lambda row: -float(row[2].split()[0]))
+        for line in better:
+            test, p = line.tests[measure], adjusted[line.group, line.label, measure]
+            difference = f"{100 * test.difference:+.1f} ({_range(test.low, test.high)})"
+            rows.append([line.group, line.label, difference, f"{p:.2g}"])
         word = "Image+math" if measure == "math" else "Perception"
-        head = f"### {word}: differences from {BASELINE} that survive the correction"
-        body = table(["cases", "row", "difference, points", "p, corrected"], rows)
-        found += [head, body if rows else f"None of {len(adjusted) // len(GROUPS)}."]
+        total = len(adjusted) // len(GROUPS)
+        words = (
+            f"Of {total} rows in groups of cases, {len(better)} are better than {BASELINE} and "
+            f"{len(sure) - len(better)} worse; of the others the study cannot say."
+        )
+        found += [f"### {word}: better than {BASELINE}, after the correction", words]
+        if rows:
+            found.append(table(["cases", "row", "difference, points", "p, corrected"], rows))
     return found
 
 

@@ -115,6 +115,8 @@ def test_a_preset_fills_the_form_until_a_value_changes(page, place):
 def test_an_option_that_needs_data_shows_the_calibration_and_merges_with_it(page, place):
     page.locator("#merge-preset input").click()
     page.get_by_role("option", name="Task arithmetic 1.0 / 0.3").click()
+    expect(page.locator("#preset-source")).to_contain_text("defaults of this package")
+    expect(page.locator("#parameter-math-weight")).to_be_visible()
     page.get_by_text("Advanced: scope and anchor").click()
     expect(page.locator("#calibration")).to_be_hidden()
     page.locator("#option-input-share textarea").fill("0.2")

@@ -191,11 +191,15 @@ def test_only_differences_that_survive_the_correction_are_listed():
     rows = {"task arithmetic": (0.3, 0.9), "A": (0.9, 0.9), "B": (0.32, 0.9), "C": (0.0, 0.2)}
     results = [result_of(f"elicited-{seed}-math", seed, rows) for seed in range(3)]
     text = study_page.page(results, write=False)
-    math, perception = text.split("### Perception")
-    assert "| A | +60.0" in math.replace("elicited, math | ", "", 1)
+    math, perception = text.split("### Image+math")[1].split("### Perception")
+    assert "Of 3 rows in groups of cases, 1 are better than task arithmetic and 1 worse" in math
+    assert "| A | +60.0" in math
     assert "| B |" not in math
-    assert "| C | -30.0" in math
-    assert "| C | -70.0" in perception.split("###")[0]
+    assert "| C |" not in math
+    assert "0 are better than task arithmetic and 1 worse" in perception
+    every = text.split("### All rows")[1]
+    assert "| A | 1 | 90.0 | 90.0 | 1 | 0 | 0 | 0 |" in every
+    assert "| C | 1 | 0.0 | 20.0 | 0 | 1 | 0 | 1 |" in every
     assert "elicited, math (3 seeds)" in text
     assert "(90.0 to 90.0)" in text  # the same in every seed
 
