@@ -236,7 +236,12 @@ def test_sizes_and_the_explanation_are_compared_over_cases():
     results = []
     for number in range(8):
         result = result_of(f"elicited-{number}-math", number, rows)
-        result["overlaps"] = {"inputs": 0.5, "chance": 0.2, "inside": number / 8, "on_inputs": 0.5}
+        result["overlaps"] = {
+            "inputs": 0.5,
+            "chance": 0.2,
+            "inside": number / 8,
+            "on_inputs": 1 - number / 8,
+        }
         tried = result["rows"]["task arithmetic"]["tried"][0]
         tried["perception"] = 0.9 - number / 10  # the more inside, the more it costs
         results.append(result)
