@@ -219,6 +219,7 @@ def test_the_page_and_its_figure_are_written(monkeypatch, tmp_path):
     circles = list(ET.fromstring(picture.read_text()).iter("{http://www.w3.org/2000/svg}circle"))
     titles = [circle[0].text for circle in circles if len(circle)]
     assert len(titles) == 3
+    assert "complement 0.8: 90.0 / 90.0, 1.00 dM" in titles
     presets = json.loads((tmp_path / "presets.json").read_text())
     assert [p["name"].split(": ")[1] for p in presets] == [
         "one setting for all", "complement 0.8", "task arithmetic", "TIES",
@@ -253,7 +254,6 @@ def test_sizes_and_the_explanation_are_compared_over_cases():
     text = study_page.page(results, write=False)
     assert "1 of 135 M parameters, 7 of 0.9 M parameters" in text
     assert "| elicited-0-math | 135 M | 4 x 128 | 1.00 % |" in text
-    assert "complement 0.8: 90.0 / 90.0, 1.00 dM" in titles
 
 
 def test_a_row_that_a_case_cannot_take_is_refused_with_its_reason(made, tmp_path):
