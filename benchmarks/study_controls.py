@@ -102,7 +102,8 @@ def scale(analysis: Analysis, pair: ModelPair) -> dict[str, float]:
 
     Of the first expert: its relative change, the share of dM's energy in its first direction, the
     effective rank of dM relative to the number of its directions, and the similarity of the first
-    direction of dV to dM's, also relative to that of unrelated bases.
+    direction of dV to dM's, also relative to that of unrelated bases. Principal angles are those of
+    matrices with 16 directions above the rounding of their dtype.
     """
     records = [record for record in analysis.records if record.expert == 0]
     means = {
@@ -111,7 +112,7 @@ def scale(analysis: Analysis, pair: ModelPair) -> dict[str, float]:
         "rank": [r.math_ranks["effective"] / min(r.shape) for r in records],
         "similarity": [r.similarity["weighted"] for r in records],
         "chance": [chance_level(r.shape[1], "weighted") for r in records],
-        "principal": [r.principal["16"] for r in records],
+        "principal": [r.principal["16"] for r in records if "16" in r.principal],
     }
     sizes = {
         "parameters": float(analysis.totals.llm_parameters),
@@ -119,7 +120,7 @@ def scale(analysis: Analysis, pair: ModelPair) -> dict[str, float]:
         "width": float(min(records[0].shape)),
         "matrices": float(len(pair.matrices)),
     }
-    return {**sizes, **{name: sum(found) / len(found) for name, found in means.items()}}
+    return {**sizes, **{name: float(np.mean(found)) for name, found in means.items()}}
 
 
 def _merged(plan: MergePlan, pair: ModelPair) -> list[MatrixMatch]:
