@@ -26,15 +26,17 @@ from draws import DRAWS, PER_TASK, evaluation_problems  # noqa: E402
 from recipes import ELICITED, RECIPES  # noqa: E402
 
 import ipmerge_core as ipm  # noqa: E402
-from ipmerge_core.evaluation.batched_answers import LONGEST_REPLY, answer_all  # noqa: E402
+from ipmerge_core.evaluation.answering import Answerer, Caches  # noqa: E402
+from ipmerge_core.evaluation.batched_answers import LONGEST_REPLY  # noqa: E402
 from ipmerge_core.evaluation.recording import Prompt, iter_recording  # noqa: E402
-from ipmerge_core.inference.encoding import ModelProcessor  # noqa: E402
 from ipmerge_core.inference.loading import load_model  # noqa: E402
 from ipmerge_core.inference.sampling import GenerationSettings  # noqa: E402
 from ipmerge_core.tasks.answers import is_right  # noqa: E402
 from ipmerge_core.tasks.demo import MATH_TASKS, TASKS, Problem  # noqa: E402
+from ipmerge_core.tasks.demo_items import item_of  # noqa: E402
 from ipmerge_core.ui.chat.recorded import records_name  # noqa: E402
 
+BATCH = 64
 FIRST_SHOWN = ("mul", "area", "perimeter", "add", "sub", "sides", "shape", "dots")
 
 
@@ -109,8 +111,11 @@ def collect(
 def ask(folder: Path, asked: list[Problem]) -> list[str]:
     """Answer with the model in a folder."""
     loaded = load_model(folder)
-    processor = ModelProcessor(folder, takes_images=loaded.takes_images).processor
-    return answer_all(loaded.model, processor, asked)
+    answerer = Answerer(loaded, LONGEST_REPLY, BATCH, Caches())
+    items = {f"{number}": item_of(problem, f"{number}") for number, problem in enumerate(asked)}
+    found = {reply.item: reply.text for part in answerer.answer(items) for reply in part.replies}
+    loaded.processor.close()
+    return [found[key] for key in items]
 
 
 def verdict(problem: Problem, before: str, after: str) -> str:

@@ -176,8 +176,9 @@ class LocalFiles:
             )
 
     def __del__(self) -> None:
-        """Close open files."""
-        self._descriptors.close()
+        """Close open files; at the end of the process the system does."""
+        if not sys.is_finalizing():
+            self._descriptors.close()
 
 
 class RemoteFiles:
