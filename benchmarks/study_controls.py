@@ -24,6 +24,7 @@ from ipmerge_core.spectral.similarity import chance_level
 from ipmerge_core.spectral.spectrum import svd, task_vector
 
 DIRECTIONS = 32  # of which overlaps are measured
+THRESHOLD = 0.4  # the default of `make_plan`
 
 
 def random_subspace(
@@ -97,28 +98,29 @@ def overlaps(pair: ModelPair, grams: Measurements, count: int = DIRECTIONS) -> d
     return {name: value / len(pair.matrices) for name, value in sums.items()}
 
 
-def scale(analysis: Analysis, pair: ModelPair) -> dict[str, float]:
+def scale(analysis: Analysis) -> dict[str, float]:
     """Return what could change with the size of a model, as means over the matrices.
 
     Of the first expert: its relative change, the share of dM's energy in its first direction, the
-    effective rank of dM relative to the number of its directions, and the similarity of the first
-    direction of dV to dM's, also relative to that of unrelated bases. Principal angles are those of
-    matrices with 16 directions above the rounding of their dtype.
+    effective rank of dM relative to the number of its directions, the similarity of the first
+    directions of dV and dM with that of unrelated bases, and the share of matrices whose similarity
+    reaches the default threshold. Principal angles are those of matrices with 16 directions above
+    the rounding of their dtype.
     """
     records = [record for record in analysis.records if record.expert == 0]
     means = {
         "change": [math.sqrt(r.math_norm2 / r.base_norm2) for r in records],
         "first": [r.math_sigma[0] ** 2 / (r.math_norm2 or 1.0) for r in records],
         "rank": [r.math_ranks["effective"] / min(r.shape) for r in records],
-        "similarity": [r.similarity["weighted"] for r in records],
-        "chance": [chance_level(r.shape[1], "weighted") for r in records],
+        "similarity": [r.similarity["first"] for r in records],
+        "chance": [chance_level(r.shape[1], "first") for r in records],
+        "selected": [float(r.similarity["first"] >= THRESHOLD) for r in records],
         "principal": [r.principal["16"] for r in records if "16" in r.principal],
     }
     sizes = {
         "parameters": float(analysis.totals.llm_parameters),
         "layers": float(len({record.layer for record in records})),
         "width": float(min(records[0].shape)),
-        "matrices": float(len(pair.matrices)),
     }
     return {**sizes, **{name: float(np.mean(found)) for name, found in means.items()}}
 

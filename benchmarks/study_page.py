@@ -318,12 +318,14 @@ def _scale(results: Sequence[Result]) -> list[str]:
         rows.append([
             result["case"], f"{_millions(result)} M", f"{own['layers']:.0f} x {own['width']:.0f}",
             f"{100 * own['change']:.2f} %", f"{own['rank']:.2f}", f"{100 * own['first']:.0f} %",
-            f"{own['similarity'] / own['chance']:.1f}", f"{own['principal']:.2f}",
+            f"{own['similarity']:.2f} ({own['chance']:.2f})", f"{100 * own['selected']:.0f} %",
+            f"{own['principal']:.2f}",
             *("none" if gain is None else f"{gain:g}" for gain in chosen),
         ])  # fmt: skip
     head = ["case", "parameters", "layers x width", "math change / base",
             "effective rank / directions", "energy of the first direction",
-            "weighted similarity / chance", "mean cosine of 16 directions",
+            "similarity of the first directions (chance)", "matrices at 0.4 or above",
+            "mean cosine of 16 directions",
             *(f"gain of {label}" for label in COMPARED)]  # fmt: skip
     words = (
         "The elicited skill at each size; means over the matrices. The models differ in more than "

@@ -97,7 +97,6 @@ class CaseStudy:
             }
             grams = Measurements.open(self.calibration("gram"))
             self.results["overlaps"] = overlaps(models.pair, grams)
-            self.results["scale"] = scale(self.analysis, models.pair)
             self._save()
             yield f"{self.case.name}: unmerged"
         for row in self.table:
@@ -245,7 +244,7 @@ class CaseStudy:
             if found["what"] == what:
                 return found
         made = {"case": self.case.name, "facts": self.case.facts, "what": what}
-        return {**made, "rows": {}, "controls": {}}
+        return {**made, "scale": scale(self.analysis), "rows": {}, "controls": {}}
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

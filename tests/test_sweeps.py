@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import ipmerge_core as ipm
 from ipmerge_core.cli import main
 from ipmerge_core.errors import PlanError, RunError
+from ipmerge_core.evaluation import merged_models
 from ipmerge_core.evaluation.cuts import Cut, cut_tensors, matrices_of_model
 from ipmerge_core.evaluation.evaluate import EvaluationSettings, iter_evaluation
 from ipmerge_core.evaluation.knockout import (
@@ -22,7 +23,6 @@ from ipmerge_core.evaluation.knockout import (
     iter_model_knockout,
     read_choice,
 )
-from ipmerge_core.evaluation import merged_models
 from ipmerge_core.evaluation.merged_models import MergedModels
 from ipmerge_core.evaluation.points import UNMERGED, Axis, Point
 from ipmerge_core.evaluation.replies import ReplyStore

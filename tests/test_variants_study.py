@@ -135,6 +135,12 @@ def test_the_best_gain_that_keeps_perception_is_chosen(tried, gain):
     assert study.chosen_gain(named, unmerged) == gain
 
 
+SCALE = {
+    "parameters": 9.3e5, "layers": 4, "width": 128, "change": 0.01, "rank": 0.2, "first": 0.3,
+    "similarity": 0.2, "chance": 0.1, "selected": 0.3, "principal": 0.5,
+}  # fmt: skip
+
+
 def result_of(case: str, seed: int, rows: dict[str, tuple[float, float]], n: int = 60):
     """A result with shares of right answers, the first ones of each draw."""
 
@@ -152,17 +158,7 @@ def result_of(case: str, seed: int, rows: dict[str, tuple[float, float]], n: int
         "facts": {"trio": "elicited", "seed": seed, "kind": "many", "experts": ["math"]},
         "what": {"counts": {"test": 1, "validation": 1}},
         "unmerged": {"validation": nothing, "test": nothing},
-        "scale": {
-            "parameters": 9.3e5,
-            "layers": 4,
-            "width": 128,
-            "change": 0.01,
-            "rank": 0.2,
-            "first": 0.3,
-            "similarity": 0.2,
-            "chance": 0.1,
-            "principal": 0.5,
-        },  # fmt: skip
+        "scale": SCALE,
         "overlaps": dict.fromkeys(("inputs", "chance", "inside", "on_inputs"), 0.5),
         "rows": {label: row(*shares) for label, shares in rows.items()},
         "controls": {},
@@ -250,7 +246,7 @@ def test_sizes_and_the_explanation_are_compared_over_cases():
     assert "above chance in 8 of 8 cases" in text
     assert "inside the directions +1.00" in text
     assert "Does it change with size?" not in text
-    results[0]["scale"]["parameters"] = 1.35e8
+    results[0]["scale"] = SCALE | {"parameters": 1.35e8}
     text = study_page.page(results, write=False)
     assert "1 of 135 M parameters, 7 of 0.9 M parameters" in text
     assert "| elicited-0-math | 135 M | 4 x 128 | 1.00 % |" in text
