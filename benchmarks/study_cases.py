@@ -2,7 +2,7 @@
 
 In: nothing, or the models on disk. Out: `StudyCase`s, each with its pack, its problems, the rows
 that it is asked for, and how many problems of each task. A language model of 135 M parameters
-answers slowly, so that its case has eight named rows at three gains.
+answers slowly, so that its case has nine named rows at three gains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ipmerge_core.tasks.demo import Problem  # noqa: E402
 __all__ = ["OUT", "Draw", "SmolLM2Case", "StudyCase", "available", "counts_of", "rows_of"]
 NAMED = (
     BASELINE, f"{BASELINE}, upper half", "IP-Merging", "gamma max", "complement 0.8", "protect",
-    "budget of protect", "TIES",
+    "budget of protect", "TIES", "RegMean",
 )  # fmt: skip
 COUNTS: Mapping[Draw, int] = {"validation": 10, "test": 34}  # 306 test problems
 

@@ -196,7 +196,7 @@ class CaseStudy:
         known = self.results.get("setting", {})
         if known.get("row") == setting["row"] and known.get("at") == setting["gain"]:
             return
-        row = next(row for row in self.table if row.label == setting["row"])
+        row = next(row for row in rows() if row.label == setting["row"])
         try:
             found = self._reported(row, setting["gain"])
         except PlanError as error:
