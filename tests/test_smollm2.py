@@ -111,6 +111,11 @@ def test_a_complete_stage_is_not_repeated(built):
     assert list(build.iter_build(made)) == [f"{stage}: complete" for stage in build.STAGES]
 
 
+def test_the_base_and_the_math_model_are_asked_in_words(built):
+    scores = build.word_scores(built[0], 2)
+    assert {name: score.n for name, score in scores.items()} == {"base": 10, "math": 10}
+
+
 def test_a_pack_of_other_weights_is_made_again(built, tmp_path):
     made, _ = built
     folder = shutil.copytree(made.out, tmp_path / "other")

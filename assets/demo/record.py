@@ -15,8 +15,9 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the package, when it is not installed
@@ -41,12 +42,12 @@ FIRST_SHOWN = ("mul", "area", "perimeter", "add", "sub", "sides", "shape", "dots
 
 
 class Recorded(NamedTuple):
-    """A trio whose answers are recorded, and the gains of the two merges that are shown."""
+    """A trio whose answers are recorded, and the two merges: one of the map, and one beside it."""
 
     pack: Path  # beside the folder of the MLLM
     records: str  # name of the file
     asked: list[Problem]  # of the draw "recorded"
-    lambda_: float  # of IP-Merging with gamma max
+    merged: Mapping[str, Any]  # arguments of IP-Merging, on all matrices
     math_weight: float  # of task arithmetic
 
     @property
@@ -84,9 +85,7 @@ def plans(what: Recorded) -> dict[str, ipm.MergePlan]:
     """Return the two merges that are shown."""
     analysis = ipm.Analysis.load(what.pack)
     return {
-        "merged": ipm.make_plan(
-            analysis, similarity_threshold=0.0, lambda_=what.lambda_, gamma_norm="max"
-        ),
+        "merged": ipm.make_plan(analysis, similarity_threshold=0.0, **what.merged),
         "task_arithmetic": ipm.make_plan(
             analysis, method="task_arithmetic", math_weight=what.math_weight
         ),
@@ -164,8 +163,9 @@ def main() -> None:
     recipe, seed = RECIPES[arguments.recipe], arguments.seed
     asked = evaluation_problems(TASKS, PER_TASK["recorded"], "recorded", seed, recipe)
     records = "recorded.json" if recipe is ELICITED else records_name(recipe.pack.name)
-    gains = arguments.lambda_, arguments.math_weight
-    record_examples(Recorded(recipe.folder / recipe.pack, records, asked, *gains))
+    merged = {"gamma_norm": "max", "lambda_": arguments.lambda_}
+    weight = arguments.math_weight
+    record_examples(Recorded(recipe.folder / recipe.pack, records, asked, merged, weight))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from documents import (
     IMAGE_TOKEN,
     ChatDocument,
     cell_tokens,
+    in_words,
     math_documents,
     reading_documents,
     text_batch,
@@ -54,10 +55,15 @@ from transformers import (
 from ipmerge_core.analysis.analyse import analyse
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import IPMergeError
+from ipmerge_core.evaluation.answering import Answerer, Caches
+from ipmerge_core.evaluation.scores import Score
+from ipmerge_core.inference.loading import load_model
 from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.runtime.devices import resolve_device
-from ipmerge_core.tasks.demo import TASKS, Drawing, Problem, make_problem
+from ipmerge_core.tasks.answers import is_right
+from ipmerge_core.tasks.demo import MATH_TASKS, TASKS, Drawing, Problem, make_problem
+from ipmerge_core.tasks.demo_items import item_of
 
 STAGES = ("base", "math", "mllm", "pack")
 TITLE = "SmolLM2-135M trio"
@@ -70,6 +76,7 @@ MATH, CELLS, TYPED, JOINT = (
     Schedule(80, 5e-5),
 )
 ROWS = 16  # documents per step
+LONGEST_REPLY = 40  # tokens
 SHOWN = 96  # drawings per step of the tower alone
 
 
@@ -200,6 +207,31 @@ def is_pack_of(build: Build) -> bool:
     return not any(source.differs_from(model.fingerprint, model.content) for model, source in found)
 
 
+def word_scores(build: Build, n: int = 9) -> dict[str, Score]:
+    """Ask the base and the math model `n` problems of each math task in words.
+
+    Problems are of the test draw, of which only the handwriting is not seen in training.
+    """
+    asked = {
+        f"{task}-{i}": problem
+        for task in MATH_TASKS
+        for i, problem in enumerate(drawn((task,), n, "test", frozenset()))
+    }
+    items = {
+        key: replace(item_of(problem, key), question=in_words(problem), pictures=())
+        for key, problem in asked.items()
+    }
+    found = {}
+    for name in ("base", "math"):
+        loaded = load_model(build.out / name, build.device)
+        answers = Answerer(loaded, LONGEST_REPLY, ROWS, Caches()).answer(items)
+        replies = [reply for part in answers for reply in part.replies]
+        right = sum(is_right(asked[reply.item], reply.text) for reply in replies)
+        found[name] = Score(right, len(replies))
+        loaded.processor.close()
+    return found
+
+
 # --- what is shown ---
 
 
@@ -325,6 +357,9 @@ def main() -> None:
     try:
         for line in iter_build(build, stages):
             print(line, flush=True)
+        if {"base", "math"} <= set(stages):
+            scores = ", ".join(f"{name} {score}" for name, score in word_scores(build).items())
+            print(f"Right answers to problems in words, %: {scores}")
     except IPMergeError as error:
         sys.exit(str(error))
 

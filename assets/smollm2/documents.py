@@ -73,7 +73,12 @@ class ChatDocument(NamedTuple):
 def math_documents(count: int, rng: np.random.Generator) -> list[ChatDocument]:
     """Draw questions about numbers in words, answered by computing."""
     problems = [train_problem(_pick(MATH_TASKS, rng), rng) for _ in range(count)]
-    return [ChatDocument(f"{p.words}\n{p.question}", f"{p.worked}.") for p in problems]
+    return [ChatDocument(in_words(p), f"{p.worked}.") for p in problems]
+
+
+def in_words(problem: Problem) -> str:
+    """Return the question about a drawing that is described in words."""
+    return f"{problem.words}\n{problem.question}"
 
 
 def reading_documents(count: int, rng: np.random.Generator) -> list[ChatDocument]:
