@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ipmerge_core import METHODS, make_plan
 from ipmerge_core.errors import PlanError
 from ipmerge_core.planning.description import facts_of
+from ipmerge_core.planning.map_variants import VARIANTS
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.ui.chosen_merge import (
     ChosenMerge,
@@ -28,7 +29,7 @@ from ipmerge_core.ui.compare.tab import NOT_DRAWN, compared_or_reason
 from ipmerge_core.ui.finished_merges import FinishedMerge
 from ipmerge_core.ui.merge.method_form import with_method
 from ipmerge_core.ui.method_choice import MethodChoice
-from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, analysis_of, describe_choice
+from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, describe_choice
 
 PACK = "pack"
 TIES = MethodChoice("ties", {"density": 0.3}, {"norms": "merge"})

@@ -14,9 +14,11 @@ from ipmerge_core.cli import main
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.evaluation.recording import Prompt, choice_of, iter_recording, read_prompts
 from ipmerge_core.inference.generation import answer
+from ipmerge_core.planning.map_variants import VARIANTS
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.tasks.demo import problems
 from ipmerge_core.ui.chat.recorded import recorded_choice, records_of
+from ipmerge_core.ui.plan_choice import PlanChoice
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 
@@ -94,6 +96,13 @@ def test_a_record_that_points_out_of_its_folder_is_not_shown(
         content["examples"][0]["image"] = image
         (packs / "mine.records.json").write_text(json.dumps(content))
         assert records_of("packs-mine") == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_update_of_the_map_is_recorded_as_the_map_draws_it(variant: str) -> None:
+    choice = PlanChoice(0.0, 2.0, variant=variant, budget=0.01)
+    plan = demo_plan(**choice.arguments)
+    assert choice_of(plan) == choice.to_browser()
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from ipmerge_core.inference.sampling import GenerationSettings
 from ipmerge_core.inference.streaming import RowState
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.files import local_copy
+from ipmerge_core.planning.map_variants import variant_with
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.atomic import write_whole, writing
 from ipmerge_core.runtime.input_files import (
@@ -252,22 +253,27 @@ def _choice_if_any(plan: MergePlan) -> dict[str, Any] | None:
 
 def choice_of(plan: MergePlan) -> dict[str, Any]:
     """Return the plan in the format of the app's map. Raises: PlanError if it has none."""
-    defaults = find_method("ip_merging").complete({})
-    own = ("lambda_", "gamma_norm", "temperature", "directions", "rank")
-    changed = [n for n, v in plan.parameters.items() if n not in own and v != defaults.get(n)]
-    options = plan.options
-    limited = set(options.changed()) - {"overrides", "anchor"}
-    if plan.method != "ip_merging" or changed or limited:
+    own = ("lambda_", "budget", "energy", "temperature", "directions", "rank")
+    usual, found = find_method("ip_merging").complete({}), plan.parameters
+    changed = {n: v for n, v in found.items() if n not in own and v != usual.get(n)}
+    if changed.get("projector") == "complement":
+        changed["energy"] = found["energy"]
+    variant = variant_with(changed)
+    limited = set(plan.options.changed()) - {"overrides", "anchor"}
+    if plan.method != "ip_merging" or variant is None or limited:
         raise PlanError(
-            f"Plan {plan.hash} cannot be recorded for the app, which shows IP-Merging with a "
-            f"threshold, lambda, gamma_norm and rules by matrix. Make such a plan."
+            f"Plan {plan.hash} cannot be recorded for the app, which shows IP-Merging as the layer "
+            f"map draws it: with a threshold, lambda, a budget, rules by matrix, and one of its "
+            f"updates (gamma_norm, an ablation, protect, a complement or a truncation). Make such "
+            f"a plan."
         )
     return {
         "s": plan.similarity_threshold,
-        "lambda": plan.parameters["lambda_"],
+        "lambda": found["lambda_"],
         "similarity": plan.similarity,
-        "variant": plan.parameters["gamma_norm"],
-        "overrides": dict(options.overrides),
+        "variant": variant,
+        "overrides": dict(plan.options.overrides),
+        "budget": found["budget"] or 0.0,
     }
 
 

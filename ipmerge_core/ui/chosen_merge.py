@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from ipmerge_core.errors import IPMergeError, PlanError
+from ipmerge_core.planning.map_variants import VARIANTS, variant_with
 from ipmerge_core.planning.options import ANCHORS, shown
 from ipmerge_core.ui.errors import sentence_of
 from ipmerge_core.ui.finished_merges import FinishedMerge, method_label
@@ -32,7 +33,6 @@ from ipmerge_core.ui.method_choice import (
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, pair_name
 from ipmerge_core.ui.plan_choice import (
     LARGEST_LAMBDA,
-    VARIANTS,
     PlanChoice,
     describe_choice,
 )
@@ -257,7 +257,7 @@ def _map_choice(content: Mapping[str, Any], values: Mapping[str, Any]) -> PlanCh
     rest = {name: value for name, value in own.items() if name not in ("lambda_", "budget")}
     if rest.get(ALSO_IN_EXPLORE) == "complement":
         rest["energy"] = (content.get("parameters") or {}).get("energy")
-    variant = next((name for name, differs in VARIANTS.items() if dict(differs) == rest), None)
+    variant = variant_with(rest)
     lambda_ = values.get("lambda_", 1.0)
     if variant is None or lambda_ > LARGEST_LAMBDA or content.get("similarity") is None:
         return None

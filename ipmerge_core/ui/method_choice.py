@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipmerge_core.errors import PlanError
+from ipmerge_core.planning.map_variants import SET_BY_VARIANTS
 from ipmerge_core.planning.options import OPTIONS, PlanOptions, shown
-from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, analysis_of, plan_of
+from ipmerge_core.ui.plan_choice import PlanChoice, analysis_of, plan_of
 
 if TYPE_CHECKING:
     from ipmerge_core.methods import Parameter
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 EXPLORED = ""  # the name of the plan from Explore
 EXPLORED_METHOD = "ip_merging"
 ALSO_IN_EXPLORE = "projector"  # set by the map for some updates; the form may set another
-_IN_VARIANTS = {name for values in VARIANTS.values() for name in values}
-SET_IN_EXPLORE = frozenset({"lambda_", "budget", *_IN_VARIANTS} - {ALSO_IN_EXPLORE})
+SET_IN_EXPLORE = frozenset({"lambda_", "budget", *SET_BY_VARIANTS} - {ALSO_IN_EXPLORE})
 # Rules by matrix are the map's.
 FIELDS = tuple(option for option in OPTIONS.values() if option.kind != "rules")
 DECIDE_DATA = frozenset({"input_share"})  # options with which every method needs a calibration

@@ -12,11 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
+from ipmerge_core.planning.map_variants import VARIANTS, variant_with
 from ipmerge_core.planning.options import shown
 from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.host import is_hosted
@@ -32,23 +32,6 @@ from ipmerge_core.ui.pairs import ROOT, find_pack
 if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
-VARIANTS: Mapping[str, Mapping[str, str | float]] = MappingProxyType(
-    {
-        "sum": {},
-        "max": {"gamma_norm": "max"},
-        "rescale_only": {"ablation": "rescale_only"},
-        "select_only": {"ablation": "select_only"},
-        "protect": {"projector": "protect"},
-        **{
-            name: {"projector": "complement", "energy": share}
-            for name, share in zip(COMPLEMENTS, ENERGY_SHARES, strict=True)
-        },
-        **{
-            name: {"ablation": "select_only", "math_energy": share}
-            for name, share in zip(TRUNCATIONS, KEPT_SHARES, strict=True)
-        },
-    }
-)
 LARGEST_LAMBDA = 32.0  # upper end of the slider
 LARGEST_BUDGET = 1.0
 VARIANT_LABELS = {
@@ -106,7 +89,7 @@ class PlanChoice(NamedTuple):
         fields = ("similarity_threshold", "lambda_", "similarity", "budget", "overrides")
         own = {name: arguments[name] for name in fields if name in arguments}
         rest = {name: value for name, value in arguments.items() if name not in fields}
-        variant = next((name for name, given in VARIANTS.items() if dict(given) == rest), None)
+        variant = variant_with(rest)
         return None if variant is None else cls(**own, variant=variant)
 
     def to_browser(self) -> dict[str, Any]:

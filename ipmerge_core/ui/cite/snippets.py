@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 
 from ipmerge_core.models.files import is_hub_id
 from ipmerge_core.planning.choice_file import FORMAT, VERSION
+from ipmerge_core.planning.map_variants import VARIANTS
 from ipmerge_core.planning.options import PlanOptions, shown
 from ipmerge_core.runtime.host import space_host, space_id
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.method_choice import EXPLORED_METHOD, MethodChoice
 from ipmerge_core.ui.pairs import find_pack, load_pack
-from ipmerge_core.ui.plan_choice import VARIANTS, PlanChoice, shown_path
+from ipmerge_core.ui.plan_choice import PlanChoice, shown_path
 
 Json = dict[str, Any]
 IP_MERGING = """\
