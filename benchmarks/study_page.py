@@ -153,26 +153,25 @@ def _head(results: Sequence[Result]) -> str:
 
 
 def _overview(lines: Sequence[Line], adjusted: Mapping[tuple[str, str, str], float]) -> list[str]:
-    """Count, for each row, the groups of cases in which it survives as better or worse."""
+    """Compare each row with task arithmetic over the groups of cases that it applies to."""
     rows, groups = [], {line.group for line in lines}
-    for label in dict.fromkeys(line.label for line in lines):
-        own = [line for line in lines if line.label == label]
-        counts = []
+    for label in dict.fromkeys(line.label for line in lines if line.label != BASELINE):
+        own, cells = [line for line in lines if line.label == label], list[str]()
         for measure in GROUPS:
-            sure = [x for x in own if adjusted.get((x.group, label, measure), 1.0) < LEVEL]
+            sure = [x for x in own if adjusted[x.group, label, measure] < LEVEL]
             better = sum(line.tests[measure].difference > 0 for line in sure)
-            counts += ["", ""] if label == BASELINE else [str(better), str(len(sure) - better)]
-        means = (sum(x.pooled(m).share for x in own) / len(own) for m in GROUPS)
-        shown = (f"{100 * mean:.1f}" for mean in means)
-        rows.append([label, str(len(own)), *shown, *counts])
+            mean = sum(line.tests[measure].difference for line in own) / len(own)
+            cells += [f"{100 * mean:+.1f}", str(better), str(len(sure) - better)]
+        rows.append([label, str(len(own)), *cells])
     rows.sort(key=lambda row: -float(row[2]))
     words = (
-        f"Means over the groups of cases that a row applies to, and the number of groups in which "
-        f"the difference from {BASELINE} survives the correction. There are {len(groups)} groups: "
-        f"seeds of one kind of case are one. Means of rows with other groups cannot be compared."
+        f"Each row against {BASELINE}, both with gains of their own: the mean difference in points "
+        f"over the groups of cases that the row applies to, and in how many of them the difference "
+        f"survives the correction. There are {len(groups)} groups; the seeds of one kind of case "
+        f"are one group."
     )
-    head = ["row", "groups", "image+math, %", "perception, %", "math better", "math worse",
-            "perception better", "perception worse"]  # fmt: skip
+    head = ["row", "groups", "image+math", "better in", "worse in", "perception", "better in",
+            "worse in"]  # fmt: skip
     return ["### All rows", words, table(head, rows)]
 
 
@@ -211,14 +210,16 @@ def _setting(results: Sequence[Result]) -> list[str]:
         test, tuned = result["setting"]["test"], result["rows"][BASELINE]["test"]
         mllm = result["unmerged"]["test"]
         scores = {m: _score(test[m]) for m in GROUPS}
-        ratio = scores["math"].share / (_score(tuned["math"]).share or math.nan)
+        own_math, needed = scores["math"].share, _score(tuned["math"]).share
         keeps = scores["perception"].share >= _score(mllm["perception"]).interval[0]
-        reached += ratio >= NEEDED and keeps
+        is_reached = 0 < own_math >= NEEDED * needed and keeps
+        reached += is_reached
         exact, ties = (_cell(result, label) for label in ("IP-Merging", "TIES"))
         rows.append([
-            result["case"], str(scores["math"]), f"{ratio:.2f}", str(scores["perception"]),
+            result["case"], str(scores["math"]), f"{own_math / needed:.2f}" if needed else "",
+            str(scores["perception"]),
             str(_score(mllm["perception"])), _cell(result, BASELINE), exact, ties,
-            "yes" if ratio >= NEEDED and keeps else "no",
+            "yes" if is_reached else "no",
         ])  # fmt: skip
     head = ["case", "image+math, %", "of tuned task arithmetic", "perception, %",
             "perception of the MLLM, %", f"{BASELINE}, tuned", "IP-Merging, tuned",

@@ -12,9 +12,16 @@ import pytest
 import ipmerge_core as ipm
 from ipmerge_core.cli import main
 from ipmerge_core.errors import PlanError, RunError
-from ipmerge_core.evaluation.recording import Prompt, choice_of, iter_recording, read_prompts
+from ipmerge_core.evaluation.recording import (
+    Prompt,
+    _described,
+    choice_of,
+    iter_recording,
+    read_prompts,
+)
 from ipmerge_core.inference.generation import answer
 from ipmerge_core.planning.map_variants import VARIANTS
+from ipmerge_core.planning.options import shown
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.tasks.demo import problems
 from ipmerge_core.ui.chat.recorded import recorded_choice, records_of
@@ -103,6 +110,10 @@ def test_every_update_of_the_map_is_recorded_as_the_map_draws_it(variant: str) -
     choice = PlanChoice(0.0, 2.0, variant=variant, budget=0.01)
     plan = demo_plan(**choice.arguments)
     assert choice_of(plan) == choice.to_browser()
+    words = _described(plan)
+    for name, value in VARIANTS[variant].items():
+        assert f"{name}={shown(value)}" in words
+    assert "lambda 2, budget 0.01, all matrices" in words
 
 
 @pytest.mark.parametrize(

@@ -194,8 +194,8 @@ def test_only_differences_that_survive_the_correction_are_listed():
     assert "| C |" not in math
     assert "0 are better than task arithmetic and 1 worse" in perception
     every = text.split("### All rows")[1]
-    assert "| A | 1 | 90.0 | 90.0 | 1 | 0 | 0 | 0 |" in every
-    assert "| C | 1 | 0.0 | 20.0 | 0 | 1 | 0 | 1 |" in every
+    assert "| A | 1 | +60.0 | 1 | 0 | +0.0 | 0 | 0 |" in every
+    assert "| C | 1 | -30.0 | 0 | 1 | -70.0 | 0 | 1 |" in every
     assert "elicited, math (3 seeds)" in text
     assert "(90.0 to 90.0)" in text  # the same in every seed
 

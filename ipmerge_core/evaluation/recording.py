@@ -35,6 +35,7 @@ from ipmerge_core.inference.streaming import RowState
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.files import local_copy
 from ipmerge_core.planning.map_variants import variant_with
+from ipmerge_core.planning.options import shown
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.atomic import write_whole, writing
 from ipmerge_core.runtime.input_files import (
@@ -253,12 +254,7 @@ def _choice_if_any(plan: MergePlan) -> dict[str, Any] | None:
 
 def choice_of(plan: MergePlan) -> dict[str, Any]:
     """Return the plan in the format of the app's map. Raises: PlanError if it has none."""
-    own = ("lambda_", "budget", "energy", "temperature", "directions", "rank")
-    usual, found = find_method("ip_merging").complete({}), plan.parameters
-    changed = {n: v for n, v in found.items() if n not in own and v != usual.get(n)}
-    if changed.get("projector") == "complement":
-        changed["energy"] = found["energy"]
-    variant = variant_with(changed)
+    found, variant = plan.parameters, variant_with(_changed(plan))
     limited = set(plan.options.changed()) - {"overrides", "anchor"}
     if plan.method != "ip_merging" or variant is None or limited:
         raise PlanError(
@@ -275,6 +271,16 @@ def choice_of(plan: MergePlan) -> dict[str, Any]:
         "overrides": dict(plan.options.overrides),
         "budget": found["budget"] or 0.0,
     }
+
+
+def _changed(plan: MergePlan) -> dict[str, Any]:
+    """Return the parameters that make the update of IP-Merging another one, apart from its size."""
+    own = ("lambda_", "budget", "energy", "temperature", "directions", "rank")
+    usual, found = find_method("ip_merging").complete({}), plan.parameters
+    changed = {n: v for n, v in found.items() if n not in own and v != usual.get(n)}
+    if changed.get("projector") == "complement":
+        changed["energy"] = found["energy"]
+    return changed
 
 
 def verdict(prompt: Prompt, base: str, merged: str) -> str:
@@ -359,7 +365,10 @@ def _circumstances(live: LiveModel, device: str, settings: GenerationSettings) -
 def _described(plan: MergePlan) -> str:
     if plan.method != "ip_merging":
         return f"{find_method(plan.method).label} (plan {plan.hash})"
-    gain, norm = plan.parameters["lambda_"], plan.parameters["gamma_norm"]
+    gain, budget = plan.parameters["lambda_"], plan.parameters["budget"]
+    update = [f"{name}={shown(value)}" for name, value in _changed(plan).items()]
+    size = [f"lambda {gain:g}", *([f"budget {budget:g}"] if budget else [])]
     chosen, total = len(plan.selected), len(plan.decisions)
     which = "all matrices" if chosen == total else f"{chosen} of {total} matrices"
-    return f"IP-Merging, gamma_norm={norm}, lambda {gain:g}, {which} (plan {plan.hash})"
+    words = ["IP-Merging", *(update or ["gamma_norm=sum"]), *size, which]
+    return f"{', '.join(words)} (plan {plan.hash})"
