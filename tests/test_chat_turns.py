@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ from ipmerge_core.ui.chat.column_choice import Held
 from ipmerge_core.ui.chat.differences import difference_html, find_difference
 from ipmerge_core.ui.chat.export import KINDS, export
 from ipmerge_core.ui.chat.messages import messages, view
-from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
+from ipmerge_core.ui.chat.recorded import Reference, examples_for, recorded_examples
 from ipmerge_core.ui.chat.settings import NOT_SENT, SENT, SENT_RECORDED, read_settings
 from ipmerge_core.ui.chat.turns import (
     MOST_PAST,
@@ -128,15 +130,26 @@ def test_the_prompt_is_read_or_refused_with_a_sentence():
             read_prompt(given_prompt)
 
 
-def test_a_reference_is_found_for_its_question_and_image_only():
-    example = recorded_examples()[0].reference
-    image = f"/cache/{example.image}"
-    assert find_reference(Typed(example.question, (image,)), None) == example
-    assert find_reference(Typed(example.question, (image, image + "2")), None) is None
-    assert find_reference(Typed("another", (image,)), None) is None
+@pytest.mark.parametrize("pair", ["pack", "taught", "smollm2"])
+def test_a_reference_is_found_for_its_question_and_image_only(pair, tmp_path):
+    example = examples_for(pair)[0]
+    assert example.pack_id == pair
+    known, image = example.reference, str(shutil.copy(example.image, tmp_path))
+    assert find_reference(Typed(known.question, (image,)), None, pair) == known
+    assert find_reference(Typed(known.question, (image, image + "2")), None, pair) is None
+    assert find_reference(Typed("another", (image,)), None, pair) is None
     filled = Reference("q", "x.png", "12", True)
-    assert find_reference(Typed("q", ("/cache/x.png",)), filled) == filled
-    assert find_reference(Typed("q", ()), filled) is None
+    assert find_reference(Typed("q", ("/cache/x.png",)), filled, pair) == filled
+    assert find_reference(Typed("q", ()), filled, pair) is None
+    # A picture of the same name with other content, such as that of another pair's example.
+    Path(image).write_bytes(b"other")
+    assert find_reference(Typed(known.question, (image,)), None, pair) is None
+    Path(image).unlink()
+    assert find_reference(Typed(known.question, (image,)), None, pair) is None
+
+
+def test_a_pair_without_records_shows_those_of_the_demo():
+    assert examples_for("packs-none") == recorded_examples()
 
 
 def test_a_conversation_is_bounded_by_turns_and_characters(monkeypatch):

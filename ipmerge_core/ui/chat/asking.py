@@ -6,6 +6,7 @@ messages of each column, a `Turn`, and the stream of its answers.
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from ipmerge_core.ui.chat.answers import new_sides
 from ipmerge_core.ui.chat.blind import shuffled
 from ipmerge_core.ui.chat.column_choice import Held
 from ipmerge_core.ui.chat.question import Question
-from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
+from ipmerge_core.ui.chat.recorded import Reference, examples_for
 from ipmerge_core.ui.chat.settings import ChatSettings
 from ipmerge_core.ui.chat.turns import Turn, Turns, earlier_turns
 from ipmerge_core.ui.pairs import pair_name
@@ -81,7 +82,7 @@ def new_turn(
         images=typed.images,
         pair=pair_name(held.chosen.pack_id),
         answers=new_sides(columns),
-        reference=find_reference(typed, given),
+        reference=find_reference(typed, given, held.chosen.pack_id),
         pack_id=held.chosen.pack_id,
         system=settings.system,
         settings=settings.generation,
@@ -90,14 +91,25 @@ def new_turn(
     )
 
 
-def find_reference(typed: Typed, given: Reference | None) -> Reference | None:
-    """Return the correct answer of a question that was filled in or is one of the examples."""
-    known = [example.reference for example in recorded_examples()]
-    names = {Path(path).name for path in typed.images}
-    for reference in [*([given] if given else []), *known]:
-        if typed.text == reference.question and {reference.image} == names:
-            return reference
-    return None
+def find_reference(typed: Typed, given: Reference | None, pack_id: str) -> Reference | None:
+    """Return the correct answer of a question that was filled in or is an example of the pair."""
+
+    def asks(reference: Reference) -> bool:
+        names = {Path(path).name for path in typed.images}
+        return typed.text == reference.question and {reference.image} == names
+
+    if given and asks(given):
+        return given
+    known = [example for example in examples_for(pack_id) if asks(example.reference)]
+    return next((e.reference for e in known if _same_content(e.image, typed.images[0])), None)
+
+
+def _same_content(image: Path, path: str) -> bool:
+    """Whether two files are equal; examples of several pairs have pictures of the same name."""
+    try:
+        return filecmp.cmp(image, path, shallow=False)
+    except OSError:
+        return False
 
 
 def read_image(path: str) -> Image:

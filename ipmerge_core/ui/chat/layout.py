@@ -16,7 +16,7 @@ from ipmerge_core.ui.chat.column_choice import Column, ColumnChoice, first_choic
 from ipmerge_core.ui.chat.columns import FEWEST_COLUMNS, LETTERS, MOST_COLUMNS
 from ipmerge_core.ui.chat.examples import Examples, content_of
 from ipmerge_core.ui.chat.messages import View, view
-from ipmerge_core.ui.chat.recorded import recorded_examples
+from ipmerge_core.ui.chat.recorded import examples_for
 from ipmerge_core.ui.chat.settings import SettingFields, lay_out_settings
 from ipmerge_core.ui.chat.strip import Strip
 from ipmerge_core.ui.chat.turns import Turn, turn_of_example
@@ -154,7 +154,7 @@ class Parts(NamedTuple):
 
 def lay_out(chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState) -> Parts:
     """Lay out the tab with the first recorded example of the chosen pair."""
-    found = recorded_examples()
+    found = examples_for(chosen.value.pack_id)
     own = [example for example in found if example.pack_id == chosen.value.pack_id]
     first = [turn_of_example(own[0])] if own else []
     gr.Markdown(INTRODUCTION, elem_classes="lead")

@@ -122,6 +122,11 @@ def records_of(pack_id: str) -> list[Example]:
         return []
 
 
+def examples_for(pack_id: str) -> list[Example]:
+    """Return the recorded examples of a pair; those of the demo if it has none."""
+    return records_of(pack_id) or recorded_examples()
+
+
 def records_name(pack: str) -> str:
     """Return the name of the file of records for the name of a pack's file.
 

@@ -24,7 +24,7 @@ from ipmerge_core.ui.chat.columns import MOST_COLUMNS
 from ipmerge_core.ui.chat.examples import content_of, picked
 from ipmerge_core.ui.chat.export import KINDS, export
 from ipmerge_core.ui.chat.layout import EMPTY_PROMPT, Parts, prompt_value
-from ipmerge_core.ui.chat.recorded import Example, Reference, recorded_examples
+from ipmerge_core.ui.chat.recorded import Reference, examples_for
 from ipmerge_core.ui.chat.settings import usual_rule
 from ipmerge_core.ui.chat.turns import (
     Past,
@@ -101,12 +101,6 @@ def wire_examples(parts: Parts) -> None:
     asked = [parts.prompt, parts.past, parts.turns, *parts.choice.asked]
     filled = [parts.prompt, parts.past, *parts.outputs]
     parts.examples.pick(show, asked, filled, queue=False, trigger_mode="multiple", **QUIET)
-
-
-def examples_for(pack_id: str) -> list[Example]:
-    """Return the recorded examples of a pair; those of the demo if it has none."""
-    found = recorded_examples()
-    return [example for example in found if example.pack_id == pack_id] or found
 
 
 def wire_random(parts: Parts) -> None:
