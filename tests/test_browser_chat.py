@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 from slow_steps import held
 
-from ipmerge_core.ui.chat.recorded import recorded_examples
+from ipmerge_core.ui.chat.recorded import examples_for, recorded_examples
 
 pytestmark = pytest.mark.browser
 
@@ -118,6 +118,21 @@ def test_an_example_that_the_merge_broke_is_shown_as_plainly_and_undo_takes_it_b
     page.locator("#undo-chat").click()
     expect(box).to_have_value(recorded_examples()[0].reference.question)
     expect(page.locator("#verdict-b .chip")).to_have_text("✓ correct")
+
+
+def test_another_pair_shows_its_own_recorded_answers(page):
+    for pair_id, name in (("smollm2", "SmolLM2-135M trio"), ("pack", "demo trio")):
+        page.get_by_role("combobox", name="Pair").click()
+        page.get_by_role("option", name=name, exact=True).click()
+        own = examples_for(pair_id)
+        assert own[0].pack_id == pair_id
+        broken = next(i for i, e in enumerate(own) if e.outcome == "broken")
+        expect(page.locator(f"#example-{broken}")).to_contain_text("broken", timeout=LOADING)
+        expect(page.locator(f"#example-{broken}")).to_contain_text(own[broken].reference.question)
+        page.locator(f"#example-{broken}").click()
+        expect(page.locator("#answers-source")).to_contain_text(own[broken].plan, timeout=LOADING)
+        expect(answers(page, "#chat-b").last).to_contain_text(own[broken].merged.strip())
+        expect(page.locator("#verdict-b .chip")).to_have_text("✕ wrong")
 
 
 # --- live answers ------------------------------------------------------------------------------
