@@ -14,6 +14,7 @@ from typing import NamedTuple
 from study_rows import BASELINE
 
 PANEL, GAP, COLUMNS, MARGIN = 240, 58, 3, 46
+LOWEST = 0.6  # perception at the left edge; chosen gains keep it
 LARGEST = 3.0  # times the math model's change; larger changes have the same disc
 _UNIT = 9.0  # radius of a change as large as the math model's
 _COLOURS = (
@@ -67,17 +68,25 @@ def _panel(left: int, top: int, group: str, marks: Sequence[Mark]) -> Iterator[s
     box = f'x="{left}" y="{top}" width="{PANEL}" height="{PANEL}"'
     yield f'<rect {box} fill="none" stroke="#6b7280"/>'
     for tick in range(0, 101, 25):
-        x, y = left + PANEL * tick / 100, top + PANEL * (1 - tick / 100)
-        yield f'<text x="{x:.0f}" y="{top + PANEL + 15}" text-anchor="middle">{tick}</text>'
+        y = top + PANEL * (1 - tick / 100)
         yield f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{tick}</text>'
+    for tick in range(round(100 * LOWEST), 101, 10):
+        x = left + PANEL * _across(tick / 100)
+        yield f'<text x="{x:.0f}" y="{top + PANEL + 15}" text-anchor="middle">{tick}</text>'
     middle = left + PANEL / 2
     yield f'<text x="{middle}" y="{top + PANEL + 30}" text-anchor="middle">perception, %</text>'
     yield (
         f'<text transform="translate({left - 34},{top + PANEL / 2}) rotate(-90)" '
         f'text-anchor="middle">image+math, %</text>'
     )
-    for mark in sorted(marks, key=lambda mark: -mark.size):  # small discs stay visible
+    # Small discs stay visible, and so does the baseline.
+    for mark in sorted(marks, key=lambda mark: (mark.label == BASELINE, -mark.size)):
         yield _disc(left, top, mark)
+
+
+def _across(perception: float) -> float:
+    """Return the place of a share of perception in a panel, in [0, 1]."""
+    return max(0.0, (perception - LOWEST) / (1 - LOWEST))
 
 
 def _disc(left: int, top: int, mark: Mark) -> str:
@@ -85,7 +94,7 @@ def _disc(left: int, top: int, mark: Mark) -> str:
     radius = max(2.5, _UNIT * math.sqrt(min(mark.size, LARGEST)))
     words = f"{mark.label}: {100 * mark.math:.1f} / {100 * mark.perception:.1f}, {mark.size:.2f} dM"
     return (
-        f'<circle cx="{left + PANEL * mark.perception:.1f}" '
+        f'<circle cx="{left + PANEL * _across(mark.perception):.1f}" '
         f'cy="{top + PANEL * (1 - mark.math):.1f}" r="{radius:.1f}" fill="{colour}" '
         f'fill-opacity="0.45" stroke="{colour}"><title>{escape(words)}</title></circle>'
     )

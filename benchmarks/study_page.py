@@ -56,6 +56,7 @@ def page(results: Sequence[Result], *, write: bool) -> str:
     adjusted = corrected(lines)
     parts = [
         _head(complete),
+        f"![Image+math against perception, a panel per group of cases]({FIGURE.name})",
         *_overview(lines, adjusted),
         *_verdicts(lines, adjusted),
         *_setting(complete),
