@@ -148,8 +148,10 @@ def _head(results: Sequence[Result]) -> str:
     return (
         f"{machine()}. {len(results)} cases: {cases}. At least {fewest[0]} test and {fewest[1]} "
         f"validation problems per task. Intervals over items are Wilson's, over seeds Student's, "
-        f"both at 95 %. Paired tests are exact sign tests against {BASELINE} with its own chosen "
-        f"weight, Holm-corrected over all rows, cases and both measures together."
+        f"both at 95 % and the latter cut to 0 to 100 %. Paired tests are exact sign tests against "
+        f"{BASELINE} with its own chosen weight, Holm-corrected over all rows, cases and both "
+        f"measures together. They are over the items of these models: what other seeds would give, "
+        f"the intervals over seeds say."
     )
 
 
@@ -378,7 +380,8 @@ def _cells(scores: Mapping[str, Sequence[Score]]) -> Iterator[str]:
     for measure in GROUPS:
         yield str(sum(scores[measure], Score(0, 0)))
         interval = seed_interval([score.share for score in scores[measure]])
-        yield "" if interval is None else f"({_range(*interval)})"
+        inside = None if interval is None else (max(0.0, interval[0]), min(1.0, interval[1]))
+        yield "" if inside is None else f"({_range(*inside)})"
 
 
 def _range(low: float, high: float) -> str:
