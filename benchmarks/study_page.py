@@ -150,8 +150,8 @@ def _head(results: Sequence[Result]) -> str:
         f"validation problems per task. Intervals over items are Wilson's, over seeds Student's, "
         f"both at 95 % and the latter cut to 0 to 100 %. Paired tests are exact sign tests against "
         f"{BASELINE} with its own chosen weight, Holm-corrected over all rows, cases and both "
-        f"measures together. They are over the items of these models: what other seeds would give, "
-        f"the intervals over seeds say."
+        f"measures together. They are over the items of these models; the intervals over seeds "
+        f"describe how much other seeds differ."
     )
 
 
@@ -194,7 +194,7 @@ def _verdicts(lines: Sequence[Line], adjusted: Mapping[tuple[str, str, str], flo
         total = len(adjusted) // len(GROUPS)
         words = (
             f"Of {total} rows in groups of cases, {len(better)} are better than {BASELINE} and "
-            f"{len(sure) - len(better)} worse; of the others the study cannot say."
+            f"{len(sure) - len(better)} worse; the others are undecided."
         )
         found += [f"### {word}: better than {BASELINE}, after the correction", words]
         if rows:

@@ -104,7 +104,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="The model folder '.*nowhere' does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
     (tmp_path / "README.md").write_text("Run make.")
-    with pytest.raises(CheckpointError, match=r"README\.md' may say how to make it"):
+    with pytest.raises(CheckpointError, match=r"See '.*README\.md'\."):
         Checkpoint.open(tmp_path / "nowhere")
 
 

@@ -226,8 +226,8 @@ def test_a_run_makes_a_pack_that_everybody_can_choose(trio):
     assert (started.pack, again.pack) == ("packs-mllm-math", "packs-mllm-math-2")
     assert finish(backend, started.id) == finish(backend, again.id) == "finished"
     labels = [pack.label for pack in list_packs()]
-    assert labels[:2] == ["demo trio", "demo trio, taught skill"]
-    assert labels[2:] == ["own: mllm + math · mllm-math", "own: mllm + math · mllm-math-2"]
+    assert labels[:3] == ["demo trio", "demo trio, taught skill", "SmolLM2-135M trio"]
+    assert labels[3:] == ["own: mllm + math · mllm-math", "own: mllm + math · mllm-math-2"]
     whole = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
     assert [r["name"] for r in load_pack(started.pack)["records"]] == [
         r.name for r in whole.records
@@ -286,7 +286,7 @@ def test_packs_tell_how_they_were_made_and_a_broken_one_is_only_listed():
     (packs_folder() / "d.pack.json.gz").write_text("no pack")
     (packs_folder() / "e.pack.json.gz").symlink_to("nowhere")
     (packs_folder() / "f.pack.json.gz").mkdir()
-    labels = [pack.label for pack in list_packs()][2:]
+    labels = [pack.label for pack in list_packs()][3:]
     assert labels == [
         "own: synthetic 2 layers (quick, approximate)",
         "own: synthetic 2 layers (rank 8)",
@@ -305,7 +305,7 @@ def test_the_app_starts_and_names_the_files_that_it_leaves_out(caplog):
     listed = left_out().split("\n")
     assert len([line for line in caplog.messages if "nested too deeply" in line]) == 6
     assert len(listed) == 5
-    assert [entry.id for entry in list_packs()] == ["pack", "taught"]
+    assert [entry.id for entry in list_packs()] == ["pack", "taught", "smollm2"]
     assert "&#60;b&#62;x&#42;y&#42;" in listed[0]
     assert listed[-1] == "- 2 more, see the log of the app."
     assert "&#60;" not in listed[1]

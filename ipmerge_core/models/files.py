@@ -1,8 +1,7 @@
 """Read the files of a model from a folder or from a pinned commit on the hub.
 
-In: a path or a hub id `org/name[@revision]`. Out: file names, sizes, and any byte range, by
-positioned reads: nothing is memory-mapped, and only the requested range is fetched. Disk and
-network errors are converted to a readable message. Independent of file formats.
+In: a path or a hub id `org/name[@revision]`. Out: file names, sizes, and any byte range, by reads of
+this range without memory mapping. Disk and network errors are converted to a readable message.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ipmerge_core.errors import CheckpointError, CorruptShardError, RunError, first_line
 from ipmerge_core.runtime.descriptors import Descriptors
-from ipmerge_core.runtime.paths import expand_path
+from ipmerge_core.runtime.paths import expand_path, readme_hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -298,11 +297,9 @@ def find_files(source: str | Path, *, hub_only: bool = False) -> Files:
         )
     if isinstance(source, str) and is_hub_id(source) and not folder.exists():
         return open_hub(source)
-    readme = folder.parent / "README.md"
-    hint = f" '{readme}' may say how to make it." if readme.is_file() else ""
     raise CheckpointError(
         f"The model folder '{source}' does not exist. Expected a folder with config.json and "
-        f"safetensors files, or a hub id such as 'org/name'.{hint}"
+        f"safetensors files, or a hub id such as 'org/name'.{readme_hint(folder)}"
     )
 
 

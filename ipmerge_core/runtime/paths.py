@@ -45,6 +45,12 @@ def expand_path(path: str | Path) -> Path:
     return found
 
 
+def readme_hint(missing: Path) -> str:
+    """Return a sentence that names the README next to a missing folder; empty without one."""
+    readme = missing.parent / "README.md"
+    return f" See '{readme}'." if readme.is_file() else ""
+
+
 def resolve_path(path: str | Path) -> Path:
     """Return the absolute path without links and dots. Raises: RunError, as `expand_path`."""
     try:
