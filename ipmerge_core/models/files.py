@@ -1,7 +1,7 @@
 """Read the files of a model from a folder or from a pinned commit on the hub.
 
-In: a path or a hub id `org/name[@revision]`. Out: file names, sizes, and any byte range, by reads of
-this range without memory mapping. Disk and network errors are converted to a readable message.
+In: a path or a hub id `org/name[@revision]`. Out: file names, sizes, and any byte range, by reads
+of this range without memory mapping. Disk and network errors become readable messages.
 """
 
 from __future__ import annotations
