@@ -70,7 +70,7 @@ def page(results: Sequence[Result], *, write: bool) -> str:
         before = PAGE.read_text(encoding="utf-8").split(MARK)[0]
         PAGE.write_text(f"{before}{MARK}\n\n{text}\n", encoding="utf-8")
         FIGURE.write_text(figure(_marks(lines)), encoding="utf-8")
-        write_presets(presets(lines, complete), PRESETS)
+        write_presets(presets(complete), PRESETS)
     return text
 
 
@@ -189,17 +189,27 @@ def _verdicts(lines: Sequence[Line], adjusted: Mapping[tuple[str, str, str], flo
         for line in better:
             test, p = line.tests[measure], adjusted[line.group, line.label, measure]
             difference = f"{100 * test.difference:+.1f} ({_range(test.low, test.high)})"
-            rows.append([line.group, line.label, difference, f"{p:.2g}"])
+            seeds = _by_seed(line, lines, measure)
+            rows.append([line.group, line.label, difference, seeds, f"{p:.2g}"])
         word = "Image+math" if measure == "math" else "Perception"
         total = len(adjusted) // len(GROUPS)
         words = (
-            f"Of {total} rows in groups of cases, {len(better)} are better than {BASELINE} and "
-            f"{len(sure) - len(better)} worse; the others are undecided."
+            f"Of {total} rows in groups of cases, better than {BASELINE}: {len(better)}; worse: "
+            f"{len(sure) - len(better)}. The others are undecided."
         )
         found += [f"### {word}: better than {BASELINE}, after the correction", words]
         if rows:
-            found.append(table(["cases", "row", "difference, points", "p, corrected"], rows))
+            head = ["cases", "row", "difference, points", "by seed", "p, corrected"]
+            found.append(table(head, rows))
     return found
+
+
+def _by_seed(line: Line, lines: Sequence[Line], measure: str) -> str:
+    """Return the differences from task arithmetic, one per seed, in points."""
+    own = line.scores[measure]
+    (tuned,) = (x for x in lines if x.group == line.group and x.label == BASELINE)
+    pairs = zip(own, tuned.scores[measure], strict=True)
+    return ", ".join(f"{100 * (score.share - base.share):+.1f}" for score, base in pairs)
 
 
 def _setting(results: Sequence[Result]) -> list[str]:
@@ -256,7 +266,11 @@ def _controls(results: Sequence[Result]) -> list[str]:
     if not rows:
         return []
     head = ["case", "control, equal size", "image+math, %", "perception, %", "of", "its scores"]
-    return ["### Controls of equal size", table(head, rows)]
+    words = (
+        "Controls of the gain that was chosen in a case; cases without one, and those with several "
+        "experts, have none."
+    )
+    return ["### Controls of equal size", words, table(head, rows)]
 
 
 def _overlaps(results: Sequence[Result]) -> list[str]:
@@ -297,9 +311,10 @@ def _explanation(results: Sequence[Result]) -> list[str]:
         rank = spearmanr([r["overlaps"][name] for r, _ in found], costs)
         tests.append(f"{meaning} {rank.statistic:+.2f} (p {rank.pvalue:.2g})")
     return [
-        f"{words} Rank correlation, over {len(found)} cases, of the perception that "
-        f"{BASELINE} loses at weight {FULL:g} with the share of dM {' and '.join(tests)}. Cases "
-        f"with a common MLLM are not independent, so the p values are too small."
+        f"{words} Rank correlation, over {len(found)} cases, of the perception on the validation "
+        f"draw that {BASELINE} loses at weight {FULL:g} with the share of dM "
+        f"{' and '.join(tests)}. Cases with a common MLLM are not independent, so the p values are "
+        f"too small."
     ]
 
 

@@ -242,7 +242,7 @@ class CaseStudy:
         if self.path.is_file():
             found: dict[str, Any] = json.loads(self.path.read_text())
             if found["what"] == what:
-                return found
+                return {**found, "scale": scale(self.analysis)}
         made = {"case": self.case.name, "facts": self.case.facts, "what": what}
         return {**made, "scale": scale(self.analysis), "rows": {}, "controls": {}}
 

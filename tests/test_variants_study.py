@@ -188,11 +188,12 @@ def test_only_differences_that_survive_the_correction_are_listed():
     results = [result_of(f"elicited-{seed}-math", seed, rows) for seed in range(3)]
     text = study_page.page(results, write=False)
     math, perception = text.split("### Image+math")[1].split("### Perception")
-    assert "Of 3 rows in groups of cases, 1 are better than task arithmetic and 1 worse" in math
+    assert "Of 3 rows in groups of cases, better than task arithmetic: 1; worse: 1." in math
+    assert "+60.0, +60.0, +60.0" in math
     assert "| A | +60.0" in math
     assert "| B |" not in math
     assert "| C |" not in math
-    assert "0 are better than task arithmetic and 1 worse" in perception
+    assert "better than task arithmetic: 0; worse: 1." in perception
     every = text.split("### All rows")[1]
     assert "| A | 1 | +60.0 | 1 | 0 | +0.0 | 0 | 0 |" in every
     assert "| C | 1 | -30.0 | 0 | 1 | -70.0 | 0 | 1 |" in every

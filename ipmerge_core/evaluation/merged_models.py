@@ -161,7 +161,7 @@ class MergedModels(ExchangedModel):
         super().__init__(model_folder(sources.mllm), self.pair.mllm, stops)
         self.force, self.updates = force, updates
         self.matrices: tuple[CutMatrix, ...] = matrices_of_pair(self.pair)
-        self._most_kept, self._kept = kept, OrderedDict[str, Tensors]()
+        self._most_kept, self._kept = max(1, kept), OrderedDict[str, Tensors]()
 
     def subject(self, point: Point, cut: Cut | None = None) -> Subject:
         """Return a point as a model to evaluate, with a module knocked out if there is a cut.
@@ -199,6 +199,7 @@ class MergedModels(ExchangedModel):
             if point.permuted is not None:
                 merged = dict(permuted_tensors(point.plan, self.pair, merged, point.permuted))
             self._kept[point.key] = merged
+        self._kept.move_to_end(point.key)
         return self._kept[point.key]
 
     def _merged(self, plan: MergePlan, device: str) -> Tensors:

@@ -34,7 +34,7 @@ from ipmerge_core.inference.sampling import GenerationSettings
 from ipmerge_core.inference.streaming import RowState
 from ipmerge_core.methods import find_method
 from ipmerge_core.models.files import local_copy
-from ipmerge_core.planning.map_variants import variant_with
+from ipmerge_core.planning.map_variants import LARGEST_LAMBDA, variant_with
 from ipmerge_core.planning.options import shown
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.runtime.atomic import write_whole, writing
@@ -256,6 +256,12 @@ def choice_of(plan: MergePlan) -> dict[str, Any]:
     """Return the plan in the format of the app's map. Raises: PlanError if it has none."""
     found, variant = plan.parameters, variant_with(_changed(plan))
     limited = set(plan.options.changed()) - {"overrides", "anchor"}
+    gain = found.get("lambda_")
+    if isinstance(gain, float) and gain > LARGEST_LAMBDA:
+        raise PlanError(
+            f"Plan {plan.hash} has lambda {gain:g}; the layer map, which would show its answers, "
+            f"goes to {LARGEST_LAMBDA:g}. Choose a smaller lambda."
+        )
     if plan.method != "ip_merging" or variant is None or limited:
         raise PlanError(
             f"Plan {plan.hash} cannot be recorded for the app, which shows IP-Merging as the layer "

@@ -30,6 +30,8 @@ VARIANTS: Mapping[str, Mapping[str, str | float]] = MappingProxyType(
         },
     }
 )
+LARGEST_LAMBDA = 32.0  # upper end of the slider
+LARGEST_BUDGET = 1.0
 SET_BY_VARIANTS = frozenset(name for values in VARIANTS.values() for name in values)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from ipmerge_core.errors import IPMergeError, PlanError
-from ipmerge_core.planning.map_variants import VARIANTS, variant_with
+from ipmerge_core.planning.map_variants import LARGEST_LAMBDA, VARIANTS, variant_with
 from ipmerge_core.planning.options import ANCHORS, shown
 from ipmerge_core.ui.errors import sentence_of
 from ipmerge_core.ui.finished_merges import FinishedMerge, method_label
@@ -32,7 +32,6 @@ from ipmerge_core.ui.method_choice import (
 )
 from ipmerge_core.ui.pairs import SKIP_ALL, find_partial, pair_name
 from ipmerge_core.ui.plan_choice import (
-    LARGEST_LAMBDA,
     PlanChoice,
     describe_choice,
 )

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
-from ipmerge_core.planning.map_variants import VARIANTS, variant_with
+from ipmerge_core.planning.map_variants import (
+    LARGEST_BUDGET,
+    LARGEST_LAMBDA,
+    VARIANTS,
+    variant_with,
+)
 from ipmerge_core.planning.options import shown
 from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.host import is_hosted
@@ -32,8 +37,6 @@ from ipmerge_core.ui.pairs import ROOT, find_pack
 if TYPE_CHECKING:
     from ipmerge_core.planning.plan import MergePlan
 
-LARGEST_LAMBDA = 32.0  # upper end of the slider
-LARGEST_BUDGET = 1.0
 VARIANT_LABELS = {
     "sum": "IP-Merging",
     "max": "γ max",

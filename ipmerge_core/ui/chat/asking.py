@@ -95,8 +95,8 @@ def find_reference(typed: Typed, given: Reference | None, pack_id: str) -> Refer
     """Return the correct answer of a question that was filled in or is an example of the pair."""
 
     def asks(reference: Reference) -> bool:
-        names = {Path(path).name for path in typed.images}
-        return typed.text == reference.question and {reference.image} == names
+        names = [Path(path).name for path in typed.images]
+        return typed.text == reference.question and names == [reference.image]
 
     if given and asks(given):
         return given

@@ -114,12 +114,14 @@ def preset_of(how: MethodChoice) -> Preset | None:
 
 
 def with_preset(chosen: ChosenMerge, name: str) -> ChosenMerge:
-    """Choose a preset's method with its values and options; without a name, the plan in Explore.
+    """Choose a preset's method with its values and options; without a name nothing changes.
 
     The calibration stays, for methods that need one.
     """
     found = next((preset for preset in form_presets() if preset.name == name), None)
-    how = preset_choice(found) if found else MethodChoice()
+    if found is None:
+        return chosen
+    how = preset_choice(found)
     return chosen.with_method(how._replace(calibration=chosen.method.calibration))
 
 

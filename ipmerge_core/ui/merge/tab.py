@@ -151,7 +151,8 @@ def merge_tab(
         return gate.check_after(shows(known).then)
 
     def follow_data(event: Dependency) -> Dependency:
-        return shows(event)  # laid out below, before a visitor enters a value
+        # `shows` is laid out below, before a visitor enters a value.
+        return gate.check_after(choose(shows(event).then).then)
 
     with steps.form:
         form = method_form(named, method, gate, choose, follow_data)
@@ -159,7 +160,7 @@ def merge_tab(
         shows = calibration_form(backend, form.data, asked, poll=poll, gate=gate, choose=choose)
     gate.check_after(choose(shows(form.changed).then).then)
     for decided in form.decided:
-        shows(decided)
+        gate.check_after(choose(shows(decided).then).then)
     gate.disable_on(pair.change)
     gate.check_after(shows(after_commits(pair.change, pair)).then)
     gate.disable_on(steps.device.input)

@@ -12,10 +12,10 @@ from typing import Any
 
 import gradio as gr
 
+from ipmerge_core.planning.map_variants import LARGEST_LAMBDA
 from ipmerge_core.tasks.answers import is_right, stated_result
 from ipmerge_core.ui.chat.answers import Side
 from ipmerge_core.ui.chat.recorded import Reference
-from ipmerge_core.ui.plan_choice import LARGEST_LAMBDA
 from ipmerge_core.ui.safe_text import clean_text
 from ipmerge_core.ui.web.component import Component
 
