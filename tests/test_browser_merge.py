@@ -110,7 +110,8 @@ def test_a_preset_fills_the_form_until_a_value_changes(page, place):
     expect(preset).to_have_value("Weighted average 0.9")
 
 
-def test_an_option_that_needs_data_shows_the_calibration_and_merges_with_it(page, place):
+def aim(page: Page) -> None:
+    """Choose task arithmetic with AIM, an option that needs a calibration."""
     page.locator("#merge-preset input").click()
     page.get_by_role("option", name="Task arithmetic 1.0 / 0.3").click()
     expect(page.locator("#preset-source")).to_contain_text("defaults of this package")
@@ -119,17 +120,26 @@ def test_an_option_that_needs_data_shows_the_calibration_and_merges_with_it(page
     expect(page.locator("#calibration")).to_be_hidden()
     page.locator("#option-input-share textarea").fill("0.2")
     expect(page.locator("#calibration")).to_be_visible()
+
+
+def test_an_option_that_needs_data_is_calibrated_once_and_merges(page, place, new_page):
+    aim(page)
     expect(page.locator("#findings")).to_contain_text("needs a calibration")
     page.get_by_role("button", name="Calibrate").click()
-    expect(page.locator("#merge-chosen")).to_contain_text(
-        re.compile("input share 0.2 · plan"), timeout=LOADING
-    )
+    ready = re.compile("input share 0.2 · plan")
+    expect(page.locator("#merge-chosen")).to_contain_text(ready, timeout=LOADING)
     expect(page.locator("#start-merge")).to_be_enabled(timeout=LOADING)
     start(page, "aimed")
     expect(page.locator("#run-status")).to_contain_text("Finished", timeout=LOADING)
     made = json.loads((place.home / "models" / "aimed" / "ipmerge.json").read_text())
     assert made["plan"]["input_share"] == 0.2
     assert Path(made["plan"]["calibration"]["folder"]).is_dir()
+
+    again = open_merge(new_page(), place.url)  # the calibration is found again
+    aim(again)
+    expect(again.locator("#merge-chosen")).to_contain_text(ready, timeout=LOADING)
+    expect(again.locator("#start-merge")).to_be_enabled(timeout=LOADING)
+    expect(again.locator("#findings")).not_to_contain_text("needs a calibration")
 
 
 def test_a_run_survives_a_reload_a_cancel_and_a_resume(page, place):
