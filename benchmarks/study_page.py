@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from report import machine, table
 from study_figure import Mark, figure
-from study_presets import presets, write_presets
+from study_presets import TOY, presets, write_presets
 from study_rows import BASELINE
 
 from ipmerge_core.evaluation.comparisons import PairedTest, holm, paired_test
@@ -63,6 +63,7 @@ def page(results: Sequence[Result], *, write: bool) -> str:
         *_controls(complete),
         *_overlaps(complete),
         *_scale(complete),
+        *_tried(complete),
         *_tables(lines, adjusted, complete),
     ]
     text = "\n\n".join(part for part in parts if part)
@@ -351,6 +352,21 @@ def _scale(results: Sequence[Result]) -> list[str]:
         "size: those of 135 M are a pretrained language model, fine-tuned by other schedules."
     )
     return ["### Does it change with size?", words, table(head, rows)]
+
+
+def _tried(results: Sequence[Result]) -> Iterator[str]:
+    """Show what every gain gave, for the models that are no toys."""
+    for result in results:
+        if result["scale"]["parameters"] < TOY:
+            continue
+        rows = []
+        for label, row in result["rows"].items():
+            tried = row.get("tried", ())
+            cells = (f"{100 * each['math']:.0f} / {100 * each['perception']:.0f}" for each in tried)
+            gains = (f"{each['gain']:g}" for each in tried)
+            rows.append([label, ", ".join(gains), ", ".join(cells)])
+        yield f"### Gains tried on {result['case']}"
+        yield table(["row", "gains", "image+math / perception, validation draw, %"], rows)
 
 
 def _compared_by_size(result: Result) -> bool:

@@ -251,6 +251,8 @@ def test_sizes_and_the_explanation_are_compared_over_cases():
     text = study_page.page(results, write=False)
     assert "1 of 135 M parameters, 7 of 0.9 M parameters" in text
     assert "| elicited-0-math | 135 M | 4 x 128 | 1.00 % |" in text
+    tried = text.split("### Gains tried on elicited-0-math")[1]
+    assert "| IP-Merging | 1 | 20 / 90 |" in tried
 
 
 def test_a_row_that_a_case_cannot_take_is_refused_with_its_reason(made, tmp_path):
