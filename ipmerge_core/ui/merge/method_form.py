@@ -44,6 +44,9 @@ EXPLORED_LABEL = "IP-Merging: the plan from Explore"
 NO_PRESET = "none: own values"
 AS_ANALYSED, AS_IN_EXPLORE = "as in the analysis", "as in Explore"
 _SLIDER_STEP = 0.01
+_NARROWEST = (
+    260  # pixels of a dropdown with long names; on a phone two do not fit into one row
+)
 OWN = ""  # the choice that keeps the method's default
 
 
@@ -65,7 +68,11 @@ class MethodForm(NamedTuple):
 def method_names() -> gr.Dropdown:
     """Lay out the dropdown of methods; `list_methods` fills it."""
     return gr.Dropdown(
-        [(EXPLORED_LABEL, EXPLORED)], value=EXPLORED, label="Method", elem_id="merge-method"
+        [(EXPLORED_LABEL, EXPLORED)],
+        value=EXPLORED,
+        label="Method",
+        elem_id="merge-method",
+        min_width=_NARROWEST,
     )
 
 
@@ -76,6 +83,7 @@ def preset_names() -> gr.Dropdown:
         value=OWN,
         label="Preset",
         elem_id="merge-preset",
+        min_width=_NARROWEST,
     )
 
 
