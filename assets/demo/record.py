@@ -58,12 +58,11 @@ class Recorded(NamedTuple):
 
 def record_examples(what: Recorded) -> None:
     """Merge, ask, choose, draw the pictures and write the records."""
-    out = what.folder
-    (out / "examples").mkdir(exist_ok=True)
-    for old in (out / "examples").glob("*.png"):
-        old.unlink()
-    chosen = plans(what)
+    out, chosen = what.folder, plans(what)
     rows = pick(collect(what, chosen))
+    (out / "examples").mkdir(exist_ok=True)
+    for old in (out / "examples").glob("*.png"):  # only now, so that a stopped run loses nothing
+        old.unlink()
     prompts = [draw(number, problem, out) for number, (problem, _) in enumerate(rows, 1)]
     path = out / what.records
     for step in iter_recording(
