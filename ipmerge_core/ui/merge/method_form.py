@@ -44,9 +44,7 @@ EXPLORED_LABEL = "IP-Merging: the plan from Explore"
 NO_PRESET = "none: own values"
 AS_ANALYSED, AS_IN_EXPLORE = "as in the analysis", "as in Explore"
 _SLIDER_STEP = 0.01
-_NARROWEST = (
-    260  # pixels of a dropdown with long names; on a phone two do not fit into one row
-)
+_NARROWEST = 260  # pixels of a dropdown with long names, so that two stack on a phone
 OWN = ""  # the choice that keeps the method's default
 
 
