@@ -27,7 +27,7 @@ from ipmerge_core.models.pairing import ModelPair
 from ipmerge_core.models.writer import run_folders
 from ipmerge_core.planning.mergekit import export_recipe
 from ipmerge_core.runtime.jobs import JobStore
-from ipmerge_core.ui.chat.recorded import recorded_examples, unreadable_examples
+from ipmerge_core.ui.chat.recorded import read_records
 from ipmerge_core.ui.pairs import DEMO
 from ipmerge_core.ui.plan_choice import PlanChoice, read_cells, read_commit
 
@@ -328,8 +328,7 @@ def recorded(place: Path) -> None:
 
 
 def show_recorded(place: Path) -> None:
-    assert bool(recorded_examples(place)) != bool(unreadable_examples(place)) or True
-    for example in recorded_examples(place):
+    for example in read_records(place / "recorded.json", place / "pack.json.gz", "pack"):
         assert example.outcome
 
 

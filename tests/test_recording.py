@@ -24,7 +24,7 @@ from ipmerge_core.planning.map_variants import VARIANTS
 from ipmerge_core.planning.options import shown
 from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.tasks.demo import problems
-from ipmerge_core.ui.chat.recorded import recorded_choice, records_of
+from ipmerge_core.ui.chat.recorded import recorded_choice, records_of, unreadable_records
 from ipmerge_core.ui.plan_choice import PlanChoice
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -86,6 +86,28 @@ def test_the_app_shows_the_records_next_to_a_pack(
     choice = recorded_choice("packs-mine")
     assert choice is not None
     assert (choice.lambda_, choice.similarity_threshold, choice.variant) == (2.0, 0.0, "sum")
+
+
+def test_answers_of_another_analysis_of_the_pair_are_refused_with_the_reason(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
+    packs = tmp_path / "home" / "packs"
+    packs.mkdir(parents=True)
+    pair = ipm.open_pair(DEMO / "mllm", DEMO / "math", DEMO / "base")
+    analysis = ipm.analyse(pair, temperature=4.0, rank=8)
+    analysis.save(packs / "mine.pack.json.gz")
+    plan = ipm.make_plan(analysis, similarity_threshold=0.0, lambda_=2.0)
+    asked = read_prompts(prompts)[:1]
+    for _ in iter_recording(plan, asked, packs / "mine.records.json"):
+        pass
+    assert len(records_of("packs-mine")) == 1
+    assert unreadable_records() == []
+    shutil.copy(DEMO / "pack.json.gz", packs / "mine.pack.json.gz")
+    assert records_of("packs-mine") == []
+    (fault,) = unreadable_records()
+    assert "mine.records.json" in fault
+    assert "with temperature 4.0, and that of the pack has 32" in fault
 
 
 def test_a_record_that_points_out_of_its_folder_is_not_shown(

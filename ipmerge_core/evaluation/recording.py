@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 MOST_PROMPTS = 1000
 _LONGEST_LINE = MEGABYTE
+_OF_ANALYSIS = ("temperature", "directions", "rank")
 
 
 class Prompt(NamedTuple):
@@ -153,7 +154,8 @@ def iter_recording(
         examples.append(_example(prompt, image, replies))
         yield RecordStep(number, len(prompts), examples[-1]["verdict"])
     content = {
-        **_facts(plan, live, device, settings),
+        **_circumstances(live, device, settings),
+        **_of_plan(plan),
         "choice": choice,
         "examples": examples,
     }
@@ -208,8 +210,12 @@ def iter_model_recording(
         _example(prompt, _copied(prompt.image, out, number), [each[key].text for each in known])
         for number, (key, prompt) in enumerate(zip(keys, prompts, strict=True), 1)
     ]
-    how = {**facts, "pair": plan.name, "plan": _described(plan), "plan_hash": plan.hash}
-    content = {**how, "choice": _choice_if_any(plan), "examples": examples}
+    content = {
+        **facts,
+        **_of_plan(plan),
+        "choice": _choice_if_any(plan),
+        "examples": examples,
+    }
     write_whole(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -281,7 +287,7 @@ def choice_of(plan: MergePlan) -> dict[str, Any]:
 
 def _changed(plan: MergePlan) -> dict[str, Any]:
     """Return the parameters that make the update of IP-Merging another one, apart from its size."""
-    own = ("lambda_", "budget", "energy", "temperature", "directions", "rank")
+    own = ("lambda_", "budget", "energy", *_OF_ANALYSIS)
     usual, found = find_method("ip_merging").complete({}), plan.parameters
     changed = {n: v for n, v in found.items() if n not in own and v != usual.get(n)}
     if changed.get("projector") == "complement":
@@ -334,14 +340,14 @@ def _example(prompt: Prompt, image: str, replies: Sequence[str]) -> dict[str, An
     }
 
 
-def _facts(
-    plan: MergePlan, live: LiveModel, device: str, settings: GenerationSettings
-) -> dict[str, Any]:
+def _of_plan(plan: MergePlan) -> dict[str, Any]:
+    """Describe a plan: its pair, its hash, and what of it the pair's analysis fixes."""
+    fixed = {name: plan.parameters[name] for name in _OF_ANALYSIS if name in plan.parameters}
     return {
-        **_circumstances(live, device, settings),
         "pair": plan.name,
         "plan": _described(plan),
         "plan_hash": plan.hash,
+        "analysis": fixed,
     }
 
 

@@ -29,7 +29,7 @@ from ipmerge_core.ui.chat.column_choice import (
     wire_try_it,
     with_run,
 )
-from ipmerge_core.ui.chat.recorded import unreadable_examples
+from ipmerge_core.ui.chat.recorded import unreadable_records
 from ipmerge_core.ui.chat.tab import try_tab
 from ipmerge_core.ui.chosen_merge import ChosenMerge
 from ipmerge_core.ui.cite.tab import cite_tab
@@ -76,7 +76,7 @@ STYLES = (
 
 def left_out() -> str:
     """Return Markdown on files that cannot be read and are not shown; empty if there are none."""
-    faults = [public_text(fault) for fault in (*unreadable_packs(), *unreadable_examples())]
+    faults = [public_text(fault) for fault in (*unreadable_packs(), *unreadable_records())]
     for fault in faults:
         logging.getLogger(__name__).warning("Left out: %s", fault)
     listed = [as_markdown(fault) for fault in faults[:LISTED]]

@@ -7,7 +7,7 @@ recorded merge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from ipmerge_core.runtime.atomic import FileVersion, version_of
 from ipmerge_core.runtime.input_files import MEGABYTE, FileKind, Location, Schema
 from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.ui.finished_merges import describe_unmerged
-from ipmerge_core.ui.pairs import DEMO, find_pack, read_pack_file
+from ipmerge_core.ui.pairs import PackEntry, find_pack, list_packs, read_pack_file
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
 DEMO_PAIR = "pack"  # the id of the pair that gave the recorded answers
@@ -85,39 +85,36 @@ class _Recorded:
     choice: dict[str, Any]
     recorded: str
     examples: tuple[_Entry, ...]
+    analysis: dict[str, float | int | str | None] = field(default_factory=dict)
 
 
 _RECORDED = Schema[_Recorded](_Recorded)
 
 
-def recorded_examples(folder: Path = DEMO) -> list[Example]:
-    """Read the recorded examples of a folder; empty if there are none, or they cannot be read."""
-    try:
-        return _examples(folder / "recorded.json", folder / "pack.json.gz", DEMO_PAIR)
-    except PlanError:
-        return []
+def recorded_examples() -> list[Example]:
+    """Read the recorded examples of the demo; empty if there are none, or they cannot be read."""
+    return records_of(DEMO_PAIR)
 
 
-def unreadable_examples(folder: Path = DEMO) -> list[str]:
-    """Return why the recorded examples cannot be read; empty if they can."""
-    try:
-        _examples(folder / "recorded.json", folder / "pack.json.gz", DEMO_PAIR)
-    except PlanError as error:
-        return [str(error)]
-    return []
+def unreadable_records() -> list[str]:
+    """Return why the recorded examples of pairs cannot be shown, one sentence per file."""
+    faults = []
+    for pack in list_packs():
+        try:
+            _records(pack)
+        except PlanError as error:
+            faults.append(str(error))
+    return faults
 
 
 def records_of(pack_id: str) -> list[Example]:
-    """Read the recorded examples of a pair; empty if there are none, or they cannot be read.
+    """Read the recorded examples of a pair; empty if there are none, or they cannot be shown.
 
     Those of the demo are in its folder, those of another pair next to its pack, in the file that
     `ipmerge record` writes: NAME.records.json for NAME.pack.json.gz.
     """
-    if pack_id == DEMO_PAIR:
-        return recorded_examples()
     try:
-        pack = find_pack(pack_id).path
-        return _examples(pack.with_name(records_name(pack.name)), pack, pack_id)
+        return _records(find_pack(pack_id))
     except PlanError:
         return []
 
@@ -136,8 +133,11 @@ def records_name(pack: str) -> str:
     return pack.partition(".pack.json")[0].removesuffix(".json.gz") + ".records.json"
 
 
-def _examples(path: Path, pack: Path, pack_id: str) -> list[Example]:
-    return _read(path, pack, pack_id, version_of(path)) if path.is_file() else []
+def _records(pack: PackEntry) -> list[Example]:
+    """Read the recorded examples of a pair. Raises: PlanError if they cannot be shown."""
+    name = "recorded.json" if pack.id == DEMO_PAIR else records_name(pack.path.name)
+    path = pack.path.with_name(name)
+    return read_records(path, pack.path, pack.id) if path.is_file() else []
 
 
 def recorded_choice(pack_id: str) -> PlanChoice | None:
@@ -146,10 +146,27 @@ def recorded_choice(pack_id: str) -> PlanChoice | None:
     return examples[0].choice if examples else None
 
 
+def read_records(path: Path, pack_path: Path, pack_id: str) -> list[Example]:
+    """Read a file of recorded examples and check it against the pack of their pair.
+
+    Raises: PlanError if it cannot be read, or its plan is one of another analysis.
+    """
+    return list(_read(path, pack_path, pack_id, version_of(path), version_of(pack_path)))
+
+
 @lru_cache(maxsize=4)
-def _read(path: Path, pack_path: Path, pack_id: str, _version: FileVersion) -> list[Example]:
+def _read(
+    path: Path, pack_path: Path, pack_id: str, *_versions: FileVersion
+) -> tuple[Example, ...]:
     content = RECORDED.load(_RECORDED, path)
     pack = read_pack_file(pack_path)
+    for name, value in content.analysis.items():
+        if pack["parameters"].get(name) != value:
+            raise RECORDED.refusal(
+                path,
+                f"its plan is of an analysis with {name:.40} {value!s:.40}, and that of the "
+                f"pack has {pack['parameters'].get(name)}",
+            )
     folder = path.parent.resolve()
     for entry in content.examples:
         if not (folder / entry.image).resolve().is_relative_to(folder):
@@ -175,4 +192,4 @@ def _read(path: Path, pack_path: Path, pack_id: str, _version: FileVersion) -> l
         for entry in content.examples
     ]
     # Answers that the merge changed come first.
-    return sorted(examples, key=lambda example: OUTCOMES.index(example.outcome))
+    return tuple(sorted(examples, key=lambda example: OUTCOMES.index(example.outcome)))
