@@ -1,8 +1,9 @@
-"""RAM, Multi-SLERP, Model Stock and the filters of WUDI against numbers of other programs.
+"""RAM, Multi-SLERP, Model Stock, STAR and the filters of WUDI against numbers of other programs.
 
 The numbers of the first three are what the functions of mergekit 0.1.5 compute in fp64 from the
-same matrices (`ram_merge`, `ramplus_tl_merge`, `multislerp`, `model_stock_merge_method`); those of
-the filters are of an eigendecomposition by hand.
+same matrices (`ram_merge`, `ramplus_tl_merge`, `multislerp`, `model_stock_merge_method`), those of
+STAR what its authors' function computes (`star` at commit e6bfcf7 of IBM/STAR, averaged as there);
+those of the filters are of an eigendecomposition by hand.
 """
 
 from __future__ import annotations
@@ -132,6 +133,47 @@ def test_model_stock_of_the_experts_is_added_to_the_mllm():
     assert close(same, (A + B - W0).tolist())
     opposite = METHODS["model_stock"](W0, A, [B, 2 * W0 - B], models="experts")
     assert close(opposite, A.tolist())
+
+
+@pytest.mark.parametrize(
+    ("models", "eta", "expected"),
+    [
+        (
+            [W_V, W_E],
+            0.4,
+            [
+                [0.48328287556930594, -0.6381001656502465, 2.041233864667844],
+                [1.1551276487669642, 0.2080582454787937, -0.2709186756885693],
+            ],
+        ),
+        (
+            [W_V, W_E],
+            0.7,
+            [
+                [0.6291368699799684, -0.7366048802992227, 2.250346956015113],
+                [1.3563237219175122, 0.14042194336217587, -0.44311136499686116],
+            ],
+        ),
+        (
+            [A, B, C],
+            0.4,
+            [
+                [0.716334610421334, -0.893991859060855, 2.0390777626595975],
+                [1.3307156866732122, 0.4631042170370212, -0.6118383065234222],
+            ],
+        ),
+        (
+            [A, B, C],
+            0.7,
+            [
+                [0.7304092553389462, -0.8837977340833404, 2.1720631719555237],
+                [1.3639620389971936, 0.3333333333333333, -0.605409255338946],
+            ],
+        ),
+    ],
+)
+def test_star_matches_its_numbers(models, eta, expected):
+    assert close(merged("star", models, eta=eta), expected)
 
 
 def test_the_filters_of_wudi_follow_the_strength_of_each_direction():

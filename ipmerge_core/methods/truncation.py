@@ -72,8 +72,9 @@ def star(
             X_i = c sum_{j<=k} S_j u_j v_j^T; W = W0 + sum_i X_i, or W0 + mean_i X_i.
             The mean is over the models whose task vector is not zero and whose weight is not 0.
     Shapes: all (m, n). eta = 1 keeps the task vectors as they are: their sum or mean.
-    Source: Spectral Truncation And Rescale, arXiv 2502.10339, where a_i = 1, the task vectors are
-            averaged, and eta = 0.4; the weights and the sum are additions.
+    Source: Spectral Truncation And Rescale, arXiv 2502.10339, with the authors' code (IBM/STAR,
+            commit e6bfcf7), where a_i = 1, the task vectors are averaged over all models, and eta
+            is 40 %; the weights and the sum are additions.
     """
     W0, W_v, changes = start(base, mllm, math, mllm_weight, math_weight, noise, low_rank)
     parts = [
