@@ -126,6 +126,10 @@ def test_another_pair_shows_its_own_recorded_answers(page):
         page.get_by_role("option", name=name, exact=True).click()
         own = examples_for(pair_id)
         assert own[0].pack_id == pair_id
+        expect(page.locator("#answers-source")).to_contain_text(own[0].plan, timeout=LOADING)
+        box = page.get_by_role("textbox", name="Question")
+        expect(box).to_have_value(own[0].reference.question)
+        expect(answers(page, "#chat-b").last).to_contain_text(own[0].merged.strip())
         broken = next(i for i, e in enumerate(own) if e.outcome == "broken")
         expect(page.locator(f"#example-{broken}")).to_contain_text("broken", timeout=LOADING)
         expect(page.locator(f"#example-{broken}")).to_contain_text(own[broken].reference.question)

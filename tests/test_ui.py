@@ -31,7 +31,7 @@ from ipmerge_core.ui.chat.active_requests import ActiveRequests
 from ipmerge_core.ui.chat.answers import Side
 from ipmerge_core.ui.chat.messages import view
 from ipmerge_core.ui.chat.recorded import Reference, recorded_examples
-from ipmerge_core.ui.chat.turns import Turn, turn_of_example, without_records
+from ipmerge_core.ui.chat.turns import Turn, opening_turns, turn_of_example, without_records
 from ipmerge_core.ui.format import findings_html, progress_html
 from ipmerge_core.ui.merge.download import finished_folder, zip_pieces
 from ipmerge_core.ui.merge.summary import result_html
@@ -488,6 +488,8 @@ def test_records_of_another_pair_do_not_stay_and_questions_do():
     assert record.pack_id == PACK
     assert without_records([record, live], "packs-a") == [live]
     assert without_records([record, live], PACK) == [record, live]
+    assert opening_turns(PACK) == [record]
+    assert opening_turns("packs-none") == []
 
 
 def test_a_recorded_answer_says_what_gave_it_and_when():

@@ -319,7 +319,9 @@ class Backend:
         name = name.strip()
         if _NAME.fullmatch(name):
             return self.models_folder / name
-        if self.hosted or not name:
+        if not name:
+            raise RunError("The output folder has no name. Enter one, such as 'merged'.")
+        if self.hosted:
             raise RunError(
                 f"The output folder is '{name[:80]}'; expected a name of A-Z, a-z, 0-9, "
                 f"'.', '-' and '_'."

@@ -19,7 +19,7 @@ from ipmerge_core.ui.chat.messages import View, view
 from ipmerge_core.ui.chat.recorded import examples_for
 from ipmerge_core.ui.chat.settings import SettingFields, lay_out_settings
 from ipmerge_core.ui.chat.strip import Strip
-from ipmerge_core.ui.chat.turns import Turn, turn_of_example
+from ipmerge_core.ui.chat.turns import Turn, opening_turns
 from ipmerge_core.ui.latex import DELIMITERS
 from ipmerge_core.ui.runs import Updates
 
@@ -154,11 +154,9 @@ class Parts(NamedTuple):
 
 def lay_out(chosen: gr.State, runs: gr.BrowserState, last: gr.BrowserState) -> Parts:
     """Lay out the tab with the first recorded example of the chosen pair."""
-    found = examples_for(chosen.value.pack_id)
-    own = [example for example in found if example.pack_id == chosen.value.pack_id]
-    first = [turn_of_example(own[0])] if own else []
+    first = opening_turns(chosen.value.pack_id)
     gr.Markdown(INTRODUCTION, elem_classes="lead")
-    examples = Examples(content_of(found))
+    examples = Examples(content_of(examples_for(chosen.value.pack_id)))
     prompt = _prompt(first[0] if first else None)
     sent = gr.MultimodalTextbox(
         label="Sent question", file_count="multiple", visible="hidden", elem_id="sent"

@@ -30,6 +30,7 @@ from ipmerge_core.ui.chat.turns import (
     Past,
     Turn,
     is_untouched,
+    opening_turns,
     pushed,
     turn_of_example,
     without_records,
@@ -236,11 +237,18 @@ def wire_records(backend: Backend, parts: Parts, pair: gr.Dropdown, shown: PairV
             **parts.choice.updates(backend, taken),
         }
 
-    def drop(turns: list[Turn], *values: Any) -> Updates:  # noqa: ANN401
+    def drop(typed: dict[str, Any], turns: list[Turn], *values: Any) -> Updates:  # noqa: ANN401
+        """Replace the recorded answers of another pair, and their question if it is untouched."""
         held = Held(*values)
         pack_id = held.chosen.pack_id
         kept = without_records(turns, pack_id)
+        filled: Updates = {}
+        if turns and not kept:
+            kept = opening_turns(pack_id)
+            if kept and typed["text"] == turns[-1].question:
+                filled = {parts.prompt: prompt_value(kept[0].question, kept[0].images)}
         return {
+            **filled,
             parts.examples: content_of(examples_for(pack_id)),
             parts.settings.earlier: usual_rule(pack_id),
             **parts.updates(kept, len(held.columns)),
@@ -252,8 +260,8 @@ def wire_records(backend: Backend, parts: Parts, pair: gr.Dropdown, shown: PairV
     taken.success(chosen_line, choice.chosen, choice.line, **QUIET)
     after_commits(pair.change, pair).then(
         drop,
-        [parts.turns, *choice.asked],
-        [parts.examples, parts.settings.earlier, *parts.outputs],
+        [parts.prompt, parts.turns, *choice.asked],
+        [parts.prompt, parts.examples, parts.settings.earlier, *parts.outputs],
         queue=False,
         **QUIET,
     )

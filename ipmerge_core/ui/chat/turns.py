@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from ipmerge_core.errors import RunError
 from ipmerge_core.ui.chat.answers import Side
 from ipmerge_core.ui.chat.columns import LETTERS
-from ipmerge_core.ui.chat.recorded import Example, Reference
+from ipmerge_core.ui.chat.recorded import Example, Reference, records_of
 from ipmerge_core.ui.plan_choice import PlanChoice
 
 if TYPE_CHECKING:
@@ -116,6 +116,11 @@ def turn_of_example(example: Example) -> Turn:
         recorded=example.recorded,
         choice=example.choice,
     )
+
+
+def opening_turns(pack_id: str) -> list[Turn]:
+    """Return what a conversation about a pair begins with: its first recorded example, if any."""
+    return [turn_of_example(example) for example in records_of(pack_id)[:1]]
 
 
 def without_records(turns: Turns, pack_id: str) -> list[Turn]:

@@ -57,7 +57,7 @@ class Answer(NamedTuple):
 
     findings: str
     confirmation: str
-    folder: str  # a suggestion; empty if the check failed
+    folder: str  # a suggestion; empty if there is no plan
     digest: str  # of what was checked
     ready: bool
 

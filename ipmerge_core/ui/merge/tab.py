@@ -305,10 +305,10 @@ def readiness_of(
     from ipmerge_core.planning.plan import reopen
     from ipmerge_core.runtime.devices import describe_device
 
+    name = backend.free_name(plan)
     try:
         device = backend.device_for(device)
         models = reopen(plan)
-        name = backend.free_name(plan)
         need = estimate_pair(plan, models, check_output(backend.output_folder(name)), device)
         siblings = [public_finding(finding) for finding in models.check()]
         found = [*siblings, _room(need.nbytes_written, need.nbytes_free)]
@@ -323,18 +323,18 @@ def readiness_of(
             plan, describe_change(plan), more, need, kept, device=where, digest=digest
         )
     except IPMergeError as error:
-        return _cannot_merge(error)
+        return _cannot_merge(error, name)
     found += _plan_warnings(plan)
     required = [finding for finding in found if not (force and finding in siblings)]
     ready = all(finding.level != "refusal" for finding in required)
     return Readiness(found, words, name, ready, digest, device, need)
 
 
-def _cannot_merge(error: IPMergeError) -> Readiness:
+def _cannot_merge(error: IPMergeError, name: str = "") -> Readiness:
     from ipmerge_core.models.pairing import Finding
 
     refusal = Finding("refusal", "Cannot merge.", sentence_of(error))
-    return Readiness([refusal], "", "", ready=False)
+    return Readiness([refusal], "", name, ready=False)
 
 
 def note_html(backend: Backend, name: str, *, busy: bool) -> str:
