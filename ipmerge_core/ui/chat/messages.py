@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from ipmerge_core.ui.chat.answers import Side
 from ipmerge_core.ui.chat.columns import LETTERS
 from ipmerge_core.ui.chat.turns import Turn, Turns, divider
-from ipmerge_core.ui.chat.verdicts import difference_marks, status, verdict
+from ipmerge_core.ui.chat.verdicts import difference_marks, judged, status, verdict
 from ipmerge_core.ui.safe_text import as_html, show_text
 
 Message = dict[str, Any]
-_BADGES = {"waiting": "…", "answering": "…", "finished": "✓", "stopped": "■", "failed": "✕"}
+_BADGES = {"waiting": "…", "answering": "…", "finished": "", "stopped": "■", "failed": "!"}
 
 
 class View(NamedTuple):
@@ -149,8 +149,11 @@ def _tabs(turn: Turn | None, n_columns: int) -> str:
 def _tab(turn: Turn | None, position: int) -> str:
     side = turn.at(position) if turn else None
     name = f"{LETTERS[position]} · {turn.name_at(position)}" if turn and side else LETTERS[position]
-    badge = f'<span class="badge">{_BADGES[side.state]}</span>' if side else ""
-    state = f' title="{side.state}"' if side else ""
+    badge, state = "", ""
+    if turn and side:
+        sign, word = judged(turn, side) or (_BADGES[side.state], side.state)
+        badge = f'<span class="badge">{sign}</span>' if sign else ""
+        state = f' title="{word}"'
     return (
         f'<button type="button" role="tab" data-column="{position}" aria-selected="false"{state}>'
         f"{as_html(name)}{badge}</button>"

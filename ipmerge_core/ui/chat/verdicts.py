@@ -28,21 +28,28 @@ def verdict(turn: Turn, position: int) -> str:
     side = turn.at(position)
     if side is None:
         return ""
-    return "".join([*_judged(turn, side), *(f"<span>{words}</span>" for words in facts(side))])
+    return "".join([*_judgement(turn, side), *(f"<span>{words}</span>" for words in facts(side))])
 
 
-def _judged(turn: Turn, side: Side) -> list[str]:
+def judged(turn: Turn, side: Side) -> tuple[str, str] | None:
+    """Return the sign and the word for a finished answer; None if its correct one is unknown."""
+    if side.state != "finished" or turn.reference is None:
+        return None
+    return ("✓", "correct") if is_right(turn.reference, side.text) else ("✕", "wrong")
+
+
+def _judgement(turn: Turn, side: Side) -> list[str]:
     if side.state != "finished":
         return []
     reference = turn.reference
     extracted = stated_result(side.text) if reference is None or reference.is_math else None
     words = [f"<span>answer {as_html(extracted[:LONGEST_SHOWN])}</span>"] if extracted else []
-    if reference is None:
+    found = judged(turn, side)
+    if reference is None or found is None:
         return words
-    right = is_right(reference, side.text)
-    sign, word, kind = ("✓", "correct", "right") if right else ("✕", "wrong", "wrong")
+    kind = "right" if found[1] == "correct" else "wrong"
     expected = f"<span>expected {as_html(reference.answer)}</span>"
-    return [f'<span class="chip {kind}">{sign} {word}</span>', *words, expected]
+    return [f'<span class="chip {kind}">{" ".join(found)}</span>', *words, expected]
 
 
 def facts(side: Side) -> list[str]:
