@@ -21,7 +21,7 @@ from ipmerge_core.models.pairing import MatrixMatch, ModelPair
 from ipmerge_core.planning.plan import MergePlan, make_plan
 from ipmerge_core.spectral.protection import energy_rank
 from ipmerge_core.spectral.similarity import chance_level
-from ipmerge_core.spectral.spectrum import svd, task_vector
+from ipmerge_core.spectral.spectrum import Spectrum, existing, noise_floor, task_vector
 
 DIRECTIONS = 32  # of which overlaps are measured
 THRESHOLD = 0.4  # the default of `make_plan`
@@ -39,8 +39,7 @@ def random_subspace(
     found = {}
     for match in _merged(plan, pair):
         mllm, change = pair.mllm.read_matrix(match.mllm).float(), _change(pair, match)
-        dV = task_vector(mllm, pair.base.read_matrix(match.name))
-        count = energy_rank(svd(dV, vectors="right").S, float(plan.parameters["energy"] or 0))
+        count = energy_rank(_directions(pair, match).S, float(plan.parameters["energy"] or 0))
         Q = torch.linalg.qr(torch.randn(change.shape[1], count, generator=generator)).Q
         update = change - (change @ Q) @ Q.T
         planned = merged[match.mllm]
@@ -79,19 +78,19 @@ def relative_size(pair: ModelPair, merged: Mapping[str, Tensor]) -> float:
 def overlaps(pair: ModelPair, grams: Measurements, count: int = DIRECTIONS) -> dict[str, float]:
     """Measure what should explain the results, as means over the matrices.
 
-    Math:   with V_k the leading k right directions of dV and E_k the leading eigenvectors of the
-            MLLM's Gram matrix: ||V_k^T E_k||^2 / k, which is k / n for random subspaces, and the
-            shares ||dM V_k||^2 / ||dM||^2 and ||dM E_k||^2 / ||dM||^2.
+    Math:   with V_k the leading k existing right directions of dV, k at most `count`, and E_k the
+            leading k eigenvectors of the MLLM's Gram matrix: ||V_k^T E_k||^2 / k, which is k / n
+            for random subspaces, and the shares ||dM V_k||^2 / ||dM||^2 and
+            ||dM E_k||^2 / ||dM||^2.
     """
     sums = dict.fromkeys(("inputs", "chance", "inside", "on_inputs"), 0.0)
     for match in pair.matrices:
         change = _change(pair, match).double()
-        mllm, base = pair.mllm.read_matrix(match.mllm), pair.base.read_matrix(match.name)
-        V = svd(task_vector(mllm, base), vectors="right").Vh[:count].double()
+        V = _directions(pair, match).Vh[:count].double()
         gram = grams.inputs(match.name, [0])["mllm_gram"].double()
-        E = torch.linalg.eigh(gram).eigenvectors[:, -len(V) :].T
+        E = torch.linalg.eigh(gram).eigenvectors[:, len(gram) - len(V) :].T
         whole = float(change.square().sum()) or 1.0
-        sums["inputs"] += float((V @ E.T).square().sum()) / len(V)
+        sums["inputs"] += float((V @ E.T).square().sum()) / max(1, len(V))
         sums["chance"] += len(V) / change.shape[1]
         sums["inside"] += float((change @ V.T).square().sum()) / whole
         sums["on_inputs"] += float((change @ E.T).square().sum()) / whole
@@ -128,6 +127,12 @@ def scale(analysis: Analysis) -> dict[str, float]:
 def _merged(plan: MergePlan, pair: ModelPair) -> list[MatrixMatch]:
     chosen = {decision.name for decision in plan.selected}
     return [match for match in pair.matrices if match.name in chosen]
+
+
+def _directions(pair: ModelPair, match: MatrixMatch) -> Spectrum:
+    """Decompose the MLLM's task vector into the directions that a merge uses, the existing ones."""
+    mllm, base = pair.mllm.read_matrix(match.mllm), pair.base.read_matrix(match.name)
+    return existing(task_vector(mllm, base), noise_floor(mllm, base), vectors="right")
 
 
 def _change(pair: ModelPair, match: MatrixMatch) -> Tensor:

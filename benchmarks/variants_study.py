@@ -100,10 +100,13 @@ class CaseStudy:
             self._save()
             yield f"{self.case.name}: unmerged"
         for row in self.table:
-            if row.label in self.results["rows"]:
+            if self.results["rows"].get(row.label, {}).get("of") == definition(row):
                 continue
             started = time.monotonic()
-            self.results["rows"][row.label] = self._tried(row)
+            self.results["rows"][row.label] = {"of": definition(row), **self._tried(row)}
+            controls = self.results["controls"]
+            for label in [name for name, each in controls.items() if each["of"] == row.label]:
+                del controls[label]
             self._save()
             yield f"{self.case.name}: {row.label}, {time.monotonic() - started:.0f} s"
         yield from self._run_controls()
@@ -193,15 +196,16 @@ class CaseStudy:
         """Score the setting for all cases, unless it was chosen from this one."""
         if setting is None or self.case.name in setting["cases"]:
             return
-        known = self.results.get("setting", {})
-        if known.get("row") == setting["row"] and known.get("at") == setting["gain"]:
-            return
         row = next(row for row in rows() if row.label == setting["row"])
+        asked = {"row": row.label, "at": setting["gain"], "of": definition(row)}
+        known = self.results.get("setting", {})
+        if asked.items() <= known.items():
+            return
         try:
             found = self._reported(row, setting["gain"])
         except PlanError as error:
             found = {"refused": str(error)}
-        self.results["setting"] = {"row": row.label, "at": setting["gain"], **found}
+        self.results["setting"] = {**asked, **found}
         self._save()
         yield f"{self.case.name}: the setting for all cases"
 
@@ -249,6 +253,13 @@ class CaseStudy:
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.results))
+
+
+def definition(row: Row) -> dict[str, Any]:
+    """Return what a row's results follow from, in JSON values."""
+    found = {**row._asdict(), "version": METHODS[row.method].version}
+    values: dict[str, Any] = json.loads(json.dumps(found, default=dict))
+    return values
 
 
 def share(outcomes: Sequence[bool]) -> float:

@@ -155,7 +155,7 @@ def test_a_plan_that_selects_nothing_says_so_before_anything_is_written(
         json.loads(captured.out)
     only_norms = ["--include", "nothing", "--norms", "merge"]
     assert cli.main(["plan", pack, "--method", "linear", *only_norms, "-o", path]) == 0
-    words = "The patterns select no matrix: only the decoder's norms and biases in scope would"
+    words = "overrides limit: only the decoder's norms and biases in scope would be merged"
     assert words in capsys.readouterr().out
 
 

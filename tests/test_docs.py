@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 import ipmerge_core
+from ipmerge_core.errors import PlanError
+from ipmerge_core.planning.mergekit_import import import_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,6 +80,15 @@ def test_the_methods_tables_are_made_from_the_registry():
     assert f"\n{method_tables.readme_table()}\n" in BODY, again
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert page == method_tables.methods_page(), again
+
+
+def test_the_methods_said_to_be_missing_are_refused_in_a_recipe():
+    head = method_tables.HEAD.read_text(encoding="utf-8")
+    missing = re.findall(r"`(\w+)`", head.split("are not available:")[1].split("Importing")[0])
+    assert missing
+    for name in missing:
+        with pytest.raises(PlanError, match=f"method '{name}' of the recipe is not one of"):
+            import_recipe(f"merge_method: {name}\nmodels: []\n")
 
 
 @pytest.mark.parametrize("name", ipmerge_core.__all__)

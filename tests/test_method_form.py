@@ -235,7 +235,7 @@ def test_a_pattern_is_linear_in_the_length_of_a_name_and_bounded() -> None:
     ("chosen", "words"),
     [
         (MethodChoice("layer_swap"), "With these parameters, the merged model would be identical"),
-        (MethodChoice("ties", options={"include": "nothing"}), "The patterns select no matrix"),
+        (MethodChoice("ties", options={"include": "nothing"}), "No matrix is in the plan's scope"),
     ],
 )
 def test_a_plan_that_changes_nothing_says_so(chosen: MethodChoice, words: str) -> None:

@@ -141,6 +141,22 @@ def test_one_task_vector_alone_is_taken_whole(name, shape, seed):
     assert torch.allclose(METHODS[name](base, mllm, base, **more), mllm, rtol=0, atol=1e-9)
 
 
+WEIGHTED = [
+    name
+    for name, method in METHODS.items()
+    if method.vectors and {"mllm_weight", "math_weight"} <= {p.name for p in method.parameters}
+]
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_norms_are_those_of_the_mllm_where_the_experts_have_no_weight(name):
+    method = METHODS[name]
+    assert method.vectors is not None
+    for experts in (1, 3):
+        alone = method.complete({"mllm_weight": 1.0, "math_weight": 0.0})
+        assert method.vectors(alone, experts) == (1.0, 0.0)
+
+
 @some_cases
 @given(shape=shapes, seed=some.integers(0, 99), alpha=some.floats(0, 1))
 def test_equal_measurements_average(shape, seed, alpha):

@@ -72,6 +72,20 @@ def test_aim_follows_its_definition_for_every_method(name, pair, analysis, grams
         assert np.abs(after[stored].double().numpy() - expected).max() < 2e-6
 
 
+@pytest.mark.parametrize("extras", [{"norms": "merge"}, {"embeddings": "merge-shared"}])
+def test_aim_leaves_norms_and_embeddings_as_merged_without_it(extras, analysis, grams):
+    own = {"include": "layers[.]0[.]|norm|embed|lm_head", **extras}
+    plain = tensors_of(ipm.make_plan(analysis, "task_arithmetic", **own))
+    data = {"calibration": str(grams.folder)}
+    informed = tensors_of(
+        ipm.make_plan(analysis, "task_arithmetic", input_share=0.2, **own, **data)
+    )
+    assert set(plain) == set(informed)
+    differ = {name for name in plain if not torch.equal(plain[name], informed[name])}
+    assert len(differ) == 7  # the projections
+    assert len(plain) > 7
+
+
 def test_a_channel_keeps_its_share_by_its_activity():
     W_v, W = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
     gram = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))

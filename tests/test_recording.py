@@ -110,6 +110,28 @@ def test_answers_of_another_analysis_of_the_pair_are_refused_with_the_reason(
     assert "with temperature 4.0, and that of the pack has 32" in fault
 
 
+@pytest.mark.parametrize("more", [{"temperature": 4.0}, {"rank": 8}, {"directions": "all"}])
+def test_a_plan_unlike_its_analysis_is_refused_before_anything_is_answered(more) -> None:
+    ((name, _),) = more.items()
+    with pytest.raises(PlanError, match=f"has {name} .*, and its analysis has"):
+        choice_of(demo_plan(**more))
+
+
+def test_answers_of_other_models_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
+    packs = tmp_path / "home" / "packs"
+    packs.mkdir(parents=True)
+    shutil.copy(DEMO / "recorded.json", packs / "mine.records.json")
+    shutil.copytree(DEMO / "examples", packs / "examples")
+    for folder, pack in (("demo", "pack.json.gz"), ("taught", "taught.pack.json.gz")):
+        shutil.copy(DEMO.with_name(folder) / pack, packs / "mine.pack.json.gz")
+        assert bool(records_of("packs-mine")) == (folder == "demo")
+    (fault,) = unreadable_records()
+    assert "its answers are of other models than those of the pack" in fault
+
+
 def test_a_record_that_points_out_of_its_folder_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

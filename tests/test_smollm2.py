@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ipmerge_core import Analysis
-from ipmerge_core.errors import ModelLoadError
+from ipmerge_core.errors import CheckpointError, ModelLoadError
 from ipmerge_core.inference.encoding import ModelProcessor
 from ipmerge_core.inference.generation import answer
 from ipmerge_core.inference.loading import load_model
@@ -111,6 +111,14 @@ def test_a_complete_stage_is_not_repeated(built):
     assert list(build.iter_build(made)) == [f"{stage}: complete" for stage in build.STAGES]
 
 
+def test_a_folder_of_another_build_is_refused(built):
+    made, _ = built
+    for other in ({"seed": 1}, {"source": "org/another"}, {"schedules": SHORT[::-1]}):
+        with pytest.raises(CheckpointError, match="was built from .* Choose another folder"):
+            list(build.iter_build(dataclasses.replace(made, **other)))
+    assert made.checkpoint("math") != dataclasses.replace(made, seed=1).checkpoint("math")
+
+
 def test_the_base_and_the_math_model_are_asked_in_words(built):
     scores = build.word_scores(built[0], 2)
     assert {name: score.n for name, score in scores.items()} == {"base": 10, "math": 10}
@@ -120,14 +128,14 @@ def test_a_pack_of_other_weights_is_made_again(built, tmp_path):
     made, _ = built
     folder = shutil.copytree(made.out, tmp_path / "other")
     other = dataclasses.replace(made, out=folder)
-    assert build.is_pack_of(other)
+    assert build.has_pack(other)
     weights = load_file(folder / "math" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] += 0.01
     save_file(weights, folder / "math" / "model.safetensors", metadata={"format": "pt"})
-    assert not build.is_pack_of(other)
+    assert not build.has_pack(other)
     lines = list(build.iter_build(other))
     assert lines[-1].startswith("pack: built")
-    assert build.is_pack_of(other)
+    assert build.has_pack(other)
 
 
 def test_evaluation_problems_have_no_training_drawing(built):
@@ -177,7 +185,14 @@ def test_an_mllm_that_was_stopped_while_reading_keeps_its_tower(
     with pytest.raises(KeyboardInterrupt):
         list(build.iter_build(again, ("base", "mllm")))
     monkeypatch.setattr(build, "typed_batch", typed)
+    list(build.iter_build(again, ("base", "math")))  # other stages leave its checkpoints alone
+    shown, shown_problems = [], build.shown_problems
+    monkeypatch.setattr(
+        build, "shown_problems", lambda *which: shown.append(which) or shown_problems(*which)
+    )
     list(build.iter_build(again, ("mllm",)))
+    assert not shown  # the tower is not trained again
+    assert not (tmp_path / ".training").exists()
     found, expected = (
         load_file(folder / "mllm" / "model.safetensors") for folder in (tmp_path, built[0].out)
     )

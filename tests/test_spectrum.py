@@ -14,6 +14,7 @@ from test_svd_algorithms import mixed_precision_from_256, planted  # noqa: F401
 from ipmerge_core.errors import CheckpointError, PlanError, ShapeError
 from ipmerge_core.spectral import spectrum as sp
 from ipmerge_core.spectral import svd_algorithms
+from ipmerge_core.spectral.protection import energy_rank
 
 pytestmark = pytest.mark.shapes
 
@@ -243,8 +244,8 @@ def test_ranks_of_equal_values_count_them():
     equal = with_values(2.0, 2.0, 2.0, 0.0)
     assert sp.stable_rank(equal) == pytest.approx(3)
     assert sp.effective_rank(equal) == pytest.approx(3)
-    assert sp.energy_rank(equal, 0.5) == 2
-    assert sp.energy_rank(equal, 1.0) == 3
+    assert energy_rank(equal.S, 0.5) == 2
+    assert energy_rank(equal.S, 1.0) == 3
     assert sp.spectral_gap(equal) == pytest.approx(0)
 
 
@@ -254,15 +255,16 @@ def test_ranks_of_unequal_values_follow_their_formulas():
     assert sp.effective_rank(found) == pytest.approx(
         math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     )
-    assert sp.energy_rank(found) == 1
-    assert sp.energy_rank(found, 0.95) == 2
+    assert energy_rank(found.S, 0.9) == 1
+    assert energy_rank(found.S, 0.95) == 2
     assert sp.spectral_gap(found) == pytest.approx(2 / 3)
 
 
 def test_ranks_of_a_zero_matrix_are_zero():
     zero = sp.svd(torch.zeros(3, 4))
-    ranks = (sp.stable_rank, sp.effective_rank, sp.energy_rank, sp.spectral_gap)
-    assert [rank(zero) for rank in ranks] == [0, 0, 0, 0]
+    ranks = (sp.stable_rank, sp.effective_rank, sp.spectral_gap)
+    assert [rank(zero) for rank in ranks] == [0, 0, 0]
+    assert energy_rank(zero.S, 0.9) == energy_rank(zero.S, 1.0) == 0
 
 
 def test_one_value_has_the_whole_gap():
@@ -270,8 +272,8 @@ def test_one_value_has_the_whole_gap():
 
 
 def test_an_energy_fraction_outside_its_range_is_refused():
-    with pytest.raises(PlanError, match=r"fraction is 1.5; expected a number in \(0, 1\]"):
-        sp.energy_rank(with_values(1.0), 1.5)
+    with pytest.raises(PlanError, match=r"is 1.5; expected a number in \[0, 1\]"):
+        energy_rank(with_values(1.0).S, 1.5)
 
 
 # --- the noise floor ---

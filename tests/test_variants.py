@@ -114,11 +114,15 @@ def test_energies_are_counted_with_ties():
         energy_rank(S, 1.5)
 
 
-def test_protection_lies_between_0_and_1_and_vanishes_in_agreement():
+def test_protection_lies_between_0_and_1_and_lets_pass_what_the_expert_wants():
     dV, dM = svd(MLLM - BASE), svd(MATH - BASE)
     weights = protection(dV, dM)
     assert bool(((weights >= 0) & (weights <= 1)).all())
-    assert float(protection(dV, dV).max()) < 1e-6 or dV.S[-1] ** 2 < 0.1 * dV.S.square().sum()
+    wanted = energy_rank(dV.S, 0.9)
+    assert 0 < wanted < len(dV.S)
+    same = protection(dV, dV)  # identical changes: only directions of the last 10 % are held back
+    assert float(same[:wanted].max()) < 1e-6
+    torch.testing.assert_close(same[wanted:], dV.S[wanted:].double() / dV.S[0].double())
 
 
 @pytest.mark.parametrize(
@@ -156,13 +160,32 @@ def test_between_the_named_shares_the_preview_says_which_there_are(trio: Trio):
         plan.preview()
 
 
+def test_a_rank_has_an_effect_on_a_truncated_change():
+    method = METHODS["ip_merging"]
+    plain = {"ablation": "select_only", "rank": 2}
+    assert method.without_effect(plain) == [
+        "rank=2 (only used with ablation=none or rescale_only, or math_energy not 1.0)"
+    ]
+    truncated = {**plain, "math_energy": 0.99}
+    assert method.without_effect(truncated) == []
+    change = method(BASE, MLLM, MATH, **truncated) - MLLM
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
+
+
 def test_a_small_update_is_advised_on_from_its_size(trio: Trio):
     analysis = ipm.analyse(ipm.open_pair(trio.mllm, trio.math, trio.base))
     plan = ipm.make_plan(analysis, similarity_threshold=0.0, ablation="select_only", lambda_=0.1)
     preview = plan.preview()
     assert preview.update_share == pytest.approx(0.1)
     assert "less than 0.1 of the size" in preview.advice
-    assert f"A budget of {preview.expert_change:.2g}" in preview.advice
+    assert f"A budget of {preview.expert_change:.2g} at lambda 1 gives" in preview.advice
+    advised = ipm.make_plan(
+        analysis,
+        similarity_threshold=0.0,
+        ablation="select_only",
+        budget=float(f"{preview.expert_change:.2g}"),
+    )
+    assert advised.preview().relative_change == pytest.approx(preview.expert_change, rel=0.05)
     large = ipm.make_plan(analysis, similarity_threshold=0.0, ablation="select_only")
     assert large.preview().advice == ""
 

@@ -166,19 +166,19 @@ def result_of(case: str, seed: int, rows: dict[str, tuple[float, float]], n: int
 
 
 def test_the_setting_is_the_one_with_the_best_worst_case():
+    baseline = {"task arithmetic": (0.5, 0.9)}
+    first = {**baseline, "A": (0.9, 0.9), "B": (0.6, 0.9), "C": (0.9, 0.9)}
     shares = {
-        "elicited-0-math": {"task arithmetic": (0.8, 0.9), "A": (0.8, 0.9), "B": (0.7, 0.9)},
-        "taught-0-math": {"task arithmetic": (0.5, 0.9), "A": (0.1, 0.9), "B": (0.4, 0.9)},
-        "elicited-0-over": {"task arithmetic": (0.8, 0.9), "A": (0.8, 0.9), "B": (0.7, 0.9)},
+        "elicited-0-math": first,
+        # A is worse in one case, and C costs perception there.
+        "taught-0-math": {**baseline, "A": (0.1, 0.9), "B": (0.6, 0.9), "C": (0.9, 0.5)},
+        "elicited-0-over": first,
     }
     found = [result_of(case, 0, rows) for case, rows in shares.items()]
+    assert [study._relative(found[1], row, 0) for row in ("A", "B", "C")] == [0.2, 1.2, 0.0]
     chosen = study.chosen_setting(found)
-    assert (chosen["row"], chosen["gain"]) == ("task arithmetic", 1.0)
-    for result in found:
-        del result["rows"]["task arithmetic"]["tried"][0]["perception"]
-        result["rows"]["task arithmetic"]["tried"][0]["perception"] = 0.9
-    shares["taught-0-math"]["B"] = (0.4, 0.5)  # costs perception there
-    assert study._relative(found[1], "B", 0) == pytest.approx(0.8)
+    assert (chosen["row"], chosen["gain"]) == ("B", 1.0)
+    assert chosen["least"] == pytest.approx(1.2)
     with pytest.raises(SystemExit, match="no results of elicited-0-over"):
         study.chosen_setting(found[:2])
 

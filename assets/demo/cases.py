@@ -34,6 +34,7 @@ from case_texts import (  # noqa: E402
 )
 from draws import MLLM_STEPS, Draw, evaluation_problems  # noqa: E402
 from models import new_processor, new_tokenizer, save_language_model, save_mllm  # noqa: E402
+from packs import is_pack_of  # noqa: E402
 from recipes import ELICITED, RECIPES, MathStage, Recipe  # noqa: E402
 from texts import base_document, math_document  # noqa: E402
 from train import load_base, stored, train_base, train_math, train_mllm  # noqa: E402
@@ -138,15 +139,13 @@ class Trainer:
 
     def make(self, case: Case) -> Iterator[str]:
         """Train what a case needs and analyse the pair, yielding a line after each part."""
-        made = False
         for name in ("base", case.mllm, *case.experts):
             started = time.process_time()
             if self._model(case, name):
-                made = True
                 yield f"{case.folder}/{name}: {time.process_time() - started:.0f} CPU s"
         pack, folder = case.pack(self.out), self.out / case.folder
-        if made or not pack.is_file():
-            experts = [folder / name for name in case.experts]
+        experts = [folder / name for name in case.experts]
+        if not is_pack_of(pack, folder / case.mllm, folder / "base", *experts):
             pair = open_pair(folder / case.mllm, experts, folder / "base")
             replace(analyse(pair), name=case.name).save(pack)
             yield f"{pack.name}"

@@ -13,15 +13,17 @@ float32 weights); files are float32, because rounding would add noise to small u
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ from draws import WITHOUT_HANDWRITING, Draw, drawn
 from fitting import Schedule, fit
 from language_model import PACKAGED, LanguageModel, load_language_model, prepare_tokenizer
 from models import new_mllm, new_processor, save_language_model, save_mllm
+from packs import is_pack_of
 from texts import CELL_CHARACTERS, cells
 from torch import Tensor, nn
 from train import pixels, projections
@@ -53,12 +56,10 @@ from transformers import (
 )
 
 from ipmerge_core.analysis.analyse import analyse
-from ipmerge_core.analysis.records import Analysis
-from ipmerge_core.errors import IPMergeError
+from ipmerge_core.errors import CheckpointError, IPMergeError
 from ipmerge_core.evaluation.answering import Answerer, Caches
 from ipmerge_core.evaluation.scores import Score
 from ipmerge_core.inference.loading import load_model
-from ipmerge_core.models.checkpoint import Checkpoint
 from ipmerge_core.models.pairing import open_pair
 from ipmerge_core.runtime.devices import resolve_device
 from ipmerge_core.tasks.answers import is_right
@@ -69,6 +70,7 @@ STAGES = ("base", "math", "mllm", "pack")
 TITLE = "SmolLM2-135M trio"
 PACK = "smollm2.pack.json.gz"
 DONE = "build.json"  # of a stage's folder: what it was built from
+LABELS = {"math": ("math",), "mllm": ("cells", "typed", "joint")}  # of a stage's trainings
 MATH, CELLS, TYPED, JOINT = (
     Schedule(80, 1e-4),
     Schedule(1300, 2e-3),
@@ -90,9 +92,17 @@ class Build:
     device: str
     schedules: tuple[Schedule, Schedule, Schedule, Schedule] = (MATH, CELLS, TYPED, JOINT)
 
-    def checkpoint(self, stage: str) -> Path:
-        """The file from which the training of a stage continues."""
-        return self.out / ".training" / f"{stage}.safetensors"
+    def checkpoint(self, label: str) -> Path:
+        """The file from which a training of this source, seed and schedule continues."""
+        made_from = json.dumps([self.source, self.seed, self.schedules])
+        digest = hashlib.sha256(made_from.encode()).hexdigest()[:8]
+        return self.out / ".training" / digest / f"{label}.safetensors"
+
+    def definition(self, stage: str) -> dict[str, Any]:
+        """Return what a stage follows from, in JSON values."""
+        math, *seeing = ([s.steps, s.learning_rate] for s in self.schedules)
+        trained = {"math": [math], "mllm": seeing}.get(stage, [])
+        return {"model": self.source, "seed": self.seed, "schedules": trained}
 
     def rng(self, stage: int, step: int) -> np.random.Generator:
         """The random numbers of a step, which do not depend on the steps before it."""
@@ -102,8 +112,11 @@ class Build:
 def iter_build(build: Build, stages: tuple[str, ...] = STAGES) -> Iterator[str]:
     """Build the stages that are not complete; yields a line after each.
 
-    Raises: IPMergeError if the base cannot be loaded or the models do not match.
+    Raises: IPMergeError if the base cannot be loaded, the models do not match, or the folder has
+        stages of another build.
     """
+    for stage in STAGES[:-1]:
+        check_stage(build, stage)
     makers: dict[str, Callable[[Build], dict[str, str]]] = {
         "base": make_base,
         "math": make_math,
@@ -112,16 +125,39 @@ def iter_build(build: Build, stages: tuple[str, ...] = STAGES) -> Iterator[str]:
     }
     for stage in stages:
         record = build.out / stage / DONE
-        if record.is_file() or (stage == "pack" and is_pack_of(build)):
+        if record.is_file() or (stage == "pack" and has_pack(build)):
             yield f"{stage}: complete"
             continue
         started = time.monotonic()
         facts = makers[stage](build)
         if stage != "pack":
-            write_record(record, facts)
+            write_record(record, {"made_from": build.definition(stage), **facts})
+        remove_checkpoints(build, stage)
         described = ", ".join(f"{name} {value}" for name, value in facts.items())
         yield f"{stage}: built in {time.monotonic() - started:.0f} s ({described})"
-    shutil.rmtree(build.out / ".training", ignore_errors=True)
+
+
+def remove_checkpoints(build: Build, stage: str) -> None:
+    """Remove the checkpoints of a stage that is complete, and their folder if it is empty."""
+    for label in LABELS.get(stage, ()):
+        path = build.checkpoint(label)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not empty, or not there
+            path.parent.rmdir()
+            path.parent.parent.rmdir()
+
+
+def check_stage(build: Build, stage: str) -> None:
+    """Check that a stage is not there from another build. Raises: CheckpointError."""
+    record = build.out / stage / DONE
+    if not record.is_file():
+        return
+    found = json.loads(record.read_text(encoding="utf-8")).get("made_from")
+    if found != (wanted := build.definition(stage)):
+        raise CheckpointError(
+            f"'{record.parent}' was built from {found}, and this build is of {wanted}. Choose "
+            f"another folder with --out, or delete this one."
+        )
 
 
 def make_base(build: Build) -> dict[str, str]:
@@ -193,18 +229,10 @@ def make_pack(build: Build) -> dict[str, str]:
     return {"matrices": str(len(found.records))}
 
 
-def is_pack_of(build: Build) -> bool:
-    """Whether the pack is there and is that of these models.
-
-    Weights that are built on another machine differ in their last digits from those of the pack
-    that is shipped.
-    """
-    if not (build.out / PACK).is_file():
-        return False
-    sources = Analysis.load(build.out / PACK).sources
-    models = (("mllm", sources.mllm), ("math", sources.math[0]), ("base", sources.base))
-    found = ((Checkpoint.open(build.out / stage), source) for stage, source in models)
-    return not any(source.differs_from(model.fingerprint, model.content) for model, source in found)
+def has_pack(build: Build) -> bool:
+    """Return whether the pack is there and is that of these models, not the one that is shipped."""
+    folders = (build.out / name for name in ("mllm", "base", "math"))
+    return is_pack_of(build.out / PACK, *folders)
 
 
 def word_scores(build: Build, n: int = 9) -> dict[str, Score]:
@@ -332,7 +360,7 @@ def load_base(build: Build) -> LanguageModel:
     return LanguageModel(model.to(build.device), tokenizer, str(folder))
 
 
-def write_record(path: Path, facts: dict[str, str]) -> None:
+def write_record(path: Path, facts: Mapping[str, Any]) -> None:
     """Write what a stage was built from and with."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     made = {**facts, **versions, "machine": platform.machine()}

@@ -129,7 +129,7 @@ def _measured(change: Tensor, found: spectrum.Spectrum, noise: float, options: O
         ranks={
             "stable": float(spectrum.stable_rank(decomposed)),
             "effective": float(spectrum.effective_rank(decomposed)),
-            "energy": float(spectrum.energy_rank(decomposed)),
+            "energy": float(energy_rank(decomposed.S, 0.9)),
         },
         nuclear=float(decomposed.S.double().sum()),
     )

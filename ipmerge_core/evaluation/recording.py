@@ -261,6 +261,14 @@ def _choice_if_any(plan: MergePlan) -> dict[str, Any] | None:
 def choice_of(plan: MergePlan) -> dict[str, Any]:
     """Return the plan in the format of the app's map. Raises: PlanError if it has none."""
     found, variant = plan.parameters, variant_with(_changed(plan))
+    analysed = plan.analysed or {}
+    for name in _OF_ANALYSIS:
+        if found.get(name) != analysed.get(name, found.get(name)):
+            raise PlanError(
+                f"Plan {plan.hash} has {name} {found.get(name)}, and its analysis has "
+                f"{analysed[name]}; the layer map, which would show its answers, draws that of "
+                f"the analysis. Analyse with this {name}, or make a plan without it."
+            )
     limited = set(plan.options.changed()) - {"overrides", "anchor"}
     gain = found.get("lambda_")
     if isinstance(gain, float) and gain > LARGEST_LAMBDA:
@@ -341,10 +349,11 @@ def _example(prompt: Prompt, image: str, replies: Sequence[str]) -> dict[str, An
 
 
 def _of_plan(plan: MergePlan) -> dict[str, Any]:
-    """Describe a plan: its pair, its hash, and what of it the pair's analysis fixes."""
+    """Describe a plan: its pair and models, its hash, and what of it the analysis fixes."""
     fixed = {name: plan.parameters[name] for name in _OF_ANALYSIS if name in plan.parameters}
     return {
         "pair": plan.name,
+        "models": sorted(source.fingerprint for source in plan.sources.all()),
         "plan": _described(plan),
         "plan_hash": plan.hash,
         "analysis": fixed,

@@ -254,6 +254,6 @@ class PartMerger:
         parameters = self.plan.parameters_for(matrix.layer)
         merged = merging_of(self.method, matrix, models, **parameters, **supplied)
         share = self.plan.options.input_share
-        if share < 1:
+        if share < 1 and matrix.module not in EXTRAS:
             merged = activation_informed(merged, models[1], measured["mllm_gram"], share)
         return scale_change(merged, models[1], self.plan.change_scale(matrix.layer))

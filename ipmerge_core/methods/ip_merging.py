@@ -52,6 +52,7 @@ Ablation = Annotated[
 ]
 _PROJECTS = ("ablation", ("none",))
 _DECOMPOSES = ("ablation", ("none", "rescale_only"))
+_TRUNCATES = ("math_energy", 1.0)  # if it is not 1
 _WEIGHTS = (("projector", ("softmax",)), _PROJECTS)
 GammaNorm = Annotated[
     Literal["sum", "max"],
@@ -84,7 +85,7 @@ Energy = Annotated[
         low=0,
         high=1,
         help="share of the energy of the MLLM's task vector whose directions are left out; "
-        "previews are exact at multiples of 0.05",
+        "previews are exact at 0.05, 0.1, ..., 1",
         before=ENERGY,
         only_with=(("projector", ("complement",)), _PROJECTS),
     ),
@@ -97,7 +98,7 @@ MathEnergy = Annotated[
         low_open=True,
         help="share of the energy of the expert's task vector whose directions are kept; 1: all. "
         "Below 1 the update is of low rank; with ablation=select_only previews are exact at "
-        "multiples of 0.05",
+        "0.05, 0.1, ..., 0.95",
         before=1.0,
     ),
 ]
@@ -138,6 +139,7 @@ Directions = Annotated[
         help="use only directions above the rounding noise of the stored weights, or all",
         before="all",
         only_with=(_DECOMPOSES,),
+        also_unless=(_TRUNCATES,),
     ),
 ]
 Rank = (
@@ -147,6 +149,7 @@ Rank = (
             low=1,
             help="number of singular triplets to keep; none: all",
             only_with=(_DECOMPOSES,),
+            also_unless=(_TRUNCATES,),
         ),
     ]
     | None
@@ -249,7 +252,7 @@ def _check(parameters: Mapping[str, Any]) -> None:
     affine=_affine,
     unknown=_unknown,
     needed_data=_needed_data,
-    decides_data=("projector", "output_budget"),
+    decides_data=("projector", "ablation", "output_budget"),
     check=_check,
     from_analysis=("temperature", "rank", "directions"),
     matrixwise=True,
@@ -294,7 +297,8 @@ def ip_merging(
             the paper and the public snapshot.
             The other projectors are additions, without rho (docs/variants.md). They leave out what
             the paper keeps: `"complement"` P = dM (I - V_k V_k^T), with k the least number of the
-            MLLM's directions that hold the share `energy` of ||dV||^2; `"protect"` P = dM (I - V
+            MLLM's directions that hold the share `energy` of the energy of those that are used:
+            the existing ones, at most `rank`; `"protect"` P = dM (I - V
             diag(w) V^T), w_i = (S_V,i / S_V,1) (1 - agreement_i) (`protection`); `"off_inputs"` and
             `"input_filter"` reduce dM on the MLLM's inputs, weighted by `beta` (`protection`).
             `math_energy` < 1 first truncates every dM_k to the least number of its directions that

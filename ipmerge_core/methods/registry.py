@@ -61,7 +61,8 @@ class Range:
     `usual` is the range of a slider, if not the whole range. Choices have only help; `former` maps
     true and false to choices for parameters that used to be boolean. `before` is the value that
     applies to plans created before the parameter was added. `only_with` lists the values of other
-    parameters with which this one has an effect.
+    parameters with which this one has an effect; it also has one where a parameter of
+    `also_unless` has another value than the one listed there.
     """
 
     low: float = -math.inf
@@ -72,6 +73,7 @@ class Range:
     former: tuple[tuple[bool, str], ...] = ()
     before: str | float | None = None
     only_with: tuple[tuple[str, tuple[ParameterValue, ...]], ...] = ()
+    also_unless: tuple[tuple[str, ParameterValue], ...] = ()
 
     def __contains__(self, value: object) -> bool:
         """Return whether a finite number is inside the bounds."""
@@ -312,17 +314,21 @@ class MergeMethod:
         defaults = {parameter.name: parameter.default for parameter in self.parameters}
         values = {**defaults, **given}
         return [
-            f"{name}={given[name]} (only used with {other}={_listed(wanted)})"
-            for name, other, wanted in self._conditions
+            f"{name}={given[name]} (only used with {words})"
+            for name, words in self._unmet(values)
             if name in given and given[name] not in (defaults[name], *_OFF)
-            if values[other] not in wanted
         ]
 
-    @property
-    def _conditions(self) -> Iterator[tuple[str, str, tuple[ParameterValue, ...]]]:
+    def _unmet(self, values: Mapping[str, ParameterValue]) -> Iterator[tuple[str, str]]:
+        """Yield parameters that have no effect with these values, and what they need instead."""
         for parameter in self.parameters:
-            for other, wanted in parameter.bounds.only_with:
-                yield parameter.name, other, wanted
+            bounds = parameter.bounds
+            if any(values[other] != usual for other, usual in bounds.also_unless):
+                continue
+            also = "".join(f", or {other} not {usual}" for other, usual in bounds.also_unless)
+            for other, wanted in bounds.only_with:
+                if values[other] not in wanted:
+                    yield parameter.name, f"{other}={_listed(wanted)}{also}"
 
     def complete(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         """Return the given parameters, checked, with defaults for the rest.

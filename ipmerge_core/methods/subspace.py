@@ -3,6 +3,7 @@
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
 fp64 inputs. Decompositions come from `spectral/`. A model whose task vector is zero, or
 whose weight is 0, has no directions and is not used; a single remaining model keeps all directions.
+In KnOTS every model takes part in the election, as in TIES.
 """
 
 from __future__ import annotations
@@ -109,9 +110,13 @@ def changes_of(
 
 
 def mean_of_changes(parameters: Mapping[str, Any], experts: int) -> tuple[float, float]:
-    """Return the weights for vectors, which have no directions: the mean of the task vectors."""
-    count = 1 + experts
-    return parameters["mllm_weight"] / count, parameters["math_weight"] / count
+    """Return the weights for vectors, which have no directions: the mean of the task vectors.
+
+    As for matrices, a model whose weight is 0 does not count.
+    """
+    weights = parameters["mllm_weight"], parameters["math_weight"]
+    count = (weights[0] != 0) + experts * (weights[1] != 0)
+    return weights[0] / max(1, count), weights[1] / max(1, count)
 
 
 def start(
@@ -368,10 +373,12 @@ def knots_ties(
             code trims like trim "official". The cutoff is relative here (1e-5 absolute in the
             authors' code), so that small changes are kept.
     """
-    W0, W_v, changes = start(base, mllm, math, 1.0, 1.0, None, None)
-    if not changes:
+    tuned = [mllm, *as_list(math)]
+    dtype = result_dtype(base, *tuned)
+    W0, W_v = as_float(base).to(dtype), as_float(mllm).to(dtype)
+    models = [task_vector_of(matrix, base).to(dtype) for matrix in tuned]
+    if not any(bool(model.any()) for model in models):
         return add_to_base(W0, W_v, torch.zeros_like(W0), scale)
-    models = [task_vector_of(matrix, base).to(W0) for matrix in (mllm, *as_list(math))]
     found = svd(torch.cat(models, dim=1), dtype=torch.float64)
     U = _left(found)[:, cutoff * found.S[0] < found.S]
     parts = [U.T @ model.double() for model in models]

@@ -24,7 +24,7 @@ from ipmerge_core.methods.registry import (
     Range,
     merge_method,
 )
-from ipmerge_core.methods.subspace import start
+from ipmerge_core.methods.subspace import mean_of_changes, start
 from ipmerge_core.spectral.protection import energy_rank
 from ipmerge_core.spectral.spectrum import Spectrum
 
@@ -40,8 +40,9 @@ Combine: TypeAlias = Annotated[
 
 def _weights_for_vectors(parameters: Mapping[str, Any], experts: int) -> tuple[float, float]:
     """Return the weights for vectors, which have no directions to leave out."""
-    count = 1 + experts if parameters["combine"] == "mean" else 1
-    return parameters["mllm_weight"] / count, parameters["math_weight"] / count
+    if parameters["combine"] == "mean":
+        return mean_of_changes(parameters, experts)
+    return parameters["mllm_weight"], parameters["math_weight"]
 
 
 @merge_method(

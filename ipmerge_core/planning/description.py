@@ -16,6 +16,7 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
 from ipmerge_core.planning.options import OPTIONS, shown
 from ipmerge_core.planning.plan import MergePlan
+from ipmerge_core.planning.scope import Scope
 from ipmerge_core.spectral.kinds import TEMPERATURE
 
 _ANALYSIS = {"rank": None, "temperature": TEMPERATURE, "quick": False, "directions": "existing"}
@@ -97,6 +98,12 @@ def describe_selection(plan: MergePlan) -> str:
     return f"{merged} ({each})"
 
 
+def has_scope(plan: MergePlan) -> bool:
+    """Return whether any matrix is in the plan's scope, whether or not its similarity suffices."""
+    scope = Scope.of(plan.options, calibrated=plan.calibration is not None)
+    return any(scope.allows(each.name, scope.covers(each.module)) for each in plan.decisions)
+
+
 def describe_empty(plan: MergePlan) -> str:
     """Describe why a plan selects no matrix, and what its merge would write; "" if it selects some.
 
@@ -104,9 +111,9 @@ def describe_empty(plan: MergePlan) -> str:
     """
     if plan.selected:
         return ""
-    cause = "The patterns select no matrix"
-    if plan.similarity_threshold is not None:
-        cause = f"No matrix reaches the similarity threshold {plan.similarity_threshold!r}"
+    cause = f"No matrix reaches the similarity threshold {plan.similarity_threshold!r}"
+    if not has_scope(plan):
+        cause = "No matrix is in the plan's scope, which patterns and overrides limit"
     if plan.extras:
         return f"{cause}: only {' and '.join(plan.extras)} would be merged."
     return f"{cause}: the merged model would be identical to the vision-language model."

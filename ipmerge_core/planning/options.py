@@ -89,6 +89,7 @@ class PlanOptions:
             multiplies `layer_gains`.
         input_share: 1, or AIM's omega: the change keeps this share in the MLLM's most active input
             channel, and more in less active ones (`activation_informed`); needs a calibration.
+            Norms, biases and embeddings have no measured inputs and are merged as without it.
         norms: "merge" also merges the decoder's norms and biases, as one-row matrices.
         embeddings: "merge-shared" also merges the embedding and head rows of tokens shared by all
             models, row by row. Include and exclude apply to both.

@@ -99,8 +99,8 @@ class Preview:
         return (
             f"In half of the merged matrices the update has less than {max(share, 1e-4):.2g} of "
             f"the size of the math model's own change, which is probably too small to matter. A "
-            f"budget of {change:.2g} gives every matrix the relative change that the math model "
-            f"has on average."
+            f"budget of {change:.2g} at lambda 1 gives every matrix the relative change that the "
+            f"math model has on average."
         )
 
 

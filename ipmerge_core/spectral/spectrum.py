@@ -316,17 +316,6 @@ def effective_rank(spectrum: Spectrum) -> float:
     return math.exp(float(-torch.special.xlogy(p, p).sum()))
 
 
-def energy_rank(spectrum: Spectrum, fraction: float = 0.9) -> int:
-    """Return the least k with sum_{i<=k} S_i^2 >= fraction * sum S^2; 0 for a zero matrix."""
-    if not 0 < fraction <= 1:
-        raise PlanError(f"The energy fraction is {fraction}; expected a number in (0, 1].")
-    energy = spectrum.S.double().square().cumsum(0)
-    if not len(energy) or float(energy[-1]) <= 0:
-        return 0
-    reached = energy < fraction * energy[-1]
-    return min(int(reached.sum()) + 1, len(energy))
-
-
 def spectral_gap(spectrum: Spectrum) -> float:
     """Return (S_1 - S_2) / S_1, in [0, 1]: 1 for rank one, 0 for a tie or a zero matrix."""
     S = spectrum.S.double()

@@ -106,6 +106,17 @@ test("overrides of every length are packed without loss", () => {
   }
 });
 
+test("the last of thousands of matrices is set by hand, and a link of more is refused", () => {
+  const { pack } = makePack({ layers: 900 }), own = indexPack(pack), last = own.cells[own.cells.length - 1];
+  const overrides = { [last.name]: /** @type {const} */ ("keep") }, text = packOverrides(own, overrides);
+  assert.ok(own.cells.length > 6000 && text.length > 1600);
+  const problems = /** @type {string[]} */ ([]);
+  assert.deepEqual(unpackOverrides(own, text, problems), overrides);
+  assert.deepEqual(problems, []);
+  assert.deepEqual(unpackOverrides(index, text, problems), {});
+  assert.deepEqual(problems, ["o belongs to another pair"]);
+});
+
 for (const { release, query, plan, cell } of JSON.parse(readFileSync(new URL("../links.json", import.meta.url), "utf8"))) {
   test(`a link of release ${release} keeps working`, () => {
     const { pack } = makePack({ layers: 28 });

@@ -7,6 +7,7 @@ recorded merge.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -85,6 +86,7 @@ class _Recorded:
     choice: dict[str, Any]
     recorded: str
     examples: tuple[_Entry, ...]
+    models: tuple[str, ...] = ()  # fingerprints; older files have none, nor the options
     analysis: dict[str, float | int | str | None] = field(default_factory=dict)
 
 
@@ -160,13 +162,7 @@ def _read(
 ) -> tuple[Example, ...]:
     content = RECORDED.load(_RECORDED, path)
     pack = read_pack_file(pack_path)
-    for name, value in content.analysis.items():
-        if pack["parameters"].get(name) != value:
-            raise RECORDED.refusal(
-                path,
-                f"its plan is of an analysis with {name:.40} {value!s:.40}, and that of the "
-                f"pack has {pack['parameters'].get(name)}",
-            )
+    _check_pair(content, pack, path)
     folder = path.parent.resolve()
     for entry in content.examples:
         if not (folder / entry.image).resolve().is_relative_to(folder):
@@ -193,3 +189,23 @@ def _read(
     ]
     # Answers that the merge changed come first.
     return tuple(sorted(examples, key=lambda example: OUTCOMES.index(example.outcome)))
+
+
+def _check_pair(content: _Recorded, pack: Mapping[str, Any], path: Path) -> None:
+    """Check that answers are of the models and the analysis of a pack. Raises: PlanError."""
+    if content.models and list(content.models) != _fingerprints(pack):
+        raise RECORDED.refusal(path, "its answers are of other models than those of the pack")
+    for name, value in content.analysis.items():
+        if pack["parameters"].get(name) != value:
+            raise RECORDED.refusal(
+                path,
+                f"its plan is of an analysis with {name:.40} {value!s:.40}, and that of the pack "
+                f"has {pack['parameters'].get(name)}",
+            )
+
+
+def _fingerprints(pack: Mapping[str, Any]) -> list[str]:
+    """Return the fingerprints of a pack's models, sorted."""
+    sources = pack["sources"]
+    found = [sources["mllm"], sources["base"], sources["base_mllm"], *sources["math"]]
+    return sorted(source["fingerprint"] for source in found if source)

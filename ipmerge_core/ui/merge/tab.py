@@ -422,11 +422,10 @@ def _plan_warnings(plan: MergePlan) -> list[Finding]:
     """Warn about plans that are valid but probably not intended."""
     from ipmerge_core.calibration.store import Measurements
     from ipmerge_core.models.pairing import Finding
-    from ipmerge_core.planning.description import describe_empty
+    from ipmerge_core.planning.description import describe_empty, has_scope
 
     if not plan.selected:
-        reached = plan.similarity_threshold is None
-        remedy = "Change the patterns." if reached else "Lower Sα in Explore."
+        remedy = "Lower Sα in Explore." if has_scope(plan) else "Change the patterns or overrides."
         return [Finding("warning", "plan", describe_empty(plan), remedy)]
     found = []
     if _change(plan) == 0 and not plan.extras:

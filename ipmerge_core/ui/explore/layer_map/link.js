@@ -1,8 +1,8 @@
 // @ts-check
-// The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&b=..&o=..&c=..&p=..&e=..&q=.. in at most 300 characters:
-// the pair, the plan with all its digits, what is selected and pinned, the expert in view, and what
-// the colours of the map show. `o` packs the cells set by hand, five to a byte, so that any number of
-// them fits. The method and the options of the chosen merge follow (method, p.NAME, o.NAME), which
+// The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&b=..&o=..&c=..&p=..&e=..&q=.. in at most 300 characters
+// for models of up to 700 matrices: the pair, the plan with all its digits, what is selected and
+// pinned, the expert in view, and what the colours of the map show. `o` packs the cells set by hand,
+// five to a byte, so that any number of them fits. The method and the options of the chosen merge follow (method, p.NAME, o.NAME), which
 // Python writes and reads. A link is untrusted input: invalid values are replaced by their defaults,
 // with a message.
 
@@ -49,7 +49,7 @@ export function unpackOverrides(index, text, problems) {
   /** @type {Record<string, Override>} */
   const overrides = {};
   if (!text) return overrides;
-  if (!/^[A-Za-z0-9_-]{1,400}$/.test(text) || text.length % 4 === 1) {
+  if (!/^[A-Za-z0-9_-]+$/.test(text) || text.length % 4 === 1) {
     problems.push("o is damaged");
     return overrides;
   }

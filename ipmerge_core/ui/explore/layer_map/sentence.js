@@ -43,7 +43,7 @@ export function paintAdvice({ dom: { advice }, state: { pack, plan, result } }) 
   advice.hidden = !isSmall;
   if (!isSmall) return;
   setText(part(advice, "[data-out=advice]"), `In half of the merged matrices the update has less than ${percent(share)} of the size of `
-    + `the math model's own change, which is probably too small to matter. A budget of ${percent(budgetFor(result))} gives every matrix `
+    + `the math model's own change, which is probably too small to matter. A budget of ${percent(budgetFor(result))} at λ 1 gives every matrix `
     + "the relative change that the math model has on average.");
 }
 
