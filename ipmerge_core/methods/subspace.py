@@ -3,7 +3,7 @@
 In: base, mllm and math matrices of one shape (m, n). Out: the merged matrix in fp32, or fp64 for
 fp64 inputs. Decompositions come from `spectral/`. A model whose task vector is zero, or
 whose weight is 0, has no directions and is not used; a single remaining model keeps all directions.
-In KnOTS every model takes part in the election, as in TIES.
+In KnOTS every model votes, as in TIES.
 """
 
 from __future__ import annotations
