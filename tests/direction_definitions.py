@@ -115,6 +115,8 @@ def ip_merging(
             V = Vh_V[:q][own].T
             agreement = (V_K.T @ V).square().sum(0)
             P = cut - cut @ V @ torch.diag(S_V[:q][own] / S_V[0] * (1 - agreement)) @ V.T
+        if projector in ("complement", "protect") and P.norm() <= 1e-4 * cut.norm():
+            P = torch.zeros_like(P)
         if projector in ("off_inputs", "input_filter") and ablation == "none":
             G_v, G_e = (g / g.diagonal().mean() for g in (mllm_gram, math_gram[number]))
             A = torch.eye(len(G_v), dtype=dM.dtype, device=dM.device)
@@ -126,10 +128,12 @@ def ip_merging(
             ]
         )
     change, W = sum(updates), tuned[0]
-    if limit := budget or output_budget:
-        G = mllm_gram if output_budget else torch.eye(W.shape[1]).to(W)
-        size = torch.trace(change @ G @ change.T)
-        change = change * (limit * torch.sqrt(torch.trace(W @ G @ W.T) / size) if size else 0)
+    if (limit := budget or output_budget) and change.any():
+        factor = limit * W.norm() / change.norm()
+        if output_budget:
+            sizes = [torch.trace(X @ mllm_gram @ X.T).sqrt() for X in (W, change)]
+            factor = torch.minimum(2 * factor, limit * sizes[0] / sizes[1])
+        change = factor * change
     return W + lambda_ * change
 
 

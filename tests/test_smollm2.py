@@ -119,6 +119,14 @@ def test_a_folder_of_another_build_is_refused(built):
     assert made.checkpoint("math") != dataclasses.replace(made, seed=1).checkpoint("math")
 
 
+def test_a_stage_without_its_base_and_a_missing_source_are_refused(source, tmp_path):
+    with pytest.raises(ModelLoadError, match="There is no base in .* Build it first"):
+        list(build.iter_build(build.Build(str(source), 0, tmp_path, "cpu", SHORT), ("math",)))
+    for wrong in ("/no/such/folder", "./none", "a/b/c", ""):
+        with pytest.raises(ModelLoadError, match="is not a folder. Expected a folder"):
+            language_model.load_language_model(wrong, tmp_path)
+
+
 def test_the_base_and_the_math_model_are_asked_in_words(built):
     scores = build.word_scores(built[0], 2)
     assert {name: score.n for name, score in scores.items()} == {"base": 10, "math": 10}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import Trio
@@ -11,11 +14,13 @@ import ipmerge_core as ipm
 from ipmerge_core.adapters.export import export_adapter
 from ipmerge_core.calibration.store import Measured, Measurements
 from ipmerge_core.errors import PlanError
+from ipmerge_core.merging.in_memory import iter_merged_tensors
 from ipmerge_core.methods import METHODS
 from ipmerge_core.spectral.kinds import KEPT_SHARES, TRUNCATIONS
 from ipmerge_core.spectral.protection import energy_rank, input_filter, off_inputs, protection
 from ipmerge_core.spectral.spectrum import svd
 
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
 MERGE = METHODS["ip_merging"]
 
 
@@ -70,6 +75,61 @@ def test_an_output_budget_is_the_relative_change_of_the_outputs():
     assert float(size.sqrt()) == pytest.approx(0.03)
 
 
+def test_an_output_budget_bounds_the_change_of_the_weights():
+    silent = torch.zeros(8, 8, dtype=torch.float64)
+    silent[0, 0] = 1.0  # only the first input was seen
+    change = MATH - BASE
+    change[:, 0] *= 1e-4
+    given = {"mllm_gram": silent, "math_gram": [silent], "ablation": "select_only"}
+    moved = MERGE(BASE, MLLM, BASE + change, output_budget=0.03, **given) - MLLM
+    assert float(moved.norm() / MLLM.norm()) == pytest.approx(0.06)
+    zero = {**given, "mllm_gram": 0 * silent}
+    with pytest.raises(PlanError, match="outputs on the measured inputs are zero"):
+        MERGE(BASE, MLLM, MATH, output_budget=0.03, **zero)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((300, 200), 200), ((120, 200), 40), ((64, 512), 1)])
+@pytest.mark.parametrize("more", [{}, {"budget": 0.05}, {"output_budget": 0.05}])
+def test_a_budget_does_not_scale_up_the_rounding_of_an_update_of_zero(shape, rank, more):
+    rows, base = draw(rank, shape[1], seed=8), draw(*shape, seed=5)  # dM lies inside dV's rows
+    base, mllm, expert = (
+        (base + part).float()
+        for part in (0, *(0.01 * draw(shape[0], rank, seed=seed) @ rows for seed in (6, 7)))
+    )
+    G = gram(shape[1], 600, 9).float()
+    whole = {"projector": "complement", "energy": 1.0, "mllm_gram": G, "math_gram": [G]}
+    assert torch.equal(MERGE(base, mllm, expert, **whole, **more), mllm)
+
+
+def test_the_preview_of_a_budget_knows_which_updates_are_zero():
+    analysis = ipm.Analysis.load(DEMO / "pack.json.gz")
+    how = {"similarity_threshold": 0.0, "projector": "complement", "energy": 1.0, "budget": 0.05}
+    plan = ipm.make_plan(analysis, **how)
+    before = load_file(DEMO / "mllm" / "model.safetensors")
+    matrices = {record.mllm_name for record in analysis.records}
+    change = {
+        step.name: (step.tensor.double() - before[step.name].double()).norm().item()
+        for step in iter_merged_tensors(plan)
+        if step.tensor is not None
+    }
+    assert sorted(change) == sorted(matrices)
+    assert sum(value == 0 for value in change.values()) > 20
+    sizes = {name: before[name].double().norm().item() for name in matrices}
+    measured = math.hypot(*change.values()) / math.hypot(*sizes.values())
+    assert plan.preview().relative_change == pytest.approx(measured, rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", [1e3, 1e6, 1e12])
+def test_a_very_large_beta_is_not_taken_for_an_invalid_gram_matrix(beta):
+    X = draw(300, 8, seed=9).float()
+    own, other = (X @ X.T, gram(300, 400, 7).float())
+    change = draw(20, 300, seed=10).float()
+    for filtered in (input_filter(change, own, other, beta), off_inputs(change, own, beta)):
+        assert bool(filtered.isfinite().all())
+        before, after = (float(torch.trace(U @ own @ U.T)) for U in (change, filtered))
+        assert after < 1e-3 * before
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0, 100.0])
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_a_filter_never_moves_the_outputs_of_the_mllm_more_than_the_whole_change(beta, tokens):
@@ -100,9 +160,34 @@ def test_a_factor_is_of_its_gram_matrices_and_beta():
     assert not torch.allclose(first, input_filter(change, own, other, 1.0))
 
 
+def test_every_expert_has_its_own_factor_of_the_same_gram_matrix(monkeypatch):
+    own, others = gram(8, 40, 6), [gram(8, 40, seed) for seed in (7, 8)]
+    counted, cholesky = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(
+        torch.linalg, "cholesky_ex", lambda matrix: counted.append(matrix) or cholesky(matrix)
+    )
+    for _ in range(3):  # q, k and v
+        for other in others:
+            input_filter(MATH - BASE, own, other, 1.0)
+    assert len(counted) == 2
+    others[0] += torch.eye(8, dtype=torch.float64)
+    input_filter(MATH - BASE, own, others[0], 1.0)
+    input_filter(MATH - BASE, own, others[1], 1.0)
+    assert len(counted) == 3
+
+
+@pytest.mark.parametrize("filtered", [off_inputs, lambda dM, G, beta: input_filter(dM, G, G, beta)])
+def test_a_gram_matrix_with_a_negative_entry_on_its_diagonal_is_refused(filtered):
+    for G in (torch.tensor([-1.0] * 8), torch.diag(torch.tensor([1.0] * 7 + [-20.0]))):
+        with pytest.raises(PlanError, match="has the diagonal entry .* Run the calibration again"):
+            filtered(MATH - BASE, G, 1.0)
+
+
 def test_a_gram_matrix_that_is_not_one_is_refused():
     with pytest.raises(PlanError, match="not positive semidefinite"):
-        off_inputs(MATH - BASE, torch.diag(torch.tensor([9.0, *[-1.0] * 7])), 20.0)
+        off_inputs(
+            MATH - BASE, torch.ones(8, 8) + torch.eye(8).roll(1, 0) + torch.eye(8).roll(1, 1), 20.0
+        )
 
 
 def test_energies_are_counted_with_ties():

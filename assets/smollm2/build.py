@@ -56,7 +56,7 @@ from transformers import (
 )
 
 from ipmerge_core.analysis.analyse import analyse
-from ipmerge_core.errors import CheckpointError, IPMergeError
+from ipmerge_core.errors import CheckpointError, IPMergeError, ModelLoadError
 from ipmerge_core.evaluation.answering import Answerer, Caches
 from ipmerge_core.evaluation.scores import Score
 from ipmerge_core.inference.loading import load_model
@@ -155,8 +155,8 @@ def check_stage(build: Build, stage: str) -> None:
     found = json.loads(record.read_text(encoding="utf-8")).get("made_from")
     if found != (wanted := build.definition(stage)):
         raise CheckpointError(
-            f"'{record.parent}' was built from {found}, and this build is of {wanted}. Choose "
-            f"another folder with --out, or delete this one."
+            f"'{record.parent}' was built from {found or 'what it does not tell'}, and this build "
+            f"is of {wanted}. Choose another folder with --out, or delete this one."
         )
 
 
@@ -353,8 +353,13 @@ def trainable(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Param
 
 
 def load_base(build: Build) -> LanguageModel:
-    """Load the base as it is stored, so that both fine-tunings start from its values."""
+    """Load the base as it is stored, so that both fine-tunings start from its values.
+
+    Raises: ModelLoadError if it has not been built.
+    """
     folder = build.out / "base"
+    if not (folder / DONE).is_file():
+        raise ModelLoadError(f"There is no base in '{folder}'. Build it first: --stages base.")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     return LanguageModel(model.to(build.device), tokenizer, str(folder))

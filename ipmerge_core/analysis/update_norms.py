@@ -16,12 +16,13 @@ from torch import Tensor
 from ipmerge_core.analysis.records import UpdateNorms
 from ipmerge_core.spectral import similarity as sim
 from ipmerge_core.spectral.kinds import COMPLEMENTS, TRUNCATIONS
-from ipmerge_core.spectral.protection import protection
+from ipmerge_core.spectral.protection import NOTHING, protection
 from ipmerge_core.spectral.spectrum import Spectrum
 
 GAMMA_NORMS = ("sum", "max")
 _CANCELS = 0.05  # share of ||dM||^2 below which a difference of sums has too few digits
 _DIGITS = 6  # of the products of complements and truncations: a record holds 39 of them
+_DIGITS_OF_SEVERAL = 12  # of several experts, whose updates may cancel in a sum
 
 
 class Side(NamedTuple):
@@ -111,14 +112,20 @@ def expert_of(
         for gamma in [sim.importance(angles, temperature, norm)]
         for strength in [sim.strengths(gamma.double(), mllm.spectrum)]
     }
-    weights["protect"] = Weights(1 - protection(mllm.spectrum, math.spectrum), 1.0)
+    rest = _rest_norm2(dM, through, V)
+    own = _Products(_column_products(through, through), rest)
     place = torch.arange(len(V), device=dM.device)
+    held_back = {"protect": 1 - protection(mllm.spectrum, math.spectrum)}
     for name, count in zip(COMPLEMENTS, left_out, strict=False):
-        weights[name] = Weights((place >= count).double(), 1.0)
+        held_back[name] = (place >= count).double()
+    for name, each in held_back.items():
+        found = Weights(each, 1.0)
+        is_left = own.weighted(found, found) > NOTHING**2 * dot(dM, dM)
+        weights[name] = found if is_left else Weights(torch.zeros_like(each), 0.0)
     return Expert(
         kept=dM,
         through=through,
-        rest=_rest_norm2(dM, through, V),
+        rest=rest,
         weights=weights,
         unprojected={"rescale_only": rho * dM, "select_only": math.task_vector},
         truncated=_truncated(math, kept),
@@ -143,8 +150,14 @@ def _rest_norm2(dM: Tensor, through: Tensor, Vh: Tensor) -> float:
     return dot(R, R)
 
 
-def update_norms(mllm: Side, expert: Expert, earlier: Sequence[Expert]) -> dict[str, UpdateNorms]:
-    """Compute inner products of every update with itself, dV, and earlier experts' updates."""
+def update_norms(
+    mllm: Side, expert: Expert, earlier: Sequence[Expert], *, several: bool = False
+) -> dict[str, UpdateNorms]:
+    """Compute inner products of every update with itself, dV, and earlier experts' updates.
+
+    `several`: whether the pair has more than one expert.
+    """
+    digits = _DIGITS_OF_SEVERAL if several else _DIGITS
     plain = {
         name: UpdateNorms(
             norm2=dot(update, update),
@@ -153,12 +166,12 @@ def update_norms(mllm: Side, expert: Expert, earlier: Sequence[Expert]) -> dict[
         )
         for name, update in expert.unprojected.items()
     }
-    truncations = dict(_truncations(mllm, expert, earlier))
-    return {**dict(_projected(mllm, expert, earlier)), **truncations, **plain}
+    truncations = dict(_truncations(mllm, expert, earlier, digits))
+    return {**dict(_projected(mllm, expert, earlier, digits)), **truncations, **plain}
 
 
 def _truncations(
-    mllm: Side, expert: Expert, earlier: Sequence[Expert]
+    mllm: Side, expert: Expert, earlier: Sequence[Expert], digits: int
 ) -> Iterator[tuple[str, UpdateNorms]]:
     """Yield the products of every truncation.
 
@@ -182,7 +195,8 @@ def _truncations(
                         float(table[count, other.truncated.counts[place]])
                         for other, table in zip(earlier, tables, strict=True)
                     ),
-                )
+                ),
+                digits,
             ),
         )
 
@@ -206,7 +220,7 @@ class _Products(NamedTuple):
 
 
 def _projected(
-    mllm: Side, expert: Expert, earlier: Sequence[Expert]
+    mllm: Side, expert: Expert, earlier: Sequence[Expert], digits: int
 ) -> Iterator[tuple[str, UpdateNorms]]:
     V = mllm.spectrum.Vh
     vision = mllm.task_vector @ V.T  # dV V
@@ -225,7 +239,7 @@ def _projected(
                 for other, products in zip(earlier, crossed, strict=True)
             ),
         )
-        yield name, _rounded(norms) if name in COMPLEMENTS else norms
+        yield name, _rounded(norms, digits) if name in COMPLEMENTS else norms
 
 
 def _products(a: Tensor, b: Tensor, a_through: Tensor, b_through: Tensor) -> _Products:
@@ -238,9 +252,9 @@ def _column_products(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(0, dtype=torch.float64)
 
 
-def _rounded(norms: UpdateNorms) -> UpdateNorms:
-    def digits(value: float) -> float:
-        return float(f"{value:.{_DIGITS}g}")
+def _rounded(norms: UpdateNorms, digits: int) -> UpdateNorms:
+    def rounded(value: float) -> float:
+        return float(f"{value:.{digits}g}")
 
-    cross = tuple(map(digits, norms.cross))
-    return UpdateNorms(digits(norms.norm2), digits(norms.inner), cross)
+    cross = tuple(map(rounded, norms.cross))
+    return UpdateNorms(rounded(norms.norm2), rounded(norms.inner), cross)

@@ -222,10 +222,10 @@ def merge(options: argparse.Namespace) -> int:
 def _updates_of(options: argparse.Namespace, plan: MergePlan) -> str | None:
     """Return the folder of kept updates. Raises: PlanError for a plan that has none."""
     folder: str | None = options.updates
-    if folder and (plan.method != "ip_merging" or plan.parameters["ablation"] != "none"):
+    if folder and not plan.has_updates:
         raise PlanError(
-            f"--updates has no effect with the method of plan {plan.hash} ({plan.method}): only "
-            f"IP-Merging with projection has updates. Omit it."
+            f"--updates has no effect with plan {plan.hash} ({plan.method}): only IP-Merging with "
+            f"projection has updates, without a budget and with input_share=1. Omit it."
         )
     return folder
 

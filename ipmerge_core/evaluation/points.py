@@ -15,8 +15,9 @@ from ipmerge_core.analysis.records import Analysis
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import find_method
 from ipmerge_core.methods.declarations import ParameterValue
-from ipmerge_core.planning.options import shown
+from ipmerge_core.planning.options import PlanOptions, shown
 from ipmerge_core.planning.plan import MergePlan, make_plan
+from ipmerge_core.planning.scope import needed_data
 
 ABLATED = "ip_merging"
 MOST_POINTS = 400
@@ -89,9 +90,31 @@ def sweep_points(analysis: Analysis, axes: Sequence[Axis], **fixed: Any) -> list
             values = {axes[0].parameter: first}
             if len(axes) > 1:
                 values[axes[1].parameter] = second
-            plan = make_plan(analysis, **{**fixed, **values})
-            points.append(Point(label_of(values), plan, values))
+            points.append(Point(label_of(values), plan_at(analysis, fixed, values), values))
+    if "calibration" in fixed and not any(p.plan and p.plan.calibration for p in points):
+        make_plan(analysis, **{**fixed, **points[1].values})  # refuses it
     return points
+
+
+def plan_at(analysis: Analysis, fixed: Mapping[str, Any], values: Mapping[str, Any]) -> MergePlan:
+    """Make the plan of one point of a sweep or a search, where not all points need a calibration.
+
+    Args:
+        analysis: the pair.
+        fixed: the method and other arguments of `make_plan`; a calibration is used where the point
+            needs it, such as one with `input_share` below 1.
+        values: the varied arguments.
+
+    Raises: PlanError for values that the method does not accept.
+    """
+    arguments = {**fixed, **values}
+    if arguments.get("calibration") is not None:
+        method = find_method(arguments.get("method", ABLATED))
+        own = {p.name: arguments[p.name] for p in method.parameters if p.name in arguments}
+        options = (arguments.get("options") or PlanOptions()).updated(arguments)
+        if needed_data(method, own, options) is None:
+            del arguments["calibration"]
+    return make_plan(analysis, **arguments)
 
 
 def label_of(values: Mapping[str, ParameterValue]) -> str:

@@ -128,7 +128,8 @@ OutputBudget = Annotated[
     Range(
         low=0,
         high=1,
-        help="the same for the outputs on the MLLM's inputs, which needs a calibration",
+        help="the same for the outputs on the MLLM's inputs, which needs a calibration; no weights "
+        "change by more than twice as much",
         usual=(0.0, 0.1),
         before=0.0,
     ),
@@ -306,10 +307,12 @@ def ip_merging(
             is then of low rank.
             `budget` > 0 rescales the sum of the P_k so that it changes the matrix by
             lambda * budget * ||W_v||; `output_budget` so that it changes the outputs on the MLLM's
-            inputs X by lambda * output_budget * ||W_v X||.
+            inputs X by lambda * output_budget * ||W_v X||, but the weights by no more than twice
+            what `budget` would: an update that is silent on X would grow without bound.
             Where dV is zero, complement and protect leave out nothing; so do the filters where the
             MLLM's Gram matrix is zero. An update of zero stays zero with a budget.
-    Raises: PlanError for a filter, or a budget of outputs, without Gram matrices.
+    Raises: PlanError for a filter, or a budget of outputs, without Gram matrices, or with one that
+            is not a Gram matrix; for a budget of outputs where the MLLM has none.
     Source: IP-Merging, arXiv 2510.14387. The absolute value is an addition: the sign of a singular
             vector is arbitrary, and the result would depend on it. So is the restriction to
             existing directions, without which rounding determines the update of a low-rank expert.

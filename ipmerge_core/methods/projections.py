@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ipmerge_core.errors import PlanError
 from ipmerge_core.spectral.kinds import ENERGY
 from ipmerge_core.spectral.low_rank import LowRank
 from ipmerge_core.spectral.protection import (
@@ -43,6 +44,7 @@ from ipmerge_core.spectral.spectrum import (
 
 ON_DIRECTIONS = ("softmax", "top_k")  # their updates are of low rank
 BY_INPUTS = ("input_filter", "off_inputs")  # they need calibration data
+MOST_BY_OUTPUTS = 2.0  # an output budget changes weights by at most this multiple of it
 
 
 class Projection(NamedTuple):
@@ -180,10 +182,23 @@ def matrix_of(update: Update | Tensor, gain: float = 1.0) -> Tensor:
 
 
 def budget_factor(budget: float, change: Tensor, mllm: Tensor, gram: Tensor | None) -> float:
-    """Return budget * ||W_v|| / ||P||, or the same of the outputs with a Gram matrix."""
+    """Return budget * ||W_v|| / ||P||, or the same of the outputs with a Gram matrix.
+
+    The latter at most doubles the former: an update that is silent on the measured inputs would
+    grow without bound. Raises: PlanError if the MLLM has no outputs on the measured inputs.
+    """
+    by_weights = _ratio(budget, _norm2(change), _norm2(mllm))
     if gram is None:
-        return _ratio(budget, _norm2(change), _norm2(mllm))
-    return _ratio(budget, output_norm2(change, gram), output_norm2(mllm, gram))
+        return by_weights
+    size2 = output_norm2(mllm, gram)
+    if not size2 > 0:
+        raise PlanError(
+            "The MLLM's outputs on the measured inputs are zero, so that there is nothing to "
+            "compare an output_budget with. Calibrate on more samples, or use budget."
+        )
+    largest = MOST_BY_OUTPUTS * by_weights
+    change2 = output_norm2(change, gram)
+    return min(largest, _ratio(budget, change2, size2)) if change2 > 0 else largest
 
 
 def budget_of_factors(budget: float, updates: Sequence[Update], mllm: Tensor) -> float:

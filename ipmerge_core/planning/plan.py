@@ -356,7 +356,9 @@ def make_plan(
         totals=totals,
         decisions=tuple(decisions),
         records=records,
-        calibration=Calibrated.find(chosen, kind, calibration, sources, data_reason(options)),
+        calibration=Calibrated.find(
+            chosen, kind, calibration, sources, data_reason(chosen, complete, options)
+        ),
         tokens=_share_tokens(source) if options.embeddings == "merge-shared" else None,
         statistic=known_statistic(chosen, complete, records, decisions),
         analysed=analysed or None,

@@ -15,7 +15,7 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.methods import MergeMethod
 from ipmerge_core.methods.registry import DataKind
 from ipmerge_core.models.matrix_kinds import MODULES, is_projection, is_router
-from ipmerge_core.planning.options import LayerProfile, Modules, PlanOptions
+from ipmerge_core.planning.options import LayerProfile, Modules, PlanOptions, shown
 from ipmerge_core.runtime.patterns import Pattern, compile_pattern
 from ipmerge_core.spectral.kinds import SIMILARITIES, Anchor
 
@@ -64,9 +64,14 @@ def needed_data(
     return method.data_for(parameters) or ("gram" if options.input_share < 1 else None)
 
 
-def data_reason(options: PlanOptions) -> str:
-    """Return which option needs a calibration, for a message; "" if none does."""
-    return f" with input_share {options.input_share:g}" if options.input_share < 1 else ""
+def data_reason(method: MergeMethod, parameters: Mapping[str, Any], options: PlanOptions) -> str:
+    """Return which values need a calibration, for a message; "" if the method always needs one."""
+    usual = {parameter.name: parameter.default for parameter in method.parameters}
+    deciding = {n: parameters[n] for n in method.decides_data if parameters[n] != usual[n]}
+    named = deciding if method.data_for(parameters) else {}
+    if options.input_share < 1:
+        named = {**named, "input_share": options.input_share}
+    return f" with {', '.join(f'{n}={shown(v)}' for n, v in named.items())}" if named else ""
 
 
 def check_extras(method: MergeMethod, options: PlanOptions, *, calibrated: bool) -> None:

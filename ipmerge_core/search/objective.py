@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ipmerge_core.errors import PlanError, RunError
 from ipmerge_core.evaluation.evaluate import EvaluationSettings, iter_evaluation
-from ipmerge_core.evaluation.points import Point
+from ipmerge_core.evaluation.points import Point, plan_at
 from ipmerge_core.methods.declarations import drained
-from ipmerge_core.planning.plan import MergePlan, make_plan
+from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.search.study import Measured
 from ipmerge_core.tasks.items import Draw, ItemSet, Task
 
@@ -115,7 +115,7 @@ class MergeObjective:
         """Make the plan of a point. Raises: PlanError for values that do not go together."""
         whole = {axis.name for axis in self.space.axes if axis.whole}
         values = {n: int(v) if n in whole else v for n, v in parameters.items()}
-        return make_plan(self.analysis, **{**self.fixed, **values})
+        return plan_at(self.analysis, self.fixed, values)
 
     def __call__(
         self, parameters: Mapping[str, float], report: Callable[[float, int], bool]

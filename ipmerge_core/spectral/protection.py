@@ -19,7 +19,9 @@ from ipmerge_core.spectral.kinds import WANTED_ENERGY
 from ipmerge_core.spectral.spectrum import Spectrum, as_float
 
 RIDGE = 1e-3  # of the input filter, relative to the mean diagonal entry of a Gram matrix
+NOTHING = 1e-4  # of the norm of a change: what rounding can leave of it when all of it is left out
 _SLACK = 1e-6  # of a share: fp32 singular values that tie with it are included
+_EPS = 1.2e-7  # relative rounding error of a Gram matrix, which is stored in fp32
 
 
 def energy_rank(S: Float[Tensor, " r"], share: float, total: float | None = None) -> int:
@@ -27,7 +29,7 @@ def energy_rank(S: Float[Tensor, " r"], share: float, total: float | None = None
 
     Math:   the least k with sum_{i<=k} S_i^2 >= share * total; total is sum_i S_i^2 by default,
             or that of a spectrum whose other values were not computed. All r if they do not hold
-            the share.
+            the share, and at least one for a share above 0 of a matrix that is not zero.
     Raises: PlanError for a share outside [0, 1].
 
     >>> energy_rank(torch.tensor([3.0, 2.0, 1.0]), 0.9)
@@ -40,8 +42,10 @@ def energy_rank(S: Float[Tensor, " r"], share: float, total: float | None = None
     if share == 1:
         return int((S > 0).sum())
     energy = S.double().square()
+    if not share or not float(energy.sum()):
+        return 0
     goal = (share - _SLACK) * (float(energy.sum()) if total is None else total)
-    return min(len(S), int((energy.cumsum(0) < goal).sum()) + 1) if goal > 0 else 0
+    return min(len(S), int((energy.cumsum(0) < goal).sum()) + 1)
 
 
 def protection(mllm: Spectrum, expert: Spectrum) -> Float[Tensor, " r"]:
@@ -66,12 +70,17 @@ def held_back(
 ) -> Float[Tensor, "m n"]:
     """Compute dM (I - V_k diag(w) V_k^T) for the MLLM's first k right directions.
 
+    What is left of dM inside these directions is rounding, which a budget would scale up: a result
+    below 1e-4 ||dM|| is zero (`NOTHING`), as it is in the records of an analysis.
+
     >>> held_back(torch.ones(1, 2), Spectrum(None, torch.ones(1), torch.eye(2)[:1]), torch.ones(1))
     tensor([[0., 1.]])
     """
     dM = as_float(change)
     V = mllm.Vh[: len(weights)].to(dM)
-    return dM - ((dM @ V.T) * weights.to(dM)) @ V
+    rest = dM - ((dM @ V.T) * weights.to(dM)) @ V
+    is_left = torch.linalg.matrix_norm(rest) > NOTHING * torch.linalg.matrix_norm(dM)
+    return rest if bool(is_left) else torch.zeros_like(rest)
 
 
 # --- filters by the inputs of layers ---
@@ -84,6 +93,7 @@ def off_inputs(
 
     Math:   argmin_U ||U - dM||^2 + beta tr(U G U^T) = dM (I + beta G)^-1, with G the MLLM's Gram
             matrix divided by its mean diagonal entry. ||P|| <= ||dM|| for any beta; beta = 0 is dM.
+            I is scaled up to the rounding of beta G, which matters for a very large beta only.
     Shapes: gram (n, n), or (n,) for its diagonal.
     Raises: PlanError if the Gram matrix is not positive semidefinite.
     """
@@ -101,7 +111,8 @@ def input_filter(
     Math:   argmin_U tr((U - dM) (G_e + ridge I) (U - dM)^T) + beta tr(U G_v U^T)
             = dM (G_e + ridge I) (G_e + ridge I + beta G_v)^-1, each G divided by its mean diagonal
             entry. The ridge pulls towards dM, not towards 0: inputs that neither model sees pass,
-            and beta = 0 is dM. tr(P G_v P^T) <= tr(dM G_v dM^T) for any beta.
+            and beta = 0 is dM. It is 1e-3, or the rounding of beta G_v if that is larger.
+            tr(P G_v P^T) <= tr(dM G_v dM^T) for any beta, but ||P|| can be several times ||dM||.
     Shapes: grams (n, n), or (n,) for their diagonals; of two kinds, both are used as diagonals.
     Raises: PlanError if a Gram matrix is not positive semidefinite.
     """
@@ -150,9 +161,18 @@ def output_norm2(matrix: Float[Tensor, "m n"], gram: Float[Tensor, "..."]) -> fl
 
 
 def _scaled(gram: Tensor) -> Tensor:
-    """Divide by the mean diagonal entry in fp64; a Gram matrix of zeros stays so."""
+    """Divide by the mean diagonal entry in fp64; a Gram matrix of zeros stays so.
+
+    Raises: PlanError for a negative diagonal entry, which no Gram matrix has.
+    """
     G = gram.double()
-    mean = float((G if G.ndim == 1 else G.diagonal()).mean())
+    diagonal = G if G.ndim == 1 else G.diagonal()
+    if float(diagonal.min()) < 0:
+        raise PlanError(
+            f"A Gram matrix has the diagonal entry {float(diagonal.min()):.3g}, and a mean square "
+            f"is not negative. Run the calibration again."
+        )
+    mean = float(diagonal.mean())
     return G / mean if mean > 0 else torch.zeros_like(G)
 
 
@@ -180,25 +200,37 @@ class _Factored(NamedTuple):
     B: Tensor
     factor: Tensor
 
-    def is_of(self, other: Tensor | None, beta: float, versions: tuple[int, ...]) -> bool:
-        """Return whether the factor is of these unchanged Gram matrices."""
-        seen = None if self.other is None else self.other()
-        return seen is other and (self.beta, self.versions) == (beta, versions)
+    def is_with(self, other: Tensor | None) -> bool:
+        """Return whether the factor is with this Gram matrix of an expert, or with none."""
+        return (None if self.other is None else self.other()) is other
+
+    def serves(self, other: Tensor | None, beta: float, versions: tuple[int, ...]) -> bool:
+        """Return whether the factor is that of these unchanged Gram matrices."""
+        return self.is_with(other) and (self.beta, self.versions) == (beta, versions)
+
+    def stays(self, other: Tensor | None, beta: float, version: int) -> bool:
+        """Return whether the factor may be asked for again, when one with `other` is added."""
+        ended = self.other is not None and self.other() is None
+        same = (self.beta, self.versions[0]) == (beta, version)
+        return same and not ended and not self.is_with(other)
 
 
-# q, k and v (gate and up) have one Gram matrix: the last factor of each lives as long as it does
+# q, k and v (gate and up) have one Gram matrix: its factors, one per expert, live while it does
 _FACTORS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _factored(own: Tensor, other: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
     """Return B and the Cholesky factor of A + B; computed once per pair of Gram matrices."""
     versions = tuple(G._version for G in (own, other) if G is not None)
-    known: _Factored | None = _FACTORS.get(own)  # type: ignore[no-untyped-call]
-    if known is not None and known.is_of(other, beta, versions):
-        return known.B, known.factor
-    B = beta * _scaled(own)
+    known: list[_Factored] = _FACTORS.setdefault(own, [])  # type: ignore[no-untyped-call]
+    for each in known:
+        if each.serves(other, beta, versions):
+            return each.B, each.factor
+    known[:] = [each for each in known if each.stays(other, beta, versions[0])]
+    B = known[0].B if known else beta * _scaled(own)
     system = B.clone() if other is None else B + _scaled(other)
-    system.diagonal().add_(1.0 if other is None else RIDGE)
+    rounding = _EPS * float(torch.linalg.matrix_norm(B))
+    system.diagonal().add_(max(1.0 if other is None else RIDGE, rounding))
     factor, failed = torch.linalg.cholesky_ex(system)
     if int(failed):
         raise PlanError(
@@ -206,5 +238,5 @@ def _factored(own: Tensor, other: Tensor | None, beta: float) -> tuple[Tensor, T
             "calibration again."
         )
     seen = None if other is None else WeakIdRef(other)
-    _FACTORS[own] = _Factored(beta, seen, versions, B, factor)
+    known.append(_Factored(beta, seen, versions, B, factor))
     return B, factor
