@@ -6,17 +6,20 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from event_loops import in_loop
 from quick_runs import fail, idle, write_manifest
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.runtime.host import Limits
 from ipmerge_core.runtime.job_lists import delete_job, describe_job, keys_of_owner
 from ipmerge_core.runtime.jobs import JobStore, Started
+from ipmerge_core.ui.app import build_app
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.pairs import path_of
 from ipmerge_core.ui.run_list import rows
@@ -287,3 +290,33 @@ def test_a_run_keeps_what_it_was_started_with(backend, run, home):
     assert (request.target, request.about["plan"]) == ("write_manifest", PLAN)
     assert kind_of(request) == MERGE
     assert kind_of(request._replace(target="iter_calibration_of", about={})) == CALIBRATION
+
+
+# --- one answer for the list and for the tabs ---
+
+
+@pytest.mark.parametrize("reads_before_the_end", [0, 1, 2, 3, 4, 6, 8])
+def test_a_page_that_stops_asking_shows_no_run_in_progress(
+    backend, run, home, monkeypatch, reads_before_the_end
+):
+    app = in_loop(lambda: build_app(backend))
+    tick = next(f.fn for f in app.fns.values() if getattr(f.fn, "__name__", "") == "tick")
+    going = run(home / "models" / "a", target=idle)
+    read, seen = backend.store.status, []
+
+    def ends_after_some_reads(job: str):
+        if len(seen) == reads_before_the_end:
+            (backend.store.folder / going.id / "cancel").touch()
+            while read(going.id).is_running:
+                time.sleep(0.02)
+        seen.append(job)
+        return replace(read(job), step={})  # idle's steps are not those of a merge
+
+    event = SimpleNamespace(_data={"n": 1, "first": False, "visitor": OWNER})
+    asked = [{"id": going.id, "key": going.key}] * 11
+    monkeypatch.setattr(backend.store, "status", ends_after_some_reads)
+    found = {getattr(part, "elem_id", ""): value for part, value in tick(event, *asked).items()}
+    stops_asking = not any(row["running"] for row in found["run-list"]["runs"])
+    cancel = found["cancel-merge"]
+    assert len(seen) > 8
+    assert not (stops_asking and cancel["visible"])

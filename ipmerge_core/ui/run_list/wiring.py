@@ -117,10 +117,13 @@ def _wire_tick(backend: Backend, frame: Frame, poll: RunPoll) -> None:
     def tick(event: gr.EventData, *values: Any) -> Updates:  # noqa: ANN401
         asked = Asked.read(event)
         memories, remembered = values[:n_views], values[n_views:]
+        # The list before the views: the page stops asking when no run of the list is in progress,
+        # and a run that ends between two readings must have ended in the later one, its view.
+        content = _content(backend, asked, remembered)
         found = poll.updates(asked.visitor, memories, first=asked.is_first)
         if asked.is_first:
             found[poll.visitor] = asked.visitor
-        return {**found, frame.runs: _content(backend, asked, remembered)}
+        return {**found, frame.runs: content}
 
     inputs = [*poll.memories, *frame.memories]
     outputs = [frame.runs, poll.visitor, *poll.outputs]
