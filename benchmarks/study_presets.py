@@ -95,6 +95,6 @@ def _scores(tested: Sequence[Mapping[str, Any]], own: Sequence[Result]) -> str:
     math, perception = (pooled(tests, measure) for measure in ("math", "perception"))
     mllm = " and ".join(f"{100 * pooled(before, m).share:.0f} %" for m in ("math", "perception"))
     return (
-        f"image+math is {100 * math.share:.0f} % and perception {100 * perception.share:.0f} % of "
-        f"{math.n + perception.n} answers (the MLLM: {mllm})"
+        f"image+math is {100 * math.share:.0f} % and perception {100 * perception.share:.0f} %, of "
+        f"{math.n} and {perception.n} answers (the MLLM: {mllm})"
     )

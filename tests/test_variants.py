@@ -11,14 +11,19 @@ from conftest import Trio
 from safetensors.torch import load_file, save_file
 
 import ipmerge_core as ipm
+from ipmerge_core import cli
 from ipmerge_core.adapters.export import export_adapter
 from ipmerge_core.calibration.store import Measured, Measurements
 from ipmerge_core.errors import PlanError
 from ipmerge_core.merging.in_memory import iter_merged_tensors
 from ipmerge_core.methods import METHODS
+from ipmerge_core.planning.description import rounding_on
 from ipmerge_core.spectral.kinds import KEPT_SHARES, TRUNCATIONS
 from ipmerge_core.spectral.protection import energy_rank, input_filter, off_inputs, protection
 from ipmerge_core.spectral.spectrum import svd
+from ipmerge_core.ui.backend import Backend
+from ipmerge_core.ui.merge.tab import readiness
+from ipmerge_core.ui.plan_choice import PlanChoice
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 MERGE = METHODS["ip_merging"]
@@ -243,6 +248,29 @@ def test_between_the_named_shares_the_preview_says_which_there_are(trio: Trio):
     plan = ipm.make_plan(analysis, projector="complement", energy=0.33)
     with pytest.raises(PlanError, match="at the energies 0.05, 0.1, ..., 1, and the plan has"):
         plan.preview()
+
+
+@pytest.mark.parametrize(
+    ("pack", "budget", "warns"),
+    [
+        ("taught/taught.pack.json.gz", 0.001, True),
+        ("taught/taught.pack.json.gz", 0.01, False),
+        ("demo/pack.json.gz", 0.001, False),  # fp32
+    ],
+)
+def test_a_change_below_the_rounding_of_16_bits_is_reported(pack, budget, warns, capsys, tmp_path):
+    path = DEMO.parent / pack
+    plan = ipm.make_plan(ipm.Analysis.load(path), similarity_threshold=0.0, budget=budget)
+    assert bool(rounding_on(plan)) == warns
+    out = ["--similarity-threshold", "0", "-o", str(tmp_path / "plan.json")]
+    assert cli.main(["plan", str(path), "--set", f"budget={budget}", *out]) == 0
+    assert ("many weights would keep their values" in capsys.readouterr().out) == warns
+    found = readiness(
+        Backend(), "taught" if "taught" in pack else "pack", PlanChoice(0.0, budget=budget)
+    )
+    told = [each for each in found.findings if "stored in 16 bits" in each.message]
+    assert bool(told) == warns
+    assert all(each.remedy == "Use a larger gain or budget." for each in told)
 
 
 def test_a_rank_has_an_effect_on_a_truncated_change():

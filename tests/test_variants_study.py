@@ -226,7 +226,7 @@ def test_the_page_and_its_figure_are_written(monkeypatch, tmp_path):
     assert complement["arguments"]["energy"] == 0.8
     assert complement["arguments"]["lambda_"] == 1.0
     assert "toy models" in complement["source"]
-    assert "image+math is 90 % and perception 90 % of 120 answers" in complement["source"]
+    assert "image+math is 90 % and perception 90 %, of 60 and 60 answers" in complement["source"]
 
 
 def test_sizes_and_the_explanation_are_compared_over_cases():

@@ -74,7 +74,7 @@ def load_language_model(source: str, cache: Path) -> LanguageModel:
 
 def check_source(source: str) -> None:
     """Raises: ModelLoadError if a source is neither a folder nor written as a hub id."""
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         return
     with explained(
         lambda _: ModelLoadError(

@@ -58,14 +58,19 @@ def preview_of(plan: MergePlan) -> dict[str, Any]:
 
 def plan_sentence(plan: MergePlan) -> str:
     """Summarize a plan in one sentence."""
-    from ipmerge_core.planning.description import advice_on, describe_change, describe_selection
+    from ipmerge_core.planning.description import (
+        advice_on,
+        describe_change,
+        describe_selection,
+        rounding_on,
+    )
 
     extras = "; ".join(plan.extras)
     extras = f" Also merged, not included in these figures: {extras}." if extras else ""
     change = describe_change(plan)
     if "relative_change" not in preview_of(plan):
         return f"{describe_selection(plan)} are merged.{extras} {change}"
-    advice = f" {found}" if (found := advice_on(plan)) else ""
+    advice = "".join(f" {found}" for found in (advice_on(plan), rounding_on(plan)) if found)
     values = _analysis_values(plan)
     return f"{describe_selection(plan)} are merged; {change}{values}.{extras}{advice}"
 

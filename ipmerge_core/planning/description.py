@@ -19,6 +19,7 @@ from ipmerge_core.planning.plan import MergePlan
 from ipmerge_core.planning.scope import Scope
 from ipmerge_core.spectral.kinds import TEMPERATURE
 
+_LARGEST_ROUNDED = 0.002  # relative change that 16-bit files do not hold well
 _ANALYSIS = {"rank": None, "temperature": TEMPERATURE, "quick": False, "directions": "existing"}
 
 
@@ -82,6 +83,26 @@ def advice_on(plan: MergePlan) -> str:
         return plan.preview().advice
     except PlanError:
         return ""
+
+
+def rounding_on(plan: MergePlan) -> str:
+    """Return a warning of a change that bfloat16 files cannot hold well; empty for none.
+
+    A weight of such a file is rounded by 0.16 % of itself in the root mean square, and a change
+    that is not larger moves few weights, and these by too much.
+    """
+    try:
+        found = plan.preview()
+    except PlanError:
+        return ""
+    change = (found.update_share or 0.0) * found.expert_change
+    if plan.totals.decoder_itemsize != 2 or not 0 < change < _LARGEST_ROUNDED:
+        return ""
+    return (
+        f"In half of the merged matrices the change is less than about {change:.2g} of the "
+        f"weights, which are stored in 16 bits: in bfloat16 many weights would keep their values, "
+        f"and the merged files differ from the preview. Use a larger gain or budget."
+    )
 
 
 def describe_selection(plan: MergePlan) -> str:

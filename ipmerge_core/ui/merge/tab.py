@@ -422,7 +422,7 @@ def _plan_warnings(plan: MergePlan) -> list[Finding]:
     """Warn about plans that are valid but probably not intended."""
     from ipmerge_core.calibration.store import Measurements
     from ipmerge_core.models.pairing import Finding
-    from ipmerge_core.planning.description import describe_empty, has_scope
+    from ipmerge_core.planning.description import describe_empty, has_scope, rounding_on
 
     if not plan.selected:
         remedy = "Lower Sα in Explore." if has_scope(plan) else "Change the patterns or overrides."
@@ -435,6 +435,9 @@ def _plan_warnings(plan: MergePlan) -> list[Finding]:
             "model."
         )
         found.append(Finding("warning", "plan", message, remedy))
+    if rounded := rounding_on(plan):
+        message, _, remedy = rounded.rpartition(". ")
+        found.append(Finding("warning", "plan", f"{message}.", remedy))
     if plan.calibration is not None:
         measured = Measurements.open(plan.calibration.folder)
         inputs = max(record.shape[1] for record in plan.records)
