@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import ipmerge_core as ipm
+from ipmerge_core.calibration.calibrate import calibrate
+from ipmerge_core.calibration.passes import CalibrationSettings
+from ipmerge_core.calibration.samples import load_samples
 from ipmerge_core.errors import PlanError
 from ipmerge_core.evaluation.controls import permuted_tensors
 from ipmerge_core.evaluation.points import (
@@ -32,6 +35,13 @@ def pair():
     return open_pair(DEMO / "mllm", DEMO / "math", DEMO / "base")
 
 
+@pytest.fixture(scope="module")
+def grams(pair, tmp_path_factory):
+    samples = [load_samples("demo", 2, takes_images=images) for images in (True, False)]
+    out = tmp_path_factory.mktemp("grams") / "out"
+    return calibrate(pair, out, CalibrationSettings("gram"), *samples).folder
+
+
 def merged_matrices(plan, pair):
     """The merged matrices of a plan, computed by its method."""
     found = {}
@@ -52,6 +62,23 @@ def merged_matrices(plan, pair):
 
 
 # --- sweeps ---
+
+
+@pytest.mark.parametrize(
+    ("axis", "needs"),
+    [
+        (Axis("input_share", (0.2, 1.0)), [True, False]),
+        (Axis("projector", ("complement", "off_inputs")), [False, True]),
+        (Axis("output_budget", (0.0, 0.05)), [False, True]),
+    ],
+)
+def test_a_sweep_takes_a_calibration_that_some_of_its_points_need(axis, needs, analysis, grams):
+    points = sweep_points(analysis, [axis], calibration=grams)
+    assert [bool(point.plan.calibration) for point in points[1:]] == needs
+    with pytest.raises(PlanError, match="does not use calibration data"):
+        sweep_points(analysis, [Axis("lambda_", (1.0, 2.0))], calibration=grams)
+    with pytest.raises(PlanError, match=f"with {axis.parameter}=.* requires the Gram matrices"):
+        sweep_points(analysis, [axis])
 
 
 def test_a_sweep_starts_with_the_unmerged_model_and_varies_one_parameter(analysis):

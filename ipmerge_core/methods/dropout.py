@@ -270,7 +270,7 @@ def dare_linear(
     """Keep random elements of the task vectors, rescale them, and add them to the base.
 
     Math:   W = W0 + sum_i a_i rescaled(M_i tau_i), M_i ~ Bernoulli(p_i), independent per model.
-            rescale: see `drop`. The variance of a kept element is tau^2 (1 - p) / p.
+            rescale: see `Drop`. The variance of a kept element is tau^2 (1 - p) / p.
     Shapes: all (m, n). Per-model densities override the shared one; mllm_density = 1 keeps the
             MLLM's task vector unchanged.
     Source: DARE, arXiv 2311.03099 (inverse_density); "l1" as in mergekit since 0.1.0.
