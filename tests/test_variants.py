@@ -175,10 +175,15 @@ def test_every_expert_has_its_own_factor_of_the_same_gram_matrix(monkeypatch):
         for other in others:
             input_filter(MATH - BASE, own, other, 1.0)
     assert len(counted) == 2
+    alone = off_inputs(MATH - BASE, own, 1.0)
+    assert len(counted) == 3
+    del others[1]  # its factor is not that of no expert
+    assert torch.equal(off_inputs(MATH - BASE, own, 1.0), alone)
+    others.append(gram(8, 40, 8))
     others[0] += torch.eye(8, dtype=torch.float64)
     input_filter(MATH - BASE, own, others[0], 1.0)
     input_filter(MATH - BASE, own, others[1], 1.0)
-    assert len(counted) == 3
+    assert len(counted) == 5
 
 
 @pytest.mark.parametrize("filtered", [off_inputs, lambda dM, G, beta: input_filter(dM, G, G, beta)])

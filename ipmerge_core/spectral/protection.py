@@ -202,7 +202,9 @@ class _Factored(NamedTuple):
 
     def is_with(self, other: Tensor | None) -> bool:
         """Return whether the factor is with this Gram matrix of an expert, or with none."""
-        return (None if self.other is None else self.other()) is other
+        if self.other is None or other is None:
+            return self.other is other
+        return self.other() is other
 
     def serves(self, other: Tensor | None, beta: float, versions: tuple[int, ...]) -> bool:
         """Return whether the factor is that of these unchanged Gram matrices."""
