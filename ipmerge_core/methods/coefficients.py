@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ipmerge_core.methods.blocks import TaskVectors, blockwise, squares
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix, Statistic
-from ipmerge_core.methods.registry import Experts, Range, WholeModel, as_list, merge_method
+from ipmerge_core.methods.ranges import Range
+from ipmerge_core.methods.registry import Experts, WholeModel, as_list, merge_method
 
 Scope: TypeAlias = Annotated[
     Literal["model", "tensor"], Range(help="norms over the whole model, or per matrix")

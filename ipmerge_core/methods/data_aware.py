@@ -23,7 +23,8 @@ from ipmerge_core.methods.measurements import (
     GramInputs,
     checked,
 )
-from ipmerge_core.methods.registry import Experts, Range, WholeModel, as_list, merge_method
+from ipmerge_core.methods.ranges import Range
+from ipmerge_core.methods.registry import Experts, WholeModel, as_list, merge_method
 
 MllmShare: TypeAlias = Annotated[
     float, Range(low=0, high=1, help="share of the MLLM; the experts split the rest")

@@ -22,12 +22,12 @@ from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import TaskVectors, blockwise_sum, result_dtype
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
 from ipmerge_core.methods.elementwise import merge_cut, weighted_sum_
+from ipmerge_core.methods.ranges import Range
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
     Experts,
     Gain,
-    Range,
     TensorName,
     as_list,
     merge_method,

@@ -17,14 +17,8 @@ from torch import Tensor
 from ipmerge_core.errors import PlanError
 from ipmerge_core.methods.blocks import blockwise
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
-from ipmerge_core.methods.registry import (
-    Coefficient,
-    Experts,
-    Range,
-    TensorName,
-    as_list,
-    merge_method,
-)
+from ipmerge_core.methods.ranges import Range
+from ipmerge_core.methods.registry import Coefficient, Experts, TensorName, as_list, merge_method
 
 _KEPT = Range(low=0, high=1, help="weight of the MLLM")
 Kept: TypeAlias = Annotated[float, _KEPT]

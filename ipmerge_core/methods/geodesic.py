@@ -18,7 +18,8 @@ from torch import Tensor
 from ipmerge_core.methods.blocks import blockwise, blockwise_sum, inner_products
 from ipmerge_core.methods.declarations import AffineUpdate, Matrix
 from ipmerge_core.methods.elementwise import add_to_base_, changes_, weighted_sum_
-from ipmerge_core.methods.registry import Experts, Range, as_list, merge_method
+from ipmerge_core.methods.ranges import Range
+from ipmerge_core.methods.registry import Experts, as_list, merge_method
 
 Step: TypeAlias = Annotated[float, Range(low=0, high=1, help="0 is the MLLM, 1 the expert")]
 Turned: TypeAlias = Annotated[

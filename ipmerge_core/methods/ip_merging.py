@@ -26,15 +26,8 @@ from ipmerge_core.methods.projections import (
     matrix_of,
     updates_of,
 )
-from ipmerge_core.methods.registry import (
-    Changes,
-    Experts,
-    Gain,
-    Noise,
-    Range,
-    as_list,
-    merge_method,
-)
+from ipmerge_core.methods.ranges import Range
+from ipmerge_core.methods.registry import Changes, Experts, Gain, Noise, as_list, merge_method
 from ipmerge_core.spectral.kinds import (
     ENERGY,
     ENERGY_SHARES,

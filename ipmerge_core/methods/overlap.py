@@ -15,7 +15,8 @@ from torch import Tensor
 from ipmerge_core.methods.blocks import blockwise, blockwise_sum
 from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base_, changes_
-from ipmerge_core.methods.registry import Experts, Range, as_list, merge_method
+from ipmerge_core.methods.ranges import Range
+from ipmerge_core.methods.registry import Experts, as_list, merge_method
 
 Threshold: TypeAlias = Annotated[
     float, Range(low=0, help="an element counts as changed if it differs by more than this")

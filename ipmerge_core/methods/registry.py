@@ -16,9 +16,8 @@ it uses it or not; the others are valid only if `inputs` lists them.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import (
     Annotated,
     Any,
@@ -40,6 +39,7 @@ from ipmerge_core.methods.declarations import (
     ParameterValue,
     Statistic,
 )
+from ipmerge_core.methods.ranges import Range
 from ipmerge_core.spectral.kinds import Anchor
 from ipmerge_core.spectral.low_rank import LowRank
 
@@ -52,47 +52,6 @@ def as_list(math: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 DataKind: TypeAlias = Literal["fisher", "gram"]
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bounds, both included unless `low_open`, and one line of help for a parameter.
-
-    `usual` is the range of a slider, if not the whole range. Choices have only help; `former` maps
-    true and false to choices for parameters that used to be boolean. `before` is the value that
-    applies to plans created before the parameter was added. `only_with` lists the values of other
-    parameters with which this one has an effect; it also has one where a parameter of
-    `also_unless` has another value than the one listed there.
-    """
-
-    low: float = -math.inf
-    high: float = math.inf
-    help: str = ""
-    low_open: bool = False
-    usual: tuple[float, float] | None = None
-    former: tuple[tuple[bool, str], ...] = ()
-    before: str | float | None = None
-    only_with: tuple[tuple[str, tuple[ParameterValue, ...]], ...] = ()
-    also_unless: tuple[tuple[str, ParameterValue], ...] = ()
-
-    def __contains__(self, value: object) -> bool:
-        """Return whether a finite number is inside the bounds."""
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return False
-        return (self.low < value if self.low_open else self.low <= value) and value <= self.high
-
-    @property
-    def slides(self) -> tuple[float, float] | None:
-        """Range of a slider: the usual range, or the whole one if it is bounded."""
-        if self.usual is not None:
-            return self.usual
-        return (self.low, self.high) if math.isfinite(self.high - self.low) else None
-
-    def __str__(self) -> str:
-        """Format the interval: `(0, 1]`, `[0, inf)`."""
-        left = "(" if self.low_open or math.isinf(self.low) else "["
-        right = ")" if math.isinf(self.high) else "]"
-        return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
 Coefficient: TypeAlias = Annotated[float, Range(help="weight of a task vector", usual=(-1.0, 2.0))]
@@ -136,7 +95,7 @@ class Parameter:
     name: str
     kind: Literal["float", "int", "bool", "choice"]
     default: ParameterValue
-    bounds: Range = Range()
+    bounds: Range = field(default_factory=Range)
     choices: tuple[str, ...] = ()
     optional: bool = False  # None is valid
 
@@ -311,24 +270,14 @@ class MergeMethod:
         >>> find_method("ip_merging").without_effect({"top_k": 8})
         ['top_k=8 (only used with projector=top_k)']
         """
-        defaults = {parameter.name: parameter.default for parameter in self.parameters}
-        values = {**defaults, **given}
+        values = {parameter.name: parameter.default for parameter in self.parameters} | dict(given)
         return [
-            f"{name}={given[name]} (only used with {words})"
-            for name, words in self._unmet(values)
-            if name in given and given[name] not in (defaults[name], *_OFF)
+            f"{parameter.name}={given[parameter.name]} (only used with {words})"
+            for parameter in self.parameters
+            if parameter.name in given
+            if given[parameter.name] not in (parameter.default, *_OFF)
+            for words in parameter.bounds.unmet(values)
         ]
-
-    def _unmet(self, values: Mapping[str, ParameterValue]) -> Iterator[tuple[str, str]]:
-        """Yield parameters that have no effect with these values, and what they need instead."""
-        for parameter in self.parameters:
-            bounds = parameter.bounds
-            if any(values[other] != usual for other, usual in bounds.also_unless):
-                continue
-            also = "".join(f", or {other} not {usual}" for other, usual in bounds.also_unless)
-            for other, wanted in bounds.only_with:
-                if values[other] not in wanted:
-                    yield parameter.name, f"{other}={_listed(wanted)}{also}"
 
     def complete(self, parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         """Return the given parameters, checked, with defaults for the rest.
@@ -385,10 +334,6 @@ class MergeMethod:
 
 
 _OFF = (None, False, "none")
-
-
-def _listed(values: Sequence[ParameterValue]) -> str:
-    return " or ".join(str(value).lower() for value in values)
 
 
 METHODS: dict[str, MergeMethod] = {}

@@ -27,12 +27,12 @@ from ipmerge_core.methods.blocks import (
 )
 from ipmerge_core.methods.declarations import Matrix, ParameterValue, Statistic
 from ipmerge_core.methods.elementwise import add_to_base_, changes_, merge_cut, weighted_sum_
+from ipmerge_core.methods.ranges import Range
 from ipmerge_core.methods.registry import (
     Coefficient,
     Density,
     Experts,
     Gain,
-    Range,
     WholeModel,
     as_list,
     merge_method,

@@ -19,6 +19,7 @@ from torch import Tensor
 from ipmerge_core.methods.blocks import result_dtype, task_vector_of
 from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base
+from ipmerge_core.methods.ranges import Range
 from ipmerge_core.methods.registry import (
     Changes,
     Coefficient,
@@ -26,7 +27,6 @@ from ipmerge_core.methods.registry import (
     Experts,
     Gain,
     Noise,
-    Range,
     as_list,
     merge_method,
 )

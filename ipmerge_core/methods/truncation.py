@@ -16,14 +16,8 @@ from torch import Tensor
 
 from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base
-from ipmerge_core.methods.registry import (
-    Changes,
-    Coefficient,
-    Experts,
-    Noise,
-    Range,
-    merge_method,
-)
+from ipmerge_core.methods.ranges import Range
+from ipmerge_core.methods.registry import Changes, Coefficient, Experts, Noise, merge_method
 from ipmerge_core.methods.subspace import mean_of_changes, start
 from ipmerge_core.spectral.protection import energy_rank
 from ipmerge_core.spectral.spectrum import Spectrum

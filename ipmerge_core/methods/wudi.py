@@ -18,12 +18,12 @@ from torch import Tensor
 from ipmerge_core.methods.blocks import result_dtype
 from ipmerge_core.methods.declarations import Matrix
 from ipmerge_core.methods.elementwise import add_to_base
+from ipmerge_core.methods.ranges import Range
 from ipmerge_core.methods.registry import (
     Coefficient,
     Experts,
     Gain,
     Noise,
-    Range,
     Report,
     as_list,
     merge_method,

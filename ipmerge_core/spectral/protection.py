@@ -202,16 +202,16 @@ class _Factored(NamedTuple):
 
     def is_with(self, other: Tensor | None) -> bool:
         """Return whether the factor is with this Gram matrix of an expert, or with none."""
-        if self.other is None or other is None:
-            return self.other is other
-        return self.other() is other
+        if self.other is None:
+            return other is None
+        return other is not None and self.other() is other
 
     def serves(self, other: Tensor | None, beta: float, versions: tuple[int, ...]) -> bool:
         """Return whether the factor is that of these unchanged Gram matrices."""
         return self.is_with(other) and (self.beta, self.versions) == (beta, versions)
 
     def stays(self, other: Tensor | None, beta: float, version: int) -> bool:
-        """Return whether the factor may be asked for again, when one with `other` is added."""
+        """Return whether the factor is still of use, when one with `other` is added."""
         ended = self.other is not None and self.other() is None
         same = (self.beta, self.versions[0]) == (beta, version)
         return same and not ended and not self.is_with(other)

@@ -21,6 +21,7 @@ from ipmerge_core.ui.explore.tab import after_commits
 from ipmerge_core.ui.format import findings_html
 from ipmerge_core.ui.merge.calibration_form import CalibrationInputs, calibration_form
 from ipmerge_core.ui.merge.download import download_link
+from ipmerge_core.ui.merge.findings import disk_room, plan_warnings
 from ipmerge_core.ui.merge.method_form import (
     list_methods,
     method_form,
@@ -311,7 +312,7 @@ def readiness_of(
         models = reopen(plan)
         need = estimate_pair(plan, models, check_output(backend.output_folder(name)), device)
         siblings = [public_finding(finding) for finding in models.check()]
-        found = [*siblings, _room(need.nbytes_written, need.nbytes_free)]
+        found = [*siblings, disk_room(need.nbytes_written, need.nbytes_free)]
         extras = work_of(plan, models)
         kept = {
             name: reason_to_copy(plan, models, name) for name in models.kept if name not in extras
@@ -324,7 +325,7 @@ def readiness_of(
         )
     except IPMergeError as error:
         return _cannot_merge(error, name)
-    found += _plan_warnings(plan)
+    found += plan_warnings(plan)
     required = [finding for finding in found if not (force and finding in siblings)]
     ready = all(finding.level != "refusal" for finding in required)
     return Readiness(found, words, name, ready, digest, device, need)
@@ -406,47 +407,3 @@ def _card(number: str, title: str, name: str) -> gr.Column:
     with card:
         gr.HTML(f'<h2><span class="number">{number}</span> {title}</h2>')
     return card
-
-
-def _room(nbytes: int, free: int) -> Finding:
-    from ipmerge_core.models.pairing import Finding
-    from ipmerge_core.ui.format import format_size
-
-    words = f"The model needs {format_size(nbytes)}; {format_size(free)} are free."
-    if nbytes > free:
-        return Finding("refusal", "disk", words, "Free some disk space or choose another folder.")
-    return Finding("ok", "disk", words)
-
-
-def _plan_warnings(plan: MergePlan) -> list[Finding]:
-    """Warn about plans that are valid but probably not intended."""
-    from ipmerge_core.calibration.store import Measurements
-    from ipmerge_core.models.pairing import Finding
-    from ipmerge_core.planning.description import describe_empty, has_scope, rounding_on
-
-    if not plan.selected:
-        remedy = "Lower Sα in Explore." if has_scope(plan) else "Change the patterns or overrides."
-        return [Finding("warning", "plan", describe_empty(plan), remedy)]
-    found = []
-    if _change(plan) == 0 and not plan.extras:
-        remedy = "Check the merge weights and the layers that are kept."
-        message = (
-            "With these parameters, the merged model would be identical to the vision-language "
-            "model."
-        )
-        found.append(Finding("warning", "plan", message, remedy))
-    if rounded := rounding_on(plan):
-        message, _, remedy = rounded.rpartition(". ")
-        found.append(Finding("warning", "plan", f"{message}.", remedy))
-    if plan.calibration is not None:
-        measured = Measurements.open(plan.calibration.folder)
-        inputs = max(record.shape[1] for record in plan.records)
-        found += [Finding("warning", "calibration", *words) for words in measured.doubts(inputs)]
-    return found
-
-
-def _change(plan: MergePlan) -> float | None:
-    try:
-        return plan.preview().relative_change
-    except PlanError:
-        return None
