@@ -143,10 +143,17 @@ def test_a_record_that_points_out_of_its_folder_is_not_shown(
     shutil.copytree(DEMO / "examples", packs / "examples")
     (packs / "mine.records.json").write_text(json.dumps(content))
     assert len(records_of("packs-mine")) == len(content["examples"])
-    for image in ("../../secret.png", "/etc/hostname"):
+    for image in ("../../secret.png", "/etc/hostname", "nope.png", ".", "examples", "examples/"):
         content["examples"][0]["image"] = image
         (packs / "mine.records.json").write_text(json.dumps(content))
         assert records_of("packs-mine") == []
+        (fault,) = unreadable_records()
+        assert "mine.records.json" in fault
+    content["examples"][0]["image"] = "examples/01-mul.png"
+    for choice in ({}, {**content["choice"], "lambda": 1e308}, {**content["choice"], "variant": 3}):
+        (packs / "mine.records.json").write_text(json.dumps({**content, "choice": choice}))
+        (fault,) = unreadable_records()
+        assert "mine.records.json" in fault
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

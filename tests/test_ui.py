@@ -262,6 +262,31 @@ def test_bad_arguments_come_back_as_one_sentence(client, values, words):
 
 
 @pytest.mark.parametrize(
+    ("endpoint", "values", "words"),
+    [
+        ("/job_status", [["a"]], r"job id is \['a'\]; expected a text"),
+        ("/job_status", [7], "job id is 7; expected a text"),
+        ("/evaluation_result", [7], "job id is 7; expected a text"),
+        ("/merge_start", [PACK, 5], "folder is 5; expected a text"),
+        ("/merge_start", [PACK, "/"], "The output folder is '/', the root"),
+        ("/evaluate_start", [PACK, ["demo"], "x"], "limit is 'x'; expected an integer"),
+        ("/evaluate_start", [PACK, ["demo"], 2.5], "limit is 2.5; expected an integer"),
+        ("/evaluate_start", [PACK, ["demo"], True], "limit is True; expected an integer"),
+        ("/answer_pair", [PACK, 5], "question is 5; expected a text"),
+    ],
+)
+def test_values_of_another_type_come_back_as_one_sentence(client, endpoint, values, words):
+    with pytest.raises(AppError, match=words):
+        client.predict(*values, api_name=endpoint)
+
+
+def test_a_knockout_of_nothing_is_refused_before_it_starts(client):
+    for wrong in ({"stride": 0}, {"modules": ["x"]}, {"modules": []}):
+        with pytest.raises(AppError, match="stride is 0|no module|module"):
+            client.predict(pack=PACK, kind="knockout", api_name="/evaluate_start", **wrong)
+
+
+@pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"question": ""}, "The question is empty"),

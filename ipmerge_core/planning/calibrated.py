@@ -53,8 +53,8 @@ class Calibrated:
         if folder is None:
             raise PlanError(
                 f"{method.label}{reason} requires {_NEEDED[kind]} of every model. Run `ipmerge "
-                f"calibrate --kind {kind}` and pass its output folder as calibration, or "
-                f"choose a method that needs no calibration data."
+                f"calibrate --kind {kind}` (in the app: Calibrate in the Merge tab) and pass its "
+                f"output folder as calibration, or choose a method that needs no calibration data."
             )
         found = Measurements.open(folder)
         found.check(sources.merged(), kind)

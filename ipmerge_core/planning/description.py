@@ -77,12 +77,14 @@ def describe_change(plan: MergePlan, verb: str = "change") -> str:
 
 def advice_on(plan: MergePlan) -> str:
     """Return what the sizes of a plan's preview suggest, as a sentence; empty for nothing."""
-    if plan.parameters.get("budget") != 0:
-        return ""  # it is set, or the method has none
     try:
-        return plan.preview().advice
+        found = plan.preview()
     except PlanError:
         return ""
+    if plan.selected and not plan.extras and not found.relative_change:
+        return "The update is zero: the merged model would be identical to the MLLM."
+    has_budget = plan.parameters.get("budget") == 0  # and it is not set
+    return found.advice if has_budget else ""
 
 
 def rounding_on(plan: MergePlan) -> str:

@@ -26,6 +26,7 @@ Modules = Literal["projections", "all", "all-and-router"]
 LayerProfile = Literal["all", "upper_half", "lower_half", "middle_half", "rising", "falling"]
 Kind = Literal["pattern", "factors", "share", "choice", "rules"]
 _MOST_FACTORS = 1000
+LARGEST_GAIN = 1000.0  # of a layer
 
 MODULE_CHOICES = {
     "projections": "q, k, v, o, gate, up and down, also of experts",
@@ -283,9 +284,12 @@ def _read_factors(option: Option, value: Any) -> tuple[float, ...]:  # noqa: ANN
             f"{option.name} is {reprlib.repr(value)}; expected a list of at most "
             f"{_MOST_FACTORS} numbers, as [0, 1]."
         )
-    wrong = [f for f in value if not isinstance(f, int | float) or not 0 <= f < math.inf]
+    wrong = [f for f in value if not isinstance(f, int | float) or not 0 <= f <= LARGEST_GAIN]
     if wrong:
-        raise PlanError(f"A layer gain is {wrong[0]!r}; expected finite numbers >= 0, as 0, 1.")
+        raise PlanError(
+            f"A layer gain is {wrong[0]!r:.40}; expected numbers from 0 to {LARGEST_GAIN:g}, as 0, "
+            f"1."
+        )
     return tuple(float(factor) for factor in value)
 
 

@@ -23,7 +23,7 @@ from ipmerge_core.runtime.jobs import JobStatus
 from ipmerge_core.runtime.paths import expand_path
 from ipmerge_core.spectral.kinds import TEMPERATURE
 from ipmerge_core.ui.analyse.models_form import AnalysisRequest, start_analysis
-from ipmerge_core.ui.api_requests import decoded_image, read_conversation
+from ipmerge_core.ui.api_requests import decoded_image, read_conversation, typed
 from ipmerge_core.ui.backend import Backend
 from ipmerge_core.ui.chat.answers import Side, answer_question
 from ipmerge_core.ui.chat.columns import BASE, PLAN
@@ -82,7 +82,7 @@ def add_endpoints(backend: Backend) -> None:
     for make in (_packs, _plans, _runs, _evaluations, _answers):
         for endpoint in make(backend):
             api(
-                show_errors(endpoint, in_page=False),
+                show_errors(typed(endpoint), in_page=False),
                 api_name=endpoint.__name__,
                 concurrency_id="models" if endpoint.__name__ in ANSWERING else None,
                 concurrency_limit=1 if endpoint.__name__ in ANSWERING else "default",

@@ -4,15 +4,58 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
+import inspect
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 from ipmerge_core.errors import RunError
 from ipmerge_core.inference.images import open_image
 from ipmerge_core.inference.prompts import Message
 
+P = ParamSpec("P")
+R = TypeVar("R")
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a text"),
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+}
 LARGEST_IMAGE = 15_000_000  # bytes, before base64
 MOST_IMAGES, MOST_MESSAGES = 8, 40  # of one conversation
+
+
+def typed(endpoint: Callable[P, R]) -> Callable[P, R]:
+    """Wrap an endpoint so that it refuses texts, numbers and truth values of another type.
+
+    Lists and objects are checked by the endpoints themselves. Raises: RunError.
+    """
+    signature = inspect.signature(endpoint)
+
+    def check(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            kinds, words = _KINDS.get(str(signature.parameters[name].annotation), ((), ""))
+            is_truth = isinstance(value, bool) and bool not in kinds
+            if kinds and (is_truth or not isinstance(value, kinds)):
+                label = name.rstrip("_").replace("_", " ")
+                raise RunError(f"{label} is {value!r:.80}; expected {words}.")
+
+    if inspect.isgeneratorfunction(endpoint):
+
+        @functools.wraps(endpoint)
+        def stepping(*args: P.args, **kwargs: P.kwargs) -> Any:  # noqa: ANN401
+            check(*args, **kwargs)
+            yield from endpoint(*args, **kwargs)
+
+        return stepping
+
+    @functools.wraps(endpoint)
+    def at_once(*args: P.args, **kwargs: P.kwargs) -> R:
+        check(*args, **kwargs)
+        return endpoint(*args, **kwargs)
+
+    return at_once
 
 
 def read_conversation(

@@ -329,9 +329,11 @@ class Backend:
         path = expand_path(name)
         if not path.is_absolute():
             raise RunError(
-                f"The output folder '{name[:80]}' is neither a name nor an absolute path. Use a "
-                f"name such as 'merged' or an absolute path."
+                f"The output folder '{name[:80]}' is neither a name of A-Z, a-z, 0-9, '.', '-' "
+                f"and '_' nor an absolute path. Use a name such as 'merged' or an absolute path."
             )
+        if not resolve_path(path).name:
+            raise RunError(f"The output folder is '{name[:80]}', the root. Enter a folder in it.")
         return resolve_path(path)
 
     def free_name(self, plan: MergePlan) -> str:

@@ -11,17 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from ipmerge_core.errors import PlanError
 from ipmerge_core.runtime.atomic import FileVersion, version_of
-from ipmerge_core.runtime.input_files import MEGABYTE, FileKind, Location, Schema
+from ipmerge_core.runtime.input_files import MEGABYTE, FileKind, Location, Name, Schema
 from ipmerge_core.tasks.answers import is_right
 from ipmerge_core.ui.finished_merges import describe_unmerged
 from ipmerge_core.ui.pairs import PackEntry, find_pack, list_packs, read_pack_file
 from ipmerge_core.ui.plan_choice import PlanChoice, read_commit
 
 DEMO_PAIR = "pack"  # the id of the pair that gave the recorded answers
+MOST_EXAMPLES = 1000  # of a file; a recording has no more
+Text = Annotated[str, Field(max_length=20_000)]  # a question or an answer
 RECORDED = FileKind(
     "a file of recorded answers",
     "Record them again with `ipmerge record`, or delete it.",
@@ -70,21 +74,21 @@ class Example(NamedTuple):
 class _Entry:
     """One recorded pair of answers in the file."""
 
-    question: str
+    question: Text
     image: Location
-    answer: str
+    answer: Text
     computed: bool
-    base: str
-    merged: str
+    base: Text
+    merged: Text
 
 
 @dataclass(frozen=True)
 class _Recorded:
     """Contents of `recorded.json`."""
 
-    plan: str
+    plan: Location
     choice: dict[str, Any]
-    recorded: str
+    recorded: Name
     examples: tuple[_Entry, ...]
     models: tuple[str, ...] = ()  # fingerprints; older files have none, nor the options
     analysis: dict[str, float | int | str | None] = field(default_factory=dict)
@@ -164,9 +168,20 @@ def _read(
     pack = read_pack_file(pack_path)
     _check_pair(content, pack, path)
     folder = path.parent.resolve()
+    if len(content.examples) > MOST_EXAMPLES:
+        raise RECORDED.refusal(
+            path, f"it has {len(content.examples)} examples; at most {MOST_EXAMPLES} are shown"
+        )
     for entry in content.examples:
-        if not (folder / entry.image).resolve().is_relative_to(folder):
+        image = (folder / entry.image).resolve()
+        if not image.is_relative_to(folder):
             raise RECORDED.refusal(path, f"the image '{entry.image:.80}' is in another folder")
+        if not image.is_file():
+            raise RECORDED.refusal(path, f"there is no image '{entry.image:.80}' in its folder")
+    try:
+        choice = read_commit(content.choice, pack)
+    except PlanError as error:
+        raise RECORDED.refusal(path, error) from error
     examples = [
         Example(
             reference=Reference(
@@ -179,7 +194,7 @@ def _read(
             base=entry.base,
             merged=entry.merged,
             plan=content.plan,
-            choice=read_commit(content.choice, pack),
+            choice=choice,
             recorded=content.recorded,
             base_model=describe_unmerged(pack["sources"]["mllm"]["id"]),
             pair=pack["name"],

@@ -183,6 +183,7 @@ def _work(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the driver of an evaluation and its own arguments."""
     from ipmerge_core.evaluation import knockout, sweeps
+    from ipmerge_core.evaluation.cuts import CutMatrix
     from ipmerge_core.evaluation.points import ablation_points, sweep_points
     from ipmerge_core.planning.description import arguments_of
 
@@ -201,7 +202,8 @@ def _work(
             "modules": list(asked.modules),
             "stride": asked.stride,
         }
-        knockout.read_choice(choice)
+        matrices = [CutMatrix(d.layer, d.module, d.name) for d in plan.decisions]
+        knockout.read_choice(choice).list(matrices)  # refuses modules that there are not
         return knockout.iter_knockout_to, {"plan": plan, "choice": choice}
     fixed, analysis = arguments_of(plan), analysis_of(pack_id)
     if asked.kind == "ablation":

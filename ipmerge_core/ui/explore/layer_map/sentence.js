@@ -38,8 +38,8 @@ export function paintSentence(map) {
  * @param {LayerMap} map
  */
 export function paintAdvice({ dom: { advice }, state: { pack, plan, result } }) {
-  const { update_share: share, expert_change: change } = result;
-  const isSmall = !pack.growing && share !== null && share < SMALL_SHARE && change > 0 && plan.lambda > 0 && !plan.budget;
+  const { update_share: share, expert_change: change, relative_change: whole } = result;
+  const isSmall = !pack.growing && share !== null && share < SMALL_SHARE && change > 0 && whole > 0 && plan.lambda > 0 && !plan.budget;
   advice.hidden = !isSmall;
   if (!isSmall) return;
   setText(part(advice, "[data-out=advice]"), `In half of the merged matrices the update has less than ${percent(share)} of the size of `
