@@ -82,7 +82,9 @@ def advice_on(plan: MergePlan) -> str:
     except PlanError:
         return ""
     if plan.selected and not plan.extras and not found.relative_change:
-        return "The update is zero: the merged model would be identical to the MLLM."
+        return (
+            "The update is zero: the merged model would be identical to the vision-language model."
+        )
     has_budget = plan.parameters.get("budget") == 0  # and it is not set
     return found.advice if has_budget else ""
 

@@ -39,8 +39,11 @@ export function paintSentence(map) {
  */
 export function paintAdvice({ dom: { advice }, state: { pack, plan, result } }) {
   const { update_share: share, expert_change: change, relative_change: whole } = result;
-  const isSmall = !pack.growing && share !== null && share < SMALL_SHARE && change > 0 && whole > 0 && plan.lambda > 0 && !plan.budget;
-  advice.hidden = !isSmall;
+  const isKnown = !pack.growing && share !== null && change > 0 && plan.lambda > 0;
+  const isZero = isKnown && whole === 0, isSmall = isKnown && !isZero && share < SMALL_SHARE && !plan.budget;
+  advice.hidden = !isSmall && !isZero;
+  part(advice, "[data-act=budget]").hidden = isZero;
+  if (isZero) setText(part(advice, "[data-out=advice]"), "The update is zero: the merged model would equal the multimodal model.");
   if (!isSmall) return;
   setText(part(advice, "[data-out=advice]"), `In half of the merged matrices the update has less than ${percent(share)} of the size of `
     + `the math model's own change, which is probably too small to matter. A budget of ${percent(budgetFor(result))} at λ 1 gives every matrix `
