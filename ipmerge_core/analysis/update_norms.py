@@ -118,9 +118,10 @@ def expert_of(
     held_back = {"protect": 1 - protection(mllm.spectrum, math.spectrum)}
     for name, count in zip(COMPLEMENTS, left_out, strict=False):
         held_back[name] = (place >= count).double()
+    least = NOTHING**2 * dot(dM, dM)
     for name, each in held_back.items():
         found = Weights(each, 1.0)
-        is_left = own.weighted(found, found) > NOTHING**2 * dot(dM, dM)
+        is_left = own.weighted(found, found) > least
         weights[name] = found if is_left else Weights(torch.zeros_like(each), 0.0)
     return Expert(
         kept=dM,
