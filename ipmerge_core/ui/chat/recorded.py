@@ -177,7 +177,9 @@ def _read(
         if not image.is_relative_to(folder):
             raise RECORDED.refusal(path, f"the image '{entry.image:.80}' is in another folder")
         if not image.is_file():
-            raise RECORDED.refusal(path, f"there is no image '{entry.image:.80}' in its folder")
+            raise RECORDED.refusal(
+                path, f"its folder does not contain the image '{entry.image:.80}'"
+            )
     try:
         choice = read_commit(content.choice, pack)
     except PlanError as error:
