@@ -175,6 +175,9 @@ def test_a_plan_that_the_app_cannot_express_is_refused(settings: dict[str, Any])
     assert choice_of(demo_plan(lambda_=3.0))["lambda"] == 3.0
     with pytest.raises(PlanError, match="cannot be recorded for the app"):
         choice_of(demo_plan(**settings))
+    analysis = ipm.Analysis.load(DEMO / "pack.json.gz")
+    with pytest.raises(PlanError, match="cannot be recorded for the app"):
+        choice_of(ipm.make_plan(analysis, "ties"))
     with pytest.raises(PlanError, match="lambda 64; the layer map"):
         choice_of(demo_plan(lambda_=64.0))
 

@@ -263,9 +263,9 @@ def choice_of(plan: MergePlan) -> dict[str, Any]:
     found, variant = plan.parameters, variant_with(_changed(plan))
     analysed = plan.analysed or {}
     for name in _OF_ANALYSIS:
-        if found.get(name) != analysed.get(name, found.get(name)):
+        if name in found and found[name] != analysed.get(name, found[name]):
             raise PlanError(
-                f"Plan {plan.hash} has {name} {found.get(name)}, and its analysis has "
+                f"Plan {plan.hash} has {name} {found[name]}, and its analysis has "
                 f"{analysed[name]}; the layer map, which would show its answers, draws that of "
                 f"the analysis. Analyse with this {name}, or make a plan without it."
             )
