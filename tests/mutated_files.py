@@ -325,6 +325,7 @@ def recorded(place: Path) -> None:
     place.mkdir()
     for name in ("recorded.json", "pack.json.gz"):
         shutil.copy(DEMO / name, place / name)
+    shutil.copytree(DEMO / "examples", place / "examples")
 
 
 def show_recorded(place: Path) -> None:

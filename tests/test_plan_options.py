@@ -151,7 +151,7 @@ def test_a_name_wins_over_the_options_it_is_given_with(analysis: ipm.Analysis):
         ({"include": "("}, "not a valid regular expression"),
         ({"exclude": 3}, "not a valid regular expression"),
         ({"layer_gains": "fast"}, "expected numbers such as"),
-        ({"layer_gains": (float("inf"),)}, "finite numbers"),
+        ({"layer_gains": (float("inf"),)}, "numbers from 0 to 1000"),
         ({"norms": "burn"}, "norms is 'burn'; expected keep or merge"),
         ({"anchor": ["root"]}, "anchor is"),
         ({"layer_profile": "top"}, "layer_profile is 'top'; expected all or upper_half"),
