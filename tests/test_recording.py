@@ -48,6 +48,15 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "prompts.jsonl"
 
 
+@pytest.fixture
+def packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a user's own packs, empty."""
+    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "packs"
+    folder.mkdir(parents=True)
+    return folder
+
+
 def test_a_record_has_both_replies_and_what_they_were_made_with(
     prompts: Path, tmp_path: Path
 ) -> None:
@@ -67,12 +76,7 @@ def test_a_record_has_both_replies_and_what_they_were_made_with(
     assert {example["verdict"] for example in content["examples"]} >= {"better"}
 
 
-def test_the_app_shows_the_records_next_to_a_pack(
-    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
-    packs = tmp_path / "home" / "packs"
-    packs.mkdir(parents=True)
+def test_the_app_shows_the_records_next_to_a_pack(prompts: Path, packs: Path) -> None:
     shutil.copy(DEMO / "pack.json.gz", packs / "mine.pack.json.gz")
     plan = demo_plan(lambda_=2.0)
     assert records_of("packs-mine") == []
@@ -89,11 +93,8 @@ def test_the_app_shows_the_records_next_to_a_pack(
 
 
 def test_answers_of_another_analysis_of_the_pair_are_refused_with_the_reason(
-    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompts: Path, packs: Path
 ) -> None:
-    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
-    packs = tmp_path / "home" / "packs"
-    packs.mkdir(parents=True)
     pair = ipm.open_pair(DEMO / "mllm", DEMO / "math", DEMO / "base")
     analysis = ipm.analyse(pair, temperature=4.0, rank=8)
     analysis.save(packs / "mine.pack.json.gz")
@@ -118,11 +119,8 @@ def test_a_plan_unlike_its_analysis_is_refused_before_anything_is_answered(more)
 
 
 def test_answers_of_other_models_are_not_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packs: Path,
 ) -> None:
-    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
-    packs = tmp_path / "home" / "packs"
-    packs.mkdir(parents=True)
     shutil.copy(DEMO / "recorded.json", packs / "mine.records.json")
     shutil.copytree(DEMO / "examples", packs / "examples")
     for folder, pack in (("demo", "pack.json.gz"), ("taught", "taught.pack.json.gz")):
@@ -133,11 +131,8 @@ def test_answers_of_other_models_are_not_shown(
 
 
 def test_a_record_that_points_out_of_its_folder_is_not_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packs: Path,
 ) -> None:
-    monkeypatch.setenv("IPMERGE_HOME", str(tmp_path / "home"))
-    packs = tmp_path / "home" / "packs"
-    packs.mkdir(parents=True)
     shutil.copy(DEMO / "pack.json.gz", packs / "mine.pack.json.gz")
     content = json.loads((DEMO / "recorded.json").read_text())
     shutil.copytree(DEMO / "examples", packs / "examples")

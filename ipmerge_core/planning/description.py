@@ -77,16 +77,24 @@ def describe_change(plan: MergePlan, verb: str = "change") -> str:
 
 def advice_on(plan: MergePlan) -> str:
     """Return what the sizes of a plan's preview suggest, as a sentence; empty for nothing."""
-    try:
-        found = plan.preview()
-    except PlanError:
-        return ""
-    if plan.selected and not plan.extras and not found.relative_change:
+    if changes_nothing(plan):
         return (
             "The update is zero: the merged model would be identical to the vision-language model."
         )
-    has_budget = plan.parameters.get("budget") == 0  # and it is not set
-    return found.advice if has_budget else ""
+    if plan.parameters.get("budget") != 0:
+        return ""  # it is set, or the method has none
+    try:
+        return plan.preview().advice
+    except PlanError:
+        return ""
+
+
+def changes_nothing(plan: MergePlan) -> bool:
+    """Return whether a plan selects matrices and nothing else, and its update of them is zero."""
+    try:
+        return bool(plan.selected) and not plan.extras and not plan.preview().relative_change
+    except PlanError:
+        return False
 
 
 def rounding_on(plan: MergePlan) -> str:

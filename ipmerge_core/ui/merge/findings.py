@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ipmerge_core.errors import PlanError
-
 if TYPE_CHECKING:
     from ipmerge_core.models.pairing import Finding
     from ipmerge_core.planning.plan import MergePlan
@@ -29,13 +27,18 @@ def plan_warnings(plan: MergePlan) -> list[Finding]:
     """Warn about plans that are valid but probably not intended."""
     from ipmerge_core.calibration.store import Measurements
     from ipmerge_core.models.pairing import Finding
-    from ipmerge_core.planning.description import describe_empty, has_scope, rounding_on
+    from ipmerge_core.planning.description import (
+        changes_nothing,
+        describe_empty,
+        has_scope,
+        rounding_on,
+    )
 
     if not plan.selected:
         remedy = "Lower Sα in Explore." if has_scope(plan) else "Change the patterns or overrides."
         return [Finding("warning", "plan", describe_empty(plan), remedy)]
     found = []
-    if _change(plan) == 0 and not plan.extras:
+    if changes_nothing(plan):
         remedy = "Check the merge weights and the layers that are kept."
         message = (
             "With these parameters, the merged model would be identical to the vision-language "
@@ -50,10 +53,3 @@ def plan_warnings(plan: MergePlan) -> list[Finding]:
         inputs = max(record.shape[1] for record in plan.records)
         found += [Finding("warning", "calibration", *words) for words in measured.doubts(inputs)]
     return found
-
-
-def _change(plan: MergePlan) -> float | None:
-    try:
-        return plan.preview().relative_change
-    except PlanError:
-        return None

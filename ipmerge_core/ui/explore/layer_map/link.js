@@ -2,8 +2,8 @@
 // The permalink: ?v=1&pack=..&s=..&l=..&m=..&u=..&b=..&o=..&c=..&p=..&e=..&q=.. in at most 300 characters
 // for models of up to 700 matrices: the pair, the plan with all its digits, what is selected and
 // pinned, the expert in view, and what the colours of the map show. `o` packs the cells set by hand,
-// five to a byte, so that any number of them fits. The method and the options of the chosen merge follow (method, p.NAME, o.NAME), which
-// Python writes and reads. A link is untrusted input: invalid values are replaced by their defaults,
+// five to a byte, so that any number of them fits. The method and the options of the chosen merge
+// follow (method, p.NAME, o.NAME), which Python writes and reads. A link is untrusted input: invalid values are replaced by their defaults,
 // with a message.
 
 import { MEMORY } from "../../web/memory.js";
